@@ -1,0 +1,101 @@
+"""Time from scores to a compiled plan: `python -m spp_bench.compile_time [--json]`.
+
+One sample is one `compile_plan` on scores drawn from a seeded generator, at one keep share. The
+plans are checked for optimality by their own bound before any time is reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spp_export.budget import Budget
+from spp_export.plans import compile_plan
+from spp_export.shape import ModelShape
+
+KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
+CASES = {
+    "48 layers x 40 heads x 8 KV heads, q/k/v biases": ModelShape(
+        "qwen2", 48, 5120, 40, 8, 128, 13824, 152064, False, 2, qkv_bias=True
+    ),
+    "48 layers x 40 heads x 8 KV heads": ModelShape(
+        "mistral", 48, 5120, 40, 8, 128, 13824, 131072, False, 2
+    ),
+    "30 layers x 9 heads x 3 KV heads": ModelShape(
+        "llama", 30, 576, 9, 3, 64, 1536, 49152, True, 4
+    ),
+}
+
+
+def measure(shape: ModelShape, keep: float, seeds: int) -> dict[str, Any]:
+    """Quantiles of the time, in milliseconds, of one compilation at this keep share."""
+    times = []
+    for seed in range(-1, seeds):
+        rng = np.random.default_rng(max(seed, 0))
+        scores = rng.gamma(2.0, size=(shape.num_layers, shape.query_heads))
+        start = time.perf_counter()
+        _, realised = compile_plan(scores, shape, Budget(keep=keep))
+        elapsed = time.perf_counter() - start
+        assert realised.score_bound == realised.score, "the plan is not proven optimal"
+        if seed >= 0:  # the first run warms up
+            times.append(elapsed * 1e3)
+    low, median, high = np.quantile(times, [0.2, 0.5, 0.8])
+    return {
+        "keep": keep,
+        "samples": seeds,
+        "median_ms": round(float(median), 3),
+        "p20_ms": round(float(low), 3),
+        "p80_ms": round(float(high), 3),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the times depend on."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].partition(":")[2].strip() if names else cpu
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print a table, or with --json one JSON object."""
+    parser = argparse.ArgumentParser(prog="spp_bench.compile_time", description=__doc__)
+    parser.add_argument("--seeds", type=int, default=40, help="samples per keep share")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(arguments)
+    gc.freeze()
+    results = [
+        {"case": name} | measure(shape, keep, options.seeds)
+        for name, shape in CASES.items()
+        for keep in KEEPS
+    ]
+    if options.json:
+        print(json.dumps({"machine": machine(), "results": results}))
+        return
+    print(" ".join(f"{name}: {value}" for name, value in machine().items()))
+    print(f"{'scores to plan':50} {'keep':>5} {'median':>8} {'p20':>8} {'p80':>8}  ms")
+    for row in results:
+        print(
+            f"{row['case']:50} {row['keep']:5.2f} {row['median_ms']:8.2f} {row['p20_ms']:8.2f} "
+            f"{row['p80_ms']:8.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""spp: one big language model in, many small scenario-specific ones out.
+
+Everything a command does is a function here, under the command's name. Importing this package
+imports neither torch nor transformers; once transformers is imported, per-layer checkpoints load
+with its Auto classes.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from spp_export.loader_registration import install as _install
+
+if TYPE_CHECKING:
+    from spp_export.errors import SppError
+    from spp_export.loader import load_dense, load_slim
+    from spp_export.pipeline.diagnose import diagnose
+    from spp_export.pipeline.export import ExportRequest, ExportResult, export
+    from spp_export.pipeline.import_artifacts import import_artifacts
+    from spp_export.pipeline.plan import PlanRequest, PlanResult, plan
+    from spp_export.pipeline.probe import probe
+    from spp_export.pipeline.verify import verify
+    from spp_export.plans import Plan, read_plan
+
+_WHERE = {
+    "ExportRequest": "spp_export.pipeline.export",
+    "ExportResult": "spp_export.pipeline.export",
+    "Plan": "spp_export.plans",
+    "PlanRequest": "spp_export.pipeline.plan",
+    "PlanResult": "spp_export.pipeline.plan",
+    "SppError": "spp_export.errors",
+    "diagnose": "spp_export.pipeline.diagnose",
+    "export": "spp_export.pipeline.export",
+    "import_artifacts": "spp_export.pipeline.import_artifacts",
+    "load_dense": "spp_export.loader",
+    "load_slim": "spp_export.loader",
+    "plan": "spp_export.pipeline.plan",
+    "probe": "spp_export.pipeline.probe",
+    "read_plan": "spp_export.plans",
+    "verify": "spp_export.pipeline.verify",
+}
+
+__all__ = [
+    "ExportRequest",
+    "ExportResult",
+    "Plan",
+    "PlanRequest",
+    "PlanResult",
+    "SppError",
+    "diagnose",
+    "export",
+    "import_artifacts",
+    "load_dense",
+    "load_slim",
+    "plan",
+    "probe",
+    "read_plan",
+    "verify",
+]
+
+_install()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'spp_export' has no attribute {name!r}")
+    return getattr(import_module(_WHERE[name]), name)

@@ -1,0 +1,176 @@
+"""Writes the weights of a slim model from a dense one and a plan, a few megabytes at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from spp_export.checkpoint.atomic import require_free_space
+from spp_export.checkpoint.dtypes import Bits, Floats, all_finite, from_float
+from spp_export.checkpoint.header import show
+from spp_export.checkpoint.manifest import FileRecord
+from spp_export.checkpoint.reader import BLOCK_BYTES, blocks, read_float
+from spp_export.checkpoint.source import Source
+from spp_export.checkpoint.writer import DEFAULT_SHARD_BYTES, Entry, ShardWriter, plan_shards
+from spp_export.errors import CheckpointError, PlanError
+from spp_export.families import Role, TensorSpec
+from spp_export.plans import Plan, validate_plan
+from spp_export.shape import ModelShape
+from spp_export.slicing import kept_units, slice_rows
+
+# The whole dense tensor as floats -> the slim tensor as floats.
+Refit = Callable[[Floats], Floats]
+# (layer, OUTPUT or DOWN) -> what is added to that projection's bias, [hidden_size].
+Biases = Mapping[tuple[int, Role], Floats]
+
+
+@dataclass(frozen=True)
+class WrittenWeights:
+    """What was written: hash of each file by name, elements and bytes of all tensors."""
+
+    records: Mapping[str, FileRecord]
+    parameters: int
+    nbytes: int
+
+
+def write_slim_weights(
+    source: Source,
+    plan: Plan,
+    out_dir: Path,
+    *,
+    replaced: Callable[[TensorSpec], Refit | None] = lambda spec: None,
+    biases: Biases | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: Callable[[int, int], None] | None = None,
+) -> WrittenWeights:
+    """Write what `plan` keeps of `source` to `out_dir` as safetensors, in the stored dtypes.
+
+    Tensors pass through memory in blocks, copied ones too, since each value is checked and each
+    byte hashed; only one for which `replaced` gives a function is in memory as a whole, and is
+    rounded back to its stored dtype. `biases` are added to the output projections;
+    where the source has none, they and zero biases of the projections that share the family's
+    switch appear, and the config must be that of `slim_shape`. `progress` is called with bytes
+    done and bytes in all.
+
+    Raises PlanError for a plan of another model or a bias that the family cannot hold,
+    CheckpointError for a source tensor with a value that is not finite, OutputError where the
+    disk does not take the data.
+    """
+    validate_plan(plan, source.shape, source.fingerprint)
+    job = _Job(source, plan, replaced, biases or {})
+    shards = plan_shards(job.entries(), max_shard_bytes)
+    total = sum(shard.nbytes for shard in shards)
+    require_free_space(out_dir, total)
+    done = 0
+
+    def counted(blocks: Iterator[Bits]) -> Iterator[Bits]:
+        nonlocal done
+        for block in blocks:
+            yield block
+            done += block.nbytes
+            if progress:
+                progress(done, total)
+
+    with ShardWriter(out_dir, shards) as writer:
+        for entry in writer.order:
+            writer.write(entry.name, counted(job.blocks(entry)))
+    parameters = sum(int(np.prod(entry.shape)) for entry in writer.order)
+    return WrittenWeights(writer.records, parameters, total)
+
+
+def slim_shape(source: Source, biased: frozenset[Role] | set[Role] = frozenset()) -> ModelShape:
+    """The source's shape with biases on the projections `biased` (OUTPUT, DOWN) switched on.
+
+    Raises PlanError where the family's config has no switch for one that the source lacks.
+    """
+    family, shape = source.family, source.shape
+    for role in sorted(biased):
+        field = {Role.OUTPUT: "output_bias", Role.DOWN: "mlp_bias"}[role]
+        if getattr(shape, field):
+            continue
+        switch = getattr(family, field)
+        if not isinstance(switch, str):
+            raise PlanError(
+                f"the {family.model_type} family has no bias on its {role} projection, so "
+                "'bias' compensation cannot be stored. Use 'lstsq' or 'none'."
+            )
+        # One switch of the config may cover more than one kind of projection.
+        shape = dataclasses.replace(
+            shape,
+            qkv_bias=shape.qkv_bias or family.qkv_bias == switch,
+            output_bias=shape.output_bias or family.output_bias == switch,
+            mlp_bias=shape.mlp_bias or family.mlp_bias == switch,
+        )
+    return shape
+
+
+class _Job:
+    """Where the data of each slim tensor comes from."""
+
+    def __init__(
+        self,
+        source: Source,
+        plan: Plan,
+        replaced: Callable[[TensorSpec], Refit | None],
+        biases: Biases,
+    ) -> None:
+        family, self._source, self._plan = source.family, source, plan
+        self._replaced = replaced
+        shape = slim_shape(source, {role for _, role in biases})
+        layers = [layer.shape(source.shape) for layer in plan.layers]
+        self._slim = {spec.name: spec for spec in family.tensors(shape, layers)}
+        self._dense = {
+            spec.name: spec for spec in family.tensors(source.shape, source.shape.layers)
+        }
+        modules = {Role.OUTPUT: family.output, Role.DOWN: family.down}
+        self._biases = {
+            f"{family.layer_name(layer, modules[role])}.bias": value
+            for (layer, role), value in biases.items()
+        }
+        assert self._biases.keys() <= self._slim.keys(), "a bias of a layer that does not exist"
+
+    def entries(self) -> Iterator[Entry]:
+        for name, spec in self._slim.items():
+            yield Entry(name, self._dtype(name), spec.shape)
+
+    def blocks(self, entry: Entry) -> Iterator[Bits]:
+        """The tensor's bits in blocks, in row order."""
+        stored, added = self._source.tensors.get(entry.name), self._biases.get(entry.name)
+        if stored is None or added is not None:
+            old = read_float(stored) if stored else np.zeros(entry.shape)
+            yield from _encoded(old if added is None else old + added, entry)
+            return
+        spec = self._dense[entry.name]
+        refit = self._replaced(spec)
+        if refit is not None:
+            yield from _encoded(refit(read_float(stored)), entry)
+            return
+        units = None if spec.layer is None else kept_units(spec, self._plan.layers[spec.layer])
+        row = 0
+        for block in blocks(stored):
+            yield block if units is None else slice_rows(block, spec, units, row)
+            row += len(block)
+
+    def _dtype(self, name: str) -> str:
+        """The stored dtype; that of the weight beside it for a bias the source does not have."""
+        tensors = self._source.tensors
+        stored = tensors.get(name) or tensors[f"{name.removesuffix('.bias')}.weight"]
+        return stored.dtype
+
+
+def _encoded(values: Floats, entry: Entry) -> Iterator[Bits]:
+    """`values` in the entry's dtype, in blocks of rows."""
+    assert values.shape == entry.shape, f"{entry.name}: {values.shape} is not {entry.shape}"
+    step = max(1, BLOCK_BYTES * len(values) // values.nbytes)
+    for start in range(0, len(values), step):
+        bits = from_float(np.ascontiguousarray(values[start : start + step]), entry.dtype)
+        if not all_finite(bits, entry.dtype):
+            raise CheckpointError(
+                f"tensor {show(entry.name)}: a compensated value does not fit {entry.dtype}. "
+                "Use a larger ridge, or no compensation."
+            )
+        yield bits

@@ -1,0 +1,126 @@
+"""What a scenario is about: pooled activations and the model's probes to a domain mixture."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from spp_export.artifacts import Artifacts
+from spp_export.errors import ArtifactsError, UsageError
+
+FloatArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
+
+IN_DOMAIN = "in-domain"
+CROSS_DOMAIN = "cross-domain"
+OUT_OF_DOMAIN = "out-of-domain"
+
+# A domain takes part when the probes give it this mean probability: as likely as not.
+_PRESENT = 0.5
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """A scenario seen through the probes.
+
+    probabilities [L,K]  one-vs-rest probabilities per layer, averaged over prompts
+    q [K]                their mean over layers (SubspacePath Pruner, Eq. 6)
+    mixture [K]          q / sum(q): the weights that importance is mixed with
+    breadth              c = H(mixture) / log K in [0,1]; 0 for a single domain
+    """
+
+    domains: tuple[str, ...]
+    probabilities: FloatArray
+    regime: str
+    prompts: int
+
+    @property
+    def q(self) -> FloatArray:
+        """Mean probability per domain [K]."""
+        mean: FloatArray = self.probabilities.mean(axis=0)
+        return mean
+
+    @property
+    def mixture(self) -> FloatArray:
+        """Weights per domain [K], summing to one."""
+        q = self.q
+        weights: FloatArray = q / q.sum()
+        return weights
+
+    @property
+    def breadth(self) -> float:
+        """Normalised entropy of the mixture."""
+        if len(self.domains) < 2:
+            return 0.0
+        weights = self.mixture[self.mixture > 0]
+        entropy = float(-(weights * np.log(weights)).sum())
+        return min(max(entropy / math.log(len(self.domains)), 0.0), 1.0)
+
+    def to_dict(self, *, layers: bool = False) -> dict[str, Any]:
+        """For plan.json and `--json`; `layers` adds the per-layer probabilities."""
+        report: dict[str, Any] = {
+            "prompts": self.prompts,
+            "mixture": _named(self.domains, self.mixture),
+            "probability": _named(self.domains, self.q),
+            "breadth": round(self.breadth, 6),
+            "regime": self.regime,
+        }
+        if layers:
+            report["layers"] = [_named(self.domains, row) for row in self.probabilities]
+        return report
+
+
+def _named(domains: tuple[str, ...], values: FloatArray) -> dict[str, float]:
+    # Six digits: what decided the plan, without the noise of another machine's last bits.
+    return {d: round(float(v), 6) for d, v in zip(domains, values, strict=True)}
+
+
+def probe_probabilities(
+    pooled_NLd: FloatArray, artifacts: Artifacts, regime: str = IN_DOMAIN
+) -> FloatArray:
+    """Calibrated one-vs-rest probabilities [N,L,K] of N pooled texts.
+
+    `p_{l,k} = sigmoid((w_{l,k} . pooled_l + b_{l,k}) / T_l)` with the regime's temperatures.
+    """
+    if regime not in artifacts.regimes:
+        raise UsageError(
+            f"regime {regime!r} is not in these artifacts; they have "
+            f"{', '.join(artifacts.regimes)}."
+        )
+    if pooled_NLd.shape[1:] != (artifacts.weight.shape[0], artifacts.weight.shape[2]):
+        raise ArtifactsError(
+            f"the probes expect activations of {artifacts.weight.shape[0]} layers x "
+            f"{artifacts.weight.shape[2]}, got {pooled_NLd.shape[1]} x {pooled_NLd.shape[2]}. "
+            "Run 'spp probe' for this model."
+        )
+    temperature_L = artifacts.temperature[artifacts.regimes.index(regime)].astype(np.float64)
+    logits = np.einsum("nld,lkd->nlk", pooled_NLd, artifacts.weight, dtype=np.float64)
+    logits = (logits + artifacts.bias) / temperature_L[None, :, None]
+    # tanh form: no overflow for large |logit|
+    probabilities: FloatArray = 0.5 * (1.0 + np.tanh(0.5 * logits))
+    return probabilities
+
+
+def diagnose_activations(
+    pooled_NLd: FloatArray, artifacts: Artifacts, regime: str | None = None
+) -> Diagnosis:
+    """Diagnosis of a scenario from its prompts' pooled residual stream.
+
+    Without `regime` it is chosen from the in-domain probabilities: cross-domain when two or more
+    domains are present, out-of-domain when none is.
+    """
+    probabilities = probe_probabilities(pooled_NLd, artifacts, regime or IN_DOMAIN).mean(axis=0)
+    if regime is None:
+        present = int((probabilities.mean(axis=0) >= _PRESENT).sum())
+        regime = {0: OUT_OF_DOMAIN, 1: IN_DOMAIN}.get(present, CROSS_DOMAIN)
+        if regime != IN_DOMAIN and regime in artifacts.regimes:
+            probabilities = probe_probabilities(pooled_NLd, artifacts, regime).mean(axis=0)
+    return Diagnosis(artifacts.domains, probabilities, regime, len(pooled_NLd))
+
+
+def mix_importance(importance_KLH: FloatArray, diagnosis: Diagnosis) -> FloatArray:
+    """One score per unit [L,H]: `score(l,u) = sum_k s_k I(l,u,k)`, s the mixture."""
+    mixed: FloatArray = np.einsum("k,klh->lh", diagnosis.mixture, importance_KLH, dtype=np.float64)
+    return mixed

@@ -1,0 +1,76 @@
+"""Every error a user can cause or meet, as one tree.
+
+SppError                 exit 2: bad usage or input
+├── UsageError           an option, or a combination of options, makes no sense
+├── ScenarioError        the scenario text cannot be read
+├── ArtifactsError       the artifacts directory is missing, malformed or of another model
+├── ModelError           the model is unknown to us or is not what its config says
+│   ├── CheckpointError  its safetensors files or index are malformed
+│   └── DownloadError    it could not be fetched, or arrived with a wrong hash
+├── PlanError            a plan is malformed or does not fit the model
+│   └── BudgetError      no plan meets the budget; the message names the nearest that do
+├── OutputError          the output cannot be written where it was asked for
+└── CheckFailed          exit 1: everything ran and the answer is no
+    ├── ParityError      the slim model differs from the masked dense model
+    └── QualityError     the quality gate was not met
+
+A message is one line: what is wrong, what was expected and found, what to do.
+"""
+
+from __future__ import annotations
+
+
+class SppError(Exception):
+    """Base of every error that `spp` reports as one line; `exit_code` is the process's status."""
+
+    exit_code = 2
+
+
+class UsageError(SppError):
+    """An option, or a combination of options, makes no sense."""
+
+
+class ScenarioError(SppError):
+    """The scenario text cannot be read."""
+
+
+class ArtifactsError(SppError):
+    """The artifacts directory is missing, malformed or made for another model."""
+
+
+class ModelError(SppError):
+    """The model is unknown to us or is not what its config says."""
+
+
+class CheckpointError(ModelError):
+    """Safetensors files or their index are malformed."""
+
+
+class DownloadError(ModelError):
+    """A model could not be fetched, or arrived with a wrong hash."""
+
+
+class PlanError(SppError):
+    """A plan is malformed or does not fit the model."""
+
+
+class BudgetError(PlanError):
+    """No plan meets the budget."""
+
+
+class OutputError(SppError):
+    """The output cannot be written where it was asked for."""
+
+
+class CheckFailed(SppError):
+    """Everything ran and the answer is no."""
+
+    exit_code = 1
+
+
+class ParityError(CheckFailed):
+    """The slim model differs from the masked dense model."""
+
+
+class QualityError(CheckFailed):
+    """The quality gate was not met."""

@@ -1,0 +1,41 @@
+"""The families we can slice. The only package that knows tensor names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from spp_export.errors import ModelError
+from spp_export.families.base import Family, Role, TensorSpec, Unit
+from spp_export.families.llama import LLAMA
+from spp_export.families.mistral import MISTRAL
+from spp_export.families.qwen2 import QWEN2
+from spp_export.families.qwen3 import QWEN3
+
+__all__ = ["FAMILIES", "Family", "Role", "TensorSpec", "Unit", "family_of"]
+
+FAMILIES: Mapping[str, Family] = {
+    family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)
+}
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family of a parsed config.json; ModelError names what is unknown."""
+    model_type = config.get("model_type")
+    if "quantization_config" in config:
+        raise ModelError(
+            "config.json: the checkpoint is quantised (quantization_config). "
+            "Slice the full-precision model and quantise the result."
+        )
+    if "per_layer_config" in config:
+        raise ModelError(
+            "config.json: the checkpoint has per_layer_config, so its layers already differ. "
+            "Slice the dense model it came from."
+        )
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        raise ModelError(
+            f"config.json: model_type {model_type!r} is not supported; known are "
+            f"{', '.join(sorted(FAMILIES))}."
+        )
+    return family

@@ -1,0 +1,10 @@
+"""Mistral: GQA, no biases, optional sliding window."""
+
+from __future__ import annotations
+
+from spp_export.families.base import Family
+
+MISTRAL = Family(
+    model_type="mistral",
+    architecture="MistralForCausalLM",
+)

@@ -1,0 +1,111 @@
+"""Slim and dense checkpoints on disk to models that run. Remote code is never executed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import spp_export.modeling  # noqa: F401  registers the per-layer classes
+from spp_export.errors import CheckpointError, ModelError
+from spp_export.families import FAMILIES, family_of
+from spp_export.jsonio import read_json
+from spp_export.quiet import quiet_transformers
+
+
+def load_slim(
+    path: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device = "cpu",
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """A slim checkpoint, `uniform` or `per-layer`, as a transformers model in evaluation mode.
+
+    `dtype` None keeps the stored one. `device` "auto" spreads the layers over what there is.
+    Per-layer checkpoints run on the classes of this package, not on the files beside the weights.
+
+    Raises ModelError where the directory holds no such model, CheckpointError where its tensors are
+    not exactly those of its config.
+    """
+    config = _config(path)
+    model_type = config.get("model_type")
+    if str(model_type).removeprefix("spp_") not in FAMILIES:
+        raise ModelError(
+            f"{path}: model_type {model_type!r} is not supported; known are "
+            f"{', '.join(sorted(FAMILIES))}, and these with 'spp_' in front."
+        )
+    return _load(path, dtype, device, attn_implementation)
+
+
+def load_dense(
+    path: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device = "cpu",
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """A source model from its directory; parameters and errors as in `load_slim`."""
+    family_of(_config(path))
+    return _load(path, dtype, device, attn_implementation)
+
+
+def _config(path: str | Path) -> dict[str, Any]:
+    config = read_json(Path(path) / "config.json", what="model config", error=ModelError)
+    if not isinstance(config, dict):
+        raise ModelError(f"{path}: config.json holds {type(config).__name__}, expected an object.")
+    return config
+
+
+def _load(
+    path: str | Path,
+    dtype: torch.dtype | str | None,
+    device: str | torch.device,
+    attn_implementation: str | None,
+) -> PreTrainedModel:
+    options: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    if str(device) != "cpu":
+        options["device_map"] = "auto" if device == "auto" else {"": torch.device(device)}
+    try:
+        with quiet_transformers():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                trust_remote_code=False,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                # Mismatches come back in the report, where the tensor has a name.
+                ignore_mismatched_sizes=True,
+                **options,
+            )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a damaged checkpoint can fail anywhere below
+        raise CheckpointError(f"{path}: cannot be loaded: {_first_line(error)}") from error
+    model, report = loaded
+    _check_report(path, report)
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def _check_report(path: str | Path, report: Mapping[str, Iterable[Any]]) -> None:
+    """Refuse what transformers only warns of: tensors it made up, and tensors it left out."""
+    # transformers 5 gives (name, stored shape, wanted shape) for a mismatch, 4.57 the name alone
+    mismatched = [item if isinstance(item, str) else item[0] for item in report["mismatched_keys"]]
+    for names, complaint in (
+        (mismatched, "has another shape than its config.json gives it"),
+        (list(report["missing_keys"]), "is missing"),
+        (list(report["unexpected_keys"]), "does not belong to the model of its config.json"),
+    ):
+        if names:
+            others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise CheckpointError(
+                f"{path}: tensor {min(names)}{others} {complaint}. The checkpoint is damaged."
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))

@@ -1,0 +1,310 @@
+"""`export`: the main job. Diagnose, plan, slice, compensate, write, verify, publish."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spp_export.artifacts import Artifacts
+from spp_export.bound import Predicted, predicted
+from spp_export.card import model_card
+from spp_export.checkpoint.atomic import check_target, publish
+from spp_export.checkpoint.manifest import write_manifest
+from spp_export.checkpoint.reader import model_file
+from spp_export.checkpoint.slim import WrittenWeights, write_slim_weights
+from spp_export.diagnosis import Diagnosis
+from spp_export.engines import Engine, engines_for
+from spp_export.errors import CheckFailed, ParityError, QualityError, UsageError
+from spp_export.jsonio import dump_json
+from spp_export.models import DEMO
+from spp_export.pipeline.compensation import Compensation
+from spp_export.pipeline.plan import PlanRequest, PlanResult, plan_scenario, plan_tensors
+from spp_export.pipeline.verify import check_batches, check_directory
+from spp_export.plans import Plan, read_plan, validate_plan
+from spp_export.progress import Progress, no_progress
+from spp_export.scenario import Scenario, read_scenario
+from spp_export.session import Session, open_artifacts, open_session
+from spp_export.slim_config import MODELING_FILES, slim_config
+
+# What a Hugging Face directory has beside weights and config, where the source has it.
+_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE",
+)
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What the user may ask of an export, beside the plan."""
+
+    force: bool = False
+    verify: bool = True
+    keep_failed: bool = False
+    dry_run: bool = False
+    max_perplexity_ratio: float | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What was decided, written and found. `path` is None for a dry run."""
+
+    path: Path | None
+    plan: Plan
+    model_layers: int
+    query_heads: int
+    kv_heads: int
+    diagnosis: Diagnosis | None
+    predicted: Predicted
+    engines: tuple[Engine, ...]
+    tensors: Sequence[Mapping[str, Any]]
+    report: Mapping[str, Any] | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        kept = [len(layer.query_heads) for layer in self.plan.layers]
+        return {
+            "path": None if self.path is None else str(self.path),
+            "layout": self.plan.layout,
+            "compensation": self.plan.compensation,
+            "diagnosis": self.diagnosis.to_dict() if self.diagnosis else None,
+            "kept_query_heads": kept,
+            "kept_kv_heads": [len(layer.kv_heads) for layer in self.plan.layers],
+            "dense_heads": {"query": self.query_heads, "kv": self.kv_heads},
+            "budget": dict(self.plan.budget),
+            "predicted": self.predicted.as_json(),
+            "verify": self.report,
+            "engines": [engine.to_dict() for engine in self.engines],
+            "tensors": [dict(tensor) for tensor in self.tensors] if self.path is None else None,
+            "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
+        }
+
+
+def export(
+    scenario: str | os.PathLike[str] | None = None,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    model: str = DEMO,
+    artifacts: str | os.PathLike[str] | None = None,
+    plan: str | os.PathLike[str] | Plan | None = None,
+    plan_request: PlanRequest | None = None,
+    request: ExportRequest | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    progress: Progress = no_progress,
+) -> ExportResult:
+    """Write the slim checkpoint of a scenario, or of a given plan, checked and published whole.
+
+    `output` defaults to `out/<scenario name>`. Raises ParityError or QualityError when a check
+    does not hold: then nothing is published unless `keep_failed`.
+    """
+    request = request or ExportRequest()
+    plan_request = plan_request or PlanRequest()
+    plan_request.check()
+    if scenario is None and plan is None:
+        raise UsageError("export needs --scenario FILE or --plan FILE.")
+    clock = _Clock()
+    text = None if scenario is None else read_scenario(scenario)
+    target = Path(output) if output is not None else default_output(text)
+    if not request.dry_run:
+        check_target(target, request.force)
+    session = open_session(model, device=device, dtype=dtype, progress=progress)
+    found = _artifacts(artifacts, model, session, needed=plan is None)
+    with clock("plan"):
+        decided = _decide(session, found, text, plan, plan_request)
+    compiled = decided.plan
+    shape = session.source.shape
+    result = ExportResult(
+        path=None,
+        plan=compiled,
+        model_layers=shape.num_layers,
+        query_heads=shape.query_heads,
+        kv_heads=shape.kv_heads,
+        diagnosis=decided.diagnosis,
+        predicted=decided.predicted,
+        engines=engines_for(compiled.layout, compiled.layer_shapes(shape)),
+        tensors=plan_tensors(session, compiled),
+        seconds=clock.seconds,
+    )
+    if request.dry_run:
+        return result
+    failure: CheckFailed | None = None
+    report: dict[str, Any] | None = None
+    with publish(target, request.force) as work:
+        with clock("compensate"):
+            calibration = text.split()[0] if text else ()
+            compensation = Compensation(session, compiled, found, calibration)
+        with clock("slice"):
+            written = _write(session, compiled, compensation, work)
+        if request.verify:
+            with clock("verify"):
+                report, failure = _verify(session, compiled, text, work, request)
+            (work / "verify.json").write_text(dump_json(report), encoding="utf-8")
+            if failure and not request.keep_failed:
+                raise failure
+        card = model_card(
+            target.name, compiled, shape, report, result.engines, _license(session.source.path)
+        )
+        (work / "README.md").write_text(card, encoding="utf-8")
+        write_manifest(work, written.records)
+    if failure:
+        raise type(failure)(f"{failure} Published all the same, by --keep-failed: {target}")
+    return ExportResult(**{**result.__dict__, "path": target, "report": report})
+
+
+def default_output(scenario: Scenario | None) -> Path:
+    """`out/<name>` for a scenario file `<name>.txt`."""
+    if scenario is None:
+        raise UsageError("-o is missing: say where the export goes.")
+    return Path("out") / Path(scenario.name).stem
+
+
+def _artifacts(
+    artifacts: str | os.PathLike[str] | None, model: str, session: Session, *, needed: bool
+) -> Artifacts | None:
+    if artifacts is None and model != DEMO and not needed:
+        return None
+    return open_artifacts(artifacts, model, session.source)
+
+
+def _decide(
+    session: Session,
+    artifacts: Artifacts | None,
+    scenario: Scenario | None,
+    plan: str | os.PathLike[str] | Plan | None,
+    request: PlanRequest,
+) -> PlanResult:
+    """The plan given, or the one compiled from the scenario."""
+    if plan is None:
+        assert artifacts is not None
+        assert scenario is not None
+        return plan_scenario(session, artifacts, scenario, request)
+    given = plan if isinstance(plan, Plan) else read_plan(plan)
+    source = session.source
+    validate_plan(given, source.shape, source.fingerprint)
+    return PlanResult(given, None, predicted(source.shape, given.layer_shapes(source.shape)))
+
+
+def _write(
+    session: Session, compiled: Plan, compensation: Compensation, work: Path
+) -> WrittenWeights:
+    source = session.source
+    with session.progress("slicing", session.source.shape.parameters(source.shape.layers)) as bar:
+        written = write_slim_weights(
+            source,
+            compiled,
+            work,
+            replaced=compensation.refit,
+            biases=compensation.biases,
+            progress=lambda done, _total: bar(done / source.shape.element_bytes),
+        )
+    layers = compiled.layer_shapes(source.shape)
+    config = slim_config(
+        source.config,
+        source.family,
+        source.shape,
+        layers,
+        compiled.layout,
+        compiled.compensation == "bias",
+    )
+    (work / "config.json").write_text(dump_json(config), encoding="utf-8")
+    if compiled.layout == "per-layer":
+        for path in MODELING_FILES:
+            shutil.copyfile(path, work / path.name)
+    for name in _COMPANIONS:
+        if (source.path / name).exists():
+            shutil.copyfile(model_file(source.path, name), work / name)
+    (work / "plan.json").write_text(compiled.to_json(), encoding="utf-8")
+    return written
+
+
+def _verify(
+    session: Session,
+    compiled: Plan,
+    scenario: Scenario | None,
+    work: Path,
+    request: ExportRequest,
+) -> tuple[dict[str, Any], CheckFailed | None]:
+    """verify.json's content, and the error if the answer is no."""
+    from spp_export.quality import measure_quality
+    from spp_export.verification import VerifyReport, rounded
+
+    batches = check_batches(session, scenario.prompts if scenario else (), request.seed)
+    checks, slim = check_directory(work, session, compiled, batches)
+    report = VerifyReport(tuple(checks), {"reference": "float64", "computed_in": session.dtype})
+    content = report.to_dict()
+    if not report.passed or slim is None:
+        first = report.failures[0]
+        return content, ParityError(
+            f"{first.name}: {first.describe()} Nothing to change in the options helps: "
+            "this is a defect of spp or of the checkpoint."
+        )
+    held_out = scenario.split()[1] if scenario else ()
+    quality = (
+        measure_quality(session.model, slim, session.tokenizer, held_out, progress=session.progress)
+        if held_out
+        else None
+    )
+    content["quality"] = rounded(quality.to_dict()) if quality else None
+    limit = request.max_perplexity_ratio
+    if limit is None:
+        return content, None
+    if quality is None:
+        return content, QualityError(
+            "the quality gate needs held-out text: a scenario of at least four prompts."
+        )
+    if quality.ratio > limit:
+        return content, QualityError(
+            f"held-out perplexity is {quality.ratio:.3f}x dense, the gate allows {limit:g}x. "
+            "Keep more (--keep) or raise the gate."
+        )
+    return content, None
+
+
+def _license(path: Path) -> str | None:
+    """The license that a source's model card declares, if it has one."""
+    from spp_export.models import DEMO_LICENSE, is_demo
+
+    if is_demo(path):
+        return DEMO_LICENSE
+    card = path / "README.md"
+    try:
+        head = card.read_text(encoding="utf-8")[:4096].split("---")
+    except (OSError, UnicodeDecodeError):
+        return None
+    for line in head[1].splitlines() if len(head) > 2 else ():
+        key, _, value = line.partition(":")
+        if key.strip() == "license" and value.strip():
+            return value.strip().strip("\"'")
+    return None
+
+
+class _Clock:
+    """Seconds of wall time per stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = time.perf_counter() - start

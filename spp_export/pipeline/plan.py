@@ -1,0 +1,227 @@
+"""`plan`: diagnose a scenario, score the heads for it, and choose what stays under a budget."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from spp_export.artifacts import Artifacts
+from spp_export.bound import Predicted, predicted
+from spp_export.budget import DEFAULT_KEEP, Budget
+from spp_export.diagnosis import Diagnosis, FloatArray, mix_importance
+from spp_export.errors import UsageError
+from spp_export.importance import CRITERIA, comparable
+from spp_export.models import DEMO
+from spp_export.pipeline.diagnose import diagnose_prompts
+from spp_export.plans import LAYOUTS, LayerPlan, Layout, Plan, compile_plan, cover
+from spp_export.progress import Progress, no_progress
+from spp_export.published import published_mask, published_text
+from spp_export.scenario import Scenario, read_scenario
+from spp_export.session import Session, open_artifacts, open_session
+from spp_export.versions import library_versions
+
+POLICIES = ("exact", "published")
+CRITERION = "energy"
+HOW_COMPARABLE = "standardised"
+_PUBLISHED_IMPORTANCE = "head/published"
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What the user may ask of a plan; `spp plan` and `spp export` take the same."""
+
+    keep: float | None = None
+    max_params: int | None = None
+    max_kv_bytes: int | None = None
+    strength: float | None = None
+    layout: str = "per-layer"
+    criterion: str = CRITERION
+    policy: str = "exact"
+    compensate: str | None = None
+    regime: str | None = None
+
+    @property
+    def budget(self) -> Budget:
+        """The budget asked for; the default share where none was."""
+        asked = (self.keep, self.max_params, self.max_kv_bytes, self.strength)
+        if asked == (None, None, None, None):
+            return Budget(keep=DEFAULT_KEEP)
+        return Budget(*asked)
+
+    def check(self) -> None:
+        """UsageError for a word that names nothing."""
+        for option, value, known in (
+            ("--layout", self.layout, LAYOUTS),
+            ("--criterion", self.criterion, tuple(CRITERIA)),
+            ("--policy", self.policy, POLICIES),
+            ("--compensate", self.compensate or "none", ("none", "bias", "lstsq")),
+        ):
+            if value not in known:
+                raise UsageError(f"{option} {value}: expected one of {', '.join(known)}.")
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """A compiled plan, why it is so, and what it will come to."""
+
+    plan: Plan
+    diagnosis: Diagnosis | None
+    predicted: Predicted
+    scores: FloatArray | None = None
+
+
+def plan(
+    scenario: str | os.PathLike[str],
+    *,
+    model: str = DEMO,
+    artifacts: str | os.PathLike[str] | None = None,
+    request: PlanRequest | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    progress: Progress = no_progress,
+) -> PlanResult:
+    """Compile the plan for a scenario file (or "-"); nothing is written."""
+    request = request or PlanRequest()
+    request.check()
+    text = read_scenario(scenario)
+    session = open_session(model, device=device, dtype=dtype, progress=progress)
+    found = open_artifacts(artifacts, model, session.source)
+    return plan_scenario(session, found, text, request)
+
+
+def plan_scenario(
+    session: Session, artifacts: Artifacts, scenario: Scenario, request: PlanRequest
+) -> PlanResult:
+    """Compile the plan from the scenario's calibration prompts; the held-out ones are not seen."""
+    request.check()
+    shape = session.source.shape
+    calibration, _ = scenario.split()
+    diagnosis = diagnose_prompts(session, artifacts, calibration, request.regime)
+    if request.policy == "published":
+        layers, scores, provenance = _published(session, artifacts, scenario, request)
+    else:
+        layers, scores, provenance = _exact(session, artifacts, diagnosis, request)
+    sizes = predicted(shape, [layer.shape(shape) for layer in layers])
+    layout: Layout = "uniform" if request.layout == "uniform" else "per-layer"
+    compiled = Plan(
+        session.source.fingerprint,
+        session.source.name,
+        layout,
+        "none",
+        layers,
+        scenario={
+            "name": scenario.name,
+            "sha256": scenario.sha256,
+            "prompts": len(scenario.prompts),
+            "held_out": len(scenario.prompts) - len(calibration),
+        },
+        artifacts={"sha256": artifacts.sha256, "domains": list(artifacts.domains)},
+        diagnosis=diagnosis.to_dict(),
+        predicted=sizes.as_json(),
+        versions=library_versions(),
+        **provenance,
+    )
+    compensation = request.compensate or "lstsq"
+    return PlanResult(
+        replace(compiled, compensation=compensation),  # type: ignore[arg-type]
+        diagnosis,
+        sizes,
+        scores,
+    )
+
+
+def _exact(
+    session: Session, artifacts: Artifacts, diagnosis: Diagnosis, request: PlanRequest
+) -> tuple[tuple[LayerPlan, ...], FloatArray, dict[str, Any]]:
+    shape, family = session.source.shape, session.source.family
+    key = f"head/{request.criterion}"
+    if key not in artifacts.importance:
+        raise UsageError(
+            f"--criterion {request.criterion}: the artifacts hold "
+            f"{', '.join(sorted(artifacts.importance))}. Make them again with 'spp probe'."
+        )
+    scores = comparable(mix_importance(artifacts.importance[key], diagnosis), HOW_COMPARABLE)
+    layers, realised = compile_plan(
+        scores,
+        shape,
+        request.budget,
+        "uniform" if request.layout == "uniform" else "per-layer",
+        artifacts.whitelist,
+        lambda heads: not family.heads_divide_hidden or shape.hidden_size % heads == 0,
+        breadth=diagnosis.breadth,
+    )
+    provenance = {
+        "criterion": {"name": request.criterion, "comparable": HOW_COMPARABLE},
+        "policy": {"name": "exact", "whitelist": len(artifacts.whitelist)},
+        "budget": {"asked": request.budget.as_json(), "realised": realised.as_json()},
+    }
+    return layers, scores, provenance
+
+
+def _published(
+    session: Session, artifacts: Artifacts, scenario: Scenario, request: PlanRequest
+) -> tuple[tuple[LayerPlan, ...], FloatArray, dict[str, Any]]:
+    """SubspacePath Pruner's released online algorithm, and the regular layers around its mask."""
+    shape = session.source.shape
+    if request.strength is None or request.layout == "uniform":
+        raise UsageError(
+            "--policy published takes its own budget, --strength ETA, and the per-layer layout."
+        )
+    if _PUBLISHED_IMPORTANCE not in artifacts.importance:
+        raise UsageError(
+            "--policy published needs imported artifacts. Make them with 'spp artifacts import'."
+        )
+    probed = artifacts.probe_layers
+    probabilities = _attention_probabilities(session, artifacts, published_text(scenario))
+    importance = artifacts.importance[_PUBLISHED_IMPORTANCE].transpose(1, 2, 0)
+    result = published_mask(
+        probabilities[list(probed)], importance, artifacts.whitelist, request.strength
+    )
+    scores = importance.max(axis=2)
+    layers = cover(result.mask, shape, scores)
+    kept = sum(len(layer.query_heads) for layer in layers)
+    heads = shape.num_layers * shape.query_heads
+    provenance = {
+        "criterion": {"name": "published"},
+        "policy": {
+            "name": "published",
+            "note": "the published mask zeroes blocks of the residual stream after o_proj; here "
+            "its heads are removed, and every layer is completed to a regular shape",
+            "inferred": [artifacts.domains[k] for k in result.inferred],
+            "mask_pruning_ratio": round(result.ratio, 6),
+        },
+        "budget": {
+            "asked": {"strength": request.strength},
+            "realised": {"query_heads": kept, "of": heads},
+        },
+    }
+    return layers, scores, provenance
+
+
+def _attention_probabilities(session: Session, artifacts: Artifacts, text: str) -> FloatArray:
+    """Uncalibrated probe outputs [L,K] on the attention output alone, as the release computes
+    them: its hook never sees the residual stream."""
+    from spp_export.activations import TextMeans, observe, token_batches
+
+    shape = session.source.shape
+    means = TextMeans("attention", 1, shape.num_layers, shape.hidden_size)
+    observe(session.model, session.source.family, token_batches(session.tokenizer, [text]), [means])
+    logits = np.einsum("ld,lkd->lk", means.values[0], artifacts.weight) + artifacts.bias
+    probabilities: FloatArray = 1.0 / (1.0 + np.exp(-logits.astype(np.float64)))
+    return probabilities
+
+
+def plan_tensors(session: Session, compiled: Plan) -> list[dict[str, Sequence[Any]]]:
+    """Every tensor that slicing changes: name, old and new shape."""
+    shape, family = session.source.shape, session.source.family
+    before = family.tensors(shape, shape.layers)
+    after = family.tensors(shape, compiled.layer_shapes(shape))
+    return [
+        {"name": old.name, "dense": old.shape, "slim": new.shape}
+        for old, new in zip(before, after, strict=True)
+        if old.shape != new.shape
+    ]

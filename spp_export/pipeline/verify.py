@@ -1,0 +1,170 @@
+"""`verify`: whether a written directory is what its plan and the dense model promise."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spp_export.checkpoint.dtypes import all_finite
+from spp_export.checkpoint.manifest import check_manifest
+from spp_export.checkpoint.reader import blocks, read_float, stored_tensors
+from spp_export.checkpoint.slim import slim_shape
+from spp_export.checkpoint.source import Source, read_config
+from spp_export.errors import OutputError
+from spp_export.families import Role
+from spp_export.models import DEMO
+from spp_export.plans import Plan, read_plan, validate_plan
+from spp_export.progress import Progress, no_progress
+from spp_export.scenario import read_scenario
+from spp_export.session import Session, open_session
+from spp_export.slim_config import slim_config
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from spp_export.activations import TokenBatch
+    from spp_export.reference import OutputProjection
+    from spp_export.verification import Check, VerifyReport
+
+_TEXTS = 8
+_TOKENS_PER_TEXT = 96
+_RANDOM_ROWS = 4
+_RANDOM_TOKENS = 48
+
+
+def verify(
+    out: str | os.PathLike[str],
+    *,
+    model: str = DEMO,
+    scenario: str | os.PathLike[str] | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> VerifyReport:
+    """Integrity and parity of an exported directory against the dense model it came from.
+
+    Logits are compared on the scenario's text, or on seeded random tokens without one: parity does
+    not depend on the text. Raises OutputError where the directory is no export.
+    """
+    from spp_export.verification import Check, VerifyReport
+
+    directory = Path(out)
+    if not (directory / "plan.json").is_file():
+        raise OutputError(f"{directory}: no plan.json, so not an export of spp.")
+    session = open_session(model, device=device, dtype=dtype, progress=progress)
+    compiled = read_plan(directory / "plan.json")
+    validate_plan(compiled, session.source.shape, session.source.fingerprint)
+    problems = check_manifest(directory)
+    integrity = Check("files as the manifest lists them", not problems, detail="; ".join(problems))
+    if problems:
+        # Nothing more can be said of files that are not the ones that were written.
+        return VerifyReport((integrity,))
+    prompts = read_scenario(scenario).prompts if scenario is not None else ()
+    batches = check_batches(session, prompts, seed)
+    checks, _ = check_directory(directory, session, compiled, batches)
+    return VerifyReport((integrity, *checks), {"reference": session.dtype})
+
+
+def check_batches(session: Session, prompts: Sequence[str], seed: int = 0) -> list[TokenBatch]:
+    """The tokens that parity is checked on: the first prompts, or random tokens without any."""
+    import torch
+
+    from spp_export.activations import TokenBatch, token_batches
+
+    if prompts:
+        return token_batches(session.tokenizer, prompts[:_TEXTS], max_tokens=_TOKENS_PER_TEXT)
+    generator = torch.Generator().manual_seed(seed)
+    size = (_RANDOM_ROWS, _RANDOM_TOKENS)
+    ids = torch.randint(session.source.shape.vocab_size, size, generator=generator)
+    return [TokenBatch(ids, torch.ones_like(ids), tuple(range(_RANDOM_ROWS)))]
+
+
+def check_directory(
+    directory: Path, session: Session, compiled: Plan, batches: Sequence[TokenBatch]
+) -> tuple[list[Check], nn.Module | None]:
+    """Every check on a directory's weights, and the slim model if it loads."""
+    from spp_export.loader import load_slim
+    from spp_export.verification import (
+        check_cache,
+        check_causality,
+        check_parity,
+        reference_logits,
+    )
+
+    checks = [_check_tensors(directory, session.source, compiled)]
+    if not checks[0].passed:
+        return checks, None
+    source = session.source
+    with session.progress("checking against the masked dense model", None):
+        reference = reference_logits(
+            session.model,
+            source.family,
+            source.shape,
+            compiled,
+            batches,
+            _compensated(directory, source, compiled),
+        )
+        slim = load_slim(directory, dtype=session.torch_dtype, device=session.device)
+        checks.append(check_parity(slim, reference))
+        longest = max(batches, key=lambda batch: int(batch.attention_mask[0].sum()))
+        checks.append(check_causality(slim, longest))
+        checks.append(check_cache(slim, longest))
+    return checks, slim
+
+
+def _check_tensors(directory: Path, source: Source, compiled: Plan) -> Check:
+    """Names, shapes, dtypes and config are those of the plan, and every value is finite."""
+    from spp_export.verification import Check
+
+    name = "keys, shapes, dtypes and finite values"
+    biased = {Role.OUTPUT} if compiled.compensation == "bias" else set()
+    shape = slim_shape(source, biased)
+    layers = compiled.layer_shapes(source.shape)
+    config = read_config(directory / "config.json")
+    wanted = slim_config(
+        source.config, source.family, source.shape, layers, compiled.layout, bool(biased)
+    )
+    different = sorted(k for k in config.keys() | wanted.keys() if config.get(k) != wanted.get(k))
+    if different:
+        return Check(name, False, detail=f"config.json differs from the plan in {different[0]}")
+    expected = {spec.name: spec for spec in source.family.tensors(shape, layers)}
+    stored = stored_tensors(directory)
+    if stored.keys() != expected.keys():
+        odd = sorted(stored.keys() ^ expected.keys())[0]
+        return Check(name, False, detail=f"{odd}: in the files or in the plan but not in both")
+    for key, tensor in stored.items():
+        original = source.tensors.get(key)
+        dtype = original.dtype if original else source.dtype
+        if tensor.shape != expected[key].shape or tensor.dtype != dtype:
+            return Check(
+                name,
+                False,
+                detail=f"{key}: {tensor.dtype} {list(tensor.shape)}, expected {dtype} "
+                f"{list(expected[key].shape)}",
+            )
+        if not all(all_finite(block, tensor.dtype) for block in blocks(tensor)):
+            return Check(name, False, detail=f"{key}: holds values that are not finite")
+    return Check(name, True, detail=f"{len(stored)} tensors")
+
+
+def _compensated(directory: Path, source: Source, compiled: Plan) -> Mapping[int, OutputProjection]:
+    """The re-fitted output projections as written, for the oracle to put in place."""
+    import torch
+
+    from spp_export.reference import OutputProjection
+
+    if compiled.compensation == "none":
+        return {}
+    stored = stored_tensors(directory)
+    found = {}
+    for layer in range(source.shape.num_layers):
+        role = source.family.layer_name(layer, source.family.output)
+        bias = stored.get(f"{role}.bias")
+        found[layer] = OutputProjection(
+            torch.from_numpy(read_float(stored[f"{role}.weight"])),
+            None if bias is None else torch.from_numpy(read_float(bias)),
+        )
+    return found

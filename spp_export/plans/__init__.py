@@ -1,0 +1,37 @@
+"""Scores, budget and layout to a plan; plans as files; plans against models. No torch."""
+
+from __future__ import annotations
+
+from spp_export.budget import DEFAULT_KEEP, Budget
+from spp_export.plans.compile import Realised, compile_plan
+from spp_export.plans.cover import cover
+from spp_export.plans.document import parse_plan, read_plan, write_plan
+from spp_export.plans.records import (
+    COMPENSATIONS,
+    LAYOUTS,
+    Compensation,
+    LayerPlan,
+    Layout,
+    Plan,
+    dense_plan,
+)
+from spp_export.plans.validate import validate_plan
+
+__all__ = [
+    "COMPENSATIONS",
+    "DEFAULT_KEEP",
+    "LAYOUTS",
+    "Budget",
+    "Compensation",
+    "LayerPlan",
+    "Layout",
+    "Plan",
+    "Realised",
+    "compile_plan",
+    "cover",
+    "dense_plan",
+    "parse_plan",
+    "read_plan",
+    "validate_plan",
+    "write_plan",
+]

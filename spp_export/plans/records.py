@@ -1,0 +1,110 @@
+"""The plan: which units of which layer stay, and where that decision came from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from spp_export.errors import PlanError
+from spp_export.jsonio import dump_json
+from spp_export.shape import LayerShape, ModelShape
+
+SCHEMA_VERSION = 1
+
+Layout = Literal["uniform", "per-layer"]
+Compensation = Literal["none", "bias", "lstsq"]
+LAYOUTS: tuple[Layout, ...] = ("uniform", "per-layer")
+COMPENSATIONS: tuple[Compensation, ...] = ("none", "bias", "lstsq")
+PROVENANCE = (
+    "scenario",
+    "artifacts",
+    "diagnosis",
+    "criterion",
+    "policy",
+    "budget",
+    "predicted",
+    "versions",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """What one layer keeps, as ascending indices in the source; `channels` None keeps them all."""
+
+    kv_heads: tuple[int, ...]
+    query_heads: tuple[int, ...]
+    channels: tuple[int, ...] | None = None
+
+    def shape(self, model: ModelShape) -> LayerShape:
+        """Size of the layer after slicing."""
+        channels = model.channels if self.channels is None else len(self.channels)
+        return LayerShape(len(self.query_heads), len(self.kv_heads), channels)
+
+    def as_json(self) -> dict[str, Any]:
+        """The layer's object in plan.json."""
+        return {
+            "kv_heads": list(self.kv_heads),
+            "query_heads": list(self.query_heads),
+            "channels": None if self.channels is None else list(self.channels),
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The compiled decision. Slicing reads the first five fields; the rest is provenance.
+
+    `model_source` is a hub id or a directory name, never an absolute path: users publish plans.
+    The provenance fields are JSON objects and may be empty.
+    """
+
+    model_fingerprint: str
+    model_source: str
+    layout: Layout
+    compensation: Compensation
+    layers: tuple[LayerPlan, ...]
+    scenario: Mapping[str, Any] = field(default_factory=dict)
+    artifacts: Mapping[str, Any] = field(default_factory=dict)
+    diagnosis: Mapping[str, Any] = field(default_factory=dict)
+    criterion: Mapping[str, Any] = field(default_factory=dict)
+    policy: Mapping[str, Any] = field(default_factory=dict)
+    budget: Mapping[str, Any] = field(default_factory=dict)
+    predicted: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.model_source.startswith(("/", "~", "\\")) or self.model_source[1:3] == ":\\":
+            raise PlanError(
+                f"plan: model.source is the path {self.model_source!r}, expected a hub id or the "
+                "name of a directory."
+            )
+
+    def layer_shapes(self, model: ModelShape) -> tuple[LayerShape, ...]:
+        """Size of every layer after slicing."""
+        return tuple(layer.shape(model) for layer in self.layers)
+
+    def to_json(self) -> str:
+        """plan.json: keys in a fixed order, one layer per line, provenance as given."""
+        head = {
+            "schema_version": SCHEMA_VERSION,
+            "model": {"fingerprint": self.model_fingerprint, "source": self.model_source},
+            "layout": self.layout,
+            "compensation": self.compensation,
+        }
+        tail = {name: value for name in PROVENANCE if (value := getattr(self, name))}
+        rows = ",\n    ".join(json.dumps(layer.as_json()) for layer in self.layers)
+        entries = [_entry(name, value) for name, value in head.items()]
+        entries.append(f'"layers": [\n    {rows}\n  ]')
+        entries += [_entry(name, value) for name, value in tail.items()]
+        return "{\n  " + ",\n  ".join(entries) + "\n}\n"
+
+
+def dense_plan(shape: ModelShape, fingerprint: str, source: str) -> Plan:
+    """The plan that keeps everything."""
+    layer = LayerPlan(tuple(range(shape.kv_heads)), tuple(range(shape.query_heads)))
+    return Plan(fingerprint, source, "uniform", "none", (layer,) * shape.num_layers)
+
+
+def _entry(name: str, value: Any) -> str:
+    return f'"{name}": ' + dump_json(value).rstrip("\n").replace("\n", "\n  ")

@@ -1,0 +1,221 @@
+"""Whether a slim checkpoint is what was promised: the checks, their figures and their limits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spp_export.activations import TokenBatch
+from spp_export.families import Family
+from spp_export.plans import Plan
+from spp_export.reference import OutputProjection, masked_dense
+from spp_export.shape import ModelShape
+
+# Room above the reference's own error, in units of eps(dtype) x largest |logit|: two orders of
+# summation of the same numbers differ by a few of these.
+_ROOM = 16.0
+_GENERATED = 16
+
+
+def rounded(record: dict[str, Any]) -> dict[str, Any]:
+    """Floats to four significant digits: the last bits of a measurement say nothing, and a file
+    that has them would differ from run to run on another number of threads."""
+    return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in record.items()}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One promise: what was found, the limit it had to keep, and whether it did."""
+
+    name: str
+    passed: bool
+    found: float | None = None
+    limit: float | None = None
+    detail: str = ""
+
+    def describe(self) -> str:
+        """What was found against what was allowed, in one phrase."""
+        figures = "" if self.found is None else f"found {self.found:.3g}, at most {self.limit:.3g}"
+        return "; ".join(part for part in (figures, self.detail) if part) + "."
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without the fields that say nothing, figures rounded."""
+        full = {
+            "name": self.name,
+            "passed": self.passed,
+            "found": self.found,
+            "limit": self.limit,
+            "detail": self.detail or None,
+        }
+        return rounded({key: value for key, value in full.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """All checks of one export."""
+
+    checks: tuple[Check, ...]
+    context: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check held."""
+        return all(check.passed for check in self.checks)
+
+    @property
+    def failures(self) -> tuple[Check, ...]:
+        """The checks that did not hold."""
+        return tuple(check for check in self.checks if not check.passed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For verify.json and `--json`."""
+        return {
+            "schema_version": 1,
+            "passed": self.passed,
+            "checks": [check.to_dict() for check in self.checks],
+            **self.context,
+        }
+
+
+@dataclass(frozen=True)
+class ReferenceLogits:
+    """Logits [T,V] of the masked dense model at the real tokens of some batches.
+
+    exact  in the reference dtype (float64 where memory allows)
+    same   in the slim model's own dtype: how far rounding alone takes the oracle
+    """
+
+    batches: tuple[TokenBatch, ...]
+    exact: tuple[Tensor, ...]
+    same: tuple[Tensor, ...]
+
+
+def real_logits(model: nn.Module, batch: TokenBatch) -> Tensor:
+    """Logits [T,V] at the T real tokens of a batch, in the model's dtype, on the CPU."""
+    device = next(model.parameters()).device
+    mask = batch.attention_mask.to(device)
+    with torch.no_grad():
+        logits: Tensor = model(
+            input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False
+        ).logits
+    return logits[mask.bool()].cpu()
+
+
+def reference_logits(
+    dense: nn.Module,
+    family: Family,
+    shape: ModelShape,
+    plan: Plan,
+    batches: Sequence[TokenBatch],
+    compensated: Mapping[int, OutputProjection] | None,
+    *,
+    exact_dtype: torch.dtype = torch.float64,
+) -> ReferenceLogits:
+    """What the slim model must give on these batches, by the oracle in two precisions.
+
+    The dense model is cast to `exact_dtype` on the way and back to its own dtype after.
+    """
+    own = next(dense.parameters()).dtype
+    with masked_dense(dense, family, shape, plan, compensated):
+        same = tuple(real_logits(dense, batch) for batch in batches)
+    with (
+        _in_dtype(dense, exact_dtype, own),
+        masked_dense(dense, family, shape, plan, compensated),
+    ):
+        exact = tuple(real_logits(dense, batch) for batch in batches)
+    return ReferenceLogits(tuple(batches), exact, same)
+
+
+@contextmanager
+def _in_dtype(model: nn.Module, dtype: torch.dtype, back: torch.dtype) -> Iterator[None]:
+    # Rotary tables are buffers in fp32 whatever the weights: casting them down and up would lose
+    # bits, so they are put back as they were.
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.to(dtype)
+    try:
+        yield
+    finally:
+        model.to(back)
+        for name, buffer in buffers.items():
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, buffer)
+
+
+def check_parity(slim: nn.Module, reference: ReferenceLogits) -> Check:
+    """`err(slim) <= err(masked dense, same dtype) + rounding`, both against the exact oracle."""
+    slim_error = same_error = largest = between = 0.0
+    for batch, exact, same in zip(reference.batches, reference.exact, reference.same, strict=True):
+        logits = real_logits(slim, batch)
+        slim_error = max(slim_error, _distance(logits, exact))
+        same_error = max(same_error, _distance(same, exact))
+        between = max(between, _distance(logits, same))
+        largest = max(largest, float(exact.abs().max()))
+    limit = same_error + _room(slim, largest)
+    tokens = sum(batch.real_tokens for batch in reference.batches)
+    return Check(
+        "logits parity with the masked dense model",
+        slim_error <= limit,
+        slim_error,
+        limit,
+        f"max |slim - masked dense| {between:.2e} in the same dtype, {tokens} tokens, "
+        f"largest |logit| {largest:.1f}",
+    )
+
+
+def check_causality(slim: nn.Module, batch: TokenBatch) -> Check:
+    """A prefix's logits must not depend on what follows it."""
+    ids = batch.input_ids[:1, : int(batch.attention_mask[0].sum())]
+    half = max(ids.shape[1] // 2, 1)
+    changed = ids.clone()
+    changed[:, half:] = ids[:, half:].flip(1) if ids.shape[1] - half > 1 else ids[:, :1]
+    with torch.no_grad():
+        whole = _forward(slim, ids)[:, :half]
+        other = _forward(slim, changed)[:, :half]
+        prefix = _forward(slim, ids[:, :half])
+    found = max(_distance(whole, other), _distance(whole, prefix))
+    limit = _room(slim, float(whole.abs().max()))
+    return Check("prefix causality", found <= limit, found, limit, f"prefix of {half} tokens")
+
+
+def check_cache(slim: nn.Module, batch: TokenBatch) -> Check:
+    """Token-by-token decoding with a cache must give the logits of one uncached pass."""
+    device = next(slim.parameters()).device
+    ids = batch.input_ids[:1, : int(batch.attention_mask[0].sum())].to(device)
+    prompt = ids[:, : max(ids.shape[1] // 2, 1)]
+    steps, cache, next_ids = [], None, prompt
+    with torch.no_grad():
+        for _ in range(_GENERATED):
+            output = slim(input_ids=next_ids, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            steps.append(output.logits[:, -1])
+            next_ids = output.logits[:, -1:].argmax(-1)
+            prompt = torch.cat([prompt, next_ids], dim=1)
+        uncached = _forward(slim, prompt[:, :-1])[:, -_GENERATED:]
+    cached = torch.stack(steps, dim=1)
+    found = _distance(cached, uncached)
+    limit = _room(slim, float(uncached.abs().max()))
+    return Check(
+        "cached against uncached decoding", found <= limit, found, limit, f"{_GENERATED} tokens"
+    )
+
+
+def _forward(model: nn.Module, ids: Tensor) -> Tensor:
+    device = next(model.parameters()).device
+    logits: Tensor = model(input_ids=ids.to(device), use_cache=False).logits
+    return logits
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    difference = float((a.double().cpu() - b.double().cpu()).abs().max())
+    # NaN compares false with every limit only if it stays NaN; make the failure explicit.
+    return difference if difference == difference else float("inf")
+
+
+def _room(model: nn.Module, largest: float) -> float:
+    dtype = next(model.parameters()).dtype
+    return _ROOM * torch.finfo(dtype).eps * max(largest, 1.0)

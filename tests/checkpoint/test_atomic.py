@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from spp_export.checkpoint import atomic
+from spp_export.checkpoint.atomic import publish, require_free_space
+from spp_export.checkpoint.manifest import write_manifest
+from spp_export.errors import OutputError
+
+
+def fill(work: Path, text: str = "new") -> None:
+    (work / "sub").mkdir()
+    (work / "sub" / "file").write_text(text)
+    write_manifest(work)
+
+
+def content(target: Path) -> str:
+    return (target / "sub" / "file").read_text()
+
+
+def siblings(target: Path) -> list[str]:
+    return sorted(path.name for path in target.parent.iterdir() if path != target)
+
+
+@pytest.fixture
+def ours(tmp_path):
+    target = tmp_path / "out"
+    with publish(target) as work:
+        fill(work, "old")
+    return target
+
+
+def test_appears_whole(tmp_path):
+    target = tmp_path / "a" / "b" / "out"
+    with publish(target) as work:
+        assert work.parent == target.parent
+        assert work.name.startswith(".out.spp-")
+        fill(work)
+        assert not target.exists()
+    assert content(target) == "new"
+    assert siblings(target) == []
+
+
+def test_an_empty_directory_is_accepted(tmp_path):
+    (tmp_path / "out").mkdir()
+    with publish(tmp_path / "out") as work:
+        fill(work)
+    assert content(tmp_path / "out") == "new"
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("force", [False, True])
+def test_an_exception_changes_nothing(tmp_path, ours, error, force):
+    target = ours if force else tmp_path / "p" / "q" / "none"
+    with pytest.raises(error), publish(target, force=force) as work:  # noqa: PT012
+        fill(work)
+        raise error
+    assert siblings(ours) == []
+    assert content(ours) == "old"
+
+
+def test_force_replaces_what_we_wrote(ours):
+    with publish(ours, force=True) as work:
+        fill(work)
+        assert content(ours) == "old"
+    assert content(ours) == "new"
+    assert siblings(ours) == []
+
+
+def test_without_renameat2(ours, monkeypatch):
+    monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
+    with publish(ours, force=True) as work:
+        fill(work)
+    assert content(ours) == "new"
+    assert siblings(ours) == []
+
+
+def test_a_failing_second_rename_is_undone(ours, monkeypatch):
+    rename, calls = Path.rename, []
+
+    def fail_second(self, other):
+        calls.append(self)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, other)
+
+    monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(Path, "rename", fail_second)
+    with pytest.raises(OutputError, match="Input/output"), publish(ours, force=True) as work:
+        fill(work)
+    assert content(ours) == "old"
+    assert siblings(ours) == []
+
+
+def start(target: Path, force: bool = False) -> None:
+    with publish(target, force=force):
+        raise AssertionError("work began")
+
+
+def test_refused_before_any_work(tmp_path, ours, monkeypatch):
+    with pytest.raises(OutputError, match="not empty"):
+        start(ours)
+    foreign = tmp_path / "home"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("x")
+    with pytest.raises(OutputError, match=r"no manifest\.json of spp"):
+        start(foreign, force=True)
+    (foreign / "manifest.json").write_text('{"tool": "other"}')
+    with pytest.raises(OutputError, match=r"no manifest\.json of spp"):
+        start(foreign, force=True)
+    with pytest.raises(OutputError, match="not a directory"):
+        start(foreign / "thesis.tex", force=True)
+    with pytest.raises(OutputError, match="cannot be written"):
+        start(foreign / "thesis.tex" / "out")
+    with pytest.raises(OutputError, match="mount point"):
+        start(Path("/"))
+    with pytest.raises(OutputError, match="cannot be written"):
+        start(tmp_path / ("x" * 250))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match="current directory"):
+        start(Path())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "out"]
+
+
+def test_a_target_filled_while_we_worked_is_kept(tmp_path):
+    target = tmp_path / "out"
+    with pytest.raises(OutputError, match="not empty"), publish(target) as work:  # noqa: PT012
+        fill(work)
+        target.mkdir()
+        (target / "theirs").write_text("x")
+    assert [path.name for path in target.iterdir()] == ["theirs"]
+    assert siblings(target) == []
+
+
+def test_a_link_to_a_directory_stays_a_link(tmp_path):
+    (tmp_path / "big-disk").mkdir()
+    (tmp_path / "out").symlink_to("big-disk")
+    with publish(tmp_path / "out") as work:
+        fill(work)
+    assert (tmp_path / "out").is_symlink()
+    assert content(tmp_path / "big-disk") == "new"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_modes_follow_the_umask(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with publish(tmp_path / "p" / "out") as work:
+            fill(work)
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "p", tmp_path / "p" / "out", tmp_path / "p" / "out" / "sub"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o777 & ~umask
+    assert stat.S_IMODE((tmp_path / "p/out/sub/file").stat().st_mode) == 0o666 & ~umask
+
+
+def test_everything_is_flushed_before_the_rename(tmp_path, monkeypatch):
+    events = []
+    fsync, rename = os.fsync, Path.rename
+
+    def spy_fsync(descriptor):
+        events.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def spy_rename(self, other):
+        events.append("rename")
+        return rename(self, other)
+
+    monkeypatch.setattr(os, "fsync", spy_fsync)
+    monkeypatch.setattr(Path, "rename", spy_rename)
+    with publish(tmp_path / "out") as work:
+        fill(work)
+        expected = {str(work), str(work / "sub")} | {
+            str(path) for path in work.rglob("*") if path.is_file()
+        }
+    assert set(events[: events.index("rename")]) == expected
+    assert events[events.index("rename") + 1 :] == [str(tmp_path)]
+
+
+CHILD = """
+    import os, sys, time
+    from pathlib import Path
+    from spp_export.checkpoint.atomic import publish
+    with publish(Path(sys.argv[1]), force=True) as work:
+        (work / "half").write_text("half")
+        print("ready", flush=True)
+        time.sleep(60)
+"""
+
+
+def run_child(target: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", textwrap.dedent(CHILD), str(target)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    return child
+
+
+def finish(child: subprocess.Popen[str], number: int) -> None:
+    child.send_signal(number)
+    child.wait()
+    assert child.stdout is not None
+    child.stdout.close()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_kill_leaves_no_target_and_the_next_run_cleans_up(tmp_path, ours, there):
+    target = ours if there else tmp_path / "other"
+    child = run_child(target)
+    try:
+        (leftover,) = (path for path in tmp_path.iterdir() if path.name.startswith("."))
+        # Another run must not touch what a living one is writing.
+        with pytest.raises(ValueError, match="stop"), publish(target, force=True):
+            raise ValueError("stop")
+        assert (leftover / "half").exists()
+    finally:
+        finish(child, signal.SIGKILL)
+    assert content(ours) == "old"
+    assert target.exists() == there
+    assert leftover.exists()
+    with publish(target, force=True) as work:
+        fill(work)
+    assert content(target) == "new"
+    assert not leftover.exists()
+
+
+def test_ctrl_c_cleans_up_at_once(tmp_path):
+    child = run_child(tmp_path / "out")
+    finish(child, signal.SIGINT)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_old_target_put_aside_by_a_dead_process_comes_back(ours):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    ours.rename(ours.parent / f".out.spp-old-{dead.pid}-0123abcd")
+    with pytest.raises(OutputError, match="not empty"):
+        start(ours)
+    assert content(ours) == "old"
+    assert siblings(ours) == []
+
+
+def test_neighbours_are_left_alone(tmp_path, ours):
+    names = [
+        ".out.spp-1-0123abcd",
+        ".out.spp-x",
+        ".other.spp-999999-0123abcd",
+        "out.spp-1-0123abcd",
+    ]
+    for name in names:
+        (tmp_path / name).mkdir()
+    with publish(ours, force=True) as work:
+        fill(work)
+    assert siblings(ours) == sorted(names)
+
+
+def test_free_space(tmp_path):
+    require_free_space(tmp_path / "not" / "there", 1)
+    with pytest.raises(OutputError, match="are free"):
+        require_free_space(tmp_path, 1 << 60)

@@ -1,0 +1,21 @@
+"""Settings that hold for every test: no network, no trace outside pytest's own directories."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+
+import pytest
+
+# transformers copies a checkpoint's own code here before it runs it, and reads the variables once,
+# when it is first imported.
+_MODULES = tempfile.mkdtemp(prefix="spp-tests-")
+os.environ["HF_MODULES_CACHE"] = _MODULES
+os.environ["HF_HUB_OFFLINE"] = "1"
+# Tiny matrices are slower on several threads, and round by their number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(_MODULES, ignore_errors=True)

@@ -1,0 +1,74 @@
+"""Write slim checkpoints of every case with what they must compute, for check_loading.py to read.
+
+    python tests/loading/build_loading.py OUT
+
+makes OUT/<case>/model, the checkpoint, and OUT/<case>/expected.safetensors, computed in float64 by
+the masked dense model: left-padded prompts, their logits, the greedy continuation without a cache.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from factories import (
+    CASES,
+    Case,
+    mask_in_torch,
+    random_layers,
+    shape_of,
+    uniform_layers,
+    write_slim,
+)
+
+from spp_export.plans import LayerPlan, Layout
+from spp_export.quiet import quiet_transformers
+
+PROMPTS = ("Sulfuric acid is", "The treaty of 1648 ended a war that")
+NEW_TOKENS = 6
+
+
+def build_all(out: Path) -> None:
+    """Every case with a random per-layer plan, and one uniform checkpoint of every family."""
+    for seed, case in enumerate(CASES):
+        dense = case.make(out / case.name)
+        build(out / case.name, dense, random_layers(shape_of(dense), seed), "per-layer")
+    for family in sorted({case.family for case in CASES}):
+        target = out / f"{family}-uniform"
+        dense = Case(family, family, {"kv_heads": 4, "query_heads": 8}).make(target)
+        layers = uniform_layers(shape_of(dense), 0, kv_heads=2, group_size=2, channels=40)
+        build(target, dense, layers, "uniform")
+
+
+def build(target: Path, dense: Path, layers: Sequence[LayerPlan], layout: Layout) -> None:
+    """Write one checkpoint and what it must compute below `target`."""
+    write_slim(target / "model", dense, layers, layout)
+    tokenizer = AutoTokenizer.from_pretrained(dense, padding_side="left")
+    batch = tokenizer(PROMPTS, padding=True, return_tensors="pt")
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float64)
+    with torch.no_grad(), mask_in_torch(model, layers):
+        expected = {
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.attention_mask,
+            "logits": model(**batch).logits,
+            "tokens": model.generate(
+                **batch,
+                do_sample=False,
+                use_cache=False,
+                max_new_tokens=NEW_TOKENS,
+                min_new_tokens=NEW_TOKENS,
+            ),
+        }
+    save_file(expected, target / "expected.safetensors")
+
+
+if __name__ == "__main__":
+    build_all(Path(sys.argv[1]))

@@ -1,0 +1,192 @@
+"""Per-layer models against the masked dense model, which is what they must equal.
+
+Where 0.0 is asked for, both models do the same operations on the same numbers, the masked one with
+exact zeros among them. Float64 on CPU can then differ only where a matrix product sums in an order
+that depends on its inner size or on the alignment of its operands. It does not at these sizes, with
+several tokens at once and weights converted on loading, hence freshly allocated. Decoding token by
+token takes other kernels, so it is compared by the tokens it gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from factories import CASES, Case, mask_in_torch, random_layers, shape_of, write_slim
+from transformers import AutoModel, PreTrainedModel
+
+from spp_export.loader import load_dense, load_slim
+from spp_export.plans import LayerPlan
+from spp_export.quiet import quiet_transformers
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A dense checkpoint, what is kept of it, and the slim checkpoint."""
+
+    dense: Path
+    layers: Sequence[LayerPlan]
+    slim: Path
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def dense(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return case.make(tmp_path_factory.mktemp(case.name))
+
+
+@pytest.fixture(scope="module")
+def pair(dense: Path) -> Pair:
+    return make_pair(dense, seed=0)
+
+
+def make_pair(dense: Path, seed: int) -> Pair:
+    """A random plan; every third keeps all channels."""
+    layers = random_layers(shape_of(dense), seed, channels=seed % 3 != 1)
+    slim = dense.parent / f"slim{seed}"
+    return Pair(dense, layers, slim if slim.exists() else write_slim(slim, dense, layers))
+
+
+@contextmanager
+def masked(
+    pair: Pair, dtype: torch.dtype = torch.float64, attention: str = "sdpa"
+) -> Iterator[PreTrainedModel]:
+    """The dense model with the removed units' inputs zeroed."""
+    with mask_in_torch(
+        load_dense(pair.dense, dtype, attn_implementation=attention), pair.layers
+    ) as model:
+        yield model
+
+
+def tokens(batch: int = 2, length: int = 23) -> torch.Tensor:
+    return torch.randint(3, 259, (batch, length), generator=torch.Generator().manual_seed(7))
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    return model(ids).logits
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_logits_equal_the_masked_dense_model(dense, attention, seed):
+    pair = make_pair(dense, seed)
+    slim = load_slim(pair.slim, torch.float64, attn_implementation=attention)
+    with masked(pair, attention=attention) as expected:
+        difference = logits(slim, tokens()) - logits(expected, tokens())
+    assert difference.abs().max().item() == 0.0
+
+
+def test_every_layer_has_the_planned_shape(pair):
+    slim, shape = load_slim(pair.slim), shape_of(pair.dense)
+    for layer, module in zip(pair.layers, slim.model.layers, strict=True):
+        assert module.self_attn.q_proj.out_features == len(layer.query_heads) * shape.head_dim
+        assert module.self_attn.k_proj.out_features == len(layer.kv_heads) * shape.head_dim
+        assert module.mlp.up_proj.out_features == layer.shape(shape).channels
+        assert type(module.self_attn).__module__.startswith("transformers.models.")
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_prefix_does_not_see_what_follows(pair, attention):
+    slim = load_slim(pair.slim, torch.float64, attn_implementation=attention)
+    other = torch.cat([tokens()[:, :11], tokens()[:, 11:].flip(1)], dim=1)
+    assert not torch.equal(tokens(), other)
+    difference = logits(slim, tokens())[:, :11] - logits(slim, other)[:, :11]
+    assert difference.abs().max().item() == 0.0
+
+
+def test_attention_can_be_switched_after_loading(pair):
+    slim = load_slim(pair.slim, torch.float64, attn_implementation="sdpa")
+    slim.set_attn_implementation("eager")
+    assert {layer.self_attn.config._attn_implementation for layer in slim.model.layers} == {"eager"}
+    with masked(pair, attention="eager") as expected:
+        difference = logits(slim, tokens()) - logits(expected, tokens())
+    assert difference.abs().max().item() == 0.0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"cache_implementation": "static", "disable_compile": True},
+        {"use_cache": False},
+        {"num_beams": 2},
+        {"num_beams": 2, "use_cache": False},
+    ],
+    ids=["dynamic", "static", "uncached", "beams", "uncached-beams"],
+)
+def test_generation_follows_the_masked_dense_model(pair, options):
+    ids, attends = tokens(batch=2, length=14), torch.ones(2, 14, dtype=torch.long)
+    ids[0, :5], attends[0, :5] = 0, 0  # left padding
+    common = {"attention_mask": attends, "do_sample": False, "max_new_tokens": 8}
+    common |= {"min_new_tokens": 8}
+    beams = options.get("num_beams", 1)
+    with masked(pair) as model:
+        expected = model.generate(ids, use_cache=False, num_beams=beams, **common)
+    slim = load_slim(pair.slim, torch.float64)
+    assert slim.generate(ids, **common, **options).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_no_type_loses_more_than_the_masked_dense_model_does(pair, dtype):
+    """err(slim) <= err(masked dense) + small, both against float64."""
+    with masked(pair) as model:
+        exact = logits(model, tokens())
+
+    def error(model: PreTrainedModel) -> float:
+        found = logits(model, tokens())
+        assert found.dtype == dtype
+        return ((found.double() - exact).norm() / exact.norm()).item()
+
+    with masked(pair, dtype) as model:
+        allowed = error(model) + torch.finfo(dtype).eps
+    assert error(load_slim(pair.slim, dtype)) <= allowed
+
+
+def test_saving_and_loading_again_changes_nothing(pair, tmp_path):
+    slim = load_slim(pair.slim, torch.float64)
+    with quiet_transformers():
+        slim.save_pretrained(tmp_path)
+    again = load_slim(tmp_path)
+    assert {path.name for path in tmp_path.glob("*.py")} == {
+        "configuration_spp.py",
+        "modeling_spp.py",
+    }
+    assert again.config.to_dict()["per_layer_config"] == slim.config.to_dict()["per_layer_config"]
+    assert again.config.auto_map == slim.config.auto_map
+    before, after = slim.state_dict(), again.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    # Not 0.0: weights that need no conversion stay in the mapped file, where they are not aligned
+    # as fresh memory is, and matrix products round by alignment.
+    difference = logits(again, tokens()) - logits(slim, tokens())
+    assert difference.abs().max().item() < 1e-12
+
+
+def test_auto_model_gives_the_decoder(pair):
+    slim = load_slim(pair.slim, torch.float64)
+    base = AutoModel.from_pretrained(pair.slim, dtype=torch.float64)
+    with torch.no_grad():
+        hidden = base(tokens()).last_hidden_state
+        assert torch.equal(hidden, slim.model(tokens()).last_hidden_state)
+
+
+def test_tied_embeddings_stay_one_tensor(pair):
+    slim = load_slim(pair.slim)
+    shared = slim.lm_head.weight is slim.model.embed_tokens.weight
+    assert shared == shape_of(pair.dense).tied_embeddings
+
+
+def test_gradients_reach_every_parameter(pair):
+    slim = load_slim(pair.slim, torch.float32)
+    slim.train()
+    slim(tokens(), labels=tokens(), use_cache=False).loss.backward()
+    assert [name for name, value in slim.named_parameters() if value.grad is None] == []

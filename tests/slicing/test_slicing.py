@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from spp_export.errors import PlanError
+from spp_export.families import FAMILIES, Role, TensorSpec, Unit
+from spp_export.plans import LayerPlan
+from spp_export.shape import ModelShape
+from spp_export.slicing import cut_shape, kept_indices, kept_units, slice_rows, slice_tensor
+
+PLAN = LayerPlan(kv_heads=(0, 2), query_heads=(1, 4), channels=(0, 3, 4))
+SPECS = {
+    "query rows": TensorSpec("q", (12, 5), 0, Role.QUERY, Unit.QUERY, 0, 2),
+    "query columns": TensorSpec("o", (5, 12), 0, Role.OUTPUT, Unit.QUERY, 1, 2),
+    "kv rows": TensorSpec("k", (6, 5), 0, Role.KEY, Unit.KV, 0, 2),
+    "channel rows": TensorSpec("up", (6, 4), 0, Role.UP, Unit.CHANNEL, 0, 1),
+    "channel columns": TensorSpec("down", (4, 6), 0, Role.DOWN, Unit.CHANNEL, 1, 1),
+    "query bias": TensorSpec("qb", (12,), 0, Role.QUERY, Unit.QUERY, 0, 2),
+    "kv bias": TensorSpec("kb", (6,), 0, Role.KEY, Unit.KV, 0, 2),
+    "channel bias": TensorSpec("ub", (6,), 0, Role.UP, Unit.CHANNEL, 0, 1),
+}
+
+
+def by_hand(array: np.ndarray, spec: TensorSpec, units: tuple[int, ...]) -> np.ndarray:
+    """Element by element: an element stays if its unit does."""
+    stays = [i for i in range(array.shape[spec.axis]) if i // spec.step in units]
+    if spec.axis == 0:
+        return np.array([array[i] for i in stays])
+    return np.array([[row[i] for i in stays] for row in array])
+
+
+def units_of(spec: TensorSpec) -> tuple[int, ...]:
+    return {"query": (1, 4), "kv": (0, 2), "channel": (0, 3, 4)}[str(spec.unit)]
+
+
+@pytest.mark.parametrize("case", SPECS)
+@pytest.mark.parametrize("dtype", ["<u2", "<u4", "<u8", "<f4"])
+def test_against_slicing_by_hand(case, dtype):
+    spec = SPECS[case]
+    array = np.random.default_rng(0).integers(0, 1 << 15, spec.shape).astype(dtype)
+    result = slice_tensor(array, spec, PLAN)
+    np.testing.assert_array_equal(result, by_hand(array, spec, units_of(spec)))
+    assert result.dtype == array.dtype
+    assert result.shape == cut_shape(spec, units_of(spec))
+    assert result.flags.c_contiguous
+    assert not np.shares_memory(result, array)
+
+
+@pytest.mark.parametrize("case", SPECS)
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 100])
+def test_blocks_of_rows_one_after_another_are_the_whole(case, rows):
+    spec = SPECS[case]
+    array = np.random.default_rng(0).standard_normal(spec.shape)
+    parts = [
+        slice_rows(array[start : start + rows], spec, units_of(spec), start)
+        for start in range(0, len(array), rows)
+    ]
+    np.testing.assert_array_equal(np.concatenate(parts), slice_tensor(array, spec, PLAN))
+
+
+@pytest.mark.parametrize("case", SPECS)
+def test_nothing_cut_is_the_same_array(case):
+    array = np.zeros(SPECS[case].shape)
+    assert slice_tensor(array, SPECS[case], LayerPlan((0, 1, 2), tuple(range(6)), None)) is array
+    assert kept_units(SPECS[case], LayerPlan((0, 1, 2), tuple(range(6)), tuple(range(6)))) is None
+
+
+def test_a_norm_is_never_cut():
+    norm = np.zeros(5)
+    assert slice_tensor(norm, TensorSpec("norm", (5,), 0), PLAN) is norm
+
+
+@pytest.mark.parametrize(
+    ("units", "message"),
+    [((), "keeps no"), ((0, 6), "unit 6, the model has 6"), ((-1, 0), "unit -1"), ((2, 1), "asc")],
+)
+def test_units_that_the_tensor_does_not_have(units, message):
+    plan = LayerPlan(kv_heads=(0,), query_heads=units)
+    with pytest.raises(PlanError, match=message):
+        slice_tensor(np.zeros((12, 5)), SPECS["query rows"], plan)
+
+
+def test_kept_indices():
+    assert kept_indices((0, 2), 3).tolist() == [0, 1, 2, 6, 7, 8]
+    assert kept_indices((5,), 1).tolist() == [5]
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_slicing_gives_the_shapes_that_the_family_expects(model_type):
+    family = FAMILIES[model_type]
+    shape = ModelShape(model_type, 1, 5, 6, 3, 2, 6, 7, False, 4, True, True, True, True)
+    slim = {spec.name: spec.shape for spec in family.tensors(shape, [PLAN.shape(shape)])}
+    for spec in family.tensors(shape, shape.layers):
+        array = np.zeros(spec.shape)
+        result = array if spec.layer is None else slice_tensor(array, spec, PLAN)
+        assert result.shape == slim[spec.name]
