@@ -212,3 +212,24 @@ class SecondMoments:
         self.sums[layer] += values.sum(0).cpu()
         if layer == 0:
             self.tokens += values.shape[0]
+
+
+class StreamSensitivity:
+    """E 1/||r||^2 [L] over tokens, r the residual stream after attention.
+
+    How much a change of given size in the stream counts where the next block normalises it. The
+    inverse is taken per token: first tokens carry norms so large that a mean would see only them.
+    """
+
+    place = "residual"
+
+    def __init__(self, layers: int) -> None:
+        self.sums = torch.zeros(layers, dtype=torch.float64)
+        self.tokens = 0
+
+    def see(self, layer: int, values: Tensor, text_T: Tensor) -> None:
+        """Add one batch of the stream [T,d]."""
+        norms = values.double().square().sum(1).clamp(min=torch.finfo(torch.float32).tiny)
+        self.sums[layer] += norms.reciprocal().sum().cpu()
+        if layer == 0:
+            self.tokens += values.shape[0]

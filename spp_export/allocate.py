@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,6 +24,38 @@ IntArray = NDArray[np.int64]
 _LARGEST_SCORE = 1e100
 
 
+class Options(Protocol):
+    """What every regular size of every layer keeps and what that is worth.
+
+    value: [L,G,g], entry [l,a-1,b-1] the worth of layer l with a groups of b heads, -inf where it
+    cannot be.
+    """
+
+    @property
+    def value(self) -> FloatArray:
+        """Worth of every size [L,G,g]."""
+
+    def kept(self, groups: ArrayLike, heads: ArrayLike) -> BoolArray:
+        """Kept query heads [L,G,g] with `groups` [L] KV groups of `heads` [L] query heads."""
+
+
+@dataclass(frozen=True, slots=True)
+class GivenOptions:
+    """Options from a criterion that weighs whole sets: the best set of every size, as it found.
+
+    value: [L,G,g]; sets: [L,G,g,G,g], entry [l,a-1,b-1] the query heads kept.
+    """
+
+    value: FloatArray
+    sets: BoolArray
+
+    def kept(self, groups: ArrayLike, heads: ArrayLike) -> BoolArray:
+        """Kept query heads [L,G,g] with `groups` [L] KV groups of `heads` [L] query heads."""
+        groups_L, heads_L = np.broadcast_arrays(groups, heads)
+        kept: BoolArray = self.sets[np.arange(len(self.value)), groups_L - 1, heads_L - 1]
+        return kept
+
+
 @dataclass(frozen=True, slots=True)
 class LayerOptions:
     """The regular sizes of L layers with G groups of g query heads, and the best heads for each.
@@ -36,12 +68,6 @@ class LayerOptions:
     value: FloatArray
     head_rank: IntArray
     group_rank: IntArray
-
-    @property
-    def sizes(self) -> tuple[IntArray, IntArray]:
-        """KV groups and query heads per group of every size, [G,1] and [1,g]."""
-        _, groups, heads = self.value.shape
-        return np.arange(1, groups + 1)[:, None], np.arange(1, heads + 1)[None, :]
 
     def kept(self, groups: ArrayLike, heads: ArrayLike) -> BoolArray:
         """Kept query heads [L,G,g] with `groups` [L] KV groups of `heads` [L] query heads."""
@@ -95,6 +121,12 @@ def layer_options(
     return LayerOptions(value, _rank(order, axis=-1), _rank(group_order, axis=1))
 
 
+def sizes(options: Options) -> tuple[IntArray, IntArray]:
+    """KV groups and query heads per group of every size, [G,1] and [1,g]."""
+    _, groups, heads = options.value.shape
+    return np.arange(1, groups + 1)[:, None], np.arange(1, heads + 1)[None, :]
+
+
 def size_costs(shape: ModelShape, kind: CostKind) -> IntArray:
     """Cost [G,g] of a layer with a groups of b query heads at [a-1,b-1], in parameters of q, k, v
     and o or in bytes of KV cache per token."""
@@ -105,7 +137,7 @@ def size_costs(shape: ModelShape, kind: CostKind) -> IntArray:
     return groups * (2 * shape.head_dim * shape.element_bytes) * np.ones_like(heads)
 
 
-def allocate(options: LayerOptions, costs: ArrayLike, budget: float) -> Choice:
+def allocate(options: Options, costs: ArrayLike, budget: float) -> Choice:
     """The size of every layer, as index a-1, b-1 flattened, with the most kept score in `budget`.
 
     costs: [G,g] or [L,G,g], positive integers (`size_costs`) or floats (a latency table).
@@ -118,7 +150,7 @@ def allocate(options: LayerOptions, costs: ArrayLike, budget: float) -> Choice:
 
 
 def allocate_uniform(
-    options: LayerOptions, costs: ArrayLike, budget: float, accepts: Callable[[int], bool]
+    options: Options, costs: ArrayLike, budget: float, accepts: Callable[[int], bool]
 ) -> UniformChoice:
     """The one size (a groups of b heads in every layer) with the most kept score in `budget`.
 
@@ -127,7 +159,7 @@ def allocate_uniform(
     """
     value = options.value.sum(axis=0)
     cost = np.asarray(costs) * len(options.value)
-    groups, heads = options.sizes
+    groups, heads = sizes(options)
     stock = stock_sizes(options, accepts)
     valid = stock & (value > -np.inf)
     fits = valid & (cost <= budget)
@@ -149,9 +181,9 @@ def allocate_uniform(
     )
 
 
-def stock_sizes(options: LayerOptions, accepts: Callable[[int], bool]) -> BoolArray:
+def stock_sizes(options: Options, accepts: Callable[[int], bool]) -> BoolArray:
     """Sizes [G,g] whose count of query heads the stock config takes."""
-    groups, heads = options.sizes
+    groups, heads = sizes(options)
     return np.array([[accepts(int(count)) for count in row] for row in groups * heads], dtype=bool)
 
 

@@ -25,7 +25,8 @@ _PRESENT = 0.5
 class Diagnosis:
     """A scenario seen through the probes.
 
-    probabilities [L,K]  one-vs-rest probabilities per layer, averaged over prompts
+    probabilities [P,K]  one-vs-rest probabilities per probed layer, averaged over prompts
+    layers [P]           those layers; imported artifacts may not have a probe in every one
     q [K]                their mean over layers (SubspacePath Pruner, Eq. 6)
     mixture [K]          q / sum(q): the weights that importance is mixed with
     breadth              c = H(mixture) / log K in [0,1]; 0 for a single domain
@@ -35,6 +36,7 @@ class Diagnosis:
     probabilities: FloatArray
     regime: str
     prompts: int
+    layers: tuple[int, ...]
 
     @property
     def q(self) -> FloatArray:
@@ -68,7 +70,8 @@ class Diagnosis:
             "regime": self.regime,
         }
         if layers:
-            report["layers"] = [_named(self.domains, row) for row in self.probabilities]
+            rows = zip(self.layers, self.probabilities, strict=True)
+            report["layers"] = {str(i): _named(self.domains, row) for i, row in rows}
         return report
 
 
@@ -80,7 +83,7 @@ def _named(domains: tuple[str, ...], values: FloatArray) -> dict[str, float]:
 def probe_probabilities(
     pooled_NLd: FloatArray, artifacts: Artifacts, regime: str = IN_DOMAIN
 ) -> FloatArray:
-    """Calibrated one-vs-rest probabilities [N,L,K] of N pooled texts.
+    """Calibrated one-vs-rest probabilities [N,P,K] of N pooled texts at the P probed layers.
 
     `p_{l,k} = sigmoid((w_{l,k} . pooled_l + b_{l,k}) / T_l)` with the regime's temperatures.
     """
@@ -100,7 +103,7 @@ def probe_probabilities(
     logits = (logits + artifacts.bias) / temperature_L[None, :, None]
     # tanh form: no overflow for large |logit|
     probabilities: FloatArray = 0.5 * (1.0 + np.tanh(0.5 * logits))
-    return probabilities
+    return probabilities[:, list(artifacts.probe_layers)]
 
 
 def diagnose_activations(
@@ -117,7 +120,8 @@ def diagnose_activations(
         regime = {0: OUT_OF_DOMAIN, 1: IN_DOMAIN}.get(present, CROSS_DOMAIN)
         if regime != IN_DOMAIN and regime in artifacts.regimes:
             probabilities = probe_probabilities(pooled_NLd, artifacts, regime).mean(axis=0)
-    return Diagnosis(artifacts.domains, probabilities, regime, len(pooled_NLd))
+    layers = tuple(artifacts.probe_layers)
+    return Diagnosis(artifacts.domains, probabilities, regime, len(pooled_NLd), layers)
 
 
 def mix_importance(importance_KLH: FloatArray, diagnosis: Diagnosis) -> FloatArray:

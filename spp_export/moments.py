@@ -1,4 +1,8 @@
-"""Second moments of the inputs of o_proj: gathered on first need, kept by what decided them."""
+"""Moments of what o_proj reads and of the stream it writes into, per text collection.
+
+Gathered by one pass of the dense model on first need and kept in the user's cache under a hash of
+what decided them. Read layer by layer, so that a large model's never meet in memory.
+"""
 
 from __future__ import annotations
 
@@ -22,104 +26,121 @@ from spp_export.progress import Progress, no_progress
 if TYPE_CHECKING:
     from torch import nn
 
-    from spp_export.activations import SecondMoments
+    from spp_export.activations import SecondMoments, StreamSensitivity
 
 FloatArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
 # A change of what is gathered, or how, must not meet files of the old kind.
-_KIND = "o_proj second moments, fp32, v1"
+_KIND = "o_proj moments and stream sensitivity, fp32, v3"
 
 
 @dataclass(frozen=True)
 class Moments:
-    """E[a a^T] [L,m,m] and E[a] [L,m] of o_proj's inputs over `tokens` real tokens (m = H*dh)."""
+    """A weighted mixture of text collections' moments; the weights sum to one.
 
-    second: FloatArray
-    mean: FloatArray
-    tokens: int
+    parts: (cache file, weight). Averages are over the real tokens of each collection.
+    """
 
-    def mixed_with(self, other: Moments, weight: float) -> Moments:
-        """`(1 - weight) * self + weight * other`, as a mixture of two populations of tokens."""
-        return Moments(
-            (1 - weight) * self.second + weight * other.second,
-            (1 - weight) * self.mean + weight * other.mean,
-            self.tokens + other.tokens,
-        )
+    parts: tuple[tuple[Path, float], ...]
+
+    def second(self, layer: int) -> FloatArray:
+        """E[a a^T] [m,m] of the input of o_proj (m = H*dh), float32."""
+        return self._mixed(f"o_proj/{layer}")
+
+    def mean(self, layer: int) -> FloatArray:
+        """E[a] [m]."""
+        return self._mixed(f"o_proj_mean/{layer}")
+
+    def sensitivity(self) -> FloatArray:
+        """E 1/||r||^2 [L] of the residual stream after attention."""
+        return self._mixed("sensitivity")
+
+    def _mixed(self, name: str) -> FloatArray:
+        total: FloatArray | None = None
+        for path, weight in self.parts:
+            with safe_open(path, framework="numpy") as file:
+                tensor = file.get_tensor(name)
+            part = tensor * tensor.dtype.type(weight)
+            total = part if total is None else total + part
+        assert total is not None
+        return total
 
 
-def moments_key(source: Source, texts: Sequence[str]) -> str:
-    """What decides the moments: the model, the texts in order, and the kind."""
-    digest = hashlib.sha256()
-    digest.update(json.dumps([_KIND, source.fingerprint, list(texts)]).encode())
-    return digest.hexdigest()
-
-
-def load_or_gather(
+def gather(
     source: Source,
     texts: Sequence[str],
     dense: Callable[[], tuple[nn.Module, Any]],
     *,
     progress: Progress = no_progress,
     description: str = "gathering moments",
-) -> Moments:
-    """Moments of `texts` from the cache, or by one pass of the dense model, then cached.
+) -> Path:
+    """Cache file of the moments of `texts`, made by one pass of the dense model if it is not there.
 
     `dense` gives the model and its tokenizer, and is asked only where the cache has nothing.
     """
-    path = _path(moments_key(source, texts))
-    found = _read(path)
-    if found is not None:
-        return found
-    from spp_export.activations import SecondMoments, observe, token_batches
+    path = _path(source, texts)
+    if _readable(path, source.shape.num_layers):
+        return path
+    from spp_export.activations import observe, token_batches
 
-    width = source.shape.query_heads * source.shape.head_dim
-    sums = SecondMoments(source.shape.num_layers, width)
     model, tokenizer = dense()
+    second, stream = observers(source)
     batches = token_batches(tokenizer, texts)
-    observe(model, source.family, batches, [sums], progress=progress, description=description)
-    return store(source, texts, sums)
-
-
-def store(source: Source, texts: Sequence[str], sums: SecondMoments) -> Moments:
-    """Keep moments gathered elsewhere (by `spp probe`, which sees the same activations)."""
-    tokens = max(sums.tokens, 1)
-    moments = Moments(
-        sums.products.numpy() / np.float32(tokens),
-        sums.sums.numpy() / np.float32(tokens),
-        sums.tokens,
+    observe(
+        model,
+        source.family,
+        batches,
+        [second, stream],
+        progress=progress,
+        description=description,
     )
-    _write(_path(moments_key(source, texts)), moments)
-    return moments
+    return store(source, texts, second, stream)
 
 
-def _path(key: str) -> Path:
-    return cache_directory() / "moments" / f"{key[:32]}.safetensors"
+def observers(source: Source) -> tuple[SecondMoments, StreamSensitivity]:
+    """Fresh observers of what `store` keeps."""
+    from spp_export.activations import SecondMoments, StreamSensitivity
+
+    shape = source.shape
+    return (
+        SecondMoments(shape.num_layers, shape.query_heads * shape.head_dim),
+        StreamSensitivity(shape.num_layers),
+    )
 
 
-def _write(path: Path, moments: Moments) -> None:
+def store(
+    source: Source, texts: Sequence[str], second: SecondMoments, stream: StreamSensitivity
+) -> Path:
+    """Keep the moments that observers have gathered of `texts`."""
+    path = _path(source, texts)
+    tokens = np.float32(max(second.tokens, 1))
+    layers = range(len(second.products))
+    tensors = {f"o_proj/{i}": second.products[i].numpy() / tokens for i in layers}
+    tensors |= {f"o_proj_mean/{i}": second.sums[i].numpy() / tokens for i in layers}
+    tensors["sensitivity"] = stream.sums.numpy() / float(tokens)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {f"o_proj/{i}": layer for i, layer in enumerate(moments.second)}
-    tensors |= {f"o_proj_mean/{i}": layer for i, layer in enumerate(moments.mean)}
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".moments-")
     os.close(handle)
     try:
-        save_file(tensors, temporary, metadata={"tokens": str(moments.tokens)})
+        save_file(tensors, temporary, metadata={"tokens": str(second.tokens)})
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+    return path
 
 
-def _read(path: Path) -> Moments | None:
-    if not path.exists():
-        return None
+def _path(source: Source, texts: Sequence[str]) -> Path:
+    decided = json.dumps([_KIND, source.fingerprint, list(texts)])
+    key = hashlib.sha256(decided.encode()).hexdigest()
+    return cache_directory() / "moments" / f"{key[:32]}.safetensors"
+
+
+def _readable(path: Path, layers: int) -> bool:
+    """Whether a cache entry is whole; a damaged one costs a pass, not the export."""
     try:
         with safe_open(path, framework="numpy") as file:
-            layers = sum(name.startswith("o_proj/") for name in file.keys())  # noqa: SIM118
-            second = np.stack([file.get_tensor(f"o_proj/{i}") for i in range(layers)])
-            mean = np.stack([file.get_tensor(f"o_proj_mean/{i}") for i in range(layers)])
-            return Moments(second, mean, int(file.metadata()["tokens"]))
-    except (SafetensorError, OSError, KeyError, ValueError):
-        # A damaged cache entry costs one pass, not the export.
-        path.unlink(missing_ok=True)
-        return None
+            names = set(file.keys())
+    except (SafetensorError, OSError):
+        return False
+    return {"sensitivity", *(f"o_proj/{i}" for i in range(layers))} <= names

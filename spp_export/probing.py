@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
-from spp_export.activations import Observer, SecondMoments, TextMeans, observe, token_batches
+from spp_export.activations import TextMeans, observe, token_batches
 from spp_export.artifacts import Artifacts
 from spp_export.checkpoint.source import Source
 from spp_export.diagnosis import IN_DOMAIN
 from spp_export.importance import CRITERIA, FloatArray, HeadStatistics
+from spp_export.moments import observers, store
 from spp_export.pools import Pools
 from spp_export.progress import Progress, no_progress
 from spp_export.versions import library_versions
@@ -39,12 +39,10 @@ class HeadWrites:
 
     place = "output"
 
-    def __init__(
-        self, model: nn.Module, source: Source, domain_of_text: Sequence[int], axes_LKd: FloatArray
-    ) -> None:
+    def __init__(self, model: nn.Module, source: Source, axes_LKd: FloatArray) -> None:
         shape, family = source.shape, source.family
         heads, dim = shape.query_heads, shape.head_dim
-        self._domain = torch.tensor(domain_of_text)
+        self.domain = 0
         domains = axes_LKd.shape[1]
         self._gram: list[Tensor] = []
         self._along: list[Tensor] = []
@@ -62,19 +60,16 @@ class HeadWrites:
         self._tokens = torch.zeros(domains, dtype=torch.float64)
 
     def see(self, layer: int, values: Tensor, text_T: Tensor) -> None:
-        """Add one batch of o_proj inputs [T,H*dh]."""
+        """Add one batch of o_proj inputs [T,H*dh], all of `self.domain`."""
         gram, along = self._gram[layer], self._along[layer]
         values_HTi = values.float().view(values.shape[0], gram.shape[0], -1).transpose(0, 1)
         energy_TH = ((values_HTi @ gram) * values_HTi).sum(2).clamp(min=0).T
-        domain_T = self._domain[text_T.cpu()]
-        along_THK = torch.einsum("hti,khi->thk", values_HTi, along)
-        own_TH = along_THK.cpu()[torch.arange(len(domain_T)), :, domain_T]
-        energy_TH = energy_TH.cpu()
-        share_TH = own_TH.square() / (energy_TH + _EPS)
-        self._energy[:, layer].index_add_(0, domain_T, energy_TH.double())
-        self._share[:, layer].index_add_(0, domain_T, share_TH.double())
+        along_HT = torch.einsum("hti,hi->ht", values_HTi, along[self.domain])
+        share_TH = along_HT.T.square() / (energy_TH + _EPS)
+        self._energy[self.domain, layer] += energy_TH.double().sum(0).cpu()
+        self._share[self.domain, layer] += share_TH.double().sum(0).cpu()
         if layer == 0:
-            self._tokens += torch.bincount(domain_T, minlength=len(self._tokens)).double()
+            self._tokens[self.domain] += len(energy_TH)
 
     def statistics(self) -> HeadStatistics:
         """Averages over each domain's tokens."""
@@ -177,8 +172,8 @@ def probe_model(
     *,
     seed: int = 0,
     progress: Progress = no_progress,
-) -> tuple[Artifacts, SecondMoments]:
-    """Artifacts of a model from domain pools, and the o_proj moments of the training text.
+) -> Artifacts:
+    """Artifacts of a model from domain pools, the moments of the training text go to the cache.
 
     Two passes: the pooled residual stream of all text for the probes, then head statistics and
     moments of the training text. Deterministic: nothing is sampled, `seed` is only recorded.
@@ -200,13 +195,22 @@ def probe_model(
         temperature = fit_temperatures(logits, labels[count:])
     accuracy = (logits.argmax(axis=2) == labels[count:, None]).mean(axis=0)
 
-    writes = HeadWrites(model, source, labels[:count].tolist(), weight)
-    moments = SecondMoments(shape.num_layers, shape.query_heads * shape.head_dim)
-    observers: list[Observer] = [writes, moments]
-    batches = token_batches(tokenizer, [text for _, text in train])
-    observe(
-        model, source.family, batches, observers, progress=progress, description="scoring heads"
-    )
+    writes = HeadWrites(model, source, weight)
+    for k, domain in enumerate(pools.domains):
+        # One domain at a time, so that the moments of only one are in memory; they are kept for
+        # the exports to come.
+        second, stream = observers(source)
+        writes.domain = k
+        batches = token_batches(tokenizer, pools.train[k])
+        observe(
+            model,
+            source.family,
+            batches,
+            [writes, second, stream],
+            progress=progress,
+            description=f"scoring heads: {domain}",
+        )
+        store(source, pools.train[k], second, stream)
     statistics = writes.statistics()
     importance = {
         f"head/{name}": criterion(statistics).astype(np.float32)
@@ -229,7 +233,7 @@ def probe_model(
         },
         "versions": library_versions(),
     }
-    artifacts = Artifacts(
+    return Artifacts(
         fingerprint=source.fingerprint,
         domains=pools.domains,
         regimes=(IN_DOMAIN,),
@@ -243,7 +247,6 @@ def probe_model(
         manifest=manifest,
         sha256="",
     )
-    return artifacts, moments
 
 
 def domain_axes(pooled_Nd: FloatArray, labels_N: IntArray, domains: int) -> Any:

@@ -6,7 +6,7 @@ contract test in `tests/families` then covers it. Nothing outside this package s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -176,6 +176,10 @@ class Family:
         yield TensorSpec(f"{self.final_norm}.weight", (hidden,))
         if not shape.tied_embeddings:
             yield TensorSpec(f"{self.head}.weight", (shape.vocab_size, hidden))
+
+    def stock_accepts(self, shape: ModelShape) -> Callable[[int], bool]:
+        """Whether the family's stock config takes a count of query heads, for layout `uniform`."""
+        return lambda heads: not self.heads_divide_hidden or shape.hidden_size % heads == 0
 
     def is_obsolete(self, name: str) -> bool:
         """Whether a stored tensor is a buffer that the config determines."""

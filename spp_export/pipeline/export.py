@@ -19,10 +19,11 @@ from spp_export.checkpoint.manifest import write_manifest
 from spp_export.checkpoint.reader import model_file
 from spp_export.checkpoint.slim import WrittenWeights, write_slim_weights
 from spp_export.diagnosis import Diagnosis
-from spp_export.engines import Engine, engines_for
+from spp_export.engines import Engine
 from spp_export.errors import CheckFailed, ParityError, QualityError, UsageError
 from spp_export.jsonio import dump_json
 from spp_export.models import DEMO
+from spp_export.pipeline.calibration import scenario_moments
 from spp_export.pipeline.compensation import Compensation
 from spp_export.pipeline.plan import PlanRequest, PlanResult, plan_scenario, plan_tensors
 from spp_export.pipeline.verify import check_batches, check_directory
@@ -30,6 +31,7 @@ from spp_export.plans import Plan, read_plan, validate_plan
 from spp_export.progress import Progress, no_progress
 from spp_export.scenario import Scenario, read_scenario
 from spp_export.session import Session, open_artifacts, open_session
+from spp_export.shape import ModelShape
 from spp_export.slim_config import MODELING_FILES, slim_config
 
 # What a Hugging Face directory has beside weights and config, where the source has it.
@@ -66,9 +68,7 @@ class ExportResult:
 
     path: Path | None
     plan: Plan
-    model_layers: int
-    query_heads: int
-    kv_heads: int
+    shape: ModelShape
     diagnosis: Diagnosis | None
     predicted: Predicted
     engines: tuple[Engine, ...]
@@ -86,7 +86,7 @@ class ExportResult:
             "diagnosis": self.diagnosis.to_dict() if self.diagnosis else None,
             "kept_query_heads": kept,
             "kept_kv_heads": [len(layer.kv_heads) for layer in self.plan.layers],
-            "dense_heads": {"query": self.query_heads, "kv": self.kv_heads},
+            "dense_heads": {"query": self.shape.query_heads, "kv": self.shape.kv_heads},
             "budget": dict(self.plan.budget),
             "predicted": self.predicted.as_json(),
             "verify": self.report,
@@ -133,12 +133,10 @@ def export(
     result = ExportResult(
         path=None,
         plan=compiled,
-        model_layers=shape.num_layers,
-        query_heads=shape.query_heads,
-        kv_heads=shape.kv_heads,
+        shape=shape,
         diagnosis=decided.diagnosis,
         predicted=decided.predicted,
-        engines=engines_for(compiled.layout, compiled.layer_shapes(shape)),
+        engines=decided.engines,
         tensors=plan_tensors(session, compiled),
         seconds=clock.seconds,
     )
@@ -148,8 +146,7 @@ def export(
     report: dict[str, Any] | None = None
     with publish(target, request.force) as work:
         with clock("compensate"):
-            calibration = text.split()[0] if text else ()
-            compensation = Compensation(session, compiled, found, calibration)
+            compensation = _compensation(session, found, decided, text)
         with clock("slice"):
             written = _write(session, compiled, compensation, work)
         if request.verify:
@@ -198,7 +195,18 @@ def _decide(
     given = plan if isinstance(plan, Plan) else read_plan(plan)
     source = session.source
     validate_plan(given, source.shape, source.fingerprint)
-    return PlanResult(given, None, predicted(source.shape, given.layer_shapes(source.shape)))
+    sizes = predicted(source.shape, given.layer_shapes(source.shape))
+    return PlanResult(given, source.shape, None, sizes)
+
+
+def _compensation(
+    session: Session, artifacts: Artifacts | None, decided: PlanResult, scenario: Scenario | None
+) -> Compensation:
+    if decided.plan.compensation == "none":
+        return Compensation(session.source, decided.plan, None)
+    calibration = scenario.split()[0] if scenario else ()
+    moments = scenario_moments(session, artifacts, decided.diagnosis, calibration)
+    return Compensation(session.source, decided.plan, moments)
 
 
 def _write(
@@ -211,7 +219,7 @@ def _write(
             compiled,
             work,
             replaced=compensation.refit,
-            biases=compensation.biases,
+            biases=compensation.biases(),
             progress=lambda done, _total: bar(done / source.shape.element_bytes),
         )
     layers = compiled.layer_shapes(source.shape)

@@ -2,30 +2,50 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from spp_export.allocate import BoolArray, GivenOptions, Options, layer_options
 from spp_export.artifacts import Artifacts
 from spp_export.bound import Predicted, predicted
 from spp_export.budget import DEFAULT_KEEP, Budget
+from spp_export.checkpoint.reader import read_float
 from spp_export.diagnosis import Diagnosis, FloatArray, mix_importance
+from spp_export.engines import Engine, engines_for
 from spp_export.errors import UsageError
 from spp_export.importance import CRITERIA, comparable
+from spp_export.importance.obs import removal_losses
 from spp_export.models import DEMO
+from spp_export.moments import Moments
+from spp_export.pipeline.calibration import scenario_moments
 from spp_export.pipeline.diagnose import diagnose_prompts
-from spp_export.plans import LAYOUTS, LayerPlan, Layout, Plan, compile_plan, cover
+from spp_export.plans import (
+    COMPENSATIONS,
+    LAYOUTS,
+    Compensation,
+    LayerPlan,
+    Layout,
+    Plan,
+    compile_options,
+    cover,
+    forced_heads,
+)
 from spp_export.progress import Progress, no_progress
 from spp_export.published import published_mask, published_text
 from spp_export.scenario import Scenario, read_scenario
 from spp_export.session import Session, open_artifacts, open_session
+from spp_export.shape import ModelShape
 from spp_export.versions import library_versions
 
 POLICIES = ("exact", "published")
-CRITERION = "energy"
+CRITERION_NAMES = (*CRITERIA, "obs")
+# `obs` assumes that what stays is re-fitted; without that, energy is the better guide.
+DEFAULT_CRITERION = {"lstsq": "obs", "bias": "energy", "none": "energy"}
 HOW_COMPARABLE = "standardised"
 _PUBLISHED_IMPORTANCE = "head/published"
 
@@ -39,9 +59,9 @@ class PlanRequest:
     max_kv_bytes: int | None = None
     strength: float | None = None
     layout: str = "per-layer"
-    criterion: str = CRITERION
+    criterion: str | None = None
     policy: str = "exact"
-    compensate: str | None = None
+    compensate: str = "lstsq"
     regime: str | None = None
 
     @property
@@ -53,12 +73,13 @@ class PlanRequest:
         return Budget(*asked)
 
     def check(self) -> None:
-        """UsageError for a word that names nothing."""
+        """UsageError for a word that names nothing, or a budget that is none."""
+        self.budget.as_json()
         for option, value, known in (
             ("--layout", self.layout, LAYOUTS),
-            ("--criterion", self.criterion, tuple(CRITERIA)),
+            ("--criterion", self.criterion or "obs", CRITERION_NAMES),
             ("--policy", self.policy, POLICIES),
-            ("--compensate", self.compensate or "none", ("none", "bias", "lstsq")),
+            ("--compensate", self.compensate, COMPENSATIONS),
         ):
             if value not in known:
                 raise UsageError(f"{option} {value}: expected one of {', '.join(known)}.")
@@ -69,9 +90,22 @@ class PlanResult:
     """A compiled plan, why it is so, and what it will come to."""
 
     plan: Plan
+    shape: ModelShape
     diagnosis: Diagnosis | None
     predicted: Predicted
-    scores: FloatArray | None = None
+
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        """Engines that will, or will not, load what the plan describes."""
+        return engines_for(self.plan.layout, self.plan.layer_shapes(self.shape))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`: `plan` is the document that `--plan` reads."""
+        return {
+            "plan": json.loads(self.plan.to_json()),
+            "dense_heads": {"query": self.shape.query_heads, "kv": self.shape.kv_heads},
+            "engines": [engine.to_dict() for engine in self.engines],
+        }
 
 
 def plan(
@@ -102,16 +136,27 @@ def plan_scenario(
     calibration, _ = scenario.split()
     diagnosis = diagnose_prompts(session, artifacts, calibration, request.regime)
     if request.policy == "published":
-        layers, scores, provenance = _published(session, artifacts, scenario, request)
+        layers, provenance = _published(session, artifacts, scenario, request)
     else:
-        layers, scores, provenance = _exact(session, artifacts, diagnosis, request)
+        options, provenance = _options(session, artifacts, diagnosis, calibration, request)
+        layers, realised = compile_options(
+            options,
+            shape,
+            request.budget,
+            _layout(request),
+            session.source.family.stock_accepts(shape),
+            breadth=diagnosis.breadth,
+        )
+        provenance |= {
+            "policy": {"name": "exact", "whitelist": len(artifacts.whitelist)},
+            "budget": {"asked": request.budget.as_json(), "realised": realised.as_json()},
+        }
     sizes = predicted(shape, [layer.shape(shape) for layer in layers])
-    layout: Layout = "uniform" if request.layout == "uniform" else "per-layer"
     compiled = Plan(
         session.source.fingerprint,
         session.source.name,
-        layout,
-        "none",
+        _layout(request),
+        _compensation(request),
         layers,
         scenario={
             "name": scenario.name,
@@ -125,46 +170,64 @@ def plan_scenario(
         versions=library_versions(),
         **provenance,
     )
-    compensation = request.compensate or "lstsq"
-    return PlanResult(
-        replace(compiled, compensation=compensation),  # type: ignore[arg-type]
-        diagnosis,
-        sizes,
-        scores,
-    )
+    return PlanResult(compiled, shape, diagnosis, sizes)
 
 
-def _exact(
-    session: Session, artifacts: Artifacts, diagnosis: Diagnosis, request: PlanRequest
-) -> tuple[tuple[LayerPlan, ...], FloatArray, dict[str, Any]]:
-    shape, family = session.source.shape, session.source.family
-    key = f"head/{request.criterion}"
+def _options(
+    session: Session,
+    artifacts: Artifacts,
+    diagnosis: Diagnosis,
+    calibration: Sequence[str],
+    request: PlanRequest,
+) -> tuple[Options, dict[str, Any]]:
+    """What every regular size of every layer is worth by the criterion, and its provenance."""
+    shape = session.source.shape
+    criterion = request.criterion or DEFAULT_CRITERION[request.compensate]
+    forced = forced_heads(artifacts.whitelist, shape)
+    if criterion == "obs":
+        moments = scenario_moments(session, artifacts, diagnosis, calibration)
+        return _removal_options(session, moments, forced), {"criterion": {"name": criterion}}
+    key = f"head/{criterion}"
     if key not in artifacts.importance:
         raise UsageError(
-            f"--criterion {request.criterion}: the artifacts hold "
+            f"--criterion {criterion}: the artifacts hold "
             f"{', '.join(sorted(artifacts.importance))}. Make them again with 'spp probe'."
         )
     scores = comparable(mix_importance(artifacts.importance[key], diagnosis), HOW_COMPARABLE)
-    layers, realised = compile_plan(
-        scores,
-        shape,
-        request.budget,
-        "uniform" if request.layout == "uniform" else "per-layer",
-        artifacts.whitelist,
-        lambda heads: not family.heads_divide_hidden or shape.hidden_size % heads == 0,
-        breadth=diagnosis.breadth,
-    )
-    provenance = {
-        "criterion": {"name": request.criterion, "comparable": HOW_COMPARABLE},
-        "policy": {"name": "exact", "whitelist": len(artifacts.whitelist)},
-        "budget": {"asked": request.budget.as_json(), "realised": realised.as_json()},
-    }
-    return layers, scores, provenance
+    provenance = {"criterion": {"name": criterion, "comparable": HOW_COMPARABLE}}
+    return layer_options(scores, shape, forced), provenance
+
+
+def _removal_options(session: Session, moments: Moments, forced_LH: BoolArray) -> Options:
+    """`obs` for all layers: minus the loss of every size, in units of the residual stream."""
+    source = session.source
+    shape, family = source.shape, source.family
+    size = (shape.num_layers, shape.kv_heads, shape.group_size)
+    value = np.zeros(size)
+    sets = np.zeros((*size, *size[1:]), dtype=bool)
+    sensitivity = moments.sensitivity()
+    with session.progress("weighing heads", shape.num_layers) as advance_to:
+        for layer in range(shape.num_layers):
+            weight = read_float(source.tensors[f"{family.layer_name(layer, family.output)}.weight"])
+            losses, sets[layer] = removal_losses(
+                weight, moments.second(layer), forced_LH[layer].reshape(size[1:])
+            )
+            value[layer] = -losses * sensitivity[layer]
+            advance_to(layer + 1)
+    return GivenOptions(value, sets)
+
+
+def _layout(request: PlanRequest) -> Layout:
+    return "uniform" if request.layout == "uniform" else "per-layer"
+
+
+def _compensation(request: PlanRequest) -> Compensation:
+    return next(known for known in COMPENSATIONS if known == request.compensate)
 
 
 def _published(
     session: Session, artifacts: Artifacts, scenario: Scenario, request: PlanRequest
-) -> tuple[tuple[LayerPlan, ...], FloatArray, dict[str, Any]]:
+) -> tuple[tuple[LayerPlan, ...], dict[str, Any]]:
     """SubspacePath Pruner's released online algorithm, and the regular layers around its mask."""
     shape = session.source.shape
     if request.strength is None or request.layout == "uniform":
@@ -181,8 +244,7 @@ def _published(
     result = published_mask(
         probabilities[list(probed)], importance, artifacts.whitelist, request.strength
     )
-    scores = importance.max(axis=2)
-    layers = cover(result.mask, shape, scores)
+    layers = cover(result.mask, shape, importance.max(axis=2))
     kept = sum(len(layer.query_heads) for layer in layers)
     heads = shape.num_layers * shape.query_heads
     provenance = {
@@ -199,7 +261,7 @@ def _published(
             "realised": {"query_heads": kept, "of": heads},
         },
     }
-    return layers, scores, provenance
+    return layers, provenance
 
 
 def _attention_probabilities(session: Session, artifacts: Artifacts, text: str) -> FloatArray:

@@ -33,14 +33,12 @@ def probe(
     texts = read_pools(Path(pools), domains)
     session = open_session(model, device=device, dtype=dtype, progress=progress)
 
-    from spp_export.moments import store
     from spp_export.probing import probe_model
 
-    artifacts, moments = probe_model(
+    artifacts = probe_model(
         session.model, session.tokenizer, session.source, texts, seed=seed, progress=progress
     )
     with publish(target, force) as work:
         written = write_artifacts(artifacts, work)
         write_manifest(work)
-    store(session.source, [text for _, text in artifacts.calibration], moments)
     return written

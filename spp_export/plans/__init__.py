@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from spp_export.budget import DEFAULT_KEEP, Budget
-from spp_export.plans.compile import Realised, compile_plan
+from spp_export.plans.compile import Realised, compile_options, compile_plan, forced_heads
 from spp_export.plans.cover import cover
 from spp_export.plans.document import parse_plan, read_plan, write_plan
 from spp_export.plans.records import (
@@ -27,9 +27,11 @@ __all__ = [
     "Layout",
     "Plan",
     "Realised",
+    "compile_options",
     "compile_plan",
     "cover",
     "dense_plan",
+    "forced_heads",
     "parse_plan",
     "read_plan",
     "validate_plan",

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from spp_export.allocate import (
     BoolArray,
-    LayerOptions,
+    Options,
     UniformChoice,
     allocate,
     allocate_uniform,
@@ -74,11 +74,24 @@ def compile_plan(
     Raises BudgetError, naming the nearest budgets that can be met, and PlanError for scores or
     whitelist entries of another model.
     """
+    forced = forced_heads(whitelist, shape)
+    options = layer_options(scores_LH, shape, forced)
+    return compile_options(options, shape, budget, layout, accepts, breadth=breadth)
+
+
+def compile_options(
+    options: Options,
+    shape: ModelShape,
+    budget: Budget,
+    layout: Layout = "per-layer",
+    accepts: Callable[[int], bool] = lambda query_heads: True,
+    *,
+    breadth: float | None = None,
+) -> tuple[tuple[LayerPlan, ...], Realised]:
+    """As `compile_plan`, from what every size of every layer is worth rather than from scores."""
     if layout not in LAYOUTS:
         raise PlanError(f"layout is {layout!r}, expected {' or '.join(LAYOUTS)}.")
     limit = budget.limit(shape, breadth)
-    forced = _forced(whitelist, shape)
-    options = layer_options(scores_LH, shape, forced)
     costs = size_costs(shape, limit.kind)
     uniform: UniformChoice | None = None
     try:
@@ -110,7 +123,8 @@ def layer_plans(kept_LGg: BoolArray) -> tuple[LayerPlan, ...]:
     )
 
 
-def _forced(whitelist: Iterable[tuple[int, int]], shape: ModelShape) -> BoolArray:
+def forced_heads(whitelist: Iterable[tuple[int, int]], shape: ModelShape) -> BoolArray:
+    """A whitelist of (layer, query head) as a mask [L,H]; PlanError for a head out of range."""
     forced = np.zeros((shape.num_layers, shape.query_heads), dtype=bool)
     for layer, head in whitelist:
         if not (0 <= layer < shape.num_layers and 0 <= head < shape.query_heads):
@@ -126,7 +140,7 @@ def _realised(
     shape: ModelShape,
     limit: Limit,
     layers: tuple[LayerPlan, ...],
-    options: LayerOptions,
+    options: Options,
     bound: float,
     uniform: UniformChoice | None,
 ) -> Realised:

@@ -6,15 +6,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from spp_export.allocate import LayerOptions, size_costs, stock_sizes
+from spp_export.allocate import Options, size_costs, sizes, stock_sizes
 from spp_export.budget import Budget, Limit
 from spp_export.errors import BudgetError
 from spp_export.shape import ModelShape
 
 
-def infeasible(
-    shape: ModelShape, budget: Budget, limit: Limit, options: LayerOptions
-) -> BudgetError:
+def infeasible(shape: ModelShape, budget: Budget, limit: Limit, options: Options) -> BudgetError:
     """The error for layers of any regular size, naming the smallest total."""
     costs = np.where(options.value > -np.inf, size_costs(shape, limit.kind), np.inf)
     smallest = int(costs.min(axis=(1, 2)).sum())
@@ -29,11 +27,11 @@ def uniform_infeasible(
     shape: ModelShape,
     budget: Budget,
     limit: Limit,
-    options: LayerOptions,
+    options: Options,
     accepts: Callable[[int], bool],
 ) -> BudgetError:
     """The error for one size in all layers, naming the nearest on both sides of the budget."""
-    groups, heads = options.sizes
+    groups, heads = sizes(options)
     counts, stock = groups * heads, stock_sizes(options, accepts)
     valid = stock & (options.value > -np.inf).all(axis=0)
     cost = size_costs(shape, limit.kind) * shape.num_layers

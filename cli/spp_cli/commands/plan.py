@@ -1,0 +1,69 @@
+"""`spp plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from spp_cli import options
+from spp_cli.output import Output
+
+
+def plan(
+    scenario: options.Scenario,
+    output: Annotated[
+        Path | None, options.output_option("Where to write the plan; without it, only show it.")
+    ] = None,
+    model: options.Model = "demo",
+    artifacts: options.Artifacts = None,
+    layout: options.Layout = "per-layer",
+    criterion: options.Criterion = "energy",
+    policy: options.Policy = "exact",
+    compensate: options.Compensate = None,
+    regime: options.Regime = None,
+    keep: options.Keep = None,
+    max_params: options.MaxParams = None,
+    max_kv_bytes: options.MaxKvBytes = None,
+    strength: options.Strength = None,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    force: options.Force = False,
+) -> None:
+    """Decide what an export would keep, and what that saves at best.
+
+    Example: spp plan --scenario chemistry.txt --keep 0.8 -o plan.json
+    """
+    import spp_export
+    from spp_export.plans import check_plan_target, write_plan
+
+    out = Output(json=json, quiet=quiet)
+    request = spp_export.PlanRequest(
+        keep=keep,
+        max_params=max_params,
+        max_kv_bytes=max_kv_bytes,
+        strength=strength,
+        layout=layout,
+        criterion=criterion,
+        policy=policy,
+        compensate=compensate,
+        regime=regime,
+    )
+    if output is not None:
+        check_plan_target(output, force=force)
+    result = spp_export.plan(
+        scenario,
+        model=model,
+        artifacts=artifacts,
+        request=request,
+        device=device,
+        dtype=dtype,
+        progress=out.progress,
+    )
+    if output is not None:
+        write_plan(result.plan, output, force=force)
+
+    from spp_cli.summary import plan_summary
+
+    out.result(result.to_dict, lambda look: plan_summary(result, look), brief=str(output or ""))

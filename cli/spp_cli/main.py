@@ -1,0 +1,149 @@
+"""The `spp` command: its sub-commands, and the one place where errors become exit codes.
+
+0 done and every check held; 1 it ran and the answer is no; 2 bad usage or input; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from spp_cli.commands.artifacts import artifacts_app
+from spp_cli.commands.diagnose import diagnose
+from spp_cli.commands.export import export
+from spp_cli.commands.plan import plan
+from spp_cli.commands.probe import probe
+from spp_cli.commands.show import show
+from spp_cli.commands.verify import verify
+from spp_cli.output import PipeClosedError, write_error, write_json, write_warning
+from spp_export.errors import SppError
+
+_INTERRUPTED = 130
+_PIPE_CLOSED = 141  # what the shell reports of a process that SIGPIPE ended
+# Read when transformers and its friends are imported, which is later than this module.
+_QUIET_LIBRARIES = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+app = typer.Typer(
+    name="spp",
+    help="One big language model in, many small scenario-specific ones out.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+for command in (export, plan, diagnose, probe, verify, show):
+    app.command()(command)
+app.add_typer(artifacts_app, name="artifacts")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from spp_export.versions import spp_version
+
+        print(f"spp {spp_version()}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """One big language model in, many small scenario-specific ones out.
+
+    Start with: spp export --scenario chemistry.txt
+    """
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(2)
+
+
+def main() -> None:
+    """Run the process's arguments and end the process."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The exit status of these arguments; whatever goes wrong is one line on stderr."""
+    for name, value in _QUIET_LIBRARIES.items():
+        os.environ.setdefault(name, value)
+    _survive_any_text()
+    _show_warnings()
+    try:
+        status = app(args=list(arguments), prog_name="spp", standalone_mode=False) or 0
+        if status == _INTERRUPTED:  # Typer turns KeyboardInterrupt into this
+            write_error("interrupted.")
+        return int(status)
+    except PipeClosedError:
+        # The interpreter flushes stdout once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _PIPE_CLOSED
+    except Exception as error:
+        if os.environ.get("SPP_DEBUG") == "1":
+            traceback.print_exc()
+        message, code = explain(error)
+        write_error(message)
+        if "--json" in arguments:
+            write_json({"error": message, "exit_code": code})
+        return code
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """What the user reads of an error, and the exit status."""
+    if isinstance(error, SppError):
+        return str(error), error.exit_code
+    if isinstance(error, typer.TyperException):
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context else "spp"
+        return f"{error.format_message().rstrip('.')}. See '{path} --help'.", 2
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return (
+            "out of memory. Use a machine with more, --dtype bfloat16, or another --device.",
+            2,
+        )
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}no space left on the disk. Make room, or choose another disk.", 2
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}.", 2
+    return (
+        f"internal error: {type(error).__name__}: {error}; run again with SPP_DEBUG=1 to see where.",
+        2,
+    )
+
+
+def _survive_any_text() -> None:
+    """Names of files can hold what the terminal's encoding cannot."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _show_warnings() -> None:
+    logger = logging.getLogger("spp_export")
+    if not any(isinstance(handler, _Warnings) for handler in logger.handlers):
+        logger.addHandler(_Warnings(logging.WARNING))
+        logger.propagate = False
+
+
+class _Warnings(logging.Handler):
+    """The library's warnings as lines like ours."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        write_warning(record.getMessage())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""What a command says: data on stdout, everything else on stderr, in one of three modes."""
+
+from __future__ import annotations
+
+import json as json_library
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from spp_cli.look import ASCII, UNICODE, WIDTH, Look
+from spp_cli.units import one_line
+from spp_export.progress import Progress, no_progress
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+
+class PipeClosedError(Exception):
+    """Nobody reads our stdout any more."""
+
+
+class Output:
+    """Human (tables, bars, hints), json (one object) or quiet (at most the essential line)."""
+
+    def __init__(self, *, json: bool = False, quiet: bool = False) -> None:
+        self.json = json
+        self.quiet = quiet
+        self._stderr = sys.stderr
+
+    @cached_property
+    def progress(self) -> Progress:
+        """Bars where someone watches a terminal, else nothing."""
+        if self.quiet or not self._stderr.isatty():
+            return no_progress
+        from spp_cli.progress import Bars
+
+        return Bars(self._stderr)
+
+    def result(
+        self,
+        data: Callable[[], Mapping[str, Any]],
+        human: Callable[[Look], RenderableType],
+        brief: str = "",
+    ) -> None:
+        """The command's answer, in the form that the mode asks for."""
+        if self.json:
+            write_json(data())
+        elif self.quiet:
+            _write(brief + "\n" if brief else "")
+        else:
+            console = stdout_console()
+            base = UNICODE if _speaks_unicode(console.encoding) else ASCII
+            with console.capture() as captured:
+                console.print(human(replace(base, width=console.width)))
+            _write(captured.get())
+
+    def hint(self, text: str) -> None:
+        """What to do next, for people only."""
+        if not self.json and not self.quiet:
+            print(f"next: {one_line(text)}", file=self._stderr)
+
+
+def stdout_console() -> Console:
+    """A console on stdout: the terminal's width up to ours, and ours where there is none."""
+    from rich.console import Console
+
+    console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
+    console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
+    return console
+
+
+def write_json(data: Mapping[str, Any]) -> None:
+    """One JSON object on stdout, in ASCII, which every encoding carries."""
+    _write(json_library.dumps(_finite(data), indent=2, allow_nan=False) + "\n")
+
+
+def write_error(message: str) -> None:
+    """The one line that a failing command leaves on stderr."""
+    print(f"error: {one_line(message)}", file=sys.stderr)
+
+
+def write_warning(message: str) -> None:
+    """One line on stderr about something that did not stop the command."""
+    print(f"warning: {one_line(message)}", file=sys.stderr)
+
+
+def _write(text: str) -> None:
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise PipeClosedError from None
+
+
+def _finite(value: Any) -> Any:
+    """The same value with null for numbers that JSON has no word for."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _speaks_unicode(encoding: str) -> bool:
+    return encoding.lower().replace("-", "").startswith("utf")

@@ -1,0 +1,173 @@
+"""The pieces that summaries are put together from, each a few lines for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from spp_cli.headmap import LABEL_WIDTH, MOST_HEAD_ROWS, head_map
+from spp_cli.look import BAD, FAINT, GOOD, KEPT, STRONG, Look
+from spp_cli.units import byte_size, one_line
+
+if TYPE_CHECKING:
+    from spp_export.bound import Predicted
+    from spp_export.engines import Engine
+    from spp_export.plans import Plan
+    from spp_export.shape import ModelShape
+
+# Below this a bound is not worth a measurement: no engine's timing is steadier.
+NO_GAIN = 1.02
+_NAME, _BAR, _MOST_DOMAINS = 12, 12, 9
+_MIXTURE_WIDTH = _NAME + 1 + _BAR + 1 + 6
+
+
+def title(plan: Plan, target: str, look: Look) -> Text:
+    """From what to what, and how."""
+    text = Text(f"{one_line(plan.model_source)} {look.arrow} {one_line(target)}", style=STRONG)
+    how = f"   {plan.layout} layout, compensation {plan.compensation}"
+    asked = plan.budget.get("asked")
+    if isinstance(asked, Mapping):
+        how += "".join(f", {key.replace('_', ' ')} {value}" for key, value in asked.items())
+    return text.append(one_line_keeping_space(how), style=FAINT)
+
+
+def one_line_keeping_space(text: str) -> str:
+    """`one_line`, with the spaces that set it off from what is before."""
+    return " " * (len(text) - len(text.lstrip())) + one_line(text)
+
+
+def mixture(diagnosis: Mapping[str, Any], look: Look) -> list[Text]:
+    """Domains by share, as bars; then breadth and regime."""
+    shares = diagnosis.get("mixture")
+    if not isinstance(shares, Mapping):
+        return []
+    ordered = sorted(shares.items(), key=lambda item: -float(item[1]))
+    rows = [(one_line(name)[:_NAME], float(share)) for name, share in ordered[:_MOST_DOMAINS]]
+    if rest := ordered[_MOST_DOMAINS:]:
+        rows.append((f"{len(rest)} others", sum(float(share) for _, share in rest)))
+    lines = []
+    for name, share in rows:
+        line = Text(f"{name:<{_NAME}} ")
+        filled = round(share * _BAR)
+        line.append(look.bar * filled, style=KEPT).append(" " * (_BAR - filled + 1))
+        lines.append(line.append(f"{share:6.1%}"))
+    lines.append(Text(f"breadth {float(diagnosis['breadth']):.2f}", style=FAINT))
+    lines.append(Text(one_line(diagnosis["regime"]), style=FAINT))
+    return lines
+
+
+def decision(plan: Plan, shape: ModelShape, look: Look) -> RenderableType:
+    """The mixture beside the head map where both fit, else one above the other."""
+    left = mixture(plan.diagnosis, look)
+    room = look.width - (_MIXTURE_WIDTH + 3 if left else 0) - LABEL_WIDTH
+    cell = 2 if 2 * len(plan.layers) <= room else 1
+    lines = head_map(plan.layers, shape, look, cell)
+    grouped = shape.query_heads > MOST_HEAD_ROWS
+    unit = "query heads kept per KV group" if grouped else "query heads kept"
+    lines.insert(0, Text(f"{unit}, by layer", style=FAINT))
+    if not left:
+        return Group(*lines)
+    left.insert(0, Text("domains of the scenario", style=FAINT))
+    if cell * len(plan.layers) > room:
+        return Group(*left, Text(), *lines)
+    grid = Table.grid(padding=(0, 3, 0, 0))
+    grid.add_column(width=_MIXTURE_WIDTH, no_wrap=True)
+    grid.add_column(no_wrap=True)
+    grid.add_row(Group(*left), Group(*lines))
+    return grid
+
+
+def sizes(plan: Plan, shape: ModelShape, predicted: Predicted) -> Table:
+    """What the dense model has, what the slim one has, and what is saved."""
+    slim = plan.layer_shapes(shape)
+    table = Table(box=None, padding=(0, 3, 0, 0), header_style=FAINT)
+    table.add_column("")
+    for name in ("dense", "slim", "saved"):
+        table.add_column(name, justify="right")
+    rows = [
+        ("parameters", predicted.dense_parameters, predicted.parameters, _thousands),
+        (
+            "of q, k, v, o",
+            shape.head_parameters(shape.layers),
+            shape.head_parameters(slim),
+            _thousands,
+        ),
+        ("weights on disk", predicted.dense_file_bytes, predicted.file_bytes, byte_size),
+        ("KV cache per token", predicted.dense_kv_bytes, predicted.kv_bytes, _bytes),
+    ]
+    channels = sum(layer.channels for layer in slim)
+    if channels != shape.channels * shape.num_layers:
+        rows.insert(
+            2, ("MLP channels", shape.channels * shape.num_layers, channels, _thousands)
+        )
+    for name, before, after, form in rows:
+        saved = Text(f"{1 - after / before:.1%}", style=GOOD if after < before else "")
+        table.add_row(name, form(before), form(after), saved)
+    return table
+
+
+def _thousands(count: float) -> str:
+    return f"{count:,}"
+
+
+def _bytes(count: float) -> str:
+    return f"{count:,} B"
+
+
+def bounds(predicted: Predicted) -> list[Text]:
+    """The best that decoding can gain, per case; bytes alone decide it."""
+    lines = []
+    for case in predicted.decode:
+        line = Text(f"decode, batch {case.batch} x {case.context} tokens".ljust(31))
+        line.append(f"at best {case.speedup:.2f}x", style=GOOD if case.speedup >= NO_GAIN else "")
+        if case.speedup < NO_GAIN:
+            line.append("  no gain possible here", style=FAINT)
+        lines.append(line)
+    return lines
+
+
+def checks(found: Sequence[Mapping[str, Any]]) -> Table:
+    """Each check with its verdict and its figures."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for check in found:
+        passed = bool(check["passed"])
+        figures = ""
+        if "found" in check:
+            figures = f"found {check['found']:.2g}, at most {check['limit']:.2g}"
+        detail = one_line(check.get("detail", ""))
+        if not passed or not figures:
+            figures = "; ".join(part for part in (figures, detail) if part)
+        verdict = Text("ok", style=GOOD) if passed else Text("FAILED", style=BAD)
+        table.add_row(verdict, one_line(check["name"]), Text(figures, style=FAINT if passed else ""))
+    return table
+
+
+def quality(report: Mapping[str, Any]) -> Text:
+    """One line on held-out text, or why there is none."""
+    found = report.get("quality")
+    if not found:
+        return Text(
+            "quality not measured: it takes held-out text, a scenario of at least four prompts",
+            style=FAINT,
+        )
+    text = Text("held-out perplexity ")
+    text.append(f"{found['dense_perplexity']:.2f} dense, {found['slim_perplexity']:.2f} slim")
+    text.append(f" ({found['ratio']:.3f}x)", style=STRONG)
+    return text.append(
+        f", KL {found['mean_kl']:.3f}, same first token {found['top1']:.1%}, "
+        f"{found['tokens']:,} tokens",
+        style=FAINT,
+    )
+
+
+def engine_list(engines: Sequence[Engine]) -> Table:
+    """Who loads the output, and how."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for engine in engines:
+        mark = Text("yes", style=GOOD) if engine.loads else Text("no", style=FAINT)
+        table.add_row(engine.name, mark, Text(engine.how, style=FAINT))
+    return table

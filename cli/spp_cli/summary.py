@@ -1,0 +1,96 @@
+"""One screen per result: what was decided, what it saves, and what was checked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from spp_cli import sections
+from spp_cli.look import FAINT, Look
+from spp_cli.units import byte_size, ranges, seconds
+
+if TYPE_CHECKING:
+    from spp_export import ExportResult, PlanResult
+    from spp_export.bound import Predicted
+    from spp_export.engines import Engine
+    from spp_export.plans import Plan
+    from spp_export.shape import ModelShape
+
+_LAYER = re.compile(r"(.*?\.)(\d+)(\..*)")
+
+
+def export_summary(result: ExportResult, look: Look, peak_bytes: int) -> RenderableType:
+    """Of a written export, or of a dry run."""
+    if result.path is None:
+        target, end = "dry run, nothing written", [Text(), tensor_changes(result.tensors, look)]
+    else:
+        target, end = str(result.path), [*_verdict(result.report)]
+    before = _compiled(
+        result.plan, result.shape, result.predicted, result.engines, target, look, end
+    )
+    stages = [f"{stage} {seconds(spent)}" for stage, spent in result.seconds.items()]
+    last = ", ".join([*stages, f"peak memory {byte_size(peak_bytes)}"])
+    return Group(*before, Text(last, style=FAINT))
+
+
+def plan_summary(result: PlanResult, look: Look) -> RenderableType:
+    """Of a compiled plan: the same without what only a written model can tell."""
+    return Group(
+        *_compiled(
+            result.plan, result.shape, result.predicted, result.engines, "plan", look, []
+        )[:-1]
+    )
+
+
+def tensor_changes(tensors: Sequence[Mapping[str, Any]], look: Look) -> Table:
+    """Tensors with their old and new shapes; layers where both are equal share a row."""
+    rows: dict[tuple[str, str, str, str], list[int]] = {}
+    for tensor in tensors:
+        match = _LAYER.fullmatch(tensor["name"])
+        head, tail = (match[1], match[3]) if match else (tensor["name"], "")
+        key = (head, tail, _sides(tensor["dense"]), _sides(tensor["slim"]))
+        rows.setdefault(key, []).extend([int(match[2])] if match else [])
+    table = Table.grid(padding=(0, 3, 0, 0))
+    for (head, tail, old, new), layers in rows.items():
+        numbers = ranges(layers).replace(" ", "")
+        braced = f"{{{numbers}}}" if len(layers) > 1 else numbers
+        table.add_row(f"{head}{braced}{tail}", f"{old} {look.arrow} {new}")
+    return table
+
+
+def _compiled(
+    plan: Plan,
+    shape: ModelShape,
+    predicted: Predicted,
+    engines: Sequence[Engine],
+    target: str,
+    look: Look,
+    checked: Sequence[RenderableType],
+) -> list[RenderableType]:
+    return [
+        sections.title(plan, target, look),
+        Text(),
+        sections.decision(plan, shape, look),
+        Text(),
+        sections.sizes(plan, shape, predicted),
+        *sections.bounds(predicted),
+        *checked,
+        Text(),
+        sections.engine_list(engines),
+        Text(),
+    ]
+
+
+def _verdict(report: Mapping[str, Any] | None) -> list[RenderableType]:
+    if report is None:
+        return [Text(), Text("not checked: --no-verify", style=FAINT)]
+    return [Text(), sections.checks(report["checks"]), sections.quality(report)]
+
+
+def _sides(shape: Sequence[int]) -> str:
+    return " x ".join(str(side) for side in shape)

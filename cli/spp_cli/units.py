@@ -1,0 +1,60 @@
+"""Counts as people type and read them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from decimal import Decimal
+
+_COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+def parse_count(text: str) -> int:
+    """A whole number such as 1500, 12k, 1.5M or 2Gi. Raises ValueError."""
+    match = _COUNT.fullmatch(text.strip())
+    if not match or (match[3] and not match[2]):
+        raise ValueError(f"{text!r} is not a count such as 1500, 12k, 1.5M or 2Gi")
+    base = 1024 if match[3] else 1000
+    value = Decimal(match[1]) * base ** _POWERS[match[2].lower()]
+    if value != int(value):
+        raise ValueError(f"{text!r} is not a whole number")
+    return int(value)
+
+
+def byte_size(count: float) -> str:
+    """Bytes in decimal units: 538.1 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.95:
+            break
+        count /= 1000
+    else:
+        unit = "TB"
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+
+
+def seconds(value: float) -> str:
+    """A duration: 0.4 s, 12 s, 3 min 20 s."""
+    if value < 9.95:
+        return f"{value:.1f} s"
+    if value < 99.5:
+        return f"{value:.0f} s"
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest} s"
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Ascending numbers with runs joined: 0, 3-7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def one_line(text: object) -> str:
+    """Text from outside for one line of a terminal: no line breaks, no control characters."""
+    flat = " ".join(str(text).split())
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in flat)

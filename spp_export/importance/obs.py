@@ -1,0 +1,144 @@
+"""`obs`: what is lost of a layer's write when heads go and the rest is re-fitted to stand in.
+
+Removing inputs R of a projection W with inputs of second moment C and re-fitting the rest by least
+squares leaves the error `tr(W_R (P_RR)^-1 W_R^T)`, `P = C^-1`: the block form of the optimal brain
+surgeon (Hassibi and Stork, 1993; Frantar and Alistarh, arXiv 2208.11580, Eq. 3). After each removal
+the re-fitted weights and P are those of what is left, so removals compose exactly.
+
+Errors of different layers are put in one currency, the relative change of the residual stream, by
+`E 1/||r_l||^2`: every later block normalises the stream, so a change counts by its size relative
+to it. On the default model this factor follows the mean squared gradient of the loss closely, and
+needs no gradient. Output-only.
+
+This is a criterion over sets, not a sum over heads, so it gives the loss of every regular size of a
+layer instead of scores [L,H].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from spp_export.importance.statistics import FloatArray
+
+BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
+
+# Keeps P finite where the text excites fewer directions than there are inputs.
+_RIDGE = 0.01
+
+
+def removal_losses(
+    weight: FloatArray, second: FloatArray, forced_Gg: BoolArray
+) -> tuple[FloatArray, BoolArray]:
+    """Loss [G,g] of a layer with a groups of b heads at [a-1,b-1], and the heads kept [G,g,G,g].
+
+    weight: o_proj [d, H*dh]; second: E[a a^T] [H*dh, H*dh] of its input; forced_Gg: query heads
+    that must stay (G KV groups of g). The loss is E ||W a - W' a_S||^2, inf where forced heads do
+    not fit. Heads are removed greedily, in two orders (heads first, groups first); the better
+    counts.
+    """
+    groups, size = forced_Gg.shape
+    losses = np.full((groups, size), np.inf)
+    kept = np.zeros((groups, size, groups, size), dtype=bool)
+
+    def record(state: _Removal) -> None:
+        a = int(state.kept.any(axis=1).sum())
+        b = int(state.kept.sum(axis=1).max())
+        if state.loss < losses[a - 1, b - 1]:
+            losses[a - 1, b - 1] = state.loss
+            kept[a - 1, b - 1] = state.kept
+
+    heads_first = _Removal.start(weight, second, forced_Gg)
+    for b in range(size, 0, -1):
+        if not heads_first.thin(b):
+            break
+        branch = heads_first.copy()
+        record(branch)
+        while branch.drop_group():
+            record(branch)
+    groups_first = _Removal.start(weight, second, forced_Gg)
+    while True:
+        branch = groups_first.copy()
+        for b in range(size, 0, -1):
+            if not branch.thin(b):
+                break
+            record(branch)
+        if not groups_first.drop_group():
+            return losses, kept
+
+
+@dataclass
+class _Removal:
+    """A layer with some heads gone: re-fitted weights [d,m], P [m,m], kept [G,g] and the loss."""
+
+    weight: FloatArray
+    precision: FloatArray
+    forced: BoolArray
+    kept: BoolArray
+    loss: float
+
+    @classmethod
+    def start(cls, weight: FloatArray, second: FloatArray, forced: BoolArray) -> _Removal:
+        """The dense layer."""
+        moments = second.astype(np.float64)
+        ridge = _RIDGE * float(np.mean(np.diag(moments)))
+        # A layer whose input is all zero loses nothing, whatever goes.
+        moments[np.diag_indices_from(moments)] += ridge if ridge > 0 else 1.0
+        precision = np.linalg.inv(moments)
+        return cls(weight.astype(np.float64), precision, forced, np.ones_like(forced), 0.0)
+
+    def copy(self) -> _Removal:
+        """An independent state to continue from."""
+        return _Removal(
+            self.weight.copy(), self.precision.copy(), self.forced, self.kept.copy(), self.loss
+        )
+
+    def thin(self, heads: int) -> bool:
+        """Bring every kept group to `heads` query heads; False where forced heads forbid it."""
+        while True:
+            counts = self.kept.sum(axis=1)
+            crowded = counts > heads
+            if not crowded.any():
+                return True
+            free = self.kept & ~self.forced & crowded[:, None]
+            if not free.any(axis=1)[crowded].all():
+                return False
+            self._remove_cheapest([np.array([head]) for head in np.flatnonzero(free)])
+
+    def drop_group(self) -> bool:
+        """Remove the cheapest whole group; False for the last one or where all are forced."""
+        present = self.kept.any(axis=1)
+        free = np.flatnonzero(present & ~(self.kept & self.forced).any(axis=1))
+        if present.sum() < 2 or not free.size:
+            return False
+        size = self.kept.shape[1]
+        self._remove_cheapest([k * size + np.flatnonzero(self.kept[k]) for k in free])
+        return True
+
+    def _remove_cheapest(self, candidates: list[np.ndarray[Any, np.dtype[np.intp]]]) -> None:
+        costs = [self._cost(self._columns(heads)) for heads in candidates]
+        best = int(np.argmin(costs))
+        columns = self._columns(candidates[best])
+        across = self.precision[columns]
+        step = np.linalg.solve(across[:, columns], across)
+        self.loss += costs[best]
+        self.weight -= self.weight[:, columns] @ step
+        self.precision -= across.T @ step
+        self.weight[:, columns] = 0.0
+        self.kept.reshape(-1)[candidates[best]] = False
+
+    def _cost(self, columns: np.ndarray[Any, np.dtype[np.intp]]) -> float:
+        block = self.weight[:, columns]
+        inverse = np.linalg.inv(self.precision[np.ix_(columns, columns)])
+        return max(float(((block @ inverse) * block).sum()), 0.0)
+
+    def _columns(
+        self, heads: np.ndarray[Any, np.dtype[np.intp]]
+    ) -> np.ndarray[Any, np.dtype[np.intp]]:
+        dim = self.weight.shape[1] // self.kept.size
+        columns: np.ndarray[Any, np.dtype[np.intp]] = (
+            heads[:, None] * dim + np.arange(dim)
+        ).reshape(-1)
+        return columns
