@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from spp_export.pipeline.import_artifacts import import_artifacts
     from spp_export.pipeline.plan import PlanRequest, PlanResult, plan
     from spp_export.pipeline.probe import probe
+    from spp_export.pipeline.show import show
     from spp_export.pipeline.verify import verify
     from spp_export.plans import Plan, read_plan
 
@@ -38,6 +39,7 @@ _WHERE = {
     "plan": "spp_export.pipeline.plan",
     "probe": "spp_export.pipeline.probe",
     "read_plan": "spp_export.plans",
+    "show": "spp_export.pipeline.show",
     "verify": "spp_export.pipeline.verify",
 }
 
@@ -56,6 +58,7 @@ __all__ = [
     "plan",
     "probe",
     "read_plan",
+    "show",
     "verify",
 ]
 

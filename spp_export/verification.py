@@ -16,9 +16,10 @@ from spp_export.plans import Plan
 from spp_export.reference import OutputProjection, masked_dense
 from spp_export.shape import ModelShape
 
-# Room above the reference's own error, in units of eps(dtype) x largest |logit|: two orders of
-# summation of the same numbers differ by a few of these.
-_ROOM = 16.0
+# Room for rounding in units of eps(dtype) x largest |logit|: above the oracle's own error, and,
+# where a model is compared with itself on other shapes and so other kernels, above zero.
+_ROOM_ABOVE_ORACLE = 16.0
+_ROOM_WITH_ITSELF = 64.0
 _GENERATED = 16
 
 
@@ -155,7 +156,7 @@ def check_parity(slim: nn.Module, reference: ReferenceLogits) -> Check:
         same_error = max(same_error, _distance(same, exact))
         between = max(between, _distance(logits, same))
         largest = max(largest, float(exact.abs().max()))
-    limit = same_error + _room(slim, largest)
+    limit = same_error + _room(slim, largest, _ROOM_ABOVE_ORACLE)
     tokens = sum(batch.real_tokens for batch in reference.batches)
     return Check(
         "logits parity with the masked dense model",
@@ -178,7 +179,7 @@ def check_causality(slim: nn.Module, batch: TokenBatch) -> Check:
         other = _forward(slim, changed)[:, :half]
         prefix = _forward(slim, ids[:, :half])
     found = max(_distance(whole, other), _distance(whole, prefix))
-    limit = _room(slim, float(whole.abs().max()))
+    limit = _room(slim, float(whole.abs().max()), _ROOM_WITH_ITSELF)
     return Check("prefix causality", found <= limit, found, limit, f"prefix of {half} tokens")
 
 
@@ -198,7 +199,7 @@ def check_cache(slim: nn.Module, batch: TokenBatch) -> Check:
         uncached = _forward(slim, prompt[:, :-1])[:, -_GENERATED:]
     cached = torch.stack(steps, dim=1)
     found = _distance(cached, uncached)
-    limit = _room(slim, float(uncached.abs().max()))
+    limit = _room(slim, float(uncached.abs().max()), _ROOM_WITH_ITSELF)
     return Check(
         "cached against uncached decoding", found <= limit, found, limit, f"{_GENERATED} tokens"
     )
@@ -216,6 +217,6 @@ def _distance(a: Tensor, b: Tensor) -> float:
     return difference if difference == difference else float("inf")
 
 
-def _room(model: nn.Module, largest: float) -> float:
+def _room(model: nn.Module, largest: float, units: float) -> float:
     dtype = next(model.parameters()).dtype
-    return _ROOM * torch.finfo(dtype).eps * max(largest, 1.0)
+    return units * torch.finfo(dtype).eps * max(largest, 1.0)

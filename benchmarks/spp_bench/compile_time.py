@@ -9,15 +9,13 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
-import platform
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from spp_bench.machine import machine
 from spp_export.budget import Budget
 from spp_export.plans import compile_plan
 from spp_export.shape import ModelShape
@@ -55,21 +53,6 @@ def measure(shape: ModelShape, keep: float, seeds: int) -> dict[str, Any]:
         "median_ms": round(float(median), 3),
         "p20_ms": round(float(low), 3),
         "p80_ms": round(float(high), 3),
-    }
-
-
-def machine() -> dict[str, Any]:
-    """What the times depend on."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].partition(":")[2].strip() if names else cpu
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
     }
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from spp_bench.compile_time import machine
+from spp_bench.machine import machine
 from spp_export.checkpoint.atomic import publish
 from spp_export.checkpoint.dtypes import Bits
 from spp_export.checkpoint.manifest import write_manifest

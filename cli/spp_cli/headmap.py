@@ -32,9 +32,7 @@ def head_map(layers: Sequence[LayerPlan], shape: ModelShape, look: Look, cell: i
     return lines
 
 
-def _rows(
-    layers: Sequence[LayerPlan], shape: ModelShape, look: Look, cell: int
-) -> list[Text]:
+def _rows(layers: Sequence[LayerPlan], shape: ModelShape, look: Look, cell: int) -> list[Text]:
     if shape.query_heads > MOST_HEAD_ROWS:
         return [_group_row(group, layers, shape, look, cell) for group in range(shape.kv_heads)]
     lines = []

@@ -10,11 +10,13 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
+from spp_cli import options
 from spp_cli.commands.artifacts import artifacts_app
 from spp_cli.commands.diagnose import diagnose
 from spp_cli.commands.export import export
@@ -63,11 +65,9 @@ def root(
 ) -> None:
     """One big language model in, many small scenario-specific ones out.
 
-    Start with: spp export --scenario chemistry.txt
+    Example: spp export --scenario chemistry.txt
     """
-    if context.invoked_subcommand is None:
-        print(context.get_help())
-        raise typer.Exit(2)
+    options.help_without_command(context)
 
 
 def main() -> None:
@@ -79,6 +79,8 @@ def run(arguments: Sequence[str]) -> int:
     """The exit status of these arguments; whatever goes wrong is one line on stderr."""
     for name, value in _QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # Python's, which are meant for developers
     _survive_any_text()
     _show_warnings()
     try:
@@ -107,7 +109,9 @@ def explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, typer.TyperException):
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "spp"
-        return f"{error.format_message().rstrip('.')}. See '{path} --help'.", 2
+        message = error.format_message().replace("Value error, ", "").rstrip(".")
+        return f"{message}. See '{path} --help'.", 2
+    # By name: torch has its own kind, and may not be loaded.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return (
             "out of memory. Use a machine with more, --dtype bfloat16, or another --device.",
@@ -118,10 +122,8 @@ def explain(error: Exception) -> tuple[str, int]:
         return f"{where}no space left on the disk. Make room, or choose another disk.", 2
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}.", 2
-    return (
-        f"internal error: {type(error).__name__}: {error}; run again with SPP_DEBUG=1 to see where.",
-        2,
-    )
+    what = f"internal error: {type(error).__name__}: {error}"
+    return f"{what}; run again with SPP_DEBUG=1 to see where.", 2
 
 
 def _survive_any_text() -> None:

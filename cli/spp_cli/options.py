@@ -59,9 +59,10 @@ Layout = Annotated[
     ),
 ]
 Criterion = Annotated[
-    str,
+    Literal["obs", "energy", "axis"] | None,
     typer.Option(
-        metavar="NAME", rich_help_panel=MAKE, help="Importance of a head, as in the artifacts."
+        rich_help_panel=MAKE,
+        help="Importance of a head; by default obs where compensation is lstsq, else energy.",
     ),
 ]
 Policy = Annotated[
@@ -73,11 +74,10 @@ Policy = Annotated[
     ),
 ]
 Compensate = Annotated[
-    Literal["none", "bias", "lstsq"] | None,
+    Literal["none", "bias", "lstsq"],
     typer.Option(
         rich_help_panel=MAKE,
-        help="How the kept weights make up for what is removed; lstsq unless a plan says "
-        "otherwise.",
+        help="How the kept weights make up for what is removed; lstsq by default.",
     ),
 ]
 Regime = Annotated[
@@ -132,7 +132,10 @@ Dtype = Annotated[
     ),
 ]
 Seed = Annotated[
-    int, typer.Option(min=0, rich_help_panel=RUNNING, help="Seed of everything drawn at random.")
+    int,
+    typer.Option(
+        min=0, metavar="N", rich_help_panel=RUNNING, help="Seed of everything drawn at random."
+    ),
 ]
 Json = Annotated[
     bool, typer.Option("--json", rich_help_panel=RUNNING, help="One JSON object on stdout.")
@@ -147,6 +150,13 @@ Force = Annotated[
         "--force", rich_help_panel=DANGEROUS, help="Replace an output that spp wrote before."
     ),
 ]
+
+
+def help_without_command(context: typer.Context) -> None:
+    """A group by itself asks for nothing: show what there is, and exit with 2."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(2)
 
 
 def output_option(help_text: str) -> Any:

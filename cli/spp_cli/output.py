@@ -55,7 +55,8 @@ class Output:
             base = UNICODE if _speaks_unicode(console.encoding) else ASCII
             with console.capture() as captured:
                 console.print(human(replace(base, width=console.width)))
-            _write(captured.get())
+            text = captured.get()
+            _write(text if console.is_terminal else _without_padding(text))
 
     def hint(self, text: str) -> None:
         """What to do next, for people only."""
@@ -93,6 +94,10 @@ def _write(text: str) -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         raise PipeClosedError from None
+
+
+def _without_padding(text: str) -> str:
+    return "".join(line.rstrip() + "\n" for line in text.splitlines())
 
 
 def _finite(value: Any) -> Any:

@@ -45,7 +45,7 @@ class Bars:
 
     def _new(self) -> Progress:
         bars = Progress(
-            TextColumn("{task.description}", markup=False, table_column=Column(min_width=38)),
+            TextColumn("{task.description}", markup=False, table_column=Column(min_width=40)),
             BarColumn(bar_width=24, complete_style="cyan", finished_style="cyan"),
             TaskProgressColumn(),
             TimeElapsedColumn(),

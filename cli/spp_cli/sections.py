@@ -27,17 +27,13 @@ _MIXTURE_WIDTH = _NAME + 1 + _BAR + 1 + 6
 
 def title(plan: Plan, target: str, look: Look) -> Text:
     """From what to what, and how."""
-    text = Text(f"{one_line(plan.model_source)} {look.arrow} {one_line(target)}", style=STRONG)
-    how = f"   {plan.layout} layout, compensation {plan.compensation}"
+    text = Text()
+    text.append(f"{one_line(plan.model_source)} {look.arrow} {one_line(target)}", style=STRONG)
+    how = f"{plan.layout} layout, compensation {plan.compensation}"
     asked = plan.budget.get("asked")
     if isinstance(asked, Mapping):
         how += "".join(f", {key.replace('_', ' ')} {value}" for key, value in asked.items())
-    return text.append(one_line_keeping_space(how), style=FAINT)
-
-
-def one_line_keeping_space(text: str) -> str:
-    """`one_line`, with the spaces that set it off from what is before."""
-    return " " * (len(text) - len(text.lstrip())) + one_line(text)
+    return text.append("   ").append(one_line(how), style=FAINT)
 
 
 def mixture(diagnosis: Mapping[str, Any], look: Look) -> list[Text]:
@@ -55,6 +51,7 @@ def mixture(diagnosis: Mapping[str, Any], look: Look) -> list[Text]:
         filled = round(share * _BAR)
         line.append(look.bar * filled, style=KEPT).append(" " * (_BAR - filled + 1))
         lines.append(line.append(f"{share:6.1%}"))
+    lines.append(Text())
     lines.append(Text(f"breadth {float(diagnosis['breadth']):.2f}", style=FAINT))
     lines.append(Text(one_line(diagnosis["regime"]), style=FAINT))
     return lines
@@ -101,9 +98,7 @@ def sizes(plan: Plan, shape: ModelShape, predicted: Predicted) -> Table:
     ]
     channels = sum(layer.channels for layer in slim)
     if channels != shape.channels * shape.num_layers:
-        rows.insert(
-            2, ("MLP channels", shape.channels * shape.num_layers, channels, _thousands)
-        )
+        rows.insert(2, ("MLP channels", shape.channels * shape.num_layers, channels, _thousands))
     for name, before, after, form in rows:
         saved = Text(f"{1 - after / before:.1%}", style=GOOD if after < before else "")
         table.add_row(name, form(before), form(after), saved)
@@ -142,7 +137,9 @@ def checks(found: Sequence[Mapping[str, Any]]) -> Table:
         if not passed or not figures:
             figures = "; ".join(part for part in (figures, detail) if part)
         verdict = Text("ok", style=GOOD) if passed else Text("FAILED", style=BAD)
-        table.add_row(verdict, one_line(check["name"]), Text(figures, style=FAINT if passed else ""))
+        table.add_row(
+            verdict, one_line(check["name"]), Text(figures, style=FAINT if passed else "")
+        )
     return table
 
 

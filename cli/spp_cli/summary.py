@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from spp_cli import sections
-from spp_cli.look import FAINT, Look
+from spp_cli.look import FAINT, UNICODE, WIDTH, Look
 from spp_cli.units import byte_size, ranges, seconds
 
 if TYPE_CHECKING:
@@ -27,23 +30,22 @@ _LAYER = re.compile(r"(.*?\.)(\d+)(\..*)")
 def export_summary(result: ExportResult, look: Look, peak_bytes: int) -> RenderableType:
     """Of a written export, or of a dry run."""
     if result.path is None:
-        target, end = "dry run, nothing written", [Text(), tensor_changes(result.tensors, look)]
+        target = "dry run, nothing written"
+        end: list[RenderableType] = [Text(), tensor_changes(result.tensors, look)]
     else:
-        target, end = str(result.path), [*_verdict(result.report)]
+        target, end = str(result.path), _verdict(result.report)
     before = _compiled(
         result.plan, result.shape, result.predicted, result.engines, target, look, end
     )
     stages = [f"{stage} {seconds(spent)}" for stage, spent in result.seconds.items()]
     last = ", ".join([*stages, f"peak memory {byte_size(peak_bytes)}"])
-    return Group(*before, Text(last, style=FAINT))
+    return Group(*before, Text(), Text(last, style=FAINT))
 
 
-def plan_summary(result: PlanResult, look: Look) -> RenderableType:
+def plan_summary(result: PlanResult, target: str, look: Look) -> RenderableType:
     """Of a compiled plan: the same without what only a written model can tell."""
     return Group(
-        *_compiled(
-            result.plan, result.shape, result.predicted, result.engines, "plan", look, []
-        )[:-1]
+        *_compiled(result.plan, result.shape, result.predicted, result.engines, target, look, [])
     )
 
 
@@ -78,11 +80,11 @@ def _compiled(
         sections.decision(plan, shape, look),
         Text(),
         sections.sizes(plan, shape, predicted),
+        Text(),
         *sections.bounds(predicted),
         *checked,
         Text(),
         sections.engine_list(engines),
-        Text(),
     ]
 
 
@@ -94,3 +96,15 @@ def _verdict(report: Mapping[str, Any] | None) -> list[RenderableType]:
 
 def _sides(shape: Sequence[int]) -> str:
     return " x ".join(str(side) for side in shape)
+
+
+def save_picture(human: Callable[[Look], RenderableType], path: Path) -> None:
+    """The summary as an SVG that loads nothing from elsewhere."""
+    console = Console(
+        file=io.StringIO(), record=True, width=WIDTH, force_terminal=True, highlight=False
+    )
+    console.print(human(UNICODE))
+    form = inspect.signature(console.export_svg).parameters["code_format"].default
+    # Its @font-face rules would fetch a font from the network; readers have a monospace one.
+    form = re.sub(r"@font-face \{\{.*?\}\}\s*|<!--.*?-->", "", form, flags=re.DOTALL)
+    path.write_text(console.export_svg(title="spp export", code_format=form), encoding="utf-8")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import resource
+import sys
 from collections.abc import Iterable
 from decimal import Decimal
 
@@ -24,13 +26,13 @@ def parse_count(text: str) -> int:
 
 def byte_size(count: float) -> str:
     """Bytes in decimal units: 538.1 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.95:
-            break
+    if count < 1000:
+        return f"{count:.0f} B"
+    for unit in ("kB", "MB", "GB"):
         count /= 1000
-    else:
-        unit = "TB"
-    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        if count < 999.95:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1000:.1f} TB"
 
 
 def seconds(value: float) -> str:
@@ -58,3 +60,9 @@ def one_line(text: object) -> str:
     """Text from outside for one line of a terminal: no line breaks, no control characters."""
     flat = " ".join(str(text).split())
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in flat)
+
+
+def peak_memory() -> int:
+    """Bytes of memory that this process has held at most (resident set)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -186,7 +186,7 @@ def _options(
     forced = forced_heads(artifacts.whitelist, shape)
     if criterion == "obs":
         moments = scenario_moments(session, artifacts, diagnosis, calibration)
-        return _removal_options(session, moments, forced), {"criterion": {"name": criterion}}
+        return removal_options(session, moments, forced), {"criterion": {"name": criterion}}
     key = f"head/{criterion}"
     if key not in artifacts.importance:
         raise UsageError(
@@ -198,7 +198,7 @@ def _options(
     return layer_options(scores, shape, forced), provenance
 
 
-def _removal_options(session: Session, moments: Moments, forced_LH: BoolArray) -> Options:
+def removal_options(session: Session, moments: Moments, forced_LH: BoolArray) -> Options:
     """`obs` for all layers: minus the loss of every size, in units of the residual stream."""
     source = session.source
     shape, family = source.shape, source.family

@@ -123,7 +123,7 @@ def _check_tensors(directory: Path, source: Source, compiled: Plan) -> Check:
     biased = {Role.OUTPUT} if compiled.compensation == "bias" else set()
     shape = slim_shape(source, biased)
     layers = compiled.layer_shapes(source.shape)
-    config = read_config(directory / "config.json")
+    config = read_config(directory)
     wanted = slim_config(
         source.config, source.family, source.shape, layers, compiled.layout, bool(biased)
     )

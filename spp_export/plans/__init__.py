@@ -5,7 +5,7 @@ from __future__ import annotations
 from spp_export.budget import DEFAULT_KEEP, Budget
 from spp_export.plans.compile import Realised, compile_options, compile_plan, forced_heads
 from spp_export.plans.cover import cover
-from spp_export.plans.document import parse_plan, read_plan, write_plan
+from spp_export.plans.document import check_plan_target, parse_plan, read_plan, write_plan
 from spp_export.plans.records import (
     COMPENSATIONS,
     LAYOUTS,
@@ -27,6 +27,7 @@ __all__ = [
     "Layout",
     "Plan",
     "Realised",
+    "check_plan_target",
     "compile_options",
     "compile_plan",
     "cover",

@@ -46,10 +46,9 @@ def parse_plan(text: str, *, what: str = "plan") -> Plan:
 
 def write_plan(plan: Plan, path: str | os.PathLike[str], *, force: bool = False) -> None:
     """Write plan.json atomically; OutputError where it exists (without `force`) or cannot be."""
+    check_plan_target(path, force)
     target = Path(path)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    if not force and os.path.lexists(target):
-        raise OutputError(f"{target}: already exists. Choose another name or use --force.")
     try:
         with open(partial, "x", encoding="utf-8") as file:
             file.write(plan.to_json())
@@ -61,6 +60,12 @@ def write_plan(plan: Plan, path: str | os.PathLike[str], *, force: bool = False)
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def check_plan_target(path: str | os.PathLike[str], force: bool) -> None:
+    """OutputError where `write_plan` would refuse `path`, before any work is done."""
+    if not force and os.path.lexists(path):
+        raise OutputError(f"{os.fspath(path)}: already exists. Choose another name or use --force.")
 
 
 def check_indices(name: str, values: Sequence[Any]) -> None:

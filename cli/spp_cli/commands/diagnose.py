@@ -26,7 +26,7 @@ def diagnose(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Show which knowledge domains a scenario draws on, and how broad it is.
+    """Show which knowledge domains a scenario draws on.
 
     Example: spp diagnose --scenario chemistry.txt --layers
     """

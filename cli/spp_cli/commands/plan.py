@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from spp_cli import options
+from spp_cli.hints import asked, command_line, given
 from spp_cli.output import Output
 
 
@@ -17,9 +18,9 @@ def plan(
     model: options.Model = "demo",
     artifacts: options.Artifacts = None,
     layout: options.Layout = "per-layer",
-    criterion: options.Criterion = "energy",
+    criterion: options.Criterion = None,
     policy: options.Policy = "exact",
-    compensate: options.Compensate = None,
+    compensate: options.Compensate = "lstsq",
     regime: options.Regime = None,
     keep: options.Keep = None,
     max_params: options.MaxParams = None,
@@ -51,7 +52,7 @@ def plan(
         regime=regime,
     )
     if output is not None:
-        check_plan_target(output, force=force)
+        check_plan_target(output, force)
     result = spp_export.plan(
         scenario,
         model=model,
@@ -66,4 +67,10 @@ def plan(
 
     from spp_cli.summary import plan_summary
 
-    out.result(result.to_dict, lambda look: plan_summary(result, look), brief=str(output or ""))
+    out.result(
+        result.to_dict,
+        lambda look: plan_summary(result, str(output or "plan"), look),
+        brief=str(output or ""),
+    )
+    decided = {"plan": output} if output else {"artifacts": artifacts, **asked(request)}
+    out.hint(command_line("export", scenario=scenario, model=given(model), **decided))

@@ -1,0 +1,59 @@
+"""`spp verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spp_cli import options
+from spp_cli.output import Output, write_error
+
+
+def verify(
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="A directory written by 'spp export'.")
+    ],
+    model: options.Model = "demo",
+    scenario: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=options.CHECKS,
+            help="Text to compare logits on, or - for standard input; random tokens without it.",
+        ),
+    ] = None,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = None,
+    seed: options.Seed = 0,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Check an export against the dense model it came from.
+
+    Its files must be as they were written, and its logits those of the dense model with the same
+    heads masked. The exit status is 1 where they are not.
+
+    Example: spp verify out/chemistry --scenario chemistry.txt
+    """
+    import spp_export
+
+    output = Output(json=json, quiet=quiet)
+    report = spp_export.verify(
+        out,
+        model=model,
+        scenario=scenario,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        progress=output.progress,
+    )
+
+    from spp_cli.sections import checks
+
+    output.result(report.to_dict, lambda look: checks(report.to_dict()["checks"]))
+    if not report.passed:
+        failed = report.failures[0]
+        write_error(f"{failed.name}: {failed.describe()}")
+        raise typer.Exit(1)

@@ -1,0 +1,64 @@
+"""What `diagnose` and `show` found, for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from spp_cli import sections
+from spp_cli.look import BAD, FAINT, GOOD, STRONG, Look
+from spp_cli.units import one_line
+
+if TYPE_CHECKING:
+    from spp_export.pipeline.show import Shown
+
+
+def diagnosis_report(diagnosis: Mapping[str, Any], look: Look) -> RenderableType:
+    """The mixture as bars and, where they are given, the probabilities of every layer."""
+    lines: list[RenderableType] = [*sections.mixture(diagnosis, look)]
+    if layers := diagnosis.get("layers"):
+        lines += [Text(), _layer_table(layers)]
+    return Group(*lines)
+
+
+def _layer_table(layers: Mapping[str, Mapping[str, float]]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style=FAINT)
+    table.add_column("layer", justify="right")
+    for domain in next(iter(layers.values())):
+        table.add_column(one_line(domain), justify="right")
+    for layer, row in layers.items():
+        table.add_row(layer, *(f"{value:.3f}" for value in row.values()))
+    return table
+
+
+def shown_report(shown: Shown, look: Look) -> RenderableType:
+    """Kind, facts and problems."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(style=FAINT, no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in shown.facts.items():
+        table.add_row(name.replace("_", " "), _value(value))
+    lines: list[RenderableType] = [Text(shown.kind, style=STRONG), table]
+    if shown.problems is not None:
+        lines.append(Text())
+        lines += [Text(one_line(problem), style=BAD) for problem in shown.problems]
+    if shown.problems == ():
+        lines.append(Text("every file is as the manifest lists it", style=GOOD))
+    return Group(*lines)
+
+
+def _value(value: Any) -> str:
+    """A JSON value in one line."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{one_line(key)} {_value(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return " ".join(_value(item) for item in value)
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "all"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else one_line(value)

@@ -1,0 +1,162 @@
+"""`show`: what a plan, artifacts directory, export or dense model is, without running anything."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spp_export.artifacts import Artifacts, read_artifacts
+from spp_export.checkpoint.manifest import MANIFEST_NAME, check_manifest
+from spp_export.checkpoint.source import Source, open_source
+from spp_export.errors import ModelError, PlanError, SppError, UsageError
+from spp_export.jsonio import read_json
+from spp_export.plans import Plan, read_plan
+
+_SIZES = ("parameters", "file_bytes", "kv_bytes_per_token")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a path is, the facts about it, and what is wrong with its files.
+
+    kind      "plan", "artifacts", "slim checkpoint" or "dense model"
+    facts     JSON values by name, in the order to show them
+    problems  one line each; None where no manifest says what the files should be
+    """
+
+    kind: str
+    facts: Mapping[str, Any]
+    problems: tuple[str, ...] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        problems = None if self.problems is None else list(self.problems)
+        return {"kind": self.kind, "facts": dict(self.facts), "problems": problems}
+
+
+def show(path: str | os.PathLike[str]) -> Shown:
+    """What is at `path`; weights are hashed where a manifest lists them, and never loaded.
+
+    Raises UsageError where it is nothing we know, and the reader's own error where it is malformed.
+    """
+    place = Path(path)
+    if not place.exists():
+        raise UsageError(f"{place}: no such file or directory.")
+    if not place.is_dir():
+        return Shown("plan", _plan_facts(read_plan(place)))
+    if (place / "artifacts.json").is_file():
+        facts = _artifacts_facts(read_artifacts(place))
+        return Shown("artifacts", facts, _problems(place))
+    if (place / "plan.json").is_file():
+        return _slim_checkpoint(place)
+    if (place / "config.json").is_file():
+        return Shown("dense model", _model_facts(open_source(place)), _problems(place))
+    raise UsageError(
+        f"{place}: is neither an export, an artifacts directory nor a model; it has no plan.json, "
+        "artifacts.json or config.json."
+    )
+
+
+def _problems(place: Path) -> tuple[str, ...] | None:
+    return tuple(check_manifest(place)) if (place / MANIFEST_NAME).is_file() else None
+
+
+def _slim_checkpoint(place: Path) -> Shown:
+    problems = tuple(check_manifest(place))
+    try:
+        facts = _plan_facts(read_plan(place / "plan.json"))
+    except PlanError as error:
+        return Shown("slim checkpoint", {}, (str(error), *problems))
+    size = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+    return Shown("slim checkpoint", {**facts, "bytes": size, **_verdict(place)}, problems)
+
+
+def _verdict(place: Path) -> dict[str, Any]:
+    """What verify.json says, as far as it can be read."""
+    path = place / "verify.json"
+    if not path.is_file():
+        return {"verified": "no"}
+    try:
+        report = read_json(path, what="report", error=ModelError)
+    except SppError as error:
+        return {"verified": str(error)}
+    if not isinstance(report, dict) or not isinstance(report.get("passed"), bool):
+        return {"verified": "verify.json is no report"}
+    facts: dict[str, Any] = {"verified": "passed" if report["passed"] else "failed"}
+    quality = report.get("quality")
+    if isinstance(quality, dict) and isinstance(quality.get("ratio"), float):
+        facts["perplexity_ratio"] = quality["ratio"]
+    return facts
+
+
+def _plan_facts(plan: Plan) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "model": plan.model_source,
+        "fingerprint": plan.model_fingerprint,
+        "layout": plan.layout,
+        "compensation": plan.compensation,
+        "layers": len(plan.layers),
+        "query_heads": [len(layer.query_heads) for layer in plan.layers],
+        "kv_heads": [len(layer.kv_heads) for layer in plan.layers],
+    }
+    if any(layer.channels is not None for layer in plan.layers):
+        kept = [None if layer.channels is None else len(layer.channels) for layer in plan.layers]
+        facts["channels"] = kept
+    realised = plan.budget.get("realised")
+    facts |= {
+        "scenario": plan.scenario.get("name"),
+        "scenario_sha256": plan.scenario.get("sha256"),
+        **{name: plan.diagnosis.get(name) for name in ("mixture", "breadth", "regime")},
+        "asked": plan.budget.get("asked"),
+        "realised_keep": realised.get("keep") if isinstance(realised, Mapping) else None,
+        "criterion": plan.criterion.get("name"),
+        "policy": plan.policy.get("name"),
+        **{name: plan.predicted.get(name) for name in _SIZES},
+        "versions": dict(plan.versions) or None,
+    }
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _artifacts_facts(artifacts: Artifacts) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "model": artifacts.manifest.get("model"),
+        "fingerprint": artifacts.fingerprint or None,
+        "sha256": artifacts.sha256,
+        "domains": list(artifacts.domains),
+        "regimes": list(artifacts.regimes),
+        "layers": artifacts.num_layers,
+        "probed_layers": len(artifacts.probe_layers),
+        "query_heads": artifacts.query_heads,
+        "hidden_size": artifacts.hidden_size,
+        "importance": sorted(artifacts.importance),
+        "whitelisted_heads": len(artifacts.whitelist),
+        "calibration_texts": len(artifacts.calibration),
+    }
+    accuracy = artifacts.manifest.get("validation_accuracy")
+    if isinstance(accuracy, list) and accuracy:
+        facts["validation_accuracy"] = accuracy
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _model_facts(source: Source) -> dict[str, Any]:
+    shape = source.shape
+    return {
+        "model": source.name,
+        "fingerprint": source.fingerprint,
+        "family": shape.model_type,
+        "dtype": source.dtype_name,
+        "layers": shape.num_layers,
+        "query_heads": shape.query_heads,
+        "kv_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "hidden_size": shape.hidden_size,
+        "channels": shape.channels,
+        "vocabulary": shape.vocab_size,
+        "tied_embeddings": shape.tied_embeddings,
+        "parameters": shape.parameters(shape.layers),
+        "head_parameters": shape.head_parameters(shape.layers),
+        "kv_bytes_per_token": shape.kv_bytes_per_token(shape.layers),
+    }

@@ -1,0 +1,194 @@
+"""The command as a shell sees it: exit status, one line of error, and how soon it answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "transformers", "numpy")
+
+
+def environment(**changes):
+    path = os.pathsep.join([str(ROOT), str(ROOT / "cli")])
+    kept = {k: v for k, v in os.environ.items() if k not in ("SPP_DEBUG", "FORCE_COLOR")}
+    return kept | {"PYTHONPATH": path} | changes
+
+
+def spp(*arguments, **changes):
+    return subprocess.run(
+        [sys.executable, "-m", "spp_cli.main", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+        env=environment(**changes),
+    )
+
+
+@pytest.fixture
+def plan_file(tmp_path):
+    layer = {"kv_heads": [0, 2], "query_heads": [0, 2, 6, 7], "channels": None}
+    document = {
+        "schema_version": 1,
+        "model": {"fingerprint": "f" * 64, "source": "org/modèle"},
+        "layout": "uniform",
+        "compensation": "none",
+        "layers": [layer, layer],
+    }
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(document), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["plan", "--help"], ["--version"], ["plan", "--keep", "x"]]
+)
+def test_help_and_usage_errors_import_nothing_heavy(arguments):
+    script = (
+        "import sys; from spp_cli.main import run; run(sys.argv[1:]); "
+        f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=60,
+    )
+    assert result.stdout.splitlines()[-1] == "[]", result.stderr
+
+
+def test_help_answers_at_once():
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        assert spp("--help").returncode == 0
+        times.append(time.perf_counter() - start)
+    assert min(times) <= 0.4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["frobnicate"], "No such command 'frobnicate'. See 'spp --help'."),
+        (["plan"], "Missing option '--scenario'. See 'spp plan --help'."),
+        (
+            ["plan", "--scenario", "x", "--layout", "ragged"],
+            "Invalid value for '--layout': 'ragged' is not one of 'uniform', 'per-layer'. "
+            "See 'spp plan --help'.",
+        ),
+        (
+            ["plan", "--scenario", "x", "--max-params", "1.5X"],
+            "Invalid value for '--max-params': '1.5X' is not a count such as 1500, 12k, 1.5M or "
+            "2Gi. See 'spp plan --help'.",
+        ),
+        (["plan", "--scenario", "missing.txt"], "scenario missing.txt: no such file."),
+        (
+            ["plan", "--scenario", "x", "--keep", "0.5", "--strength", "1"],
+            "budget: expected exactly one of keep, max_params, max_kv_bytes, strength, got keep "
+            "and strength.",
+        ),
+        (["export"], "export needs --scenario FILE or --plan FILE."),
+        (["show", "nowhere"], "nowhere: no such file or directory."),
+    ],
+)
+def test_bad_usage_is_one_line_and_exits_with_2(arguments, message):
+    result = spp(*arguments)
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", f"error: {message}\n")
+
+
+@pytest.mark.parametrize("arguments", [[], ["artifacts"]])
+def test_a_bare_group_shows_its_help_and_exits_with_2(arguments):
+    result = spp(*arguments)
+    assert result.returncode == 2
+    assert "Usage: spp" in result.stdout
+    assert result.stderr == ""
+
+
+def test_errors_are_one_json_object_too():
+    result = spp("show", "nowhere", "--json")
+    assert json.loads(result.stdout) == {
+        "error": "nowhere: no such file or directory.",
+        "exit_code": 2,
+    }
+    assert result.stderr == "error: nowhere: no such file or directory.\n"
+
+
+def test_debug_shows_the_traceback():
+    result = spp("show", "nowhere", SPP_DEBUG="1")
+    assert result.returncode == 2
+    assert result.stderr.startswith("Traceback")
+    assert result.stderr.endswith("error: nowhere: no such file or directory.\n")
+
+
+def test_show_a_plan(plan_file):
+    result = spp("show", plan_file)
+    assert result.returncode == 0
+    assert result.stdout.splitlines()[:2] == ["plan", "model         org/modèle"]
+    assert result.stderr == ""
+
+
+def test_an_encoding_without_our_letters_still_gets_every_line(plan_file):
+    result = spp("show", plan_file, PYTHONIOENCODING="ascii")
+    assert result.returncode == 0
+    assert r"org/mod\xe8le" in result.stdout
+    shown = spp("show", plan_file, "--json", PYTHONIOENCODING="ascii")
+    assert json.loads(shown.stdout)["facts"]["model"] == "org/modèle"
+
+
+def test_a_reader_that_goes_away_is_no_error(plan_file):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "spp_cli.main", "show", str(plan_file)]
+    result = subprocess.run(
+        command, stdout=writing, stderr=subprocess.PIPE, env=environment(), timeout=60
+    )
+    os.close(writing)
+    assert (result.returncode, result.stderr) == (141, b"")
+
+
+def test_interrupted():
+    command = [sys.executable, "-m", "spp_cli.main", "plan", "--scenario", "-"]
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    # It reads the scenario first; more than a pipe holds has gone in only once it does.
+    process.stdin.write("word " * 100_000)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "error: interrupted.\n")
+
+
+def test_completion_is_offered():
+    result = spp(_SPP_COMPLETE="complete_bash", COMP_WORDS="spp ver", COMP_CWORD="1")
+    assert result.stdout.split() == ["verify"]
+
+
+def test_the_reference_is_the_same_everywhere():
+    wide = {"COLUMNS": "200", "FORCE_COLOR": "1", "TERM": "xterm-256color"}
+    command = [sys.executable, "-m", "spp_cli.reference"]
+    first, second = (
+        subprocess.run(
+            command, capture_output=True, text=True, env=environment(**changes), timeout=60
+        ).stdout
+        for changes in ({}, wide)
+    )
+    assert first == second
+    assert first.isascii()
+    assert max(map(len, first.splitlines())) <= 80
+    for command in ("export", "plan", "diagnose", "probe", "verify", "show", "artifacts import"):
+        assert f"$ spp {command} --help\n" in first
