@@ -59,7 +59,7 @@ test-loading: $(INSTALLED)
 	done
 
 quality: $(INSTALLED)
-	$(BIN)/python -m spp_bench.quality
+	$(BIN)/python -m spp_bench.quality --json benchmarks/results/quality-smollm2-135m.json
 
 slice-memory: $(INSTALLED)
 	mkdir -p build

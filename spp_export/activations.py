@@ -99,7 +99,7 @@ def observe(
 ) -> None:
     """Run the decoder over the batches once and show every observer what it asked for."""
     decoder = model.get_submodule(family.layers.rpartition(".")[0])
-    device = next(model.parameters()).device
+    device = input_device(model)
     state = _Current()
     done = 0
     with (
@@ -118,6 +118,12 @@ def observe(
             )
             done += batch.real_tokens
             advance_to(done)
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where token ids go: accelerate moves them on where it has spread or offloaded the weights."""
+    device = next(model.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 class _Current:

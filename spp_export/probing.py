@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
-from spp_export.activations import TextMeans, observe, token_batches
+from spp_export.activations import TextMeans, input_device, observe, token_batches
 from spp_export.artifacts import Artifacts
+from spp_export.checkpoint.reader import read_float
 from spp_export.checkpoint.source import Source
 from spp_export.diagnosis import IN_DOMAIN
 from spp_export.importance import CRITERIA, FloatArray, HeadStatistics
@@ -39,7 +40,7 @@ class HeadWrites:
 
     place = "output"
 
-    def __init__(self, model: nn.Module, source: Source, axes_LKd: FloatArray) -> None:
+    def __init__(self, source: Source, device: torch.device, axes_LKd: FloatArray) -> None:
         shape, family = source.shape, source.family
         heads, dim = shape.query_heads, shape.head_dim
         self.domain = 0
@@ -48,9 +49,9 @@ class HeadWrites:
         self._along: list[Tensor] = []
         unit = axes_LKd / np.linalg.norm(axes_LKd, axis=2, keepdims=True).clip(min=1e-12)
         for layer in range(shape.num_layers):
-            module = model.get_submodule(family.layer_name(layer, family.output))
-            assert isinstance(module, nn.Linear)
-            weight = module.weight.detach().float().view(-1, heads, dim)
+            # From the files: a model spread over devices may not have its weights at hand.
+            stored = source.tensors[f"{family.layer_name(layer, family.output)}.weight"]
+            weight = torch.from_numpy(read_float(stored)).float().view(-1, heads, dim).to(device)
             axes = torch.from_numpy(unit[layer]).to(weight)
             self._gram.append(torch.einsum("ohi,ohj->hij", weight, weight))
             self._along.append(torch.einsum("ko,ohi->khi", axes, weight))
@@ -61,7 +62,7 @@ class HeadWrites:
 
     def see(self, layer: int, values: Tensor, text_T: Tensor) -> None:
         """Add one batch of o_proj inputs [T,H*dh], all of `self.domain`."""
-        gram, along = self._gram[layer], self._along[layer]
+        gram, along = (part[layer].to(values.device) for part in (self._gram, self._along))
         values_HTi = values.float().view(values.shape[0], gram.shape[0], -1).transpose(0, 1)
         energy_TH = ((values_HTi @ gram) * values_HTi).sum(2).clamp(min=0).T
         along_HT = torch.einsum("hti,hi->ht", values_HTi, along[self.domain])
@@ -195,7 +196,7 @@ def probe_model(
         temperature = fit_temperatures(logits, labels[count:])
     accuracy = (logits.argmax(axis=2) == labels[count:, None]).mean(axis=0)
 
-    writes = HeadWrites(model, source, weight)
+    writes = HeadWrites(source, input_device(model), weight)
     for k, domain in enumerate(pools.domains):
         # One domain at a time, so that the moments of only one are in memory; they are kept for
         # the exports to come.

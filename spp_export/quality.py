@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spp_export.activations import TokenBatch, token_batches
+from spp_export.activations import TokenBatch, input_device, token_batches
 from spp_export.progress import Progress, no_progress
 
 # Logits of a large vocabulary are the memory here: [rows, vocab] in fp32, for two models.
@@ -75,7 +75,7 @@ def measure_quality(
 
 def next_token_log_probabilities(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
     """Log-probabilities [T,V] (fp32) of the T next tokens of a batch, and those tokens [T]."""
-    device = next(model.parameters()).device
+    device = input_device(model)
     mask = batch.attention_mask.to(device)
     ids = batch.input_ids.to(device)
     with torch.no_grad():

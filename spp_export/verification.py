@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spp_export.activations import TokenBatch
+from spp_export.activations import TokenBatch, input_device
 from spp_export.families import Family
 from spp_export.plans import Plan
 from spp_export.reference import OutputProjection, masked_dense
@@ -98,7 +98,7 @@ class ReferenceLogits:
 
 def real_logits(model: nn.Module, batch: TokenBatch) -> Tensor:
     """Logits [T,V] at the T real tokens of a batch, in the model's dtype, on the CPU."""
-    device = next(model.parameters()).device
+    device = input_device(model)
     mask = batch.attention_mask.to(device)
     with torch.no_grad():
         logits: Tensor = model(
@@ -185,7 +185,7 @@ def check_causality(slim: nn.Module, batch: TokenBatch) -> Check:
 
 def check_cache(slim: nn.Module, batch: TokenBatch) -> Check:
     """Token-by-token decoding with a cache must give the logits of one uncached pass."""
-    device = next(slim.parameters()).device
+    device = input_device(slim)
     ids = batch.input_ids[:1, : int(batch.attention_mask[0].sum())].to(device)
     prompt = ids[:, : max(ids.shape[1] // 2, 1)]
     steps, cache, next_ids = [], None, prompt
@@ -206,7 +206,7 @@ def check_cache(slim: nn.Module, batch: TokenBatch) -> Check:
 
 
 def _forward(model: nn.Module, ids: Tensor) -> Tensor:
-    device = next(model.parameters()).device
+    device = input_device(model)
     logits: Tensor = model(input_ids=ids.to(device), use_cache=False).logits
     return logits
 

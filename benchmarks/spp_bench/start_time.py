@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from spp_bench.compile_time import machine
+from spp_bench.machine import machine
 
 CASES = (("--help",), ("export", "--help"), ("plan", "--help"), ("--version",))
 HEAVY = ("torch", "transformers", "numpy")

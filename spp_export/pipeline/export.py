@@ -26,7 +26,7 @@ from spp_export.models import DEMO
 from spp_export.pipeline.calibration import scenario_moments
 from spp_export.pipeline.compensation import Compensation
 from spp_export.pipeline.plan import PlanRequest, PlanResult, plan_scenario, plan_tensors
-from spp_export.pipeline.verify import check_batches, check_directory
+from spp_export.pipeline.verify import check_directory
 from spp_export.plans import Plan, read_plan, validate_plan
 from spp_export.progress import Progress, no_progress
 from spp_export.scenario import Scenario, read_scenario
@@ -251,11 +251,10 @@ def _verify(
 ) -> tuple[dict[str, Any], CheckFailed | None]:
     """verify.json's content, and the error if the answer is no."""
     from spp_export.quality import measure_quality
-    from spp_export.verification import VerifyReport, rounded
+    from spp_export.verification import rounded
 
-    batches = check_batches(session, scenario.prompts if scenario else (), request.seed)
-    checks, slim = check_directory(work, session, compiled, batches)
-    report = VerifyReport(tuple(checks), {"reference": "float64", "computed_in": session.dtype})
+    prompts = scenario.prompts if scenario else ()
+    report, slim = check_directory(work, session, compiled, prompts, request.seed)
     content = report.to_dict()
     if not report.passed or slim is None:
         first = report.failures[0]

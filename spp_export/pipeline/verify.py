@@ -22,6 +22,7 @@ from spp_export.session import Session, open_session
 from spp_export.slim_config import slim_config
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from spp_export.activations import TokenBatch
@@ -63,12 +64,11 @@ def verify(
         # Nothing more can be said of files that are not the ones that were written.
         return VerifyReport((integrity,))
     prompts = read_scenario(scenario).prompts if scenario is not None else ()
-    batches = check_batches(session, prompts, seed)
-    checks, _ = check_directory(directory, session, compiled, batches)
-    return VerifyReport((integrity, *checks), {"reference": session.dtype})
+    report, _ = check_directory(directory, session, compiled, prompts, seed)
+    return VerifyReport((integrity, *report.checks), report.context)
 
 
-def check_batches(session: Session, prompts: Sequence[str], seed: int = 0) -> list[TokenBatch]:
+def _check_batches(session: Session, prompts: Sequence[str], seed: int) -> list[TokenBatch]:
     """The tokens that parity is checked on: the first prompts, or random tokens without any."""
     import torch
 
@@ -83,21 +83,24 @@ def check_batches(session: Session, prompts: Sequence[str], seed: int = 0) -> li
 
 
 def check_directory(
-    directory: Path, session: Session, compiled: Plan, batches: Sequence[TokenBatch]
-) -> tuple[list[Check], nn.Module | None]:
-    """Every check on a directory's weights, and the slim model if it loads."""
+    directory: Path, session: Session, compiled: Plan, prompts: Sequence[str], seed: int = 0
+) -> tuple[VerifyReport, nn.Module | None]:
+    """Every check on a directory's weights and tokenizer, and the slim model if it loads."""
     from spp_export.loader import load_slim
     from spp_export.verification import (
+        VerifyReport,
         check_cache,
         check_causality,
         check_parity,
         reference_logits,
     )
 
-    checks = [_check_tensors(directory, session.source, compiled)]
-    if not checks[0].passed:
-        return checks, None
     source = session.source
+    tensors = _check_tensors(directory, source, compiled)
+    if not tensors.passed:
+        return VerifyReport((tensors,)), None
+    exact = _exact_dtype(session)
+    batches = _check_batches(session, prompts, seed)
     with session.progress("checking against the masked dense model", None):
         reference = reference_logits(
             session.model,
@@ -106,13 +109,44 @@ def check_directory(
             compiled,
             batches,
             _compensated(directory, source, compiled),
+            exact_dtype=exact,
         )
         slim = load_slim(directory, dtype=session.torch_dtype, device=session.device)
-        checks.append(check_parity(slim, reference))
         longest = max(batches, key=lambda batch: int(batch.attention_mask[0].sum()))
-        checks.append(check_causality(slim, longest))
-        checks.append(check_cache(slim, longest))
-    return checks, slim
+        checks = [
+            tensors,
+            check_parity(slim, reference),
+            check_causality(slim, longest),
+            check_cache(slim, longest),
+        ]
+        if prompts:
+            checks.append(_check_tokenizer(directory, session, prompts))
+    context = {"reference": str(exact).removeprefix("torch."), "computed_in": session.dtype}
+    return VerifyReport(tuple(checks), context), slim
+
+
+def _exact_dtype(session: Session) -> torch.dtype:
+    """float64 for the oracle where the model fits in memory that wide, else its own dtype."""
+    import psutil
+    import torch
+
+    shape = session.source.shape
+    needed = 8 * shape.parameters(shape.layers)
+    if session.device == "cpu" and needed < 0.8 * psutil.virtual_memory().available:
+        return torch.float64
+    return session.torch_dtype
+
+
+def _check_tokenizer(directory: Path, session: Session, prompts: Sequence[str]) -> Check:
+    """The tokenizer that travels gives the source's token ids."""
+    from transformers import AutoTokenizer
+
+    from spp_export.verification import Check
+
+    ours = AutoTokenizer.from_pretrained(directory)
+    some = list(prompts[:_TEXTS])
+    same = ours(some)["input_ids"] == session.tokenizer(some)["input_ids"]
+    return Check("token ids as the source's tokenizer gives them", same)
 
 
 def _check_tensors(directory: Path, source: Source, compiled: Plan) -> Check:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import pytest
 from cli_results import DOMAINS, REPORT, diagnosis, export_result, model_shape, plan_result
@@ -124,8 +125,6 @@ def test_a_hand_written_plan_needs_no_diagnosis():
 
 @pytest.mark.parametrize("width", [40, 60, 80, 100])
 def test_a_narrow_terminal_loses_nothing(width):
-    from dataclasses import replace
-
     look = replace(UNICODE, width=width)
     text = text_of(export_summary(export_result(), look, 0), width)
     assert max(map(len, text.splitlines())) <= width

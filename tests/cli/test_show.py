@@ -1,0 +1,190 @@
+"""`show` on one of each kind, written by hand or by other libraries."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from spp_export import show
+from spp_export.artifacts import Artifacts, write_artifacts
+from spp_export.checkpoint.manifest import write_manifest
+from spp_export.errors import ArtifactsError, PlanError, UsageError
+
+PLAN = {
+    "schema_version": 1,
+    "model": {"fingerprint": "f" * 64, "source": "org/model"},
+    "layout": "per-layer",
+    "compensation": "none",
+    "layers": [
+        {"kv_heads": [0, 2], "query_heads": [0, 2, 6, 7], "channels": None},
+        {"kv_heads": [1], "query_heads": [3], "channels": [0, 5]},
+    ],
+    "scenario": {"name": "s.txt", "sha256": "a" * 64},
+    "budget": {"asked": {"keep": 0.6}, "realised": {"keep": 0.59}},
+    "diagnosis": {"mixture": {"math": 1.0}, "breadth": 0.0, "regime": "in-domain"},
+}
+
+
+@pytest.fixture
+def export(tmp_path):
+    directory = tmp_path / "out"
+    directory.mkdir()
+    (directory / "plan.json").write_text(json.dumps(PLAN))
+    (directory / "weights.bin").write_bytes(b"x" * 1000)
+    report = {"schema_version": 1, "passed": True, "checks": [], "quality": {"ratio": 1.02}}
+    (directory / "verify.json").write_text(json.dumps(report))
+    write_manifest(directory)
+    return directory
+
+
+def test_a_plan(tmp_path):
+    path = tmp_path / "any.json"
+    path.write_text(json.dumps(PLAN))
+    found = show(path)
+    assert (found.kind, found.problems) == ("plan", None)
+    assert found.facts == {
+        "model": "org/model",
+        "fingerprint": "f" * 64,
+        "layout": "per-layer",
+        "compensation": "none",
+        "layers": 2,
+        "query_heads": [4, 1],
+        "kv_heads": [2, 1],
+        "channels": [None, 2],
+        "scenario": "s.txt",
+        "scenario_sha256": "a" * 64,
+        "mixture": {"math": 1.0},
+        "breadth": 0.0,
+        "regime": "in-domain",
+        "asked": {"keep": 0.6},
+        "realised_keep": 0.59,
+    }
+
+
+def test_a_whole_export(export):
+    found = show(export)
+    size = sum(file.stat().st_size for file in export.iterdir())
+    assert (found.kind, found.problems) == ("slim checkpoint", ())
+    expected = {"model": "org/model", "bytes": size, "verified": "passed", "perplexity_ratio": 1.02}
+    assert expected.items() <= found.facts.items()
+    assert json.loads(json.dumps(found.to_dict())) == found.to_dict()
+
+
+def test_a_changed_export(export):
+    (export / "weights.bin").write_bytes(b"y" * 1000)
+    (export / "verify.json").unlink()
+    found = show(export)
+    assert found.problems == (
+        "verify.json: missing",
+        "weights.bin: its content has changed",
+    )
+    assert found.facts["verified"] == "no"
+
+
+def test_an_export_whose_plan_is_damaged(export):
+    (export / "plan.json").write_text("{")
+    found = show(export)
+    assert (found.kind, found.facts) == ("slim checkpoint", {})
+    assert "is not valid JSON" in found.problems[0]
+    assert "plan.json: has 1 bytes" in found.problems[1]
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"passed": "yes"}'])
+def test_a_report_that_is_none(export, text):
+    (export / "verify.json").write_text(text)
+    assert "verify.json" in show(export).facts["verified"]
+
+
+def test_artifacts(tmp_path):
+    def ones(*shape):
+        return np.ones(shape, dtype=np.float32)
+
+    made = Artifacts(
+        fingerprint="f" * 64,
+        domains=("chemistry", "math"),
+        regimes=("in-domain",),
+        weight=ones(3, 2, 8),
+        bias=ones(3, 2),
+        temperature=ones(1, 3),
+        axes=ones(2, 8),
+        importance={"head/energy": ones(2, 3, 4)},
+        whitelist=((0, 1),),
+        calibration=(("math", "1 + 1"),),
+        manifest={"validation_accuracy": [0.5, 1.0, 1.0]},
+    )
+    written = write_artifacts(made, tmp_path)
+    found = show(tmp_path)
+    assert (found.kind, found.problems) == ("artifacts", None)
+    assert found.facts == {
+        "fingerprint": "f" * 64,
+        "sha256": written.sha256,
+        "domains": ["chemistry", "math"],
+        "regimes": ["in-domain"],
+        "layers": 3,
+        "probed_layers": 3,
+        "query_heads": 4,
+        "hidden_size": 8,
+        "importance": ["head/energy"],
+        "whitelisted_heads": 1,
+        "calibration_texts": 1,
+        "validation_accuracy": [0.5, 1.0, 1.0],
+    }
+
+
+def test_a_dense_model(tmp_path):
+    config = {
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        "hidden_size": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 2,
+        "intermediate_size": 6,
+        "vocab_size": 10,
+        "tie_word_embeddings": True,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    layer = {
+        "self_attn.q_proj": (8, 8),
+        "self_attn.k_proj": (4, 8),
+        "self_attn.v_proj": (4, 8),
+        "self_attn.o_proj": (8, 8),
+        "mlp.gate_proj": (6, 8),
+        "mlp.up_proj": (6, 8),
+        "mlp.down_proj": (8, 6),
+        "input_layernorm": (8,),
+        "post_attention_layernorm": (8,),
+    }
+    shapes = {f"model.layers.0.{name}.weight": shape for name, shape in layer.items()}
+    shapes |= {"model.embed_tokens.weight": (10, 8), "model.norm.weight": (8,)}
+    tensors = {name: np.ones(shape, dtype=np.float16) for name, shape in shapes.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    found = show(tmp_path)
+    assert (found.kind, found.problems) == ("dense model", None)
+    total = sum(tensor.size for tensor in tensors.values())
+    expected = {
+        "family": "llama",
+        "dtype": "float16",
+        "query_heads": 4,
+        "kv_heads": 2,
+        "parameters": total,
+        "head_parameters": 2 * 8 * 8 + 2 * 4 * 8,
+        "kv_bytes_per_token": 2 * 2 * 2 * 2,
+    }
+    assert expected.items() <= found.facts.items()
+
+
+def test_nothing_we_know(tmp_path):
+    with pytest.raises(UsageError, match="no such file or directory"):
+        show(tmp_path / "missing")
+    with pytest.raises(UsageError, match="neither an export, an artifacts directory nor a model"):
+        show(tmp_path)
+    (tmp_path / "text.txt").write_text("hello")
+    with pytest.raises(PlanError, match="not valid JSON"):
+        show(tmp_path / "text.txt")
+    (tmp_path / "artifacts.json").write_text("{}")
+    with pytest.raises(ArtifactsError):
+        show(tmp_path)
