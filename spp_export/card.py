@@ -95,7 +95,7 @@ def _loading(plan: Plan, engines: Sequence[Engine]) -> list[str]:
         "| engine | loads it | how |",
         "|---|---|---|",
     ]
-    lines += [f"| {e.name} | {'yes' if e.loads else 'no'} | {e.how} |" for e in engines]
+    lines += [f"| {e.name} | {e.loads} | {e.how} |" for e in engines]
     return lines
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from spp_export.checkpoint.reader import as_bytes, blocks
 from spp_export.checkpoint.source import Source
 from spp_export.models import cache_directory
 from spp_export.progress import Progress, no_progress
@@ -32,6 +33,7 @@ FloatArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
 # A change of what is gathered, or how, must not meet files of the old kind.
 _KIND = "o_proj moments and stream sensitivity, fp32, v3"
+_SAMPLE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,16 @@ def gather(
     texts: Sequence[str],
     dense: Callable[[], tuple[nn.Module, Any]],
     *,
+    dtype: str = "float32",
     progress: Progress = no_progress,
     description: str = "gathering moments",
 ) -> Path:
     """Cache file of the moments of `texts`, made by one pass of the dense model if it is not there.
 
     `dense` gives the model and its tokenizer, and is asked only where the cache has nothing.
+    `dtype` is the one that it computes in.
     """
-    path = _path(source, texts)
+    path = _path(source, texts, dtype)
     if _readable(path, source.shape.num_layers):
         return path
     from spp_export.activations import observe, token_batches
@@ -94,7 +98,7 @@ def gather(
         progress=progress,
         description=description,
     )
-    return store(source, texts, second, stream)
+    return store(source, texts, second, stream, dtype=dtype)
 
 
 def observers(source: Source) -> tuple[SecondMoments, StreamSensitivity]:
@@ -109,10 +113,15 @@ def observers(source: Source) -> tuple[SecondMoments, StreamSensitivity]:
 
 
 def store(
-    source: Source, texts: Sequence[str], second: SecondMoments, stream: StreamSensitivity
+    source: Source,
+    texts: Sequence[str],
+    second: SecondMoments,
+    stream: StreamSensitivity,
+    *,
+    dtype: str = "float32",
 ) -> Path:
-    """Keep the moments that observers have gathered of `texts`."""
-    path = _path(source, texts)
+    """Keep the moments that observers have gathered of `texts`; `dtype` as in `gather`."""
+    path = _path(source, texts, dtype)
     tokens = np.float32(max(second.tokens, 1))
     layers = range(len(second.products))
     tensors = {f"o_proj/{i}": second.products[i].numpy() / tokens for i in layers}
@@ -130,10 +139,21 @@ def store(
     return path
 
 
-def _path(source: Source, texts: Sequence[str]) -> Path:
-    decided = json.dumps([_KIND, source.fingerprint, list(texts)])
+def _path(source: Source, texts: Sequence[str], dtype: str) -> Path:
+    decided = json.dumps([_KIND, source.fingerprint, _sample(source), dtype, list(texts)])
     key = hashlib.sha256(decided.encode()).hexdigest()
     return cache_directory() / "moments" / f"{key[:32]}.safetensors"
+
+
+def _sample(source: Source) -> str:
+    """SHA-256 of the first rows of every tensor.
+
+    The fingerprint does not know a model from its fine-tuned sisters; their moments differ.
+    """
+    digest = hashlib.sha256()
+    for tensor in source.tensors.values():
+        digest.update(as_bytes(next(blocks(tensor, _SAMPLE_BYTES))))
+    return digest.hexdigest()
 
 
 def _readable(path: Path, layers: int) -> bool:

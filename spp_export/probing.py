@@ -180,6 +180,7 @@ def probe_model(
     moments of the training text. Deterministic: nothing is sampled, `seed` is only recorded.
     """
     shape = source.shape
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     train = [(k, text) for k, texts in enumerate(pools.train) for text in texts]
     held_out = [(k, text) for k, texts in enumerate(pools.val) for text in texts]
     texts = [text for _, text in train + held_out]
@@ -211,7 +212,7 @@ def probe_model(
             progress=progress,
             description=f"scoring heads: {domain}",
         )
-        store(source, pools.train[k], second, stream)
+        store(source, pools.train[k], second, stream, dtype=dtype)
     statistics = writes.statistics()
     importance = {
         f"head/{name}": criterion(statistics).astype(np.float32)

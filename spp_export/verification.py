@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +27,12 @@ _GENERATED = 16
 def rounded(record: dict[str, Any]) -> dict[str, Any]:
     """Floats to four significant digits: the last bits of a measurement say nothing, and a file
     that has them would differ from run to run on another number of threads."""
-    return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in record.items()}
+    return {k: _rounded(v) if isinstance(v, float) else v for k, v in record.items()}
+
+
+def _rounded(value: float) -> float | None:
+    # JSON has no infinity; a check that found one says so by failing.
+    return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
 @dataclass(frozen=True)

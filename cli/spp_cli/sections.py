@@ -165,6 +165,6 @@ def engine_list(engines: Sequence[Engine]) -> Table:
     """Who loads the output, and how."""
     table = Table.grid(padding=(0, 2, 0, 0))
     for engine in engines:
-        mark = Text("yes", style=GOOD) if engine.loads else Text("no", style=FAINT)
-        table.add_row(engine.name, mark, Text(engine.how, style=FAINT))
+        style = {"yes": GOOD, "expected": "", "no": FAINT}[engine.loads]
+        table.add_row(engine.name, Text(engine.loads, style=style), Text(engine.how, style=FAINT))
     return table

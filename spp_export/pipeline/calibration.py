@@ -68,6 +68,7 @@ def _gather(session: Session, texts: Sequence[str], what: str) -> Path:
         session.source,
         texts,
         lambda: (session.model, session.tokenizer),
+        dtype=session.dtype,
         progress=session.progress,
         description=f"gathering moments: {what}",
     )

@@ -119,6 +119,10 @@ def export(
     plan_request.check()
     if scenario is None and plan is None:
         raise UsageError("export needs --scenario FILE or --plan FILE.")
+    if plan is not None and plan_request != PlanRequest():
+        raise UsageError("--plan FILE decides by itself; leave out the options of 'spp plan'.")
+    if request.max_perplexity_ratio is not None and (request.dry_run or not request.verify):
+        raise UsageError("--max-perplexity needs the checks; leave out --dry-run and --no-verify.")
     clock = _Clock()
     text = None if scenario is None else read_scenario(scenario)
     target = Path(output) if output is not None else default_output(text)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from factories import make_checkpoint
+from safetensors.numpy import save_file
 from transformers import AutoTokenizer
 
 from spp_export.checkpoint.source import open_source
@@ -102,6 +105,13 @@ def test_other_texts_are_another_entry(dense, texts):
     assert gather(source, texts, loader(dense)) != path
 
 
+def test_another_precision_is_another_entry(dense):
+    source = open_source(dense)
+    path = gather(source, TEXTS, loader(dense))
+    assert gather(source, TEXTS, loader(dense), dtype="bfloat16") != path
+    assert gather(source, TEXTS, not_needed, dtype="float32") == path
+
+
 def test_another_model_of_the_same_sizes_is_another_entry(dense, tmp_path):
     """A fine-tuned model has the same config and the same tensors, by name, dtype and shape."""
     path = gather(open_source(dense), TEXTS, loader(dense))
@@ -121,8 +131,6 @@ def test_a_damaged_entry_is_made_again(dense, damage):
     path = gather(source, TEXTS, loader(dense))
     whole = path.read_bytes()
     if damage == "others":
-        from safetensors.numpy import save_file
-
         save_file({"sensitivity": np.zeros(2)}, path)
     else:
         path.write_bytes({"truncated": whole[:-9], "empty": b"", "text": b"no tensors"}[damage])
@@ -155,7 +163,7 @@ def test_an_interrupted_pass_leaves_nothing(dense, cache):
 
 def test_a_full_disk_leaves_nothing(dense, cache, monkeypatch):
     def no_space(tensors, path, metadata):
-        open(path, "wb").write(b"half")
+        Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("spp_export.moments.save_file", no_space)
