@@ -80,9 +80,14 @@ def decode_bound(
     return dense / decode_bytes(shape, layers, batch, context, element_bytes)
 
 
-def predicted(shape: ModelShape, layers: Sequence[LayerShape]) -> Predicted:
-    """What slicing the model to `layers` will give, before anything is written."""
-    dense, slim = shape.parameters(shape.layers), shape.parameters(layers)
+def predicted(
+    shape: ModelShape, layers: Sequence[LayerShape], written: ModelShape | None = None
+) -> Predicted:
+    """What slicing the model to `layers` will give, before anything is written.
+
+    `written` is the shape with the biases that compensation adds, where it adds any.
+    """
+    dense, slim = shape.parameters(shape.layers), (written or shape).parameters(layers)
     return Predicted(
         dense_parameters=dense,
         parameters=slim,

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from spp_export.bound import Predicted
 from spp_export.engines import Engine
 from spp_export.plans import Plan
 from spp_export.shape import ModelShape
@@ -15,6 +16,7 @@ def model_card(
     name: str,
     plan: Plan,
     shape: ModelShape,
+    sizes: Predicted,
     checks: Mapping[str, Any] | None,
     engines: Sequence[Engine],
     license_name: str | None,
@@ -26,7 +28,7 @@ def model_card(
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items())]
     lines += ["pipeline_tag: text-generation", 'tags: ["pruned", "spp"]', "---", ""]
     lines += [f"# {_escaped(name)}", "", *_origin(plan), ""]
-    lines += [*_sizes(plan, shape), "", *_checks(checks), "", *_loading(plan, engines)]
+    lines += [*_sizes(plan, shape, sizes), "", *_checks(checks), "", *_loading(plan, engines)]
     return "\n".join(lines) + "\n"
 
 
@@ -38,26 +40,19 @@ def _origin(plan: Plan) -> list[str]:
     lines = [text + ": attention heads that it does not need are cut out of the weights."]
     mixture = plan.diagnosis.get("mixture")
     if isinstance(mixture, Mapping):
-        shares = sorted(mixture.items(), key=lambda item: -item[1])
-        shown = ", ".join(f"{_escaped(d)} {share:.0%}" for d, share in shares if share >= 0.01)
-        lines += ["", f"Domains of the scenario: {shown}."]
+        # A plan may be written by hand, and what it says of its origin is not checked.
+        known = [(d, v) for d, v in mixture.items() if type(v) in (int, float) and 0.01 <= v <= 1]
+        shown = (f"{_escaped(d)} {v:.0%}" for d, v in sorted(known, key=lambda item: -item[1]))
+        lines += ["", f"Domains of the scenario: {', '.join(shown)}."] if known else []
     return lines
 
 
-def _sizes(plan: Plan, shape: ModelShape) -> list[str]:
-    layers = plan.layer_shapes(shape)
+def _sizes(plan: Plan, shape: ModelShape, sizes: Predicted) -> list[str]:
+    kept = sum(len(layer.query_heads) for layer in plan.layers)
     rows = [
-        ("parameters", shape.parameters(shape.layers), shape.parameters(layers)),
-        (
-            "KV cache, bytes per token",
-            shape.kv_bytes_per_token(shape.layers),
-            shape.kv_bytes_per_token(layers),
-        ),
-        (
-            "query heads",
-            shape.query_heads * shape.num_layers,
-            sum(layer.query_heads for layer in layers),
-        ),
+        ("parameters", sizes.dense_parameters, sizes.parameters),
+        ("KV cache, bytes per token", sizes.dense_kv_bytes, sizes.kv_bytes),
+        ("query heads", shape.query_heads * shape.num_layers, kept),
     ]
     table = ["| | dense | slim |", "|---|---|---|"]
     table += [f"| {name} | {dense:,} | {slim:,} |" for name, dense, slim in rows]

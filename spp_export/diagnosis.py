@@ -52,19 +52,24 @@ class Diagnosis:
         return weights
 
     @property
+    def shares(self) -> dict[str, float]:
+        """The mixture by domain, as it is recorded and as it weighs calibration text."""
+        return _named(self.domains, self.mixture)
+
+    @property
     def breadth(self) -> float:
         """Normalised entropy of the mixture."""
         if len(self.domains) < 2:
             return 0.0
         weights = self.mixture[self.mixture > 0]
         entropy = float(-(weights * np.log(weights)).sum())
-        return min(max(entropy / math.log(len(self.domains)), 0.0), 1.0)
+        return min(max(0.0, entropy / math.log(len(self.domains))), 1.0)
 
     def to_dict(self, *, layers: bool = False) -> dict[str, Any]:
         """For plan.json and `--json`; `layers` adds the per-layer probabilities."""
         report: dict[str, Any] = {
             "prompts": self.prompts,
-            "mixture": _named(self.domains, self.mixture),
+            "mixture": self.shares,
             "probability": _named(self.domains, self.q),
             "breadth": round(self.breadth, 6),
             "regime": self.regime,
@@ -101,8 +106,8 @@ def probe_probabilities(
     temperature_L = artifacts.temperature[artifacts.regimes.index(regime)].astype(np.float64)
     logits = np.einsum("nld,lkd->nlk", pooled_NLd, artifacts.weight, dtype=np.float64)
     logits = (logits + artifacts.bias) / temperature_L[None, :, None]
-    # tanh form: no overflow for large |logit|
-    probabilities: FloatArray = 0.5 * (1.0 + np.tanh(0.5 * logits))
+    # Neither overflows for large |logit| nor rounds to 0, of which no mixture can be made.
+    probabilities: FloatArray = np.exp(-np.logaddexp(0.0, -logits))
     return probabilities[:, list(artifacts.probe_layers)]
 
 

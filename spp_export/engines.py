@@ -33,6 +33,7 @@ def engines_for(layout: str, layers: Sequence[LayerShape]) -> tuple[Engine, ...]
             Engine("transformers", "yes", "4.57 or newer, stock class, no code"),
             Engine("vLLM", "expected", "stock class; not run here"),
             Engine("llama.cpp", "expected", "by its own converter; not run here"),
+            Engine("SGLang", "expected", "stock class; not run here"),
         )
     same_kv = len({layer.kv_heads for layer in layers}) == 1
     return (

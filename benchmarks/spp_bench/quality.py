@@ -80,7 +80,7 @@ class Bench:
         """The moments an export for this scenario uses."""
         prompts, _ = scenario.split()
         diagnosis: Diagnosis = diagnose_prompts(self.session, self.artifacts, prompts)
-        return scenario_moments(self.session, self.artifacts, diagnosis, prompts)
+        return scenario_moments(self.session, self.artifacts, diagnosis.shares, prompts)
 
     def rows(self, keep: float) -> Iterator[Row]:
         """Every row of one budget: the default, what it is made of, and controls."""

@@ -84,8 +84,8 @@ class _Removal:
         """The dense layer."""
         moments = second.astype(np.float64)
         ridge = _RIDGE * float(np.mean(np.diag(moments)))
-        # A layer whose input is all zero loses nothing, whatever goes.
-        moments[np.diag_indices_from(moments)] += ridge if ridge > 0 else 1.0
+        # A layer whose input is all zero loses as good as nothing, whatever goes.
+        moments[np.diag_indices_from(moments)] += ridge if ridge > 0 else 1e-30
         precision = np.linalg.inv(moments)
         return cls(weight.astype(np.float64), precision, forced, np.ones_like(forced), 0.0)
 

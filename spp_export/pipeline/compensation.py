@@ -15,6 +15,7 @@ from spp_export.diagnosis import FloatArray
 from spp_export.families import Role, TensorSpec
 from spp_export.moments import Moments
 from spp_export.plans import Plan
+from spp_export.shape import ModelShape
 from spp_export.slicing import kept_indices
 
 # lambda as a share of the mean variance of the kept inputs: small against what text determines,
@@ -22,18 +23,21 @@ from spp_export.slicing import kept_indices
 RIDGE = 0.01
 
 
-class Compensation:
-    """What the slicer needs: a re-fit per o_proj weight, and biases to add.
+def compensated_shape(source: Source, compensation: str) -> ModelShape:
+    """The source's shape with the biases that a compensation adds to what is written.
 
     Raises PlanError for `bias` in a family whose o_proj cannot have one.
     """
+    return slim_shape(source, {Role.OUTPUT} if compensation == "bias" else set())
+
+
+class Compensation:
+    """What the slicer needs: a re-fit per o_proj weight, and biases to add."""
 
     def __init__(self, source: Source, compiled: Plan, moments: Moments | None) -> None:
         self._source = source
         self._plan = compiled
         self._moments = moments
-        if compiled.compensation == "bias":
-            slim_shape(source, {Role.OUTPUT})
 
     def refit(self, spec: TensorSpec) -> Refit | None:
         """How the slicer replaces a tensor: only o_proj weights that lose columns, by lstsq."""

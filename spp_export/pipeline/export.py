@@ -24,7 +24,7 @@ from spp_export.errors import CheckFailed, ParityError, QualityError, UsageError
 from spp_export.jsonio import dump_json
 from spp_export.models import DEMO
 from spp_export.pipeline.calibration import scenario_moments
-from spp_export.pipeline.compensation import Compensation
+from spp_export.pipeline.compensation import Compensation, compensated_shape
 from spp_export.pipeline.plan import PlanRequest, PlanResult, plan_scenario, plan_tensors
 from spp_export.pipeline.verify import check_directory
 from spp_export.plans import Plan, read_plan, validate_plan
@@ -160,7 +160,13 @@ def export(
             if failure and not request.keep_failed:
                 raise failure
         card = model_card(
-            target.name, compiled, shape, report, result.engines, _license(session.source.path)
+            target.name,
+            compiled,
+            shape,
+            result.predicted,
+            report,
+            result.engines,
+            _license(session.source.path),
         )
         (work / "README.md").write_text(card, encoding="utf-8")
         write_manifest(work, written.records)
@@ -199,7 +205,8 @@ def _decide(
     given = plan if isinstance(plan, Plan) else read_plan(plan)
     source = session.source
     validate_plan(given, source.shape, source.fingerprint)
-    sizes = predicted(source.shape, given.layer_shapes(source.shape))
+    written = compensated_shape(source, given.compensation)
+    sizes = predicted(source.shape, given.layer_shapes(source.shape), written)
     return PlanResult(given, source.shape, None, sizes)
 
 
@@ -209,7 +216,8 @@ def _compensation(
     if decided.plan.compensation == "none":
         return Compensation(session.source, decided.plan, None)
     calibration = scenario.split()[0] if scenario else ()
-    moments = scenario_moments(session, artifacts, decided.diagnosis, calibration)
+    mixture = decided.plan.diagnosis.get("mixture")
+    moments = scenario_moments(session, artifacts, mixture, calibration)
     return Compensation(session.source, decided.plan, moments)
 
 
@@ -217,14 +225,14 @@ def _write(
     session: Session, compiled: Plan, compensation: Compensation, work: Path
 ) -> WrittenWeights:
     source = session.source
-    with session.progress("slicing", session.source.shape.parameters(source.shape.layers)) as bar:
+    with session.progress("slicing", 1.0) as bar:
         written = write_slim_weights(
             source,
             compiled,
             work,
             replaced=compensation.refit,
             biases=compensation.biases(),
-            progress=lambda done, _total: bar(done / source.shape.element_bytes),
+            progress=lambda done, total: bar(done / total),
         )
     layers = compiled.layer_shapes(source.shape)
     config = slim_config(

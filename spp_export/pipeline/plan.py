@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from spp_export.importance.obs import removal_losses
 from spp_export.models import DEMO
 from spp_export.moments import Moments
 from spp_export.pipeline.calibration import scenario_moments
+from spp_export.pipeline.compensation import compensated_shape
 from spp_export.pipeline.diagnose import diagnose_prompts
 from spp_export.plans import (
     COMPENSATIONS,
@@ -133,6 +134,7 @@ def plan_scenario(
     """Compile the plan from the scenario's calibration prompts; the held-out ones are not seen."""
     request.check()
     shape = session.source.shape
+    written = compensated_shape(session.source, request.compensate)
     calibration, _ = scenario.split()
     diagnosis = diagnose_prompts(session, artifacts, calibration, request.regime)
     if request.policy == "published":
@@ -141,17 +143,20 @@ def plan_scenario(
         options, provenance = _options(session, artifacts, diagnosis, calibration, request)
         layers, realised = compile_options(
             options,
-            shape,
+            # Biases that compensation adds are no share of the heads, but parameters all the same.
+            shape if request.max_params is None else written,
             request.budget,
             _layout(request),
             session.source.family.stock_accepts(shape),
             breadth=diagnosis.breadth,
         )
+        whole = written.parameters([layer.shape(shape) for layer in layers])
+        realised = replace(realised, parameters=whole)
         provenance |= {
             "policy": {"name": "exact", "whitelist": len(artifacts.whitelist)},
             "budget": {"asked": request.budget.as_json(), "realised": realised.as_json()},
         }
-    sizes = predicted(shape, [layer.shape(shape) for layer in layers])
+    sizes = predicted(shape, [layer.shape(shape) for layer in layers], written)
     compiled = Plan(
         session.source.fingerprint,
         session.source.name,
@@ -185,7 +190,7 @@ def _options(
     criterion = request.criterion or DEFAULT_CRITERION[request.compensate]
     forced = forced_heads(artifacts.whitelist, shape)
     if criterion == "obs":
-        moments = scenario_moments(session, artifacts, diagnosis, calibration)
+        moments = scenario_moments(session, artifacts, diagnosis.shares, calibration)
         return removal_options(session, moments, forced), {"criterion": {"name": criterion}}
     key = f"head/{criterion}"
     if key not in artifacts.importance:

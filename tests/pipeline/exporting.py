@@ -1,0 +1,182 @@
+"""Pools, scenarios, and every case's checkpoint, artifacts and exports, each made once."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from factories import CASES, mask_in_torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import spp_export
+from spp_export.plans import LayerPlan
+from spp_export.quiet import quiet_transformers
+
+CASE = {case.name: case for case in CASES}
+# Domains that no tokenizer can confuse.
+ALPHABETS = {"capitals": "ABCDEFGHIJKLM", "figures": "0123456789+-=", "small": "abcdefghijklm"}
+KEEP = 0.7
+
+
+def texts(domain: str, count: int, seed: int, shortest: int = 12, longest: int = 50) -> list[str]:
+    """Random prompts over a domain's alphabet, all different."""
+    rng = random.Random(f"{domain} {seed}")
+    letters = ALPHABETS[domain]
+    return [
+        rng.choice(letters)
+        + "".join(rng.choices(letters + "  ", k=rng.randint(shortest, longest)))
+        + rng.choice(letters)
+        for _ in range(count)
+    ]
+
+
+def write_texts(path: Path, prompts: Sequence[str]) -> Path:
+    """A file of paragraphs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n\n".join(prompts) + "\n", encoding="utf-8")
+    return path
+
+
+def write_pools(root: Path) -> Path:
+    """Three domains of ten training and five validation prompts."""
+    for seed, domain in enumerate(ALPHABETS):
+        write_texts(root / domain / "train.txt", texts(domain, 10, seed))
+        write_texts(root / domain / "val.txt", texts(domain, 5, seed + 100))
+    return root
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An export, what it was made from and what `export` returned."""
+
+    path: Path
+    dense: Path
+    result: spp_export.ExportResult
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor on disk, as the safetensors library reads it."""
+        return stored(self.path)
+
+
+class Workshop:
+    """Makes what tests ask for, once. Nobody changes what it returns; copies may be changed."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.pools = write_pools(root / "pools")
+        self.scenario = write_texts(root / "sums.txt", texts("figures", 8, 7))
+        self._exports: dict[tuple[str, ...], Exported] = {}
+
+    def dense(self, name: str) -> Path:
+        """The case's checkpoint."""
+        path = self.root / name / "dense"
+        return path if path.exists() else CASE[name].make(path.parent)
+
+    def artifacts(self, name: str) -> Path:
+        """What `probe` finds in the pools."""
+        path = self.root / name / "artifacts"
+        if not path.exists():
+            spp_export.probe(self.pools, path, model=str(self.dense(name)))
+        return path
+
+    def exported(self, name: str, layout: str = "per-layer", compensate: str = "none") -> Exported:
+        """The scenario's export of a case at `KEEP`."""
+        key = (name, layout, compensate)
+        if key not in self._exports:
+            path = self.root / name / f"{layout}-{compensate}"
+            result = self.export(name, path, layout=layout, compensate=compensate)
+            self._exports[key] = Exported(path, self.dense(name), result)
+        return self._exports[key]
+
+    def export(
+        self,
+        name: str,
+        path: Path,
+        *,
+        request: spp_export.ExportRequest | None = None,
+        **asked: Any,
+    ) -> spp_export.ExportResult:
+        """Export a case anew; `asked` are fields of PlanRequest."""
+        return spp_export.export(
+            self.scenario,
+            path,
+            model=str(self.dense(name)),
+            artifacts=self.artifacts(name),
+            plan_request=spp_export.PlanRequest(**{"keep": KEEP, **asked}),
+            request=request,
+        )
+
+    def plan(self, name: str, **asked: Any) -> spp_export.PlanResult:
+        """Plan for a case; `asked` are fields of PlanRequest, and `artifacts` other ones."""
+        artifacts = asked.pop("artifacts", None) or self.artifacts(name)
+        return spp_export.plan(
+            self.scenario,
+            model=str(self.dense(name)),
+            artifacts=artifacts,
+            request=spp_export.PlanRequest(**asked),
+        )
+
+
+def stored(directory: Path) -> dict[str, torch.Tensor]:
+    """The tensors of every safetensors file of a directory."""
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def tree(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory, by relative name."""
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
+
+
+def load(path: Path, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    """A checkpoint by transformers alone; `spp_export` has been imported."""
+    with quiet_transformers():
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+
+
+@contextmanager
+def masked(
+    dense: Path, layers: Sequence[LayerPlan], written: Mapping[str, torch.Tensor] | None = None
+):
+    """The dense model in float64 with removed units masked.
+
+    `written` has the tensors of a compensated export, whose o_proj columns and biases then take
+    the place of the dense model's.
+    """
+    model = load(dense)
+    for index, layer in enumerate(layers if written else ()):
+        module = model.model.layers[index].self_attn.o_proj
+        prefix = f"model.layers.{index}.self_attn.o_proj"
+        weight = torch.zeros_like(module.weight)
+        weight[:, columns(layer, model.config.head_dim)] = written[f"{prefix}.weight"].double()
+        module.weight = torch.nn.Parameter(weight)
+        if f"{prefix}.bias" in written:
+            module.bias = torch.nn.Parameter(written[f"{prefix}.bias"].double())
+    with mask_in_torch(model, layers):
+        yield model
+
+
+def columns(layer: LayerPlan, head_dim: int) -> list[int]:
+    """Columns of o_proj that a layer keeps."""
+    return [head * head_dim + i for head in layer.query_heads for i in range(head_dim)]
+
+
+def tokens(batch: int = 2, length: int = 23) -> torch.Tensor:
+    """Random ids of bytes."""
+    return torch.randint(3, 259, (batch, length), generator=torch.Generator().manual_seed(7))
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Logits [B,S,V]."""
+    return model(ids).logits
