@@ -34,9 +34,9 @@ def model_card(
 
 def _origin(plan: Plan) -> list[str]:
     scenario = plan.scenario.get("name")
-    text = f"A slim version of `{_escaped(plan.model_source)}` made by spp"
+    text = f"A slim version of {_escaped(plan.model_source)} made by spp"
     if scenario:
-        text += f" for the scenario `{_escaped(str(scenario))}`"
+        text += f" for the scenario {_escaped(str(scenario))}"
     lines = [text + ": attention heads that it does not need are cut out of the weights."]
     mixture = plan.diagnosis.get("mixture")
     if isinstance(mixture, Mapping):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -69,7 +68,8 @@ def measure_quality(
             advance_to(done)
     if tokens == 0:
         return None
-    dense_ppl, slim_ppl = (math.exp(float(value) / tokens) for value in nll)
+    # torch's exp gives infinity where math's raises: a model may be broken beyond e^709.
+    dense_ppl, slim_ppl = (nll / tokens).exp().tolist()
     return Quality(len(texts), tokens, dense_ppl, slim_ppl, max(kl / tokens, 0.0), agreed / tokens)
 
 

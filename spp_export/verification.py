@@ -17,10 +17,14 @@ from spp_export.plans import Plan
 from spp_export.reference import OutputProjection, masked_dense
 from spp_export.shape import ModelShape
 
-# Room for rounding in units of eps(dtype) x largest |logit|: above the oracle's own error, and,
-# where a model is compared with itself on other shapes and so other kernels, above zero.
+# Room for rounding in units of eps(dtype) x largest |logit|: above the oracle's own error; where a
+# model is compared with itself on other shapes, and so other kernels; and on the same shapes, where
+# no number should change at all.
 _ROOM_ABOVE_ORACLE = 16.0
-_ROOM_WITH_ITSELF = 64.0
+_ROOM_ON_OTHER_SHAPES = 64.0
+_ROOM_ON_THE_SAME = 4.0
+# What rounding does to the oracle, decoding can do several times: it rounds anew at every step.
+_ROUNDINGS_OF_DECODING = 4.0
 _GENERATED = 16
 
 
@@ -101,6 +105,12 @@ class ReferenceLogits:
     exact: tuple[Tensor, ...]
     same: tuple[Tensor, ...]
 
+    @property
+    def rounding(self) -> float:
+        """How far rounding takes any logit of the oracle in the slim model's dtype."""
+        pairs = zip(self.same, self.exact, strict=True)
+        return max((_distance(same, exact) for same, exact in pairs), default=0.0)
+
 
 def real_logits(model: nn.Module, batch: TokenBatch) -> Tensor:
     """Logits [T,V] at the T real tokens of a batch, in the model's dtype, on the CPU."""
@@ -143,8 +153,8 @@ def _in_dtype(model: nn.Module, dtype: torch.dtype, back: torch.dtype) -> Iterat
     # Rotary tables are buffers in fp32 whatever the weights: casting them down and up would lose
     # bits, so they are put back as they were.
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    model.to(dtype)
     try:
+        model.to(dtype)
         yield
     finally:
         model.to(back)
@@ -155,18 +165,17 @@ def _in_dtype(model: nn.Module, dtype: torch.dtype, back: torch.dtype) -> Iterat
 
 def check_parity(slim: nn.Module, reference: ReferenceLogits) -> Check:
     """`err(slim) <= err(masked dense, same dtype) + rounding`, both against the exact oracle."""
-    slim_error = same_error = largest = between = 0.0
+    slim_error = largest = between = 0.0
     for batch, exact, same in zip(reference.batches, reference.exact, reference.same, strict=True):
         logits = real_logits(slim, batch)
         slim_error = max(slim_error, _distance(logits, exact))
-        same_error = max(same_error, _distance(same, exact))
         between = max(between, _distance(logits, same))
         largest = max(largest, float(exact.abs().max()))
-    limit = same_error + _room(slim, largest, _ROOM_ABOVE_ORACLE)
+    limit = reference.rounding + _room(slim, largest, _ROOM_ABOVE_ORACLE)
     tokens = sum(batch.real_tokens for batch in reference.batches)
     return Check(
         "logits parity with the masked dense model",
-        slim_error <= limit,
+        _holds(slim_error, limit),
         slim_error,
         limit,
         f"max |slim - masked dense| {between:.2e} in the same dtype, {tokens} tokens, "
@@ -178,19 +187,24 @@ def check_causality(slim: nn.Module, batch: TokenBatch) -> Check:
     """A prefix's logits must not depend on what follows it."""
     ids = batch.input_ids[:1, : int(batch.attention_mask[0].sum())]
     half = max(ids.shape[1] // 2, 1)
-    changed = ids.clone()
-    changed[:, half:] = ids[:, half:].flip(1) if ids.shape[1] - half > 1 else ids[:, :1]
     with torch.no_grad():
-        whole = _forward(slim, ids)[:, :half]
+        logits = _forward(slim, ids)
+        changed = ids.clone()
+        changed[:, half:] = (ids[:, half:] + 1) % logits.shape[-1]
         other = _forward(slim, changed)[:, :half]
-        prefix = _forward(slim, ids[:, :half])
-    found = max(_distance(whole, other), _distance(whole, prefix))
-    limit = _room(slim, float(whole.abs().max()), _ROOM_WITH_ITSELF)
-    return Check("prefix causality", found <= limit, found, limit, f"prefix of {half} tokens")
+    whole = logits[:, :half]
+    found = _distance(whole, other)
+    limit = _room(slim, float(whole.abs().max()), _ROOM_ON_THE_SAME)
+    detail = f"prefix of {half} tokens, {ids.shape[1] - half} after it changed"
+    return Check("prefix causality", _holds(found, limit), found, limit, detail)
 
 
-def check_cache(slim: nn.Module, batch: TokenBatch) -> Check:
-    """Token-by-token decoding with a cache must give the logits of one uncached pass."""
+def check_cache(slim: nn.Module, batch: TokenBatch, rounding: float = 0.0) -> Check:
+    """Token-by-token decoding with a cache must give the logits of one uncached pass.
+
+    The two take other kernels. `rounding`, of `ReferenceLogits`, is what that can cost: models
+    that lost much amplify it.
+    """
     device = input_device(slim)
     ids = batch.input_ids[:1, : int(batch.attention_mask[0].sum())].to(device)
     prompt = ids[:, : max(ids.shape[1] // 2, 1)]
@@ -205,9 +219,14 @@ def check_cache(slim: nn.Module, batch: TokenBatch) -> Check:
         uncached = _forward(slim, prompt[:, :-1])[:, -_GENERATED:]
     cached = torch.stack(steps, dim=1)
     found = _distance(cached, uncached)
-    limit = _room(slim, float(uncached.abs().max()), _ROOM_WITH_ITSELF)
+    limit = _room(slim, float(uncached.abs().max()), _ROOM_ON_OTHER_SHAPES)
+    limit += _ROUNDINGS_OF_DECODING * rounding
     return Check(
-        "cached against uncached decoding", found <= limit, found, limit, f"{_GENERATED} tokens"
+        "cached against uncached decoding",
+        _holds(found, limit),
+        found,
+        limit,
+        f"{_GENERATED} tokens",
     )
 
 
@@ -221,6 +240,11 @@ def _distance(a: Tensor, b: Tensor) -> float:
     difference = float((a.double().cpu() - b.double().cpu()).abs().max())
     # NaN compares false with every limit only if it stays NaN; make the failure explicit.
     return difference if difference == difference else float("inf")
+
+
+def _holds(found: float, limit: float) -> bool:
+    # Where the oracle itself is not finite there is no limit to keep.
+    return math.isfinite(limit) and found <= limit
 
 
 def _room(model: nn.Module, largest: float, units: float) -> float:

@@ -288,7 +288,7 @@ def _verify(
         return content, QualityError(
             "the quality gate needs held-out text: a scenario of at least four prompts."
         )
-    if quality.ratio > limit:
+    if not quality.ratio <= limit:  # a ratio that is not a number is within no limit
         return content, QualityError(
             f"held-out perplexity is {quality.ratio:.3f}x dense, the gate allows {limit:g}x. "
             "Keep more (--keep) or raise the gate."

@@ -116,7 +116,7 @@ def check_directory(
             tensors,
             check_parity(slim, reference),
             check_causality(slim, longest),
-            check_cache(slim, longest),
+            check_cache(slim, longest, reference.rounding),
         ]
         if prompts:
             checks.append(_check_tokenizer(directory, session, prompts))

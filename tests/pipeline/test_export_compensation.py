@@ -16,12 +16,14 @@ import pytest
 import torch
 from exporting import KEEP, columns, load, stored, texts, write_texts
 from factories import CASES, shape_of, uniform_layers
+from safetensors import safe_open
 from transformers import AutoTokenizer
 
 import spp_export
 from spp_export.checkpoint.source import open_source
 from spp_export.moments import gather
 from spp_export.plans import Plan
+from spp_export.session import open_session
 
 EPS = float(np.finfo(np.float32).eps)
 RIDGE = 0.01
@@ -206,10 +208,6 @@ def test_a_layer_that_loses_nothing_is_copied(workshop):
 
 def test_moments_count_real_tokens_alone(workshop, uneven):
     """The cache file itself: means over tokens, however the batches were padded."""
-    from safetensors import safe_open
-
-    from spp_export.session import open_session
-
     dense = workshop.dense("llama-gqa-bias")
     session = open_session(str(dense))
     prompts = [prompt.strip() for prompt in uneven.read_text().split("\n\n")]

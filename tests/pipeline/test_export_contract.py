@@ -178,6 +178,34 @@ def test_layers_of_a_per_layer_plan_differ(workshop, case):
     assert len({(len(layer.kv_heads), len(layer.query_heads)) for layer in layers}) > 1
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_quality_is_that_of_the_held_out_prompts(workshop, case):
+    """Every fourth prompt, one at a time, by transformers' own loss."""
+    out = workshop.exported(case.name, "per-layer", "lstsq")
+    dense, slim = load(out.dense, torch.float32), load(out.path, torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(out.dense)
+    prompts = workshop.scenario.read_text().strip().split("\n\n")
+    nll, kl, same, count = torch.zeros(2, dtype=torch.float64), 0.0, 0, 0
+    for prompt in (prompts[3], prompts[7]):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        predicted = ids.shape[1] - 1
+        with torch.no_grad():
+            both = [model(ids, labels=ids) for model in (dense, slim)]
+        nll += torch.tensor([float(output.loss) * predicted for output in both])
+        p, q = (output.logits[0, :-1].double().log_softmax(-1) for output in both)
+        kl += float((p.exp() * (p - q)).sum())
+        same += int((p.argmax(-1) == q.argmax(-1)).sum())
+        count += predicted
+    found = out.result.report["quality"]
+    dense_ppl, slim_ppl = (nll / count).exp().tolist()
+    assert (found["texts"], found["tokens"]) == (2, count)
+    assert found["dense_perplexity"] == pytest.approx(dense_ppl, rel=1e-3)
+    assert found["slim_perplexity"] == pytest.approx(slim_ppl, rel=1e-3)
+    assert found["ratio"] == pytest.approx(slim_ppl / dense_ppl, rel=1e-3)
+    assert found["mean_kl"] == pytest.approx(kl / count, rel=1e-3)
+    assert found["top1"] == pytest.approx(same / count, abs=1e-3)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "name", [case.name for case in CASES if case.family not in BIASED], ids=lambda name: name

@@ -144,7 +144,7 @@ def test_a_plan_for_another_model_is_refused(workshop, tmp_path, dense):
         {"diagnosis": {"mixture": {"chemistry": 10**400}}},
         {"diagnosis": {"mixture": [1]}},
         {"scenario": {"name": ["x", "# y\n"]}},
-        {"scenario": {"name": "a\n\n# [injected](http://x) `code`"}},
+        {"scenario": {"name": "a\n\n# [injected](http://x) `code` <b>\n- injected"}},
         {"budget": {"realised": 3}, "predicted": {"parameters": None}},
     ],
     ids=["text", "huge", "list", "list-name", "markup", "numbers"],
@@ -154,7 +154,9 @@ def test_provenance_of_a_plan_is_text_from_outside(tmp_path, dense, provenance):
     spp_export.export(output=tmp_path / "slim", model=str(dense), plan=path)
     card = (tmp_path / "slim" / "README.md").read_text()
     assert [line for line in card.splitlines() if line.startswith("# ")] == ["# slim"]
+    assert not [line for line in card.splitlines() if line.startswith("- injected")]
     assert "[injected](" not in card
+    assert "<b>" not in card
 
 
 def test_options_of_the_plan_beside_a_plan_are_refused(tmp_path, dense):
@@ -262,6 +264,8 @@ def test_an_existing_directory_is_left_alone(workshop, tmp_path):
     target = tmp_path / "slim"
     target.mkdir()
     (target / "thesis.txt").write_text("mine")
+    with refused(OutputError, "slim: is not empty"):  # before the model is looked for
+        spp_export.export(workshop.scenario, target, model=str(tmp_path / "none"))
     with refused(OutputError, "slim: is not empty"):
         workshop.export(NAME, target)
     with refused(OutputError, "has no manifest.json of spp"):

@@ -8,7 +8,8 @@ from exporting import CASE, KEEP, tree, write_texts
 from factories import shape_of
 
 import spp_export
-from spp_export.plans import Plan
+from spp_export.checkpoint.source import open_source
+from spp_export.plans import LayerPlan, Plan
 
 NAME = "llama-gqa-bias"
 
@@ -90,9 +91,6 @@ def test_the_cache_tells_precisions_apart(workshop, tmp_path, cold):
 
 def _all_of_one_group(dense) -> Plan:
     """A plan that keeps the first KV group of every layer, re-fitted."""
-    from spp_export.checkpoint.source import open_source
-    from spp_export.plans import LayerPlan
-
     shape = shape_of(dense)
     layer = LayerPlan((0,), tuple(range(shape.group_size)))
     layers = (layer,) * shape.num_layers

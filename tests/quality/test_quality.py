@@ -1,0 +1,157 @@
+"""Perplexity and divergence against transformers' own loss and against explicit sums."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from factories import make_checkpoint, random_layers, shape_of, write_slim
+from transformers import AutoTokenizer
+
+from spp_export.activations import token_batches
+from spp_export.loader import load_dense, load_slim
+from spp_export.quality import Quality, measure_quality, next_token_log_probabilities
+
+TEXTS = (
+    "Hydrogen is the lightest element.",
+    "No.",
+    "x",
+    "",
+    "Water boils at a lower temperature on a mountain, where the air is thinner than by the sea.",
+)
+# predicted tokens: all but the first of each text that has one
+TOKENS = sum(max(len(text) - 1, 0) for text in TEXTS)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    dense = make_checkpoint(tmp_path_factory.mktemp("quality"), "qwen3", kv_heads=2, query_heads=4)
+    slim = write_slim(dense.parent / "slim", dense, random_layers(shape_of(dense), 0))
+    return load_dense(dense), load_slim(slim), AutoTokenizer.from_pretrained(dense)
+
+
+@torch.no_grad()
+def per_text(model, tokenizer, texts):
+    """Loss by transformers and log-probabilities [T-1,V] of each text alone, unpadded."""
+    found = []
+    for text in texts:
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        if text and ids.shape[1] > 1:
+            output = model(ids, labels=ids)
+            log_p = output.logits[0, :-1].double().log_softmax(-1)
+            found.append((float(output.loss), ids.shape[1] - 1, log_p))
+    return found
+
+
+def test_perplexity_is_that_of_transformers_own_loss(models):
+    dense, slim, tokenizer = models
+    found = measure_quality(dense, slim, tokenizer, TEXTS)
+    for model, perplexity in ((dense, found.dense_perplexity), (slim, found.slim_perplexity)):
+        losses = per_text(model, tokenizer, TEXTS)
+        total = sum(loss * tokens for loss, tokens, _ in losses)
+        assert perplexity == pytest.approx(math.exp(total / TOKENS), rel=1e-5)
+    assert found.tokens == TOKENS
+    assert found.texts == len(TEXTS)
+    assert found.ratio == found.slim_perplexity / found.dense_perplexity
+    assert found.ratio > 1.01
+
+
+def test_divergence_and_agreement_equal_explicit_sums(models):
+    dense, slim, tokenizer = models
+    found = measure_quality(dense, slim, tokenizer, TEXTS)
+    pairs = zip(per_text(dense, tokenizer, TEXTS), per_text(slim, tokenizer, TEXTS), strict=True)
+    divergence = agreed = 0.0
+    for (_, tokens, p), (_, _, q) in pairs:
+        for position in range(tokens):
+            divergence += float(sum(p[position].exp() * (p[position] - q[position])))
+            agreed += int(p[position].argmax()) == int(q[position].argmax())
+    assert found.mean_kl == pytest.approx(divergence / TOKENS, rel=1e-4)
+    assert found.top1 == pytest.approx(agreed / TOKENS)
+    assert 0 < found.top1 < 1
+
+
+def test_a_model_against_itself(models):
+    dense, _, tokenizer = models
+    found = measure_quality(dense, dense, tokenizer, TEXTS)
+    assert found.mean_kl == 0
+    assert found.top1 == 1
+    assert found.ratio == 1
+
+
+def test_divergence_is_from_the_dense_model_to_the_slim_one(models):
+    dense, slim, tokenizer = models
+    there = measure_quality(dense, slim, tokenizer, TEXTS)
+    back = measure_quality(slim, dense, tokenizer, TEXTS)
+    assert there.mean_kl != pytest.approx(back.mean_kl, rel=1e-3)
+    assert there.ratio == pytest.approx(1 / back.ratio)
+
+
+@pytest.mark.parametrize("budget", [1, 60, 4096])
+def test_how_texts_are_batched_does_not_matter(models, monkeypatch, budget):
+    dense, slim, tokenizer = models
+    expected = measure_quality(dense, slim, tokenizer, TEXTS)
+    monkeypatch.setattr("spp_export.quality._BATCH_TOKENS", budget)
+    found = measure_quality(dense, slim, tokenizer, TEXTS[::-1])
+    assert found.tokens == expected.tokens
+    assert found.top1 == expected.top1
+    for name in ("dense_perplexity", "slim_perplexity", "mean_kl"):
+        assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-5)
+
+
+@pytest.mark.parametrize("texts", [(), ("",), ("x", "y")])
+def test_where_no_token_can_be_predicted_there_is_no_figure(models, texts):
+    dense, slim, tokenizer = models
+    assert measure_quality(dense, slim, tokenizer, texts) is None
+
+
+def test_log_probabilities_are_those_of_the_next_tokens(models):
+    dense, _, tokenizer = models
+    (batch,) = token_batches(tokenizer, TEXTS)
+    log_p, targets = next_token_log_probabilities(dense, batch)
+    order = sorted((text for text in TEXTS if text), key=len)
+    expected = [i for text in order for i in tokenizer(text)["input_ids"][1:]]
+    assert targets.tolist() == expected
+    assert log_p.shape == (TOKENS, dense.config.vocab_size)
+    assert log_p.dtype == torch.float32
+    rows = torch.cat([log_p for _, _, log_p in per_text(dense, tokenizer, order)])
+    torch.testing.assert_close(log_p.double(), rows, rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_is_summed_in_more(models):
+    dense, slim, tokenizer = models
+    expected = measure_quality(dense, slim, tokenizer, TEXTS)
+    halves = []
+    for model in (dense, slim):
+        config = model.config
+        half = type(model)(config).to(torch.bfloat16).eval()
+        half.load_state_dict(model.state_dict())
+        halves.append(half)
+    found = measure_quality(*halves, tokenizer, TEXTS)
+    assert found.slim_perplexity == pytest.approx(expected.slim_perplexity, rel=0.05)
+    assert found.mean_kl == pytest.approx(expected.mean_kl, rel=0.1)
+
+
+@pytest.mark.parametrize(("factor", "perplexity"), [(1e6, math.inf), (math.nan, math.nan)])
+def test_a_broken_model_has_a_figure_too(models, factor, perplexity):
+    dense, slim, tokenizer = models
+    handle = slim.lm_head.register_forward_hook(lambda _, args, output: output * factor)
+    try:
+        found = measure_quality(dense, slim, tokenizer, TEXTS)
+    finally:
+        handle.remove()
+    assert found.slim_perplexity == pytest.approx(perplexity, nan_ok=True)
+    assert found.dense_perplexity < 1000
+
+
+def test_the_record_has_every_figure():
+    quality = Quality(3, 10, 20.0, 30.0, 0.5, 0.25)
+    assert quality.to_dict() == {
+        "texts": 3,
+        "tokens": 10,
+        "dense_perplexity": 20.0,
+        "slim_perplexity": 30.0,
+        "mean_kl": 0.5,
+        "top1": 0.25,
+        "ratio": 1.5,
+    }
