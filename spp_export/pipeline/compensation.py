@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from spp_export.checkpoint.reader import read_float
+from spp_export.checkpoint.reader import read_float, stored_tensors
 from spp_export.checkpoint.slim import Refit, slim_shape
 from spp_export.checkpoint.source import Source
-from spp_export.compensate import bias, refit
+from spp_export.compensate import bias, refit, residual
 from spp_export.diagnosis import FloatArray
 from spp_export.families import Role, TensorSpec
 from spp_export.moments import Moments
@@ -64,6 +65,21 @@ class Compensation:
             removed = np.setdiff1d(np.arange(weight.shape[1]), self._kept(layer))
             result[layer, Role.OUTPUT] = bias(weight, self._moments.mean(layer), removed)
         return result
+
+    def lost(self, directory: Path) -> Iterator[tuple[float, float]]:
+        """Per re-fitted layer, the share of its output's energy that is lost on the moments: as
+        written in `directory`, and as the plain slice would lose it. Yields nothing but for lstsq.
+        """
+        stored = stored_tensors(directory)
+        family = self._source.family
+        for spec in family.tensors(self._source.shape, self._source.shape.layers):
+            if self.refit(spec) is None or spec.layer is None:
+                continue
+            assert self._moments is not None
+            weight = read_float(self._source.tensors[spec.name])
+            second, kept = self._moments.second(spec.layer), self._kept(spec.layer)
+            written = residual(weight, second, kept, read_float(stored[spec.name]))
+            yield written, residual(weight, second, kept, weight[:, kept])
 
     def _kept(self, layer: int) -> np.ndarray[Any, np.dtype[np.intp]]:
         heads = self._plan.layers[layer].query_heads

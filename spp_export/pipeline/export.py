@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,14 @@ from spp_export.jsonio import dump_json
 from spp_export.models import DEMO
 from spp_export.pipeline.calibration import scenario_moments
 from spp_export.pipeline.compensation import Compensation, compensated_shape
-from spp_export.pipeline.plan import PlanRequest, PlanResult, plan_scenario, plan_tensors
+from spp_export.pipeline.plan import (
+    PlanRequest,
+    PlanResult,
+    artifacts_record,
+    plan_scenario,
+    plan_tensors,
+    scenario_record,
+)
 from spp_export.pipeline.verify import check_directory
 from spp_export.plans import Plan, read_plan, validate_plan
 from spp_export.progress import Progress, no_progress
@@ -155,7 +162,7 @@ def export(
             written = _write(session, compiled, compensation, work)
         if request.verify:
             with clock("verify"):
-                report, failure = _verify(session, compiled, text, work, request)
+                report, failure = _verify(session, compiled, text, work, request, compensation)
             (work / "verify.json").write_text(dump_json(report), encoding="utf-8")
             if failure and not request.keep_failed:
                 raise failure
@@ -205,6 +212,12 @@ def _decide(
     given = plan if isinstance(plan, Plan) else read_plan(plan)
     source = session.source
     validate_plan(given, source.shape, source.fingerprint)
+    if given.compensation != "none":
+        # These decide the re-fit, whatever the plan was made for.
+        if scenario is not None:
+            given = replace(given, scenario=scenario_record(scenario))
+        if artifacts is not None:
+            given = replace(given, artifacts=artifacts_record(artifacts))
     written = compensated_shape(source, given.compensation)
     sizes = predicted(source.shape, given.layer_shapes(source.shape), written)
     return PlanResult(given, source.shape, None, sizes)
@@ -260,13 +273,14 @@ def _verify(
     scenario: Scenario | None,
     work: Path,
     request: ExportRequest,
+    compensation: Compensation,
 ) -> tuple[dict[str, Any], CheckFailed | None]:
     """verify.json's content, and the error if the answer is no."""
     from spp_export.quality import measure_quality
     from spp_export.verification import rounded
 
     prompts = scenario.prompts if scenario else ()
-    report, slim = check_directory(work, session, compiled, prompts, request.seed)
+    report, slim = check_directory(work, session, compiled, prompts, request.seed, compensation)
     content = report.to_dict()
     if not report.passed or slim is None:
         first = report.failures[0]
@@ -284,11 +298,14 @@ def _verify(
     limit = request.max_perplexity_ratio
     if limit is None:
         return content, None
+    within = quality is not None and quality.ratio <= limit
+    content["quality_gate"] = {"max_perplexity_ratio": limit, "passed": within}
+    content["passed"] = content["passed"] and within
     if quality is None:
         return content, QualityError(
             "the quality gate needs held-out text: a scenario of at least four prompts."
         )
-    if not quality.ratio <= limit:  # a ratio that is not a number is within no limit
+    if not within:
         return content, QualityError(
             f"held-out perplexity is {quality.ratio:.3f}x dense, the gate allows {limit:g}x. "
             "Keep more (--keep) or raise the gate."

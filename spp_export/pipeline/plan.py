@@ -163,19 +163,30 @@ def plan_scenario(
         _layout(request),
         _compensation(request),
         layers,
-        scenario={
-            "name": scenario.name,
-            "sha256": scenario.sha256,
-            "prompts": len(scenario.prompts),
-            "held_out": len(scenario.prompts) - len(calibration),
-        },
-        artifacts={"sha256": artifacts.sha256, "domains": list(artifacts.domains)},
+        scenario=scenario_record(scenario),
+        artifacts=artifacts_record(artifacts),
         diagnosis=diagnosis.to_dict(),
         predicted=sizes.as_json(),
         versions=library_versions(),
         **provenance,
     )
     return PlanResult(compiled, shape, diagnosis, sizes)
+
+
+def scenario_record(scenario: Scenario) -> dict[str, Any]:
+    """Which scenario decided, for plan.json."""
+    _, held_out = scenario.split()
+    return {
+        "name": scenario.name,
+        "sha256": scenario.sha256,
+        "prompts": len(scenario.prompts),
+        "held_out": len(held_out),
+    }
+
+
+def artifacts_record(artifacts: Artifacts) -> dict[str, Any]:
+    """Which artifacts decided, for plan.json."""
+    return {"sha256": artifacts.sha256, "domains": list(artifacts.domains)}
 
 
 def _options(

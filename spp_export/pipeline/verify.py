@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from spp_export.activations import TokenBatch
+    from spp_export.pipeline.compensation import Compensation
     from spp_export.reference import OutputProjection
     from spp_export.verification import Check, VerifyReport
 
@@ -82,9 +83,18 @@ def _check_batches(session: Session, prompts: Sequence[str], seed: int) -> list[
 
 
 def check_directory(
-    directory: Path, session: Session, compiled: Plan, prompts: Sequence[str], seed: int = 0
+    directory: Path,
+    session: Session,
+    compiled: Plan,
+    prompts: Sequence[str],
+    seed: int = 0,
+    compensation: Compensation | None = None,
 ) -> tuple[VerifyReport, nn.Module | None]:
-    """Every check on a directory's weights and tokenizer, and the slim model if it loads."""
+    """Every check on a directory's weights and tokenizer, and the slim model if it loads.
+
+    The oracle takes re-fitted projections as they were written, so `compensation`, which knows what
+    they were fitted to, is asked about them; only an export has it.
+    """
     from spp_export.loader import load_slim
     from spp_export.verification import (
         VerifyReport,
@@ -118,10 +128,31 @@ def check_directory(
             check_causality(slim, longest),
             check_cache(slim, longest, reference.rounding),
         ]
+        if compensation is not None and compiled.compensation == "lstsq":
+            checks.append(_check_refit(directory, session.source, compensation))
         if prompts:
             checks.append(_check_tokenizer(directory, session, prompts))
     context = {"reference": str(exact).removeprefix("torch."), "computed_in": session.dtype}
     return VerifyReport(tuple(checks), context), slim
+
+
+def _check_refit(directory: Path, source: Source, compensation: Compensation) -> Check:
+    """Re-fitted projections lose no more of their layer's output than plain slices would."""
+    import torch
+
+    from spp_export.verification import Check
+
+    # What rounding to the stored dtype can lose by itself, as a share of the output's energy.
+    rounding = torch.finfo(getattr(torch, source.dtype_name)).eps ** 2
+    shares = list(compensation.lost(directory))
+    worst = max((written - plain - rounding for written, plain in shares), default=0.0)
+    return Check(
+        "re-fitted projections against plain slices",
+        worst <= 0,
+        detail=f"{len(shares)} layers; output energy lost, mean: "
+        f"{sum(written for written, _ in shares) / max(len(shares), 1):.2%} re-fitted, "
+        f"{sum(plain for _, plain in shares) / max(len(shares), 1):.2%} sliced",
+    )
 
 
 def _exact_dtype(session: Session) -> torch.dtype:

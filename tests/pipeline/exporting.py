@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
@@ -9,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from factories import CASES, mask_in_torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import spp_export
+from spp_export.checkpoint.source import open_source
+from spp_export.errors import SppError
 from spp_export.plans import LayerPlan
 from spp_export.quiet import quiet_transformers
 
@@ -122,6 +126,37 @@ class Workshop:
             artifacts=artifacts,
             request=spp_export.PlanRequest(**asked),
         )
+
+
+def write_plan(path: Path, dense: Path, layers, **changes) -> Path:
+    """A plan as one would write it by hand: nothing that is not needed."""
+    document = {
+        "schema_version": 1,
+        "model": {"fingerprint": open_source(dense).fingerprint, "source": "my-model"},
+        "layout": "per-layer",
+        "compensation": "none",
+        "layers": [
+            {"kv_heads": list(layer.kv_heads), "query_heads": list(layer.query_heads)}
+            | ({} if layer.channels is None else {"channels": list(layer.channels)})
+            for layer in layers
+        ],
+    }
+    path.write_text(json.dumps(document | changes))
+    return path
+
+
+@contextmanager
+def refused(error: type[SppError], match: str):
+    """The error, in one line."""
+    with pytest.raises(error, match=match) as caught:
+        yield caught
+    assert "\n" not in str(caught.value)
+
+
+def kept_heads(result: spp_export.PlanResult) -> set[tuple[int, int]]:
+    """(layer, query head) pairs."""
+    layers = result.plan.layers
+    return {(index, head) for index, layer in enumerate(layers) for head in layer.query_heads}
 
 
 def stored(directory: Path) -> dict[str, torch.Tensor]:

@@ -102,7 +102,7 @@ def test_the_order_and_padding_of_prompts_do_not_count(workshop, tmp_path):
     there = diagnose(workshop, write_texts(tmp_path / "a.txt", prompts))
     back = diagnose(workshop, write_texts(tmp_path / "b.txt", prompts[::-1]))
     alone = [diagnose(workshop, write_texts(tmp_path / "c.txt", [text])) for text in prompts]
-    np.testing.assert_allclose(there.probabilities, back.probabilities, atol=1e-4)
+    np.testing.assert_allclose(there.probabilities, back.probabilities, atol=1e-3)
     mean = np.mean([one.probabilities for one in alone], axis=0)
     np.testing.assert_allclose(there.probabilities, mean, atol=1e-3)
 
@@ -139,9 +139,6 @@ def test_what_cannot_be_diagnosed(workshop, tmp_path, scenarios):
         spp_export.diagnose(
             scenarios["figures"], model=str(workshop.dense(NAME)), artifacts=tmp_path / "none"
         )
-
-
-# --- what probe records
 
 
 def test_the_artifacts_say_where_they_come_from(workshop):

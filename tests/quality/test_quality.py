@@ -54,7 +54,7 @@ def test_perplexity_is_that_of_transformers_own_loss(models):
     assert found.tokens == TOKENS
     assert found.texts == len(TEXTS)
     assert found.ratio == found.slim_perplexity / found.dense_perplexity
-    assert found.ratio > 1.01
+    assert found.ratio != pytest.approx(1, rel=0.05)
 
 
 def test_divergence_and_agreement_equal_explicit_sums(models):

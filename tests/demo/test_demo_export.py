@@ -1,0 +1,189 @@
+"""The default model, cut for a scenario, as a user of `make demo` gets it.
+
+The first run fetches the model and reads the pools through it, which takes minutes; both stay in
+the user's cache.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from factories import mask_in_torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from spp_export import ExportResult, PlanRequest, export
+from spp_export.models import demo_model
+from spp_export.pipeline.export import ExportRequest
+from spp_export.scenario import read_scenario
+
+pytestmark = pytest.mark.demo
+
+SCENARIO = Path(__file__).parents[2] / "benchmarks" / "data" / "scenarios" / "chemistry.txt"
+QUESTION = "Why does salt dissolve in water?"
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The dense model, its tokenizer, and the export with its model."""
+
+    dense: PreTrainedModel
+    tokenizer: object
+    result: ExportResult
+    slim: PreTrainedModel
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    target = tmp_path_factory.mktemp("demo") / "chemistry"
+    result = export(SCENARIO, target, plan_request=PlanRequest(keep=0.8))
+    dense = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.float32)
+    slim = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    return Demo(dense, AutoTokenizer.from_pretrained(target), result, slim)
+
+
+@pytest.fixture(scope="module")
+def uniform(tmp_path_factory):
+    """Without what takes long: no re-fit, no checks."""
+    target = tmp_path_factory.mktemp("demo") / "uniform"
+    return export(
+        SCENARIO,
+        target,
+        plan_request=PlanRequest(keep=0.8, layout="uniform", compensate="none"),
+        request=ExportRequest(verify=False),
+    )
+
+
+def token_ids(demo, text, limit=None):
+    return torch.tensor([demo.tokenizer(text)["input_ids"][:limit]])
+
+
+def put_in_place(demo):
+    """The dense model with the re-fitted output projections at the columns of the kept heads."""
+    stored = load_file(demo.result.path / "model.safetensors")
+    size = demo.dense.config.head_dim
+    before = {}
+    for index, layer in enumerate(demo.result.plan.layers):
+        name = f"model.layers.{index}.self_attn.o_proj.weight"
+        weight = demo.dense.get_parameter(name)
+        before[name] = weight.detach().clone()
+        columns = [head * size + i for head in layer.query_heads for i in range(size)]
+        with torch.no_grad():
+            weight[:, columns] = stored[name]
+    return before
+
+
+@torch.no_grad()
+def test_logits_equal_the_masked_dense_models(demo):
+    """What is kept of `o_proj` is compared as written; everything else is the dense model's."""
+    prompts = read_scenario(SCENARIO).prompts[:4]
+    before = put_in_place(demo)
+    with mask_in_torch(demo.dense, demo.result.plan.layers):
+        expected = [demo.dense(token_ids(demo, text, 64)).logits for text in prompts]
+    for name, weight in before.items():
+        demo.dense.get_parameter(name).copy_(weight)
+    found = [demo.slim(token_ids(demo, text, 64)).logits for text in prompts]
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).abs().max().item() <= 1e-4
+        assert torch.equal(a.argmax(-1), b.argmax(-1))
+
+
+@torch.no_grad()
+def perplexity(demo, model, texts):
+    """exp of transformers' own loss, over all predicted tokens."""
+    total = tokens = 0
+    for text in texts:
+        ids = token_ids(demo, text)
+        total += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
+        tokens += ids.shape[1] - 1
+    return math.exp(total / tokens)
+
+
+def test_held_out_perplexity_is_close_to_dense(demo):
+    _, held_out = read_scenario(SCENARIO).split()
+    dense, slim = (perplexity(demo, model, held_out) for model in (demo.dense, demo.slim))
+    assert dense < 60
+    assert slim <= 1.04 * dense
+    quality = demo.result.report["quality"]
+    assert quality["dense_perplexity"] == pytest.approx(dense, rel=1e-3)
+    assert quality["slim_perplexity"] == pytest.approx(slim, rel=1e-3)
+
+
+def test_every_check_held_and_the_budget_is_kept(demo):
+    report = json.loads((demo.result.path / "verify.json").read_text())
+    assert report == demo.result.report
+    assert report["passed"]
+    assert len(report["checks"]) >= 4
+    heads = {"dense": 0, "slim": 0}
+    for which, model in (("dense", demo.dense), ("slim", demo.slim)):
+        for layer in model.model.layers:
+            projections = ("q_proj", "k_proj", "v_proj", "o_proj")
+            heads[which] += sum(
+                getattr(layer.self_attn, name).weight.numel() for name in projections
+            )
+    assert 0.78 < heads["slim"] / heads["dense"] <= 0.8
+    sizes = {
+        folder: (folder / "model.safetensors").stat().st_size
+        for folder in (demo_model(), demo.result.path)
+    }
+    saved = sizes[demo_model()] - sizes[demo.result.path]
+    assert saved == pytest.approx(4 * (heads["dense"] - heads["slim"]), rel=1e-3)
+
+
+PROCESS = """
+import json, sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+path, question, trust = sys.argv[1], sys.argv[2], sys.argv[3] == "trust"
+model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=trust)
+tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+chat = tokenizer.apply_chat_template(
+    [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt",
+    return_dict=True,
+)
+ids = model.generate(**chat, max_new_tokens=24, do_sample=False)[0, chat["input_ids"].shape[1]:]
+print(json.dumps({
+    "text": tokenizer.decode(ids, skip_special_tokens=True),
+    "class": type(model).__name__,
+    "ours": "spp_export" in sys.modules,
+    "heads": [layer.self_attn.q_proj.out_features // 64 for layer in model.model.layers],
+}))
+"""
+
+
+def fresh_process(path, tmp_path, *, trust):
+    """What a user's own script sees: another directory, no network, nothing of ours imported."""
+    environment = {k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "SPP_CACHE"}}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-c", PROCESS, str(path), QUESTION, "trust" if trust else "no"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert not answer["ours"]
+    assert len(answer["text"].split()) > 5
+    return answer
+
+
+def test_it_loads_and_talks_in_a_process_that_knows_nothing_of_us(demo, tmp_path):
+    answer = fresh_process(demo.result.path, tmp_path, trust=True)
+    assert answer["class"] == "SppLlamaForCausalLM"
+    assert answer["heads"] == [len(layer.query_heads) for layer in demo.result.plan.layers]
+    assert len(set(answer["heads"])) > 1
+
+
+def test_uniform_needs_no_code_of_ours(uniform, tmp_path):
+    assert not list(uniform.path.glob("*.py"))
+    answer = fresh_process(uniform.path, tmp_path, trust=False)
+    assert answer["class"] == "LlamaForCausalLM"
+    assert len(set(answer["heads"])) == 1
+    assert answer["heads"][0] < 9
