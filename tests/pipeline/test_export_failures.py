@@ -10,6 +10,7 @@ from exporting import refused, tree, write_texts
 
 import spp_export
 import spp_export.checkpoint.slim as slim_module
+import spp_export.pipeline.compensation as compensation_module
 from spp_export import ExportRequest
 from spp_export.errors import CheckFailed, ParityError, QualityError, UsageError
 
@@ -58,6 +59,17 @@ def test_a_wrong_slice_is_not_published(workshop, tmp_path, broken, name, layout
     with refused(ParityError, "logits parity with the masked dense model: found .*, at most") as no:
         workshop.export(name, target, layout=layout, compensate="none")
     assert no.value.exit_code == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", [NAME, "qwen2-mha-window"])
+def test_a_wrong_refit_is_not_published(workshop, tmp_path, monkeypatch, name):
+    """The oracle takes re-fitted projections as written, so parity alone would not see it."""
+    workshop.artifacts(name)
+    right = compensation_module.refit
+    monkeypatch.setattr(compensation_module, "refit", lambda *a: np.roll(right(*a), 1, axis=1))
+    with refused(ParityError, "re-fitted projections against plain slices: "):
+        workshop.export(name, tmp_path / "slim", compensate="lstsq")
     assert list(tmp_path.iterdir()) == []
 
 
