@@ -16,7 +16,7 @@ layer instead of scores [L,H].
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ import numpy as np
 from spp_export.importance.statistics import FloatArray
 
 BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
+IndexArray = np.ndarray[Any, np.dtype[np.intp]]
 
 # Keeps P finite where the text excites fewer directions than there are inputs.
 _RIDGE = 0.01
@@ -50,7 +51,8 @@ def removal_losses(
             losses[a - 1, b - 1] = state.loss
             kept[a - 1, b - 1] = state.kept
 
-    heads_first = _Removal.start(weight, second, forced_Gg)
+    groups_first = _Removal.start(weight, second, forced_Gg)
+    heads_first = groups_first.copy()
     for b in range(size, 0, -1):
         if not heads_first.thin(b):
             break
@@ -58,7 +60,6 @@ def removal_losses(
         record(branch)
         while branch.drop_group():
             record(branch)
-    groups_first = _Removal.start(weight, second, forced_Gg)
     while True:
         branch = groups_first.copy()
         for b in range(size, 0, -1):
@@ -71,10 +72,15 @@ def removal_losses(
 
 @dataclass
 class _Removal:
-    """A layer with some heads gone: re-fitted weights [d,m], P [m,m], kept [G,g] and the loss."""
+    """A layer with some heads gone and the rest re-fitted: all that further removals need.
 
-    weight: FloatArray
+    gram: W'^T W' and precision: P of what is left, [r,r], in blocks of head_dim, one per head of
+    `heads`. kept [G,g]; loss so far.
+    """
+
+    gram: FloatArray
     precision: FloatArray
+    heads: IndexArray
     forced: BoolArray
     kept: BoolArray
     loss: float
@@ -86,20 +92,19 @@ class _Removal:
         ridge = _RIDGE * float(np.mean(np.diag(moments)))
         # A layer whose input is all zero loses as good as nothing, whatever goes.
         moments[np.diag_indices_from(moments)] += ridge if ridge > 0 else 1e-30
+        whole = weight.astype(np.float64)
+        heads = np.arange(forced.size)
         precision = np.linalg.inv(moments)
-        return cls(weight.astype(np.float64), precision, forced, np.ones_like(forced), 0.0)
+        return cls(whole.T @ whole, precision, heads, forced, np.ones_like(forced), 0.0)
 
     def copy(self) -> _Removal:
-        """An independent state to continue from."""
-        return _Removal(
-            self.weight.copy(), self.precision.copy(), self.forced, self.kept.copy(), self.loss
-        )
+        """An independent state to continue from; matrices are replaced, never changed."""
+        return replace(self, kept=self.kept.copy())
 
     def thin(self, heads: int) -> bool:
         """Bring every kept group to `heads` query heads; False where forced heads forbid it."""
         while True:
-            counts = self.kept.sum(axis=1)
-            crowded = counts > heads
+            crowded = self.kept.sum(axis=1) > heads
             if not crowded.any():
                 return True
             free = self.kept & ~self.forced & crowded[:, None]
@@ -117,28 +122,29 @@ class _Removal:
         self._remove_cheapest([k * size + np.flatnonzero(self.kept[k]) for k in free])
         return True
 
-    def _remove_cheapest(self, candidates: list[np.ndarray[Any, np.dtype[np.intp]]]) -> None:
-        costs = [self._cost(self._columns(heads)) for heads in candidates]
+    def _remove_cheapest(self, candidates: list[IndexArray]) -> None:
+        costs = [self._cost(self._elements(heads)) for heads in candidates]
         best = int(np.argmin(costs))
-        columns = self._columns(candidates[best])
-        across = self.precision[columns]
-        step = np.linalg.solve(across[:, columns], across)
-        self.loss += costs[best]
-        self.weight -= self.weight[:, columns] @ step
-        self.precision -= across.T @ step
-        self.weight[:, columns] = 0.0
+        gone = self._elements(candidates[best])
+        stay = np.setdiff1d(np.arange(len(self.gram)), gone)
+        across = self.precision[np.ix_(gone, stay)]
+        # W' = W_S - W_R step; its Gram matrix follows in one product and its transpose.
+        step = np.linalg.solve(self.precision[np.ix_(gone, gone)], across)
+        half = self.gram[np.ix_(stay, gone)] - 0.5 * step.T @ self.gram[np.ix_(gone, gone)]
+        change = half @ step
+        self.gram = self.gram[np.ix_(stay, stay)] - change - change.T
+        self.precision = self.precision[np.ix_(stay, stay)] - across.T @ step
+        self.heads = np.setdiff1d(self.heads, candidates[best])
         self.kept.reshape(-1)[candidates[best]] = False
+        self.loss += costs[best]
 
-    def _cost(self, columns: np.ndarray[Any, np.dtype[np.intp]]) -> float:
-        block = self.weight[:, columns]
-        inverse = np.linalg.inv(self.precision[np.ix_(columns, columns)])
-        return max(float(((block @ inverse) * block).sum()), 0.0)
+    def _cost(self, gone: IndexArray) -> float:
+        block = np.ix_(gone, gone)
+        return max(float(np.trace(np.linalg.solve(self.precision[block], self.gram[block]))), 0.0)
 
-    def _columns(
-        self, heads: np.ndarray[Any, np.dtype[np.intp]]
-    ) -> np.ndarray[Any, np.dtype[np.intp]]:
-        dim = self.weight.shape[1] // self.kept.size
-        columns: np.ndarray[Any, np.dtype[np.intp]] = (
-            heads[:, None] * dim + np.arange(dim)
-        ).reshape(-1)
-        return columns
+    def _elements(self, heads: IndexArray) -> IndexArray:
+        """Rows of `gram` that belong to heads."""
+        dim = len(self.gram) // len(self.heads)
+        places = np.searchsorted(self.heads, heads)
+        elements: IndexArray = (places[:, None] * dim + np.arange(dim)).reshape(-1)
+        return elements

@@ -127,7 +127,8 @@ def test_the_whitelist_holds_heads_that_matter_alike_in_every_domain():
     random = np.random.default_rng(0)
     importance = 1 + 0.01 * random.random((3, 4, 12))
     importance[:, 0, 5] = 9.0  # high everywhere
-    importance[:, 1, 2] = [9.0, 1.0, 1.0]  # high in one domain
+    importance[:, 1, 2] = [9.0, 9.0, 1.0]  # high on average, and not in the third
+    importance[:, 1, 7] = [1.0, 1.0, 9.0]  # high in one
     importance[:, 2] = 4.0  # a layer without preference
     importance[:, 3] *= 1000
     importance[:, 3, [0, 11]] *= [[3.0], [3.1], [2.9]]  # two, in a layer of larger writes
