@@ -41,6 +41,15 @@ class Demo:
     slim: PreTrainedModel
 
 
+@pytest.fixture(scope="module", autouse=True)
+def all_cores():
+    """The real model is large enough to use them; the tiny ones of other tests are not."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     target = tmp_path_factory.mktemp("demo") / "chemistry"
