@@ -149,9 +149,9 @@ def _check_refit(directory: Path, source: Source, compensation: Compensation) ->
     return Check(
         "re-fitted projections against plain slices",
         worst <= 0,
-        detail=f"{len(shares)} layers; output energy lost, mean: "
-        f"{sum(written for written, _ in shares) / max(len(shares), 1):.2%} re-fitted, "
-        f"{sum(plain for _, plain in shares) / max(len(shares), 1):.2%} sliced",
+        detail=f"lost energy {sum(written for written, _ in shares) / max(len(shares), 1):.1%}, "
+        f"plain slices {sum(plain for _, plain in shares) / max(len(shares), 1):.1%}, "
+        f"{len(shares)} layers",
     )
 
 
