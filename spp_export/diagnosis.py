@@ -17,8 +17,10 @@ IN_DOMAIN = "in-domain"
 CROSS_DOMAIN = "cross-domain"
 OUT_OF_DOMAIN = "out-of-domain"
 
-# A domain takes part when the probes give it this mean probability: as likely as not.
-_PRESENT = 0.5
+# A prompt is of a domain when the probes find that as likely as not; a domain takes part in a
+# scenario from this share of the mixture on (the published cross-domain threshold).
+_KNOWN = 0.5
+_SHARE = 0.15
 
 
 @dataclass(frozen=True)
@@ -116,17 +118,27 @@ def diagnose_activations(
 ) -> Diagnosis:
     """Diagnosis of a scenario from its prompts' pooled residual stream.
 
-    Without `regime` it is chosen from the in-domain probabilities: cross-domain when two or more
-    domains are present, out-of-domain when none is.
+    Without `regime` it is chosen from the in-domain probabilities: out-of-domain when the prompts'
+    likeliest domains are, on average, less likely than not; else cross-domain when two or more
+    domains have a share of the mixture worth the name.
     """
-    probabilities = probe_probabilities(pooled_NLd, artifacts, regime or IN_DOMAIN).mean(axis=0)
+    probabilities_NPK = probe_probabilities(pooled_NLd, artifacts, regime or IN_DOMAIN)
     if regime is None:
-        present = int((probabilities.mean(axis=0) >= _PRESENT).sum())
-        regime = {0: OUT_OF_DOMAIN, 1: IN_DOMAIN}.get(present, CROSS_DOMAIN)
+        regime = choose_regime(probabilities_NPK.mean(axis=1))
         if regime != IN_DOMAIN and regime in artifacts.regimes:
-            probabilities = probe_probabilities(pooled_NLd, artifacts, regime).mean(axis=0)
+            probabilities_NPK = probe_probabilities(pooled_NLd, artifacts, regime)
     layers = tuple(artifacts.probe_layers)
+    probabilities = probabilities_NPK.mean(axis=0)
     return Diagnosis(artifacts.domains, probabilities, regime, len(pooled_NLd), layers)
+
+
+def choose_regime(probabilities_NK: FloatArray) -> str:
+    """Regime of N prompts from their mean probability over layers [N,K]."""
+    # Per prompt: a scenario of pure chemistry and pure history prompts is half of each, and known.
+    if probabilities_NK.max(axis=1).mean() < _KNOWN:
+        return OUT_OF_DOMAIN
+    mean_K = probabilities_NK.mean(axis=0)
+    return CROSS_DOMAIN if (mean_K >= _SHARE * mean_K.sum()).sum() > 1 else IN_DOMAIN
 
 
 def mix_importance(importance_KLH: FloatArray, diagnosis: Diagnosis) -> FloatArray:

@@ -13,6 +13,7 @@ from spp_export.diagnosis import (
     IN_DOMAIN,
     OUT_OF_DOMAIN,
     Diagnosis,
+    choose_regime,
     diagnose_activations,
     mix_importance,
     probe_probabilities,
@@ -149,7 +150,9 @@ def test_breadth_does_not_depend_on_how_sure_the_probes_are():
     ("probabilities", "regime"),
     [
         ((0.9, 0.1, 0.1), IN_DOMAIN),
-        ((0.51, 0.49, 0.49), IN_DOMAIN),
+        ((0.51, 0.49, 0.49), CROSS_DOMAIN),
+        ((0.9, 0.17, 0.01), CROSS_DOMAIN),
+        ((0.9, 0.15, 0.01), IN_DOMAIN),
         ((0.9, 0.8, 0.1), CROSS_DOMAIN),
         ((0.6, 0.7, 0.8), CROSS_DOMAIN),
         ((0.4, 0.2, 0.49), OUT_OF_DOMAIN),
@@ -157,6 +160,12 @@ def test_breadth_does_not_depend_on_how_sure_the_probes_are():
 )
 def test_the_regime_follows_how_many_domains_are_present(probabilities, regime):
     assert diagnose_activations(pooled(), saying(*probabilities)).regime == regime
+
+
+def test_prompts_of_one_domain_each_are_known_and_cross_domain_together():
+    apart = np.array([[0.98, 0.01, 0.01], [0.01, 0.98, 0.01], [0.01, 0.01, 0.98]])
+    assert (apart.mean(axis=0) < 0.5).all()
+    assert choose_regime(apart) == CROSS_DOMAIN
 
 
 def test_the_regimes_temperatures_are_used_once_it_is_chosen():
