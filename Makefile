@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 LOADED_BY := 4.57.6 5.17.0 5.23.0
 
-.PHONY: help demo artifacts check test test-all test-loading quality slice-memory compile-time clean
+.PHONY: help demo artifacts check test test-all test-loading quality slice-memory compile-time \
+	reference clean
 
 help:
 	@echo "make demo          slice the default model for a chemistry scenario"
@@ -67,6 +68,9 @@ slice-memory: $(INSTALLED)
 
 compile-time: $(INSTALLED)
 	$(BIN)/python -m spp_bench.compile_time
+
+reference: $(INSTALLED)
+	$(BIN)/python -m spp_cli.reference > cli/README.md
 
 clean:
 	rm -rf build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""The help of every command as one plain text, for the README: `python -m spp_cli.reference`."""
+"""The help of every command as one page: `python -m spp_cli.reference > cli/README.md`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ _WIDTH = 80
 def render() -> str:
     """Every command with its help, 80 columns wide, without colours, the same on every machine."""
     return "\n".join(_helps("spp", get_command(app), None))
+
+
+def page() -> str:
+    """The same as Markdown."""
+    return f"# Commands\n\nWritten by `make reference`.\n\n```text\n{render()}```\n"
 
 
 def _helps(name: str, command: Any, parent: Any) -> Iterator[str]:
@@ -34,4 +39,4 @@ def _helps(name: str, command: Any, parent: Any) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    print(render(), end="")
+    print(page(), end="")
