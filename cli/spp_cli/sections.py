@@ -113,6 +113,16 @@ def _bytes(count: float) -> str:
     return f"{count:,} B"
 
 
+def stock_counts(plan: Plan) -> list[Text]:
+    """For a uniform layout, which counts of query heads there were to choose from."""
+    realised = plan.budget.get("realised", {})
+    counts = realised.get("accepted_query_heads") if isinstance(realised, Mapping) else None
+    if plan.layout != "uniform" or not counts:
+        return []
+    known = ", ".join(str(count) for count in counts)
+    return [Text(f"query heads that the stock config accepts: {known}", style=FAINT)]
+
+
 def bounds(predicted: Predicted) -> list[Text]:
     """The best that decoding can gain, per case; bytes alone decide it."""
     lines = []

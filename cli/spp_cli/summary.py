@@ -80,6 +80,7 @@ def _compiled(
         sections.decision(plan, shape, look),
         Text(),
         sections.sizes(plan, shape, predicted),
+        *sections.stock_counts(plan),
         Text(),
         *sections.bounds(predicted),
         *checked,

@@ -107,6 +107,15 @@ def test_no_gain_is_said():
     assert "decode, batch 1 x 128 tokens   at best 1.00x  no gain possible here\n" in text
 
 
+def test_a_uniform_plan_says_which_counts_there_were():
+    result = plan_result()
+    counts = {"realised": {"accepted_query_heads": [1, 2, 3, 4, 6, 9]}}
+    uniform = replace(result, plan=replace(result.plan, layout="uniform", budget=counts))
+    line = "query heads that the stock config accepts: 1, 2, 3, 4, 6, 9\n"
+    assert line in text_of(plan_summary(uniform, "plan", UNICODE))
+    assert line not in text_of(plan_summary(result, "plan", UNICODE))
+
+
 def test_a_plan_has_no_verdict():
     text = text_of(plan_summary(plan_result(), "plan.json", UNICODE))
     assert "→ plan.json" in text
