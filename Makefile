@@ -7,8 +7,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 LOADED_BY := 4.57.6 5.17.0 5.23.0
 
-.PHONY: help demo artifacts check test test-all test-loading quality slice-memory compile-time \
-	reference clean
+.PHONY: help demo artifacts check test test-all test-loading quality quality-finance slice-memory \
+	compile-time reference clean
 
 help:
 	@echo "make demo          slice the default model for a chemistry scenario"
@@ -68,6 +68,13 @@ slice-memory: $(INSTALLED)
 
 compile-time: $(INSTALLED)
 	$(BIN)/python -m spp_bench.compile_time
+
+# A scenario that no constant of the method was set on.
+quality-finance: $(INSTALLED)
+	$(BIN)/python -m spp_bench.quality --keep 0.8 \
+		--scenario benchmarks/data/scenarios/finance.txt --pool benchmarks/data/pools/finance \
+		--wrong benchmarks/data/scenarios/chemistry.txt \
+		--json benchmarks/results/quality-smollm2-135m-finance.json
 
 reference: $(INSTALLED)
 	$(BIN)/python -m spp_cli.reference > cli/README.md
