@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 LOADED_BY := 4.57.6 5.17.0 5.23.0
 
 .PHONY: help demo artifacts check test test-all test-loading quality quality-finance slice-memory \
-	compile-time reference clean
+	compile-time start-time reference clean
 
 help:
 	@echo "make demo          slice the default model for a chemistry scenario"
@@ -68,6 +68,9 @@ slice-memory: $(INSTALLED)
 
 compile-time: $(INSTALLED)
 	$(BIN)/python -m spp_bench.compile_time
+
+start-time: $(INSTALLED)
+	$(BIN)/python -m spp_bench.start_time
 
 # A scenario that no constant of the method was set on.
 quality-finance: $(INSTALLED)

@@ -20,7 +20,7 @@ from spp_export.shape import ModelShape
 # Room for rounding in units of eps(dtype) x largest |logit|: above the oracle's own error; where a
 # model is compared with itself on other shapes, and so other kernels; and on the same shapes, where
 # no number should change at all.
-_ROOM_ABOVE_ORACLE = 32.0
+_ROOM_ABOVE_ORACLE = 16.0
 _ROOM_ON_OTHER_SHAPES = 64.0
 _ROOM_ON_THE_SAME = 4.0
 # What rounding does to the oracle, decoding can do several times: it rounds anew at every step.

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from spp_bench.machine import machine
+from spp_bench.timing import quantiles
 from spp_export.budget import Budget
 from spp_export.plans import compile_plan
 from spp_export.shape import ModelShape
@@ -46,13 +47,10 @@ def measure(shape: ModelShape, keep: float, seeds: int) -> dict[str, Any]:
         assert realised.score_bound == realised.score, "the plan is not proven optimal"
         if seed >= 0:  # the first run warms up
             times.append(elapsed * 1e3)
-    low, median, high = np.quantile(times, [0.2, 0.5, 0.8])
     return {
         "keep": keep,
         "samples": seeds,
-        "median_ms": round(float(median), 3),
-        "p20_ms": round(float(low), 3),
-        "p80_ms": round(float(high), 3),
+        **quantiles(times, "ms"),
     }
 
 

@@ -14,9 +14,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from spp_bench.machine import machine
+from spp_bench.timing import quantiles
 
 CASES = (("--help",), ("export", "--help"), ("plan", "--help"), ("--version",))
 HEAVY = ("torch", "transformers", "numpy")
@@ -38,13 +37,10 @@ def measure(arguments: Sequence[str], samples: int) -> dict[str, Any]:
         )
         if sample >= 0:  # the first run fills the file cache
             times.append(time.perf_counter() - start)
-    low, median, high = np.quantile(times, [0.2, 0.5, 0.8])
     return {
         "arguments": " ".join(arguments),
         "samples": samples,
-        "median_s": round(float(median), 3),
-        "p20_s": round(float(low), 3),
-        "p80_s": round(float(high), 3),
+        **quantiles(times, "s"),
     }
 
 

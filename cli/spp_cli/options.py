@@ -54,7 +54,7 @@ Layout = Annotated[
     Literal["uniform", "per-layer"],
     typer.Option(
         rich_help_panel=MAKE,
-        help="uniform: every layer alike, loads everywhere. per-layer: layers differ, and less is "
+        help="uniform: every layer alike, a stock model. per-layer: layers differ, and less is "
         "lost.",
     ),
 ]

@@ -42,14 +42,9 @@ class Compensation:
 
     def refit(self, spec: TensorSpec) -> Refit | None:
         """How the slicer replaces a tensor: only o_proj weights that lose columns, by lstsq."""
-        if self._plan.compensation != "lstsq" or spec.role is not Role.OUTPUT:
+        if not self._is_refitted(spec):
             return None
-        assert spec.layer is not None
-        assert self._moments is not None
-        kept = self._kept(spec.layer)
-        if len(kept) == self._source.shape.query_heads * self._source.shape.head_dim:
-            return None
-        second = self._moments.second(spec.layer)
+        second, kept = self._fitted_to(spec)
         return lambda weight: refit(weight, second, kept, RIDGE)
 
     def biases(self) -> Mapping[tuple[int, Role], FloatArray]:
@@ -73,13 +68,24 @@ class Compensation:
         stored = stored_tensors(directory)
         family = self._source.family
         for spec in family.tensors(self._source.shape, self._source.shape.layers):
-            if self.refit(spec) is None or spec.layer is None:
+            if not self._is_refitted(spec):
                 continue
-            assert self._moments is not None
             weight = read_float(self._source.tensors[spec.name])
-            second, kept = self._moments.second(spec.layer), self._kept(spec.layer)
+            second, kept = self._fitted_to(spec)
             written = residual(weight, second, kept, read_float(stored[spec.name]))
             yield written, residual(weight, second, kept, weight[:, kept])
+
+    def _is_refitted(self, spec: TensorSpec) -> bool:
+        if self._plan.compensation != "lstsq" or spec.role is not Role.OUTPUT:
+            return False
+        assert spec.layer is not None
+        return len(self._plan.layers[spec.layer].query_heads) < self._source.shape.query_heads
+
+    def _fitted_to(self, spec: TensorSpec) -> tuple[FloatArray, np.ndarray[Any, np.dtype[np.intp]]]:
+        """Moments of the input of a re-fitted projection, and the elements of it that stay."""
+        assert spec.layer is not None
+        assert self._moments is not None
+        return self._moments.second(spec.layer), self._kept(spec.layer)
 
     def _kept(self, layer: int) -> np.ndarray[Any, np.dtype[np.intp]]:
         heads = self._plan.layers[layer].query_heads

@@ -1,0 +1,32 @@
+"""The CLI types the library's choices out again: help must come before their module is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, get_args
+
+import pytest
+
+from spp_cli import options
+from spp_export.pipeline.plan import CRITERION_NAMES, POLICIES
+from spp_export.plans import COMPENSATIONS, LAYOUTS
+
+
+def words(alias: Any) -> Iterator[str]:
+    """The words of the Literal inside an option's type."""
+    for part in get_args(get_args(alias)[0]):
+        yield from (part,) if isinstance(part, str) else get_args(part)
+
+
+@pytest.mark.parametrize(
+    ("option", "known"),
+    [
+        (options.Criterion, CRITERION_NAMES),
+        (options.Layout, LAYOUTS),
+        (options.Policy, POLICIES),
+        (options.Compensate, COMPENSATIONS),
+    ],
+    ids=["criterion", "layout", "policy", "compensate"],
+)
+def test_the_choices_are_the_librarys(option: Any, known: tuple[str, ...]) -> None:
+    assert sorted(words(option)) == sorted(known)
