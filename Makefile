@@ -7,16 +7,24 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 LOADED_BY := 4.57.6 5.17.0 5.23.0
 
-.PHONY: help demo artifacts check test test-all test-loading quality quality-finance slice-memory \
-	compile-time start-time reference clean
+DATA := benchmarks/data
+RESULTS := benchmarks/results
+LM_EVAL := build/venv-lm-eval
+
+.PHONY: help demo artifacts check test test-all test-loading test-lm-eval eval eval-finance \
+	eval-answers eval-ablations lm-eval slice-memory compile-time start-time reference clean
 
 help:
 	@echo "make demo          slice the default model for a chemistry scenario"
 	@echo "make test          linters, type checks and tests"
-	@echo "make test-all      make test, the slow tests, and loading on three transformers versions"
+	@echo "make test-all      make test, the slow tests, loading on three transformers versions, lm-eval"
 	@echo "make check         linters and type checks alone"
 	@echo "make artifacts     probe the default model again"
-	@echo "make quality       perplexity against dense, with controls"
+	@echo "make eval          every criterion and control, 10 to 50 % of heads and of all units removed"
+	@echo "make eval-finance  the defaults on a scenario that no constant was set on"
+	@echo "make eval-answers  questions answered by slim models"
+	@echo "make eval-ablations  the defaults less one of their parts"
+	@echo "make lm-eval       make demo's export in lm-evaluation-harness"
 	@echo "make slice-memory  time and peak memory of slicing a 2 GB checkpoint"
 	@echo "make compile-time  time from scores to plan"
 
@@ -45,6 +53,7 @@ test: check
 test-all: check
 	$(BIN)/python -m pytest
 	$(MAKE) test-loading
+	$(MAKE) test-lm-eval
 
 # Checkpoints written once, loaded by every supported transformers in an environment of its own.
 test-loading: $(INSTALLED)
@@ -59,8 +68,43 @@ test-loading: $(INSTALLED)
 			tests/loading/check_loading.py build/loading --registered || exit 1; \
 	done
 
-quality: $(INSTALLED)
-	$(BIN)/python -m spp_bench.quality --json benchmarks/results/quality-smollm2-135m.json
+# All of these continue where they were interrupted.
+EVAL := $(BIN)/spp eval --pools $(DATA)/pools
+CHEMISTRY := --scenario $(DATA)/scenarios/chemistry.txt --wrong $(DATA)/scenarios/history.txt \
+	--domain chemistry
+
+eval: $(INSTALLED)
+	$(EVAL) $(CHEMISTRY) --criterion all --units heads --units both -o $(RESULTS)/eval-chemistry
+
+eval-finance: $(INSTALLED)
+	$(EVAL) --scenario $(DATA)/scenarios/finance.txt --wrong $(DATA)/scenarios/history.txt \
+		--domain finance --keep 0.9 --keep 0.8 --keep 0.7 -o $(RESULTS)/eval-finance
+
+eval-answers: $(INSTALLED)
+	$(EVAL) $(CHEMISTRY) --keep 0.8 --eval-set $(DATA)/eval/selected_domain/chemistry.json \
+		--generate --no-curves -o $(RESULTS)/eval-answers
+
+eval-ablations: $(INSTALLED)
+	$(BIN)/spp probe --pools $(DATA)/pools --units heads -o build/artifacts-all --force
+	$(BIN)/spp probe --pools $(DATA)/pools --units heads --select 6 -o build/artifacts-selected --force
+	$(EVAL) $(CHEMISTRY) --keep 0.8 --keep 0.7 --ablations --other-artifacts all=build/artifacts-all \
+		--other-artifacts selected=build/artifacts-selected --no-curves -o $(RESULTS)/eval-ablations
+
+# An exported model in lm-evaluation-harness, in an environment without this project.
+lm-eval: demo $(LM_EVAL)/.installed
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(LM_EVAL)/bin/lm_eval --model hf \
+		--model_args pretrained=out/chemistry,trust_remote_code=True,dtype=float32 \
+		--tasks spp_domains --include_path benchmarks/lm_eval --device cpu --batch_size 16
+
+# Reads the checkpoints that test-loading builds.
+test-lm-eval: $(LM_EVAL)/.installed
+	$(LM_EVAL)/bin/python tests/lm_eval/check_lm_eval.py build/loading
+
+$(LM_EVAL)/.installed:
+	$(PYTHON) -m venv $(LM_EVAL)
+	$(LM_EVAL)/bin/python -m pip install --quiet --disable-pip-version-check \
+		lm_eval==0.4.13 torch==2.13.0 transformers==5.23.0 accelerate
+	@touch $@
 
 slice-memory: $(INSTALLED)
 	mkdir -p build
@@ -71,13 +115,6 @@ compile-time: $(INSTALLED)
 
 start-time: $(INSTALLED)
 	$(BIN)/python -m spp_bench.start_time
-
-# A scenario that no constant of the method was set on.
-quality-finance: $(INSTALLED)
-	$(BIN)/python -m spp_bench.quality --keep 0.8 \
-		--scenario benchmarks/data/scenarios/finance.txt --pool benchmarks/data/pools/finance \
-		--wrong benchmarks/data/scenarios/chemistry.txt \
-		--json benchmarks/results/quality-smollm2-135m-finance.json
 
 reference: $(INSTALLED)
 	$(BIN)/python -m spp_cli.reference > cli/README.md

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from spp_export.errors import SppError
     from spp_export.loader import load_dense, load_slim
     from spp_export.pipeline.diagnose import diagnose
+    from spp_export.pipeline.evaluate import EvalRequest, EvalResult, evaluate, evaluate_scenarios
     from spp_export.pipeline.export import ExportRequest, ExportResult, export
     from spp_export.pipeline.import_artifacts import import_artifacts
     from spp_export.pipeline.plan import PlanRequest, PlanResult, plan
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from spp_export.plans import Plan, read_plan
 
 _WHERE = {
+    "EvalRequest": "spp_export.pipeline.evaluate",
+    "EvalResult": "spp_export.pipeline.evaluate",
     "ExportRequest": "spp_export.pipeline.export",
     "ExportResult": "spp_export.pipeline.export",
     "Plan": "spp_export.plans",
@@ -32,6 +35,8 @@ _WHERE = {
     "PlanResult": "spp_export.pipeline.plan",
     "SppError": "spp_export.errors",
     "diagnose": "spp_export.pipeline.diagnose",
+    "evaluate": "spp_export.pipeline.evaluate",
+    "evaluate_scenarios": "spp_export.pipeline.evaluate",
     "export": "spp_export.pipeline.export",
     "import_artifacts": "spp_export.pipeline.import_artifacts",
     "load_dense": "spp_export.loader",
@@ -43,7 +48,12 @@ _WHERE = {
     "verify": "spp_export.pipeline.verify",
 }
 
+# The command's name; `eval` is a builtin's too.
+_ALIASES = {"eval": "evaluate"}
+
 __all__ = [
+    "EvalRequest",
+    "EvalResult",
     "ExportRequest",
     "ExportResult",
     "Plan",
@@ -51,6 +61,8 @@ __all__ = [
     "PlanResult",
     "SppError",
     "diagnose",
+    "evaluate",
+    "evaluate_scenarios",
     "export",
     "import_artifacts",
     "load_dense",
@@ -66,6 +78,7 @@ _install()
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    found = _ALIASES.get(name, name)
+    if found not in _WHERE:
         raise AttributeError(f"module 'spp_export' has no attribute {name!r}")
-    return getattr(import_module(_WHERE[name]), name)
+    return getattr(import_module(_WHERE[found]), found)

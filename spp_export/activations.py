@@ -6,9 +6,11 @@ never reaches them: they get the real tokens of a batch, in order, and which tex
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +22,11 @@ from spp_export.progress import Progress, no_progress
 
 MAX_TOKENS = 512
 _BATCH_TOKENS = 2048
+# Most channels in one diagonal block of second moments: beyond it the matrix of all of them costs
+# more than the rest of the pass (19 thousand channels would be 1.4 GB a layer).
+CHANNEL_BLOCK = 1536
+# What an accelerator must have left, as a share, for sums to live beside the activations.
+_FREE_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -39,9 +46,18 @@ class TokenBatch:
 class Observer(Protocol):
     """Something that reduces the activations of one place in every layer.
 
-    `place` is "residual" (the stream after attention, before the MLP's norm, [T,d]),
-    "attention" (what the attention block adds to the stream, [T,d]) or "output" (the input of
-    o_proj, [T,H*dh]). `text_T` gives the index of the text of each of the T real tokens.
+    `place` is one of
+
+    - "attention_input": the normed stream that q, k and v read, [T,d]
+    - "output": the input of o_proj, [T,H*dh]
+    - "attention": what the attention block adds to the stream, [T,d]
+    - "residual": the stream after attention, before the MLP's norm, [T,d]
+    - "mlp_input": the normed stream that gate and up read, [T,d]
+    - "down": the input of down_proj, [T,I]
+    - "stream": the stream after the MLP, [T,d]
+
+    `text_T` gives the index of the text of each of the T real tokens. What `see` is shown may be
+    the model's own memory: an observer reads it and keeps no reference.
     """
 
     place: str
@@ -137,39 +153,44 @@ class _Current:
 def _hooks(
     model: nn.Module, family: Family, observers: Sequence[Observer], state: _Current
 ) -> Iterator[None]:
-    handles = []
-
-    def show(place: str, layer: int, values: Tensor) -> None:
+    def show(layer: int, seeing: Sequence[Observer], values: Tensor) -> None:
         keep = state.keep.to(values.device)
-        real = values[keep]
+        # Without padding, as with one text at a time, nothing has to be copied.
+        real = values.flatten(0, 1) if bool(state.keep.all()) else values[keep]
         text_T = state.texts.to(values.device)
-        for observer in observers:
-            if observer.place == place:
-                observer.see(layer, real, text_T)
+        for observer in seeing:
+            observer.see(layer, real, text_T)
 
-    def before(place: str, layer: int) -> Any:
-        return lambda _module, args: show(place, layer, args[0])
+    def before(shown: Callable[[Tensor], None]) -> Any:
+        return lambda _module, args: shown(args[0])
 
-    def after(place: str, layer: int) -> Any:
-        return lambda _module, _args, output: show(
-            place, layer, output[0] if isinstance(output, tuple) else output
+    def after(shown: Callable[[Tensor], None]) -> Any:
+        return lambda _module, _args, output: shown(
+            output[0] if isinstance(output, tuple) else output
         )
 
-    places = {observer.place for observer in observers}
+    read = {
+        "attention_input": family.query,
+        "output": family.output,
+        "residual": family.mlp_norm,
+        "mlp_input": family.gate,
+        "down": family.down,
+    }
+    written = {"attention": family.attention, "stream": ""}
     layers = model.get_submodule(family.layers)
     assert isinstance(layers, nn.ModuleList)
+    handles = []
     try:
-        for index, layer in enumerate(layers):
-            assert isinstance(layer, nn.Module)
-            if "residual" in places:
-                norm = layer.get_submodule(family.mlp_norm)
-                handles.append(norm.register_forward_pre_hook(before("residual", index)))
-            if "output" in places:
-                output = layer.get_submodule(family.output)
-                handles.append(output.register_forward_pre_hook(before("output", index)))
-            if "attention" in places:
-                attention = layer.get_submodule(family.attention)
-                handles.append(attention.register_forward_hook(after("attention", index)))
+        for place in sorted({observer.place for observer in observers}):
+            seeing = [observer for observer in observers if observer.place == place]
+            for index, layer in enumerate(layers):
+                shown = partial(show, index, seeing)
+                if place in read:
+                    module = layer.get_submodule(read[place])
+                    handles.append(module.register_forward_pre_hook(before(shown)))
+                else:
+                    module = layer.get_submodule(written[place])
+                    handles.append(module.register_forward_hook(after(shown)))
         yield
     finally:
         for handle in handles:
@@ -198,38 +219,95 @@ class TextMeans:
         return result
 
 
-class SecondMoments:
-    """Second moments E[a a^T] [L,m,m] and means E[a] [L,m] of the inputs of o_proj, over tokens.
+class MeanSquares:
+    """Sums of squares [L,w] of what one place shows, in fp32, over tokens."""
 
-    Sums are kept in fp32 (DESIGN: accumulated in fp32), one matrix per layer.
-    """
-
-    place = "output"
-
-    def __init__(self, layers: int, width: int) -> None:
-        self.products = torch.zeros((layers, width, width), dtype=torch.float32)
+    def __init__(self, place: str, layers: int, width: int) -> None:
+        self.place = place
         self.sums = torch.zeros((layers, width), dtype=torch.float32)
         self.tokens = 0
 
     def see(self, layer: int, values: Tensor, text_T: Tensor) -> None:
-        """Add a^T a of one batch."""
-        values = values.float()
-        self.products[layer] += (values.T @ values).cpu()
-        self.sums[layer] += values.sum(0).cpu()
+        """Add one batch [T,w]."""
+        self.sums[layer] += values.float().square().sum(0).cpu()
         if layer == 0:
             self.tokens += values.shape[0]
 
 
+class SecondMoments:
+    """Sums of a a^T and of a over tokens, a the inputs [T,w] of one place, per layer in fp32.
+
+    Of a a^T only n diagonal blocks of b channels are kept, [n,b,b]: block i is of channels i*b to
+    (i+1)*b, the last one filled up with zeros. `block` = `width` (the default) keeps the whole
+    matrix. The sums live beside the activations while that leaves an accelerator a quarter of its
+    memory, else on the CPU.
+    """
+
+    def __init__(
+        self, layers: int, width: int, *, place: str = "output", block: int | None = None
+    ) -> None:
+        self.place = place
+        self._width = width
+        self._block = width if block is None else block
+        self._products: dict[int, Tensor] = {}
+        self.sums = torch.zeros((layers, width), dtype=torch.float32)
+        self.tokens = 0
+
+    def see(self, layer: int, values: Tensor, text_T: Tensor) -> None:
+        """Add the products of one batch."""
+        values = values.float()
+        self.sums[layer] += values.sum(0).cpu()
+        if layer not in self._products:
+            self._products[layer] = self._zeros(values.device)
+        products = self._products[layer]
+        for index, part in enumerate(values.split(self._block, dim=1)):
+            size = part.shape[1]
+            total = products[index, :size, :size]
+            if total.device == part.device:
+                total.addmm_(part.T, part)
+            else:
+                total += (part.T @ part).to(total.device)
+        if layer == 0:
+            self.tokens += values.shape[0]
+
+    def products(self, layer: int) -> Tensor:
+        """Sums of a a^T [n,b,b] of one layer, on the CPU."""
+        cpu = torch.device("cpu")
+        return self._products[layer].cpu() if layer in self._products else self._zeros(cpu)
+
+    def release(self, layer: int) -> None:
+        """Forget one layer's products, once they are kept elsewhere."""
+        self._products.pop(layer, None)
+
+    def _zeros(self, device: torch.device) -> Tensor:
+        count = -(-self._width // self._block)
+        size = (count, self._block, self._block)
+        return torch.zeros(size, dtype=torch.float32, device=_home(device, 4 * math.prod(size)))
+
+
+def channel_block(channels: int) -> int:
+    """Channels per block b of down_proj's second moments: the fewest near-equal blocks of at most
+    `CHANNEL_BLOCK`."""
+    return -(-channels // -(-channels // CHANNEL_BLOCK))
+
+
+def _home(device: torch.device, size: int) -> torch.device:
+    """Where sums of `size` bytes of activations on `device` are kept."""
+    if device.type != "cuda":
+        return torch.device("cpu")
+    free, total = torch.cuda.mem_get_info(device)
+    return device if free - size >= _FREE_SHARE * total else torch.device("cpu")
+
+
 class StreamSensitivity:
-    """E 1/||r||^2 [L] over tokens, r the residual stream after attention.
+    """E 1/||r||^2 [L] over tokens, r the stream at "residual" or "stream".
 
     How much a change of given size in the stream counts where the next block normalises it. The
     inverse is taken per token: first tokens carry norms so large that a mean would see only them.
     """
 
-    place = "residual"
-
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, place: str = "residual") -> None:
+        self.place = place
         self.sums = torch.zeros(layers, dtype=torch.float64)
         self.tokens = 0
 

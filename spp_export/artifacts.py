@@ -30,6 +30,11 @@ FILES = (
     "whitelist.json",
 )
 _PROBE_TENSORS = ("weight", "bias", "temperature", "axes")
+# What a manifest without measured figures stands for. KNOWN: a prompt is of a domain when the
+# probes find that as likely as this. SHARE: a domain takes part in a scenario from this share of
+# the mixture on (the published cross-domain threshold).
+KNOWN, SHARE = 0.5, 0.15
+DOMAIN_SHRINKAGE, SCENARIO_WEIGHT = 0.5, 0.3
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -90,6 +95,27 @@ class Artifacts:
         one has zero weights, which would answer 0.5 for every domain."""
         layers = self.manifest.get("probe_layers")
         return tuple(range(self.num_layers)) if layers is None else tuple(layers)
+
+    @property
+    def regime_rule(self) -> tuple[float, float]:
+        """Thresholds of the regime: how likely a known domain is, and the share that counts."""
+        return (
+            self._setting("regime_choice", "known", KNOWN),
+            self._setting("regime_choice", "share", SHARE),
+        )
+
+    @property
+    def shrinkage(self) -> float:
+        """How far a diagnosed mixture is best shrunk towards all domains alike, 0 to 1."""
+        return self._setting("shrinkage", "chosen", DOMAIN_SHRINKAGE)
+
+    @property
+    def scenario_weight(self) -> float:
+        """Weight of a scenario's own text against the pools', 0 to 1."""
+        return self._setting("scenario_weight", "chosen", SCENARIO_WEIGHT)
+
+    def _setting(self, section: str, name: str, default: float) -> float:
+        return float(self.manifest.get(section, {}).get(name, default))
 
     def _units(self, kind: str) -> list[int]:
         scores = self.importance.items()

@@ -13,6 +13,11 @@ from spp_export.errors import ArtifactsError
 if TYPE_CHECKING:
     from spp_export.artifacts import Array, Artifacts
 
+_SETTINGS = {
+    "regime_choice": ("known", "share"),
+    "shrinkage": ("chosen",),
+    "scenario_weight": ("chosen",),
+}
 _CRITERION = re.compile(r"(head|channel)/[a-z0-9][a-z0-9_-]*")
 
 
@@ -36,6 +41,7 @@ def check_artifacts(artifacts: Artifacts, label: str) -> None:
     _check_importance(artifacts.importance, count, layers, label)
     _check_whitelist(artifacts, label)
     _check_probe_layers(artifacts, label)
+    _check_settings(artifacts, label)
     for number, (domain, _) in enumerate(artifacts.calibration, start=1):
         if domain not in artifacts.domains:
             raise ArtifactsError(
@@ -106,6 +112,21 @@ def _check_probe_layers(artifacts: Artifacts, label: str) -> None:
             f"{label}: manifest: probe_layers: expected ascending layers below "
             f"{artifacts.num_layers}, got {list(layers)[:8]}."
         )
+
+
+def _check_settings(artifacts: Artifacts, label: str) -> None:
+    """What the manifest says of how a scenario is to be read: all shares."""
+    for section, names in _SETTINGS.items():
+        value = artifacts.manifest.get(section, {})
+        if not isinstance(value, Mapping):
+            raise ArtifactsError(f"{label}: manifest: {section}: expected a JSON object.")
+        for name in names:
+            number = value.get(name, 0)
+            if type(number) not in (int, float) or not 0 <= number <= 1:
+                raise ArtifactsError(
+                    f"{label}: manifest: {section}.{name}: expected a number from 0 to 1, "
+                    f"got {number!r:.40}."
+                )
 
 
 def whitelist_pairs(value: Any, label: str) -> tuple[tuple[int, int], ...]:

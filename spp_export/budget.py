@@ -1,30 +1,35 @@
-"""What the user asked the plan to stay within, and the limit on head costs that follows."""
+"""What the user asked the plan to stay within, and the limit on the units' cost that follows."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, Literal
 
 from spp_export.allocate import CostKind
 from spp_export.errors import UsageError
-from spp_export.shape import ModelShape
+from spp_export.shape import LayerShape, ModelShape
 
+Units = Literal["heads", "channels", "both"]
+UNITS: tuple[Units, ...] = ("heads", "channels", "both")
 DEFAULT_KEEP = 0.8
 DEFAULT_RHO = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Exactly one of four limits.
+    """Exactly one of four limits, and which units may go to meet it.
 
-    keep: share of the q, k, v and o parameters that may stay, in (0, 1].
+    units: "heads" of q, k, v and o, "channels" of gate, up and down, or "both".
+    keep: share of the parameters of those projections that may stay, in (0, 1].
     max_params: parameters of the whole slim model. max_kv_bytes: bytes of KV cache per token.
     strength: eta in [0, 1]; keeps rho + (1 - rho) (1 - eta (1 - breadth)), so that it prunes more
     the higher it is, and less the more domains a scenario draws on.
 
-    Raises UsageError for none, several, or a value out of range.
+    Raises UsageError for none, several, a value out of range, or a limit on KV bytes where
+    channels may go, which have none.
     """
 
     keep: float | None = None
@@ -32,6 +37,7 @@ class Budget:
     max_kv_bytes: int | None = None
     strength: float | None = None
     rho: float = DEFAULT_RHO
+    units: Units = "heads"
 
     def __post_init__(self) -> None:
         given = [name for name in _KINDS if getattr(self, name) is not None]
@@ -46,10 +52,18 @@ class Budget:
         for name, count in (("max_params", self.max_params), ("max_kv_bytes", self.max_kv_bytes)):
             if count is not None and (not _is_int(count) or count < 1):
                 raise UsageError(f"budget: {name} must be a positive integer, got {count!r}.")
+        if self.units not in UNITS:
+            raise UsageError(
+                f"budget: units must be one of {', '.join(UNITS)}, got {self.units!r}."
+            )
+        if self.max_kv_bytes is not None and self.units != "heads":
+            raise UsageError(
+                f"budget: max_kv_bytes limits heads, and units are {self.units}; use units heads."
+            )
 
     def limit(self, shape: ModelShape, breadth: float | None = None) -> Limit:
-        """The limit on what heads may cost; `breadth` in [0, 1] is needed for `strength` alone."""
-        dense = shape.head_parameters(shape.layers)
+        """The limit on what units may cost; `breadth` in [0, 1] is needed for `strength` alone."""
+        dense = unit_parameters(shape, shape.layers, self.units)
         if self.max_kv_bytes is not None:
             return Limit("kv-bytes", self.max_kv_bytes)
         if self.max_params is not None:
@@ -70,16 +84,24 @@ class Budget:
     def as_json(self) -> dict[str, Any]:
         """What was asked, for plan.json."""
         asked = {name: getattr(self, name) for name in _KINDS if getattr(self, name) is not None}
-        return asked | ({"rho": self.rho} if self.strength is not None else {})
+        asked |= {"rho": self.rho} if self.strength is not None else {}
+        return asked | ({"units": self.units} if self.units != "heads" else {})
 
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """The most that heads may cost over all layers, and the keep share it came from, if any."""
+    """The most that units may cost over all layers, and the keep share it came from, if any."""
 
     kind: CostKind
     cost: int
     keep: float | None = None
+
+
+def unit_parameters(shape: ModelShape, layers: Sequence[LayerShape], units: Units) -> int:
+    """Parameters of these layers that belong to heads, to channels or to both."""
+    heads = shape.head_parameters(layers) if units != "channels" else 0
+    channels = sum(layer.channels for layer in layers) if units != "heads" else 0
+    return heads + channels * shape.channel_parameters
 
 
 _KINDS = ("keep", "max_params", "max_kv_bytes", "strength")

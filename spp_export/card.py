@@ -27,17 +27,18 @@ def model_card(
         front["license"] = license_name
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items())]
     lines += ["pipeline_tag: text-generation", 'tags: ["pruned", "spp"]', "---", ""]
-    lines += [f"# {_escaped(name)}", "", *_origin(plan), ""]
+    lines += [f"# {_escaped(name)}", "", *_origin(plan, shape), ""]
     lines += [*_sizes(plan, shape, sizes), "", *_checks(checks), "", *_loading(plan, engines)]
     return "\n".join(lines) + "\n"
 
 
-def _origin(plan: Plan) -> list[str]:
+def _origin(plan: Plan, shape: ModelShape) -> list[str]:
     scenario = plan.scenario.get("name")
     text = f"A slim version of {_escaped(plan.model_source)} made by spp"
     if scenario:
         text += f" for the scenario {_escaped(str(scenario))}"
-    lines = [text + ": attention heads that it does not need are cut out of the weights."]
+    cut = _cut(plan, shape)
+    lines = [f"{text}: {cut} that it does not need are cut out of the weights."]
     mixture = plan.diagnosis.get("mixture")
     if isinstance(mixture, Mapping):
         # A plan may be written by hand, and what it says of its origin is not checked.
@@ -47,12 +48,24 @@ def _origin(plan: Plan) -> list[str]:
     return lines
 
 
+def _cut(plan: Plan, shape: ModelShape) -> str:
+    layers = plan.layer_shapes(shape)
+    kinds = {
+        "attention heads": any(layer.query_heads < shape.query_heads for layer in layers),
+        "MLP channels": any(layer.channels < shape.channels for layer in layers),
+    }
+    return " and ".join(name for name, cut in kinds.items() if cut) or "parts"
+
+
 def _sizes(plan: Plan, shape: ModelShape, sizes: Predicted) -> list[str]:
-    kept = sum(len(layer.query_heads) for layer in plan.layers)
+    layers = plan.layer_shapes(shape)
+    heads = sum(layer.query_heads for layer in layers)
+    channels = sum(layer.channels for layer in layers)
     rows = [
         ("parameters", sizes.dense_parameters, sizes.parameters),
         ("KV cache, bytes per token", sizes.dense_kv_bytes, sizes.kv_bytes),
-        ("query heads", shape.query_heads * shape.num_layers, kept),
+        ("query heads", shape.query_heads * shape.num_layers, heads),
+        ("MLP channels", shape.channels * shape.num_layers, channels),
     ]
     table = ["| | dense | slim |", "|---|---|---|"]
     table += [f"| {name} | {dense:,} | {slim:,} |" for name, dense, slim in rows]

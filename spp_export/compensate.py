@@ -1,14 +1,24 @@
 """Makes up for removed inputs of `o_proj` and `down_proj`: closed forms, no training.
 
 A linear layer y = W a, with W [d, m], loses the inputs outside `kept`. What they contributed is
-partly predictable: by its mean (`bias`), or from the inputs that stay (`refit`).
+partly predictable: by its mean (`bias`), or from the inputs that stay (`refit`). The many inputs of
+`down_proj` are predicted from those of their own block alone (`refit_blocks`), since all their
+second moments together would not fit in memory.
+
+What blocks give up: with C the whole moments, B their diagonal blocks and D = W - W'P what the slim
+layer lacks, the loss is tr(D C D^T) and the one that `refit_blocks` makes small is tr(D B D^T).
+That one is never above the plain slice's. Where inputs of different blocks are uncorrelated,
+C = B, so the loss itself is never above the slice's either, nor below the least, which is `refit`
+on C without a ridge. Where they are correlated, all that holds is C <= n B for n blocks (as for any
+positive semidefinite matrix), so the loss is at most n times the one on B, and it can be above the
+slice's. Measure it on the model.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,6 +83,44 @@ def refit(
     return sliced
 
 
+def refit_blocks(
+    weight: Floats, blocks: Floats, kept: Sequence[int] | Indices, ridge: float = 0.01
+) -> Double:
+    """`refit` of every block of inputs by itself: [d, |S|] float64, columns in the order of `kept`.
+
+    `blocks` [n, b, b] are the diagonal blocks of the moments: block i is of the inputs i*b to
+    (i+1)*b - 1, the last one padded. A block of which nothing is kept contributes nothing. One
+    block is `refit`. Raises as `refit` does.
+    """
+    _check_blocks(weight, blocks)
+    stay = _indices(kept, weight.shape[1])
+    refitted = np.empty((len(weight), stay.size))
+    for columns, moments, inside in _blocks(weight, blocks, stay):
+        here = stay[inside] - columns.start
+        refitted[:, inside] = refit(weight[:, columns], moments, here, ridge)
+    return refitted
+
+
+def residual_blocks(
+    weight: Floats, blocks: Floats, kept: Sequence[int] | Indices, refitted: Floats
+) -> float:
+    """`residual` with the correlation of inputs of different blocks taken for nil.
+
+    Arguments as of `refit_blocks`. One block is `residual`.
+    """
+    _check_blocks(weight, blocks)
+    stay = _indices(kept, weight.shape[1])
+    lost = energy = 0.0
+    for columns, moments, inside in _blocks(weight, blocks, stay):
+        _check_moments(weight[:, columns], moments)
+        whole = weight[:, columns].astype(np.float64)
+        energy += _energy(whole, moments)
+        whole[:, stay[inside] - columns.start] -= refitted[:, inside]
+        lost += _energy(whole, moments)
+    # Rounding can leave a tiny negative number where nothing is lost.
+    return max(0.0, lost / energy) if energy > 0 else 0.0
+
+
 def residual(
     weight: Floats, moments: Floats, kept: Sequence[int] | Indices, refitted: Floats
 ) -> float:
@@ -82,12 +130,18 @@ def residual(
     Raises ArtifactsError as `refit` does.
     """
     _check_moments(weight, moments)
-    whole = weight.astype(np.float64)
-    missing = whole.copy()
-    missing[:, _indices(kept, weight.shape[1])] -= refitted
-    energy = _energy(whole, moments)
-    # Rounding can leave a tiny negative number where nothing is lost.
-    return max(0.0, _energy(missing, moments) / energy) if energy > 0 else 0.0
+    return residual_blocks(weight, moments[None], kept, refitted)
+
+
+def _blocks(
+    weight: Floats, blocks: Floats, stay: Indices
+) -> Iterator[tuple[slice, Floats, NDArray[np.bool_]]]:
+    """Per block: its inputs, their moments without padding, and which of `stay` are among them."""
+    inputs, size = weight.shape[1], blocks.shape[1]
+    for index, block in enumerate(blocks):
+        first, last = index * size, min((index + 1) * size, inputs)
+        moments = block[: last - first, : last - first]
+        yield slice(first, last), moments, (stay >= first) & (stay < last)
 
 
 def _energy(weight: Double, moments: Floats) -> float:
@@ -146,6 +200,16 @@ def _solve_factored(factor: Double, right: Double) -> Double:
         solution[rows] -= factor[rows.stop :, rows].T @ solution[rows.stop :]
         solution[rows] = np.linalg.solve(factor[rows, rows].T, solution[rows])
     return solution
+
+
+def _check_blocks(weight: Floats, blocks: Floats) -> None:
+    inputs = weight.shape[1]
+    count, size = blocks.shape[0], blocks.shape[-1]
+    if blocks.shape != (count, size, size) or not 0 <= count * size - inputs < size:
+        raise ArtifactsError(
+            f"the blocks of moments are {list(blocks.shape)}, expected [n, b, b] that cover "
+            f"{inputs} inputs. Make the artifacts again for this model."
+        )
 
 
 def _check_moments(weight: Floats, moments: Floats) -> None:

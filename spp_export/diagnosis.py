@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from spp_export.artifacts import Artifacts
+from spp_export.artifacts import KNOWN, SHARE, Artifacts
 from spp_export.errors import ArtifactsError, UsageError
 
 FloatArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
@@ -16,11 +16,6 @@ FloatArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
 IN_DOMAIN = "in-domain"
 CROSS_DOMAIN = "cross-domain"
 OUT_OF_DOMAIN = "out-of-domain"
-
-# A prompt is of a domain when the probes find that as likely as not; a domain takes part in a
-# scenario from this share of the mixture on (the published cross-domain threshold).
-_KNOWN = 0.5
-_SHARE = 0.15
 
 
 @dataclass(frozen=True)
@@ -78,7 +73,10 @@ class Diagnosis:
         }
         if layers:
             rows = zip(self.layers, self.probabilities, strict=True)
-            report["layers"] = {str(i): _named(self.domains, row) for i, row in rows}
+            # A list, as the keys of a JSON object would make strings of the layers.
+            report["layers"] = [
+                {"layer": i, "probability": _named(self.domains, row)} for i, row in rows
+            ]
         return report
 
 
@@ -119,29 +117,34 @@ def diagnose_activations(
     """Diagnosis of a scenario from its prompts' pooled residual stream.
 
     Without `regime` it is chosen from the in-domain probabilities: out-of-domain when the prompts'
-    likeliest domains are, on average, less likely than not; else cross-domain when two or more
-    domains have a share of the mixture worth the name.
+    likeliest domains are, on average, less likely than the artifacts' threshold; else cross-domain
+    when two or more domains have at least their threshold's share of the mixture. The temperatures
+    of cross-domain text are for prompts that mix domains: a prompt plainly of one domain, in a
+    scenario of several, is still read at those of in-domain text.
     """
     probabilities_NPK = probe_probabilities(pooled_NLd, artifacts, regime or IN_DOMAIN)
     if regime is None:
-        regime = choose_regime(probabilities_NPK.mean(axis=1))
+        alone_NK = probabilities_NPK.mean(axis=1)
+        regime = choose_regime(alone_NK, *artifacts.regime_rule)
         if regime != IN_DOMAIN and regime in artifacts.regimes:
-            probabilities_NPK = probe_probabilities(pooled_NLd, artifacts, regime)
+            plain_N = np.array(
+                [choose_regime(p_K[None], *artifacts.regime_rule) == IN_DOMAIN for p_K in alone_NK]
+            ) & (regime == CROSS_DOMAIN)
+            theirs_NPK = probe_probabilities(pooled_NLd, artifacts, regime)
+            probabilities_NPK = np.where(plain_N[:, None, None], probabilities_NPK, theirs_NPK)
     layers = tuple(artifacts.probe_layers)
     probabilities = probabilities_NPK.mean(axis=0)
     return Diagnosis(artifacts.domains, probabilities, regime, len(pooled_NLd), layers)
 
 
-def choose_regime(probabilities_NK: FloatArray) -> str:
-    """Regime of N prompts from their mean probability over layers [N,K]."""
+def choose_regime(probabilities_NK: FloatArray, known: float = KNOWN, share: float = SHARE) -> str:
+    """Regime of N prompts from their mean probability over layers [N,K].
+
+    `known`: the mean probability of the prompts' likeliest domains from which they are of one.
+    `share`: the part of the mixture from which a domain counts.
+    """
     # Per prompt: a scenario of pure chemistry and pure history prompts is half of each, and known.
-    if probabilities_NK.max(axis=1).mean() < _KNOWN:
+    if probabilities_NK.max(axis=1).mean() < known:
         return OUT_OF_DOMAIN
     mean_K = probabilities_NK.mean(axis=0)
-    return CROSS_DOMAIN if (mean_K >= _SHARE * mean_K.sum()).sum() > 1 else IN_DOMAIN
-
-
-def mix_importance(importance_KLH: FloatArray, diagnosis: Diagnosis) -> FloatArray:
-    """One score per unit [L,H]: `score(l,u) = sum_k s_k I(l,u,k)`, s the mixture."""
-    mixed: FloatArray = np.einsum("k,klh->lh", diagnosis.mixture, importance_KLH, dtype=np.float64)
-    return mixed
+    return CROSS_DOMAIN if (mean_K >= share * mean_K.sum()).sum() > 1 else IN_DOMAIN

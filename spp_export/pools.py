@@ -28,6 +28,27 @@ class Pools:
     val: tuple[tuple[str, ...], ...]
     sha256: Mapping[str, str]
 
+    def take(self, domains: Sequence[str]) -> Pools:
+        """Only these of the domains, in this order."""
+        places = [self.domains.index(name) for name in domains]
+        return Pools(
+            domains=tuple(domains),
+            train=tuple(self.train[i] for i in places),
+            val=tuple(self.val[i] for i in places),
+            sha256={k: v for k, v in self.sha256.items() if k.rpartition("/")[0] in domains},
+        )
+
+
+def other_domains(directory: str | os.PathLike[str], domains: Sequence[str]) -> tuple[str, ...]:
+    """Pools of the directory besides `domains`, sorted by name."""
+    root = Path(directory)
+    names = sorted(_subdirectories(root)) if root.is_dir() else []
+    return tuple(name for name in names if name not in domains and _is_pool(root / name))
+
+
+def _is_pool(folder: Path) -> bool:
+    return all((folder / f"{part}.txt").is_file() for part in ("train", "val"))
+
 
 def read_pools(directory: str | os.PathLike[str], domains: Sequence[str] | None = None) -> Pools:
     """The pools in `<directory>/<domain>/train.txt` and `val.txt`, paragraphs as in a scenario.

@@ -14,17 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spp_export.families import Family
-from spp_export.plans import Plan
+from spp_export.families import Family, Role
+from spp_export.plans import LayerPlan, Plan
 from spp_export.shape import ModelShape
 
 
 @dataclass(frozen=True)
-class OutputProjection:
-    """A compensated o_proj: weight [d, kept*dh] for the kept heads in order, and maybe a bias."""
+class Projection:
+    """A compensated o_proj or down_proj: weight [d, kept inputs] in order, and maybe a bias [d]."""
 
     weight: Tensor
     bias: Tensor | None = None
+
+
+# (layer, OUTPUT or DOWN) -> what stands in that projection's place.
+Projections = Mapping[tuple[int, Role], Projection]
 
 
 @contextmanager
@@ -33,25 +37,23 @@ def masked_dense(
     family: Family,
     shape: ModelShape,
     plan: Plan,
-    compensated: Mapping[int, OutputProjection] | None = None,
+    compensated: Projections | None = None,
 ) -> Iterator[nn.Module]:
     """The dense `model` computing what the plan's slim model must compute; undone on exit.
 
-    `compensated` puts a layer's re-fitted o_proj in place, its columns at the kept heads.
+    `compensated` puts re-fitted projections in place, their columns at the kept inputs.
     """
     handles: list[Any] = []
     saved: list[tuple[nn.Linear, Any, Any]] = []
     try:
         for index, layer in enumerate(plan.layers):
-            output = _linear(model, family.layer_name(index, family.output))
-            columns = _columns(layer.query_heads, shape.head_dim)
-            handles.append(_mask_input(output, columns))
-            if compensated and index in compensated:
-                saved.append((output, output.weight, output.bias))
-                _replace(output, columns, compensated[index])
-            if layer.channels is not None:
-                down = _linear(model, family.layer_name(index, family.down))
-                handles.append(_mask_input(down, torch.tensor(layer.channels)))
+            for role, inputs in _kept_inputs(layer, shape).items():
+                module = _linear(model, family.layer_name(index, family.consumer(role)))
+                if len(inputs) < module.in_features:
+                    handles.append(_mask_input(module, inputs))
+                if compensated and (index, role) in compensated:
+                    saved.append((module, module.weight, module.bias))
+                    _replace(module, inputs, compensated[index, role])
         yield model
     finally:
         for handle in handles:
@@ -67,23 +69,31 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
     return module
 
 
-def _columns(heads: tuple[int, ...], head_dim: int) -> Tensor:
-    return (torch.tensor(heads)[:, None] * head_dim + torch.arange(head_dim)).flatten()
+def _kept_inputs(layer: LayerPlan, shape: ModelShape) -> dict[Role, Tensor]:
+    """The inputs of o_proj and of down_proj that stay."""
+    channels = range(shape.channels) if layer.channels is None else layer.channels
+    heads, within = torch.tensor(layer.query_heads), torch.arange(shape.head_dim)
+    return {
+        Role.OUTPUT: (heads[:, None] * shape.head_dim + within).flatten(),
+        Role.DOWN: torch.tensor(channels),
+    }
 
 
 def _mask_input(module: nn.Linear, kept: Tensor) -> Any:
-    mask = torch.zeros(module.in_features, dtype=torch.bool)
-    mask[kept] = True
+    gone = torch.ones(module.in_features, dtype=torch.bool)
+    gone[kept] = False
 
     def zero_removed(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        # where, not multiplication: a removed unit's infinity must not become NaN
+        nonlocal gone
         values = args[0]
-        return (torch.where(mask.to(values.device), values, torch.zeros_like(values)), *args[1:])
+        gone = gone.to(values.device)  # copies at the first call at most
+        # filling, not multiplication: a removed unit's infinity must not become NaN
+        return (values.masked_fill(gone, 0), *args[1:])
 
     return module.register_forward_pre_hook(zero_removed)
 
 
-def _replace(module: nn.Linear, columns: Tensor, projection: OutputProjection) -> None:
+def _replace(module: nn.Linear, columns: Tensor, projection: Projection) -> None:
     weight = torch.zeros_like(module.weight)
     weight[:, columns.to(weight.device)] = projection.weight.to(weight)
     module.weight = nn.Parameter(weight, requires_grad=False)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,12 +24,16 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 @dataclass
 class Session:
-    """A source model; the dense weights and the tokenizer are loaded on first use."""
+    """A source model; the dense weights and the tokenizer are loaded on first use.
+
+    remembered: what was read off the model and may be asked for again, by what decided it.
+    """
 
     source: Source
     device: str
     dtype: str
     progress: Progress
+    remembered: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def model(self) -> nn.Module:

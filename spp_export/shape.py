@@ -24,9 +24,9 @@ class LayerShape:
 class ModelShape:
     """Sizes of a dense decoder whose layers are all alike.
 
-    `qkv_bias`, `output_bias` and `mlp_bias` say which projections carry a bias, `qk_norm`
-    whether queries and keys are normalised per head. `element_bytes` is the size of one stored
-    element of the attention weights.
+    `qkv_bias`, `output_bias` and `mlp_bias` say which projections carry a bias, `down_bias` that
+    down_proj has one whatever gate and up have; `qk_norm` whether queries and keys are normalised
+    per head. `element_bytes` is the size of one stored element of the attention weights.
     """
 
     model_type: str
@@ -42,6 +42,7 @@ class ModelShape:
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    down_bias: bool = False
     qk_norm: bool = False
 
     @property
@@ -85,7 +86,7 @@ class ModelShape:
     def parameters(self, layers: Sequence[LayerShape]) -> int:
         """All parameters of a model with these layers; tied embeddings count once."""
         norms = 2 * self.hidden_size + 2 * self.head_dim * int(self.qk_norm)
-        biases = self.hidden_size * (int(self.output_bias) + int(self.mlp_bias))
+        biases = self.hidden_size * (int(self.output_bias) + int(self.mlp_bias or self.down_bias))
         channels = sum(layer.channels for layer in layers) * self.channel_parameters
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         per_layer = (norms + biases) * len(layers)
@@ -103,3 +104,9 @@ class ModelShape:
         """Bytes of KV cache per token, at `element_bytes` (default: the stored dtype)."""
         size = self.element_bytes if element_bytes is None else element_bytes
         return 2 * self.head_dim * size * sum(layer.kv_heads for layer in layers)
+
+
+def channel_widths(channels: int, multiple: int) -> tuple[int, ...]:
+    """Widths that an MLP of `channels` may be cut to, ascending: the multiples of `multiple`, which
+    must be positive, and all of it."""
+    return (*range(multiple, channels, multiple), channels)

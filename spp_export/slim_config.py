@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from spp_export.errors import ModelError, PlanError
-from spp_export.families import Family
+from spp_export.families import Family, Role
 from spp_export.shape import LayerShape, ModelShape
 
 # What travels in a per-layer checkpoint, beside its config.json.
@@ -28,27 +28,31 @@ def slim_config(
     shape: ModelShape,
     layers: Sequence[LayerShape],
     layout: str,
-    output_bias: bool = False,
+    biased: Collection[Role] = (),
 ) -> dict[str, Any]:
     """The parsed config.json of a checkpoint whose layers have the shapes `layers`.
 
     `uniform` gives a stock config. `per-layer` gives one for the classes in `MODELING_FILES`: the
-    global counts stay those of the dense model `shape`, every layer's own are listed. `output_bias`
-    gives o_proj a bias (bias compensation) by the family's switch, which also gives biases to q, k
-    and v. Keys are sorted, so equal arguments give equal JSON.
+    global counts stay those of the dense model `shape`, every layer's own are listed. The
+    projections `biased` (OUTPUT, DOWN) have a bias (bias compensation): in `uniform` by the
+    family's switch, which also gives biases to q, k and v, or to gate and up; in `per-layer` they
+    are named, and no others get one. Keys are sorted, so equal arguments give equal JSON.
 
-    Raises PlanError for layers the layout cannot express, ModelError for a source config that
-    contradicts itself or a family whose o_proj cannot have a bias.
+    Raises PlanError for layers or biases the layout cannot express, ModelError for a source config
+    that contradicts itself.
     """
     _check_layers(shape, layers)
     config = portable_config(source_config)
     config |= {"head_dim": shape.head_dim, "tie_word_embeddings": shape.tied_embeddings}
-    if output_bias and not shape.output_bias:
-        config[_output_bias_flag(family)] = True
+    has_bias = {Role.OUTPUT: shape.output_bias, Role.DOWN: shape.mlp_bias}
+    new = sorted(role for role in biased if not has_bias[role])
     if layout == "uniform":
         config |= _uniform(family, shape, layers)
+        config |= {family.bias_switch(role): True for role in new}
     elif layout == "per-layer":
         config |= _per_layer(family, shape, layers)
+        if new:
+            config["biased_projections"] = [family.consumer(role) for role in new]
     else:
         raise PlanError(f"layout {layout!r} has no config; expected 'uniform' or 'per-layer'.")
     return dict(sorted(config.items()))
@@ -83,15 +87,6 @@ def _check_layers(shape: ModelShape, layers: Sequence[LayerShape]) -> None:
                 f"layer {index}: {layer.query_heads} query heads over {layer.kv_heads} KV heads is "
                 "not a regular layer; every kept KV group must keep as many query heads."
             )
-
-
-def _output_bias_flag(family: Family) -> str:
-    if family.output_bias_flag is None:
-        raise ModelError(
-            f"model_type {family.model_type!r} has no bias on o_proj, so bias compensation cannot "
-            "be written. Use --compensate lstsq or none."
-        )
-    return family.output_bias_flag
 
 
 def _uniform(family: Family, shape: ModelShape, layers: Sequence[LayerShape]) -> dict[str, Any]:

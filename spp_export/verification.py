@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from spp_export.activations import TokenBatch, input_device
 from spp_export.families import Family
 from spp_export.plans import Plan
-from spp_export.reference import OutputProjection, masked_dense
+from spp_export.reference import Projections, masked_dense
 from spp_export.shape import ModelShape
 
 # Room for rounding in units of eps(dtype) x largest |logit|: above the oracle's own error; where a
@@ -97,7 +97,7 @@ class VerifyReport:
 class ReferenceLogits:
     """Logits [T,V] of the masked dense model at the real tokens of some batches.
 
-    exact  in the reference dtype (float64 where memory allows)
+    exact  in the reference dtype (wider than the slim model's where memory allows)
     same   in the slim model's own dtype: how far rounding alone takes the oracle
     """
 
@@ -129,7 +129,7 @@ def reference_logits(
     shape: ModelShape,
     plan: Plan,
     batches: Sequence[TokenBatch],
-    compensated: Mapping[int, OutputProjection] | None,
+    compensated: Projections | None,
     *,
     exact_dtype: torch.dtype = torch.float64,
 ) -> ReferenceLogits:

@@ -9,7 +9,7 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from spp_export.families import FAMILIES
+from spp_export.families import FAMILIES, Role
 from spp_export.plans import LayerPlan, Layout
 from spp_export.quiet import quiet_transformers
 from spp_export.shape import ModelShape
@@ -305,19 +305,27 @@ def _zero_inputs(module: torch.nn.Linear, kept: torch.Tensor) -> Any:
 
 
 def write_slim(
-    target: Path, dense: Path, layers: Sequence[LayerPlan], layout: Layout = "per-layer"
+    target: Path,
+    dense: Path,
+    layers: Sequence[LayerPlan],
+    layout: Layout = "per-layer",
+    biases: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
-    """A slim checkpoint of the `dense` directory, written the slow way, with its tokenizer."""
+    """A slim checkpoint of the `dense` directory, written the slow way, with its tokenizer.
+
+    `biases` are those of every layer's o_proj and down_proj, by full name, if these get any."""
     with quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(dense, dtype="auto")
     config, shape = read_config(dense), shape_of(dense)
     shapes = [layer.shape(shape) for layer in layers]
     family = FAMILIES[shape.model_type]
     target.mkdir(parents=True)
-    slim = slim_config(config, family, shape, shapes, layout)
+    biased = {Role.OUTPUT, Role.DOWN} if biases else ()
+    slim = slim_config(config, family, shape, shapes, layout, biased)
     (target / "config.json").write_text(json.dumps(slim, indent=2))
     metadata = {"format": "pt"}
-    save_file(slice_in_torch(model, layers), target / "model.safetensors", metadata)
+    tensors = {**slice_in_torch(model, layers), **(biases or {})}
+    save_file(tensors, target / "model.safetensors", metadata)
     copied = [dense / name for name in ("tokenizer.json", "tokenizer_config.json")]
     copied.append(dense / "generation_config.json")
     for source in [*copied, *(MODELING_FILES if layout == "per-layer" else ())]:

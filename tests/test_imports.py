@@ -30,9 +30,11 @@ ORDER = [
     ["checkpoint", "card"],
     ["modeling", "loader_registration", "models"],
     ["loader", "activations"],
-    ["moments", "probing", "reference"],
+    ["gradients", "statistics_pass", "statistics_cache"],
+    ["moments", "probing", "reference", "probe_pruning"],
     ["quality", "verification"],
     ["session"],
+    ["evaluation"],
     ["pipeline"],
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

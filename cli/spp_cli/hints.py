@@ -14,8 +14,11 @@ def command_line(*words: object, **flags: Any) -> str:
     """`spp` with these words and those flags that have a value."""
     parts = ["spp", *(str(word) for word in words)]
     for name, value in flags.items():
-        if value is not None:
-            parts += [f"--{name.replace('_', '-')}", str(value)]
+        word = name.replace("_", "-")
+        if isinstance(value, bool):
+            parts.append(f"--{word}" if value else f"--no-{word}")
+        elif value is not None:
+            parts += [f"--{word}", str(value)]
     return shlex.join(parts)
 
 

@@ -19,6 +19,7 @@ import typer
 from spp_cli import options
 from spp_cli.commands.artifacts import artifacts_app
 from spp_cli.commands.diagnose import diagnose
+from spp_cli.commands.eval import evaluate
 from spp_cli.commands.export import export
 from spp_cli.commands.plan import plan
 from spp_cli.commands.probe import probe
@@ -44,6 +45,7 @@ app = typer.Typer(
 )
 for command in (export, plan, diagnose, probe, verify, show):
     app.command()(command)
+app.command(name="eval")(evaluate)
 app.add_typer(artifacts_app, name="artifacts")
 
 

@@ -58,11 +58,54 @@ Layout = Annotated[
         "lost.",
     ),
 ]
+Units = Annotated[
+    Literal["heads", "channels", "both"],
+    typer.Option(
+        rich_help_panel=MAKE, help="What may be removed: attention heads, MLP channels, or both."
+    ),
+]
+# Not typed out as a choice: a new criterion takes one file of the library, and no change here.
 Criterion = Annotated[
-    Literal["obs", "energy", "axis"] | None,
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        rich_help_panel=MAKE,
+        help="Importance of a unit; by default obs where compensation is lstsq, else energy. "
+        "Others are axis, taylor, wanda-sp, flap, ppsp, llm-pruner, ...; a wrong name lists all.",
+    ),
+]
+Comparable = Annotated[
+    Literal["standardised", "share", "raw", "shifted", "stream"] | None,
     typer.Option(
         rich_help_panel=MAKE,
-        help="Importance of a head; by default obs where compensation is lstsq, else energy.",
+        help="How scores of different layers are made comparable; the criterion's own way by "
+        "default.",
+    ),
+]
+Shrinkage = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE",
+        rich_help_panel=MAKE,
+        help="How far the diagnosed mixture is shrunk towards all domains alike, 0 to 1; chosen on "
+        "validation text by default.",
+    ),
+]
+Adapt = Annotated[
+    bool,
+    typer.Option(
+        "--adapt/--no-adapt",
+        rich_help_panel=MAKE,
+        help="Let the scenario's own text add its statistics to the pools'.",
+    ),
+]
+WidthMultiple = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        metavar="N",
+        rich_help_panel=BUDGET,
+        help="MLP widths are multiples of this many channels.",
     ),
 ]
 Policy = Annotated[
@@ -91,7 +134,8 @@ Keep = Annotated[
     typer.Option(
         metavar="SHARE",
         rich_help_panel=BUDGET,
-        help="Share of the q, k, v and o parameters that stays; 0.8 where no budget is given.",
+        help="Share of the parameters of the units that stays: of q, k, v and o for heads; 0.8 "
+        "where no budget is given.",
     ),
 ]
 MaxParams = Annotated[

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -25,13 +25,14 @@ def diagnosis_report(diagnosis: Mapping[str, Any], look: Look) -> RenderableType
     return Group(*lines)
 
 
-def _layer_table(layers: Mapping[str, Mapping[str, float]]) -> Table:
+def _layer_table(layers: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style=FAINT)
     table.add_column("layer", justify="right")
-    for domain in next(iter(layers.values())):
+    for domain in layers[0]["probability"]:
         table.add_column(one_line(domain), justify="right")
-    for layer, row in layers.items():
-        table.add_row(layer, *(f"{value:.3f}" for value in row.values()))
+    for row in layers:
+        values = row["probability"].values()
+        table.add_row(str(row["layer"]), *(f"{value:.3f}" for value in values))
     return table
 
 
@@ -41,8 +42,12 @@ def shown_report(shown: Shown, look: Look) -> RenderableType:
     table.add_column(style=FAINT, no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in shown.facts.items():
+        if name == "axes":
+            continue
         table.add_row(name.replace("_", " "), _value(value))
     lines: list[RenderableType] = [Text(shown.kind, style=STRONG), table]
+    if axes := shown.facts.get("axes"):
+        lines += [Text(), *sections.domain_axes(axes, look)]
     if shown.problems is not None:
         lines.append(Text())
         lines += [Text(one_line(problem), style=BAD) for problem in shown.problems]

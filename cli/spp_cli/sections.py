@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # Below this a bound is not worth a measurement: no engine's timing is steadier.
 NO_GAIN = 1.02
 _NAME, _BAR, _MOST_DOMAINS = 12, 12, 9
+_SEPARATION, _ANGLE = 10, 4
 _MIXTURE_WIDTH = _NAME + 1 + _BAR + 1 + 6
 
 
@@ -55,6 +56,36 @@ def mixture(diagnosis: Mapping[str, Any], look: Look) -> list[Text]:
     lines.append(Text(f"breadth {float(diagnosis['breadth']):.2f}", style=FAINT))
     lines.append(Text(one_line(diagnosis["regime"]), style=FAINT))
     return lines
+
+
+def domain_axes(axes: Mapping[str, Any], look: Look) -> list[RenderableType]:
+    """How far apart the candidate domains are, and the angles between their axes in degrees."""
+    names, selected = axes["candidates"], axes.get("selected", ())
+    wide = _NAME + _SEPARATION + _ANGLE * (len(names) + 1) <= look.width
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style=FAINT)
+    for header in ("", "domain", "apart", *(range(1, len(names) + 1) if wide else ["nearest"])):
+        table.add_column(
+            str(header), justify="left" if header in {"domain", "nearest"} else "right"
+        )
+    for i, name in enumerate(names):
+        angles = axes["angles"][i]
+        cells = [_angle(i, j, angle) for j, angle in enumerate(angles)]
+        if not wide:
+            nearest = min((j for j in range(len(names)) if j != i), key=angles.__getitem__)
+            cells = [f"{one_line(names[nearest])[:_NAME]} {cells[nearest]}"]
+        apart = axes["separation"].get(name)
+        row = [str(i + 1), one_line(name)[:_NAME], "-" if apart is None else f"{apart:.1f}", *cells]
+        table.add_row(*row, style=STRONG if name in selected else FAINT)
+    where = (
+        f"axes of {axes['dimensions']} dimensions at layer {axes['layer']}, "
+        f"{float(axes['variance']):.0%} of the variance; {len(selected)} of {len(names)} taken"
+    )
+    meaning = "apart: distance to the nearest domain in deviations; then angles in degrees"
+    return [Text(where, style=FAINT), table, Text(meaning, style=FAINT)]
+
+
+def _angle(row: int, column: int, degrees: float) -> str:
+    return "" if row == column else f"{degrees:.0f}"
 
 
 def decision(plan: Plan, shape: ModelShape, look: Look) -> RenderableType:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +16,9 @@ from spp_export.checkpoint.manifest import FileRecord
 from spp_export.checkpoint.reader import BLOCK_BYTES, blocks, read_float
 from spp_export.checkpoint.source import Source
 from spp_export.checkpoint.writer import DEFAULT_SHARD_BYTES, Entry, ShardWriter, plan_shards
-from spp_export.errors import CheckpointError, PlanError
+from spp_export.errors import CheckpointError
 from spp_export.families import Role, TensorSpec
-from spp_export.plans import Plan, validate_plan
+from spp_export.plans import Layout, Plan, validate_plan
 from spp_export.shape import ModelShape
 from spp_export.slicing import kept_units, slice_rows
 
@@ -52,8 +52,8 @@ def write_slim_weights(
     Tensors pass through memory in blocks, copied ones too, since each value is checked and each
     byte hashed; only one for which `replaced` gives a function is in memory as a whole, and is
     rounded back to its stored dtype. `biases` are added to the output projections;
-    where the source has none, they and zero biases of the projections that share the family's
-    switch appear, and the config must be that of `slim_shape`. `progress` is called with bytes
+    where the source has none, those that `slim_shape` gives appear, zero where `biases` says
+    nothing. `progress` is called with bytes
     done and bytes in all.
 
     Raises PlanError for a plan of another model or a bias that the family cannot hold,
@@ -82,23 +82,25 @@ def write_slim_weights(
     return WrittenWeights(writer.records, parameters, total)
 
 
-def slim_shape(source: Source, biased: frozenset[Role] | set[Role] = frozenset()) -> ModelShape:
-    """The source's shape with biases on the projections `biased` (OUTPUT, DOWN) switched on.
+def slim_shape(source: Source, layout: Layout, biased: Collection[Role]) -> ModelShape:
+    """The source's shape with biases on the projections `biased` (OUTPUT, DOWN) as well.
 
-    Raises PlanError where the family's config has no switch for one that the source lacks.
+    Layout `per-layer` gives these and no others one. In `uniform` the switch of the family's
+    config does, which covers more projections: q, k and v, or gate and up.
+
+    Raises PlanError where that config has no switch for one that the source lacks.
     """
     family, shape = source.family, source.shape
+    if layout == "per-layer":
+        return dataclasses.replace(
+            shape,
+            output_bias=shape.output_bias or Role.OUTPUT in biased,
+            down_bias=shape.down_bias or Role.DOWN in biased,
+        )
     for role in sorted(biased):
-        field = {Role.OUTPUT: "output_bias", Role.DOWN: "mlp_bias"}[role]
-        if getattr(shape, field):
+        if {Role.OUTPUT: shape.output_bias, Role.DOWN: shape.mlp_bias}[role]:
             continue
-        switch = getattr(family, field)
-        if not isinstance(switch, str):
-            raise PlanError(
-                f"the {family.model_type} family has no bias on its {role} projection, so "
-                "'bias' compensation cannot be stored. Use 'lstsq' or 'none'."
-            )
-        # One switch of the config may cover more than one kind of projection.
+        switch = family.bias_switch(role)
         shape = dataclasses.replace(
             shape,
             qkv_bias=shape.qkv_bias or family.qkv_bias == switch,
@@ -120,15 +122,14 @@ class _Job:
     ) -> None:
         family, self._source, self._plan = source.family, source, plan
         self._replaced = replaced
-        shape = slim_shape(source, {role for _, role in biases})
+        shape = slim_shape(source, plan.layout, {role for _, role in biases})
         layers = [layer.shape(source.shape) for layer in plan.layers]
         self._slim = {spec.name: spec for spec in family.tensors(shape, layers)}
         self._dense = {
             spec.name: spec for spec in family.tensors(source.shape, source.shape.layers)
         }
-        modules = {Role.OUTPUT: family.output, Role.DOWN: family.down}
         self._biases = {
-            f"{family.layer_name(layer, modules[role])}.bias": value
+            f"{family.layer_name(layer, family.consumer(role))}.bias": value
             for (layer, role), value in biases.items()
         }
         assert self._biases.keys() <= self._slim.keys(), "a bias of a layer that does not exist"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from spp_export.errors import ModelError
+from spp_export.errors import ModelError, PlanError
 from spp_export.shape import LayerShape, ModelShape
 
 
@@ -92,10 +92,23 @@ class Family:
         """Full module path of `role` in `layer`, e.g. `model.layers.3.self_attn.o_proj`."""
         return f"{self.layers}.{layer}.{role}"
 
-    @property
-    def output_bias_flag(self) -> str | None:
-        """The config switch that gives o_proj a bias, or None where the family has none."""
-        return self.output_bias if isinstance(self.output_bias, str) else None
+    def consumer(self, role: Role) -> str:
+        """Module, relative to a layer, that reads what heads (OUTPUT) or channels (DOWN) give."""
+        return {Role.OUTPUT: self.output, Role.DOWN: self.down}[role]
+
+    def bias_switch(self, role: Role) -> str:
+        """The switch of the stock config that gives o_proj (OUTPUT) or down_proj (DOWN) a bias.
+
+        Raises PlanError where the family has none.
+        """
+        switch = {Role.OUTPUT: self.output_bias, Role.DOWN: self.mlp_bias}[role]
+        if not isinstance(switch, str):
+            raise PlanError(
+                f"layout 'uniform': the config of the {self.model_type} family has no bias on its "
+                f"{role} projection, so 'bias' compensation cannot be stored. "
+                "Use layout 'per-layer', or compensation 'lstsq' or 'none'."
+            )
+        return switch
 
     def read_shape(self, config: Mapping[str, Any], element_bytes: int) -> ModelShape:
         """Sizes from a parsed config.json.
@@ -169,8 +182,9 @@ class Family:
                 parts += [
                     (f"{self.gate}.bias", (width,), Role.GATE, Unit.CHANNEL, 0, 1),
                     (f"{self.up}.bias", (width,), Role.UP, Unit.CHANNEL, 0, 1),
-                    (f"{self.down}.bias", (hidden,), Role.OTHER, None, None, 1),
                 ]
+            if shape.mlp_bias or shape.down_bias:
+                parts.append((f"{self.down}.bias", (hidden,), Role.OTHER, None, None, 1))
             for name, size, role, unit, axis, step in parts:
                 yield TensorSpec(self.layer_name(index, name), size, index, role, unit, axis, step)
         yield TensorSpec(f"{self.final_norm}.weight", (hidden,))

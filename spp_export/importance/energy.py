@@ -1,16 +1,49 @@
-"""`energy`: the root mean square of what a head writes into the residual stream.
+"""`energy`: the root mean square of what a unit writes into the residual stream.
 
-`I(l,h,k) = sqrt(E_{x~P_k} ||w_{l,h}(x)||^2)`, on the true forward pass. Output-only: it reads
-o_proj and its input, nothing else. No gradient.
+`I = sqrt(E ||w(x)||^2)` on the true forward pass. A head writes `w = Wo_h a_h`, so that
+`E ||w||^2 = tr(Wo_h^T Wo_h C_h)` with `C_h = E a_h a_h^T`; a channel has `||Wd_c||^2 E z_c^2`.
+Output-only: it reads o_proj and down_proj and their inputs. No gradient.
+
+Across layers it goes by `stream`: squared, and relative to the stream that is written to, which is
+the energy that goes with the unit, in one currency for layers, heads and channels.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from spp_export.importance.statistics import FloatArray, HeadStatistics
+from spp_export.importance.base import Convention, Criterion, Need
+from spp_export.importance.statistics import FloatArray, LayerStatistics
+from spp_export.importance.units import column_squares
 
 
-def score(statistics: HeadStatistics) -> FloatArray:
-    """Scores [K,L,H] in units of the residual stream's norm."""
-    return np.sqrt(statistics.write_energy)
+def heads(statistics: LayerStatistics) -> FloatArray:
+    """Scores [H] in units of the residual stream's norm."""
+    assert statistics.attention is not None
+    second = statistics.attention.second
+    blocks = np.split(statistics.weights.output, statistics.heads, axis=1)
+    energies = [_energy(block, moments) for block, moments in zip(blocks, second, strict=True)]
+    return np.sqrt(energies)
+
+
+def _energy(block: FloatArray, moments: FloatArray) -> float:
+    wide = block.astype(np.float64)
+    # Moments of an input that is nearly zero may be negative by rounding.
+    return max(float(np.vdot(wide.T @ wide, moments)), 0.0)
+
+
+def channels(statistics: LayerStatistics) -> FloatArray:
+    """Scores [I] in units of the residual stream's norm."""
+    assert statistics.mlp is not None
+    return np.sqrt(column_squares(statistics.weights.down) * statistics.mlp.square)
+
+
+CRITERION = Criterion(
+    name="energy",
+    source="root mean square of the write into the residual stream",
+    convention=Convention.OUTPUT_ONLY,
+    heads=heads,
+    channels=channels,
+    needs=frozenset({Need.ACTIVATIONS}),
+    comparable="stream",
+)

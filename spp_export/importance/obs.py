@@ -30,6 +30,38 @@ IndexArray = np.ndarray[Any, np.dtype[np.intp]]
 _RIDGE = 0.01
 
 
+def noise_of(mean_square: float) -> float:
+    """Variance of the white noise added to inputs of this mean square."""
+    # A layer whose input is all zero loses as good as nothing, whatever goes.
+    return _RIDGE * mean_square if mean_square > 0 else 1e-30
+
+
+def gram_and_precision(
+    weight: FloatArray, second: FloatArray, noise: float
+) -> tuple[FloatArray, FloatArray]:
+    """W^T W and P = (C + noise I)^-1 in float64, of weights [d,m] and second moments [m,m]."""
+    moments = second.astype(np.float64)
+    moments[np.diag_indices_from(moments)] += noise
+    whole = weight.astype(np.float64)
+    return whole.T @ whole, np.linalg.inv(moments)
+
+
+def eliminate(
+    gram: FloatArray, precision: FloatArray, gone: IndexArray
+) -> tuple[FloatArray, FloatArray]:
+    """Both matrices of what is left, re-fitted, when the inputs `gone` are removed."""
+    stay = np.delete(np.arange(len(gram)), gone)
+    across = precision[np.ix_(gone, stay)]
+    # W' = W_S - W_R step; its Gram matrix follows in one product and its transpose.
+    step = np.linalg.solve(precision[np.ix_(gone, gone)], across)
+    half = gram[np.ix_(stay, gone)] - 0.5 * step.T @ gram[np.ix_(gone, gone)]
+    change = half @ step
+    return (
+        gram[np.ix_(stay, stay)] - change - change.T,
+        precision[np.ix_(stay, stay)] - across.T @ step,
+    )
+
+
 def removal_losses(
     weight: FloatArray, second: FloatArray, forced_Gg: BoolArray
 ) -> tuple[FloatArray, BoolArray]:
@@ -88,14 +120,10 @@ class _Removal:
     @classmethod
     def start(cls, weight: FloatArray, second: FloatArray, forced: BoolArray) -> _Removal:
         """The dense layer."""
-        moments = second.astype(np.float64)
-        ridge = _RIDGE * float(np.mean(np.diag(moments)))
-        # A layer whose input is all zero loses as good as nothing, whatever goes.
-        moments[np.diag_indices_from(moments)] += ridge if ridge > 0 else 1e-30
-        whole = weight.astype(np.float64)
+        noise = noise_of(float(np.mean(np.diag(second), dtype=np.float64)))
+        gram, precision = gram_and_precision(weight, second, noise)
         heads = np.arange(forced.size)
-        precision = np.linalg.inv(moments)
-        return cls(whole.T @ whole, precision, heads, forced, np.ones_like(forced), 0.0)
+        return cls(gram, precision, heads, forced, np.ones_like(forced), 0.0)
 
     def copy(self) -> _Removal:
         """An independent state to continue from; matrices are replaced, never changed."""
@@ -126,14 +154,7 @@ class _Removal:
         costs = [self._cost(self._elements(heads)) for heads in candidates]
         best = int(np.argmin(costs))
         gone = self._elements(candidates[best])
-        stay = np.setdiff1d(np.arange(len(self.gram)), gone)
-        across = self.precision[np.ix_(gone, stay)]
-        # W' = W_S - W_R step; its Gram matrix follows in one product and its transpose.
-        step = np.linalg.solve(self.precision[np.ix_(gone, gone)], across)
-        half = self.gram[np.ix_(stay, gone)] - 0.5 * step.T @ self.gram[np.ix_(gone, gone)]
-        change = half @ step
-        self.gram = self.gram[np.ix_(stay, stay)] - change - change.T
-        self.precision = self.precision[np.ix_(stay, stay)] - across.T @ step
+        self.gram, self.precision = eliminate(self.gram, self.precision, gone)
         self.heads = np.setdiff1d(self.heads, candidates[best])
         self.kept.reshape(-1)[candidates[best]] = False
         self.loss += costs[best]

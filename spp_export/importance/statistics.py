@@ -1,4 +1,4 @@
-"""What one pass over the pools leaves behind for the criteria."""
+"""What a criterion may read of one layer: its weights and what one text collection did to it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,89 @@ FloatArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
 
 @dataclass(frozen=True)
-class HeadStatistics:
-    """Per domain (K), layer (L) and query head (H), averages over the domain's real tokens.
+class LayerWeights:
+    """Projections of one layer as stored, [out, in]; biases take no part in any criterion.
 
-    A head's write is `w = Wo[:, C(h)] a[C(h)]`, its own addition to the residual stream.
-
-    write_energy [K,L,H]  E ||w||^2
-    axis_share   [K,L,H]  E (u_k . w)^2 / (||w||^2 + eps), u_k the unit probe axis of the domain
-    tokens       [K]      real tokens seen
+    query [H*dh,d], key and value [G*dh,d], output [d,H*dh], gate and up [I,d], down [d,I]
     """
 
-    write_energy: FloatArray
-    axis_share: FloatArray
-    tokens: tuple[int, ...]
+    query: FloatArray
+    key: FloatArray
+    value: FloatArray
+    output: FloatArray
+    gate: FloatArray
+    up: FloatArray
+    down: FloatArray
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """Averages over real tokens of what q, k and v read (x [d]) and what o_proj reads (a [H*dh]).
+
+    input_square [d] E x^2; mean [H*dh] E a; square [H*dh] E a^2; second [H,dh,dh] E a_h a_h^T
+    """
+
+    input_square: FloatArray
+    mean: FloatArray
+    square: FloatArray
+    second: FloatArray
+
+
+@dataclass(frozen=True)
+class MlpInputs:
+    """Averages over real tokens of what gate and up read (x [d]) and what down_proj reads (z [I]).
+
+    input_square [d] E x^2; mean [I] E z; square [I] E z^2
+    """
+
+    input_square: FloatArray
+    mean: FloatArray
+    square: FloatArray
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Reductions of |W * dLoss/dW|, the loss being the mean over texts of the mean next-token loss.
+
+    Sums over a row: query_rows [H*dh], key_rows and value_rows [G*dh], gate_rows and up_rows [I].
+    Sums over a column: output_columns [H*dh], down_columns [I]. Gates: the mean over texts x of
+    |sum over tokens of a . dLoss_x/da|, head_gates [H] of each head's part of o_proj's input,
+    channel_gates [I] of down_proj's.
+    """
+
+    query_rows: FloatArray
+    key_rows: FloatArray
+    value_rows: FloatArray
+    output_columns: FloatArray
+    gate_rows: FloatArray
+    up_rows: FloatArray
+    down_columns: FloatArray
+    head_gates: FloatArray
+    channel_gates: FloatArray
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The probe axis of the collection's domain: direction [d], of unit length, and each head's
+    share [H] E (u . w)^2 / (||w||^2 + eps) of its write w along it."""
+
+    direction: FloatArray
+    share: FloatArray
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """One layer of H query heads in G groups, seen by one text collection.
+
+    Only what the criteria asked for `needs` is gathered; the rest is None.
+    """
+
+    layer: int
+    heads: int
+    groups: int
+    weights: LayerWeights
+    attention: AttentionInputs | None = None
+    mlp: MlpInputs | None = None
+    gradients: Gradients | None = None
+    axis: Axis | None = None
+    seed: int = 0

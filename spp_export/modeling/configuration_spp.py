@@ -29,7 +29,8 @@ class _PerLayerConfig:
     """What the per-layer configs add to the stock ones.
 
     `per_layer_config` maps a layer index (int, or digits as JSON has them) to the keys in which
-    that layer departs from the rest of the config.
+    that layer departs from the rest of the config. `biased_projections` names modules of a layer,
+    such as `mlp.down_proj`, that have a bias where the stock model has none.
     """
 
     def layer_config(self, index: int) -> Any:

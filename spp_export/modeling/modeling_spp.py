@@ -86,6 +86,9 @@ class _PerLayerModel(PreTrainedModel):
         # Attention reads its implementation from its config at every call. A layer that kept its
         # own copy would miss later switches; with none set it would attend without a causal mask.
         layer.self_attn.config = config
+        for name in getattr(config, "biased_projections", ()):
+            linear = layer.get_submodule(name)
+            linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
         return layer
 
 

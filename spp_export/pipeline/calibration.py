@@ -3,49 +3,89 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 
 from spp_export.artifacts import Artifacts
 from spp_export.errors import PlanError, UsageError
-from spp_export.moments import Moments, gather
+from spp_export.moments import Collection, Moments, gather
 from spp_export.session import Session
 
-# Weight of the scenario's own tokens against the pools'. The pools hold tens of thousands of
-# tokens and keep a fit from chasing a scenario of two thousand.
-SCENARIO_WEIGHT = 0.3
-# How far the diagnosed mixture is shrunk towards all domains alike.
-DOMAIN_SHRINKAGE = 0.5
+
+@dataclass(frozen=True)
+class Mixing:
+    """How far the diagnosed mixture is shrunk towards all domains alike, and how much the
+    scenario's own tokens count against the pools', both in [0,1]."""
+
+    shrinkage: float
+    scenario_weight: float
 
 
-def scenario_moments(
-    session: Session,
+@dataclass(frozen=True)
+class Part:
+    """A text collection that speaks for a scenario, and how much it counts.
+
+    domain: the one whose training pool it is, or None for the scenario's own prompts.
+    """
+
+    texts: tuple[str, ...]
+    weight: float
+    domain: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What a progress bar calls it."""
+        return self.domain or "the scenario"
+
+
+def calibration_parts(
     artifacts: Artifacts | None,
     mixture: Mapping[str, float] | None,
     prompts: Sequence[str],
-) -> Moments:
-    """Moments of the pools, domains weighted by the diagnosis, mixed with the scenario's own.
+    mixing: Mixing,
+) -> tuple[Part, ...]:
+    """The pools, domains weighted by the diagnosis, and the scenario's own; weights sum to one.
 
     `mixture` is the one of plan.json, so that a plan read again gives the same weights; without
     it all domains count alike. Raises UsageError where there is no text at all, PlanError for a
     mixture of other domains.
     """
-    parts = _pool_parts(session, artifacts, mixture) if artifacts else []
-    if prompts:
-        own = _gather(session, prompts, "the scenario")
-        scale = 1 - SCENARIO_WEIGHT if parts else 0.0
-        parts = [(path, weight * scale) for path, weight in parts] + [(own, 1 - scale)]
+    pools = _pool_parts(artifacts, mixture, mixing.shrinkage) if artifacts else []
+    own = mixing.scenario_weight if pools else 1.0
+    if not prompts:
+        own = 0.0
+    parts = [Part(part.texts, part.weight * (1 - own), part.domain) for part in pools]
+    if own > 0:
+        parts.append(Part(tuple(prompts), own))
     if not parts:
         raise UsageError(
             "compensation needs text: give --scenario or --artifacts, or --compensate none."
         )
-    return Moments(tuple(parts))
+    return tuple(parts)
+
+
+def gather_part(session: Session, part: Part, kinds: Sequence[str]) -> Collection:
+    """Statistics of one collection, from the cache or by a pass of the dense model."""
+    return gather(
+        session.source,
+        part.texts,
+        kinds,
+        lambda: (session.model, session.tokenizer),
+        dtype=session.dtype,
+        progress=session.progress,
+        description=f"gathering statistics: {part.name}",
+    )
+
+
+def gather_parts(session: Session, parts: Sequence[Part], kinds: Sequence[str]) -> Moments:
+    """The weighted mixture of the parts' moments."""
+    return Moments(tuple((gather_part(session, part, kinds), part.weight) for part in parts))
 
 
 def _pool_parts(
-    session: Session, artifacts: Artifacts, mixture: Mapping[str, float] | None
-) -> list[tuple[Path, float]]:
+    artifacts: Artifacts, mixture: Mapping[str, float] | None, shrinkage: float
+) -> list[Part]:
     texts = {
-        domain: [text for name, text in artifacts.calibration if name == domain]
+        domain: tuple(text for name, text in artifacts.calibration if name == domain)
         for domain in artifacts.domains
     }
     present = [domain for domain in artifacts.domains if texts[domain]]
@@ -57,11 +97,11 @@ def _pool_parts(
         _check_mixture(mixture, artifacts.domains)
         total = sum(mixture[domain] for domain in present)
         weights = {
-            domain: DOMAIN_SHRINKAGE * even
-            + (1 - DOMAIN_SHRINKAGE) * (mixture[domain] / total if total else even)
+            domain: shrinkage * even
+            + (1 - shrinkage) * (mixture[domain] / total if total else even)
             for domain in present
         }
-    return [(_gather(session, texts[domain], domain), weights[domain]) for domain in present]
+    return [Part(texts[domain], weights[domain], domain) for domain in present if weights[domain]]
 
 
 def _check_mixture(mixture: Mapping[str, float], domains: Sequence[str]) -> None:
@@ -73,14 +113,3 @@ def _check_mixture(mixture: Mapping[str, float], domains: Sequence[str]) -> None
             "plan: diagnosis.mixture must give each domain of the artifacts a share from 0 to 1; "
             f"they have {', '.join(domains)}. Use the artifacts that the plan was made with."
         )
-
-
-def _gather(session: Session, texts: Sequence[str], what: str) -> Path:
-    return gather(
-        session.source,
-        texts,
-        lambda: (session.model, session.tokenizer),
-        dtype=session.dtype,
-        progress=session.progress,
-        description=f"gathering moments: {what}",
-    )

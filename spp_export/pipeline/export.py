@@ -20,17 +20,23 @@ from spp_export.checkpoint.reader import model_file
 from spp_export.checkpoint.slim import WrittenWeights, write_slim_weights
 from spp_export.diagnosis import Diagnosis
 from spp_export.engines import Engine
-from spp_export.errors import CheckFailed, ParityError, QualityError, UsageError
+from spp_export.errors import CheckFailed, ParityError, PlanError, QualityError, UsageError
 from spp_export.jsonio import dump_json
 from spp_export.models import DEMO
-from spp_export.pipeline.calibration import scenario_moments
-from spp_export.pipeline.compensation import Compensation, compensated_shape
+from spp_export.pipeline.calibration import Mixing, calibration_parts, gather_parts
+from spp_export.pipeline.compensation import (
+    Compensation,
+    biased_roles,
+    moment_kinds,
+    written_shape,
+)
 from spp_export.pipeline.plan import (
     PlanRequest,
     PlanResult,
     artifacts_record,
     plan_scenario,
     plan_tensors,
+    requested_mixing,
     scenario_record,
 )
 from spp_export.pipeline.verify import check_directory
@@ -93,7 +99,9 @@ class ExportResult:
             "diagnosis": self.diagnosis.to_dict() if self.diagnosis else None,
             "kept_query_heads": kept,
             "kept_kv_heads": [len(layer.kv_heads) for layer in self.plan.layers],
+            "kept_channels": [layer.shape(self.shape).channels for layer in self.plan.layers],
             "dense_heads": {"query": self.shape.query_heads, "kv": self.shape.kv_heads},
+            "dense_channels": self.shape.channels,
             "budget": dict(self.plan.budget),
             "predicted": self.predicted.as_json(),
             "verify": self.report,
@@ -157,7 +165,7 @@ def export(
     report: dict[str, Any] | None = None
     with publish(target, request.force) as work:
         with clock("compensate"):
-            compensation = _compensation(session, found, decided, text)
+            compensation = _compensation(session, found, compiled, text, plan_request)
         with clock("slice"):
             written = _write(session, compiled, compensation, work)
         if request.verify:
@@ -218,20 +226,41 @@ def _decide(
             given = replace(given, scenario=scenario_record(scenario))
         if artifacts is not None:
             given = replace(given, artifacts=artifacts_record(artifacts))
-    written = compensated_shape(source, given.compensation)
-    sizes = predicted(source.shape, given.layer_shapes(source.shape), written)
+    sizes = predicted(source.shape, given.layer_shapes(source.shape), written_shape(source, given))
     return PlanResult(given, source.shape, None, sizes)
 
 
 def _compensation(
-    session: Session, artifacts: Artifacts | None, decided: PlanResult, scenario: Scenario | None
+    session: Session,
+    artifacts: Artifacts | None,
+    compiled: Plan,
+    scenario: Scenario | None,
+    request: PlanRequest,
 ) -> Compensation:
-    if decided.plan.compensation == "none":
-        return Compensation(session.source, decided.plan, None)
-    calibration = scenario.split()[0] if scenario else ()
-    mixture = decided.plan.diagnosis.get("mixture")
-    moments = scenario_moments(session, artifacts, mixture, calibration)
-    return Compensation(session.source, decided.plan, moments)
+    if compiled.compensation == "none":
+        return Compensation(session.source, compiled, None)
+    prompts = scenario.split()[0] if scenario else ()
+    mixing = _mixing(compiled) or requested_mixing(artifacts, request)
+    parts = calibration_parts(artifacts, compiled.diagnosis.get("mixture"), prompts, mixing)
+    moments = gather_parts(session, parts, moment_kinds(compiled, session.source.shape))
+    return Compensation(session.source, compiled, moments)
+
+
+def _mixing(compiled: Plan) -> Mixing | None:
+    """How the text that decided the plan was mixed, if the plan says so."""
+    if not compiled.calibration:
+        return None
+    values: list[float] = []
+    for key in ("shrinkage", "scenario_weight"):
+        value: Any = compiled.calibration.get(key)
+        # A plan's provenance may be edited by hand like the rest of it.
+        if type(value) not in (int, float) or not 0 <= value <= 1:
+            raise PlanError(
+                f"plan: calibration.{key} must be a number from 0 to 1, got {value!r:.40}. "
+                "Leave out calibration for the usual mixture."
+            )
+        values.append(float(value))
+    return Mixing(*values)
 
 
 def _write(
@@ -254,7 +283,7 @@ def _write(
         source.shape,
         layers,
         compiled.layout,
-        compiled.compensation == "bias",
+        biased_roles(compiled, source.shape),
     )
     (work / "config.json").write_text(dump_json(config), encoding="utf-8")
     if compiled.layout == "per-layer":

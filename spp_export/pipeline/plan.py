@@ -10,21 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from spp_export.allocate import BoolArray, GivenOptions, Options, layer_options
-from spp_export.artifacts import Artifacts
+from spp_export.artifacts import DOMAIN_SHRINKAGE, SCENARIO_WEIGHT, Artifacts
 from spp_export.bound import Predicted, predicted
-from spp_export.budget import DEFAULT_KEEP, Budget
-from spp_export.checkpoint.reader import read_float
-from spp_export.diagnosis import Diagnosis, FloatArray, mix_importance
+from spp_export.budget import DEFAULT_KEEP, UNITS, Budget, Units, unit_parameters
+from spp_export.diagnosis import Diagnosis, FloatArray
 from spp_export.engines import Engine, engines_for
 from spp_export.errors import UsageError
-from spp_export.importance import CRITERIA, comparable
-from spp_export.importance.obs import removal_losses
+from spp_export.families import Role
+from spp_export.importance import COMPARABLE
 from spp_export.models import DEMO
-from spp_export.moments import Moments
-from spp_export.pipeline.calibration import scenario_moments
-from spp_export.pipeline.compensation import compensated_shape
+from spp_export.pipeline.calibration import Mixing, Part, calibration_parts
+from spp_export.pipeline.compensation import compensated_shape, losing_roles
 from spp_export.pipeline.diagnose import diagnose_prompts
+from spp_export.pipeline.scoring import CRITERION_NAMES, DEFAULT_CRITERION, OBS, Scoring
 from spp_export.plans import (
     COMPENSATIONS,
     LAYOUTS,
@@ -32,7 +30,7 @@ from spp_export.plans import (
     LayerPlan,
     Layout,
     Plan,
-    compile_options,
+    compile_units,
     cover,
     forced_heads,
 )
@@ -44,10 +42,11 @@ from spp_export.shape import ModelShape
 from spp_export.versions import library_versions
 
 POLICIES = ("exact", "published")
-CRITERION_NAMES = (*CRITERIA, "obs")
-# `obs` assumes that what stays is re-fitted; without that, energy is the better guide.
-DEFAULT_CRITERION = {"lstsq": "obs", "bias": "energy", "none": "energy"}
-HOW_COMPARABLE = "standardised"
+# Of --keep and --strength where no word is said of units.
+DEFAULT_UNITS: Units = "heads"
+DEFAULT_MULTIPLE = 64
+# A consumer loses inputs unless only the units of the other one may go.
+_LOSING = {Role.OUTPUT: "channels", Role.DOWN: "heads"}
 _PUBLISHED_IMPORTANCE = "head/published"
 
 
@@ -64,26 +63,45 @@ class PlanRequest:
     policy: str = "exact"
     compensate: str = "lstsq"
     regime: str | None = None
+    units: str = DEFAULT_UNITS
+    comparable: str | None = None
+    width_multiple: int = DEFAULT_MULTIPLE
+    shrinkage: float | None = None
+    adapt: bool = True
+    seed: int = 0
 
     @property
     def budget(self) -> Budget:
         """The budget asked for; the default share where none was."""
         asked = (self.keep, self.max_params, self.max_kv_bytes, self.strength)
         if asked == (None, None, None, None):
-            return Budget(keep=DEFAULT_KEEP)
-        return Budget(*asked)
+            return Budget(keep=DEFAULT_KEEP, units=_units(self))
+        return Budget(*asked, units=_units(self))
+
+    @property
+    def criterion_name(self) -> str:
+        """The criterion asked for; the default one of the compensation where none was."""
+        return self.criterion or DEFAULT_CRITERION[self.compensate]
 
     def check(self) -> None:
         """UsageError for a word that names nothing, or a budget that is none."""
-        self.budget.as_json()
         for option, value, known in (
+            ("--units", self.units, UNITS),
             ("--layout", self.layout, LAYOUTS),
-            ("--criterion", self.criterion or "obs", CRITERION_NAMES),
+            ("--criterion", self.criterion or OBS, CRITERION_NAMES),
+            ("--comparable", self.comparable or "raw", COMPARABLE),
             ("--policy", self.policy, POLICIES),
             ("--compensate", self.compensate, COMPENSATIONS),
         ):
             if value not in known:
                 raise UsageError(f"{option} {value}: expected one of {', '.join(known)}.")
+        self.budget.as_json()
+        if self.width_multiple < 1:
+            raise UsageError(f"--width-multiple {self.width_multiple}: expected 1 or more.")
+        if self.shrinkage is not None and not 0 <= self.shrinkage <= 1:
+            raise UsageError(f"--shrinkage {self.shrinkage}: expected a number in [0, 1].")
+        if self.criterion_name == OBS and self.comparable is not None:
+            raise UsageError("--comparable: obs weighs losses in one currency; leave it out.")
 
 
 @dataclass(frozen=True)
@@ -134,15 +152,20 @@ def plan_scenario(
     """Compile the plan from the scenario's calibration prompts; the held-out ones are not seen."""
     request.check()
     shape = session.source.shape
-    written = compensated_shape(session.source, request.compensate)
+    losing = frozenset(role for role, units in _LOSING.items() if request.units != units)
+    written = compensated_shape(session.source, _layout(request), _compensation(request), losing)
     calibration, _ = scenario.split()
     diagnosis = diagnose_prompts(session, artifacts, calibration, request.regime)
+    mixing = requested_mixing(artifacts, request)
     if request.policy == "published":
         layers, provenance = _published(session, artifacts, scenario, request)
     else:
-        options, provenance = _options(session, artifacts, diagnosis, calibration, request)
-        layers, realised = compile_options(
-            options,
+        parts = calibration_parts(artifacts, diagnosis.shares, calibration, mixing)
+        scoring = scoring_for(session, artifacts, parts, request, diagnosis.breadth)
+        options = scoring.options()
+        layers, realised = compile_units(
+            options.heads,
+            options.channels,
             # Biases that compensation adds are no share of the heads, but parameters all the same.
             shape if request.max_params is None else written,
             request.budget,
@@ -150,9 +173,15 @@ def plan_scenario(
             session.source.family.stock_accepts(shape),
             breadth=diagnosis.breadth,
         )
+        # What lost nothing after all gets no bias.
+        losing = losing_roles(layers, shape)
+        written = compensated_shape(
+            session.source, _layout(request), _compensation(request), losing
+        )
         whole = written.parameters([layer.shape(shape) for layer in layers])
         realised = replace(realised, parameters=whole)
-        provenance |= {
+        provenance = {
+            "criterion": scoring.record(),
             "policy": {"name": "exact", "whitelist": len(artifacts.whitelist)},
             "budget": {"asked": request.budget.as_json(), "realised": realised.as_json()},
         }
@@ -166,6 +195,10 @@ def plan_scenario(
         scenario=scenario_record(scenario),
         artifacts=artifacts_record(artifacts),
         diagnosis=diagnosis.to_dict(),
+        calibration={
+            "shrinkage": mixing.shrinkage,
+            "scenario_weight": mixing.scenario_weight,
+        },
         predicted=sizes.as_json(),
         versions=library_versions(),
         **provenance,
@@ -189,48 +222,54 @@ def artifacts_record(artifacts: Artifacts) -> dict[str, Any]:
     return {"sha256": artifacts.sha256, "domains": list(artifacts.domains)}
 
 
-def _options(
+def requested_mixing(artifacts: Artifacts | None, request: PlanRequest) -> Mixing:
+    """How domains and the scenario's own text are mixed: as asked, else as the artifacts found
+    best on validation text; without either, as was found for the default model."""
+    shrinkage = DOMAIN_SHRINKAGE if artifacts is None else artifacts.shrinkage
+    weight = SCENARIO_WEIGHT if artifacts is None else artifacts.scenario_weight
+    return Mixing(
+        shrinkage if request.shrinkage is None else request.shrinkage,
+        weight if request.adapt else 0.0,
+    )
+
+
+def scoring_for(
     session: Session,
     artifacts: Artifacts,
-    diagnosis: Diagnosis,
-    calibration: Sequence[str],
+    parts: Sequence[Part],
     request: PlanRequest,
-) -> tuple[Options, dict[str, Any]]:
-    """What every regular size of every layer is worth by the criterion, and its provenance."""
+    breadth: float | None = None,
+    *,
+    whitelist: bool = True,
+) -> Scoring:
+    """How the request wants units scored for the text of `parts`."""
     shape = session.source.shape
-    criterion = request.criterion or DEFAULT_CRITERION[request.compensate]
-    forced = forced_heads(artifacts.whitelist, shape)
-    if criterion == "obs":
-        moments = scenario_moments(session, artifacts, diagnosis.shares, calibration)
-        return removal_options(session, moments, forced), {"criterion": {"name": criterion}}
-    key = f"head/{criterion}"
-    if key not in artifacts.importance:
-        raise UsageError(
-            f"--criterion {criterion}: the artifacts hold "
-            f"{', '.join(sorted(artifacts.importance))}. Make them again with 'spp probe'."
-        )
-    scores = comparable(mix_importance(artifacts.importance[key], diagnosis), HOW_COMPARABLE)
-    provenance = {"criterion": {"name": criterion, "comparable": HOW_COMPARABLE}}
-    return layer_options(scores, shape, forced), provenance
+    return Scoring(
+        session,
+        artifacts,
+        tuple(parts),
+        request.criterion_name,
+        _units(request),
+        forced_heads(artifacts.whitelist if whitelist else (), shape),
+        request.comparable,
+        1 - _kept_share(request.budget, shape, breadth),
+        request.width_multiple,
+        request.seed,
+    )
 
 
-def removal_options(session: Session, moments: Moments, forced_LH: BoolArray) -> Options:
-    """`obs` for all layers: minus the loss of every size, in units of the residual stream."""
-    source = session.source
-    shape, family = source.shape, source.family
-    size = (shape.num_layers, shape.kv_heads, shape.group_size)
-    value = np.zeros(size)
-    sets = np.zeros((*size, *size[1:]), dtype=bool)
-    sensitivity = moments.sensitivity()
-    with session.progress("weighing heads", shape.num_layers) as advance_to:
-        for layer in range(shape.num_layers):
-            weight = read_float(source.tensors[f"{family.layer_name(layer, family.output)}.weight"])
-            losses, sets[layer] = removal_losses(
-                weight, moments.second(layer), forced_LH[layer].reshape(size[1:])
-            )
-            value[layer] = -losses * sensitivity[layer]
-            advance_to(layer + 1)
-    return GivenOptions(value, sets)
+def _kept_share(budget: Budget, shape: ModelShape, breadth: float | None) -> float:
+    """The share of what the budget limits that may stay."""
+    limit = budget.limit(shape, breadth)
+    if limit.kind == "kv-bytes":
+        dense = shape.kv_bytes_per_token(shape.layers)
+    else:
+        dense = unit_parameters(shape, shape.layers, budget.units)
+    return min(max(limit.cost / dense, 0.0), 1.0)
+
+
+def _units(request: PlanRequest) -> Units:
+    return next((known for known in UNITS if known == request.units), DEFAULT_UNITS)
 
 
 def _layout(request: PlanRequest) -> Layout:

@@ -10,7 +10,7 @@ from spp_export.artifacts import Artifacts, write_artifacts
 from spp_export.checkpoint.atomic import check_target, publish
 from spp_export.checkpoint.manifest import write_manifest
 from spp_export.models import DEMO
-from spp_export.pools import read_pools
+from spp_export.pools import other_domains, read_pools
 from spp_export.progress import Progress, no_progress
 from spp_export.session import open_session
 
@@ -21,22 +21,41 @@ def probe(
     *,
     model: str = DEMO,
     domains: Sequence[str] | None = None,
+    select: int | None = None,
+    criteria: Sequence[str] | None = None,
+    units: str = "both",
     seed: int = 0,
     force: bool = False,
     device: str = "cpu",
     dtype: str | None = None,
     progress: Progress = no_progress,
 ) -> Artifacts:
-    """Make a model's artifacts from `<pools>/<domain>/{train,val}.txt` and write them."""
+    """Make a model's artifacts from `<pools>/<domain>/{train,val}.txt` and write them.
+
+    `domains` names the candidates, by default every pool of the directory, and `select` takes that
+    many of them. Validation text of the others stands for domains unknown. `criteria` are names
+    of importance (None: energy and axis), of `units` "heads" or "both" heads and MLP channels.
+    """
     target = Path(output)
     check_target(target, force)
-    texts = read_pools(Path(pools), domains)
+    # All together, as a text left out must not be one that was trained on.
+    named = read_pools(pools, domains).domains
+    others = other_domains(pools, named)
+    texts = read_pools(pools, (*named, *others))
+
+    from spp_export.probing import DEFAULT_CRITERIA, ProbeRequest, probe_model
+
+    request = ProbeRequest(select, criteria or DEFAULT_CRITERIA, units, seed)
+    request.check(len(named))
     session = open_session(model, device=device, dtype=dtype, progress=progress)
-
-    from spp_export.probing import probe_model
-
     artifacts = probe_model(
-        session.model, session.tokenizer, session.source, texts, seed=seed, progress=progress
+        session.model,
+        session.tokenizer,
+        session.source,
+        texts.take(named),
+        left_out=texts.take(others),
+        request=request,
+        progress=progress,
     )
     with publish(target, force) as work:
         written = write_artifacts(artifacts, work)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -138,7 +139,34 @@ def _artifacts_facts(artifacts: Artifacts) -> dict[str, Any]:
     accuracy = artifacts.manifest.get("validation_accuracy")
     if isinstance(accuracy, list) and accuracy:
         facts["validation_accuracy"] = accuracy
+    measured = {
+        "shrinkage": artifacts.shrinkage,
+        "scenario_weight": artifacts.scenario_weight,
+    }
+    facts |= {name: value for name, value in measured.items() if name in artifacts.manifest}
+    for name in ("reliability", "regime_choice"):
+        facts[name] = artifacts.manifest.get(name)
+    facts["axes"] = _axes_facts(artifacts.manifest.get("axes"))
     return {name: value for name, value in facts.items() if value is not None}
+
+
+def _axes_facts(axes: Any) -> dict[str, Any] | None:
+    """The manifest's figures on axes with the angles in degrees between all candidates'."""
+    match axes:
+        case {"candidates": list(names), "cosines": list(rows), "separation": dict()}:
+            pass
+        case _:
+            return None
+    square = len(rows) == len(names) and all(
+        isinstance(row, list)
+        and len(row) == len(names)
+        and all(type(c) in (int, float) and -1 <= c <= 1 for c in row)
+        for row in rows
+    )
+    if not square:
+        return None
+    angles = [[round(math.degrees(math.acos(c)), 1) for c in row] for row in rows]
+    return {**axes, "angles": angles}
 
 
 def _model_facts(source: Source) -> dict[str, Any]:

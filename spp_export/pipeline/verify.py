@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spp_export.checkpoint.header import StoredTensor
 from spp_export.checkpoint.manifest import check_manifest
 from spp_export.checkpoint.reader import blocks, read_float, stored_tensors
-from spp_export.checkpoint.slim import slim_shape
 from spp_export.checkpoint.source import Source, read_config
 from spp_export.errors import CheckpointError, OutputError
 from spp_export.families import Role
 from spp_export.models import DEMO
+from spp_export.pipeline.compensation import CONSUMERS, biased_roles, loses, written_shape
 from spp_export.plans import Plan, read_plan, validate_plan
 from spp_export.progress import Progress, no_progress
 from spp_export.scenario import read_scenario
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from spp_export.activations import TokenBatch
     from spp_export.pipeline.compensation import Compensation
-    from spp_export.reference import OutputProjection
+    from spp_export.reference import Projection, Projections
     from spp_export.verification import Check, VerifyReport
 
 _TEXTS = 8
@@ -108,7 +109,8 @@ def check_directory(
     tensors = _check_tensors(directory, source, compiled)
     if not tensors.passed:
         return VerifyReport((tensors,)), None
-    exact = _exact_dtype(session)
+    compensated = _compensated(directory, source, compiled)
+    exact = _exact_dtype(session, compensated)
     batches = _check_batches(session, prompts, seed)
     with session.progress("checking against the masked dense model", None):
         reference = reference_logits(
@@ -117,7 +119,7 @@ def check_directory(
             source.shape,
             compiled,
             batches,
-            _compensated(directory, source, compiled),
+            compensated,
             exact_dtype=exact,
         )
         slim = load_slim(directory, dtype=session.torch_dtype, device=session.device)
@@ -151,20 +153,47 @@ def _check_refit(directory: Path, source: Source, compensation: Compensation) ->
         worst <= 0,
         detail=f"lost energy {sum(written for written, _ in shares) / max(len(shares), 1):.1%}, "
         f"plain slices {sum(plain for _, plain in shares) / max(len(shares), 1):.1%}, "
-        f"{len(shares)} layers",
+        f"{len(shares)} projections",
     )
 
 
-def _exact_dtype(session: Session) -> torch.dtype:
-    """float64 for the oracle where the model fits in memory that wide, else its own dtype."""
+def _exact_dtype(session: Session, compensated: Projections) -> torch.dtype:
+    """A dtype for the oracle that is wider than its own, where the model fits in memory that wide.
+
+    float64 on the CPU, and elsewhere for a model in float32; float32 for one in half precision.
+    """
+    import torch
+
+    own = session.torch_dtype
+    halves = (torch.bfloat16, torch.float16)
+    wide = torch.float32 if session.device != "cpu" and own in halves else torch.float64
+    if not _casts(session.device, wide):
+        return own
+    shape = session.source.shape
+    # What is compensated stands beside the dense weights, at their full size.
+    inputs = {Role.OUTPUT: shape.query_heads * shape.head_dim, Role.DOWN: shape.channels}
+    beside = sum(shape.hidden_size * inputs[role] for _, role in compensated)
+    needed = wide.itemsize * (shape.parameters(shape.layers) + beside)
+    return wide if needed < 0.8 * _free_memory(session.device) else own
+
+
+def _casts(device: str, dtype: torch.dtype) -> bool:
+    """Whether a model on `device` can be cast to `dtype`: not one that is spread over devices, and
+    Apple's have no float64."""
+    import torch
+
+    return device != "auto" and not (device.startswith("mps") and dtype == torch.float64)
+
+
+def _free_memory(device: str) -> int:
+    """Bytes free where a model on `device` lives."""
     import psutil
     import torch
 
-    shape = session.source.shape
-    needed = 8 * shape.parameters(shape.layers)
-    if session.device == "cpu" and needed < 0.8 * psutil.virtual_memory().available:
-        return torch.float64
-    return session.torch_dtype
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    available: int = psutil.virtual_memory().available
+    return available
 
 
 def _check_tokenizer(directory: Path, session: Session, prompts: Sequence[str]) -> Check:
@@ -184,16 +213,20 @@ def _check_tensors(directory: Path, source: Source, compiled: Plan) -> Check:
     from spp_export.verification import Check
 
     name = "keys, shapes, dtypes and finite values"
-    biased = {Role.OUTPUT} if compiled.compensation == "bias" else set()
-    shape = slim_shape(source, biased)
     layers = compiled.layer_shapes(source.shape)
     config = read_config(directory)
     wanted = slim_config(
-        source.config, source.family, source.shape, layers, compiled.layout, bool(biased)
+        source.config,
+        source.family,
+        source.shape,
+        layers,
+        compiled.layout,
+        biased_roles(compiled, source.shape),
     )
     different = sorted(k for k in config.keys() | wanted.keys() if config.get(k) != wanted.get(k))
     if different:
         return Check(name, False, detail=f"config.json differs from the plan in {different[0]}")
+    shape = written_shape(source, compiled)
     expected = {spec.name: spec for spec in source.family.tensors(shape, layers)}
     stored = stored_tensors(directory)
     if stored.keys() != expected.keys():
@@ -217,21 +250,26 @@ def _check_tensors(directory: Path, source: Source, compiled: Plan) -> Check:
     return Check(name, True, detail=f"{len(stored)} tensors")
 
 
-def _compensated(directory: Path, source: Source, compiled: Plan) -> Mapping[int, OutputProjection]:
-    """The re-fitted output projections as written, for the oracle to put in place."""
+def _compensated(directory: Path, source: Source, compiled: Plan) -> Projections:
+    """The compensated projections as written, for the oracle to put in place."""
+    stored = stored_tensors(directory)
+    return {
+        (index, role): _projection(
+            stored, source.family.layer_name(index, source.family.consumer(role))
+        )
+        for index, layer in enumerate(compiled.layers)
+        for role in CONSUMERS
+        if compiled.compensation != "none" and loses(layer, role, source.shape)
+    }
+
+
+def _projection(stored: Mapping[str, StoredTensor], module: str) -> Projection:
     import torch
 
-    from spp_export.reference import OutputProjection
+    from spp_export.reference import Projection
 
-    if compiled.compensation == "none":
-        return {}
-    stored = stored_tensors(directory)
-    found = {}
-    for layer in range(source.shape.num_layers):
-        role = source.family.layer_name(layer, source.family.output)
-        bias = stored.get(f"{role}.bias")
-        found[layer] = OutputProjection(
-            torch.from_numpy(read_float(stored[f"{role}.weight"])),
-            None if bias is None else torch.from_numpy(read_float(bias)),
-        )
-    return found
+    bias = stored.get(f"{module}.bias")
+    return Projection(
+        torch.from_numpy(read_float(stored[f"{module}.weight"])),
+        None if bias is None else torch.from_numpy(read_float(bias)),
+    )

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from spp_export.budget import DEFAULT_KEEP, Budget
-from spp_export.plans.compile import Realised, compile_options, compile_plan, forced_heads
+from spp_export.plans.compile import (
+    Realised,
+    compile_options,
+    compile_plan,
+    compile_units,
+    forced_heads,
+)
 from spp_export.plans.cover import cover
 from spp_export.plans.document import check_plan_target, parse_plan, read_plan, write_plan
 from spp_export.plans.records import (
@@ -30,6 +36,7 @@ __all__ = [
     "check_plan_target",
     "compile_options",
     "compile_plan",
+    "compile_units",
     "cover",
     "dense_plan",
     "forced_heads",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -11,29 +11,36 @@ from numpy.typing import ArrayLike
 
 from spp_export.allocate import (
     BoolArray,
+    Candidates,
+    ChannelOptions,
     Options,
     UniformChoice,
     allocate,
-    allocate_uniform,
+    choose_uniform,
+    head_costs,
     layer_options,
-    size_costs,
+    uniform_sizes,
+    width_costs,
 )
-from spp_export.budget import Budget, Limit
+from spp_export.budget import Budget, Limit, Units, unit_parameters
 from spp_export.errors import BudgetError, PlanError
 from spp_export.plans.infeasible import infeasible, uniform_infeasible
 from spp_export.plans.records import LAYOUTS, LayerPlan, Layout
-from spp_export.shape import ModelShape
+from spp_export.shape import LayerShape, ModelShape
 
 
 @dataclass(frozen=True, slots=True)
 class Realised:
     """What a compiled plan comes to, against what was asked.
 
-    limit and cost are in parameters of q, k, v and o or in KV bytes per token, as `kind` says; keep
-    is the share of q, k, v and o parameters; parameters are the whole model's. score is what
-    is kept of dense_score; no plan of this layout and budget keeps more than score_bound.
+    limit and cost are in parameters of the units that may go or in KV bytes per token, as `kind`
+    says; keep is the share of the units' parameters; parameters are the whole model's. score is
+    what is kept of dense_score; no plan of this layout and budget keeps more than score_bound.
     For a uniform layout, accepted_query_heads are the counts that the stock config takes and the
-    whitelist allows, and next_larger (query heads, KV heads) is the next size above the budget.
+    whitelist allows, and next_larger (query heads, KV heads) and next_larger_channels are the next
+    size above the budget.
+    Where channels may go: units, and the kept shares of the parameters of q, k, v and o
+    (head_keep) and of gate, up and down (channel_keep).
     """
 
     kind: str
@@ -47,10 +54,14 @@ class Realised:
     score_bound: float
     accepted_query_heads: tuple[int, ...] | None = None
     next_larger: tuple[int, int] | None = None
+    next_larger_channels: int | None = None
+    units: str | None = None
+    head_keep: float | None = None
+    channel_keep: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The record for plan.json, without what does not apply."""
-        record = {name: getattr(self, name) for name in self.__slots__}
+        record = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         return {name: value for name, value in record.items() if value is not None}
 
 
@@ -89,37 +100,60 @@ def compile_options(
     breadth: float | None = None,
 ) -> tuple[tuple[LayerPlan, ...], Realised]:
     """As `compile_plan`, from what every size of every layer is worth rather than from scores."""
+    return compile_units(options, None, shape, budget, layout, accepts, breadth=breadth)
+
+
+def compile_units(
+    heads: Options | None,
+    channels: ChannelOptions | None,
+    shape: ModelShape,
+    budget: Budget,
+    layout: Layout = "per-layer",
+    accepts: Callable[[int], bool] = lambda query_heads: True,
+    *,
+    breadth: float | None = None,
+) -> tuple[tuple[LayerPlan, ...], Realised]:
+    """As `compile_options`, for heads, for channels, or for both in competition.
+
+    None means that all of those units stay; it must agree with the units of the budget.
+    """
+    given = (heads is not None, channels is not None)
+    assert given == (budget.units != "channels", budget.units != "heads"), "options of other units"
     if layout not in LAYOUTS:
         raise PlanError(f"layout is {layout!r}, expected {' or '.join(LAYOUTS)}.")
     limit = budget.limit(shape, breadth)
-    costs = size_costs(shape, limit.kind)
     uniform: UniformChoice | None = None
-    try:
-        if layout == "uniform":
-            uniform = allocate_uniform(options, costs, limit.cost, accepts)
-            groups = np.full(shape.num_layers, uniform.groups)
-            heads = np.full(shape.num_layers, uniform.heads)
-            bound = uniform.value
-        else:
-            choice = allocate(options, costs, limit.cost)
-            groups = choice.options // shape.group_size + 1
-            heads = choice.options % shape.group_size + 1
-            bound = choice.bound
-    except BudgetError:
-        if layout == "uniform":
-            raise uniform_infeasible(shape, budget, limit, options, accepts) from None
-        raise infeasible(shape, budget, limit, options) from None
-    layers = layer_plans(options.kept(groups, heads))
-    return layers, _realised(shape, limit, layers, options, bound, uniform)
+    bound: float | None = None
+    if layout == "uniform":
+        uniform = _uniform(heads, channels, shape, budget, limit, accepts)
+        shapes = (uniform.layer,) * shape.num_layers
+    else:
+        shapes, bound = _per_layer(heads, channels, shape, budget, limit)
+    layers = layer_plans(_kept_heads(heads, shape, shapes), _kept_channels(channels, shapes))
+    score = _score(heads, channels, shapes)
+    realised = Realised(
+        **_figures(shape, budget, limit, shapes),
+        score=score,
+        dense_score=_score(heads, channels, shape.layers),
+        score_bound=score if bound is None else bound,
+        **({} if uniform is None else _alternatives(uniform, budget)),
+    )
+    return layers, realised
 
 
-def layer_plans(kept_LGg: BoolArray) -> tuple[LayerPlan, ...]:
-    """One LayerPlan per layer of a mask of kept query heads [L,G,g]; all channels stay."""
+def layer_plans(kept_LGg: BoolArray, kept_LI: BoolArray | None = None) -> tuple[LayerPlan, ...]:
+    """One LayerPlan per layer of masks of kept query heads [L,G,g] and kept channels [L,I].
+
+    Without a mask, or where a layer's is full, all its channels stay and none is listed.
+    """
+    rows = [None] * len(kept_LGg) if kept_LI is None else kept_LI
     return tuple(
         LayerPlan(
-            tuple(np.flatnonzero(mask.any(axis=1)).tolist()), tuple(np.flatnonzero(mask).tolist())
+            tuple(np.flatnonzero(mask.any(axis=1)).tolist()),
+            tuple(np.flatnonzero(mask).tolist()),
+            None if row is None or row.all() else tuple(np.flatnonzero(row).tolist()),
         )
-        for mask in kept_LGg
+        for mask, row in zip(kept_LGg, rows, strict=True)
     )
 
 
@@ -136,34 +170,112 @@ def forced_heads(whitelist: Iterable[tuple[int, int]], shape: ModelShape) -> Boo
     return forced
 
 
-def _realised(
+def _uniform(
+    heads: Options | None,
+    channels: ChannelOptions | None,
     shape: ModelShape,
+    budget: Budget,
     limit: Limit,
-    layers: tuple[LayerPlan, ...],
-    options: Options,
-    bound: float,
-    uniform: UniformChoice | None,
-) -> Realised:
-    shapes = [layer.shape(shape) for layer in layers]
+    accepts: Callable[[int], bool],
+) -> UniformChoice:
+    sizes = uniform_sizes(heads, channels, shape, limit.kind, accepts)
+    try:
+        return choose_uniform(sizes, limit.cost)
+    except BudgetError:
+        raise uniform_infeasible(shape, budget, limit, sizes) from None
+
+
+def _per_layer(
+    heads: Options | None,
+    channels: ChannelOptions | None,
+    shape: ModelShape,
+    budget: Budget,
+    limit: Limit,
+) -> tuple[tuple[LayerShape, ...], float | None]:
+    """The best size of every layer, and the proven bound where it is not proven best."""
+    candidates = []
+    if heads is not None:
+        candidates.append(Candidates.of_heads(heads, head_costs(shape, limit.kind)))
+    if channels is not None:
+        candidates.append(Candidates.of_channels(channels, width_costs(shape, channels.widths)))
+    try:
+        picks, choice = allocate(candidates, limit.cost)
+    except BudgetError:
+        raise infeasible(shape, budget, limit, candidates, channels) from None
+    groups = np.full(shape.num_layers, shape.kv_heads)
+    size = np.full(shape.num_layers, shape.group_size)
+    widths = np.full(shape.num_layers, shape.channels)
+    if heads is not None:
+        groups, size = picks[0] // shape.group_size + 1, picks[0] % shape.group_size + 1
+    if channels is not None:
+        widths = np.array(channels.widths)[picks[-1]]
+    rows = zip((groups * size).tolist(), groups.tolist(), widths.tolist(), strict=True)
+    return tuple(LayerShape(*row) for row in rows), None if choice.exact else choice.bound
+
+
+def _kept_heads(
+    heads: Options | None, shape: ModelShape, shapes: Sequence[LayerShape]
+) -> BoolArray:
+    if heads is None:
+        return np.ones((shape.num_layers, shape.kv_heads, shape.group_size), dtype=bool)
     groups = np.array([layer.kv_heads for layer in shapes])
-    heads = np.array([layer.query_heads for layer in shapes]) // groups
-    head_parameters = shape.head_parameters(shapes)
+    return heads.kept(groups, np.array([layer.query_heads for layer in shapes]) // groups)
+
+
+def _kept_channels(
+    channels: ChannelOptions | None, shapes: Sequence[LayerShape]
+) -> BoolArray | None:
+    return None if channels is None else channels.kept([layer.channels for layer in shapes])
+
+
+def _score(
+    heads: Options | None, channels: ChannelOptions | None, shapes: Sequence[LayerShape]
+) -> float:
+    """Worth of layers of these sizes, of the units that may go."""
+    layers, total = np.arange(len(shapes)), 0.0
+    if heads is not None:
+        groups = np.array([layer.kv_heads for layer in shapes])
+        size = np.array([layer.query_heads for layer in shapes]) // groups
+        total += float(heads.value[layers, groups - 1, size - 1].sum())
+    if channels is not None:
+        at = np.searchsorted(channels.widths, [layer.channels for layer in shapes])
+        total += float(channels.value[layers, at].sum())
+    return total
+
+
+def _figures(
+    shape: ModelShape, budget: Budget, limit: Limit, shapes: Sequence[LayerShape]
+) -> dict[str, Any]:
+    """The entries of `Realised` that follow from the sizes alone."""
+    kept = unit_parameters(shape, shapes, budget.units)
     kv_bytes = shape.kv_bytes_per_token(shapes)
-    return Realised(
-        kind=limit.kind,
-        limit=limit.cost,
-        cost=head_parameters if limit.kind == "parameters" else kv_bytes,
-        keep=head_parameters / shape.head_parameters(shape.layers),
-        parameters=shape.parameters(shapes),
-        kv_bytes_per_token=kv_bytes,
-        score=float(options.value[np.arange(len(layers)), groups - 1, heads - 1].sum()),
-        dense_score=float(options.value[:, -1, -1].sum()),
-        score_bound=bound,
-        accepted_query_heads=uniform.accepted if uniform else None,
-        next_larger=_heads(uniform.next_larger) if uniform else None,
-    )
+    figures: dict[str, Any] = {
+        "kind": limit.kind,
+        "limit": limit.cost,
+        "cost": kept if limit.kind == "parameters" else kv_bytes,
+        "keep": _share(shape, shapes, budget.units),
+        "parameters": shape.parameters(shapes),
+        "kv_bytes_per_token": kv_bytes,
+    }
+    if budget.units != "heads":
+        figures["units"] = budget.units
+        figures["head_keep"] = _share(shape, shapes, "heads")
+        figures["channel_keep"] = _share(shape, shapes, "channels")
+    return figures
 
 
-def _heads(size: tuple[int, int] | None) -> tuple[int, int] | None:
-    """(query heads, KV heads) of a size given as (KV groups, query heads per group)."""
-    return None if size is None else (size[0] * size[1], size[0])
+def _share(shape: ModelShape, shapes: Sequence[LayerShape], units: Units) -> float:
+    """Share of the units' parameters that layers of these sizes keep."""
+    return unit_parameters(shape, shapes, units) / unit_parameters(shape, shape.layers, units)
+
+
+def _alternatives(uniform: UniformChoice, budget: Budget) -> dict[str, Any]:
+    """The entries of `Realised` about other uniform sizes, of the units that may go."""
+    larger = uniform.next_larger
+    entries: dict[str, Any] = {}
+    if budget.units != "channels":
+        entries["accepted_query_heads"] = uniform.accepted
+        entries["next_larger"] = larger and (larger.query_heads, larger.kv_heads)
+    if budget.units != "heads":
+        entries["next_larger_channels"] = larger and larger.channels
+    return entries

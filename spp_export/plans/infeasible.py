@@ -2,58 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import numpy as np
 
-from spp_export.allocate import Options, size_costs, sizes, stock_sizes
-from spp_export.budget import Budget, Limit
+from spp_export.allocate import Candidates, ChannelOptions, UniformSizes, smallest_cost
+from spp_export.budget import Budget, Limit, unit_parameters
 from spp_export.errors import BudgetError
 from spp_export.shape import ModelShape
 
+_WHOSE = {"heads": "head", "channels": "channel", "both": "head and channel"}
 
-def infeasible(shape: ModelShape, budget: Budget, limit: Limit, options: Options) -> BudgetError:
+
+def infeasible(
+    shape: ModelShape,
+    budget: Budget,
+    limit: Limit,
+    candidates: Sequence[Candidates],
+    channels: ChannelOptions | None,
+) -> BudgetError:
     """The error for layers of any regular size, naming the smallest total."""
-    costs = np.where(options.value > -np.inf, size_costs(shape, limit.kind), np.inf)
-    smallest = int(costs.min(axis=(1, 2)).sum())
+    smallest = smallest_cost(candidates)
+    width = "" if channels is None else f"{channels.widths[0]} channels per layer"
+    least = {
+        "heads": "one KV group per layer, and the whitelist",
+        "channels": width,
+        "both": f"one KV group and {width}, and the whitelist",
+    }[budget.units]
     return BudgetError(
         f"{_asked(budget, limit)} is below the smallest plan, "
-        f"{_figure(shape, budget, smallest)} (one KV group per layer, and the whitelist). "
+        f"{_figure(shape, budget, smallest)} ({least}). "
         f"{_advice(shape, budget, smallest)}"
     )
 
 
 def uniform_infeasible(
-    shape: ModelShape,
-    budget: Budget,
-    limit: Limit,
-    options: Options,
-    accepts: Callable[[int], bool],
+    shape: ModelShape, budget: Budget, limit: Limit, sizes: UniformSizes
 ) -> BudgetError:
     """The error for one size in all layers, naming the nearest on both sides of the budget."""
-    groups, heads = sizes(options)
-    counts, stock = groups * heads, stock_sizes(options, accepts)
-    valid = stock & (options.value > -np.inf).all(axis=0)
-    cost = size_costs(shape, limit.kind) * shape.num_layers
     asked = _asked(budget, limit)
-    if not valid.any():
+    above = sizes.cheapest(sizes.valid)
+    if above is None:
         return BudgetError(f"{asked}: the stock config accepts no size. Use layout per-layer.")
 
     def describe(index: int) -> str:
-        figure = _figure(shape, budget, int(cost.flat[index]))
-        return f"{counts.flat[index]} query heads in {index // heads.size + 1} KV groups, {figure}"
+        layer = sizes.layer(index)
+        heads = f"{layer.query_heads} query heads in {layer.kv_heads} KV groups"
+        channels = f"{layer.channels} channels"
+        size = {"heads": heads, "channels": channels, "both": f"{heads} and {channels}"}
+        return f"{size[budget.units]}, {_figure(shape, budget, int(sizes.cost[index]))}"
 
-    above = int(np.flatnonzero(valid & (cost == cost[valid].min()))[-1])
     text = f"{asked} is below the smallest uniform plan ({describe(above)})"
-    within = stock & (cost <= limit.cost)
+    within = sizes.stock & (sizes.cost <= limit.cost)
     if within.any():
-        below = int(np.flatnonzero(within & (cost == cost[within].max()))[-1])
+        below = int(np.flatnonzero(within & (sizes.cost == sizes.cost[within].max()))[-1])
         text += f"; the next below ({describe(below)}) drops whitelisted heads"
-    accepted = ", ".join(map(str, np.unique(counts[stock]).tolist()))
-    return BudgetError(
-        f"{text}. The stock config accepts {accepted} query heads. "
-        f"{_advice(shape, budget, int(cost.flat[above]))}"
-    )
+    if budget.units != "channels":
+        accepted = ", ".join(map(str, np.unique(sizes.query_heads[sizes.stock]).tolist()))
+        text += f". The stock config accepts {accepted} query heads"
+    return BudgetError(f"{text}. {_advice(shape, budget, int(sizes.cost[above]))}")
 
 
 def _asked(budget: Budget, limit: Limit) -> str:
@@ -63,8 +70,8 @@ def _asked(budget: Budget, limit: Limit) -> str:
 
 
 def _nearest(shape: ModelShape, budget: Budget, cost: int) -> float | int:
-    """The smallest value of the user's own budget that allows head cost `cost`."""
-    dense = shape.head_parameters(shape.layers)
+    """The smallest value of the user's own budget that allows the units' cost `cost`."""
+    dense = unit_parameters(shape, shape.layers, budget.units)
     if budget.max_kv_bytes is not None:
         return cost
     if budget.max_params is not None:
@@ -78,7 +85,7 @@ def _figure(shape: ModelShape, budget: Budget, cost: int) -> str:
         return f"{value} bytes of KV cache per token"
     if budget.max_params is not None:
         return f"{value} parameters"
-    return f"{value:.4f} of the head parameters"
+    return f"{value:.4f} of the {_WHOSE[budget.units]} parameters"
 
 
 def _advice(shape: ModelShape, budget: Budget, cost: int) -> str:

@@ -21,6 +21,7 @@ PROVENANCE = (
     "scenario",
     "artifacts",
     "diagnosis",
+    "calibration",
     "criterion",
     "policy",
     "budget",
@@ -67,6 +68,7 @@ class Plan:
     scenario: Mapping[str, Any] = field(default_factory=dict)
     artifacts: Mapping[str, Any] = field(default_factory=dict)
     diagnosis: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Mapping[str, Any] = field(default_factory=dict)
     criterion: Mapping[str, Any] = field(default_factory=dict)
     policy: Mapping[str, Any] = field(default_factory=dict)
     budget: Mapping[str, Any] = field(default_factory=dict)

@@ -1,7 +1,8 @@
-"""Moments in the cache: right, mixed by weight, gathered once, and never another model's."""
+"""Statistics in the cache: right, mixed by weight, gathered once, and never another model's."""
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,23 @@ from factories import make_checkpoint
 from safetensors.numpy import save_file
 from transformers import AutoTokenizer
 
+from spp_export.activations import TextMeans
 from spp_export.checkpoint.source import open_source
+from spp_export.importance import Axis, Gradients
 from spp_export.loader import load_dense
-from spp_export.moments import Moments, gather
+from spp_export.moments import KINDS, Moments, gather, layer_weights
 
 TEXTS = ("Gold melts at 1064 degrees.", "", "Why?", "Iron rusts in damp air, gold does not.")
 OTHERS = ("A bond is a loan that can be sold.",)
+MODULES = {
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "output": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -40,133 +52,300 @@ def not_needed():
     raise AssertionError("the dense model was asked for")
 
 
+class Passes:
+    """Stands for the dense model and counts how often its decoder ran, and with gradients."""
+
+    def __init__(self, path):
+        self.forward = self.backward = 0
+        self._loaded = loader(path)()
+        self._loaded[0].model.register_forward_hook(self._count)
+
+    def __call__(self):
+        return self._loaded
+
+    def _count(self, *_):
+        if torch.is_grad_enabled():
+            self.backward += 1
+        else:
+            self.forward += 1
+
+
 @torch.no_grad()
 def direct(path, texts):
-    """Second moments, means and inverse squared norms per layer, one unpadded text at a time."""
+    """Tokens [T,*] float64 that each place shows, {name: [per layer]}, one text at a time."""
     model = load_dense(path, torch.float64)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    inputs = [[] for _ in model.model.layers]
-    streams = [[] for _ in model.model.layers]
+    names = ("q", "o", "gate", "down", "residual", "stream")
+    seen = {name: [[] for _ in model.model.layers] for name in names}
+
+    def record(rows, last=False):
+        return lambda _, args, *output: rows.append((output[0] if last else args[0])[0])
+
     for index, layer in enumerate(model.model.layers):
-        layer.self_attn.o_proj.register_forward_pre_hook(
-            lambda _, args, i=index: inputs[i].append(args[0][0])
-        )
-        layer.post_attention_layernorm.register_forward_pre_hook(
-            lambda _, args, i=index: streams[i].append(args[0][0])
-        )
+        for name, module in (
+            ("q", layer.self_attn.q_proj),
+            ("o", layer.self_attn.o_proj),
+            ("gate", layer.mlp.gate_proj),
+            ("down", layer.mlp.down_proj),
+            ("residual", layer.post_attention_layernorm),
+        ):
+            module.register_forward_pre_hook(record(seen[name][index]))
+        layer.register_forward_hook(lambda _, args, output, i=index: after(seen, i, output))
     for text in filter(None, texts):
         model(torch.tensor([tokenizer(text)["input_ids"]]))
-    a = [torch.cat(layer).numpy() for layer in inputs]
-    r = [torch.cat(layer).numpy() for layer in streams]
-    return (
-        [layer.T @ layer / len(layer) for layer in a],
-        [layer.mean(0) for layer in a],
-        [np.mean(1 / (layer**2).sum(1)) for layer in r],
-    )
+    return {name: [torch.cat(rows).numpy() for rows in layers] for name, layers in seen.items()}
+
+
+def after(seen, index, output):
+    seen["stream"][index].append((output[0] if isinstance(output, tuple) else output)[0])
+
+
+def second(values):
+    return values.T @ values / len(values)
+
+
+def inverse_square(values):
+    return np.mean(1 / (values**2).sum(1))
+
+
+def assert_close(found, expected):
+    assert found.dtype == np.float32
+    expected = np.asarray(expected)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
 def test_one_collection_equals_direct_averages(dense):
-    path = gather(open_source(dense), TEXTS, loader(dense))
-    moments = Moments(((path, 1.0),))
-    seconds, means, sensitivity = direct(dense, TEXTS)
-    for layer, (second, mean) in enumerate(zip(seconds, means, strict=True)):
-        found = moments.second(layer)
-        assert found.dtype == np.float32
-        np.testing.assert_allclose(found, second, rtol=1e-4, atol=1e-5 * second.max())
-        np.testing.assert_allclose(moments.mean(layer), mean, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(moments.sensitivity(), sensitivity, rtol=1e-5)
+    found = gather(open_source(dense), TEXTS, ("attention", "mlp"), loader(dense))
+    moments = Moments(((found, 1.0),))
+    seen = direct(dense, TEXTS)
+    for layer in range(2):
+        for of in (found, moments):
+            assert_close(of.second(layer), second(seen["o"][layer]))
+            assert_close(of.mean(layer), seen["o"][layer].mean(0))
+            assert_close(of.channel_blocks(layer), second(seen["down"][layer])[None])
+            assert_close(of.channel_mean(layer), seen["down"][layer].mean(0))
+        assert_close(found.attention_input_square(layer), (seen["q"][layer] ** 2).mean(0))
+        assert_close(found.mlp_input_square(layer), (seen["gate"][layer] ** 2).mean(0))
+    for of in (found, moments):
+        expected = [inverse_square(values) for values in seen["residual"]]
+        np.testing.assert_allclose(of.sensitivity(), expected, rtol=1e-5)
+        expected = [inverse_square(values) for values in seen["stream"]]
+        np.testing.assert_allclose(of.channel_sensitivity(), expected, rtol=1e-5)
+
+
+def test_many_channels_are_kept_in_blocks(dense, monkeypatch):
+    """96 channels in blocks of at most 40 are three of 32; of at most 20, five of 20."""
+    seen = direct(dense, TEXTS)
+    for index, (most, count, size) in enumerate(((40, 3, 32), (20, 5, 20))):
+        monkeypatch.setattr("spp_export.activations.CHANNEL_BLOCK", most)
+        texts = (*TEXTS, *OTHERS[:index])  # another entry of the cache
+        seen = direct(dense, texts)
+        found = gather(open_source(dense), texts, ["mlp"], loader(dense))
+        blocks = found.channel_blocks(1)
+        whole = np.zeros((count * size,) * 2)
+        whole[:96, :96] = second(seen["down"][1])
+        places = [slice(i * size, (i + 1) * size) for i in range(count)]
+        assert_close(blocks, np.stack([whole[place, place] for place in places]))
+        mlp = found.layer_statistics(open_source(dense), 1).mlp
+        assert_close(mlp.square, (seen["down"][1] ** 2).mean(0))
 
 
 def test_a_mixture_weighs_collections_not_tokens(dense):
     source = open_source(dense)
-    paths = [gather(source, texts, loader(dense)) for texts in (TEXTS, OTHERS)]
-    mixed = Moments(((paths[0], 0.3), (paths[1], 0.7)))
-    one, other = direct(dense, TEXTS), direct(dense, OTHERS)
-    second = 0.3 * one[0][1] + 0.7 * other[0][1]
-    np.testing.assert_allclose(mixed.second(1), second, rtol=1e-4, atol=1e-5 * second.max())
-    expected = 0.3 * one[1][0] + 0.7 * other[1][0]
-    np.testing.assert_allclose(mixed.mean(0), expected, rtol=1e-4, atol=1e-5)
-    expected = 0.3 * np.array(one[2]) + 0.7 * np.array(other[2])
-    np.testing.assert_allclose(mixed.sensitivity(), expected, rtol=1e-5)
+    one, other = (
+        gather(source, texts, ("attention", "mlp"), loader(dense)) for texts in (TEXTS, OTHERS)
+    )
+    mixed = Moments(((one, 0.3), (other, 0.7)))
+    seen, others = direct(dense, TEXTS), direct(dense, OTHERS)
+
+    def expected(of, place, layer):
+        return 0.3 * of(seen[place][layer]) + 0.7 * of(others[place][layer])
+
+    def mean(values):
+        return values.mean(0)
+
+    assert_close(mixed.second(1), expected(second, "o", 1))
+    assert_close(mixed.mean(0), expected(mean, "o", 0))
+    assert_close(mixed.channel_blocks(0)[0], expected(second, "down", 0))
+    assert_close(mixed.channel_mean(1), expected(mean, "down", 1))
+    for found, place in (
+        (mixed.sensitivity(), "residual"),
+        (mixed.channel_sensitivity(), "stream"),
+    ):
+        wanted = [expected(inverse_square, place, layer) for layer in range(2)]
+        np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
-def test_the_second_time_costs_no_pass(dense, cache):
+def test_the_record_of_a_layer_says_the_same(dense):
     source = open_source(dense)
-    path = gather(source, TEXTS, loader(dense))
-    assert cache in path.parents
-    assert gather(source, TEXTS, not_needed) == path
-    assert {file.name for file in path.parent.iterdir()} == {path.name}
+    found = gather(source, TEXTS, KINDS, loader(dense))
+    seen = direct(dense, TEXTS)
+    axis = Axis(np.ones(64), np.ones(4))
+    record = found.layer_statistics(source, 1, axis=axis, seed=3)
+    assert (record.layer, record.heads, record.groups, record.seed) == (1, 4, 2, 3)
+    assert record.axis is axis
+    assert_close(record.attention.input_square, (seen["q"][1] ** 2).mean(0))
+    assert_close(record.attention.mean, seen["o"][1].mean(0))
+    assert_close(record.attention.square, (seen["o"][1] ** 2).mean(0))
+    for head in range(4):
+        part = seen["o"][1][:, head * 16 : (head + 1) * 16]
+        assert_close(record.attention.second[head], second(part))
+    assert_close(record.mlp.input_square, (seen["gate"][1] ** 2).mean(0))
+    assert_close(record.mlp.mean, seen["down"][1].mean(0))
+    assert_close(record.mlp.square, (seen["down"][1] ** 2).mean(0))
+    sizes = {"query": 64, "key": 32, "value": 32, "output": 64, "head_gates": 4}
+    for field in fields(Gradients):
+        values = getattr(record.gradients, field.name)
+        part = field.name if field.name in sizes else field.name.partition("_")[0]
+        assert values.shape == (sizes.get(part, 96),)
+        assert (values >= 0).all()
+        assert values.max() > 0
+
+
+def test_a_record_holds_what_was_asked_for(dense):
+    source = open_source(dense)
+    found = gather(source, TEXTS, ("attention", "mlp"), loader(dense))
+    whole = found.layer_statistics(source, 0)
+    assert whole.attention is not None
+    assert whole.mlp is not None
+    assert whole.gradients is None
+    weights = layer_weights(source, 0)
+    part = found.layer_statistics(source, 0, ["mlp"], weights=weights)
+    assert part.weights is weights
+    assert part.attention is None
+    assert part.mlp is not None
+    with pytest.raises(AssertionError, match="gradients statistics were not gathered"):
+        found.gradients(0)
+
+
+def test_weights_are_the_layers_own(dense):
+    model = load_dense(dense)
+    weights = layer_weights(open_source(dense), 1)
+    for name, module in MODULES.items():
+        expected = model.get_parameter(f"model.layers.1.{module}.weight")
+        np.testing.assert_array_equal(getattr(weights, name), expected.detach().numpy())
+
+
+@pytest.mark.parametrize("kinds", [(kind,) for kind in KINDS] + [KINDS])
+def test_the_second_time_costs_no_pass(dense, cache, kinds):
+    source = open_source(dense)
+    found = gather(source, TEXTS, kinds, loader(dense))
+    assert set(found.parts) == set(kinds)
+    assert gather(source, TEXTS, kinds, not_needed) == found
+    files = {path for path in cache.rglob("*") if path.is_file()}
+    assert files == set(found.parts.values())
+    assert len(files) == len(kinds)
+
+
+def test_kinds_gathered_apart_equal_those_gathered_together(dense, monkeypatch, tmp_path):
+    source = open_source(dense)
+    together = gather(source, TEXTS, KINDS, loader(dense))
+    monkeypatch.setenv("SPP_CACHE", str(tmp_path / "another"))
+    for kind in KINDS:
+        apart = gather(source, TEXTS, [kind], loader(dense))
+        assert apart.parts[kind] != together.parts[kind]
+        assert apart.parts[kind].read_bytes() == together.parts[kind].read_bytes()
+
+
+def test_passes_are_made_for_what_is_missing(dense):
+    source, model = open_source(dense), Passes(dense)
+    gather(source, TEXTS, ("attention", "mlp"), model)
+    assert (model.forward, model.backward) == (1, 0)
+    gather(source, TEXTS, KINDS, model)
+    assert (model.forward, model.backward) == (1, 1)
+    gather(source, OTHERS, ["gradients"], model)
+    assert (model.forward, model.backward) == (1, 2)
+    gather(source, OTHERS, ["attention"], model)
+    gather(source, OTHERS, ("attention", "mlp"), model)
+    assert (model.forward, model.backward) == (3, 2)
+
+
+def test_other_observers_look_on_in_the_same_pass(dense):
+    source, model = open_source(dense), Passes(dense)
+    first, again = (TextMeans("stream", len(TEXTS), 2, 64) for _ in range(2))
+    found = gather(source, TEXTS, ["attention"], model, also=[first])
+    assert model.forward == 1
+    assert gather(source, TEXTS, ["attention"], not_needed) == found
+    before = found.parts["attention"].stat().st_mtime_ns
+    assert gather(source, TEXTS, ["attention"], model, also=[again]) == found
+    assert model.forward == 2, "they have something to see although the cache has all"
+    assert found.parts["attention"].stat().st_mtime_ns == before
+    values = direct(dense, TEXTS)["stream"][1]
+    np.testing.assert_allclose(first.values[0, 1], values[: len(TEXTS[0])].mean(0), rtol=1e-4)
+    np.testing.assert_array_equal(first.values, again.values)
 
 
 @pytest.mark.parametrize("texts", [TEXTS[::-1], TEXTS[:2], (*TEXTS, "more")])
 def test_other_texts_are_another_entry(dense, texts):
     source = open_source(dense)
-    path = gather(source, TEXTS, loader(dense))
-    assert gather(source, texts, loader(dense)) != path
+    found = gather(source, TEXTS, ["attention"], loader(dense))
+    assert gather(source, texts, ["attention"], loader(dense)) != found
 
 
 def test_another_precision_is_another_entry(dense):
     source = open_source(dense)
-    path = gather(source, TEXTS, loader(dense))
-    assert gather(source, TEXTS, loader(dense), dtype="bfloat16") != path
-    assert gather(source, TEXTS, not_needed, dtype="float32") == path
+    found = gather(source, TEXTS, ["mlp"], loader(dense))
+    assert gather(source, TEXTS, ["mlp"], loader(dense), dtype="bfloat16") != found
+    assert gather(source, TEXTS, ["mlp"], not_needed, dtype="float32") == found
 
 
 def test_another_model_of_the_same_sizes_is_another_entry(dense, tmp_path):
     """A fine-tuned model has the same config and the same tensors, by name, dtype and shape."""
-    path = gather(open_source(dense), TEXTS, loader(dense))
+    found = gather(open_source(dense), TEXTS, KINDS, loader(dense))
     tuned = make_checkpoint(tmp_path, "qwen2", kv_heads=2, query_heads=4, layers=2, seed=1)
     source = open_source(tuned)
     assert source.fingerprint == open_source(dense).fingerprint
-    other = gather(source, TEXTS, loader(tuned))
-    assert other != path
-    seconds, _, _ = direct(tuned, TEXTS)
-    found = Moments(((other, 1.0),)).second(0)
-    np.testing.assert_allclose(found, seconds[0], rtol=1e-4, atol=1e-5 * seconds[0].max())
+    other = gather(source, TEXTS, KINDS, loader(tuned))
+    assert not set(other.parts.values()) & set(found.parts.values())
+    assert_close(other.second(0), second(direct(tuned, TEXTS)["o"][0]))
 
 
+def test_no_text_is_no_division_by_zero(dense):
+    found = gather(open_source(dense), [""], KINDS, loader(dense))
+    assert not found.second(0).any()
+    assert not found.channel_blocks(1).any()
+    assert not found.gradients(1).channel_gates.any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "others"])
-def test_a_damaged_entry_is_made_again(dense, damage):
+def test_a_damaged_entry_is_made_again(dense, kind, damage):
     source = open_source(dense)
-    path = gather(source, TEXTS, loader(dense))
+    found = gather(source, TEXTS, KINDS, loader(dense))
+    path = found.parts[kind]
     whole = path.read_bytes()
     if damage == "others":
-        save_file({"sensitivity": np.zeros(2)}, path)
+        save_file({"sensitivity": np.zeros(2), "head_gates/0": np.zeros(4)}, path)
     else:
         path.write_bytes({"truncated": whole[:-9], "empty": b"", "text": b"no tensors"}[damage])
-    assert gather(source, TEXTS, loader(dense)) == path
+    model = Passes(dense)
+    assert gather(source, TEXTS, KINDS, model) == found
     assert path.read_bytes() == whole
+    assert model.forward + model.backward == 1
 
 
-def test_an_interrupted_pass_leaves_nothing(dense, cache):
-    class Interrupted(torch.nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.model = model
-
-        def parameters(self, recurse=True):
-            return self.model.parameters(recurse)
-
-        def get_submodule(self, target):
-            if target == "model":
-                raise KeyboardInterrupt
-            return self.model.get_submodule(target)
-
+@pytest.mark.parametrize("kinds", [("attention", "mlp"), ("gradients",)])
+def test_an_interrupted_pass_leaves_nothing(dense, cache, kinds):
     def dense_model():
         model, tokenizer = loader(dense)()
-        return Interrupted(model), tokenizer
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        model.model.layers[1].register_forward_pre_hook(interrupt)
+        return model, tokenizer
 
     with pytest.raises(KeyboardInterrupt):
-        gather(open_source(dense), TEXTS, dense_model)
-    assert not list(cache.rglob("*.safetensors"))
+        gather(open_source(dense), TEXTS, kinds, dense_model)
+    assert not any(path.is_file() for path in cache.rglob("*"))
 
 
 def test_a_full_disk_leaves_nothing(dense, cache, monkeypatch):
-    def no_space(tensors, path, metadata):
+    def no_space(tensors, path):
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("spp_export.moments.save_file", no_space)
+    monkeypatch.setattr("spp_export.statistics_cache.save_file", no_space)
     with pytest.raises(OSError, match="No space left"):
-        gather(open_source(dense), TEXTS, loader(dense))
+        gather(open_source(dense), TEXTS, ["attention"], loader(dense))
     assert not any(path.is_file() for path in cache.rglob("*"))

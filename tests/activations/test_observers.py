@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 
 import numpy as np
@@ -11,9 +12,12 @@ from factories import CASES, make_checkpoint, shape_of
 from transformers import AutoTokenizer
 
 from spp_export.activations import (
+    MeanSquares,
     SecondMoments,
     StreamSensitivity,
     TextMeans,
+    _home,
+    channel_block,
     observe,
     token_batches,
 )
@@ -28,6 +32,15 @@ TEXTS = (
     "Säure und Base",
     "What do bonds yield when rates fall?",
     "A much longer text than the others, so that every other row of its batch is mostly padding.",
+)
+PLACES = (
+    "attention_input",
+    "output",
+    "attention",
+    "residual",
+    "mlp_input",
+    "down",
+    "stream",
 )
 REAL = tuple(i for i, text in enumerate(TEXTS) if text)
 
@@ -49,7 +62,7 @@ class Recorder:
 @contextmanager
 def watched(model):
     """What every layer's parts read and write, by our own hooks: lists of [T,*], one per layer."""
-    seen = {"input": [], "attention": [], "output": []}
+    seen = {name: [] for name in ("input", "attention", "output", "normed", "mlp", "down", "after")}
     handles = []
     for layer in model.model.layers:
         handles += [
@@ -63,6 +76,19 @@ def watched(model):
             layer.self_attn.o_proj.register_forward_pre_hook(
                 lambda _, args: seen["output"].append(args[0])
             ),
+            # The values of a module's neighbour, where there is one, rather than its own input.
+            layer.input_layernorm.register_forward_hook(
+                lambda _, args, output: seen["normed"].append(output[0])
+            ),
+            layer.post_attention_layernorm.register_forward_hook(
+                lambda _, args, output: seen["mlp"].append(output[0])
+            ),
+            layer.mlp.down_proj.register_forward_pre_hook(
+                lambda _, args: seen["down"].append(args[0][0])
+            ),
+            layer.mlp.register_forward_hook(
+                lambda _, args, output: seen["after"].append(output[0])
+            ),
         ]
     yield seen
     for handle in handles:
@@ -72,7 +98,7 @@ def watched(model):
 @torch.no_grad()
 def one_by_one(model, tokenizer, texts):
     """Activations {place: {(layer, text): [T,*]}} of each text alone, without any padding."""
-    found = {"residual": {}, "attention": {}, "output": {}}
+    found = {place: {} for place in PLACES}
     for index in (i for i, text in enumerate(texts) if text):
         ids = torch.tensor([tokenizer(texts[index])["input_ids"]])
         with watched(model) as seen:
@@ -84,6 +110,9 @@ def one_by_one(model, tokenizer, texts):
             found["residual"][layer, index] = stream + attention
             found["attention"][layer, index] = attention
             found["output"][layer, index] = output
+            found["stream"][layer, index] = stream + attention + seen["after"][layer]
+            for place, name in (("attention_input", "normed"), ("mlp_input", "mlp"), ("down",) * 2):
+                found[place][layer, index] = seen[name][layer]
     return found
 
 
@@ -141,17 +170,71 @@ def test_second_moments_are_sums_over_tokens(watched_model):
         sums = everything(expected["output"], layer).sum(0)
         scale = float(products.diagonal().max())
         torch.testing.assert_close(
-            moments.products[layer].double(), products, rtol=1e-5, atol=1e-6 * scale
+            moments.products(layer)[0].double(), products, rtol=1e-5, atol=1e-6 * scale
         )
         torch.testing.assert_close(moments.sums[layer].double(), sums, rtol=1e-5, atol=1e-4)
 
 
-def test_stream_sensitivity_is_the_sum_of_inverse_squared_norms(watched_model):
+@pytest.mark.parametrize("block", [96, 50, 32, 7])
+def test_blocks_are_the_diagonal_blocks_of_the_whole_matrix(watched_model, block):
     model, tokenizer, family, shape, expected = watched_model
-    stream = StreamSensitivity(shape.num_layers)
+    blocks = SecondMoments(shape.num_layers, shape.channels, place="down", block=block)
+    observe(model, family, token_batches(tokenizer, TEXTS), [blocks])
+    count = math.ceil(shape.channels / block)
+    for layer in range(shape.num_layers):
+        values = everything(expected["down"], layer)
+        whole = torch.zeros(count * block, count * block, dtype=torch.float64)
+        whole[: shape.channels, : shape.channels] = values.T @ values
+        found = blocks.products(layer).double()
+        assert found.shape == (count, block, block)
+        scale = float(whole.diagonal().max())
+        for i in range(count):
+            wanted = whole[i * block : (i + 1) * block, i * block : (i + 1) * block]
+            torch.testing.assert_close(found[i], wanted, rtol=1e-5, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize(
+    ("channels", "block"),
+    [(96, 96), (1536, 1536), (1537, 769), (3072, 1536), (11008, 1376), (18944, 1458)],
+)
+def test_blocks_are_the_fewest_of_at_most_1536_channels(channels, block):
+    assert channel_block(channels) == block
+    count = math.ceil(channels / block)
+    assert count == math.ceil(channels / 1536)
+    assert block * count - channels < count, "the blocks are nearly equal"
+
+
+def test_a_layer_never_seen_has_moments_of_zero():
+    assert (SecondMoments(1, 6, block=4).products(0) == torch.zeros(2, 4, 4)).all()
+
+
+@pytest.mark.parametrize("place", ["attention_input", "mlp_input"])
+def test_mean_squares_are_sums_over_tokens(watched_model, place):
+    model, tokenizer, family, shape, expected = watched_model
+    squares = MeanSquares(place, shape.num_layers, shape.hidden_size)
+    observe(model, family, token_batches(tokenizer, TEXTS), [squares])
+    assert squares.tokens == sum(len(TEXTS[i].encode()) for i in REAL)
+    for layer in range(shape.num_layers):
+        wanted = sum(token**2 for token in everything(expected[place], layer))
+        torch.testing.assert_close(squares.sums[layer].double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_sums_of_a_crowded_accelerator_live_on_the_cpu(monkeypatch):
+    """10 GB in all; 2.5 GB have to stay free."""
+    card, cpu = torch.device("cuda", 0), torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3 * 10**9, 10**10))
+    assert _home(card, 4 * 10**8) == card
+    assert _home(card, 6 * 10**8) == cpu
+    assert _home(cpu, 4 * 10**8) == cpu
+
+
+@pytest.mark.parametrize("place", ["residual", "stream"])
+def test_stream_sensitivity_is_the_sum_of_inverse_squared_norms(watched_model, place):
+    model, tokenizer, family, shape, expected = watched_model
+    stream = StreamSensitivity(shape.num_layers, place)
     observe(model, family, token_batches(tokenizer, TEXTS), [stream])
     for layer in range(shape.num_layers):
-        wanted = sum(1 / float(token @ token) for token in everything(expected["residual"], layer))
+        wanted = sum(1 / float(token @ token) for token in everything(expected[place], layer))
         assert float(stream.sums[layer]) == pytest.approx(wanted, rel=1e-9)
     assert stream.tokens == sum(len(TEXTS[i].encode()) for i in REAL)
 
@@ -176,7 +259,7 @@ def hooks(model):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-@pytest.mark.parametrize("place", ["residual", "attention", "output"])
+@pytest.mark.parametrize("place", PLACES)
 def test_hooks_are_gone_after_an_exception(small, error, place):
     class Failing:
         def __init__(self):
@@ -189,7 +272,7 @@ def test_hooks_are_gone_after_an_exception(small, error, place):
 
     model, tokenizer = small
     before = hooks(model)
-    observers = [Failing(), *(Recorder(p) for p in ("residual", "attention", "output"))]
+    observers = [Failing(), *(Recorder(p) for p in PLACES)]
     with pytest.raises(error, match="enough"):
         observe(model, FAMILIES["llama"], token_batches(tokenizer, TEXTS), observers)
     assert hooks(model) == before

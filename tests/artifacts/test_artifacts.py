@@ -119,6 +119,36 @@ def test_written_twice_is_the_same_bytes(written, tmp_path):
         assert (again / name).read_bytes() == (written / name).read_bytes()
 
 
+def test_settings_have_defaults_until_they_are_measured():
+    artifacts = make()
+    assert artifacts.regime_rule == (0.5, 0.15)
+    assert (artifacts.shrinkage, artifacts.scenario_weight) == (0.5, 0.3)
+    measured = make(
+        manifest={
+            "regime_choice": {"known": 0.3, "share": 0.2},
+            "shrinkage": {"chosen": 1},
+            "scenario_weight": {"chosen": 0.15},
+        }
+    )
+    assert measured.regime_rule == (0.3, 0.2)
+    assert (measured.shrinkage, measured.scenario_weight) == (1.0, 0.15)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "match"),
+    [
+        ({"shrinkage": {"chosen": 1.5}}, r"shrinkage.chosen: expected a number from 0 to 1, got 1"),
+        ({"shrinkage": 0.5}, "shrinkage: expected a JSON object"),
+        ({"scenario_weight": {"chosen": "0.5"}}, "scenario_weight.chosen: .*got '0.5'"),
+        ({"regime_choice": {"known": True}}, "regime_choice.known: .*got True"),
+        ({"regime_choice": {"share": float("nan")}}, "regime_choice.share: .*got nan"),
+    ],
+)
+def test_settings_that_are_no_shares(manifest, match, tmp_path):
+    with pytest.raises(ArtifactsError, match=match):
+        write_artifacts(make(manifest=manifest), tmp_path)
+
+
 def test_the_hash_covers_names_and_bytes(written):
     lines = [
         f"{name}\0{hashlib.sha256((written / name).read_bytes()).hexdigest()}\n" for name in FILES

@@ -104,6 +104,14 @@ def test_values(published, importance):
     }
 
 
+def test_layers_are_integers_once_imported(published):
+    """The files key layers by strings, as JSON must; nothing of ours does."""
+    manifest = import_published(published).manifest
+    assert manifest["calibrated_layers"]["in-domain"] == [2, 3]
+    for layers in (manifest["probe_layers"], *manifest["calibrated_layers"].values()):
+        assert all(type(layer) is int for layer in layers)
+
+
 def test_a_layer_without_a_probe_is_recorded(published):
     artifacts = import_published(published)
     assert artifacts.probe_layers == (0, 2, 3)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import subprocess
 import sys
@@ -28,6 +29,7 @@ PER_LAYER = (
     LayerPlan((1,), (2, 3), None),
     LayerPlan((0, 1, 2, 3), tuple(range(8)), tuple(range(8, 40))),
 )
+CONSUMERS = ("self_attn.o_proj", "mlp.down_proj")
 UNIFORM = (
     LayerPlan((0, 3), (0, 1, 6, 7), tuple(range(0, 40, 2))),
     LayerPlan((1, 2), (2, 3, 4, 5), tuple(range(20))),
@@ -179,12 +181,12 @@ def test_replaced_weights_are_given_whole_and_rounded_once(tmp_path):
         assert torch.equal(found[name], expected)
 
 
-def test_a_new_bias_brings_the_biases_that_share_its_switch(tmp_path):
+def test_in_uniform_a_new_bias_brings_the_biases_that_share_its_switch(tmp_path):
     source, tensors = dense(tmp_path / "in", dtype=torch.float16)
     out, value = tmp_path / "out", np.linspace(-1, 1, 32)
     out.mkdir()
     biases = {(1, Role.OUTPUT): value, (2, Role.DOWN): -value}
-    write_slim_weights(source, plan_for(source), out, biases=biases)
+    write_slim_weights(source, plan_for(source, UNIFORM, "uniform"), out, biases=biases)
     found = load(out)
     added = found.keys() - tensors.keys()
     assert len(added) == 3 * (4 + 3)
@@ -198,7 +200,28 @@ def test_a_new_bias_brings_the_biases_that_share_its_switch(tmp_path):
         assert torch.equal(found[name], expected.get(name, torch.zeros(len(weight)).half()))
     config = {**source.config, "attention_bias": True, "mlp_bias": True}
     again = source.family.read_shape(config, 2)
-    assert again == slim_shape(source, {Role.OUTPUT, Role.DOWN})
+    assert again == slim_shape(source, "uniform", {Role.OUTPUT, Role.DOWN})
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_in_per_layer_a_new_bias_comes_alone(tmp_path, family):
+    source, tensors = dense(tmp_path / "in", family)
+    out, value = tmp_path / "out", np.linspace(-1, 1, 32)
+    out.mkdir()
+    biases = {(1, Role.OUTPUT): value, (2, Role.DOWN): -value}
+    written = write_slim_weights(source, plan_for(source), out, biases=biases)
+    found = load(out)
+    names = {f"model.layers.{i}.{m}.bias" for i in range(3) for m in CONSUMERS}
+    assert found.keys() == tensors.keys() | names
+    for index, module in itertools.product(range(3), CONSUMERS):
+        name = f"model.layers.{index}.{module}.bias"
+        added = {(1, CONSUMERS[0]): value, (2, CONSUMERS[1]): -value}.get(
+            (index, module), 0 * value
+        )
+        before = tensors[name].double() if name in tensors else 0
+        assert torch.equal(found[name], (before + torch.tensor(added)).float())
+    shape = slim_shape(source, "per-layer", {Role.OUTPUT, Role.DOWN})
+    assert written.parameters == shape.parameters([one.shape(source.shape) for one in PER_LAYER])
 
 
 def test_a_bias_is_added_to_one_that_is_there(tmp_path):
@@ -214,10 +237,11 @@ def test_a_bias_is_added_to_one_that_is_there(tmp_path):
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2"])
 @pytest.mark.parametrize("role", [Role.OUTPUT, Role.DOWN])
-def test_a_bias_that_the_family_cannot_hold(tmp_path, family, role):
+def test_a_bias_that_a_stock_config_cannot_hold(tmp_path, family, role):
     source, _ = dense(tmp_path / "in", family)
+    plan, biases = plan_for(source, UNIFORM, "uniform"), {(0, role): np.zeros(32)}
     with pytest.raises(PlanError, match=f"{family} family has no bias on its {role}"):
-        write_slim_weights(source, plan_for(source), tmp_path, biases={(0, role): np.zeros(32)})
+        write_slim_weights(source, plan, tmp_path, biases=biases)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 

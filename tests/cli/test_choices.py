@@ -8,7 +8,9 @@ from typing import Any, get_args
 import pytest
 
 from spp_cli import options
-from spp_export.pipeline.plan import CRITERION_NAMES, POLICIES
+from spp_export.budget import UNITS
+from spp_export.importance import COMPARABLE
+from spp_export.pipeline.plan import POLICIES
 from spp_export.plans import COMPENSATIONS, LAYOUTS
 
 
@@ -21,12 +23,13 @@ def words(alias: Any) -> Iterator[str]:
 @pytest.mark.parametrize(
     ("option", "known"),
     [
-        (options.Criterion, CRITERION_NAMES),
+        (options.Units, UNITS),
+        (options.Comparable, tuple(COMPARABLE)),
         (options.Layout, LAYOUTS),
         (options.Policy, POLICIES),
         (options.Compensate, COMPENSATIONS),
     ],
-    ids=["criterion", "layout", "policy", "compensate"],
+    ids=["units", "comparable", "layout", "policy", "compensate"],
 )
 def test_the_choices_are_the_librarys(option: Any, known: tuple[str, ...]) -> None:
     assert sorted(words(option)) == sorted(known)

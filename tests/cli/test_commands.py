@@ -200,9 +200,15 @@ def test_probe_and_import(library):
     assert result.exit_code == 0
     assert library["probe"] == (
         (Path("pools"), Path("art")),
-        RUNNING | {"domains": ("math", "history"), "seed": 0, "force": False},
+        RUNNING
+        | {"domains": ("math", "history"), "select": None, "criteria": None, "units": "both"}
+        | {"seed": 0, "force": False},
     )
     assert library["show"] == ((Path("art"),), {})
+    chosen = ("--select", "6", "--criteria", "energy,taylor", "--units", "heads")
+    invoke("probe", "--pools", "pools", "-o", "art", *chosen)
+    expected = {"select": 6, "criteria": ("energy", "taylor"), "units": "heads", "domains": None}
+    assert expected.items() <= library["probe"][1].items()
     invoke("artifacts", "import", "theirs", "-o", "ours", "--force")
     assert library["import_artifacts"] == (
         (Path("theirs"), Path("ours")),

@@ -134,6 +134,49 @@ def test_artifacts(tmp_path):
     }
 
 
+def test_axes_come_with_their_angles(tmp_path):
+    def ones(*shape):
+        return np.ones(shape, dtype=np.float32)
+
+    axes = {
+        "layer": 2,
+        "dimensions": 5,
+        "variance": 0.8,
+        "candidates": ["math", "law"],
+        "selected": ["math"],
+        "cosines": [[1.0, -0.5], [-0.5, 1.0]],
+        "separation": {"math": 3.5, "law": None},
+    }
+    made = Artifacts(
+        fingerprint="",
+        domains=("math",),
+        regimes=("in-domain",),
+        weight=ones(1, 1, 4),
+        bias=ones(1, 1),
+        temperature=ones(1, 1),
+        axes=ones(1, 4),
+        importance={"head/energy": ones(1, 1, 2)},
+        whitelist=(),
+        calibration=(),
+        manifest={"axes": axes, "shrinkage": {"chosen": 0.25}},
+    )
+    write_artifacts(made, tmp_path)
+    facts = show(tmp_path).facts
+    assert facts["axes"] == {**axes, "angles": [[0.0, 120.0], [120.0, 0.0]]}
+    assert facts["shrinkage"] == 0.25
+    assert "scenario_weight" not in facts
+
+
+@pytest.mark.parametrize(
+    "cosines", [[[1.0]], [[1.0, "x"], [0, 1]], [[1.0, 2.0], [0, 1]], [1, 2], 3]
+)
+def test_axes_that_are_none_are_not_shown(tmp_path, cosines):
+    axes = {"candidates": ["math", "law"], "cosines": cosines, "separation": {}}
+    from spp_export.pipeline.show import _axes_facts
+
+    assert _axes_facts(axes) is None
+
+
 def test_a_dense_model(tmp_path):
     config = {
         "model_type": "llama",

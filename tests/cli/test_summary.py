@@ -7,6 +7,7 @@ import json
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from cli_results import DOMAINS, REPORT, diagnosis, export_result, model_shape, plan_result
 from rich.console import Console
@@ -187,8 +188,46 @@ def test_the_picture_loads_nothing(tmp_path):
 def test_layers_of_a_diagnosis():
     report = diagnosis(("history", "math")).to_dict(layers=True)
     text = text_of(diagnosis_report(report, UNICODE))
-    row = report["layers"]["29"]
+    assert report["layers"][-1]["layer"] == 29
+    row = report["layers"][-1]["probability"]
     assert text.splitlines()[-1].split() == ["29", f"{row['history']:.3f}", f"{row['math']:.3f}"]
+
+
+def axes_of(names):
+    random = np.random.default_rng(0)
+    angles = random.integers(10, 170, (len(names), len(names)))
+    return {
+        "layer": 22,
+        "dimensions": 32,
+        "variance": 0.734,
+        "candidates": names,
+        "selected": names[:2],
+        "separation": dict.fromkeys(names, 2.5) | {names[-1]: None},
+        "angles": ((angles + angles.T) / 2).tolist(),
+    }
+
+
+def test_axes_are_a_matrix_of_angles():
+    names = ["chemistry", "math", "law\x1b[2J"]
+    axes = axes_of(names)
+    shown = Shown("artifacts", {"layers": 30, "axes": axes}, ())
+    text = text_of(shown_report(shown, UNICODE))
+    assert "axes of 32 dimensions at layer 22, 73% of the variance; 2 of 3 taken" in text
+    lines = [line.split() for line in text.splitlines()]
+    angle = f"{axes['angles'][1][0]:.0f}"
+    assert ["2", "math", "2.5", angle, f"{axes['angles'][1][2]:.0f}"] in lines
+    assert not any("\x1b" in word for line in lines for word in line)
+    assert any(line[-3:-2] == ["-"] for line in lines)
+
+
+def test_axes_of_many_domains_name_the_nearest():
+    names = [f"domain{i}" for i in range(30)]
+    axes = axes_of(names)
+    text = text_of(shown_report(Shown("artifacts", {"axes": axes}), UNICODE))
+    angles = axes["angles"][3]
+    nearest = min((j for j in range(30) if j != 3), key=lambda j: angles[j])
+    row = next(line for line in text.splitlines() if "domain3 " in line.split("2.5")[0])
+    assert row.split() == ["4", "domain3", "2.5", names[nearest], f"{angles[nearest]:.0f}"]
 
 
 def test_shown_facts_and_problems():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ from spp_export.diagnosis import (
     Diagnosis,
     choose_regime,
     diagnose_activations,
-    mix_importance,
     probe_probabilities,
 )
 from spp_export.errors import ArtifactsError, UsageError
@@ -168,6 +168,18 @@ def test_prompts_of_one_domain_each_are_known_and_cross_domain_together():
     assert choose_regime(apart) == CROSS_DOMAIN
 
 
+def test_the_thresholds_of_the_regime_are_those_of_the_artifacts():
+    probabilities = (0.7, 0.3, 0.1)
+    assert diagnose_activations(pooled(), saying(*probabilities)).regime == CROSS_DOMAIN
+    for choice, regime in (
+        ({"known": 0.8}, OUT_OF_DOMAIN),
+        ({"known": 0.6, "share": 0.4}, IN_DOMAIN),
+        ({"known": 0.6, "share": 0.2}, CROSS_DOMAIN),
+    ):
+        art = replace(saying(*probabilities), manifest={"regime_choice": choice})
+        assert diagnose_activations(pooled(), art).regime == regime
+
+
 def test_the_regimes_temperatures_are_used_once_it_is_chosen():
     art = saying(0.9, 0.8, 0.1)
     art.temperature[1] = 4.0
@@ -175,6 +187,27 @@ def test_the_regimes_temperatures_are_used_once_it_is_chosen():
     assert found.regime == CROSS_DOMAIN
     expected = [sigmoid(math.log(p / (1 - p)) / 4) for p in (0.9, 0.8, 0.1)]
     np.testing.assert_allclose(found.q, expected, rtol=1e-6)
+
+
+def test_prompts_of_one_domain_are_read_as_such_in_a_scenario_of_several():
+    """Two prompts of one domain each and one of two, told by the sign of their activations."""
+    weight = np.zeros((LAYERS, 3, WIDTH), dtype=np.float32)
+    weight[:, 0, 0] = weight[:, 1, 1] = 1.0
+    art = artifacts(
+        weight=weight,
+        bias=np.full((LAYERS, 3), -6, dtype=np.float32),
+        temperature=np.repeat([[1.0], [4.0], [1.0]], LAYERS, axis=1).astype(np.float32),
+    )
+    activations = np.zeros((3, LAYERS, WIDTH), dtype=np.float32)
+    activations[0, :, 0] = activations[1, :, 1] = activations[2, :, 0] = activations[2, :, 1] = 12
+    found = diagnose_activations(activations, art)
+    assert found.regime == CROSS_DOMAIN
+    first = (sigmoid(6) + sigmoid(-6) + sigmoid(6 / 4)) / 3
+    third = (2 * sigmoid(-6) + sigmoid(-6 / 4)) / 3
+    np.testing.assert_allclose(found.q, [first, first, third], rtol=1e-6)
+    forced = diagnose_activations(activations, art, CROSS_DOMAIN)
+    all_at_four = (sigmoid(6 / 4) * 2 + sigmoid(-6 / 4)) / 3
+    np.testing.assert_allclose(forced.q[0], all_at_four, rtol=1e-6)
 
 
 def test_without_temperatures_of_a_regime_those_in_domain_stand_in():
@@ -202,22 +235,13 @@ def test_only_layers_with_a_probe_take_part():
         for k in range(len(DOMAINS)):
             expected = np.mean([one_probability(art, activations, n, layer, k) for n in range(3)])
             assert found.probabilities[row, k] == pytest.approx(expected, rel=1e-6)
-    assert list(found.to_dict(layers=True)["layers"]) == ["3", "1"]
+    assert [row["layer"] for row in found.to_dict(layers=True)["layers"]] == [3, 1]
 
 
 @pytest.mark.parametrize("shape", [(3, LAYERS - 1, WIDTH), (3, LAYERS, WIDTH + 1)])
 def test_activations_of_another_model_are_refused(shape):
     with pytest.raises(ArtifactsError, match=rf"4 layers x 6, got {shape[1]} x {shape[2]}"):
         diagnose_activations(np.zeros(shape), artifacts())
-
-
-def test_importance_is_mixed_by_the_mixture():
-    importance = np.random.default_rng(2).random((len(DOMAINS), LAYERS, HEADS))
-    found = diagnose_activations(pooled(), artifacts())
-    mixed = mix_importance(importance, found)
-    for layer, head in np.ndindex(LAYERS, HEADS):
-        expected = sum(found.mixture[k] * importance[k, layer, head] for k in range(len(DOMAINS)))
-        assert mixed[layer, head] == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_record_of_a_diagnosis_is_rounded_and_named():

@@ -9,7 +9,7 @@ the masked dense model: left-padded prompts, their logits, the greedy continuati
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -30,13 +30,15 @@ from factories import (
 
 from spp_export.plans import LayerPlan, Layout
 from spp_export.quiet import quiet_transformers
+from spp_export.shape import ModelShape
 
 PROMPTS = ("Sulfuric acid is", "The treaty of 1648 ended a war that")
 NEW_TOKENS = 6
 
 
 def build_all(out: Path) -> None:
-    """Every case with a random per-layer plan, and one uniform checkpoint of every family."""
+    """Every case with a random per-layer plan, and of every family one uniform checkpoint and one
+    with biases on o_proj and down_proj, which few stock models have."""
     for seed, case in enumerate(CASES):
         dense = case.make(out / case.name)
         build(out / case.name, dense, random_layers(shape_of(dense), seed), "per-layer")
@@ -45,15 +47,38 @@ def build_all(out: Path) -> None:
         dense = Case(family, family, {"kv_heads": 4, "query_heads": 8}).make(target)
         layers = uniform_layers(shape_of(dense), 0, kv_heads=2, group_size=2, channels=40)
         build(target, dense, layers, "uniform")
+        target = out / f"{family}-biased"
+        dense = Case(family, family, {"kv_heads": 4, "query_heads": 8}).make(target)
+        shape = shape_of(dense)
+        layers = random_layers(shape, 1)
+        build(target, dense, layers, "per-layer", random_biases(shape))
 
 
-def build(target: Path, dense: Path, layers: Sequence[LayerPlan], layout: Layout) -> None:
+def random_biases(shape: ModelShape) -> dict[str, torch.Tensor]:
+    """A bias for every o_proj and down_proj, by name."""
+    generator = torch.Generator().manual_seed(3)
+    return {
+        f"model.layers.{index}.{module}.bias": torch.randn(shape.hidden_size, generator=generator)
+        for index in range(shape.num_layers)
+        for module in ("self_attn.o_proj", "mlp.down_proj")
+    }
+
+
+def build(
+    target: Path,
+    dense: Path,
+    layers: Sequence[LayerPlan],
+    layout: Layout,
+    biases: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Write one checkpoint and what it must compute below `target`."""
-    write_slim(target / "model", dense, layers, layout)
+    write_slim(target / "model", dense, layers, layout, biases)
     tokenizer = AutoTokenizer.from_pretrained(dense, padding_side="left")
     batch = tokenizer(PROMPTS, padding=True, return_tensors="pt")
     with quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float64)
+    for name, bias in (biases or {}).items():
+        model.get_submodule(name.removesuffix(".bias")).bias = torch.nn.Parameter(bias.double())
     with torch.no_grad(), mask_in_torch(model, layers):
         expected = {
             "input_ids": batch.input_ids,

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 import spp_export.modeling  # noqa: F401  registers the per-layer configs
 from spp_export.errors import ModelError, PlanError
-from spp_export.families import FAMILIES
+from spp_export.families import FAMILIES, Role
 from spp_export.shape import LayerShape
 from spp_export.slim_config import MODELING_FILES, portable_config, slim_config
 
@@ -138,12 +138,49 @@ def test_equal_arguments_give_equal_json():
     assert list(slim()) == sorted(slim())
 
 
-def test_bias_compensation_switches_the_bias_on():
-    assert slim(output_bias=True)["attention_bias"] is True
-    assert "attention_bias" not in slim()
-    qwen2 = {**SOURCE, "model_type": "qwen2"}
-    with pytest.raises(ModelError, match="'qwen2' has no bias on o_proj"):
-        slim(qwen2, family=FAMILIES["qwen2"], output_bias=True)
+SWITCHES = {"attention_bias", "mlp_bias", "biased_projections"}
+
+
+def test_per_layer_names_the_projections_that_compensation_gives_a_bias():
+    for family in FAMILIES.values():
+        config = slim(family=family, biased={Role.DOWN, Role.OUTPUT})
+        assert config["biased_projections"] == ["mlp.down_proj", "self_attn.o_proj"]
+        assert SWITCHES & config.keys() == {"biased_projections"}
+        only = slim(family=family, biased={Role.OUTPUT})
+        assert only["biased_projections"] == ["self_attn.o_proj"]
+    assert not SWITCHES & slim().keys()
+
+
+def test_a_bias_that_the_source_has_is_not_named():
+    source = {**SOURCE, "attention_bias": True}
+    shape = LLAMA.read_shape(source, element_bytes=4)
+    biased = {Role.DOWN, Role.OUTPUT}
+    config = slim_config(source, LLAMA, shape, LAYERS, "per-layer", biased)
+    assert config["biased_projections"] == ["mlp.down_proj"]
+    config = slim_config(source, LLAMA, shape, LAYERS, "per-layer", {Role.OUTPUT})
+    assert "biased_projections" not in config
+
+
+@pytest.mark.parametrize(
+    ("family", "role", "switch"),
+    [
+        ("llama", Role.OUTPUT, "attention_bias"),
+        ("llama", Role.DOWN, "mlp_bias"),
+        ("qwen3", Role.OUTPUT, "attention_bias"),
+        ("qwen3", Role.DOWN, None),
+        ("mistral", Role.OUTPUT, None),
+        ("qwen2", Role.DOWN, None),
+    ],
+)
+def test_uniform_has_the_biases_that_the_stock_config_can_switch_on(family, role, switch):
+    asked = {"layers": ALIKE, "layout": "uniform", "family": FAMILIES[family], "biased": [role]}
+    if switch is None:
+        with pytest.raises(PlanError, match=f"{family} family has no bias on its {role} proj"):
+            slim(**asked)
+        return
+    config = slim(**asked)
+    assert config[switch] is True
+    assert SWITCHES & config.keys() == {switch}
 
 
 @pytest.mark.parametrize(

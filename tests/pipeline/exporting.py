@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from factories import CASES, mask_in_torch
@@ -26,6 +30,38 @@ CASE = {case.name: case for case in CASES}
 # Domains that no tokenizer can confuse.
 ALPHABETS = {"capitals": "ABCDEFGHIJKLM", "figures": "0123456789+-=", "small": "abcdefghijklm"}
 KEEP = 0.7
+CONSUMERS = ("self_attn.o_proj", "mlp.down_proj")
+
+# -I leaves out PYTHONPATH and the working directory; what is installed is refused by name.
+_LOAD = """
+import json, socket, sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "spp_export":
+            raise ImportError("the checkpoint asked for spp_export")
+
+def no_network(*_):
+    raise OSError("the checkpoint asked for the network")
+
+sys.meta_path.insert(0, Refuse())
+socket.socket.connect = no_network
+import numpy, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+out, prompt, jobs = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+for index, (path, remote) in enumerate(jobs):
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float64, trust_remote_code=remote
+    )
+    # A tokenizer is found by way of the config's class.
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=remote)
+    batch = tokenizer(prompt, return_tensors="pt")
+    with torch.no_grad():
+        numpy.save(f"{out}/{index}.npy", model(**batch).logits.numpy())
+        ids = model.generate(**batch, do_sample=False, max_new_tokens=6, min_new_tokens=6)
+    print(json.dumps([type(model).__name__, ids.tolist()]))
+"""
 
 
 def texts(domain: str, count: int, seed: int, shortest: int = 12, longest: int = 50) -> list[str]:
@@ -179,30 +215,56 @@ def load(path: Path, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
 
 
+def load_elsewhere(
+    out: Path, prompt: str, jobs: Sequence[tuple[str, bool]]
+) -> list[tuple[str, list[list[int]], torch.Tensor]]:
+    """Class, greedy continuation and logits in float64 of checkpoints, by one fresh interpreter
+    without this package and without a network.
+
+    `jobs` are (path, whether remote code is trusted); `out` is a folder to work in.
+    """
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", _LOAD, str(out), prompt, json.dumps(jobs)],
+        cwd=out,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    return [
+        (*line, torch.from_numpy(np.load(out / f"{index}.npy"))) for index, line in enumerate(lines)
+    ]
+
+
 @contextmanager
 def masked(
     dense: Path, layers: Sequence[LayerPlan], written: Mapping[str, torch.Tensor] | None = None
 ):
     """The dense model in float64 with removed units masked.
 
-    `written` has the tensors of a compensated export, whose o_proj columns and biases then take
-    the place of the dense model's.
+    `written` has the tensors of a compensated export, whose columns and biases of o_proj and
+    down_proj then take the place of the dense model's.
     """
     model = load(dense)
     for index, layer in enumerate(layers if written else ()):
-        module = model.model.layers[index].self_attn.o_proj
-        prefix = f"model.layers.{index}.self_attn.o_proj"
-        weight = torch.zeros_like(module.weight)
-        weight[:, columns(layer, model.config.head_dim)] = written[f"{prefix}.weight"].double()
-        module.weight = torch.nn.Parameter(weight)
-        if f"{prefix}.bias" in written:
-            module.bias = torch.nn.Parameter(written[f"{prefix}.bias"].double())
+        for name in CONSUMERS:
+            module = model.model.layers[index].get_submodule(name)
+            prefix = f"model.layers.{index}.{name}"
+            weight = torch.zeros_like(module.weight)
+            stays = columns(layer, model.config.head_dim, name)
+            weight[:, stays] = written[f"{prefix}.weight"].double()
+            module.weight = torch.nn.Parameter(weight)
+            if f"{prefix}.bias" in written:
+                module.bias = torch.nn.Parameter(written[f"{prefix}.bias"].double())
     with mask_in_torch(model, layers):
         yield model
 
 
-def columns(layer: LayerPlan, head_dim: int) -> list[int]:
-    """Columns of o_proj that a layer keeps."""
+def columns(layer: LayerPlan, head_dim: int, module: str = CONSUMERS[0]) -> Any:
+    """Columns of o_proj or down_proj that a layer keeps."""
+    if module == CONSUMERS[1]:
+        return slice(None) if layer.channels is None else list(layer.channels)
     return [head * head_dim + i for head in layer.query_heads for i in range(head_dim)]
 
 

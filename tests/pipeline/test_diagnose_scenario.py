@@ -88,20 +88,24 @@ def test_layers_are_reported_on_request(workshop, scenarios):
     plain, full = found.to_dict(), found.to_dict(layers=True)
     assert "layers" not in plain
     assert {key: value for key, value in full.items() if key != "layers"} == plain
-    assert list(full["layers"]) == ["0", "1", "2"]
-    for row in full["layers"].values():
+    assert [entry["layer"] for entry in full["layers"]] == [0, 1, 2]
+    rows = [entry["probability"] for entry in full["layers"]]
+    for row in rows:
         assert list(row) == list(DOMAINS)
         assert all(0 <= value <= 1 for value in row.values())
-    mean = np.mean([list(row.values()) for row in full["layers"].values()], axis=0)
+    mean = np.mean([list(row.values()) for row in rows], axis=0)
     assert np.abs(mean - list(full["probability"].values())).max() < 1e-5
     json.dumps(full, allow_nan=False)
 
 
 def test_the_order_and_padding_of_prompts_do_not_count(workshop, tmp_path):
     prompts = [*texts("figures", 3, 5, 100, 120), *texts("small", 3, 5, 1, 3)]
-    there = diagnose(workshop, write_texts(tmp_path / "a.txt", prompts))
-    back = diagnose(workshop, write_texts(tmp_path / "b.txt", prompts[::-1]))
-    alone = [diagnose(workshop, write_texts(tmp_path / "c.txt", [text])) for text in prompts]
+
+    def found(name, prompts):
+        return diagnose(workshop, write_texts(tmp_path / name, prompts), regime="in-domain")
+
+    there, back = found("a.txt", prompts), found("b.txt", prompts[::-1])
+    alone = [found("c.txt", [text]) for text in prompts]
     np.testing.assert_allclose(there.probabilities, back.probabilities, atol=1e-3)
     mean = np.mean([one.probabilities for one in alone], axis=0)
     np.testing.assert_allclose(there.probabilities, mean, atol=1e-3)
@@ -124,9 +128,10 @@ def test_export_diagnoses_without_the_held_out_prompts(workshop):
 
 
 def test_regimes(workshop, scenarios):
-    with pytest.raises(UsageError, match="regime 'cross-domain' is not in these artifacts"):
-        diagnose(workshop, scenarios["figures"], regime="cross-domain")
-    assert diagnose(workshop, scenarios["figures"], regime="in-domain").regime == "in-domain"
+    with pytest.raises(UsageError, match="regime 'out-of-domain' is not in these artifacts"):
+        diagnose(workshop, scenarios["figures"], regime="out-of-domain")
+    for regime in ("in-domain", "cross-domain"):
+        assert diagnose(workshop, scenarios["figures"], regime=regime).regime == regime
 
 
 def test_what_cannot_be_diagnosed(workshop, tmp_path, scenarios):

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, GenerationConfig
 import spp_export
 from spp_export.errors import PlanError
 
-# Families whose o_proj can have a bias.
+# Families whose stock config can give o_proj a bias.
 BIASED = {"llama", "qwen3"}
 LAYOUTS = ("per-layer", "uniform")
 ROLES = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -40,7 +40,7 @@ WRITTEN = [
     for case in CASES
     for layout in LAYOUTS
     for compensate in ("none", "lstsq", "bias")
-    if compensate != "bias" or case.family in BIASED
+    if compensate != "bias" or layout == "per-layer" or case.family in BIASED
 ]
 
 
@@ -206,14 +206,13 @@ def test_quality_is_that_of_the_held_out_prompts(workshop, case):
     assert found["top1"] == pytest.approx(same / count, abs=1e-3)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "name", [case.name for case in CASES if case.family not in BIASED], ids=lambda name: name
 )
-def test_a_family_without_a_bias_on_o_proj_refuses_one(workshop, tmp_path, name, layout):
+def test_a_stock_config_without_a_bias_on_o_proj_refuses_one(workshop, tmp_path, name):
     target = tmp_path / "made" / "slim"
     with pytest.raises(PlanError, match="has no bias on its output projection") as caught:
-        workshop.export(name, target, layout=layout, compensate="bias")
+        workshop.export(name, target, layout="uniform", compensate="bias")
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 

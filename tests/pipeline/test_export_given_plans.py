@@ -79,6 +79,20 @@ def test_a_mixture_of_other_domains_is_refused(workshop, tmp_path, dense, mixtur
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize(
+    "calibration",
+    [{"shrinkage": 0.5}, {"shrinkage": 0.5, "scenario_weight": 2}, {"shrinkage": "1"}],
+    ids=str,
+)
+def test_a_mixture_by_no_number_is_refused(workshop, tmp_path, dense, calibration):
+    layers = random_layers(shape_of(dense), 0)
+    changes = {"compensation": "lstsq", "calibration": calibration}
+    path = write_plan(tmp_path / "my.json", dense, layers, **changes)
+    with refused(PlanError, r"calibration\.\w+ must be a number from 0 to 1"):
+        spp_export.export(workshop.scenario, tmp_path / "slim", model=str(dense), plan=path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_plan_for_another_model_is_refused(workshop, tmp_path, dense):
     other = workshop.dense("qwen3-gqa-tied")
     path = write_plan(tmp_path / "my.json", other, random_layers(shape_of(other), 0))

@@ -24,6 +24,9 @@ from spp_export.errors import UsageError
         ({"max_kv_bytes": False}, "max_kv_bytes must be a positive integer, got False"),
         ({"strength": 1.5}, r"strength must be a number in \[0, 1\], got 1.5"),
         ({"strength": 0.5, "rho": -0.1}, r"rho must be a number in \[0, 1\], got -0.1"),
+        ({"keep": 0.5, "units": "mlp"}, "units must be one of heads, channels, both, got 'mlp'"),
+        ({"max_kv_bytes": 9, "units": "both"}, "limits heads, and units are both; use units heads"),
+        ({"max_kv_bytes": 9, "units": "channels"}, "max_kv_bytes limits heads, and units are ch"),
     ],
 )
 def test_malformed_budgets(options, message):
@@ -38,6 +41,24 @@ def test_limits():
     assert Budget(keep=1).limit(shape).cost == heads
     assert Budget(max_params=rest + 5).limit(shape).cost == 5
     assert Budget(max_kv_bytes=77).limit(shape).kind == "kv-bytes"
+
+
+def test_limits_of_channels_and_of_both():
+    shape = model_shape(4, 4, 2, bias=True)
+    heads, channels = shape.head_parameters(shape.layers), 4 * 10 * 3 * 8
+    whole = shape.parameters(shape.layers)
+    for units, cost in (("channels", channels), ("both", heads + channels)):
+        assert Budget(keep=1, units=units).limit(shape).cost == cost
+        assert Budget(keep=0.25, units=units).limit(shape).cost == cost // 4
+        assert Budget(max_params=whole - cost + 5, units=units).limit(shape).cost == 5
+        limit = Budget(strength=0.5, units=units).limit(shape, 0.4)
+        assert limit.cost == int(limit.keep * cost)
+        assert limit.kind == "parameters"
+
+
+def test_what_was_asked_names_the_units_where_they_are_not_heads():
+    assert Budget(keep=0.5).as_json() == {"keep": 0.5}
+    assert Budget(keep=0.5, units="both").as_json() == {"keep": 0.5, "units": "both"}
 
 
 @pytest.mark.parametrize(

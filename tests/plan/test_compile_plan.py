@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from planning import layer_cost, mask_of, model_shape, regular_masks
 
-from spp_export.allocate import allocate, layer_options
+from spp_export.allocate import Candidates, allocate, layer_options
 from spp_export.budget import Budget
 from spp_export.errors import BudgetError, PlanError
 from spp_export.plans import compile_plan
@@ -112,7 +112,7 @@ def test_a_table_of_float_costs_per_layer():
     values = reduce(np.add.outer, options.value.reshape(3, 6)).ravel()
     costs = reduce(np.add.outer, latency.reshape(3, 6)).ravel()
     for budget in costs:
-        choice = allocate(options, latency, budget)
+        _, choice = allocate([Candidates.of_heads(options, latency)], budget)
         assert choice.value == pytest.approx(values[costs <= budget * (1 + 1e-13)].max())
 
 

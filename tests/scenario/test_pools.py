@@ -7,7 +7,7 @@ import hashlib
 import pytest
 
 from spp_export.errors import ScenarioError
-from spp_export.pools import read_pools
+from spp_export.pools import other_domains, read_pools
 
 
 @pytest.fixture
@@ -35,6 +35,19 @@ def test_sorted_by_name(pools):
 def test_given_order(pools):
     assert read_pools(pools, ["math", "art"]).val == (("math three",), ("art three",))
     assert read_pools(pools, ["math"]).domains == ("math",)
+
+
+def test_some_of_the_domains_and_the_others(pools):
+    read = read_pools(pools)
+    taken = read.take(["math"])
+    assert taken.domains == ("math",)
+    assert (taken.train, taken.val) == ((("math one", "math two"),), (("math three",),))
+    assert set(taken.sha256) == {"math/train.txt", "math/val.txt"}
+    assert read.take(["math", "art"]) == read_pools(pools, ["math", "art"])
+    (pools / "drafts").mkdir()
+    assert other_domains(pools, ["math"]) == ("art",)
+    assert other_domains(pools, ["math", "art"]) == ()
+    assert other_domains(pools / "none", ["math"]) == ()
 
 
 @pytest.mark.parametrize(

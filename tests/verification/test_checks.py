@@ -11,7 +11,7 @@ from factories import CASES, make_checkpoint, mask_in_torch, random_layers, shap
 from untouched import assert_untouched, compensation, logits, plan_of, state
 
 from spp_export.activations import TokenBatch
-from spp_export.families import FAMILIES
+from spp_export.families import FAMILIES, Role
 from spp_export.jsonio import dump_json
 from spp_export.loader import load_dense, load_slim
 from spp_export.verification import (
@@ -297,8 +297,9 @@ def test_the_dense_model_comes_back_when_it_does_not_fit_in_memory(pair, monkeyp
 def test_compensated_models_are_compared_with_the_compensated_oracle(pair, biased):
     slim = load_slim(pair.slim, torch.float32)
     compensated = compensation(pair.shape, pair.layers)
-    for index, projection in compensated.items():
-        module = slim.model.layers[index].self_attn.o_proj
+    for (index, role), projection in compensated.items():
+        layer = slim.model.layers[index]
+        module = layer.self_attn.o_proj if role is Role.OUTPUT else layer.mlp.down_proj
         module.weight = torch.nn.Parameter(projection.weight)
         module.bias = torch.nn.Parameter(projection.bias)
     assert check_parity(slim, pair.reference(torch.float32, compensated)).passed

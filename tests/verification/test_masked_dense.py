@@ -10,9 +10,9 @@ import torch
 from factories import CASES, make_checkpoint, mask_in_torch, random_layers, shape_of
 from untouched import assert_untouched, compensation, hooks, logits, plan_of, state
 
-from spp_export.families import FAMILIES
+from spp_export.families import FAMILIES, Role
 from spp_export.loader import load_dense
-from spp_export.reference import OutputProjection, masked_dense
+from spp_export.reference import Projection, masked_dense
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -40,25 +40,30 @@ def small(tmp_path_factory):
 
 
 def by_hand(model, shape, layers, compensated):
-    """The same model with each o_proj's input cut and its new weights applied, spelled out."""
-    for index, layer in enumerate(layers):
+    """The same model with the input of each compensated projection cut and its new weights
+    applied, spelled out."""
+    for (index, role), projection in compensated.items():
+        layer, module = layers[index], model.model.layers[index]
         columns = [h * shape.head_dim + i for h in layer.query_heads for i in range(shape.head_dim)]
-        weight, bias = compensated[index].weight.double(), compensated[index].bias
+        replaced = module.self_attn.o_proj
+        if role is Role.DOWN:
+            columns, replaced = list(layer.channels), module.mlp.down_proj
 
-        def forward(a, columns=columns, weight=weight, bias=bias):
-            return a[..., columns] @ weight.T + (0 if bias is None else bias.double())
+        def forward(a, columns=columns, new=projection):
+            return a[..., columns] @ new.weight.double().T + (0 if new.bias is None else new.bias)
 
-        model.model.layers[index].self_attn.o_proj.forward = forward
+        replaced.forward = forward
     return logits(model)
 
 
+@pytest.mark.parametrize("channels", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
-def test_compensated_weights_stand_in_the_kept_columns(small, biased):
+def test_compensated_weights_stand_in_the_kept_columns(small, biased, channels):
     shape = shape_of(small)
-    layers = random_layers(shape, 4, channels=False)
+    layers = random_layers(shape, 4, channels=channels)
     compensated = compensation(shape, layers)
     if not biased:
-        compensated = {i: replace(p, bias=None) for i, p in compensated.items()}
+        compensated = {key: replace(p, bias=None) for key, p in compensated.items()}
     model = load_dense(small, torch.float64)
     before = state(model)
     with masked_dense(model, FAMILIES["llama"], shape, plan_of(layers), compensated):
@@ -71,13 +76,13 @@ def test_compensated_weights_stand_in_the_kept_columns(small, biased):
 def test_layers_that_are_not_compensated_keep_their_weights(small):
     shape = shape_of(small)
     layers = random_layers(shape, 4, channels=False)
-    compensated = {1: compensation(shape, layers)[1]}
+    compensated = {(1, Role.OUTPUT): compensation(shape, layers)[1, Role.OUTPUT]}
     model = load_dense(small, torch.float64)
     with masked_dense(model, FAMILIES["llama"], shape, plan_of(layers), compensated):
         found = logits(model)
     other = load_dense(small, torch.float64)
     with mask_in_torch(other, [layers[0], layers[1]]):
-        own = compensated[1]
+        own = compensated[1, Role.OUTPUT]
         columns = [h * 16 + i for h in layers[1].query_heads for i in range(16)]
         projection = other.model.layers[1].self_attn.o_proj
         with torch.no_grad():
@@ -119,11 +124,12 @@ def test_everything_is_undone_after_an_exception(small, error):
     assert_untouched(model, before)
 
 
-def test_everything_is_undone_where_a_projection_does_not_fit(small):
+@pytest.mark.parametrize("role", [Role.OUTPUT, Role.DOWN])
+def test_everything_is_undone_where_a_projection_does_not_fit(small, role):
     shape = shape_of(small)
     layers = random_layers(shape, 2)
     compensated = compensation(shape, layers)
-    compensated[1] = OutputProjection(torch.zeros(3, 3))
+    compensated[1, role] = Projection(torch.zeros(3, 3))
     model = load_dense(small)
     before = state(model)
     with (

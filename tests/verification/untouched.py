@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from spp_export.families import Role
 from spp_export.plans import Plan
-from spp_export.reference import OutputProjection
+from spp_export.reference import Projection
 
 IDS = torch.arange(3, 40)[None]
 
@@ -40,11 +41,15 @@ def assert_untouched(model, before, *, same_objects=True):
 
 
 def compensation(shape, layers, seed=0):
-    """Any weights and bias for every layer's o_proj."""
+    """Any weights and bias for every layer's o_proj and, where it loses channels, down_proj."""
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for index, layer in enumerate(layers):
-        width = len(layer.query_heads) * shape.head_dim
-        weight = torch.randn(shape.hidden_size, width, generator=generator) / 8
-        found[index] = OutputProjection(weight, torch.randn(shape.hidden_size, generator=generator))
+        widths = {Role.OUTPUT: len(layer.query_heads) * shape.head_dim}
+        if layer.channels is not None:
+            widths[Role.DOWN] = len(layer.channels)
+        for role, width in widths.items():
+            weight = torch.randn(shape.hidden_size, width, generator=generator) / 8
+            bias = torch.randn(shape.hidden_size, generator=generator)
+            found[index, role] = Projection(weight, bias)
     return found

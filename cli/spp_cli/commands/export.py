@@ -40,15 +40,20 @@ def export(
     ] = "safetensors",
     model: options.Model = "demo",
     artifacts: options.Artifacts = None,
+    units: options.Units = "heads",
     layout: options.Layout = "per-layer",
     criterion: options.Criterion = None,
+    comparable: options.Comparable = None,
     policy: options.Policy = "exact",
     compensate: options.Compensate = "lstsq",
     regime: options.Regime = None,
+    shrinkage: options.Shrinkage = None,
+    adapt: options.Adapt = True,
     keep: options.Keep = None,
     max_params: options.MaxParams = None,
     max_kv_bytes: options.MaxKvBytes = None,
     strength: options.Strength = None,
+    width_multiple: options.WidthMultiple = 64,
     max_perplexity: Annotated[
         float | None,
         typer.Option(
@@ -106,6 +111,13 @@ def export(
         policy=policy,
         compensate=compensate,
         regime=regime,
+        units=units,
+        comparable=comparable,
+        width_multiple=width_multiple,
+        shrinkage=shrinkage,
+        adapt=adapt,
+        # With a plan there is nothing left to draw; the checks have the seed from the request.
+        seed=seed if plan is None else 0,
     )
     _check(format, plan, asked(plan_request), max_perplexity, no_verify or dry_run)
     result = spp_export.export(

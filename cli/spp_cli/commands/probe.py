@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -28,9 +28,34 @@ def probe(
         typer.Option(
             metavar="A,B,C",
             rich_help_panel=options.MAKE,
-            help="Domains to use, in this order; every sub-directory by default.",
+            help="Domains to use, in this order; every sub-directory by default. Text of the "
+            "others stands for unknown domains.",
         ),
     ] = None,
+    select: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="K",
+            rich_help_panel=options.MAKE,
+            help="Take only K of the domains: those that lie apart and cover the rest best.",
+        ),
+    ] = None,
+    criteria: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,C",
+            rich_help_panel=options.MAKE,
+            help="Criteria of importance to score units by; energy and axis by default.",
+        ),
+    ] = None,
+    units: Annotated[
+        Literal["heads", "both"],
+        typer.Option(
+            rich_help_panel=options.MAKE,
+            help="What is scored: heads, or both heads and MLP channels.",
+        ),
+    ] = "both",
     device: options.Device = "cpu",
     dtype: options.Dtype = None,
     seed: options.Seed = 0,
@@ -40,7 +65,7 @@ def probe(
 ) -> None:
     """Make a model's artifacts, once per model.
 
-    Probes that know the domains of a text, and the importance of every head for each domain.
+    Probes that know the domains of a text, and the importance of every unit for each domain.
 
     Example: spp probe --model org/name --pools pools -o artifacts
     """
@@ -52,6 +77,9 @@ def probe(
         output,
         model=model,
         domains=options.comma_list(domains),
+        select=select,
+        criteria=options.comma_list(criteria),
+        units=units,
         seed=seed,
         force=force,
         device=device,

@@ -1,0 +1,32 @@
+"""`magnitude`: the size of a unit's weights, without any text.
+
+`I_c = ||W[:,c]||_2` on o_proj and down_proj, a head's score the sum over its dh columns: the
+data-free baseline of FLAP's repository (arXiv 2312.11983). Output-only.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from spp_export.importance.base import Convention, Criterion
+from spp_export.importance.statistics import FloatArray, LayerStatistics
+from spp_export.importance.units import column_squares, per_head
+
+
+def heads(statistics: LayerStatistics) -> FloatArray:
+    """Scores [H]."""
+    return per_head(np.sqrt(column_squares(statistics.weights.output)), statistics.heads)
+
+
+def channels(statistics: LayerStatistics) -> FloatArray:
+    """Scores [I]."""
+    return np.sqrt(column_squares(statistics.weights.down))
+
+
+CRITERION = Criterion(
+    name="magnitude",
+    source="L2 norm of columns, the baseline of FLAP's code",
+    convention=Convention.OUTPUT_ONLY,
+    heads=heads,
+    channels=channels,
+)

@@ -1,0 +1,33 @@
+"""`random`: seeded uniform scores, the control that shows whether a criterion knows anything.
+
+Independent draws for every layer and kind of unit, the same for every text. One seed says little:
+report the mean of three or more.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from spp_export.importance.base import Convention, Criterion
+from spp_export.importance.statistics import FloatArray, LayerStatistics
+
+
+def heads(statistics: LayerStatistics) -> FloatArray:
+    """Scores [H] in [0,1)."""
+    return np.random.default_rng([statistics.seed, statistics.layer, 0]).random(statistics.heads)
+
+
+def channels(statistics: LayerStatistics) -> FloatArray:
+    """Scores [I] in [0,1)."""
+    count: int = statistics.weights.down.shape[1]
+    return np.random.default_rng([statistics.seed, statistics.layer, 1]).random(count)
+
+
+CRITERION = Criterion(
+    name="random",
+    source="uniform draws",
+    convention=Convention.NONE,
+    heads=heads,
+    channels=channels,
+    comparable="shifted",
+)

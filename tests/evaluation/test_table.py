@@ -1,0 +1,155 @@
+"""Ranks, comparisons, the page and the curves, from results made by hand."""
+
+from __future__ import annotations
+
+import builtins
+import math
+
+import pytest
+from evaluating import HEADER, method, record, write_results
+
+from spp_export.errors import UsageError
+from spp_export.evaluation.bootstrap import Interval
+from spp_export.evaluation.curves import curves, write_curves
+from spp_export.evaluation.records import open_records, read_results
+from spp_export.evaluation.rows import DENSE, Row
+from spp_export.evaluation.table import comparisons, interval, markdown, ranking
+
+MAIN = method(criterion="obs")
+MEAN = method(criterion="obs", text="mean", kind="control")
+WRONG = method(criterion="obs", text="wrong", kind="control")
+RANDOM = Row(0.8, "heads", "random", whitelist=False, kind="control", seed=2)
+PLAIN = method(compensation="none")
+DYNAMIC = Row(0.8, "heads", "probe-pruning", compensation="none", whitelist=False, kind="dynamic")
+OTHER_BUDGET = method(keep=0.9, criterion="obs")
+ROWS = [
+    (RANDOM, 1.5),
+    (MAIN, 0.02),
+    (WRONG, 0.05),
+    (MEAN, 0.02),
+    (PLAIN, 0.3),
+    (DYNAMIC, 0.2),
+    (OTHER_BUDGET, 0.01),
+]
+
+
+@pytest.fixture
+def results(tmp_path):
+    return read_results(write_results(tmp_path / "results.jsonl", ROWS))
+
+
+def test_rows_are_ranked_within_their_budget(results):
+    found = ranking(results)
+    assert list(found) == [(1.0, "both"), (0.9, "heads"), (0.8, "heads")]
+    assert [(r.rank, r.row.label) for r in found[0.8, "heads"]] == [
+        (1, "obs"),
+        (2, "obs, domain mean"),
+        (3, "obs, wrong scenario"),
+        (4, "probe-pruning"),
+        (5, "energy"),
+        (6, "random, seed 2"),
+    ]
+    first = found[0.8, "heads"][0]
+    assert first.ratio["scenario, held out"].value == pytest.approx(math.exp(0.02), rel=0.01)
+    assert first.kept == 0.8
+    assert [r.mark for r in found[0.8, "heads"]][2:4] == ["control", "not static"]
+
+
+def test_what_has_no_ratio_comes_last(tmp_path):
+    rows = [(MAIN, 1e6), (RANDOM, 1.5)]
+    found = read_results(write_results(tmp_path / "results.jsonl", rows))
+    assert [r.row for r in ranking(found)[0.8, "heads"]] == [RANDOM, MAIN]
+
+
+def test_the_first_criterion_is_compared_with_the_rest_of_its_budget(results):
+    found = {each.theirs: each for each in comparisons(results)}
+    assert set(found) == {MEAN, WRONG, RANDOM, DYNAMIC}
+    assert {each.ours for each in found.values()} == {MAIN}
+    assert found[WRONG].verdict == "better"
+    assert found[WRONG].ratio.value == pytest.approx(math.exp(-0.03), rel=0.001)
+    assert found[MEAN].verdict == "no difference beyond the interval"
+
+
+def test_the_page(results):
+    page = markdown(results)
+    assert page.startswith("# Evaluation of a-model\n")
+    assert "## Keep 0.8 of heads" in page
+    assert "| 1 | obs |  | lstsq | 0.800 | 1.02" in page
+    assert "| 6 | random, seed 2 | control |" in page
+    assert "| 0.8 | heads | lstsq | obs | obs, wrong scenario | chemistry pool | 0.97" in page
+    for line in page.splitlines():
+        assert not line.startswith("|") or line.endswith("|")
+    assert page == markdown(results)
+
+
+def test_the_page_names_rows_that_failed(tmp_path):
+    path = write_results(tmp_path / "results.jsonl", ROWS)
+    with open_records(path, HEADER) as file:
+        file.append("k", method(criterion="axis"), {"error": "the artifacts hold no axis."})
+    assert "- axis, keep 0.8: the artifacts hold no axis." in markdown(read_results(path))
+
+
+def test_the_page_shows_answers(tmp_path):
+    figures = {"recall": [0.5, 0.4, 0.6], "match": [0.25, 0.1, 0.4], "option": [None, None, None]}
+    answers = {"quiz.json": {"summary": {**figures, "answer_nll": [2.5, 2.4, 2.6]}}}
+    path = write_results(tmp_path / "results.jsonl", [])
+    found = record(MAIN, 0.1, answers=answers)
+    with open_records(path, HEADER) as file:
+        file.append(found.pop("key"), MAIN, {k: v for k, v in found.items() if k != "row"})
+    page = markdown(read_results(path))
+    assert "| obs | lstsq | quiz.json | 0.500 [0.400, 0.600] | 0.250 [0.100, 0.400] | - |" in page
+
+
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        (Interval(1.02345, 1.01, 1.04), "1.023 [1.010, 1.040]"),
+        (Interval(1.0, 1.0, 1.0), "1.000"),
+        (Interval(1.5, math.nan, math.nan), "1.500"),
+        (Interval(math.nan, math.nan, math.nan), "-"),
+        (Interval(12345.6, 1000.0, 2e9), "1.23e+04 [1e+03, 2e+09]"),
+    ],
+)
+def test_intervals_as_text(found, text):
+    assert interval(found) == text
+
+
+def test_curves_by_units_and_compensation(results):
+    found = curves(results)
+    assert list(found) == [("heads", "lstsq"), ("heads", "none")]
+    panel = {curve.label: curve for curve in found["heads", "lstsq"]}
+    assert next(iter(panel)) == "obs"
+    assert [round(share, 2) for share, _ in panel["obs"].points] == [0.1, 0.2]
+    assert "probe-pruning" in panel
+    assert "energy" not in panel
+    assert {curve.label for curve in found["heads", "none"]} == {"energy", "probe-pruning"}
+
+
+def test_curves_are_drawn_and_the_same_every_time(results, tmp_path):
+    pytest.importorskip("matplotlib")
+    first, second = tmp_path / "a.png", tmp_path / "b.png"
+    assert write_curves(results, first)
+    assert write_curves(results, second)
+    assert first.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_nothing_to_draw(tmp_path):
+    pytest.importorskip("matplotlib")
+    found = read_results(write_results(tmp_path / "results.jsonl", []))
+    assert found.records[0].row == DENSE
+    assert not write_curves(found, tmp_path / "a.png")
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_without_matplotlib_the_error_says_what_to_install(results, tmp_path, monkeypatch):
+    plain = builtins.__import__
+
+    def without(name, *args, **keywords):
+        if name.partition(".")[0] == "matplotlib":
+            raise ImportError(name)
+        return plain(name, *args, **keywords)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(UsageError, match=r"spp-export\[plots\]"):
+        write_curves(results, tmp_path / "a.png")

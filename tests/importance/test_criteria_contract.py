@@ -1,0 +1,211 @@
+"""What holds for every criterion, whatever it computes."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+
+from spp_export.importance import (
+    COMPARABLE,
+    CRITERIA,
+    AttentionInputs,
+    Axis,
+    Gradients,
+    LayerStatistics,
+    LayerWeights,
+    MlpInputs,
+    Need,
+)
+
+GROUPS, SIZE, DIM, HIDDEN, CHANNELS = 2, 3, 4, 10, 14
+HEADS = GROUPS * SIZE
+PARTS = {
+    Need.ACTIVATIONS: ("attention", "mlp"),
+    Need.GRADIENTS: ("gradients",),
+    Need.AXIS: ("axis",),
+}
+everything = pytest.mark.parametrize("criterion", CRITERIA.values(), ids=CRITERIA)
+
+
+def make(seed=0, dtype=np.float32, scale=1.0):
+    """A layer of random numbers; read-only, as statistics are shared."""
+    random = np.random.default_rng(seed)
+
+    def normal(*shape):
+        array = (scale * random.standard_normal(shape)).astype(dtype)
+        array.setflags(write=False)
+        return array
+
+    def positive(*shape):
+        return np.abs(normal(*shape))
+
+    query, shared = HEADS * DIM, GROUPS * DIM
+    tokens, hidden = normal(30, HEADS, DIM), normal(30, CHANNELS)
+    weights = LayerWeights(
+        query=normal(query, HIDDEN),
+        key=normal(shared, HIDDEN),
+        value=normal(shared, HIDDEN),
+        output=normal(HIDDEN, query),
+        gate=normal(CHANNELS, HIDDEN),
+        up=normal(CHANNELS, HIDDEN),
+        down=normal(HIDDEN, CHANNELS),
+    )
+    attention = AttentionInputs(
+        input_square=positive(HIDDEN),
+        mean=tokens.reshape(30, -1).mean(axis=0),
+        square=(tokens.reshape(30, -1) ** 2).mean(axis=0),
+        second=np.einsum("tha,thb->hab", tokens, tokens) / 30,
+    )
+    mlp = MlpInputs(positive(HIDDEN), hidden.mean(axis=0), (hidden**2).mean(axis=0))
+    sizes = (query, shared, shared, query, CHANNELS, CHANNELS, CHANNELS, HEADS, CHANNELS)
+    gradients = Gradients(
+        **{
+            name: positive(size)
+            for name, size in zip(
+                (
+                    "query_rows",
+                    "key_rows",
+                    "value_rows",
+                    "output_columns",
+                    "gate_rows",
+                    "up_rows",
+                    "down_columns",
+                    "head_gates",
+                    "channel_gates",
+                ),
+                sizes,
+                strict=True,
+            )
+        }
+    )
+    direction = normal(HIDDEN)
+    axis = Axis(direction / max(np.linalg.norm(direction), 1e-9), positive(HEADS) % 1)
+    return LayerStatistics(5, HEADS, GROUPS, weights, attention, mlp, gradients, axis, seed=3)
+
+
+def pick(record, axes):
+    """The record with some of its arrays re-ordered: name to (axis, order)."""
+    return replace(
+        record,
+        **{name: np.take(getattr(record, name), order, axis) for name, (axis, order) in axes},
+    )
+
+
+def reorder_heads(layer, heads, groups):
+    """The same layer with query heads and KV heads in another order."""
+    rows = (np.asarray(heads)[:, None] * DIM + np.arange(DIM)).reshape(-1)
+    shared = (np.asarray(groups)[:, None] * DIM + np.arange(DIM)).reshape(-1)
+    q, o, kv, h = (0, rows), (1, rows), (0, shared), (0, heads)
+    return replace(
+        layer,
+        weights=pick(layer.weights, {"query": q, "output": o, "key": kv, "value": kv}.items()),
+        attention=pick(layer.attention, {"mean": q, "square": q, "second": h}.items()),
+        gradients=pick(
+            layer.gradients,
+            {
+                "query_rows": q,
+                "output_columns": q,
+                "key_rows": kv,
+                "value_rows": kv,
+                "head_gates": h,
+            }.items(),
+        ),
+        axis=pick(layer.axis, {"share": h}.items()),
+    )
+
+
+def reorder_channels(layer, order):
+    """The same layer with channels in another order."""
+    c = (0, order)
+    names = ("gate_rows", "up_rows", "down_columns", "channel_gates")
+    return replace(
+        layer,
+        weights=pick(layer.weights, {"gate": c, "up": c, "down": (1, order)}.items()),
+        mlp=pick(layer.mlp, {"mean": c, "square": c}.items()),
+        gradients=pick(layer.gradients, dict.fromkeys(names, c).items()),
+    )
+
+
+def only(layer, needs):
+    """The layer as it comes when no more than `needs` was gathered."""
+    given = {part for need in needs for part in PARTS[need]}
+    absent = {part for parts in PARTS.values() for part in parts} - given
+    return replace(layer, **dict.fromkeys(absent))
+
+
+@everything
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_scores_are_finite_doubles_of_the_right_shape(criterion, dtype):
+    layer = make(dtype=dtype)
+    for scores, count in ((criterion.heads(layer), HEADS), (criterion.channels(layer), CHANNELS)):
+        assert scores.shape == (count,)
+        assert scores.dtype == np.float64
+        assert np.isfinite(scores).all()
+        assert len(set(scores.tolist())) == count
+
+
+@everything
+def test_a_layer_of_zeros_has_finite_scores(criterion):
+    layer = make(scale=0.0)
+    assert np.isfinite(criterion.heads(layer)).all()
+    assert np.isfinite(criterion.channels(layer)).all()
+
+
+@everything
+def test_single_precision_costs_little(criterion):
+    wide, narrow = make(dtype=np.float64), make(dtype=np.float32)
+    for units in (criterion.heads, criterion.channels):
+        np.testing.assert_allclose(units(narrow), units(wide), rtol=2e-4, atol=2e-5)
+
+
+@everything
+def test_needs_are_what_is_read(criterion):
+    layer = make()
+    enough = only(layer, criterion.needs)
+    np.testing.assert_array_equal(criterion.heads(enough), criterion.heads(layer))
+    np.testing.assert_array_equal(criterion.channels(enough), criterion.channels(layer))
+    for need in criterion.needs:
+        short = only(layer, criterion.needs - {need})
+        for units in (criterion.heads, criterion.channels):
+            with pytest.raises(AssertionError):
+                units(short)
+
+
+# Random draws belong to places, not to units.
+@pytest.mark.parametrize("name", [name for name in CRITERIA if name != "random"])
+def test_scores_follow_their_units(name):
+    criterion = CRITERIA[name]
+    layer, random = make(), np.random.default_rng(1)
+    for _ in range(3):
+        groups = random.permutation(GROUPS)
+        heads = np.concatenate([k * SIZE + random.permutation(SIZE) for k in groups])
+        found = criterion.heads(reorder_heads(layer, heads, groups))
+        np.testing.assert_allclose(found, criterion.heads(layer)[heads], rtol=1e-5)
+        order = random.permutation(CHANNELS)
+        found = criterion.channels(reorder_channels(layer, order))
+        np.testing.assert_allclose(found, criterion.channels(layer)[order], rtol=1e-5)
+
+
+@everything
+def test_records_name_what_exists(criterion):
+    assert criterion.comparable in COMPARABLE
+    assert criterion.companion is None or criterion.companion in CRITERIA
+    assert criterion.source
+
+
+def test_the_parts_above_are_all_a_layer_has():
+    optional = {field.name for field in fields(LayerStatistics) if field.default is None}
+    assert optional == {part for parts in PARTS.values() for part in parts}
+
+
+def test_random_knows_seed_layer_and_kind_and_nothing_else():
+    heads, channels = CRITERIA["random"].heads, CRITERIA["random"].channels
+    layer = make(seed=0)
+    np.testing.assert_array_equal(heads(layer), heads(make(seed=1)))
+    np.testing.assert_array_equal(channels(layer), channels(make(seed=1)))
+    draws = [heads(replace(layer, seed=s, layer=n)) for s in range(4) for n in range(4)]
+    draws += [channels(layer)[:HEADS]]
+    assert len({tuple(draw) for draw in draws}) == len(draws)
+    assert 0 <= np.min(draws) <= np.max(draws) < 1

@@ -1,0 +1,201 @@
+"""`evaluate` on a tiny model, with the planner that exports use."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from exporting import texts, write_texts
+
+import spp_export
+from spp_export import EvalRequest
+from spp_export.errors import OutputError, UsageError
+
+NAME = "llama-gqa-bias"
+REQUEST = EvalRequest(keeps=(0.7,), criteria=("energy",), compensations=("none",), curves=False)
+
+
+@pytest.fixture(scope="module")
+def common(workshop, tmp_path_factory):
+    """Arguments of an evaluation: model, artifacts, another scenario and the pools."""
+    root = tmp_path_factory.mktemp("evaluate")
+    return {
+        "model": str(workshop.dense(NAME)),
+        "artifacts": workshop.artifacts(NAME),
+        "wrong": write_texts(root / "letters.txt", texts("small", 8, 9)),
+        "pools": workshop.pools,
+    }
+
+
+@pytest.fixture(scope="module")
+def first(workshop, common, tmp_path_factory):
+    """An evaluation with everything that is cheap."""
+    root = tmp_path_factory.mktemp("evaluated")
+    quiz = root / "quiz.jsonl"
+    quiz.write_text('{"prompt": "3 + 4 =", "answer": "7"}\n{"prompt": "1 + 1 =", "answer": "2"}\n')
+    request = EvalRequest(
+        keeps=(0.7,),
+        criteria=("energy", "probe-pruning"),
+        compensations=("none", "lstsq"),
+        ablations=True,
+        domains=("figures",),
+        generate=True,
+        max_new_tokens=3,
+    )
+    plan = workshop.exported(NAME, "per-layer", "lstsq").path / "plan.json"
+    arguments = {
+        **common,
+        "request": request,
+        "other_artifacts": {"same": common["artifacts"]},
+        "eval_sets": [quiz],
+        "plans": [plan],
+    }
+    return spp_export.evaluate(workshop.scenario, root / "out", **arguments), arguments
+
+
+def test_every_row_is_measured_on_every_text(first):
+    result, _ = first
+    assert result.results.texts == ("scenario, held out", "figures pool", "quiz.jsonl")
+    assert result.results.failed == ()
+    labels = {record.row.label for record in result.results.records}
+    assert {"dense", "energy", "random, seed 2", "whitelist only", "probe-pruning"} <= labels
+    assert {"energy, wrong scenario", "energy, domain mean", "energy, single domain"} <= labels
+    assert {"energy, no whitelist", "energy, artifacts same"} <= labels
+    assert any(label.startswith("plan ") for label in labels)
+
+
+def test_files_and_summary_say_the_same(first):
+    result, _ = first
+    assert (result.directory / "table.md").read_text().startswith("# Evaluation of ")
+    assert (result.directory / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    found = json.loads(json.dumps(result.to_dict()))
+    dense = next(row for row in found["rows"] if row["kind"] == "dense")
+    assert dense["ratio"]["figures pool"] == [1, 1, 1]
+    random = [row for row in found["rows"] if row["criterion"] == "random"]
+    assert {row["seed"] for row in random} == {0, 1, 2}
+    assert all(row["kept"] <= 0.7 for row in random)
+    assert any(each["second"] == "energy, wrong scenario" for each in found["comparisons"])
+    answered = {row["label"]: bool(row["answers"]) for row in found["rows"]}
+    assert answered["energy"]
+    assert not answered["probe-pruning"]
+
+
+def test_a_given_plan_scores_as_its_export_does(first, workshop):
+    """The figure of `verify.json` on the same held-out text, from the slim model."""
+    result, _ = first
+    exported = workshop.exported(NAME, "per-layer", "lstsq")
+    expected = exported.result.report["quality"]["ratio"]
+    given = next(r for r in result.results.measured if r.row.plan)
+    found = given.data["texts"]["scenario, held out"]["summary"]["ratio"][0]
+    assert found == pytest.approx(expected, abs=5.1e-4)  # the report has three decimals
+
+
+def test_the_same_artifacts_under_another_name_change_nothing(first):
+    result, _ = first
+    by_label = {(r.row.label, r.row.compensation): r.data["texts"] for r in result.results.measured}
+    for compensation in ("none", "lstsq"):
+        same = by_label["energy, artifacts same", compensation]
+        assert same == by_label["energy", compensation]
+
+
+def test_a_finished_evaluation_is_only_drawn_again(first, workshop, monkeypatch):
+    result, arguments = first
+    before = (result.directory / "results.jsonl").read_bytes()
+    (result.directory / "table.md").unlink()
+    monkeypatch.setattr("spp_export.loader.load_dense", None)  # no model is loaded
+    again = spp_export.evaluate(workshop.scenario, result.directory, **arguments)
+    assert (again.directory / "results.jsonl").read_bytes() == before
+    assert (again.directory / "table.md").exists()
+
+
+def test_another_evaluation_needs_force(workshop, common, tmp_path):
+    out = tmp_path / "out"
+    spp_export.evaluate(workshop.scenario, out, request=REQUEST, **common)
+    changed = {**common, "pools": None}
+    with pytest.raises(OutputError, match="different set of texts"):
+        spp_export.evaluate(workshop.scenario, out, request=REQUEST, **changed)
+    found = spp_export.evaluate(workshop.scenario, out, request=REQUEST, force=True, **changed)
+    assert found.results.texts == ("scenario, held out",)
+
+
+def test_a_directory_of_something_else_is_left_alone(workshop, common, tmp_path):
+    (tmp_path / "table.md").write_text("mine")
+    with pytest.raises(OutputError, match=r"no results\.jsonl"):
+        spp_export.evaluate(workshop.scenario, tmp_path, request=REQUEST, force=True, **common)
+    assert (tmp_path / "table.md").read_text() == "mine"
+
+
+def test_text_that_was_calibrated_on_judges_nothing(workshop, common, tmp_path):
+    trained = (workshop.pools / "figures" / "train.txt").read_text().split("\n\n")[0]
+    quiz = tmp_path / "quiz.jsonl"
+    quiz.write_text(json.dumps({"prompt": trained.strip(), "answer": "7"}))
+    with pytest.raises(UsageError, match="figures pool, so it cannot judge"):
+        spp_export.evaluate(
+            workshop.scenario, tmp_path / "out", request=REQUEST, eval_sets=[quiz], **common
+        )
+    with pytest.raises(UsageError, match="scenario's calibration prompts"):
+        spp_export.evaluate(
+            workshop.scenario,
+            tmp_path / "out",
+            request=REQUEST,
+            eval_sets=[workshop.scenario],
+            **common,
+        )
+
+
+@pytest.mark.parametrize(
+    ("request_changes", "arguments", "message"),
+    [
+        ({"keeps": (1.5,)}, {}, "keep"),
+        ({"criteria": ("best",)}, {}, "--criterion best"),
+        ({"units": ("rows",)}, {}, "--units rows"),
+        ({"units": ()}, {}, "at least one"),
+        ({"compensations": ("magic",)}, {}, "--compensate magic"),
+        ({"comparable": "odd"}, {}, "--comparable odd"),
+        ({"max_new_tokens": 0}, {}, "--max-new-tokens"),
+        ({"domains": ("figures",)}, {"pools": None}, "--domain needs"),
+        ({"generate": True}, {}, "give --eval-set"),
+    ],
+)
+def test_refused_before_any_work(workshop, common, tmp_path, request_changes, arguments, message):
+    with pytest.raises(UsageError, match=message):
+        spp_export.evaluate(
+            workshop.scenario,
+            tmp_path / "out",
+            request=replace(REQUEST, **request_changes),
+            **{**common, **arguments},
+        )
+
+
+def test_texts_that_cannot_judge_are_refused(workshop, common, tmp_path):
+    questions = write_texts(tmp_path / "quiz.txt", ["1 + 1 =", "2 + 3 ="])
+    run = {**common, "request": EvalRequest(generate=True, curves=False)}
+    with pytest.raises(UsageError, match=r"quiz\.txt: holds no answer"):
+        spp_export.evaluate(workshop.scenario, tmp_path / "o", eval_sets=[questions], **run)
+    changed = {**common, "wrong": workshop.scenario}
+    with pytest.raises(UsageError, match="is the scenario itself"):
+        spp_export.evaluate(workshop.scenario, tmp_path / "o", request=REQUEST, **changed)
+    with pytest.raises(UsageError, match=r"named quiz\.txt"):
+        spp_export.evaluate(
+            workshop.scenario,
+            tmp_path / "o",
+            request=REQUEST,
+            eval_sets=[questions, questions],
+            **common,
+        )
+    short = write_texts(tmp_path / "short.txt", ["1 + 2 ="])
+    with pytest.raises(UsageError, match="keep some for judging"):
+        spp_export.evaluate(short, tmp_path / "o", request=REQUEST, **common)
+
+
+def test_all_criteria_begin_with_the_default():
+    names = EvalRequest(criteria=("all",), compensations=("none",)).criterion_names
+    assert names[0] == "energy"
+    assert len(names) == len(set(names))
+    assert {"obs", "flap", "axis", "probe-pruning", "full-batch-probing", "random"} <= set(names)
+    assert EvalRequest(criteria=("flap", "all")).criterion_names[:2] == ("flap", "obs")
+
+
+def test_eval_is_evaluate():
+    assert spp_export.eval is spp_export.evaluate
