@@ -12,7 +12,7 @@ RESULTS := benchmarks/results
 LM_EVAL := build/venv-lm-eval
 
 .PHONY: help demo artifacts check test test-all test-loading test-lm-eval eval eval-finance \
-	eval-answers eval-ablations lm-eval slice-memory compile-time start-time reference clean
+	eval-answers eval-ablations lm-eval blocked-moments slice-memory compile-time start-time reference clean
 
 help:
 	@echo "make demo          slice the default model for a chemistry scenario"
@@ -25,6 +25,7 @@ help:
 	@echo "make eval-answers  questions answered by slim models"
 	@echo "make eval-ablations  the defaults less one of their parts"
 	@echo "make lm-eval       make demo's export in lm-evaluation-harness"
+	@echo "make blocked-moments  what moments in blocks cost the re-fit of a wide MLP"
 	@echo "make slice-memory  time and peak memory of slicing a 2 GB checkpoint"
 	@echo "make compile-time  time from scores to plan"
 
@@ -73,8 +74,18 @@ EVAL := $(BIN)/spp eval --pools $(DATA)/pools
 CHEMISTRY := --scenario $(DATA)/scenarios/chemistry.txt --wrong $(DATA)/scenarios/history.txt \
 	--domain chemistry
 
+# Every criterion with the re-fit; without it; FLAP with its own bias; other ways to compare layers.
+eval: EVAL_CHEMISTRY = $(EVAL) $(CHEMISTRY) -o $(RESULTS)/eval-chemistry
 eval: $(INSTALLED)
-	$(EVAL) $(CHEMISTRY) --criterion all --units heads --units both -o $(RESULTS)/eval-chemistry
+	$(EVAL_CHEMISTRY) --criterion all --units heads --units both
+	$(EVAL_CHEMISTRY) --criterion all --compensate none --keep 0.8
+	$(EVAL_CHEMISTRY) --criterion flap --compensate bias --units heads --units both --keep 0.8
+	$(EVAL_CHEMISTRY) --criterion energy --criterion wanda-sp --criterion taylor \
+		--comparable share --units heads --units both --keep 0.8
+	$(EVAL_CHEMISTRY) --criterion energy --comparable standardised --units heads --units both --keep 0.8
+	$(EVAL_CHEMISTRY) --criterion taylor --criterion llm-pruner --comparable raw \
+		--units heads --units both --keep 0.8
+	$(BIN)/python -m spp_bench.quality_tables $(RESULTS)/eval-chemistry
 
 eval-finance: $(INSTALLED)
 	$(EVAL) --scenario $(DATA)/scenarios/finance.txt --wrong $(DATA)/scenarios/history.txt \
@@ -105,6 +116,9 @@ $(LM_EVAL)/.installed:
 	$(LM_EVAL)/bin/python -m pip install --quiet --disable-pip-version-check \
 		lm_eval==0.4.13 torch==2.13.0 transformers==5.23.0 accelerate
 	@touch $@
+
+blocked-moments: $(INSTALLED)
+	$(BIN)/python -m spp_bench.blocked_moments --json $(RESULTS)/blocked-moments.json
 
 slice-memory: $(INSTALLED)
 	mkdir -p build

@@ -1,4 +1,4 @@
-"""The published artifact format (METHODS.md 12.4) to ours.
+"""The artifact format of SubspacePath Pruner (ICML 2026) as released, to ours.
 
 What it does not hold stays absent: the model's fingerprint, our criteria, axes (zeros here),
 calibration text. Two rules fill its gaps: a layer without a temperature gets 1.0, and a layer

@@ -1,4 +1,4 @@
-"""The online algorithm of SubspacePath Pruner as it was released (METHODS.md 12.2).
+"""The online algorithm of SubspacePath Pruner as it was released (ICML 2026).
 
 Kept for comparison, oddities included. Two of them decide what its numbers mean:
 

@@ -139,7 +139,7 @@ def _parse_lines(text: str, label: str) -> _Parsed:
 
 
 def _parse_published(text: str, label: str) -> _Parsed:
-    """The format of METHODS.md 12.4: a scenario is an object with `turns`."""
+    """The format SubspacePath Pruner published: a scenario is an object with `turns`."""
     value = parse_json(text, what=label, error=ScenarioError)
     scenarios = value if isinstance(value, list) else [value]
     if not scenarios:

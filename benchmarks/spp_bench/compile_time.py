@@ -1,7 +1,8 @@
 """Time from scores to a compiled plan: `python -m spp_bench.compile_time [--json]`.
 
-One sample is one `compile_plan` on scores drawn from a seeded generator, at one keep share. The
-plans are checked for optimality by their own bound before any time is reported.
+One sample is scores to plan, for heads or for heads and channels together, on scores drawn from a
+seeded generator, at one keep share. The plans are checked for optimality by their own bound before
+any time is reported.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import numpy as np
 
 from spp_bench.machine import machine
 from spp_bench.timing import quantiles
-from spp_export.budget import Budget
-from spp_export.plans import compile_plan
+from spp_export.allocate import channel_options, layer_options, per_parameter
+from spp_export.budget import Budget, Units
+from spp_export.plans import compile_units
 from spp_export.shape import ModelShape
 
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
@@ -35,19 +37,32 @@ CASES = {
 }
 
 
-def measure(shape: ModelShape, keep: float, seeds: int) -> dict[str, Any]:
+UNITS: tuple[Units, ...] = ("heads", "both")
+
+
+def measure(shape: ModelShape, units: Units, keep: float, seeds: int) -> dict[str, Any]:
     """Quantiles of the time, in milliseconds, of one compilation at this keep share."""
     times = []
     for seed in range(-1, seeds):
         rng = np.random.default_rng(max(seed, 0))
-        scores = rng.gamma(2.0, size=(shape.num_layers, shape.query_heads))
+        heads = rng.gamma(2.0, size=(shape.num_layers, shape.query_heads))
+        channels = rng.gamma(2.0, size=(shape.num_layers, shape.channels))
+        head = shape.query_head_parameters + shape.kv_head_parameters / shape.group_size
         start = time.perf_counter()
-        _, realised = compile_plan(scores, shape, Budget(keep=keep))
+        _, realised = compile_units(
+            layer_options(per_parameter(heads, head), shape),
+            channel_options(per_parameter(channels, shape.channel_parameters), shape)
+            if units == "both"
+            else None,
+            shape,
+            Budget(keep=keep, units=units),
+        )
         elapsed = time.perf_counter() - start
         assert realised.score_bound == realised.score, "the plan is not proven optimal"
         if seed >= 0:  # the first run warms up
             times.append(elapsed * 1e3)
     return {
+        "units": units,
         "keep": keep,
         "samples": seeds,
         **quantiles(times, "ms"),
@@ -62,19 +77,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     gc.freeze()
     results = [
-        {"case": name} | measure(shape, keep, options.seeds)
+        {"case": name} | measure(shape, units, keep, options.seeds)
         for name, shape in CASES.items()
+        for units in UNITS
         for keep in KEEPS
     ]
     if options.json:
         print(json.dumps({"machine": machine(), "results": results}))
         return
     print(" ".join(f"{name}: {value}" for name, value in machine().items()))
-    print(f"{'scores to plan':50} {'keep':>5} {'median':>8} {'p20':>8} {'p80':>8}  ms")
+    print(f"{'scores to plan':50} {'units':6} {'keep':>5} {'median':>8} {'p20':>8} {'p80':>8}  ms")
     for row in results:
         print(
-            f"{row['case']:50} {row['keep']:5.2f} {row['median_ms']:8.2f} {row['p20_ms']:8.2f} "
-            f"{row['p80_ms']:8.2f}"
+            f"{row['case']:50} {row['units']:6} {row['keep']:5.2f} {row['median_ms']:8.2f} "
+            f"{row['p20_ms']:8.2f} {row['p80_ms']:8.2f}"
         )
 
 

@@ -1,4 +1,4 @@
-"""How an answer is judged by its words (METHODS.md 12.5 D16). No model.
+"""How an answer is judged by its words, as SubspacePath Pruner is (ICML 2026). No model.
 
 Published as accuracy, what is measured is keyword recall: the share of the reference's words,
 stopwords aside, that the response holds; a match is a recall of at least 0.8. Which stopwords the

@@ -2,7 +2,7 @@
 
 Each turn follows the right answers to the earlier turns of its conversation, not the model's own:
 what the published evaluation feeds back is not known, and a turn's figure then depends on that
-turn alone. Greedy without repetition penalty, where the release adds one (METHODS.md 12.5 D18).
+turn alone. Greedy without repetition penalty, where the release of SubspacePath Pruner adds one.
 """
 
 from __future__ import annotations

@@ -24,6 +24,9 @@ from spp_export.plans import LayerPlan, Plan, compile_units, dense_plan
 from spp_export.scenario import Scenario
 from spp_export.session import Session
 
+# Enough for every way of choosing in a grid, which goes budget by budget and asks for each again.
+_REMEMBERED = 64
+
 
 @dataclass
 class Planner:
@@ -86,7 +89,6 @@ class Planner:
         if row.criterion not in SEQUENTIAL:
             same = replace(same, keep=1.0)
         if same not in self._options:
-            # They are large where rows are many; neighbours in a grid share them.
             if len(self._options) >= _REMEMBERED:
                 del self._options[next(iter(self._options))]
             request = PlanRequest(
@@ -135,6 +137,3 @@ class Planner:
 
     def _of(self, row: Row) -> Artifacts:
         return self.others[row.artifacts] if row.artifacts else self.artifacts
-
-
-_REMEMBERED = 16

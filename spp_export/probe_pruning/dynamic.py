@@ -1,8 +1,8 @@
-"""The dynamic baseline: every batch decides its own masks on the dense model (METHODS 1, sync).
+"""The dynamic baseline: every batch decides its own masks on the dense model (mode sync).
 
 Nothing is sliced: the inputs of o_proj and down_proj are zeroed for the units a batch drops, which
 computes the same function. No parameter is saved, and of attention only query heads go: K and V
-stay whole (METHODS 1.5). Its place is a comparison, at the budget `achieved_keep` gives.
+stay whole. Its place is a comparison, at the budget `achieved_keep` gives.
 """
 
 from __future__ import annotations

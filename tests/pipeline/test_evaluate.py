@@ -199,3 +199,21 @@ def test_all_criteria_begin_with_the_default():
 
 def test_eval_is_evaluate():
     assert spp_export.eval is spp_export.evaluate
+
+
+def test_each_scenario_is_evaluated_against_the_next(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(
+        "spp_export.pipeline.evaluate.evaluate",
+        lambda scenario, output, **options: asked.append((scenario, output, options["wrong"])),
+    )
+    spp_export.evaluate_scenarios(["a/x.txt", "y.json"], tmp_path)
+    spp_export.evaluate_scenarios(["a/x.txt", "y.json"], tmp_path, wrong="w.txt")
+    assert asked == [
+        ("a/x.txt", tmp_path / "x", "y.json"),
+        ("y.json", tmp_path / "y", "a/x.txt"),
+        ("a/x.txt", tmp_path / "x", "w.txt"),
+        ("y.json", tmp_path / "y", "w.txt"),
+    ]
+    with pytest.raises(UsageError, match="two files have one name"):
+        spp_export.evaluate_scenarios(["a/x.txt", "x.json"], tmp_path)

@@ -1,4 +1,4 @@
-"""The released algorithm against a plain twin written from METHODS.md 12.2, and its properties."""
+"""The released algorithm against a plain twin written from its description, and its properties."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_matches_the_plain_twin(seed):
 
 @pytest.mark.parametrize("seed", range(10))
 def test_more_strength_keeps_more(seed):
-    """METHODS.md 12.5 D3: the knob works against its name."""
+    """The knob works against its name."""
     rng = np.random.default_rng(seed)
     probabilities, importance = rng.random((8, 6)) ** 2, rng.random((8, 16, 6))
     counts = [

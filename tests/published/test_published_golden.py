@@ -1,4 +1,4 @@
-"""Cases worked out by hand from METHODS.md 12.2; every expected number is typed in."""
+"""Cases worked out by hand from the released algorithm; every expected number is typed in."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_equal_scores_go_by_layer_then_head():
 
 
 def test_uniform_outputs_fire_all_six_domains():
-    # METHODS.md 12.7: (1/6) * (1 + 0.3/33) = 0.1681818 > 0.15 for every domain.
+    # Uniform probes: (1/6) * (1 + 0.3/33) = 0.1681818 > 0.15 for every domain.
     probabilities = np.full((32, 6), 0.4)
     assert domain_scores(probabilities) == pytest.approx([0.1681818] * 6, abs=1e-6)
     assert infer_domains(probabilities) == (0, 1, 2, 3, 4, 5)
