@@ -16,6 +16,7 @@ from spp_export.evaluation.documents import DocumentScores, scores_from_json
 from spp_export.evaluation.rows import Row
 from spp_export.jsonio import decode_utf8, parse_json, read_bytes
 
+RESULTS = "results.jsonl"
 SCHEMA_VERSION = 1
 MAX_RESULTS_BYTES = 1 << 30
 _WHAT = "evaluation results"

@@ -19,6 +19,7 @@ from spp_export.evaluation.bootstrap import RESAMPLES
 from spp_export.evaluation.curves import check_plots, write_curves
 from spp_export.evaluation.machine import device_type, machine
 from spp_export.evaluation.records import (
+    RESULTS,
     SCHEMA_VERSION,
     RecordFile,
     Results,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 DEFAULT_KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
 EVERY_CRITERION = "all"
 EVALUATED = (*CRITERION_NAMES, *DYNAMIC)
-RESULTS, TABLE, CURVES = "results.jsonl", "table.md", "curves.png"
+TABLE, CURVES = "table.md", "curves.png"
 
 
 @dataclass(frozen=True)

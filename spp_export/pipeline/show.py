@@ -1,4 +1,4 @@
-"""`show`: what a plan, artifacts directory, export or dense model is, without running anything."""
+"""`show`: what a plan, artifacts, checkpoint or evaluation is, without running anything."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from spp_export.artifacts import Artifacts, read_artifacts
 from spp_export.checkpoint.manifest import MANIFEST_NAME, check_manifest
 from spp_export.checkpoint.source import Source, open_source
 from spp_export.errors import ModelError, PlanError, SppError, UsageError
+from spp_export.evaluation.records import RESULTS, Results, read_results
+from spp_export.evaluation.table import interval, ranking, units_name
 from spp_export.jsonio import read_json
 from spp_export.plans import Plan, read_plan
 
@@ -23,7 +25,7 @@ _SIZES = ("parameters", "file_bytes", "kv_bytes_per_token")
 class Shown:
     """What a path is, the facts about it, and what is wrong with its files.
 
-    kind      "plan", "artifacts", "slim checkpoint" or "dense model"
+    kind      "plan", "artifacts", "slim checkpoint", "dense model" or "evaluation"
     facts     JSON values by name, in the order to show them
     problems  one line each; None where no manifest says what the files should be
     """
@@ -46,8 +48,12 @@ def show(path: str | os.PathLike[str]) -> Shown:
     place = Path(path)
     if not place.exists():
         raise UsageError(f"{place}: no such file or directory.")
+    if place.suffix == ".jsonl" and place.is_file():
+        return Shown("evaluation", _evaluation_facts(read_results(place)))
     if not place.is_dir():
         return Shown("plan", _plan_facts(read_plan(place)))
+    if (place / RESULTS).is_file():
+        return Shown("evaluation", _evaluation_facts(read_results(place / RESULTS)))
     if (place / "artifacts.json").is_file():
         facts = _artifacts_facts(read_artifacts(place))
         return Shown("artifacts", facts, _problems(place))
@@ -56,9 +62,31 @@ def show(path: str | os.PathLike[str]) -> Shown:
     if (place / "config.json").is_file():
         return Shown("dense model", _model_facts(open_source(place)), _problems(place))
     raise UsageError(
-        f"{place}: is neither an export, an artifacts directory nor a model; it has no plan.json, "
-        "artifacts.json or config.json."
+        f"{place}: is neither an export, an artifacts directory, a model nor an evaluation; it has "
+        f"no plan.json, artifacts.json, config.json or {RESULTS}."
     )
+
+
+def _evaluation_facts(results: Results) -> dict[str, Any]:
+    header = results.header
+    facts: dict[str, Any] = {
+        "model": header["model"]["name"],
+        "scenario": header["scenario"]["name"],
+        "texts": {
+            name: f"{found['documents']} documents" for name, found in header["texts"].items()
+        },
+        "rows": len(results.measured),
+        "failed": len(results.failed),
+        "machine": dict(header["machine"]),
+    }
+    for (keep, units), rows in ranking(results).items():
+        best = next((ranked for ranked in rows if ranked.row.kind == "method"), None)
+        if best is not None:
+            found = interval(best.ratio[results.judge])
+            facts[f"best at {keep:g} of {units_name(units)}"] = (
+                f"{best.row.label}, {best.row.compensation}: {found} on {results.judge}"
+            )
+    return facts
 
 
 def _problems(place: Path) -> tuple[str, ...] | None:

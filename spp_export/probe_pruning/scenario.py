@@ -1,7 +1,7 @@
 """The static builds: the scenario's text is the batch, and one mask is decided for good.
 
-Probe Pruning decides in sequence, so the text goes layer by layer through what is already pruned
-(METHODS 11.2). One mask serves every later turn; tokens generated later were never probed.
+Probe Pruning decides in sequence, so the text goes layer by layer through what is already pruned.
+One mask serves every later turn; tokens generated later were never probed.
 """
 
 from __future__ import annotations

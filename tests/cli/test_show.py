@@ -223,7 +223,7 @@ def test_a_dense_model(tmp_path):
 def test_nothing_we_know(tmp_path):
     with pytest.raises(UsageError, match="no such file or directory"):
         show(tmp_path / "missing")
-    with pytest.raises(UsageError, match="neither an export, an artifacts directory nor a model"):
+    with pytest.raises(UsageError, match="neither an export, an artifacts directory, a model nor"):
         show(tmp_path)
     (tmp_path / "text.txt").write_text("hello")
     with pytest.raises(PlanError, match="not valid JSON"):

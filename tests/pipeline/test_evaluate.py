@@ -217,3 +217,12 @@ def test_each_scenario_is_evaluated_against_the_next(monkeypatch, tmp_path):
     ]
     with pytest.raises(UsageError, match="two files have one name"):
         spp_export.evaluate_scenarios(["a/x.txt", "x.json"], tmp_path)
+
+
+def test_show_tells_what_an_evaluation_is(first):
+    result, _ = first
+    for path in (result.directory, result.directory / "results.jsonl"):
+        shown = spp_export.show(path)
+        assert shown.kind == "evaluation"
+        assert shown.facts["rows"] == len(result.results.measured)
+        assert any(name.startswith("best at 0.7 of heads") for name in shown.facts)

@@ -15,7 +15,8 @@ def show(
     path: Annotated[
         Path,
         typer.Argument(
-            metavar="PATH", help="A plan, an artifacts directory, an export or a dense model."
+            metavar="PATH",
+            help="A plan, an artifacts directory, an export, a dense model or results of 'spp eval'.",
         ),
     ],
     json: options.Json = False,
