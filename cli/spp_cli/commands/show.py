@@ -16,7 +16,7 @@ def show(
         Path,
         typer.Argument(
             metavar="PATH",
-            help="A plan, an artifacts directory, an export, a dense model or results of 'spp eval'.",
+            help="A plan, artifacts, an export, a dense model, or results of 'spp eval'.",
         ),
     ],
     json: options.Json = False,
