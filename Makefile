@@ -89,7 +89,8 @@ eval: $(INSTALLED)
 
 eval-finance: $(INSTALLED)
 	$(EVAL) --scenario $(DATA)/scenarios/finance.txt --wrong $(DATA)/scenarios/history.txt \
-		--domain finance --keep 0.9 --keep 0.8 --keep 0.7 -o $(RESULTS)/eval-finance
+		--domain finance --keep 0.9 --keep 0.8 --keep 0.7 --units heads --units both \
+		-o $(RESULTS)/eval-finance
 
 eval-answers: $(INSTALLED)
 	$(EVAL) $(CHEMISTRY) --keep 0.8 --eval-set $(DATA)/eval/selected_domain/chemistry.json \

@@ -66,8 +66,10 @@ def test_a_wrong_slice_is_not_published(workshop, tmp_path, broken, name, layout
 def test_a_wrong_refit_is_not_published(workshop, tmp_path, monkeypatch, name):
     """The oracle takes re-fitted projections as written, so parity alone would not see it."""
     workshop.artifacts(name)
-    right = compensation_module.refit
-    monkeypatch.setattr(compensation_module, "refit", lambda *a: np.roll(right(*a), 1, axis=1))
+    right = compensation_module.refit_blocks
+    monkeypatch.setattr(
+        compensation_module, "refit_blocks", lambda *a: np.roll(right(*a), 1, axis=1)
+    )
     with refused(ParityError, "re-fitted projections against plain slices: "):
         workshop.export(name, tmp_path / "slim", compensate="lstsq")
     assert list(tmp_path.iterdir()) == []

@@ -41,10 +41,11 @@ def test_a_dry_run_writes_nothing(workshop, tmp_path, monkeypatch, compensate):
 def test_a_dry_run_refuses_what_cannot_be_stored(workshop, tmp_path):
     """The answer of a dry run and that of the run must be one."""
     request = ExportRequest(dry_run=True)
+    asked = {"layout": "uniform", "compensate": "bias"}
     with refused(PlanError, "has no bias on its output projection"):
-        workshop.export("mistral-gqa", tmp_path / "slim", request=request, compensate="bias")
+        workshop.export("mistral-gqa", tmp_path / "slim", request=request, **asked)
     with refused(PlanError, "has no bias on its output projection"):
-        workshop.plan("mistral-gqa", compensate="bias")
+        workshop.plan("mistral-gqa", **asked)
 
 
 def test_what_is_missing_is_named(workshop, tmp_path, dense):
@@ -71,7 +72,12 @@ def test_what_is_missing_is_named(workshop, tmp_path, dense):
     ("asked", "match"),
     [
         ({"layout": "ragged"}, "--layout ragged: expected one of uniform, per-layer"),
-        ({"criterion": "magnitude"}, "--criterion magnitude: expected one of energy, axis, obs"),
+        ({"criterion": "best"}, "--criterion best: expected one of energy, axis, taylor, .*, obs"),
+        ({"units": "layers"}, "--units layers: expected one of heads, channels, both"),
+        ({"comparable": "fair"}, "--comparable fair: expected one of standardised, .*, stream"),
+        ({"comparable": "share"}, "--comparable: obs weighs losses in one currency"),
+        ({"shrinkage": 1.5}, r"--shrinkage 1.5: expected a number in \[0, 1\]"),
+        ({"width_multiple": 0}, "--width-multiple 0: expected 1 or more"),
         ({"policy": "greedy"}, "--policy greedy: expected one of exact, published"),
         ({"compensate": "lora"}, "--compensate lora: expected one of none, bias, lstsq"),
         ({"keep": 0.5, "strength": 0.5}, "exactly one of keep, .*, got keep and strength"),

@@ -139,6 +139,9 @@ def test_artifacts_import_refuses_an_existing_directory(release, published, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_a_criterion_that_the_artifacts_lack_is_named(workshop, published):
-    with pytest.raises(UsageError, match="--criterion energy: the artifacts hold head/published"):
-        workshop.plan(NAME, artifacts=published, criterion="energy", compensate="none")
+def test_a_criterion_of_domains_needs_their_text(workshop, published):
+    """Imported artifacts hold none: the scenario's own text speaks alone, but has no axis."""
+    with pytest.raises(UsageError, match="--criterion axis: it is defined for domains"):
+        workshop.plan(NAME, artifacts=published, criterion="axis", compensate="none")
+    result = workshop.plan(NAME, artifacts=published, criterion="energy", compensate="none")
+    assert result.plan.criterion["name"] == "energy"
