@@ -89,7 +89,7 @@ eval: $(INSTALLED)
 
 eval-finance: $(INSTALLED)
 	$(EVAL) --scenario $(DATA)/scenarios/finance.txt --wrong $(DATA)/scenarios/history.txt \
-		--domain finance --keep 0.9 --keep 0.8 --keep 0.7 --units heads --units both \
+		--domain finance --keep 0.8 --keep 0.7 --units heads --units both \
 		-o $(RESULTS)/eval-finance
 
 eval-answers: $(INSTALLED)

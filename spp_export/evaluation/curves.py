@@ -16,8 +16,8 @@ from spp_export.evaluation.table import ranking, units_name
 
 _WIDTH, _HEIGHT = 5.5, 4.2
 _LEGEND_WIDTH = 2.6
-# Above this, random choices would press all others to the bottom of a linear axis.
-_LOG_ABOVE = 2.0
+# Ruinous choices would press all others to the bottom: the axis is logarithmic, and ends here.
+_LOG_ABOVE, _CUT = 2.0, 6.0
 _ORDER = ("method", "dynamic", "ablation", "control")
 _DASHED = {"control": "--", "ablation": ":", "dynamic": "-."}
 
@@ -32,8 +32,12 @@ class Curve:
 
 
 def curves(results: Results) -> dict[tuple[str, str], list[Curve]]:
-    """Curves by (units, compensation) on the text that judges, methods first. What can have no
-    compensation stands in every panel of its units."""
+    """Curves by (units, compensation) on the text that judges, methods first, the best of the
+    largest share removed before others.
+
+    What can have no compensation stands in every panel of its units. Where some are measured at
+    several budgets, those at a single one are left to the table.
+    """
     text = results.judge
     points: dict[Row, list[tuple[float, Interval]]] = {}
     for (keep, _), rows in ranking(results).items():
@@ -41,6 +45,8 @@ def curves(results: Results) -> dict[tuple[str, str], list[Curve]]:
             if ranked.row.kind != "dense":
                 way = replace(ranked.row, keep=1.0)
                 points.setdefault(way, []).append((1 - keep, ranked.ratio[text]))
+    if any(len(found) > 1 for found in points.values()):
+        points = {way: found for way, found in points.items() if len(found) > 1}
     panels: dict[tuple[str, str], list[Curve]] = {}
     for way in points:
         if way.kind != "dynamic":
@@ -52,7 +58,7 @@ def curves(results: Results) -> dict[tuple[str, str], list[Curve]]:
             if way.units == units and alike:
                 panels[units, compensation].append(curve)
     return {
-        key: sorted(panel, key=lambda curve: (_ORDER.index(curve.kind), curve.label))
+        key: sorted(panel, key=lambda curve: (_ORDER.index(curve.kind), curve.points[-1][1].value))
         for key, panel in sorted(panels.items())
     }
 
@@ -69,7 +75,7 @@ def write_curves(results: Results, path: Path) -> bool:
     panels = curves(results)
     if not panels:
         return False
-    units = sorted({key[0] for key in panels})
+    units = sorted({key[0] for key in panels}, reverse=True)
     compensations = sorted({key[1] for key in panels})
     size = (_WIDTH * len(units) + _LEGEND_WIDTH, _HEIGHT * len(compensations))
     figure = Figure(figsize=size, layout="constrained")
@@ -149,6 +155,8 @@ def _finish(axes: Any, panel: list[Curve]) -> None:
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:.3g}")
         axes.tick_params(axis="y", which="minor", labelsize="x-small")
+        if max(_values(panel)) > _CUT:
+            axes.set_ylim(0.95 * min(1.0, *_values(panel)), _CUT)
     axes.grid(alpha=0.25, which="both")
 
 

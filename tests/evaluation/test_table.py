@@ -115,14 +115,24 @@ def test_intervals_as_text(found, text):
 
 
 def test_curves_by_units_and_compensation(results):
+    """What was measured at one budget only has no curve where others have one."""
     found = curves(results)
-    assert list(found) == [("heads", "lstsq"), ("heads", "none")]
+    assert list(found) == [("heads", "lstsq")]
     panel = {curve.label: curve for curve in found["heads", "lstsq"]}
     assert next(iter(panel)) == "obs"
     assert [round(share, 2) for share, _ in panel["obs"].points] == [0.1, 0.2]
-    assert "probe-pruning" in panel
-    assert "energy" not in panel
-    assert {curve.label for curve in found["heads", "none"]} == {"energy", "probe-pruning"}
+    assert {"energy", "probe-pruning"}.isdisjoint(panel)
+
+
+def test_points_of_one_budget_are_drawn_where_there_are_no_curves(tmp_path):
+    dynamic = Row(0.8, "heads", "probe-pruning", compensation="none", kind="dynamic")
+    plain = Row(0.8, "heads", "energy", compensation="none")
+    path = write_results(tmp_path / "results.jsonl", [(MAIN, 0.1), (dynamic, 0.2), (plain, 0.3)])
+    found = {key: {c.label for c in panel} for key, panel in curves(read_results(path)).items()}
+    assert found == {
+        ("heads", "lstsq"): {"obs", "probe-pruning"},
+        ("heads", "none"): {"energy", "probe-pruning"},
+    }
 
 
 def test_curves_are_drawn_and_the_same_every_time(results, tmp_path):
