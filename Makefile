@@ -99,7 +99,7 @@ eval-answers: $(INSTALLED)
 eval-ablations: $(INSTALLED)
 	$(BIN)/spp probe --pools $(DATA)/pools --units heads -o build/artifacts-all --force
 	$(BIN)/spp probe --pools $(DATA)/pools --units heads --select 6 -o build/artifacts-selected --force
-	$(EVAL) $(CHEMISTRY) --keep 0.8 --keep 0.7 --ablations --other-artifacts all=build/artifacts-all \
+	$(EVAL) $(CHEMISTRY) --keep 0.7 --ablations --other-artifacts all=build/artifacts-all \
 		--other-artifacts selected=build/artifacts-selected --no-curves -o $(RESULTS)/eval-ablations
 
 # An exported model in lm-evaluation-harness, in an environment without this project.

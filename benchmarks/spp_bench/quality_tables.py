@@ -26,12 +26,14 @@ def tables(results: Results, text: str) -> Iterator[str]:
                 panel = found.setdefault((units, ranked.row.compensation), {})
                 way = panel.setdefault(replace(ranked.row, keep=1.0), {})
                 way[keep] = ranked.ratio[text]
-    for (units, compensation), panel in sorted(found.items()):
+    for (units, compensation), panel in sorted(found.items(), key=_panel_order):
         keeps = sorted({keep for way in panel.values() for keep in way}, reverse=True)
+        # The budget that most were measured at, of those the largest.
+        common = max(keeps, key=lambda keep: sum(keep in way for way in panel.values()))
         lines = [f"### {units_name(units).capitalize()}, compensation {compensation}, {text}", ""]
         head = ["chosen by", "", *(f"{1 - keep:.0%} removed" for keep in keeps)]
         lines += [_line(head), "|" + "---|" * len(head)]
-        for row, way in sorted(panel.items(), key=lambda item: _order(item[1], keeps)):
+        for row, way in sorted(panel.items(), key=lambda item: _order(item[1], common)):
             cells = [interval(way[keep]) if keep in way else "" for keep in keeps]
             lines.append(_line([row.label, "" if row.kind == "method" else row.kind, *cells]))
         yield "\n".join(lines)
@@ -66,10 +68,14 @@ def _alike(ours: Record, theirs: Record) -> bool:
     return same == ours.row and theirs.row != ours.row
 
 
-def _order(way: dict[float, Interval], keeps: Sequence[float]) -> float:
-    """By the middle budget that the way was measured at."""
-    measured = [keep for keep in keeps if keep in way]
-    return way[measured[len(measured) // 2]].value
+def _panel_order(item: tuple[tuple[str, str], object]) -> tuple[bool, bool, str]:
+    """Heads before both, the re-fit before other compensations."""
+    (units, compensation), _ = item
+    return units != "heads", compensation != "lstsq", compensation
+
+
+def _order(way: dict[float, Interval], keep: float) -> float:
+    return way[keep].value if keep in way else float("inf")
 
 
 def _line(cells: Sequence[str]) -> str:
