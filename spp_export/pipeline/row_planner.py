@@ -98,6 +98,7 @@ class Planner:
                 comparable=row.comparable,
                 seed=row.seed,
             )
+            request.check()
             scoring = scoring_for(
                 self.session,
                 self._of(row),

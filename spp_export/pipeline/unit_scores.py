@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Literal
 
 import numpy as np
@@ -16,8 +16,9 @@ from spp_export.pipeline.calibration import Part, gather_part
 from spp_export.session import Session
 
 Kind = Literal["head", "channel"]
-# Scores of one layer by one part of the text; the layer's weights are read once for all parts.
-_Score = Callable[[int, LayerWeights], FloatArray]
+# Scores of one layer by one part of the text. The layer's weights are read once for all parts, and
+# not at all where the artifacts hold every score.
+_Score = Callable[[int, Callable[[], LayerWeights]], FloatArray]
 
 
 def mixed_scores(
@@ -42,7 +43,7 @@ def mixed_scores(
     total = sum(weight for weight, _ in weighted)
     rows = []
     for layer in range(source.shape.num_layers):
-        weights = layer_weights(source, layer)
+        weights = cache(partial(layer_weights, source, layer))
         shares = [weight / total * score(layer, weights) for weight, score in weighted]
         rows.append(np.sum(shares, axis=0))
     return np.stack(rows)
@@ -91,11 +92,11 @@ def _computed(
     found: Collection,
     seed: int,
     layer: int,
-    weights: LayerWeights,
+    weights: Callable[[], LayerWeights],
 ) -> FloatArray:
     score: Callable[[LayerStatistics], FloatArray]
     score = criterion.heads if kind == "head" else criterion.channels
-    return score(found.layer_statistics(session.source, layer, weights=weights, seed=seed))
+    return score(found.layer_statistics(session.source, layer, weights=weights(), seed=seed))
 
 
 def _statistics(criterion: Criterion, kind: Kind) -> tuple[str, ...]:

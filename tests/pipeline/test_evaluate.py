@@ -226,3 +226,12 @@ def test_show_tells_what_an_evaluation_is(first):
         assert shown.kind == "evaluation"
         assert shown.facts["rows"] == len(result.results.measured)
         assert any(name.startswith("best at 0.7 of heads") for name in shown.facts)
+
+
+def test_a_row_that_a_plan_would_refuse_is_refused(workshop, common, tmp_path):
+    """`obs` has no other way to compare layers: a row that says so must not be measured as plain."""
+    request = replace(REQUEST, criteria=("obs",), comparable="share")
+    result = spp_export.evaluate(workshop.scenario, tmp_path / "out", **common, request=request)
+    failed = {record.row.criterion: record.error for record in result.results.failed}
+    assert set(failed) == {"obs"}
+    assert "obs weighs losses in one currency" in failed["obs"]

@@ -8,6 +8,7 @@ from exporting import CASE, KEEP, tree, write_texts
 from factories import shape_of
 
 import spp_export
+from spp_export.artifacts import read_artifacts
 from spp_export.checkpoint.source import open_source
 from spp_export.plans import LayerPlan, Plan
 
@@ -15,8 +16,15 @@ NAME = "llama-gqa-bias"
 
 
 @pytest.fixture
-def cold(monkeypatch, tmp_path):
-    """From here on, a cache that is empty."""
+def name():
+    """The checkpoint, for tests that do not go through several."""
+    return NAME
+
+
+@pytest.fixture
+def cold(monkeypatch, tmp_path, workshop, name):
+    """From here on, a cache that is empty; artifacts are made before, and leave nothing in it."""
+    workshop.artifacts(name)
     monkeypatch.setenv("SPP_CACHE", str(tmp_path / "cold"))
     return tmp_path / "cold"
 
@@ -37,7 +45,8 @@ def test_a_cold_cache_changes_nothing(workshop, tmp_path, cold, name):
     """First without a cache, then with what that left, then with what `probe` left."""
     for place in ("cold", "warm"):
         workshop.export(name, tmp_path / place / "slim", compensate="lstsq")
-    assert len(list((cold / "statistics").glob("*.safetensors"))) >= 3  # one per pool
+    own = read_artifacts(workshop.artifacts(name)).scenario_weight > 0
+    assert len(list((cold / "statistics").glob("*.safetensors"))) == 3 + own  # pools, the scenario
     exports = [tree(tmp_path / place / "slim") for place in ("cold", "warm")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPP_CACHE", str(tmp_path / "probed"))
@@ -51,8 +60,7 @@ def test_a_cold_cache_changes_nothing(workshop, tmp_path, cold, name):
 def test_a_damaged_cache_entry_costs_a_pass_and_not_the_export(workshop, tmp_path, cold):
     workshop.export(NAME, tmp_path / "one" / "slim", compensate="lstsq")
     for number, entry in enumerate(sorted((cold / "statistics").iterdir())):
-        whole = entry.read_bytes()
-        entry.write_bytes([b"", b"junk", whole[:-9], whole[:64]][number % 4])
+        entry.write_bytes([b"", b"junk", entry.read_bytes()[:-9], entry.read_bytes()[:64]][number])
     workshop.export(NAME, tmp_path / "other" / "slim", compensate="lstsq")
     assert tree(tmp_path / "one" / "slim") == tree(tmp_path / "other" / "slim")
 
