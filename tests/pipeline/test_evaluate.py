@@ -229,7 +229,7 @@ def test_show_tells_what_an_evaluation_is(first):
 
 
 def test_a_row_that_a_plan_would_refuse_is_refused(workshop, common, tmp_path):
-    """`obs` has no other way to compare layers: a row that says so must not be measured as plain."""
+    """`obs` compares layers in one way only: a row that says another must not be measured."""
     request = replace(REQUEST, criteria=("obs",), comparable="share")
     result = spp_export.evaluate(workshop.scenario, tmp_path / "out", **common, request=request)
     failed = {record.row.criterion: record.error for record in result.results.failed}
