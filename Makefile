@@ -32,7 +32,7 @@ help:
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable '.[demo,dev]'
+		--constraint constraints.txt --editable '.[demo,onnx,dev]'
 	@touch $@
 
 demo: $(INSTALLED)

@@ -15,6 +15,9 @@ from spp_export.loader_registration import install as _install
 if TYPE_CHECKING:
     from spp_export.errors import SppError
     from spp_export.loader import load_dense, load_slim
+    from spp_export.onnx_graph import OnnxOptions
+    from spp_export.pipeline.chat import Answer, Chat, open_chat
+    from spp_export.pipeline.convert import ConvertResult, convert
     from spp_export.pipeline.diagnose import diagnose
     from spp_export.pipeline.evaluate import EvalRequest, EvalResult, evaluate, evaluate_scenarios
     from spp_export.pipeline.export import ExportRequest, ExportResult, export
@@ -26,14 +29,19 @@ if TYPE_CHECKING:
     from spp_export.plans import Plan, read_plan
 
 _WHERE = {
+    "Answer": "spp_export.pipeline.chat",
+    "Chat": "spp_export.pipeline.chat",
+    "ConvertResult": "spp_export.pipeline.convert",
     "EvalRequest": "spp_export.pipeline.evaluate",
     "EvalResult": "spp_export.pipeline.evaluate",
     "ExportRequest": "spp_export.pipeline.export",
     "ExportResult": "spp_export.pipeline.export",
+    "OnnxOptions": "spp_export.onnx_graph",
     "Plan": "spp_export.plans",
     "PlanRequest": "spp_export.pipeline.plan",
     "PlanResult": "spp_export.pipeline.plan",
     "SppError": "spp_export.errors",
+    "convert": "spp_export.pipeline.convert",
     "diagnose": "spp_export.pipeline.diagnose",
     "evaluate": "spp_export.pipeline.evaluate",
     "evaluate_scenarios": "spp_export.pipeline.evaluate",
@@ -41,6 +49,7 @@ _WHERE = {
     "import_artifacts": "spp_export.pipeline.import_artifacts",
     "load_dense": "spp_export.loader",
     "load_slim": "spp_export.loader",
+    "open_chat": "spp_export.pipeline.chat",
     "plan": "spp_export.pipeline.plan",
     "probe": "spp_export.pipeline.probe",
     "read_plan": "spp_export.plans",
@@ -48,18 +57,23 @@ _WHERE = {
     "verify": "spp_export.pipeline.verify",
 }
 
-# The command's name; `eval` is a builtin's too.
-_ALIASES = {"eval": "evaluate"}
+# The command's name, where the function has one that says more.
+_ALIASES = {"chat": "open_chat", "eval": "evaluate"}
 
 __all__ = [
+    "Answer",
+    "Chat",
+    "ConvertResult",
     "EvalRequest",
     "EvalResult",
     "ExportRequest",
     "ExportResult",
+    "OnnxOptions",
     "Plan",
     "PlanRequest",
     "PlanResult",
     "SppError",
+    "convert",
     "diagnose",
     "evaluate",
     "evaluate_scenarios",
@@ -67,6 +81,7 @@ __all__ = [
     "import_artifacts",
     "load_dense",
     "load_slim",
+    "open_chat",
     "plan",
     "probe",
     "read_plan",

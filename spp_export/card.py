@@ -11,6 +11,30 @@ from spp_export.engines import Engine
 from spp_export.plans import Plan
 from spp_export.shape import ModelShape
 
+_MASKED = "the dense model with the same units masked"
+_SAME_WEIGHTS = "the PyTorch model of the same weights"
+
+_GENAI = """\
+import onnxruntime_genai as og
+
+model = og.Model(".")
+tokenizer, params = og.Tokenizer(model), og.GeneratorParams(model)
+params.set_search_options(max_length=64)  # the KV cache is as long, from the beginning
+generator = og.Generator(model, params)
+generator.append_tokens(tokenizer.encode("The experiment shows"))
+while not generator.is_done():
+    generator.generate_next_token()
+print(tokenizer.decode(generator.get_sequence(0)))""".splitlines()
+
+_JAVASCRIPT = """\
+import { env, pipeline } from "@huggingface/transformers";
+
+env.localModelPath = ".."; // above this directory
+// dtype names the file, subfolder where it lies
+const options = { dtype: "fp32", subfolder: "" };
+const generate = await pipeline("text-generation", DIRECTORY, options);
+console.log(await generate("The experiment shows", { max_new_tokens: 32 }));""".splitlines()
+
 
 def model_card(
     name: str,
@@ -22,14 +46,56 @@ def model_card(
     license_name: str | None,
 ) -> str:
     """README.md of a slim checkpoint, with the metadata that model hubs read."""
-    front = {"base_model": plan.model_source, "library_name": "transformers"}
+    lines = _front(plan.model_source, "transformers", ["pruned", "spp"], license_name)
+    lines += [f"# {_escaped(name)}", "", *_origin(plan, shape), ""]
+    lines += [
+        *_sizes(plan, shape, sizes),
+        "",
+        *_checks(checks, _MASKED),
+        "",
+        *_loading(plan, engines),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def onnx_card(
+    name: str,
+    base_model: str,
+    attention: str,
+    checks: Mapping[str, Any] | None,
+    engines: Sequence[Engine],
+    license_name: str | None,
+    slim: tuple[Plan, ModelShape, Predicted] | None = None,
+) -> str:
+    """README.md of an ONNX directory.
+
+    `attention` is the form of the graph's attention, `checks` a report like that of `model_card`.
+    `slim` is the plan of a slim model, the dense model's sizes and what the plan made of them; None
+    is a model that was only converted.
+    """
+    tags = ["onnx", "pruned", "spp"] if slim else ["onnx", "spp"]
+    lines = _front(base_model, "onnx", tags, license_name)
+    lines += [f"# {_escaped(name)}", ""]
+    if slim:
+        plan, shape, sizes = slim
+        lines += [*_origin(plan, shape), "", *_sizes(plan, shape, sizes), ""]
+        lines += ["The model is an ONNX graph, with its weights in `model.onnx_data`."]
+    else:
+        lines += [f"{_escaped(base_model)} as an ONNX graph, made by spp."]
+    lines += ["", *_checks(checks, _SAME_WEIGHTS), "", *_padding(attention), ""]
+    lines += _running(name, engines)
+    return "\n".join(lines) + "\n"
+
+
+def _front(
+    base_model: str, library: str, tags: Sequence[str], license_name: str | None
+) -> list[str]:
+    """The metadata that model hubs read, up to the first heading."""
+    front = {"base_model": base_model, "library_name": library}
     if license_name:
         front["license"] = license_name
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items())]
-    lines += ["pipeline_tag: text-generation", 'tags: ["pruned", "spp"]', "---", ""]
-    lines += [f"# {_escaped(name)}", "", *_origin(plan, shape), ""]
-    lines += [*_sizes(plan, shape, sizes), "", *_checks(checks), "", *_loading(plan, engines)]
-    return "\n".join(lines) + "\n"
+    return [*lines, "pipeline_tag: text-generation", f"tags: {json.dumps(tags)}", "---", ""]
 
 
 def _origin(plan: Plan, shape: ModelShape) -> list[str]:
@@ -72,10 +138,10 @@ def _sizes(plan: Plan, shape: ModelShape, sizes: Predicted) -> list[str]:
     return [*table, "", f"Layout `{plan.layout}`, compensation `{plan.compensation}`."]
 
 
-def _checks(report: Mapping[str, Any] | None) -> list[str]:
+def _checks(report: Mapping[str, Any] | None, against: str) -> list[str]:
     if report is None:
         return ["Not verified (`--no-verify`)."]
-    lines = ["Checked against the dense model with the same units masked:", ""]
+    lines = [f"Checked against {against}:", ""]
     for check in report["checks"]:
         mark = "passed" if check["passed"] else "FAILED"
         lines.append(f"- {check['name']}: {mark}. {_escaped(check.get('detail', ''))}".rstrip())
@@ -100,11 +166,33 @@ def _loading(plan: Plan, engines: Sequence[Engine]) -> list[str]:
         f'tokenizer = AutoTokenizer.from_pretrained("."{remote})',
         "```",
         "",
-        "| engine | loads it | how |",
-        "|---|---|---|",
     ]
-    lines += [f"| {e.name} | {e.loads} | {e.how} |" for e in engines]
-    return lines
+    return lines + _engines(engines)
+
+
+def _padding(attention: str) -> list[str]:
+    if attention != "gqa":
+        return ["Padding: on either side of a batch's texts, told by `attention_mask`."]
+    return [
+        "Padding: on the right only. The graph counts the ones of `attention_mask` and takes them "
+        "to stand first; on the CPU it refuses a batch padded on the left, which is how "
+        "transformers.js and optimum generate for several texts. Give these one text at a time, or "
+        "write the graph with `--onnx-attention gqa-bias`."
+    ]
+
+
+def _running(name: str, engines: Sequence[Engine]) -> list[str]:
+    """How to run an ONNX directory called `name`, from within it."""
+    lines = ["```sh", "spp chat .", "```", "", "With onnxruntime-genai:", ""]
+    lines += ["```python", *_GENAI, "```", "", "With transformers.js:", ""]
+    directory = json.dumps(name)
+    lines += ["```js", *(line.replace("DIRECTORY", directory) for line in _JAVASCRIPT), "```", ""]
+    return lines + _engines(engines)
+
+
+def _engines(engines: Sequence[Engine]) -> list[str]:
+    lines = ["| engine | loads it | how |", "|---|---|---|"]
+    return lines + [f"| {e.name} | {e.loads} | {e.how} |" for e in engines]
 
 
 def _escaped(text: str) -> str:

@@ -262,6 +262,8 @@ def _convert(wheel: Path, target: Path) -> None:
         {
             **specials,
             "clean_up_tokenization_spaces": False,
+            # 4.57 would also give token_type_ids, which the model refuses in `generate`.
+            "model_input_names": ["input_ids", "attention_mask"],
             "model_max_length": 8192,
             "tokenizer_class": "PreTrainedTokenizerFast",
         },
@@ -308,3 +310,19 @@ def _demo_path() -> Path:
 def is_demo(path: Path) -> bool:
     """Whether a model directory is the cached demo model."""
     return path == _demo_path()
+
+
+def model_license(path: Path) -> str | None:
+    """The license that a model directory's card declares, if it has one."""
+    if is_demo(path):
+        return DEMO_LICENSE
+    card = path / "README.md"
+    try:
+        head = card.read_text(encoding="utf-8")[:4096].split("---")
+    except (OSError, UnicodeDecodeError):
+        return None
+    for line in head[1].splitlines() if len(head) > 2 else ():
+        key, _, value = line.partition(":")
+        if key.strip() == "license" and value.strip():
+            return value.strip().strip("\"'")
+    return None

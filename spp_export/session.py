@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 
 @dataclass
@@ -48,6 +49,12 @@ class Session:
         """The model's own tokenizer."""
         from transformers import AutoTokenizer
 
+        # What transformers says of such a directory depends on its version.
+        if not any((self.source.path / name).exists() for name in _TOKENIZER_FILES):
+            raise ModelError(
+                f"{self.source.name}: no tokenizer that transformers can load: expected one of "
+                f"{', '.join(_TOKENIZER_FILES)} beside config.json."
+            )
         try:
             return AutoTokenizer.from_pretrained(self.source.path)
         except (OSError, ValueError, KeyError) as error:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -58,6 +59,8 @@ def make_checkpoint(
     assert vocab not in {hidden, channels, head_dim * query_heads, head_dim * kv_heads}
     if attention_bias:
         config["attention_bias"] = True
+    if transformers.__version__.startswith("4."):
+        config = _with_old_rope_keys(config)
     settings = AutoConfig.for_model(
         family,
         vocab_size=vocab,
@@ -82,6 +85,17 @@ def make_checkpoint(
         model.save_pretrained(target, max_shard_size=math.ceil(size / shards) + (shards == 1))
     _write_tokenizer(target)
     return target
+
+
+def _with_old_rope_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers before 5 has `rope_theta` and `rope_scaling`, and ignores `rope_parameters`."""
+    config = dict(config)
+    rope = dict(config.pop("rope_parameters", {}))
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope.pop("rope_theta")
+    if rope.get("rope_type", "default") != "default":
+        config["rope_scaling"] = rope
+    return config
 
 
 def _randomise(model: PreTrainedModel, seed: int) -> None:
@@ -113,6 +127,8 @@ def _write_tokenizer(target: Path) -> None:
         "bos_token": BOS,
         "clean_up_tokenization_spaces": False,
         "eos_token": EOS,
+        # transformers 4.57 would also give token_type_ids, which no decoder takes
+        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": 1024,
         "pad_token": PAD,
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -18,6 +18,9 @@ import typer
 
 from spp_cli import options
 from spp_cli.commands.artifacts import artifacts_app
+from spp_cli.commands.bench import bench
+from spp_cli.commands.chat import chat
+from spp_cli.commands.convert import convert
 from spp_cli.commands.diagnose import diagnose
 from spp_cli.commands.eval import evaluate
 from spp_cli.commands.export import export
@@ -43,7 +46,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-for command in (export, plan, diagnose, probe, verify, show):
+for command in (export, convert, plan, diagnose, probe, verify, bench, show, chat):
     app.command()(command)
 app.command(name="eval")(evaluate)
 app.add_typer(artifacts_app, name="artifacts")

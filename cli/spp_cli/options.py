@@ -10,6 +10,7 @@ import typer
 from spp_cli.units import parse_count
 
 MAKE, BUDGET, CHECKS = "What to make", "Budget", "Checks"
+ONNX = "ONNX graph"
 RUNNING, DANGEROUS = "Running", "Dangerous"
 
 
@@ -162,6 +163,25 @@ Strength = Annotated[
         metavar="ETA",
         rich_help_panel=BUDGET,
         help="From 0 to 1; higher removes more, and narrow scenarios lose more than broad ones.",
+    ),
+]
+OnnxAttention = Annotated[
+    Literal["gqa", "gqa-bias", "standard"] | None,
+    typer.Option(
+        rich_help_panel=ONNX,
+        help="gqa (the default) is fastest and pads on the right; gqa-bias pads on either side; "
+        "standard is for other runtimes, and for fp32 on CUDA.",
+    ),
+]
+Precision = Annotated[
+    Literal["fp32", "fp16", "bf16"] | None,
+    typer.Option(rich_help_panel=ONNX, help="Of the graph: fp32 on the CPU, fp16 on CUDA."),
+]
+Quant = Annotated[
+    Literal["int8", "int4", "int8-dynamic"] | None,
+    typer.Option(
+        rich_help_panel=ONNX,
+        help="int8 and int4 round weights in blocks of 32; int8-dynamic rounds activations too.",
     ),
 ]
 Device = Annotated[

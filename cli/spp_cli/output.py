@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from spp_cli.look import ASCII, UNICODE, WIDTH, Look
+from spp_cli.look import ASCII, FAINT, UNICODE, WIDTH, Look
 from spp_cli.units import one_line
 from spp_export.progress import Progress, no_progress
 
@@ -49,14 +49,23 @@ class Output:
         if self.json:
             write_json(data())
         elif self.quiet:
-            _write(brief + "\n" if brief else "")
+            write_text(brief + "\n" if brief else "")
         else:
             console = stdout_console()
             base = UNICODE if _speaks_unicode(console.encoding) else ASCII
             with console.capture() as captured:
                 console.print(human(replace(base, width=console.width)))
             text = captured.get()
-            _write(text if console.is_terminal else _without_padding(text))
+            write_text(text if console.is_terminal else _without_padding(text))
+
+    def note(self, text: str) -> None:
+        """A faint line about what was just done, for people only."""
+        if not self.json and not self.quiet:
+            from rich.console import Console
+            from rich.text import Text
+
+            console = Console(file=self._stderr, highlight=False)
+            console.print(Text(one_line(text), style=FAINT), soft_wrap=True)
 
     def hint(self, text: str) -> None:
         """What to do next, for people only."""
@@ -75,7 +84,7 @@ def stdout_console() -> Console:
 
 def write_json(data: Mapping[str, Any]) -> None:
     """One JSON object on stdout, in ASCII, which every encoding carries."""
-    _write(json_library.dumps(_finite(data), indent=2, allow_nan=False) + "\n")
+    write_text(json_library.dumps(_finite(data), indent=2, allow_nan=False) + "\n")
 
 
 def write_error(message: str) -> None:
@@ -88,7 +97,8 @@ def write_warning(message: str) -> None:
     print(f"warning: {one_line(message)}", file=sys.stderr)
 
 
-def _write(text: str) -> None:
+def write_text(text: str) -> None:
+    """Text on stdout, at once."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()

@@ -18,7 +18,7 @@ from spp_cli.look import FAINT, UNICODE, WIDTH, Look
 from spp_cli.units import byte_size, ranges, seconds
 
 if TYPE_CHECKING:
-    from spp_export import ExportResult, PlanResult
+    from spp_export import ConvertResult, ExportResult, OnnxOptions, PlanResult
     from spp_export.bound import Predicted
     from spp_export.engines import Engine
     from spp_export.plans import Plan
@@ -34,12 +34,29 @@ def export_summary(result: ExportResult, look: Look, peak_bytes: int) -> Rendera
         end: list[RenderableType] = [Text(), tensor_changes(result.tensors, look)]
     else:
         target, end = str(result.path), _verdict(result.report)
+        if result.onnx:
+            end = [*_graph(result.onnx, result.graph_bytes, result.report), *end]
     before = _compiled(
         result.plan, result.shape, result.predicted, result.engines, target, look, end
     )
     stages = [f"{stage} {seconds(spent)}" for stage, spent in result.seconds.items()]
     last = ", ".join([*stages, f"peak memory {byte_size(peak_bytes)}"])
     return Group(*before, Text(), Text(last, style=FAINT))
+
+
+def convert_summary(result: ConvertResult, look: Look) -> RenderableType:
+    """Of a checkpoint that was written as ONNX."""
+    checked: list[RenderableType] = [Text("not checked: --no-verify", style=FAINT)]
+    if result.report is not None:
+        checked = [sections.checks(result.report["checks"])]
+    return Group(
+        Text(f"{result.path}   {result.layout} layout", style="bold"),
+        *_graph(result.options, result.nbytes, result.report),
+        Text(),
+        *checked,
+        Text(),
+        sections.engine_list(result.engines),
+    )
 
 
 def plan_summary(result: PlanResult, target: str, look: Look) -> RenderableType:
@@ -87,6 +104,20 @@ def _compiled(
         Text(),
         sections.engine_list(engines),
     ]
+
+
+def _graph(
+    form: OnnxOptions, nbytes: int, report: Mapping[str, Any] | None
+) -> list[RenderableType]:
+    """The graph's form and size, and what quantisation cost."""
+    quant = form.quant or "not quantised"
+    line = f"ONNX graph: {form.attention}, {form.precision}, {quant}, {byte_size(nbytes)}"
+    found: list[RenderableType] = [Text(), Text(line)]
+    cost = (report or {}).get("quantisation")
+    if cost:
+        text = f"against the unquantised graph: KL {cost['mean_kl']:.3g}, same first token "
+        found.append(Text(f"{text}{cost['top1']:.1%}"))
+    return found
 
 
 def _verdict(report: Mapping[str, Any] | None) -> list[RenderableType]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from spp_export.errors import ModelError, PlanError
 from spp_export.shape import LayerShape, ModelShape
@@ -85,6 +85,9 @@ class Family:
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
     head: str = "lm_head"
+    # Which layers see a sliding window: none, all (if the config has one), or those that the
+    # config's layer_types name.
+    sliding: Literal["none", "all", "listed"] = "none"
     # Buffers that old checkpoints carry and the config determines: left out of what is written.
     obsolete: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
 
@@ -190,6 +193,16 @@ class Family:
         yield TensorSpec(f"{self.final_norm}.weight", (hidden,))
         if not shape.tied_embeddings:
             yield TensorSpec(f"{self.head}.weight", (shape.vocab_size, hidden))
+
+    def windows(self, config: Any, num_layers: int) -> tuple[int | None, ...]:
+        """Per layer, how many last tokens attention sees by the stock config; None is all."""
+        window = None if self.sliding == "none" else config.sliding_window
+        if window is None or self.sliding == "all":
+            return (window,) * num_layers
+        return tuple(
+            window if kind == "sliding_attention" else None
+            for kind in config.layer_types[:num_layers]
+        )
 
     def stock_accepts(self, shape: ModelShape) -> Callable[[int], bool]:
         """Whether the family's stock config takes a count of query heads, for layout `uniform`."""

@@ -7,4 +7,5 @@ from spp_export.families.base import Family
 MISTRAL = Family(
     model_type="mistral",
     architecture="MistralForCausalLM",
+    sliding="all",
 )

@@ -8,4 +8,5 @@ QWEN2 = Family(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
     qkv_bias=True,
+    sliding="listed",
 )

@@ -10,4 +10,5 @@ QWEN3 = Family(
     qkv_bias="attention_bias",
     output_bias="attention_bias",
     qk_norm=True,
+    sliding="listed",
 )

@@ -13,16 +13,17 @@ from typing import Any
 
 from spp_export.artifacts import Artifacts
 from spp_export.bound import Predicted, predicted
-from spp_export.card import model_card
+from spp_export.card import model_card, onnx_card
 from spp_export.checkpoint.atomic import check_target, publish
 from spp_export.checkpoint.manifest import write_manifest
 from spp_export.checkpoint.reader import model_file
 from spp_export.checkpoint.slim import WrittenWeights, write_slim_weights
 from spp_export.diagnosis import Diagnosis
-from spp_export.engines import Engine
+from spp_export.engines import Engine, onnx_engines
 from spp_export.errors import CheckFailed, ParityError, PlanError, QualityError, UsageError
 from spp_export.jsonio import dump_json
-from spp_export.models import DEMO
+from spp_export.models import DEMO, model_license
+from spp_export.onnx_graph.options import OnnxOptions
 from spp_export.pipeline.calibration import Mixing, calibration_parts, gather_parts
 from spp_export.pipeline.compensation import (
     Compensation,
@@ -30,6 +31,13 @@ from spp_export.pipeline.compensation import (
     moment_kinds,
     written_shape,
 )
+from spp_export.pipeline.onnx_export import (
+    GraphChecks,
+    check_graph_files,
+    slim_reference,
+    write_graph,
+)
+from spp_export.pipeline.onnx_files import ELEMENT_BYTES, TORCH_DTYPES
 from spp_export.pipeline.plan import (
     PlanRequest,
     PlanResult,
@@ -39,7 +47,7 @@ from spp_export.pipeline.plan import (
     requested_mixing,
     scenario_record,
 )
-from spp_export.pipeline.verify import check_directory
+from spp_export.pipeline.verify import Checked, check_directory, exact_dtype
 from spp_export.plans import Plan, read_plan, validate_plan
 from spp_export.progress import Progress, no_progress
 from spp_export.scenario import Scenario, read_scenario
@@ -65,7 +73,7 @@ _COMPANIONS = (
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What the user may ask of an export, beside the plan."""
+    """What the user may ask of an export, beside the plan. `onnx` None writes safetensors."""
 
     force: bool = False
     verify: bool = True
@@ -73,6 +81,7 @@ class ExportRequest:
     dry_run: bool = False
     max_perplexity_ratio: float | None = None
     seed: int = 0
+    onnx: OnnxOptions | None = None
 
 
 @dataclass(frozen=True)
@@ -88,12 +97,16 @@ class ExportResult:
     tensors: Sequence[Mapping[str, Any]]
     report: Mapping[str, Any] | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
+    onnx: OnnxOptions | None = None
+    graph_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
         kept = [len(layer.query_heads) for layer in self.plan.layers]
         return {
             "path": None if self.path is None else str(self.path),
+            "format": "onnx" if self.onnx else "safetensors",
+            "onnx": {**self.onnx.to_dict(), "bytes": self.graph_bytes} if self.onnx else None,
             "layout": self.plan.layout,
             "compensation": self.plan.compensation,
             "diagnosis": self.diagnosis.to_dict() if self.diagnosis else None,
@@ -138,6 +151,9 @@ def export(
         raise UsageError("--plan FILE decides by itself; leave out the options of 'spp plan'.")
     if request.max_perplexity_ratio is not None and (request.dry_run or not request.verify):
         raise UsageError("--max-perplexity needs the checks; leave out --dry-run and --no-verify.")
+    if request.onnx:
+        # What nothing here can run can still be written, where nobody asks for the checks.
+        request.onnx.check(device if request.verify and not request.dry_run else None)
     clock = _Clock()
     text = None if scenario is None else read_scenario(scenario)
     target = Path(output) if output is not None else default_output(text)
@@ -159,35 +175,69 @@ def export(
         tensors=plan_tensors(session, compiled),
         seconds=clock.seconds,
     )
+    if request.onnx:
+        result = _as_onnx(result, session, request.onnx)
     if request.dry_run:
         return result
     failure: CheckFailed | None = None
     report: dict[str, Any] | None = None
     with publish(target, request.force) as work:
+        # A graph is made from a slim checkpoint, which is checked like any and then thrown away.
+        slim = work if request.onnx is None else work / "slim"
+        slim.mkdir(exist_ok=True)
         with clock("compensate"):
             compensation = _compensation(session, found, compiled, text, plan_request)
         with clock("slice"):
-            written = _write(session, compiled, compensation, work)
+            written = _write(session, compiled, compensation, slim)
+        if request.onnx:
+            with clock("graph"):
+                write_graph(slim, work, request.onnx, session.progress)
         if request.verify:
             with clock("verify"):
                 report, failure = _verify(session, compiled, text, work, request, compensation)
             (work / "verify.json").write_text(dump_json(report), encoding="utf-8")
             if failure and not request.keep_failed:
                 raise failure
-        card = model_card(
-            target.name,
-            compiled,
-            shape,
-            result.predicted,
-            report,
-            result.engines,
-            _license(session.source.path),
+        (work / "README.md").write_text(
+            _card(target.name, session, result, report), encoding="utf-8"
         )
-        (work / "README.md").write_text(card, encoding="utf-8")
-        write_manifest(work, written.records)
+        if request.onnx:
+            shutil.copyfile(slim / "plan.json", work / "plan.json")
+            if (slim / "LICENSE").exists():
+                shutil.copyfile(slim / "LICENSE", work / "LICENSE")
+            shutil.rmtree(slim)
+            sizes = (path.stat().st_size for path in work.glob("model.onnx*"))
+            result = replace(result, graph_bytes=sum(sizes))
+        write_manifest(work, None if request.onnx else written.records)
     if failure:
         raise type(failure)(f"{failure} Published all the same, by --keep-failed: {target}")
-    return ExportResult(**{**result.__dict__, "path": target, "report": report})
+    return replace(result, path=target, report=report)
+
+
+def _as_onnx(result: ExportResult, session: Session, options: OnnxOptions) -> ExportResult:
+    """Engines of a graph, and sizes in its precision."""
+    source, compiled = session.source, result.plan
+    size = ELEMENT_BYTES[options.precision]
+    dense = replace(source.shape, element_bytes=size)
+    written = replace(written_shape(source, compiled), element_bytes=size)
+    return replace(
+        result,
+        onnx=options,
+        predicted=predicted(dense, compiled.layer_shapes(source.shape), written),
+        engines=onnx_engines(compiled.layout, **options.to_dict()),
+    )
+
+
+def _card(
+    name: str, session: Session, result: ExportResult, report: Mapping[str, Any] | None
+) -> str:
+    license_name = model_license(session.source.path)
+    sizes = result.plan, result.shape, result.predicted
+    if result.onnx is None:
+        return model_card(name, *sizes, report, result.engines, license_name)
+    base = result.plan.model_source
+    form = result.onnx.attention
+    return onnx_card(name, base, form, report, result.engines, license_name, sizes)
 
 
 def default_output(scenario: Scenario | None) -> Path:
@@ -309,17 +359,34 @@ def _verify(
     from spp_export.verification import rounded
 
     prompts = scenario.prompts if scenario else ()
-    report, slim = check_directory(work, session, compiled, prompts, request.seed, compensation)
-    content = report.to_dict()
-    if not report.passed or slim is None:
-        first = report.failures[0]
+    slim = work if request.onnx is None else work / "slim"
+    checked = check_directory(slim, session, compiled, prompts, request.seed, compensation)
+    content, model = checked.report.to_dict(), checked.slim
+    failed = list(checked.report.failures)
+    if request.onnx and not failed:
+        found = _check_graph(session, checked, work, request.onnx)
+        content["checks"] += [check.to_dict() for check in found.checks]
+        content["onnx"] = request.onnx.to_dict()
+        if found.agreement:
+            named = zip(("mean_kl", "top1"), found.agreement, strict=True)
+            content["quantisation"] = rounded(dict(named))
+        failed = [check for check in found.checks if not check.passed]
+        if found.model and not failed:
+            from spp_export.ort.module import OrtModule
+
+            model = OrtModule(found.model)
+    if failed or model is None:
+        content["passed"] = False
+        first = failed[0]
         return content, ParityError(
             f"{first.name}: {first.describe()} Nothing to change in the options helps: "
             "this is a defect of spp or of the checkpoint."
         )
     held_out = scenario.split()[1] if scenario else ()
     quality = (
-        measure_quality(session.model, slim, session.tokenizer, held_out, progress=session.progress)
+        measure_quality(
+            session.model, model, session.tokenizer, held_out, progress=session.progress
+        )
         if held_out
         else None
     )
@@ -342,22 +409,23 @@ def _verify(
     return content, None
 
 
-def _license(path: Path) -> str | None:
-    """The license that a source's model card declares, if it has one."""
-    from spp_export.models import DEMO_LICENSE, is_demo
-
-    if is_demo(path):
-        return DEMO_LICENSE
-    card = path / "README.md"
-    try:
-        head = card.read_text(encoding="utf-8")[:4096].split("---")
-    except (OSError, UnicodeDecodeError):
-        return None
-    for line in head[1].splitlines() if len(head) > 2 else ():
-        key, _, value = line.partition(":")
-        if key.strip() == "license" and value.strip():
-            return value.strip().strip("\"'")
-    return None
+def _check_graph(
+    session: Session, checked: Checked, work: Path, options: OnnxOptions
+) -> GraphChecks:
+    """A graph against the oracle that its checkpoint was compared with, in its own precision."""
+    assert checked.reference is not None
+    reference, slim = checked.reference, work / "slim"
+    if TORCH_DTYPES[options.precision] != session.dtype:
+        reference = slim_reference(slim, reference.batches, exact_dtype(session, {}), options)
+    return check_graph_files(
+        work,
+        slim,
+        reference,
+        options,
+        device=session.device,
+        scratch=slim,
+        progress=session.progress,
+    )
 
 
 class _Clock:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spp_export.checkpoint.header import StoredTensor
 from spp_export.checkpoint.manifest import check_manifest
@@ -15,6 +16,7 @@ from spp_export.errors import CheckpointError, OutputError
 from spp_export.families import Role
 from spp_export.models import DEMO
 from spp_export.pipeline.compensation import CONSUMERS, biased_roles, loses, written_shape
+from spp_export.pipeline.onnx_files import graph_dtype, is_onnx
 from spp_export.plans import Plan, read_plan, validate_plan
 from spp_export.progress import Progress, no_progress
 from spp_export.scenario import read_scenario
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from spp_export.activations import TokenBatch
     from spp_export.pipeline.compensation import Compensation
     from spp_export.reference import Projection, Projections
-    from spp_export.verification import Check, VerifyReport
+    from spp_export.verification import Check, ReferenceLogits, VerifyReport
 
 _TEXTS = 8
 _TOKENS_PER_TEXT = 96
@@ -56,6 +58,8 @@ def verify(
     directory = Path(out)
     if not (directory / "plan.json").is_file():
         raise OutputError(f"{directory}: no plan.json, so not an export of spp.")
+    if dtype is None and is_onnx(directory):
+        dtype = graph_dtype(directory)
     session = open_session(model, device=device, dtype=dtype, progress=progress)
     problems = check_manifest(directory)
     integrity = Check("files as the manifest lists them", not problems, detail="; ".join(problems))
@@ -65,22 +69,44 @@ def verify(
     compiled = read_plan(directory / "plan.json")
     validate_plan(compiled, session.source.shape, session.source.fingerprint)
     prompts = read_scenario(scenario).prompts if scenario is not None else ()
-    report, _ = check_directory(directory, session, compiled, prompts, seed)
+    if is_onnx(directory):
+        from spp_export.pipeline.onnx_verify import check_onnx_directory
+
+        report = check_onnx_directory(directory, session, compiled, prompts, seed)
+    else:
+        report = check_directory(directory, session, compiled, prompts, seed).report
     return VerifyReport((integrity, *report.checks), report.context)
 
 
-def _check_batches(session: Session, prompts: Sequence[str], seed: int) -> list[TokenBatch]:
+@dataclass(frozen=True)
+class Checked:
+    """A directory's checks, the slim model if it loads, and the logits it was compared with."""
+
+    report: VerifyReport
+    slim: nn.Module | None = None
+    reference: ReferenceLogits | None = None
+
+
+def check_batches(
+    vocab_size: int, prompts: Sequence[str], tokenizer: Any, seed: int
+) -> list[TokenBatch]:
     """The tokens that parity is checked on: the first prompts, or random tokens without any."""
     import torch
 
     from spp_export.activations import TokenBatch, token_batches
 
     if prompts:
-        return token_batches(session.tokenizer, prompts[:_TEXTS], max_tokens=_TOKENS_PER_TEXT)
+        return token_batches(tokenizer, prompts[:_TEXTS], max_tokens=_TOKENS_PER_TEXT)
     generator = torch.Generator().manual_seed(seed)
     size = (_RANDOM_ROWS, _RANDOM_TOKENS)
-    ids = torch.randint(session.source.shape.vocab_size, size, generator=generator)
+    ids = torch.randint(vocab_size, size, generator=generator)
     return [TokenBatch(ids, torch.ones_like(ids), tuple(range(_RANDOM_ROWS)))]
+
+
+def session_batches(session: Session, prompts: Sequence[str], seed: int) -> list[TokenBatch]:
+    """`check_batches` for a session's model, whose tokenizer is read only for prompts."""
+    tokenizer = session.tokenizer if prompts else None
+    return check_batches(session.source.shape.vocab_size, prompts, tokenizer, seed)
 
 
 def check_directory(
@@ -90,8 +116,8 @@ def check_directory(
     prompts: Sequence[str],
     seed: int = 0,
     compensation: Compensation | None = None,
-) -> tuple[VerifyReport, nn.Module | None]:
-    """Every check on a directory's weights and tokenizer, and the slim model if it loads.
+) -> Checked:
+    """Every check on a directory's weights and tokenizer.
 
     The oracle takes re-fitted projections as they were written, so `compensation`, which knows what
     they were fitted to, is asked about them; only an export has it.
@@ -108,10 +134,10 @@ def check_directory(
     source = session.source
     tensors = _check_tensors(directory, source, compiled)
     if not tensors.passed:
-        return VerifyReport((tensors,)), None
+        return Checked(VerifyReport((tensors,)))
     compensated = _compensated(directory, source, compiled)
-    exact = _exact_dtype(session, compensated)
-    batches = _check_batches(session, prompts, seed)
+    exact = exact_dtype(session, compensated)
+    batches = session_batches(session, prompts, seed)
     with session.progress("checking against the masked dense model", None):
         reference = reference_logits(
             session.model,
@@ -133,9 +159,9 @@ def check_directory(
         if compensation is not None and compiled.compensation == "lstsq":
             checks.append(_check_refit(directory, session.source, compensation))
         if prompts:
-            checks.append(_check_tokenizer(directory, session, prompts))
+            checks.append(check_tokenizer(directory, session, prompts))
     context = {"reference": str(exact).removeprefix("torch."), "computed_in": session.dtype}
-    return VerifyReport(tuple(checks), context), slim
+    return Checked(VerifyReport(tuple(checks), context), slim, reference)
 
 
 def _check_refit(directory: Path, source: Source, compensation: Compensation) -> Check:
@@ -157,24 +183,28 @@ def _check_refit(directory: Path, source: Source, compensation: Compensation) ->
     )
 
 
-def _exact_dtype(session: Session, compensated: Projections) -> torch.dtype:
+def exact_dtype(session: Session, compensated: Projections) -> torch.dtype:
     """A dtype for the oracle that is wider than its own, where the model fits in memory that wide.
 
-    float64 on the CPU, and elsewhere for a model in float32; float32 for one in half precision.
+    What is compensated stands beside the dense weights, at their full size.
     """
-    import torch
-
-    own = session.torch_dtype
-    halves = (torch.bfloat16, torch.float16)
-    wide = torch.float32 if session.device != "cpu" and own in halves else torch.float64
-    if not _casts(session.device, wide):
-        return own
     shape = session.source.shape
-    # What is compensated stands beside the dense weights, at their full size.
     inputs = {Role.OUTPUT: shape.query_heads * shape.head_dim, Role.DOWN: shape.channels}
     beside = sum(shape.hidden_size * inputs[role] for _, role in compensated)
-    needed = wide.itemsize * (shape.parameters(shape.layers) + beside)
-    return wide if needed < 0.8 * _free_memory(session.device) else own
+    parameters = shape.parameters(shape.layers) + beside
+    return wide_dtype(session.torch_dtype, parameters, session.device)
+
+
+def wide_dtype(own: torch.dtype, parameters: int, device: str) -> torch.dtype:
+    """float64 on the CPU, and elsewhere for a model in float32; float32 for one in half precision;
+    `own` where so many parameters do not fit in memory that wide."""
+    import torch
+
+    halves = (torch.bfloat16, torch.float16)
+    wide = torch.float32 if device != "cpu" and own in halves else torch.float64
+    if not _casts(device, wide):
+        return own
+    return wide if wide.itemsize * parameters < 0.8 * _free_memory(device) else own
 
 
 def _casts(device: str, dtype: torch.dtype) -> bool:
@@ -196,7 +226,7 @@ def _free_memory(device: str) -> int:
     return available
 
 
-def _check_tokenizer(directory: Path, session: Session, prompts: Sequence[str]) -> Check:
+def check_tokenizer(directory: Path, session: Session, prompts: Sequence[str]) -> Check:
     """The tokenizer that travels gives the source's token ids."""
     from transformers import AutoTokenizer
 

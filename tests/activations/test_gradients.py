@@ -76,7 +76,9 @@ def one_by_one(model, tokenizer, texts):
     for text in texts:
         ids = torch.tensor([tokenizer(text)["input_ids"]])
         with gated(model) as (heads, channels):
-            loss = model(ids, labels=ids, use_cache=False).loss
+            # The mask is all ones: without one, transformers 4.57 takes another way to attend.
+            mask = torch.ones_like(ids)
+            loss = model(ids, attention_mask=mask, labels=ids, use_cache=False).loss
             found = torch.autograd.grad(loss, [*weights, *heads, *channels])
         for total, gradient in zip(sums, found, strict=False):
             total += gradient

@@ -190,5 +190,14 @@ def test_the_reference_is_the_same_everywhere():
     assert first == second
     assert first.isascii()
     assert max(map(len, first.splitlines())) <= 80
-    for command in ("export", "plan", "diagnose", "probe", "verify", "show", "artifacts import"):
+    for command in (
+        "export",
+        "plan",
+        "diagnose",
+        "probe",
+        "verify",
+        "show",
+        "chat",
+        "artifacts import",
+    ):
         assert f"$ spp {command} --help\n" in first

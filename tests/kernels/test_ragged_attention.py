@@ -1,18 +1,21 @@
-"""The reference of ragged attention against torch's attention, one query head at a time."""
+"""The definition of ragged attention against torch's attention, one query head at a time."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from spp_kernels.ragged_attention import ragged_attention
+from spp_kernels import ragged_attention as package
+
+ragged_attention = partial(package.ragged_attention, implementation="naive")
 
 # groups of equal size, of different sizes, out of order, one without heads, one for all
 GROUPS = [[0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 2, 2], [2, 0, 1, 0, 0, 2], [0, 0, 0, 2, 2], [0] * 7]
-# (Tq, Tk): one token, odd sizes, a decoding step, several new tokens on a cache
+# (S, T): one token, odd sizes, a decoding step, several new tokens on a cache
 LENGTHS = [(1, 1), (7, 7), (63, 63), (1, 37), (5, 19)]
 
 
@@ -27,20 +30,22 @@ def tensors(heads, queries, keys, *, batch=2, groups=3, width=20, dtype=torch.fl
 
 
 def torch_head(query, key, value, head, group, mask, scale=None):
-    """torch's attention of one head [B,Tq,D]; mask [B,Tq,Tk] is True where a key is seen."""
+    """torch's attention of one head [B,S,D]; mask [B,S,T] is True where a key is seen."""
     one = (query[:, head : head + 1], key[:, group : group + 1], value[:, group : group + 1])
     return scaled_dot_product_attention(*one, attn_mask=mask[:, None], scale=scale)[:, 0]
 
 
-def seen(batch, queries, keys, causal=True, padding=None):
+def seen(batch, queries, keys, *, causal=True, starts=None, ends=None, window=None):
     """The same rule, spelled out position by position."""
     mask = torch.zeros(batch, queries, keys, dtype=torch.bool)
     for b in range(batch):
+        start = 0 if starts is None else int(starts[b])
+        end = keys if ends is None else int(ends[b])
         for i in range(queries):
-            for j in range(keys):
-                past = j <= keys - queries + i
-                real = padding is None or not padding[b, j]
-                mask[b, i, j] = real and (past or not causal)
+            own = end - queries + i
+            for j in range(start, end):
+                near = window is None or j > own - window
+                mask[b, i, j] = near and (j <= own or not causal)
     return mask
 
 
@@ -50,7 +55,7 @@ def seen(batch, queries, keys, causal=True, padding=None):
 def test_every_head_equals_torch_attention_with_its_group(groups, lengths, causal):
     query, key, value = tensors(len(groups), *lengths)
     found = ragged_attention(query, key, value, groups, causal=causal)
-    mask = seen(2, *lengths, causal)
+    mask = seen(2, *lengths, causal=causal)
     for head, group in enumerate(groups):
         expected = torch_head(query, key, value, head, group, mask)
         torch.testing.assert_close(found[:, head], expected, rtol=1e-12, atol=1e-13)
@@ -77,9 +82,7 @@ def test_scale_can_be_given():
 def test_left_padding_equals_the_row_without_it(queries):
     groups, padded = [0, 1, 1, 2, 2], 4
     query, key, value = tensors(5, queries, 11)
-    padding = torch.zeros(2, 11, dtype=torch.bool)
-    padding[0, :padded] = True
-    found = ragged_attention(query, key, value, groups, key_padding=padding)
+    found = ragged_attention(query, key, value, groups, starts=torch.tensor([padded, 0]))
     real = min(queries, 11 - padded)
     short = (query[:1, :, queries - real :], key[:1, :, padded:], value[:1, :, padded:])
     alone = ragged_attention(*short, groups)
@@ -88,13 +91,39 @@ def test_left_padding_equals_the_row_without_it(queries):
     assert torch.equal(found[1:], full)
 
 
-@pytest.mark.parametrize("where", [slice(0, 3), slice(8, 10), slice(4, 6)])
-def test_padding_anywhere_equals_torch_with_a_mask(where):
-    query, key, value = tensors(4, 10, 10)
-    padding = torch.zeros(2, 10, dtype=torch.bool)
-    padding[1, where] = True
-    found = ragged_attention(query, key, value, [0, 2, 2, 2], key_padding=padding)
-    mask = seen(2, 10, 10, padding=padding)
+@pytest.mark.parametrize("queries", [3, 1])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_part_filled_cache_equals_what_it_holds(queries, causal):
+    groups, held = [0, 1, 1, 2, 2], 7
+    query, key, value = tensors(5, queries, 11)
+    ends = torch.tensor([held, 11])
+    found = ragged_attention(query, key, value, groups, ends=ends, causal=causal)
+    alone = ragged_attention(
+        query[:1], key[:1, :, :held], value[:1, :, :held], groups, causal=causal
+    )
+    torch.testing.assert_close(found[:1], alone, rtol=1e-12, atol=1e-13)
+    full = ragged_attention(query[1:], key[1:], value[1:], groups, causal=causal)
+    assert torch.equal(found[1:], full)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"starts": torch.tensor([0, 3])},
+        {"ends": torch.tensor([10, 7])},
+        {"starts": torch.tensor([2, 5]), "ends": torch.tensor([9, 6])},
+        {"window": 1},
+        {"window": 4},
+        {"window": 3, "starts": torch.tensor([8, 0]), "ends": torch.tensor([10, 4])},
+        {"starts": torch.tensor([1, 4]), "causal": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("queries", [10, 4])
+def test_padding_and_windows_equal_torch_with_a_mask(options, queries):
+    query, key, value = tensors(4, queries, 10)
+    found = ragged_attention(query, key, value, [0, 2, 2, 2], **options)
+    mask = seen(2, queries, 10, **options)
     rows = mask.any(dim=2)
     for head, group in enumerate([0, 2, 2, 2]):
         expected = torch_head(query, key, value, head, group, mask)
@@ -104,23 +133,19 @@ def test_padding_anywhere_equals_torch_with_a_mask(where):
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("causal", [True, False])
-def test_what_padding_holds_has_no_effect(poison, causal):
+def test_what_lies_outside_a_row_has_no_effect(poison, causal):
     query, key, value = tensors(5, 6, 9)
-    padding = torch.zeros(2, 9, dtype=torch.bool)
-    padding[0, :4] = True
-    padding[1, 2] = True
-    options = {"causal": causal, "key_padding": padding}
+    options = {"causal": causal, "starts": torch.tensor([4, 1]), "ends": torch.tensor([9, 7])}
     clean = ragged_attention(query, key, value, [0, 0, 1, 2, 2], **options)
-    hole = padding[:, None, :, None].expand_as(key)
-    key, value = key.masked_fill(hole, poison), value.masked_fill(hole, poison)
+    for tensor in (key, value):
+        tensor[0, :, :4] = tensor[1, :, :1] = tensor[1, :, 7:] = poison
     assert torch.equal(ragged_attention(query, key, value, [0, 0, 1, 2, 2], **options), clean)
     assert clean.isfinite().all()
 
 
 def test_rows_that_see_nothing_are_zero():
     query, key, value = tensors(2, 3, 3, batch=1)
-    padding = torch.tensor([[True, True, False]])
-    found = ragged_attention(query, key, value, [0, 1], key_padding=padding)
+    found = ragged_attention(query, key, value, [0, 1], starts=torch.tensor([2]))
     assert (found[:, :, :2] == 0).all()
     torch.testing.assert_close(found[:, :, 2], value[:, :2, 2])
 
@@ -141,14 +166,18 @@ def test_narrow_types_are_computed_in_float32(dtype):
     ("change", "message"),
     [
         ({"query": torch.zeros(2, 4, 5)}, "4 axes"),
-        ({"key": torch.zeros(2, 3, 5, 6)}, r"\[2, G, Tk, 8\]"),
+        ({"key": torch.zeros(2, 3, 5, 6)}, r"\[2, G, T, 8\]"),
         ({"value": torch.zeros(2, 3, 4, 8)}, "got .*4, 8"),
         ({"group_of_query": [0, 1, 2]}, "each of 4 query heads"),
         ({"group_of_query": [0, 1, 2, 3]}, "one of 3 groups"),
         ({"group_of_query": [0, 1, 2, -1]}, "one of 3 groups"),
         ({"query": torch.zeros(2, 4, 6, 8)}, "6 queries .* got 5"),
-        ({"key_padding": torch.zeros(2, 4, dtype=torch.bool)}, r"bool \[2, 5\]"),
-        ({"key_padding": torch.zeros(2, 5)}, r"bool \[2, 5\], got torch.float32"),
+        ({"starts": torch.zeros(3, dtype=torch.int64)}, r"starts must be 2 integers, got .*\[3\]"),
+        ({"ends": torch.zeros(2)}, "ends must be 2 integers, got torch.float32"),
+        ({"window": 0}, "a window needs .* got 0"),
+        ({"window": 3, "causal": False}, "a window needs causal"),
+        ({"value": torch.zeros(2, 3, 5, 8, dtype=torch.float16)}, "one type, .* torch.float16"),
+        ({"implementation": "fast"}, "one of auto, naive, sdpa, triton, got 'fast'"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(change, message):

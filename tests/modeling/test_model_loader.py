@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from factories import (
     make_checkpoint,
     mask_in_torch,
@@ -117,7 +118,19 @@ def test_a_damaged_file_is_one_line(damaged):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("changes", [{"per_layer_config": {"9": {"num_attention_heads": 4}}}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_act": "none of these"},
+        pytest.param(
+            {"per_layer_config": {"9": {"num_attention_heads": 4}}},
+            marks=pytest.mark.skipif(
+                transformers.__version__.startswith("4."),
+                reason="transformers 4.57 does not know the key, and finds wrong shapes later",
+            ),
+        ),
+    ],
+)
 def test_a_config_that_transformers_refuses_is_one_line(damaged, changes):
     with pytest.raises(CheckpointError, match="cannot be loaded: ") as caught:
         load_slim(damaged(**changes))

@@ -9,6 +9,7 @@ import typer
 
 from spp_cli import options
 from spp_cli.hints import asked, command_line, given
+from spp_cli.onnx_options import onnx_options
 from spp_cli.output import Output
 from spp_export.errors import UsageError
 
@@ -36,8 +37,14 @@ def export(
     ] = None,
     format: Annotated[  # noqa: A002
         Literal["safetensors", "onnx", "gguf"],
-        typer.Option(rich_help_panel=options.MAKE, help="This version writes safetensors."),
+        typer.Option(
+            rich_help_panel=options.MAKE,
+            help="safetensors for transformers and vLLM, onnx for ONNX Runtime; gguf is to come.",
+        ),
     ] = "safetensors",
+    onnx_attention: options.OnnxAttention = None,
+    precision: options.Precision = None,
+    quant: options.Quant = None,
     model: options.Model = "demo",
     artifacts: options.Artifacts = None,
     units: options.Units = "heads",
@@ -119,6 +126,7 @@ def export(
         # With a plan there is nothing left to draw; the checks have the seed from the request.
         seed=seed if plan is None else 0,
     )
+    onnx = onnx_options(format, onnx_attention, precision, quant, device)
     _check(format, plan, asked(plan_request), max_perplexity, no_verify or dry_run)
     result = spp_export.export(
         scenario,
@@ -134,6 +142,7 @@ def export(
             dry_run=dry_run,
             max_perplexity_ratio=max_perplexity,
             seed=seed,
+            onnx=onnx,
         ),
         device=device,
         dtype=dtype,
@@ -150,6 +159,7 @@ def export(
         save_picture(lambda look: export_summary(result, look, peak), save_svg)
     if path:
         out.hint(command_line("verify", path, model=given(model), scenario=scenario))
+        out.hint(command_line("chat", path, prompt="..."))
 
 
 def _check(
@@ -160,8 +170,8 @@ def _check(
     unchecked: bool,
 ) -> None:
     """Refuse what would otherwise be ignored without a word."""
-    if output_format != "safetensors":
-        raise UsageError(f"--format {output_format}: this version writes safetensors only.")
+    if output_format == "gguf":
+        raise UsageError("--format gguf: this version writes safetensors and onnx.")
     if plan is not None and decided:
         flag = "--" + next(iter(decided)).replace("_", "-")
         raise UsageError(f"{flag}: the plan already decides that. Drop {flag}, or --plan.")

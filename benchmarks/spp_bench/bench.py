@@ -1,0 +1,317 @@
+"""`bench`: dense and slim models side by side in one process, once they were shown to be right."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spp_bench import provenance
+from spp_bench.bounds import Rates
+from spp_bench.candidates import (
+    Candidate,
+    Out,
+    in_genai,
+    onnx_candidate,
+    read_out,
+    torch_candidate,
+    windows_of,
+)
+from spp_bench.cases import Cell, grid, tokens
+from spp_bench.claims import claim_rows
+from spp_bench.device_rates import measure_rates
+from spp_bench.gate import check_agreement, check_outs, same_files
+from spp_bench.measure import WARM_UP_ROUNDS, measure_cell
+from spp_bench.memory import measure_memory
+from spp_bench.plots import check_plots, write_plots
+from spp_bench.results import SCHEMA_VERSION, cell_record, earlier, problems, write_document
+from spp_bench.runners import Runner, genai_installed, open_runner
+from spp_export.checkpoint.source import Source, open_source
+from spp_export.errors import UsageError
+from spp_export.models import DEMO, cache_directory, locate_model
+from spp_export.onnx_graph.options import OnnxOptions
+from spp_export.progress import Progress, no_progress
+
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+@dataclass(frozen=True)
+class BenchRequest:
+    """What to measure. `threads` None is every physical core, `dtype` None float32 on the CPU and
+    the stored dtype elsewhere; `rounds` are those that count, one more warms up."""
+
+    batches: tuple[int, ...] = (1,)
+    contexts: tuple[int, ...] = (128,)
+    new_tokens: int = 32
+    rounds: int = 9
+    threads: int | None = None
+    device: str = "cpu"
+    dtype: str | None = None
+    memory: bool = True
+    genai: bool = True
+    seed: int = 0
+
+    def check(self) -> tuple[Cell, ...]:
+        """The grid. UsageError for an option that makes no sense."""
+        for option, value in (
+            ("--new-tokens", self.new_tokens),
+            ("--rounds", self.rounds),
+            ("--threads", 1 if self.threads is None else self.threads),
+        ):
+            if value < 1:
+                raise UsageError(f"{option} {value}: expected 1 or more.")
+        if self.device != "cpu" and not self.device.startswith("cuda"):
+            raise UsageError(f"--device {self.device}: expected cpu, cuda or cuda:N.")
+        if self.dtype is not None and self.dtype not in _DTYPES:
+            raise UsageError(f"--dtype {self.dtype}: expected one of {', '.join(_DTYPES)}.")
+        return grid(self.batches, self.contexts)
+
+
+def bench(
+    outs: Sequence[str | os.PathLike[str]],
+    *,
+    model: str = DEMO,
+    request: BenchRequest | None = None,
+    results: Path | None = None,
+    plots: Path | None = None,
+    force: bool = False,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """Measure directories beside the dense model; the document of `spp_bench.schema`.
+
+    With `results` the document is kept there, and cells that it has are not measured again; curves
+    go to the directory `plots`. Its `problems` say what makes the run fail. Raises ParityError,
+    before any figure, for a model that does not compute what it should.
+    """
+    request = request or BenchRequest()
+    cells = request.check()
+    if plots:
+        check_plots()
+    location = locate_model(model, progress=progress)
+    source = open_source(location.path, location.name)
+    found = _read_outs(outs, source)
+    dtype = request.dtype or ("float32" if request.device == "cpu" else source.dtype_name)
+    threads = request.threads or provenance.physical_cores()
+    with (
+        _torch_threads(threads),
+        _candidates(found, source, dtype, request.genai, progress) as candidates,
+    ):
+        run = _Run(request, source, found, candidates, dtype, threads, results, progress)
+        document = run.measure(cells, model, force)
+    if plots:
+        write_plots(document, plots)
+    return document
+
+
+def _read_outs(outs: Sequence[str | os.PathLike[str]], source: Source) -> list[Out]:
+    found = [read_out(Path(out), source) for out in outs]
+    names = [out.name for out in found]
+    if not found or len(set(names)) < len(names):
+        raise UsageError(f"{', '.join(names) or 'nothing'}: expected directories of unlike names.")
+    return found
+
+
+@contextmanager
+def _torch_threads(threads: int) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _candidates(
+    outs: Sequence[Out], source: Source, dtype: str, genai: bool, progress: Progress
+) -> Iterator[list[Candidate]]:
+    """All rows, dense ones first; dense graphs exist as long as the context is open."""
+    windows = windows_of(source)
+    rows = [torch_candidate(source, None, dtype, windows)]
+    rows += [torch_candidate(source, out, dtype, windows) for out in outs if out.onnx is None]
+    graphs = [(out, out.onnx) for out in outs if out.onnx is not None]
+    if not graphs:
+        yield rows
+        return
+    cache = cache_directory()
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix="bench-") as scratch:
+        exported = []
+        for index, options in enumerate(dict.fromkeys(options for _, options in graphs)):
+            directory = Path(scratch) / str(index)
+            _export_dense(source, directory, options, progress)
+            exported.append(onnx_candidate(source, None, options, directory, windows))
+        exported += [
+            onnx_candidate(source, out, options, out.directory, windows) for out, options in graphs
+        ]
+        if genai and genai_installed():
+            exported += map(in_genai, exported.copy())
+        yield rows + exported
+
+
+def _export_dense(
+    source: Source, directory: Path, options: OnnxOptions, progress: Progress
+) -> None:
+    from spp_export.onnx_graph.write import write_onnx
+
+    directory.mkdir()
+    with progress("exporting the dense model to ONNX", 1.0) as advance_to:
+        write_onnx(
+            source.path, directory, options, progress=lambda done, total: advance_to(done / total)
+        )
+
+
+class _Run:
+    """One run: its header decides what of an earlier one may stay."""
+
+    def __init__(
+        self,
+        request: BenchRequest,
+        source: Source,
+        outs: Sequence[Out],
+        candidates: Sequence[Candidate],
+        dtype: str,
+        threads: int,
+        results: Path | None,
+        progress: Progress,
+    ) -> None:
+        self.request = request
+        self.source = source
+        self.outs = outs
+        self.candidates = candidates
+        self.threads = threads
+        self.results = results
+        self.progress = progress
+        self.header: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "machine": provenance.machine(request.device),
+            "versions": provenance.versions(),
+            "git": provenance.revision(),
+            "model": {
+                "name": source.name,
+                "fingerprint": source.fingerprint,
+                "parameters": source.shape.parameters(source.shape.layers),
+            },
+            "options": {
+                "device": request.device,
+                "dtype": dtype,
+                "threads": threads,
+                "rounds": request.rounds,
+                "new_tokens": request.new_tokens,
+                "seed": request.seed,
+            },
+            "candidates": [candidate.as_json() for candidate in candidates],
+        }
+
+    def measure(self, cells: Sequence[Cell], model: str, force: bool) -> dict[str, Any]:
+        """Everything that no earlier run has; the whole document."""
+        before = self.results and earlier(self.results, self.header, force)
+        if before and not same_files(before["gate"], self.outs):
+            before = None
+        document = before or self._begin(model)
+        todo = [cell for cell in cells if not _has(document["cells"], cell)]
+        self._memory(document, cells)
+        if todo:
+            self._cells(document, todo)
+        document["claims"] = claim_rows(document, self.source.shape)
+        self._keep(document)
+        return document
+
+    def _begin(self, model: str) -> dict[str, Any]:
+        options = self.header["options"]
+        gate = check_outs(self.outs, model, self.request.device, self.request.dtype, self.progress)
+        with self.progress("measuring the device", None):
+            rates = measure_rates(self.request.device, options["dtype"])
+        return {
+            **self.header,
+            "rates": {
+                "bytes_per_second": round(rates.bytes_per_second),
+                "operations_per_second": round(rates.operations_per_second),
+            },
+            "gate": gate,
+            "agreement": [],
+            "memory": [],
+            "cells": [],
+            "claims": [],
+            "problems": [],
+        }
+
+    def _memory(self, document: dict[str, Any], cells: Sequence[Cell]) -> None:
+        """Before this process loads a model, so that there is room for one at a time."""
+        if not self.request.memory:
+            return
+        done = {record["name"]: record for record in document["memory"]}
+        todo = [
+            candidate
+            for candidate in self.candidates
+            if candidate.name not in done
+            or not all(_has(done[candidate.name]["cells"], cell) for cell in cells)
+        ]
+        with self.progress("memory, a process each", float(len(todo) or 1)) as advance_to:
+            for index, candidate in enumerate(todo):
+                earlier_cells = done.get(candidate.name, {}).get("cells", ())
+                wanted = {*cells, *(Cell(c["batch"], c["context"]) for c in earlier_cells)}
+                done[candidate.name] = measure_memory(
+                    candidate,
+                    sorted(wanted),
+                    self.request.new_tokens,
+                    self.request.device,
+                    self.threads,
+                )
+                advance_to(index + 1.0)
+        document["memory"] = [done[candidate.name] for candidate in self.candidates]
+        self._keep(document)
+
+    def _cells(self, document: dict[str, Any], cells: Sequence[Cell]) -> None:
+        rates = Rates(**document["rates"])
+        runners = self._open()
+        by_name = {candidate.name: candidate for candidate in self.candidates}
+        vocab = self.source.shape.vocab_size
+        with self.progress("comparing logits", None):
+            document["agreement"] = check_agreement(runners, by_name, vocab)
+        # A cell's share of the bar is about what it takes.
+        costs = [cell.batch * (cell.context + 4 * self.request.new_tokens) for cell in cells]
+        turns = (self.request.rounds + WARM_UP_ROUNDS) * len(runners)
+        done = 0.0
+        with self.progress("timing", float(sum(costs))) as advance_to:
+            for cell, cost in zip(cells, costs, strict=True):
+                finished = done
+
+                def advance(share: float = cost / turns) -> None:
+                    nonlocal done
+                    done += share
+                    advance_to(done)
+
+                fed = tokens(cell, self.request.new_tokens, vocab, self.request.seed)
+                samples = measure_cell(runners, fed, self.request.rounds, advance)
+                record = cell_record(cell, self.candidates, samples, rates, self.request.new_tokens)
+                document["cells"] = sorted([*document["cells"], record], key=_order)
+                self._keep(document)
+                done = finished + cost
+
+    def _open(self) -> list[Runner]:
+        runners = []
+        with self.progress("loading the models", float(len(self.candidates))) as advance_to:
+            for index, candidate in enumerate(self.candidates):
+                runners.append(open_runner(candidate, self.request.device, self.threads))
+                advance_to(index + 1.0)
+        return runners
+
+    def _keep(self, document: dict[str, Any]) -> None:
+        document["problems"] = problems(document)
+        if self.results:
+            write_document(document, self.results)
+
+
+def _order(record: Mapping[str, Any]) -> tuple[int, int]:
+    return record["batch"], record["context"]
+
+
+def _has(records: Sequence[Mapping[str, Any]], cell: Cell) -> bool:
+    return (cell.batch, cell.context) in map(_order, records)

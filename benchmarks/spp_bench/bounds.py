@@ -1,0 +1,149 @@
+"""What a model must move and compute in a cell, and how much faster than another it can be.
+
+A decode step reads every weight it multiplies by once and every cached key and value once; prefill
+does two operations per weight and token, and attention's own. Whichever takes longer at the
+device's measured rates sets the pace, and the bound on a speed-up is the ratio of those times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from spp_bench.cases import Cell
+from spp_export.shape import LayerShape, ModelShape
+
+# Under this no measurement tells a gain from noise.
+NO_GAIN = 1.02
+# What placement of weights in memory and the clock's drift shift between two models in one process,
+# on top of what the rounds show.
+SYSTEMATIC = 0.03
+
+Term = Literal["bytes", "operations"]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the device reached in this process: bytes and operations per second."""
+
+    bytes_per_second: float
+    operations_per_second: float
+
+    def seconds(self, work: Work) -> float:
+        """The least time for some work: its larger term."""
+        return max(self.terms(work).values())
+
+    def terms(self, work: Work) -> dict[Term, float]:
+        """Seconds of each term by itself."""
+        return {
+            "bytes": work.bytes / self.bytes_per_second,
+            "operations": work.operations / self.operations_per_second,
+        }
+
+
+@dataclass(frozen=True)
+class Work:
+    """Bytes moved and operations done, of which a multiplication and an addition are two."""
+
+    bytes: float
+    operations: float
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a model in the format it is run in.
+
+    shape             the dense model's, with the biases that are there
+    layers            what every layer has
+    windows           per layer, how many last tokens attention sees; None is all of them
+    read_bytes        weights that a decode step reads
+    kv_element_bytes  of one element of the cache
+    every_logit       whether prefill computes the logits of every token or of the last
+    """
+
+    shape: ModelShape
+    layers: Sequence[LayerShape]
+    windows: Sequence[int | None]
+    read_bytes: int
+    kv_element_bytes: int
+    every_logit: bool
+
+    def kv_bytes(self, cell: Cell, cached: float) -> float:
+        """Bytes of keys and values seen where every sequence has `cached` tokens."""
+        per_head = 2 * self.shape.head_dim * self.kv_element_bytes
+        seen = sum(
+            layer.kv_heads * _seen(cached, window)
+            for layer, window in zip(self.layers, self.windows, strict=True)
+        )
+        return cell.batch * per_head * seen
+
+    def decode(self, cell: Cell, new_tokens: int) -> Work:
+        """An average step of `new_tokens` after the cell's context."""
+        cached = cell.context + (new_tokens + 1) / 2
+        per_token = 2 * (self._layer_parameters + self._head_parameters)
+        attention = 4 * self.shape.head_dim * self._seen_by_queries(cached)
+        return Work(
+            self.read_bytes + self.kv_bytes(cell, cached), cell.batch * (per_token + attention)
+        )
+
+    def prefill(self, cell: Cell) -> Work:
+        """All of the cell's prompts in one pass."""
+        logits = cell.context if self.every_logit else 1
+        attention = 4 * self.shape.head_dim * self._seen_by_queries((cell.context + 1) / 2)
+        operations = cell.context * (2 * self._layer_parameters + attention)
+        operations += 2 * logits * self._head_parameters
+        return Work(self.read_bytes + self.kv_bytes(cell, cell.context), cell.batch * operations)
+
+    @property
+    def _layer_parameters(self) -> int:
+        channels = sum(layer.channels for layer in self.layers)
+        return self.shape.head_parameters(self.layers) + channels * self.shape.channel_parameters
+
+    @property
+    def _head_parameters(self) -> int:
+        return self.shape.vocab_size * self.shape.hidden_size
+
+    def _seen_by_queries(self, cached: float) -> float:
+        """Pairs of query head and token, over the layers."""
+        return sum(
+            layer.query_heads * _seen(cached, window)
+            for layer, window in zip(self.layers, self.windows, strict=True)
+        )
+
+
+def _seen(cached: float, window: int | None) -> float:
+    return cached if window is None else min(cached, window)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """How much faster a slim model can be.
+
+    value    by the larger term of either model at the measured rates
+    ceiling  the larger of the ratios of bytes and of operations: where both terms cost time, no
+             mixture of them gives more than this
+    term     which of them sets the dense model's pace
+    """
+
+    value: float
+    ceiling: float
+    term: Term
+
+    def efficiency(self, speedup: float) -> float | None:
+        """The share of the possible gain that was had; None where none is possible."""
+        return (speedup - 1) / (self.value - 1) if self.value > NO_GAIN else None
+
+    def exceeded(self, low: float) -> bool:
+        """Whether a speed-up that is at least `low` cannot be."""
+        return low > self.ceiling * (1 + SYSTEMATIC)
+
+
+def bound(dense: Work, slim: Work, rates: Rates) -> Bound:
+    """The bound on the slim model's speed-up over the dense one."""
+    terms = rates.terms(dense)
+    return Bound(
+        value=rates.seconds(dense) / rates.seconds(slim),
+        ceiling=max(dense.bytes / slim.bytes, dense.operations / slim.operations),
+        term="bytes" if terms["bytes"] >= terms["operations"] else "operations",
+    )

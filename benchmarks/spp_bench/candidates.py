@@ -1,0 +1,167 @@
+"""Which models stand in a run, and which of them each is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from spp_bench.bounds import Sizes
+from spp_bench.onnx_weights import stored_weights
+from spp_export.checkpoint.manifest import hash_file
+from spp_export.checkpoint.source import Source
+from spp_export.errors import OutputError
+from spp_export.jsonio import read_json
+from spp_export.onnx_graph.options import OnnxOptions
+from spp_export.onnx_graph.settings import stock_settings
+from spp_export.pipeline.compensation import written_shape
+from spp_export.pipeline.onnx_files import is_onnx, onnx_options
+from spp_export.plans import read_plan, validate_plan
+from spp_export.shape import LayerShape, ModelShape
+
+Engine = Literal["torch", "onnx", "genai"]
+DENSE = "dense"
+GENAI_CONFIG = "genai_config.json"
+_ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "float32": 4, "float16": 2, "bfloat16": 2}
+_ELEMENT_BYTES |= {"float64": 8}
+
+
+@dataclass(frozen=True)
+class Out:
+    """A directory to measure: a slim safetensors directory, or an ONNX one.
+
+    layers     what every layer has, by its plan
+    shape      the dense model's, with the biases that compensation added
+    plan_hash  SHA-256 of plan.json
+    onnx       the form of the graph; None for safetensors
+    """
+
+    name: str
+    directory: Path
+    layers: tuple[LayerShape, ...]
+    shape: ModelShape
+    plan_hash: str
+    onnx: OnnxOptions | None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One model on one engine: a row of the tables.
+
+    baseline         name of the dense row that its speed-up is over; None for a dense row
+    predicted_bytes  of all weights, from the plan and the dtype; None where a quantiser decides
+    spare_tokens     that the cache has room for beside those that are fed
+    """
+
+    name: str
+    engine: Engine
+    directory: Path
+    sizes: Sizes
+    precision: str
+    baseline: str | None
+    plan_hash: str | None
+    predicted_bytes: int | None
+    spare_tokens: int = 0
+
+    @property
+    def dense(self) -> bool:
+        """Whether it is a dense model."""
+        return self.baseline is None
+
+    def as_json(self) -> dict[str, Any]:
+        """For the results file; no paths, which would name the user's directories."""
+        return {
+            "name": self.name,
+            "engine": self.engine,
+            "precision": self.precision,
+            "baseline": self.baseline,
+            "plan_hash": self.plan_hash,
+            "parameters": self.sizes.shape.parameters(self.sizes.layers),
+            "read_bytes_per_step": self.sizes.read_bytes,
+        }
+
+
+def read_out(directory: Path, source: Source) -> Out:
+    """What a directory holds. Raises OutputError or PlanError where it is nothing to measure."""
+    plan = directory / "plan.json"
+    if not plan.is_file():
+        raise OutputError(f"{directory}: no plan.json, so not an export of spp.")
+    compiled = read_plan(plan)
+    validate_plan(compiled, source.shape, source.fingerprint)
+    return Out(
+        name=directory.resolve().name,
+        directory=directory,
+        layers=compiled.layer_shapes(source.shape),
+        shape=written_shape(source, compiled),
+        plan_hash=hash_file(plan).sha256,
+        onnx=onnx_options(directory) if is_onnx(directory) else None,
+    )
+
+
+def torch_candidate(
+    source: Source, out: Out | None, dtype: str, windows: Sequence[int | None]
+) -> Candidate:
+    """The row of transformers: of the dense model, or of a slim safetensors directory."""
+    shape = out.shape if out else source.shape
+    layers = out.layers if out else source.shape.layers
+    size = _ELEMENT_BYTES[dtype]
+    return Candidate(
+        name=f"{out.name if out else DENSE} torch",
+        engine="torch",
+        directory=out.directory if out else source.path,
+        sizes=Sizes(shape, layers, windows, size * shape.decode_parameters(layers), size, False),
+        precision=dtype,
+        baseline=f"{DENSE} torch" if out else None,
+        plan_hash=out.plan_hash if out else None,
+        predicted_bytes=size * shape.parameters(layers),
+    )
+
+
+def onnx_candidate(
+    source: Source,
+    out: Out | None,
+    options: OnnxOptions,
+    directory: Path,
+    windows: Sequence[int | None],
+) -> Candidate:
+    """The row of ONNX Runtime: of the dense model in this form, or of an ONNX directory."""
+    shape = out.shape if out else source.shape
+    layers = out.layers if out else source.shape.layers
+    size = _ELEMENT_BYTES[options.precision]
+    read = stored_weights(directory).read
+    dense = f"{DENSE} onnx {form(options)}"
+    return Candidate(
+        name=f"{out.name} onnx" if out else dense,
+        engine="onnx",
+        directory=directory,
+        sizes=Sizes(shape, layers, windows, read, size, True),
+        precision=options.quant or options.precision,
+        baseline=dense if out else None,
+        plan_hash=out.plan_hash if out else None,
+        predicted_bytes=None if options.quant else size * shape.parameters(layers),
+    )
+
+
+def in_genai(candidate: Candidate) -> Candidate:
+    """The same ONNX directory, run by onnxruntime-genai, which has room for the last token where
+    past and present share a buffer."""
+    settings = read_json(candidate.directory / GENAI_CONFIG, what="genai config", error=OutputError)
+    return replace(
+        candidate,
+        name=candidate.name.replace(" onnx", " genai"),
+        engine="genai",
+        spare_tokens=int(settings["search"]["past_present_share_buffer"]),
+        baseline=candidate.baseline and candidate.baseline.replace(" onnx", " genai"),
+    )
+
+
+def form(options: OnnxOptions) -> str:
+    """A graph's form in a word or three: gqa, gqa int4, standard fp16."""
+    parts = [options.attention, options.precision if options.precision != "fp32" else None]
+    return " ".join(part for part in (*parts, options.quant) if part)
+
+
+def windows_of(source: Source) -> tuple[int | None, ...]:
+    """Per layer, how many last tokens attention sees."""
+    return stock_settings(source.config, source.family, source.shape, source.path).windows

@@ -1,0 +1,97 @@
+"""Published headline figures as rows beside ours: what was claimed, what is measured, the bound.
+
+The claims are those of SubspacePath Pruner's project page and paper for its prompt-time masks. They
+were measured with answers whose lengths differed, and by a mask that shrinks nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from spp_bench.compile_time import measure as compile_time
+from spp_bench.measure import PHASES
+from spp_export.shape import ModelShape
+
+COMPILE_SECONDS = (0.027, 0.068)
+SPEEDUPS = (1.24, 3.22)
+MEMORY_GB = (13.0, 12.1)
+_SEEDS = 9
+
+
+def claim_rows(
+    document: Mapping[str, Any], shape: ModelShape, keep: float = 0.7
+) -> list[dict[str, Any]]:
+    """Rows of a claim, what ours is of, and the least and the most of published, measured and bound
+    over all cells. `keep` is the share of the heads' parameters that the timed plan keeps."""
+    return [
+        _compile_row(shape, keep),
+        *_speedup_rows(document),
+        *_memory_rows(document),
+    ]
+
+
+def _row(
+    claim: str,
+    published: Sequence[float],
+    what: str,
+    found: Sequence[float],
+    bound: Sequence[float],
+) -> dict[str, Any]:
+    return {
+        "claim": claim,
+        "published": [min(published), max(published)],
+        "what": what,
+        "measured": [min(found), max(found)],
+        "bound": [min(bound), max(bound)] if bound else None,
+    }
+
+
+def _compile_row(shape: ModelShape, keep: float) -> dict[str, Any]:
+    times = compile_time(shape, "heads", keep, _SEEDS)
+    seconds = [round(times[f"{name}_ms"] / 1e3, 6) for name in ("p20", "p80")]
+    what = f"scores to plan, {keep:g} of the heads' parameters kept"
+    return _row("compile time, s", COMPILE_SECONDS, what, seconds, ())
+
+
+def _speedup_rows(document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for candidate in document["candidates"]:
+        for phase in PHASES:
+            found = [
+                row[phase]["speedup"]
+                for cell in document["cells"]
+                for row in cell["rows"]
+                if row["name"] == candidate["name"] and "speedup" in row[phase]
+            ]
+            if found:
+                yield _row(
+                    "speed-up",
+                    SPEEDUPS,
+                    f"{candidate['name']}, {phase}",
+                    [over["median"] for over in found],
+                    [over["bound"] for over in found],
+                )
+
+
+def _memory_rows(document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Dense over slim, since the published pair is of another model; the bound is predicted."""
+    found = {record["name"]: record for record in document["memory"]}
+    for candidate in document["candidates"]:
+        if candidate["baseline"] in found and candidate["name"] in found:
+            pair = found[candidate["baseline"]], found[candidate["name"]]
+            expected = (record["predicted_weight_bytes"] for record in pair)
+            yield _row(
+                "memory, dense over slim",
+                [round(MEMORY_GB[0] / MEMORY_GB[1], 4)],
+                f"{candidate['name']}, weights and KV cache",
+                _ratios(*pair, ""),
+                () if None in expected else _ratios(*pair, "predicted_"),
+            )
+
+
+def _ratios(dense: Mapping[str, Any], slim: Mapping[str, Any], kind: str) -> list[float]:
+    weights, kv = f"{kind}weight_bytes", f"{kind}kv_bytes"
+    return [
+        round((dense[weights] + one[kv]) / (slim[weights] + other[kv]), 4)
+        for one, other in zip(dense["cells"], slim["cells"], strict=True)
+    ]

@@ -1,0 +1,53 @@
+"""Seconds of a piece of work, by the processor's clock or by the card's events."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+# Runs some work and tells how many seconds it took.
+Clock = Callable[[Callable[[], Any]], float]
+
+
+def wall_clock(work: Callable[[], Any], /) -> float:
+    """For work that is done when its call returns."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def clock_for(device: str) -> Clock:
+    """CUDA events around work that PyTorch queues on a card, the wall clock elsewhere."""
+    return _cuda_clock(device) if device.startswith("cuda") else wall_clock
+
+
+def _cuda_clock(device: str) -> Clock:
+    import torch
+
+    def timed(work: Callable[[], Any]) -> float:
+        with torch.cuda.device(device):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            start.record()
+            work()
+            end.record()
+            torch.cuda.synchronize()
+            return float(start.elapsed_time(end)) / 1e3
+
+    return timed
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Without Python's collector, whose pauses would be counted to whoever runs."""
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

@@ -1,0 +1,121 @@
+"""No figure from a model that computes something else: what is checked before anything is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import spp_export
+from spp_bench.candidates import Candidate, Out
+from spp_bench.cases import Cell, tokens
+from spp_bench.runners import Logits, Runner
+from spp_export.checkpoint.manifest import MANIFEST_NAME, hash_file
+from spp_export.errors import ParityError
+from spp_export.progress import Progress
+
+# A runner that feeds other tokens, positions or weights is wrong by about 1; rounding by this.
+_ROOM = {"fp32": 1e-3, "float32": 1e-3, "float64": 1e-6}
+_ROOM_OF_HALVES = 0.1
+_QUANTISED = ("int8", "int4", "int8-dynamic")
+_TOKENS = 16
+
+
+def manifest_hash(out: Out) -> str | None:
+    """SHA-256 of a directory's manifest, which knows every file; None where there is none."""
+    path = out.directory / MANIFEST_NAME
+    return hash_file(path).sha256 if path.is_file() else None
+
+
+def check_outs(
+    outs: Sequence[Out], model: str, device: str, dtype: str | None, progress: Progress
+) -> list[dict[str, Any]]:
+    """`spp verify` on every directory: files as in the manifest, logits of the masked dense model.
+
+    Raises ParityError for the first that fails.
+    """
+    found = []
+    for out in outs:
+        report = spp_export.verify(
+            out.directory,
+            model=model,
+            device=device,
+            dtype=None if out.onnx else dtype,  # a graph has its own
+            progress=progress,
+        )
+        if not report.passed:
+            failed = report.failures[0]
+            raise ParityError(
+                f"{out.name}: {failed.name}: {failed.describe()} No figures are given of a model "
+                "that fails its checks."
+            )
+        checks = [check.to_dict() for check in report.checks]
+        found.append({"name": out.name, "manifest": manifest_hash(out), "checks": checks})
+    return found
+
+
+def check_agreement(
+    runners: Sequence[Runner], candidates: Mapping[str, Candidate], vocab_size: int
+) -> list[dict[str, Any]]:
+    """The same weights must give the same logits on every engine, after prefill and decoding.
+
+    Compared within each model (dense, or of the same plan) by the difference over the length of
+    the first runner's logits; a quantised graph is held to the checks of its directory alone.
+    Raises ParityError.
+    """
+    fed = tokens(Cell(1, _TOKENS), _TOKENS, vocab_size)
+    first: dict[str | None, tuple[str, list[Logits]]] = {}
+    found = []
+    for runner in runners:
+        candidate = candidates[runner.name]
+        if candidate.precision in _QUANTISED:
+            continue
+        logits = _logits(runner, fed.prompt, fed.continuation, candidate.engine != "genai")
+        name, reference = first.setdefault(candidate.plan_hash, (runner.name, logits))
+        if name == runner.name:
+            continue
+        distance = max(map(_distance, logits, reference))
+        limit = max(_room(candidate), _room(candidates[name]))
+        if not distance <= limit:
+            raise ParityError(
+                f"{runner.name}: its logits differ from those of {name} by {distance:.2g} of "
+                f"their length, at most {limit:g} is rounding. One of them is not the same model."
+            )
+        found.append({"name": runner.name, "as": name, "distance": distance, "limit": limit})
+    return found
+
+
+def _logits(runner: Runner, prompt: Any, continuation: Any, decoding: bool) -> list[Logits]:
+    """After prefill and, where the runner takes given tokens, after decoding."""
+    runner.reserve(prompt.shape[1] + continuation.shape[1])
+    runner.prefill(prompt)
+    found = [runner.logits()]
+    if decoding:
+        runner.decode(continuation)
+        found.append(runner.logits())
+    runner.forget()
+    return found
+
+
+def _distance(logits: Logits, reference: Logits) -> float:
+    return float(np.linalg.norm(logits - reference) / np.linalg.norm(reference))
+
+
+def _room(candidate: Candidate) -> float:
+    return _ROOM.get(candidate.precision, _ROOM_OF_HALVES)
+
+
+def same_files(gate: Sequence[Mapping[str, Any]], outs: Sequence[Out]) -> bool:
+    """Whether an earlier run's gate saw these very directories, by their manifests; what the
+    manifests list is checked against the disk."""
+    from spp_export.checkpoint.manifest import check_manifest
+
+    seen = {record["name"]: record["manifest"] for record in gate}
+    return all(
+        manifest_hash(out) is not None
+        and seen.get(out.name) == manifest_hash(out)
+        and not check_manifest(Path(out.directory))
+        for out in outs
+    )

@@ -1,0 +1,99 @@
+"""All candidates in one cell, round by round: whatever the machine does, it does to all of them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import numpy as np
+
+from spp_bench.cases import Tokens
+from spp_bench.clocks import no_collection
+from spp_bench.runners import Runner
+
+Phase = Literal["prefill", "decode"]
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+
+WARM_UP_ROUNDS = 1
+# Threads of one library go on spinning for a while after its work, and would slow the next one.
+_SETTLE_SECONDS = 0.1
+_CONFIDENCE = 0.99
+
+
+@dataclass
+class Samples:
+    """Seconds of every round of one candidate: a whole prefill, and one decode step on average."""
+
+    prefill: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)
+
+    def of(self, phase: Phase) -> list[float]:
+        """The seconds of a phase."""
+        return self.prefill if phase == "prefill" else self.decode
+
+
+def measure_cell(
+    runners: Sequence[Runner],
+    tokens: Tokens,
+    rounds: int,
+    advance: Callable[[], None] = lambda: None,
+    settle: float = _SETTLE_SECONDS,
+) -> dict[str, Samples]:
+    """Samples by the runners' names. Each round every runner is first once in turn.
+
+    `advance` is called after every runner's turn, warm-up included.
+    """
+    found = {runner.name: Samples() for runner in runners}
+    for runner in runners:
+        runner.reserve(tokens.prompt.shape[1] + tokens.continuation.shape[1])
+    for turn in range(-WARM_UP_ROUNDS, rounds):
+        start = turn % len(runners)
+        for runner in [*runners[start:], *runners[:start]]:
+            time.sleep(settle)
+            with no_collection():
+                prefill = runner.clock(partial(runner.prefill, tokens.prompt))
+                decode = runner.clock(partial(runner.decode, tokens.continuation))
+            runner.forget()
+            if turn >= 0:
+                found[runner.name].prefill.append(prefill)
+                found[runner.name].decode.append(decode / tokens.continuation.shape[1])
+            advance()
+    return found
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """Of paired rounds: median, 20th and 80th percentile, and what it is at least.
+
+    `low` is below the true median with 99 % confidence, by the order of the rounds alone; with
+    fewer than seven rounds it is the smallest of them, which says less.
+    """
+
+    median: float
+    p20: float
+    p80: float
+    low: float
+
+
+def speedup(dense: Sequence[float], slim: Sequence[float]) -> Speedup:
+    """How much faster the second is, from the ratios of the same rounds."""
+    ratios = np.sort(np.asarray(dense) / np.asarray(slim))
+    p20, median, p80 = (float(value) for value in np.quantile(ratios, [0.2, 0.5, 0.8]))
+    return Speedup(median, p20, p80, float(ratios[_low_rank(len(ratios))]))
+
+
+def _low_rank(count: int) -> int:
+    """The highest rank, from 0, whose value is above the true median with at most 1 %; 0 at
+    least."""
+    rank, as_few = 0, 1
+    while rank < count:
+        # Samples below the median are as many as heads of tossed coins.
+        as_few += math.comb(count, rank + 1)
+        if as_few / 2**count > 1 - _CONFIDENCE:
+            break
+        rank += 1
+    return rank

@@ -1,0 +1,65 @@
+"""What a results file says of where it comes from: machine, libraries, revision."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from spp_export.evaluation.machine import machine as machine_used
+from spp_export.versions import library_versions
+
+_OPTIONAL = ("onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "triton")
+
+
+def physical_cores() -> int:
+    """Physical cores that this process may use."""
+    import psutil
+
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(psutil.cpu_count(logical=False) or 1, allowed or 1))
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Processor, cores, threads, memory and, where one is used, the card and its driver."""
+    import psutil
+
+    found = machine_used(device) | {"memory_bytes": psutil.virtual_memory().total}
+    if device.startswith("cuda"):
+        found["driver"] = _output(
+            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
+        )
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, ourselves and everything that ran a model."""
+    found = library_versions()
+    for name in _OPTIONAL:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def revision() -> dict[str, Any] | None:
+    """The commit that this code is of, and whether files differ from it; None outside a clone."""
+    here = Path(__file__).resolve().parent
+    commit = _output("git", "-C", str(here), "rev-parse", "HEAD")
+    tracked = _output("git", "-C", str(here), "ls-files", "--", Path(__file__).name)
+    if not commit or not tracked:
+        return None
+    changed = _output("git", "-C", str(here), "status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit, "modified": bool(changed)}
+
+
+def _output(*command: str) -> str | None:
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = result.stdout.strip().splitlines()
+    return lines[0].strip() if lines and not result.returncode else None

@@ -1,0 +1,162 @@
+"""The results document: what a run measured, what of an earlier run may be kept, and its schema.
+
+`benchmarks/README.md` says what every field means; `spp_bench.schema` checks them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spp_bench.bounds import Bound, Rates, Work, bound
+from spp_bench.candidates import Candidate
+from spp_bench.cases import Cell
+from spp_bench.measure import PHASES, Phase, Samples, Speedup, speedup
+from spp_bench.schema import check
+from spp_bench.timing import quantiles
+from spp_export.errors import OutputError
+from spp_export.jsonio import dump_json, read_json
+
+SCHEMA_VERSION = 1
+# What must be the same for a cell of an earlier run to stand beside one of this run.
+IDENTITY = ("schema_version", "machine", "versions", "git", "model", "options", "candidates")
+
+
+def cell_record(
+    cell: Cell,
+    candidates: Sequence[Candidate],
+    samples: Mapping[str, Samples],
+    rates: Rates,
+    new_tokens: int,
+) -> dict[str, Any]:
+    """All rows of a cell: times, rates, and speed-ups beside their bounds."""
+    figures = _Figures(cell, {c.name: c for c in candidates}, samples, rates, new_tokens)
+    return {**cell.as_json(), "rows": [figures.row(candidate) for candidate in candidates]}
+
+
+@dataclass(frozen=True)
+class _Figures:
+    """What follows from the samples of a cell."""
+
+    cell: Cell
+    candidates: Mapping[str, Candidate]
+    samples: Mapping[str, Samples]
+    rates: Rates
+    new_tokens: int
+
+    def row(self, candidate: Candidate) -> dict[str, Any]:
+        """Both phases of one candidate."""
+        return {
+            "name": candidate.name,
+            **{phase: self._phase(candidate, phase) for phase in PHASES},
+        }
+
+    def _phase(self, candidate: Candidate, phase: Phase) -> dict[str, Any]:
+        record = self._times(candidate, phase)
+        if candidate.baseline:
+            record["speedup"] = self._speedup(self.candidates[candidate.baseline], candidate, phase)
+        reference = next(
+            (c for c in self.candidates.values() if c.dense and c.engine == "torch"), candidate
+        )
+        if reference != candidate:
+            record["over_dense_torch"] = round(self._over(reference, candidate, phase).median, 4)
+        return record
+
+    def _times(self, candidate: Candidate, phase: Phase) -> dict[str, Any]:
+        samples = [1e3 * seconds for seconds in self.samples[candidate.name].of(phase)]
+        times = quantiles(samples, "ms")
+        median = float(np.median(samples)) / 1e3
+        work = self._work(candidate, phase)
+        tokens = self.cell.batch * (self.cell.context if phase == "prefill" else 1)
+        return {
+            **times,
+            "samples_ms": [round(value, 4) for value in samples],
+            "tokens_per_second": round(tokens / median, 2),
+            "bytes_per_second": round(work.bytes / median),
+            "of_bandwidth": round(work.bytes / median / self.rates.bytes_per_second, 4),
+            "operations_per_second": round(work.operations / median),
+            "of_rate": round(work.operations / median / self.rates.operations_per_second, 4),
+        }
+
+    def _speedup(self, dense: Candidate, slim: Candidate, phase: Phase) -> dict[str, Any]:
+        found = self._over(dense, slim, phase)
+        limit: Bound = bound(self._work(dense, phase), self._work(slim, phase), self.rates)
+        efficiency = limit.efficiency(found.median)
+        return {
+            **{name: round(value, 4) for name, value in asdict(found).items()},
+            "bound": round(limit.value, 4),
+            "ceiling": round(limit.ceiling, 4),
+            "term": limit.term,
+            "efficiency": None if efficiency is None else round(efficiency, 3),
+            "above_bound": limit.exceeded(found.low),
+        }
+
+    def _over(self, slow: Candidate, fast: Candidate, phase: Phase) -> Speedup:
+        return speedup(self.samples[slow.name].of(phase), self.samples[fast.name].of(phase))
+
+    def _work(self, candidate: Candidate, phase: Phase) -> Work:
+        if phase == "prefill":
+            return candidate.sizes.prefill(self.cell)
+        return candidate.sizes.decode(self.cell, self.new_tokens)
+
+
+def problems(document: Mapping[str, Any]) -> list[str]:
+    """Why a run failed, one line each: speed-ups above the bound, memory that was not promised."""
+    found = []
+    for cell in document["cells"]:
+        for row in cell["rows"]:
+            for phase in PHASES:
+                over = row[phase].get("speedup")
+                if over and over["above_bound"]:
+                    found.append(
+                        f"{row['name']}, {phase}, batch {cell['batch']}, context "
+                        f"{cell['context']}: {over['median']:.3f}x (at least {over['low']:.3f}x) "
+                        f"is above the bound of {over['ceiling']:.3f}x, a measurement error"
+                    )
+    for record in document["memory"]:
+        found += [f"{record['name']}: {problem}" for problem in record["problems"]]
+    return found
+
+
+def earlier(path: Path, header: Mapping[str, Any], force: bool) -> dict[str, Any] | None:
+    """A results file of the same machine, models and options to go on with; None without one.
+
+    Raises OutputError for one of others, unless it may be replaced.
+    """
+    if not path.exists():
+        return None
+    document = read_json(path, what="results", error=OutputError)
+    try:
+        check(document)
+        # The same values as they look after being written and read.
+        now = json.loads(json.dumps(header))
+        different = [key for key in IDENTITY if document[key] != now[key]]
+    except ValueError as error:
+        different = [str(error)]
+    if not different:
+        return dict(document)
+    if force:
+        return None
+    raise OutputError(
+        f"{path}: measured with other {different[0]}, so its cells cannot stand beside new ones. "
+        "Choose another file, or use --force."
+    )
+
+
+def write_document(document: Mapping[str, Any], path: Path) -> None:
+    """Write the results in one step, so that an interrupted run leaves a whole file."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(dump_json(document), encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror}).") from error
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,86 @@
+"""`spp convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from spp_cli import options
+from spp_cli.hints import command_line
+from spp_cli.onnx_options import onnx_options
+from spp_cli.output import Output
+
+
+def convert(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="DIR",
+            help="An export with safetensors, or a dense model: directory, hub id or demo.",
+        ),
+    ],
+    output: Annotated[Path, options.output_option("Directory to write.")],
+    format: Annotated[  # noqa: A002
+        Literal["onnx"],
+        typer.Option(rich_help_panel=options.MAKE, help="What to write."),
+    ] = "onnx",
+    onnx_attention: options.OnnxAttention = None,
+    precision: options.Precision = None,
+    quant: options.Quant = None,
+    scenario: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=options.CHECKS,
+            help="Text to compare logits on, or - for standard input; random tokens without it.",
+        ),
+    ] = None,
+    device: options.Device = "cpu",
+    seed: options.Seed = 0,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    force: options.Force = False,
+    no_verify: Annotated[
+        bool,
+        typer.Option(
+            "--no-verify",
+            rich_help_panel=options.DANGEROUS,
+            help="Skip the comparison with the PyTorch model.",
+        ),
+    ] = False,
+    keep_failed: Annotated[
+        bool,
+        typer.Option(
+            "--keep-failed",
+            rich_help_panel=options.DANGEROUS,
+            help="Publish even when a check fails; the exit status is 1 all the same.",
+        ),
+    ] = False,
+) -> None:
+    """Write an existing checkpoint, slim or dense, as ONNX.
+
+    Example: spp convert out/chemistry -o out/chemistry-onnx --scenario chemistry.txt
+    """
+    import spp_export
+
+    out = Output(json=json, quiet=quiet)
+    form = onnx_options(format, onnx_attention, precision, quant, device)
+    result = spp_export.convert(
+        checkpoint,
+        output,
+        options=form,
+        scenario=scenario,
+        force=force,
+        verify=not no_verify,
+        keep_failed=keep_failed,
+        device=device,
+        seed=seed,
+        progress=out.progress,
+    )
+
+    from spp_cli.summary import convert_summary
+
+    out.result(result.to_dict, lambda look: convert_summary(result, look), brief=str(result.path))
+    out.hint(command_line("chat", result.path, prompt="..."))

@@ -1,0 +1,209 @@
+"""Whether an ONNX directory is what was promised: its graph, and its logits against the oracle's.
+
+The oracle is that of every export, the masked dense model; ONNX Runtime computes in another order,
+so where rounding decides, the room is a multiple of what rounding does to the oracle itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spp_export.activations import TokenBatch
+from spp_export.errors import UsageError
+from spp_export.onnx_graph.options import Precision, require
+from spp_export.ort.model import OrtModel
+from spp_export.verification import Check, ReferenceLogits
+
+_EPSILON = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Other kernels, other orders of summation: what rounding takes from the oracle they may take
+# several times, and a little beside.
+_ROUNDINGS = 4.0
+_ROOM = 64.0
+
+Logits = NDArray[np.float32]
+
+
+def check_graph(directory: Path) -> Check:
+    """The graph is valid ONNX, and types and shapes follow from its inputs."""
+    onnx = require("onnx")
+    path = directory / "model.onnx"
+    name = "onnx.checker and shape inference"
+    try:
+        onnx.checker.check_model(path)
+        model = onnx.load(path, load_external_data=False)
+        onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return Check(name, False, detail=first)
+    return Check(name, True, detail=f"{len(model.graph.node)} nodes")
+
+
+def check_logits(
+    model: OrtModel, reference: ReferenceLogits, precision: Precision
+) -> tuple[Check, ...]:
+    """Prefill, decoding with the cache, and rows of unequal length on the sides the graph takes."""
+    compare = _Comparison(reference, precision)
+    checks = [
+        compare("ONNX prefill against the oracle", _single_rows(model, reference)),
+        compare("ONNX decoding with the cache", _decoded(model, reference)),
+        compare("ONNX rows of unequal length", _batches(model, reference, "right")),
+    ]
+    if model.attention == "gqa":
+        checks.append(_check_left_padding_refused(model, reference.batches))
+    else:
+        checks.append(compare("ONNX rows padded on the left", _batches(model, reference, "left")))
+    return tuple(checks)
+
+
+def check_agreement(
+    name: str, pairs: Iterator[tuple[Logits, Logits]]
+) -> tuple[Check, float, float]:
+    """A quantised graph against what it was made from, as mean KL and agreement on the first token.
+
+    Rounding weights to a few bits moves every logit, so there is no limit on differences; but a
+    graph that knows no more than the uniform distribution does is broken. `pairs` are logits
+    [T,V], exact and quantised. Also returns mean KL in nats and the share of agreement.
+    """
+    kl = uniform = agreed = 0.0
+    tokens = 0
+    for exact, quantised in pairs:
+        log_p = torch.from_numpy(exact).double().log_softmax(-1)
+        log_q = torch.from_numpy(quantised).double().log_softmax(-1)
+        p = log_p.exp()
+        kl += float((p * (log_p - log_q)).sum())
+        uniform += float((p * (log_p + np.log(exact.shape[-1]))).sum())
+        agreed += float((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+        tokens += len(exact)
+    mean, limit, share = kl / tokens, uniform / tokens, agreed / tokens
+    holds = bool(np.isfinite(mean)) and mean < limit
+    detail = f"mean KL {mean:.3g} nats, first token agrees {share:.1%}, {tokens} tokens"
+    return Check(name, holds, mean, limit, detail), mean, share
+
+
+def row_logits(model: OrtModel, batches: Sequence[TokenBatch]) -> Iterator[Logits]:
+    """Logits [T,V] of the real tokens of each row, one row at a time."""
+    for ids in _rows(batches):
+        yield model.logits(ids[None])[0]
+
+
+class _Comparison:
+    """Logits by the graph against the exact oracle's, row by row."""
+
+    def __init__(self, reference: ReferenceLogits, precision: Precision) -> None:
+        self._exact = list(_exact_rows(reference))
+        largest = max(float(row.abs().max()) for row in self._exact)
+        epsilon = torch.finfo(_EPSILON[precision]).eps
+        self._limit = _ROUNDINGS * reference.rounding + _ROOM * epsilon * max(largest, 1.0)
+        self._largest = largest
+
+    def __call__(self, name: str, found: Iterator[tuple[int, slice, Logits]]) -> Check:
+        """`found` has rows by number, the tokens of each that were computed, and their logits."""
+        worst, tokens = 0.0, 0
+        for row, part, logits in found:
+            exact = self._exact[row][part].double().numpy()
+            difference = float(np.abs(exact - logits).max())
+            worst = max(worst, difference if difference == difference else float("inf"))
+            tokens += len(logits)
+        detail = f"{tokens} tokens, largest |logit| {self._largest:.1f}"
+        return Check(name, worst <= self._limit < float("inf"), worst, self._limit, detail)
+
+
+def _rows(batches: Sequence[TokenBatch]) -> Iterator[NDArray[np.int64]]:
+    for batch in batches:
+        for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True):
+            yield ids[mask.bool()].numpy()
+
+
+def _exact_rows(reference: ReferenceLogits) -> Iterator[Tensor]:
+    for batch, exact in zip(reference.batches, reference.exact, strict=True):
+        yield from exact.split(batch.attention_mask.sum(1).tolist())
+
+
+def _single_rows(
+    model: OrtModel, reference: ReferenceLogits
+) -> Iterator[tuple[int, slice, Logits]]:
+    for row, logits in enumerate(row_logits(model, reference.batches)):
+        yield row, slice(None), logits
+
+
+def _decoded(model: OrtModel, reference: ReferenceLogits) -> Iterator[tuple[int, slice, Logits]]:
+    """Half of the longest row at once, the rest token by token."""
+    rows = list(_rows(reference.batches))
+    row = max(range(len(rows)), key=lambda index: len(rows[index]))
+    ids = rows[row]
+    half = max(len(ids) // 2, 1)
+    decoding = model.start(1, len(ids))
+    yield row, slice(0, half), decoding.feed(ids[None, :half])[0]
+    for step in range(half, len(ids)):
+        part = slice(step, step + 1)
+        yield row, part, decoding.feed(ids[None, part])[0]
+
+
+def _batches(
+    model: OrtModel, reference: ReferenceLogits, side: str
+) -> Iterator[tuple[int, slice, Logits]]:
+    """All but the last token of each row in one padded pass, then the last tokens together."""
+    first = 0
+    for batch in reference.batches:
+        rows = list(_rows([batch]))
+        longest = max(len(ids) for ids in rows)
+        ids = np.zeros((len(rows), longest - 1), np.int64)
+        mask = np.zeros_like(ids)
+        spans = []
+        for index, row in enumerate(rows):
+            start = 0 if side == "right" else longest - len(row)
+            spans.append(slice(start, start + len(row) - 1))
+            ids[index, spans[-1]], mask[index, spans[-1]] = row[:-1], 1
+        decoding = model.start(len(rows), longest)
+        if longest > 1 and all(len(row) > 1 for row in rows):
+            logits = decoding.feed(ids, mask)
+            for index, span in enumerate(spans):
+                yield first + index, slice(0, len(rows[index]) - 1), logits[index, span]
+            last = decoding.feed(np.array([row[-1:] for row in rows]))
+            for index, row in enumerate(rows):
+                yield first + index, slice(len(row) - 1, len(row)), last[index]
+        first += len(rows)
+
+
+def _check_left_padding_refused(model: OrtModel, batches: Sequence[TokenBatch]) -> Check:
+    """GroupQueryAttention takes a left-padded row for another text: it must not get one."""
+    ids = next(_rows(batches))[None]
+    mask = np.ones_like(ids)
+    mask[0, 0] = 0
+    name = "ONNX rows padded on the left are refused"
+    answers: dict[str, Callable[[], Any]] = {
+        "our runner": lambda: model.logits(ids, mask),
+        "the graph": lambda: _raw(model, ids, mask),
+    }
+    silent = [who for who, answer in answers.items() if not _refuses(answer)]
+    return Check(
+        name, not silent, detail=f"answered all the same: {', '.join(silent)}" if silent else ""
+    )
+
+
+def _refuses(answer: Callable[[], Any]) -> bool:
+    try:
+        answer()
+    except (UsageError, RuntimeError, ValueError) as error:
+        return isinstance(error, UsageError) or "left_padding" in str(error)
+    except Exception as error:  # ONNX Runtime's own kinds, which have no common public base
+        return "left_padding" in str(error)
+    return False
+
+
+def _raw(model: OrtModel, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> None:
+    """One run of the session itself, as another program would do it."""
+    feeds: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+    for value in model.session.get_inputs():
+        if value.name.startswith("past_key_values"):
+            heads, dim = value.shape[1], value.shape[3]
+            feeds[value.name] = np.zeros((1, heads, 0, dim), kinds[value.type])
+    model.session.run(["logits"], feeds)

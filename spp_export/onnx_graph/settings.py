@@ -1,0 +1,101 @@
+"""What a family's stock class in transformers makes of a config: the truth a graph must repeat.
+
+Defaults, aliases and rotary scaling are read off transformers itself, not written down again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spp_export.errors import ModelError
+from spp_export.families import Family
+from spp_export.shape import ModelShape
+from spp_export.slim_config import portable_config
+
+_ACTIVATIONS = ("silu", "swish")
+# Its factors depend on the length of what is read, which a table of positions cannot know.
+_LENGTH_DEPENDENT = ("longrope", "su")
+# Keys that only the per-layer classes understand, or that the stock ones would refuse.
+_OURS = ("model_type", "architectures", "per_layer_config", "serialize_explicit_per_layer_config")
+
+Table = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Beside the sizes, what decides a decoder's function.
+
+    epsilon         of every RMS norm
+    context_length  positions the model was made for
+    windows         per layer, how many last tokens attention sees; None is all of them
+    rotary_type     "default", "linear", "llama3", "yarn", ...
+    """
+
+    epsilon: float
+    context_length: int
+    windows: tuple[int | None, ...]
+    rotary_type: str
+    stock: Any
+
+
+def stock_settings(
+    config: Mapping[str, Any], family: Family, shape: ModelShape, directory: Path
+) -> Settings:
+    """Settings of a parsed config.json, the source's or a slim checkpoint's.
+
+    Raises ModelError for what a graph of ours cannot express.
+    """
+    from transformers import AutoConfig
+
+    given = {k: v for k, v in portable_config(config).items() if k not in _OURS}
+    given |= {"head_dim": shape.head_dim, "num_attention_heads": shape.query_heads}
+    if family.heads_divide_hidden and shape.hidden_size % shape.query_heads:
+        # A slim model's count, which the stock config would refuse; nothing here depends on it.
+        given["num_attention_heads"] = given["num_key_value_heads"] = 1
+    try:
+        stock: Any = AutoConfig.for_model(family.model_type, **given)
+    except Exception as error:  # each version of transformers has its own kinds
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{directory}: config.json is refused by transformers: {first}") from error
+    if stock.hidden_act not in _ACTIVATIONS:
+        raise ModelError(
+            f"{directory}: hidden_act {stock.hidden_act!r:.40} has no ONNX form here; "
+            f"expected {' or '.join(_ACTIVATIONS)}."
+        )
+    rotary = (getattr(stock, "rope_parameters", None) or stock.rope_scaling) or {}
+    rotary_type = str(rotary.get("rope_type", "default"))
+    if rotary_type in _LENGTH_DEPENDENT:
+        raise ModelError(
+            f"{directory}: rotary scaling {rotary_type!r} changes with the length of the text, "
+            "which an ONNX graph cannot repeat. Export safetensors."
+        )
+    return Settings(
+        epsilon=float(stock.rms_norm_eps),
+        context_length=int(stock.max_position_embeddings),
+        windows=family.windows(stock, shape.num_layers),
+        rotary_type=rotary_type,
+        stock=stock,
+    )
+
+
+def rotary_tables(settings: Settings, family: Family, head_dim: int) -> tuple[Table, Table]:
+    """Cosines and sines [context_length, head_dim / 2] as the family's own rotary class has them.
+
+    Scaling of frequencies and of attention is in them.
+    """
+    import torch
+
+    from spp_export import modeling
+
+    name = f"Spp{family.architecture.removesuffix('ForCausalLM')}Model"
+    rotary = getattr(modeling, name).rotary_class(config=settings.stock)
+    with torch.no_grad():
+        cos, sin = rotary(torch.zeros(1), torch.arange(settings.context_length)[None])
+    half = head_dim // 2
+    return cos[0, :, :half].numpy().copy(), sin[0, :, :half].numpy().copy()

@@ -1,0 +1,84 @@
+"""A checkpoint's tensors in the form an ONNX graph wants them, read when they are written.
+
+`MatMul` multiplies by [in, out] where PyTorch stores [out, in], and projections that read the same
+input are one matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spp_export.checkpoint.dtypes import all_finite, from_float
+from spp_export.checkpoint.header import StoredTensor, show
+from spp_export.checkpoint.reader import as_array, read_float
+from spp_export.errors import CheckpointError
+from spp_export.onnx_graph.options import Precision
+
+_STORED = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+_NUMPY = {"F32": np.float32, "F16": np.float16}
+
+Array = NDArray[Any]
+
+
+def vector(stored: Sequence[StoredTensor], precision: Precision) -> Callable[[], Array]:
+    """Reader of tensors [n] one after the other."""
+    return lambda: np.concatenate([rows(tensor, precision) for tensor in stored])
+
+
+def table(stored: StoredTensor, precision: Precision) -> Callable[[], Array]:
+    """Reader of a tensor as it is stored, in `precision`."""
+    return lambda: rows(stored, precision)
+
+
+def matrix(stored: Sequence[StoredTensor], precision: Precision) -> Callable[[], Array]:
+    """Reader of weights [out_i, in] as one matrix [in, sum out_i]."""
+
+    def read() -> Array:
+        width = sum(tensor.shape[0] for tensor in stored)
+        result, start = None, 0
+        for tensor in stored:
+            values = rows(tensor, precision)
+            if result is None:
+                result = np.empty((values.shape[1], width), values.dtype)
+            result[:, start : start + len(values)] = values.T
+            start += len(values)
+        assert result is not None
+        return result
+
+    return read
+
+
+def rows(tensor: StoredTensor, precision: Precision) -> Array:
+    """A whole tensor in `precision`, rounded once where it is stored wider.
+
+    Raises CheckpointError for a value that does not fit, or is not finite.
+    """
+    wanted = _STORED[precision]
+    if tensor.dtype == wanted:
+        bits = as_array(tensor)
+    else:
+        bits = from_float(read_float(tensor), wanted)
+        if not all_finite(bits, wanted):
+            raise CheckpointError(
+                f"{tensor.file}: tensor {show(tensor.name)} has a value too large for {precision}. "
+                "Use --precision fp32."
+            )
+    return bits.view(_numpy_type(wanted))
+
+
+def rounded(values: NDArray[np.float32], precision: Precision) -> Array:
+    """Values that are small by construction, in `precision`."""
+    wanted = _STORED[precision]
+    return from_float(np.ascontiguousarray(values), wanted).view(_numpy_type(wanted))
+
+
+def _numpy_type(dtype: str) -> Any:
+    if dtype in _NUMPY:
+        return _NUMPY[dtype]
+    import ml_dtypes  # comes with onnx_ir
+
+    return ml_dtypes.bfloat16

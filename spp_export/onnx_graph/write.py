@@ -1,0 +1,109 @@
+"""A checkpoint as a directory that ONNX's users load: graph, weights and what stands beside."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from spp_export.checkpoint.atomic import require_free_space
+from spp_export.checkpoint.reader import model_file
+from spp_export.errors import ModelError, OutputError
+from spp_export.jsonio import dump_json, read_json
+from spp_export.onnx_graph.companions import genai_config, onnx_config, tokenizer_config
+from spp_export.onnx_graph.decoder import Decoder, read_decoder
+from spp_export.onnx_graph.graph import build_graph
+from spp_export.onnx_graph.options import OnnxOptions
+from spp_export.onnx_graph.recorder import share_aliases
+
+GRAPH_NAME = "model.onnx"
+# transformers.js asks for this very name; the others follow what the graph says.
+DATA_NAME = "model.onnx_data"
+# Smaller tensors stay in the graph.
+_EXTERNAL_ABOVE = 1024
+
+# bytes done, bytes in all
+Advance = Callable[[int, int], None]
+
+
+def write_onnx(
+    checkpoint: Path, out: Path, options: OnnxOptions, *, progress: Advance | None = None
+) -> None:
+    """Write a dense, uniform or per-layer checkpoint to the empty directory `out`.
+
+    Weights pass through memory one at a time. Raises ModelError or CheckpointError for a
+    checkpoint that cannot be expressed, UsageError where a library is missing, OutputError where
+    the disk does not take the data.
+    """
+    options.check()
+    decoder = read_decoder(checkpoint)
+    model = build_graph(decoder, options)
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    total = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    require_free_space(out, total)
+    done = 0
+
+    def count(tensor: Any, _: Any) -> None:
+        nonlocal done
+        done += tensor.nbytes
+        if progress:
+            progress(done, total)
+
+    import onnx_ir
+
+    try:
+        onnx_ir.external_data.unload_from_model(
+            model, out, DATA_NAME, size_threshold_bytes=_EXTERNAL_ABOVE, callback=count
+        )
+        share_aliases(model, out)
+        onnx_ir.save(model, out / GRAPH_NAME)
+        _companions(checkpoint, out, decoder, options)
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be written ({error.strerror}).") from error
+
+
+def _companions(checkpoint: Path, out: Path, decoder: Decoder, options: OnnxOptions) -> None:
+    config = onnx_config(
+        decoder.config,
+        decoder.family,
+        decoder.shape,
+        decoder.layers,
+        decoder.layout,
+        options,
+        decoder.settings.context_length,
+    )
+    generation = _optional(checkpoint, "generation_config.json")
+    genai = genai_config(config, generation, decoder.layers, decoder.shape.head_dim, options)
+    tokenizer = _optional(checkpoint, "tokenizer_config.json")
+    for name, content in (
+        ("config.json", config),
+        ("generation_config.json", generation),
+        ("genai_config.json", genai),
+        ("tokenizer_config.json", tokenizer_config(tokenizer, options) if tokenizer else None),
+    ):
+        if content:
+            (out / name).write_text(dump_json(content), encoding="utf-8")
+    for name in _TOKENIZER_FILES:
+        if (checkpoint / name).exists():
+            shutil.copyfile(model_file(checkpoint, name), out / name)
+
+
+def _optional(directory: Path, name: str) -> dict[str, Any]:
+    if not os.path.lexists(directory / name):
+        return {}
+    content = read_json(model_file(directory, name), what=name, error=ModelError)
+    return content if isinstance(content, dict) else {}
+
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)

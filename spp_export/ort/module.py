@@ -1,0 +1,29 @@
+"""ONNX Runtime behind the interface of a PyTorch model, for measures that know only that."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spp_export.ort.model import OrtModel
+
+
+class OrtModule(nn.Module):
+    """Gives logits [B,S,V] for ids [B,S] and a mask, without a cache."""
+
+    def __init__(self, model: OrtModel) -> None:
+        super().__init__()
+        self._model = model
+        # Callers look for the device of the weights.
+        self.placeholder = nn.Parameter(torch.empty(0), requires_grad=False)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool = False
+    ) -> Any:
+        """As a transformers model; `use_cache` must stay False."""
+        assert not use_cache
+        mask = None if attention_mask is None else attention_mask.numpy()
+        return SimpleNamespace(logits=torch.from_numpy(self._model.logits(input_ids.numpy(), mask)))

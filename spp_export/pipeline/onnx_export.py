@@ -1,0 +1,109 @@
+"""A slim or dense checkpoint as a checked ONNX directory."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spp_export.onnx_graph.options import OnnxOptions
+from spp_export.onnx_graph.write import write_onnx
+from spp_export.pipeline.onnx_files import TORCH_DTYPES
+from spp_export.progress import Progress, no_progress
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from spp_export.activations import TokenBatch
+    from spp_export.ort.model import OrtModel
+    from spp_export.verification import Check, ReferenceLogits
+
+
+@dataclass(frozen=True)
+class GraphChecks:
+    """What was found of a graph, and the running model if it came so far.
+
+    agreement  of a quantised graph with the one it was made from: mean KL in nats, share of tokens
+    """
+
+    checks: tuple[Check, ...]
+    model: OrtModel | None = None
+    agreement: tuple[float, float] | None = None
+
+
+def write_graph(
+    checkpoint: Path, out: Path, options: OnnxOptions, progress: Progress = no_progress
+) -> None:
+    """`write_onnx` with a progress bar."""
+    with progress("writing the graph", 1.0) as bar:
+        write_onnx(checkpoint, out, options, progress=lambda done, total: bar(done / max(total, 1)))
+
+
+def check_graph_files(
+    directory: Path,
+    checkpoint: Path,
+    reference: ReferenceLogits,
+    options: OnnxOptions,
+    *,
+    device: str = "cpu",
+    scratch: Path,
+    progress: Progress = no_progress,
+) -> GraphChecks:
+    """Every check on a graph that was just written from `checkpoint`.
+
+    A quantised graph is compared with an unquantised one, which is written to `scratch` and has to
+    keep the tolerances of PyTorch's rounding itself.
+    """
+    from spp_export.onnx_checks import check_agreement, check_graph, check_logits, row_logits
+    from spp_export.ort.model import OrtModel
+
+    valid = check_graph(directory)
+    if not valid.passed:
+        return GraphChecks((valid,))
+    with progress("checking the graph in ONNX Runtime", None):
+        model = OrtModel.load(directory, device=device)
+        if options.quant is None:
+            return GraphChecks((valid, *check_logits(model, reference, options.precision)), model)
+        plain = scratch / "unquantised"
+        plain.mkdir()
+        write_onnx(checkpoint, plain, replace(options, quant=None))
+        unquantised = OrtModel.load(plain, device=device)
+        checks = check_logits(unquantised, reference, options.precision)
+        agreement, kl, share = check_agreement(
+            f"{options.quant} graph against the unquantised one",
+            zip(
+                row_logits(unquantised, reference.batches),
+                row_logits(model, reference.batches),
+                strict=True,
+            ),
+        )
+    shutil.rmtree(plain)
+    return GraphChecks((valid, *checks, agreement), model, (kl, share))
+
+
+def slim_reference(
+    checkpoint: Path,
+    batches: Sequence[TokenBatch],
+    exact: torch.dtype,
+    options: OnnxOptions,
+) -> ReferenceLogits:
+    """Logits of the PyTorch model of a checkpoint, in `exact` and in the graph's precision."""
+    import torch
+
+    from spp_export.verification import ReferenceLogits, real_logits
+
+    def logits(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        model = _load(checkpoint, dtype)
+        return tuple(real_logits(model, batch) for batch in batches)
+
+    same = getattr(torch, TORCH_DTYPES[options.precision])
+    return ReferenceLogits(tuple(batches), logits(exact), logits(same))
+
+
+def _load(checkpoint: Path, dtype: torch.dtype) -> nn.Module:
+    from spp_export.loader import load_slim
+
+    return load_slim(checkpoint, dtype=dtype)

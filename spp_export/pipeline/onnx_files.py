@@ -1,0 +1,38 @@
+"""What an ONNX directory says of itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from spp_export.checkpoint.source import read_config
+from spp_export.errors import ModelError
+from spp_export.onnx_graph.options import OnnxOptions
+from spp_export.onnx_graph.write import GRAPH_NAME
+
+# What PyTorch calls the precisions of a graph.
+TORCH_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+
+def is_onnx(directory: Path) -> bool:
+    """Whether a directory holds a graph of ours, or something of that name."""
+    return (directory / GRAPH_NAME).exists()
+
+
+def onnx_options(directory: Path) -> OnnxOptions:
+    """The form of a directory's graph, from its config.json. Raises ModelError."""
+    said = read_config(directory).get("spp_onnx")
+    keys = ("attention", "precision", "quant")
+    if not isinstance(said, dict) or not said.keys() >= set(keys):
+        raise ModelError(
+            f"{directory}: config.json has no spp_onnx, so the graph was not written by spp."
+        )
+    options = OnnxOptions(**{key: said[key] for key in keys})
+    options.check()
+    return options
+
+
+def graph_dtype(directory: Path) -> str:
+    """The dtype in which PyTorch must compute to be compared with a graph."""
+    return TORCH_DTYPES[onnx_options(directory).precision]

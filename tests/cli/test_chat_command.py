@@ -1,0 +1,393 @@
+"""`spp chat`: what reaches the library, and what a shell, a pipe and a terminal get to see."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import spp_export
+from spp_cli.conversation import show_piece
+from spp_cli.main import app, run
+from spp_export import Chat
+from spp_export.progress import no_progress
+
+ROOT = Path(__file__).parents[2]
+STOP = 0
+CLOSING = re.compile(
+    r"(\d+) tokens?( \([a-z-]+\))?(, [\d.]+ tokens/s)?, first token after \d+ ms, "
+    r"peak memory [\d.]+ [MG]B\n"
+)
+
+
+class Bytes:
+    """A tokenizer of bytes."""
+
+    chat_template = None
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": list(text.encode())}
+
+    def decode(self, ids, **_):
+        return bytes(ids).decode(errors="replace")
+
+
+class Echo:
+    """Says after every prompt the same words."""
+
+    runtime = "echo"
+    context_length = 64
+
+    def __init__(self, words="né.", delay=0.0):
+        self.words = [*words.encode(), STOP]
+        self.delay = delay
+
+    def start(self, capacity):
+        following = iter(self.words)
+
+        def feed(ids):
+            time.sleep(self.delay)
+            logits = np.zeros(256, np.float32)
+            logits[next(following)] = 1
+            return logits
+
+        return feed
+
+
+class Templated(Bytes):
+    chat_template = "yes"
+
+    def apply_chat_template(self, messages, **_):
+        return "|".join(message["content"] for message in messages) + ">"
+
+
+def talker(tokenizer=None, **options):
+    return Chat(Echo(**options), tokenizer or Bytes(), frozenset({STOP}))
+
+
+@pytest.fixture
+def library(monkeypatch):
+    calls = {}
+
+    def open_chat(*positional, **keywords):
+        calls["open"] = (positional, keywords)
+        opened = talker(Templated())
+        ask = opened.ask
+
+        def watched(prompt, **options):
+            answer = ask(prompt, **options)
+            calls.setdefault("asked", []).append((bytes(answer.prompt_ids).decode(), options))
+            return answer
+
+        monkeypatch.setattr(opened, "ask", watched)
+        return opened
+
+    monkeypatch.setitem(vars(spp_export), "open_chat", open_chat)
+    return calls
+
+
+def invoke(*arguments, typed=None):
+    found = CliRunner().invoke(app, ["chat", *map(str, arguments)], input=typed)
+    if found.exception is not None and not isinstance(found.exception, SystemExit):
+        raise found.exception
+    return found
+
+
+def test_defaults(library):
+    invoke("out", "--prompt", "Hello")
+    positional, keywords = library["open"]
+    assert positional == (Path("out"),)
+    assert keywords == {
+        "device": "cpu",
+        "dtype": None,
+        "threads": None,
+        "system": None,
+        "raw": False,
+        "progress": no_progress,
+    }
+    ((prompt, options),) = library["asked"]
+    assert prompt == "Hello>"
+    assert options["max_new_tokens"] == 256
+    assert options["choose"].temperature == 0
+
+
+def test_every_flag_is_passed(library):
+    invoke(
+        *("out", "--prompt", "Hello", "--system", "Be kind.", "--raw", "--max-new-tokens", "2"),
+        *("--temperature", "0.7", "--top-p", "0.9", "--top-k", "40", "--seed", "3"),
+        *("--threads", "2", "--device", "cuda:1", "--dtype", "bfloat16"),
+    )
+    _, keywords = library["open"]
+    expected = {"system": "Be kind.", "raw": True, "threads": 2, "device": "cuda:1"}
+    assert {name: keywords[name] for name in expected} == expected
+    assert keywords["dtype"] == "bfloat16"
+    ((_, options),) = library["asked"]
+    choose = options["choose"]
+    assert (options["max_new_tokens"], choose.temperature) == (2, 0.7)
+    assert (choose.top_p, choose.top_k) == (0.9, 40)
+
+
+def test_the_seed_decides_what_is_drawn(library):
+    def drawn(seed):
+        asked = ("out", "--prompt", "Hello", "--max-new-tokens", "1", "--temperature", "2")
+        invoke(*asked, "--seed", seed)
+        _, options = library["asked"][-1]
+        return [int(options["choose"](np.zeros((1, 256)))[0]) for _ in range(9)]
+
+    assert drawn(3) == drawn(3) != drawn(4)
+
+
+def test_one_answer(library):
+    found = invoke("out", "--prompt", "Hello")
+    assert (found.exit_code, found.stdout) == (0, "né.\n")
+    assert CLOSING.fullmatch(found.stderr)[1] == "5"
+
+
+def test_an_answer_that_is_cut_says_by_what(library):
+    found = invoke("out", "--prompt", "Hello", "--max-new-tokens", "1")
+    assert CLOSING.fullmatch(found.stderr)[2] == " (--max-new-tokens)"
+    found = invoke("out", "--prompt", "x" * 61)
+    assert found.stdout == "n\N{REPLACEMENT CHARACTER}\n"
+    assert found.stderr.endswith(
+        "warning: the answer ends here because the model's context is full.\n"
+    )
+
+
+def test_quiet_is_the_answer_alone(library):
+    found = invoke("out", "--prompt", "Hello", "--quiet")
+    assert (found.stdout, found.stderr) == ("né.\n", "")
+
+
+def test_json_is_one_object(library):
+    found = invoke("out", "--prompt", "Hello", "--json")
+    said = json.loads(found.stdout)
+    timings = said.pop("timings")
+    assert said.pop("peak_memory_bytes") > 1e6
+    assert said == {
+        "prompt": "Hello",
+        "answer": "né.",
+        "prompt_token_ids": list(b"Hello>"),
+        "token_ids": [*"né.".encode(), STOP],
+        "ending": "end",
+        "runtime": "echo",
+    }
+    assert set(timings) == {"first_token_seconds", "seconds", "tokens_per_second"}
+    assert found.stderr == ""
+
+
+def test_lines_of_a_pipe_are_a_conversation(library):
+    typed = "Hello\n\nAgain \r\n/reset\nAnew\n/quit\nnever\n"
+    found = invoke("out", "--quiet", typed=typed)
+    asked = [prompt for prompt, _ in library["asked"]]
+    assert asked == ["Hello>", "Hello|né.|Again >", "Anew>"]
+    assert found.stdout == "né.\n" * 3
+
+
+def test_a_conversation_says_how_it_is_ruled(library):
+    found = invoke("out", typed="/reset\n")
+    assert found.stderr.splitlines() == [
+        "echo; /reset forgets what was said, /quit or Ctrl-D ends.",
+        "what was said is forgotten.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--json"], "--json is about one answer. Add --prompt TEXT."),
+        (
+            ["--top-k", "3"],
+            "--top-k: without --temperature the likeliest token is always taken. "
+            "Add --temperature 0.7, or drop --top-k.",
+        ),
+        (
+            ["--temperature", "1", "--top-p", "0"],
+            "top-p 0.0: expected more than 0 and at most 1.",
+        ),
+        (["--temperature", "inf"], "temperature inf: expected 0 or more."),
+        (
+            ["--max-new-tokens", "0"],
+            "Invalid value for '--max-new-tokens': Input should be greater than or equal to 1. "
+            "See 'spp chat --help'.",
+        ),
+        (
+            [],
+            "out: no such directory. Give a directory that 'spp export' wrote, a dense model's, "
+            "or 'demo'.",
+        ),
+    ],
+)
+def test_bad_usage_is_one_line(capsys, monkeypatch, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert run(["chat", "out", *arguments]) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_a_terminal_is_not_steered_by_what_a_model_writes(monkeypatch, capsys):
+    text = "a\x1b]0;title\x07\tb\r\n\x9bc"
+    show_piece(text)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    show_piece(text)
+    assert capsys.readouterr().out == text + "a\\x1b]0;title\\x07\tb\\x0d\n\\x9bc"
+
+
+SESSION = """
+import os, sys
+sys.path.insert(0, {tests!r})
+if sys.stdin.isatty():
+    os.open(os.ttyname(0), os.O_RDWR)  # the first that a session opens sends its signals
+import spp_export
+from test_chat_command import Templated, talker
+from spp_cli.main import run
+opened = talker(Templated(), **{options!r})
+vars(spp_export)["open_chat"] = lambda *_, **__: opened
+sys.exit(run(["chat", "out", *sys.argv[1:]]))
+"""
+
+
+def start(*arguments, options=None, **streams):
+    script = SESSION.format(tests=str(Path(__file__).parent), options=options or {})
+    kept = {k: v for k, v in os.environ.items() if k not in ("SPP_DEBUG", "FORCE_COLOR")}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "cli")])
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *arguments],
+        env=kept | {"PYTHONPATH": path, "TERM": "dumb", "PYTHONIOENCODING": "utf-8"},
+        start_new_session=True,
+        **streams,
+    )
+
+
+class Terminal:
+    """The other side of a process's terminal."""
+
+    def __init__(self, *arguments, **options):
+        self._ours, theirs = os.openpty()
+        self.process = start(
+            *arguments, options=options, stdin=theirs, stdout=theirs, stderr=theirs
+        )
+        os.close(theirs)
+        self._seen = ""
+
+    def expect(self, words):
+        """What comes up to these words."""
+        deadline = time.monotonic() + 60
+        while words not in self._seen:
+            ready, _, _ = select.select([self._ours], [], [], deadline - time.monotonic())
+            assert ready, f"no {words!r} in {self._seen!r}"
+            self._seen += os.read(self._ours, 1024).decode()
+        before, _, self._seen = self._seen.partition(words)
+        return before
+
+    def type(self, text):
+        os.write(self._ours, text.encode())
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        os.close(self._ours)
+
+
+@pytest.fixture
+def terminal():
+    made = []
+
+    def make(*arguments, **options):
+        made.append(Terminal(*arguments, **options))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def test_a_dialogue_on_a_terminal(terminal):
+    shell = terminal()
+    shell.expect("ends.")
+    shell.expect("> ")
+    shell.type("Hello\n")
+    shell.expect("né.")
+    shell.expect("peak memory")
+    shell.expect("> ")
+    shell.type("a line that is dropped\x03")
+    shell.expect("> ")
+    shell.type("x" * 80 + "\n")
+    assert "Shorten the prompt" in shell.expect("/reset.")
+    shell.expect("> ")
+    shell.type("\x04")
+    assert shell.process.wait(timeout=60) == 0
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_dialogue(terminal):
+    shell = terminal(words="abcdefghijklmnopqrstuvwxyz", delay=0.3)
+    shell.expect("> ")
+    shell.type("Hello\n")
+    shell.expect("ab")
+    shell.type("\x03")
+    assert "z" not in shell.expect("(interrupted)")
+    shell.expect("> ")
+    shell.type("/quit\n")
+    assert shell.process.wait(timeout=60) == 0
+
+
+def test_ctrl_c_ends_a_single_answer(terminal):
+    shell = terminal("--prompt", "Hello", words="abcdefghijklmnopqrstuvwxyz", delay=0.3)
+    shell.expect("ab")
+    shell.type("\x03")
+    shell.expect("error: interrupted.")
+    assert shell.process.wait(timeout=60) == 130
+
+
+def test_the_answer_streams():
+    process = start(
+        *("--prompt", "Hello", "--quiet"),
+        options={"words": "one two three", "delay": 0.1},
+        stdout=subprocess.PIPE,
+    )
+    with process:
+        pieces = list(iter(lambda: os.read(process.stdout.fileno(), 1024), b""))
+    assert b"".join(pieces) == b"one two three\n"
+    assert len(pieces) > 5
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = start("--prompt", "Hello", stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (141, b"")
+
+
+def test_input_that_is_not_text():
+    process = start(
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, options={}
+    )
+    out, error = process.communicate(b"caf\xe9 au lait\n", timeout=60)
+    assert (process.returncode, out) == (2, b"")
+    assert error.endswith(b"error: standard input is not UTF-8 text.\n")
+
+
+def test_help_imports_nothing_heavy():
+    heavy = ("torch", "transformers", "numpy", "onnxruntime")
+    script = (
+        "import sys; from spp_cli.main import run; run(['chat', '--help']); "
+        f"print([name for name in {heavy!r} if name in sys.modules])"
+    )
+    path = os.pathsep.join([str(ROOT), str(ROOT / "cli")])
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+        timeout=60,
+    )
+    assert result.stdout.splitlines()[-1] == "[]", result.stderr
