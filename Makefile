@@ -10,14 +10,21 @@ LOADED_BY := 4.57.6 5.17.0 5.23.0
 DATA := benchmarks/data
 RESULTS := benchmarks/results
 LM_EVAL := build/venv-lm-eval
+OPTIMUM := build/venv-optimum
+TRANSFORMERS_JS := build/transformers-js
 
-.PHONY: help demo artifacts check test test-all test-loading test-lm-eval eval eval-finance \
-	eval-answers eval-ablations lm-eval blocked-moments slice-memory compile-time start-time reference clean
+.PHONY: help demo artifacts check test test-all test-loading test-lm-eval test-optimum \
+	test-transformers-js eval eval-finance eval-answers eval-ablations lm-eval bench bench-onnx \
+	onnx-exporters onnx-memory onnx-parity ragged blocked-moments slice-memory compile-time \
+	start-time reference clean
 
 help:
 	@echo "make demo          slice the default model for a chemistry scenario"
 	@echo "make test          linters, type checks and tests"
-	@echo "make test-all      make test, the slow tests, loading on three transformers versions, lm-eval"
+	@echo "make test-all      make test, the slow tests, and every environment of the lines below"
+	@echo "make test-loading  checkpoints on three versions of transformers"
+	@echo "make test-optimum  transformers 4.57 and optimum's ONNX classes"
+	@echo "make test-transformers-js  ONNX directories in node, which must be installed"
 	@echo "make check         linters and type checks alone"
 	@echo "make artifacts     probe the default model again"
 	@echo "make eval          every criterion and control, 10 to 50 % of heads and of all units removed"
@@ -25,6 +32,12 @@ help:
 	@echo "make eval-answers  questions answered by slim models"
 	@echo "make eval-ablations  the defaults less one of their parts"
 	@echo "make lm-eval       make demo's export in lm-evaluation-harness"
+	@echo "make bench         speed and memory of make demo's export beside the dense model"
+	@echo "make bench-onnx    the same with ONNX Runtime: fp32, int4, onnxruntime-genai"
+	@echo "make onnx-exporters  our graph beside what other exporters make of the same model"
+	@echo "make onnx-parity   greedy tokens of ten prompts: PyTorch, ONNX Runtime, onnxruntime-genai"
+	@echo "make onnx-memory   time and peak memory of writing a 4 GB checkpoint as ONNX"
+	@echo "make ragged        the ragged attention kernel beside padding and expanding"
 	@echo "make blocked-moments  what moments in blocks cost the re-fit of a wide MLP"
 	@echo "make slice-memory  time and peak memory of slicing a 2 GB checkpoint"
 	@echo "make compile-time  time from scores to plan"
@@ -55,6 +68,8 @@ test-all: check
 	$(BIN)/python -m pytest
 	$(MAKE) test-loading
 	$(MAKE) test-lm-eval
+	$(MAKE) test-optimum
+	$(MAKE) test-transformers-js
 
 # Checkpoints written once, loaded by every supported transformers in an environment of its own.
 test-loading: $(INSTALLED)
@@ -68,6 +83,30 @@ test-loading: $(INSTALLED)
 		PYTHONPATH=. build/venv-$$version/bin/python \
 			tests/loading/check_loading.py build/loading --registered || exit 1; \
 	done
+
+# optimum-onnx wants a transformers below 4.58; the default model is dequantised by our own.
+test-optimum: $(INSTALLED) $(OPTIMUM)/.installed
+	$(BIN)/python -c "from spp_export.models import demo_model; demo_model()"
+	$(OPTIMUM)/bin/python -m pytest tests/with_optimum/check_optimum.py
+	$(OPTIMUM)/bin/python -m pytest -m "not demo and not slow and not gpu"
+
+$(OPTIMUM)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OPTIMUM)
+	grep -vE '^(transformers|huggingface-hub|tokenizers)==' constraints.txt > $(OPTIMUM)/constraints.txt
+	$(OPTIMUM)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint $(OPTIMUM)/constraints.txt --editable '.[optimum,dev]' transformers==4.57.6
+	@touch $@
+
+# Needs node 20 or newer. Installation scripts only fetch libraries for GPUs.
+test-transformers-js: $(INSTALLED) $(TRANSFORMERS_JS)/.installed
+	cp tests/transformers_js/generate.mjs $(TRANSFORMERS_JS)
+	$(BIN)/python tests/transformers_js/check_transformers_js.py $(TRANSFORMERS_JS)
+
+$(TRANSFORMERS_JS)/.installed: tests/transformers_js/package.json tests/transformers_js/package-lock.json
+	mkdir -p $(TRANSFORMERS_JS)
+	cp $^ $(TRANSFORMERS_JS)
+	cd $(TRANSFORMERS_JS) && npm ci --ignore-scripts --no-audit --no-fund
+	@touch $@
 
 # All of these continue where they were interrupted.
 EVAL := $(BIN)/spp eval --pools $(DATA)/pools
@@ -117,6 +156,34 @@ $(LM_EVAL)/.installed:
 	$(LM_EVAL)/bin/python -m pip install --quiet --disable-pip-version-check \
 		lm_eval==0.4.13 torch==2.13.0 transformers==5.23.0 accelerate
 	@touch $@
+
+bench: demo
+	$(BIN)/spp bench out/chemistry --model demo -o $(RESULTS)/bench-cpu.json --force
+
+# fp32 and int4 from one slim checkpoint, each beside the dense model in the same form.
+bench-onnx: demo
+	for quant in "" "--quant int4"; do \
+		$(BIN)/spp convert out/chemistry $$quant --force -o out/chemistry-onnx$${quant#--quant } \
+			--scenario $(DATA)/scenarios/chemistry.txt || exit 1; \
+	done
+	$(BIN)/spp bench out/chemistry out/chemistry-onnx out/chemistry-onnxint4 --model demo \
+		-o $(RESULTS)/bench-onnx-cpu.json --force
+
+onnx-exporters: demo
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check onnxscript==0.7.2
+	$(BIN)/python -m spp_bench.onnx_exporters out/chemistry --json $(RESULTS)/onnx-exporters.json
+
+onnx-parity: demo
+	$(BIN)/spp convert out/chemistry --force -o out/chemistry-onnx
+	$(BIN)/python -m spp_bench.onnx_parity out/chemistry out/chemistry-onnx
+
+onnx-memory: $(INSTALLED)
+	mkdir -p build
+	$(BIN)/python -m spp_bench.onnx_memory --gigabytes 4 --dir build \
+		--json $(RESULTS)/onnx-memory-4gb.json
+
+ragged: $(INSTALLED)
+	$(BIN)/python -m spp_bench.ragged --json $(RESULTS)/ragged-cpu.json
 
 blocked-moments: $(INSTALLED)
 	$(BIN)/python -m spp_bench.blocked_moments --json $(RESULTS)/blocked-moments.json

@@ -195,9 +195,9 @@ def repeated(way: Way, problems: Sequence[Problem], device: str) -> Callable[[],
 
 
 def measure(
-    case: Case, ways: dict[str, Way], rounds: int, device: str, dtype: torch.dtype, rates: Rates
+    case: Case, ways: dict[str, Way], rounds: int, device: str, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Quantiles of every way's milliseconds, in turns, and the bound."""
+    """Quantiles of every way's milliseconds, in turns."""
     work = case.work(dtype.itemsize)
     copies = max(1, min(64, math.ceil(_COLD_BYTES / work.bytes))) if case.queries == 1 else 1
     problems = [Problem.of(case, device, dtype) for _ in range(copies)]
@@ -211,7 +211,7 @@ def measure(
     return {
         **{"phase": case.phase, "batch": case.batch, "context": case.context},
         **{"pattern": case.pattern, "sizes": list(case.sizes), "copies": copies},
-        "bound_ms": round(rates.seconds(work) * 1e3, 4),
+        **{"bytes": work.bytes, "operations": work.operations},
         "ways": {name: quantiles(found, "ms") for name, found in times.items()},
     }
 
@@ -251,6 +251,23 @@ def too_fast(results: Sequence[dict[str, Any]]) -> Iterator[str]:
             yield f"{title(row)} {best:.3f} ms, bound {row['bound_ms']:.3f} ms"
 
 
+def best_rates(*found: Rates) -> Rates:
+    """What the device reached at its best: others may have used it meanwhile."""
+    return Rates(
+        max(rates.bytes_per_second for rates in found),
+        max(rates.operations_per_second for rates in found),
+    )
+
+
+def table(results: Sequence[dict[str, Any]]) -> None:
+    """Print the median milliseconds of every case and way."""
+    heads = [f"{way:>9}" for way in ("bound", *results[0]["ways"])]
+    print(f"{'phase':8} {'batch':>5} {'context':>8} {'groups':9}", *heads, "ms")
+    for row in results:
+        figures = (row["bound_ms"], *medians(row).values())
+        print(title(row), *(f"{figure:9.3f}" for figure in figures))
+
+
 def report(results: Sequence[dict[str, Any]]) -> bool:
     """Print where the switch and the kernels do not win; False if a figure cannot be."""
     names = list(results[0]["ways"])
@@ -264,7 +281,7 @@ def report(results: Sequence[dict[str, Any]]) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print a table as it is measured, then where the switch does not win."""
+    """Print a table, and where the switch and the kernels do not win."""
     parser = argparse.ArgumentParser(prog="spp_bench.ragged", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"))
@@ -276,7 +293,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name = options.dtype or ("bfloat16" if kind == "cuda" else "float32")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    rates = measure_rates(options.device, name)
+    before = measure_rates(options.device, name)
+    ways, todo = ways_on(options.device), list(cases(kind))
+    results = []
+    for done, case in enumerate(todo):
+        print(f"{done}/{len(todo)} {case}", file=sys.stderr)
+        results.append(measure(case, ways, options.rounds, options.device, getattr(torch, name)))
+    rates = best_rates(before, measure_rates(options.device, name))
+    for row in results:
+        seconds = rates.seconds(Work(row["bytes"], row["operations"]))
+        row["bound_ms"] = round(seconds * 1e3, 4)
     facts = {
         **{"machine": machine(options.device), "versions": versions(), "revision": revision()},
         **{"dtype": name, "head_dim": HEAD_DIM},
@@ -284,15 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "operations_per_second": round(rates.operations_per_second),
     }
     print(json.dumps(facts))
-    ways = ways_on(options.device)
-    print(f"{'phase':8} {'batch':>5} {'context':>8} {'groups':9} {'bound':>9}", end="")
-    print(*(f"{way:>9}" for way in ways), " ms")
-    results = []
-    for case in cases(kind):
-        row = measure(case, ways, options.rounds, options.device, getattr(torch, name), rates)
-        results.append(row)
-        print(f"{title(row)} {row['bound_ms']:9.3f}", end="")
-        print(*(f"{found:9.3f}" for found in medians(row).values()), flush=True)
+    table(results)
     possible = report(results)
     if options.json:
         options.json.write_text(json.dumps({**facts, "results": results}, indent=1) + "\n")

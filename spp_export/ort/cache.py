@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 from spp_export.onnx_graph.options import require
 
 # ONNX's number of an element type, and a NumPy type of its size.
-_ELEMENTS: dict[str, tuple[int, type[np.generic]]] = {
+ELEMENTS: dict[str, tuple[int, type[np.generic]]] = {
     "tensor(float)": (1, np.float32),
     "tensor(float16)": (10, np.float16),
     "tensor(bfloat16)": (16, np.float16),
@@ -37,8 +36,8 @@ class Cache(Protocol):
     def before_run(self) -> None:
         """Bind what the last run has used up."""
 
-    def after_run(self, outputs: list[Any]) -> None:
-        """Take over what a run has put out, in the order in which it was bound."""
+    def after_run(self) -> None:
+        """Take over what a run has put out."""
 
 
 def entries(session: Any) -> list[Entry]:
@@ -63,7 +62,7 @@ class SharedCache:
         self._buffers = []
         for entry in entries(session):
             shape = [batch, entry.heads, capacity, entry.head_dim]
-            element, alike = _ELEMENTS[entry.type]
+            element, alike = ELEMENTS[entry.type]
             # Zeros: an unused row that held NaN would spoil a sum that weighs it with nothing.
             buffer = make(np.zeros(shape, alike), *place)
             self._buffers.append(buffer)  # binding by address does not keep it
@@ -74,7 +73,7 @@ class SharedCache:
     def before_run(self) -> None:
         """Nothing: the buffers stay bound."""
 
-    def after_run(self, outputs: list[Any]) -> None:
+    def after_run(self) -> None:
         """Nothing: the buffers have grown in place."""
 
 
@@ -87,7 +86,7 @@ class GrowingCache:
         self._entries = entries(session)
         for entry in self._entries:
             shape = [batch, entry.heads, 0, entry.head_dim]
-            empty = make(shape, _ELEMENTS[entry.type][0], *self._place)
+            empty = make(shape, ELEMENTS[entry.type][0], *self._place)
             binding.bind_ortvalue_input(entry.past, empty)
 
     def before_run(self) -> None:
@@ -95,21 +94,19 @@ class GrowingCache:
         for entry in self._entries:
             self._binding.bind_output(entry.present, *self._place)
 
-    def after_run(self, outputs: list[Any]) -> None:
+    def after_run(self) -> None:
         """What came out goes in."""
+        outputs = self._binding.get_outputs()
         for entry, value in zip(self._entries, outputs[1:], strict=True):
             self._binding.bind_ortvalue_input(entry.past, value)
 
 
-def to_float32(value: Any) -> NDArray[np.float32]:
-    """A tensor in memory, an OrtValue of float32, float16 or bfloat16, as float32."""
-    if value.data_type() != _BFLOAT16:
-        array: NDArray[Any] = value.numpy()
-        return array.astype(np.float32, copy=False)
+def to_float32(stored: NDArray[Any], kind: str) -> NDArray[np.float32]:
+    """What a graph wrote as elements of type `kind`, see `ELEMENTS`, as float32."""
+    if kind != _BFLOAT16:
+        return stored.astype(np.float32, copy=False)
     # NumPy has no such type: its 16 bits are the upper half of a float32.
-    data = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())
-    upper = np.frombuffer(data, np.uint16).astype(np.uint32)
-    return (upper << 16).view(np.float32).reshape(value.shape())
+    return (stored.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
 def _place(card: int | None) -> tuple[str, int]:

@@ -13,7 +13,15 @@ from numpy.typing import ArrayLike, NDArray
 from spp_export.errors import CheckpointError, ModelError, UsageError
 from spp_export.jsonio import read_json
 from spp_export.onnx_graph.options import Attention, OnnxOptions
-from spp_export.ort.cache import Cache, GrowingCache, SharedCache, entries, to_float32
+from spp_export.onnx_graph.untrusted import read_graph
+from spp_export.ort.cache import (
+    ELEMENTS,
+    Cache,
+    GrowingCache,
+    SharedCache,
+    entries,
+    to_float32,
+)
 from spp_export.ort.providers import cuda_index, runtime_errors, session
 
 GRAPH = "model.onnx"
@@ -57,6 +65,7 @@ class OrtModel:
         config = read_json(path / "config.json", what="model config", error=ModelError)
         options = _options(config, path)
         options.check("cpu" if cuda_index(device) is None else "cuda")
+        read_graph(path)  # which refuses data outside the directory
         opened = session(path / GRAPH, device, threads)
         kv_heads, head_dim = _cache_shape(opened, config, path)
         return cls(
@@ -105,7 +114,10 @@ class Decoding:
         self.batch = batch
         self.capacity = capacity
         self._binding = model.session.io_binding()
-        self._bind_logits()  # before the cache's outputs: the first is the logits
+        self._logits_type = next(
+            value.type for value in model.session.get_outputs() if value.name == "logits"
+        )
+        self._bind_logits(1)  # before the cache's outputs: the first is the logits
         self._cache = self._make_cache()
         # gqa: tokens per row. Other forms: the mask of all columns so far.
         self._lengths = np.zeros(batch, np.int64)
@@ -154,16 +166,18 @@ class Decoding:
         with runtime_errors(str(self.model.path), self.model.device):
             for name, value in inputs.items():
                 binding.bind_cpu_input(name, value)  # which keeps the array alive
-            self._bind_logits()
+            stored = self._bind_logits(inputs["input_ids"].shape[1])
             self._cache.before_run()
             self.model.session.run_with_iobinding(binding)
-            outputs = binding.get_outputs()
-            self._cache.after_run(outputs)
-            return to_float32(outputs[0])
+            self._cache.after_run()
+        return to_float32(stored, self._logits_type)
 
-    def _bind_logits(self) -> None:
-        """Anew for each run, which would else write to the last one's tensor, of another shape."""
-        self._binding.bind_output("logits", "cpu")
+    def _bind_logits(self, tokens: int) -> NDArray[Any]:
+        """Memory for a run's logits; anew each time, since the caller may keep the last one's."""
+        element, alike = ELEMENTS[self._logits_type]
+        stored = np.empty((self.batch, tokens, self.model.vocab_size), alike)
+        self._binding.bind_output("logits", "cpu", 0, element, stored.shape, stored.ctypes.data)
+        return stored
 
     def _make_cache(self) -> Cache:
         model = self.model

@@ -12,18 +12,19 @@ from spp_export.ort.model import OrtModel
 
 
 class OrtModule(nn.Module):
-    """Gives logits [B,S,V] for ids [B,S] and a mask, without a cache."""
+    """Gives logits [B,S,V] for ids [B,S] and a mask, without a cache; tensors are on `device`."""
 
-    def __init__(self, model: OrtModel) -> None:
+    def __init__(self, model: OrtModel, device: str = "cpu") -> None:
         super().__init__()
         self._model = model
         # Callers look for the device of the weights.
-        self.placeholder = nn.Parameter(torch.empty(0), requires_grad=False)
+        self.placeholder = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool = False
     ) -> Any:
         """As a transformers model; `use_cache` must stay False."""
         assert not use_cache
-        mask = None if attention_mask is None else attention_mask.numpy()
-        return SimpleNamespace(logits=torch.from_numpy(self._model.logits(input_ids.numpy(), mask)))
+        mask = None if attention_mask is None else attention_mask.cpu().numpy()
+        logits = torch.from_numpy(self._model.logits(input_ids.cpu().numpy(), mask))
+        return SimpleNamespace(logits=logits.to(input_ids.device))
