@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from spp_export.latency import LatencyTable, PredictedLatency
 from spp_export.shape import LayerShape, ModelShape
 
 # (batch, context): a chat on one's own device, and a busy server.
@@ -25,7 +26,8 @@ class DecodeBound:
 class Predicted:
     """Sizes of the dense and the slim model, and the bounds that follow.
 
-    File bytes count tensors, not headers. KV bytes are per token, in the stored dtype.
+    File bytes count tensors, not headers. KV bytes are per token, in the stored dtype. latency:
+    of a step by a measured table, where there is one.
     """
 
     dense_parameters: int
@@ -35,6 +37,7 @@ class Predicted:
     dense_kv_bytes: int
     kv_bytes: int
     decode: tuple[DecodeBound, ...]
+    latency: PredictedLatency | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The record for plan.json."""
@@ -46,6 +49,7 @@ class Predicted:
                 {"batch": case.batch, "context": case.context, "speedup": round(case.speedup, 4)}
                 for case in self.decode
             ],
+            **({"latency": self.latency.as_json()} if self.latency else {}),
         }
 
 
@@ -81,7 +85,10 @@ def decode_bound(
 
 
 def predicted(
-    shape: ModelShape, layers: Sequence[LayerShape], written: ModelShape | None = None
+    shape: ModelShape,
+    layers: Sequence[LayerShape],
+    written: ModelShape | None = None,
+    latency: LatencyTable | None = None,
 ) -> Predicted:
     """What slicing the model to `layers` will give, before anything is written.
 
@@ -99,4 +106,5 @@ def predicted(
             DecodeBound(batch, context, decode_bound(shape, layers, batch, context))
             for batch, context in DECODE_CASES
         ),
+        latency=latency.predict(shape, layers) if latency else None,
     )

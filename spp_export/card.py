@@ -135,7 +135,14 @@ def _sizes(plan: Plan, shape: ModelShape, sizes: Predicted) -> list[str]:
     ]
     table = ["| | dense | slim |", "|---|---|---|"]
     table += [f"| {name} | {dense:,} | {slim:,} |" for name, dense, slim in rows]
-    return [*table, "", f"Layout `{plan.layout}`, compensation `{plan.compensation}`."]
+    layout = f"Layout `{plan.layout}`"
+    if plan.padded:
+        written = sum(layer.query_heads for layer in plan.written_shapes(shape))
+        layout += (
+            f", padded: {written - heads:,} more query heads, whose weights are zero, make every "
+            "layer regular; the parameters include them"
+        )
+    return [*table, "", f"{layout}, compensation `{plan.compensation}`."]
 
 
 def _checks(report: Mapping[str, Any] | None, against: str) -> list[str]:
@@ -157,7 +164,7 @@ def _checks(report: Mapping[str, Any] | None, against: str) -> list[str]:
 
 
 def _loading(plan: Plan, engines: Sequence[Engine]) -> list[str]:
-    remote = ", trust_remote_code=True" if plan.layout == "per-layer" else ""
+    remote = ", trust_remote_code=True" if plan.layout != "uniform" else ""
     lines = [
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",

@@ -27,7 +27,10 @@ class Engine:
 
 
 def engines_for(layout: str, layers: Sequence[LayerShape]) -> tuple[Engine, ...]:
-    """Engines for a safetensors directory of this layout and these layers."""
+    """Engines for a safetensors directory of this layout and these layers.
+
+    Layers of a ragged plan that were padded are of layout per-layer.
+    """
     if layout == "uniform":
         return (
             Engine("transformers", "yes", "4.57 or newer, stock class, no code"),
@@ -42,7 +45,9 @@ def engines_for(layout: str, layers: Sequence[LayerShape]) -> tuple[Engine, ...]
             "yes",
             "4.57 or newer: trust_remote_code=True, or after import spp_export",
         ),
-        Engine(
+        Engine("vLLM", "no", "the KV groups of a layer must be alike: write it with --pad")
+        if layout == "ragged"
+        else Engine(
             "vLLM",
             "expected",
             "0.29 or newer, Transformers backend, --trust-remote-code; not run here",

@@ -9,6 +9,7 @@ SppError                 exit 2: bad usage or input
 │   └── DownloadError    it could not be fetched, or arrived with a wrong hash
 ├── PlanError            a plan is malformed or does not fit the model
 │   └── BudgetError      no plan meets the budget; the message names the nearest that do
+├── ProfileError         a latency table is malformed or of another model
 ├── OutputError          the output cannot be written where it was asked for
 └── CheckFailed          exit 1: everything ran and the answer is no
     ├── ParityError      the slim model differs from the masked dense model
@@ -56,6 +57,10 @@ class PlanError(SppError):
 
 class BudgetError(PlanError):
     """No plan meets the budget."""
+
+
+class ProfileError(SppError):
+    """A latency table is malformed or was measured on another model."""
 
 
 class OutputError(SppError):

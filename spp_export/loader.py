@@ -22,10 +22,12 @@ def load_slim(
     device: str | torch.device = "cpu",
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """A slim checkpoint, `uniform` or `per-layer`, as a transformers model in evaluation mode.
+    """A slim checkpoint of any layout as a transformers model in evaluation mode.
 
     `dtype` None keeps the stored one. `device` "auto" spreads the layers over what there is.
-    Per-layer checkpoints run on the classes of this package, not on the files beside the weights.
+    Per-layer and ragged checkpoints run on the classes of this package, not on the files beside
+    the weights. `attn_implementation` is one of transformers', or `spp_ragged`: the kernels of
+    spp_kernels, which read the cache as it is where others copy it for every query head.
 
     Raises ModelError where the directory holds no such model, CheckpointError where its tensors are
     not exactly those of its config.

@@ -8,16 +8,31 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, order=True)
 class LayerShape:
-    """How many query heads, KV heads and MLP channels a layer has."""
+    """How many query heads, KV heads and MLP channels a layer has.
+
+    groups: where KV heads serve different numbers of query heads, the number of each; else empty.
+    """
 
     query_heads: int
     kv_heads: int
     channels: int
+    groups: tuple[int, ...] = ()
 
     @property
     def regular(self) -> bool:
         """Whether every KV head serves the same number of query heads."""
-        return self.kv_heads > 0 and self.query_heads % self.kv_heads == 0
+        return not self.groups and self.kv_heads > 0 and self.query_heads % self.kv_heads == 0
+
+    @property
+    def query_groups(self) -> tuple[int, ...]:
+        """Query heads of each KV head."""
+        return self.groups or (self.query_heads // self.kv_heads,) * self.kv_heads
+
+    @property
+    def padded(self) -> LayerShape:
+        """The regular layer whose every group is as large as the largest of this one."""
+        query_heads = self.kv_heads * max(self.query_groups)
+        return LayerShape(query_heads, self.kv_heads, self.channels)
 
 
 @dataclass(frozen=True, slots=True)

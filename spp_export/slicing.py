@@ -1,7 +1,8 @@
 """Cuts the rows or columns of removed units out of one tensor. Pure: arrays in, arrays out.
 
 Nothing is converted, so a caller may pass raw bits. What is cut is a copy: a view would keep the
-whole tensor alive, in memory and in some file formats.
+whole tensor alive, in memory and in some file formats. Where a plan pads its layers, a `FILL` among
+the units stands for one of zeros.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from numpy.typing import NDArray
 
 from spp_export.errors import PlanError
 from spp_export.families import TensorSpec, Unit
+from spp_export.plans.records import FILL
 
 if TYPE_CHECKING:
-    from spp_export.plans import LayerPlan
+    from spp_export.plans import LayerPlan, Plan
+    from spp_export.shape import ModelShape
 
 Indices = NDArray[np.intp]
 
@@ -36,6 +39,23 @@ def kept_units(spec: TensorSpec, layer_plan: LayerPlan) -> tuple[int, ...] | Non
         return None
     _check_units(spec, kept, count)
     return tuple(kept)
+
+
+def written_units(spec: TensorSpec, plan: Plan, shape: ModelShape) -> tuple[int, ...] | None:
+    """Units of `spec`, a tensor of the source, in the order in which they are written: `FILL` for
+    zeros; None where nothing is cut. `shape` is of the source."""
+    if spec.layer is None:
+        return None
+    layer = plan.layers[spec.layer]
+    units = kept_units(spec, layer)
+    if units is None or not plan.padded or spec.unit is not Unit.QUERY:
+        return units
+    return layer.padded_heads(shape.group_size)
+
+
+def real_elements(units: Sequence[int], step: int) -> Indices:
+    """Elements along an axis that are not `FILL`, of `units` of `step` consecutive ones."""
+    return kept_indices(np.flatnonzero(np.asarray(units) != FILL).tolist(), step)
 
 
 def kept_indices(units: Sequence[int], step: int) -> Indices:
@@ -57,8 +77,18 @@ def slice_tensor(array: NDArray[Any], spec: TensorSpec, layer_plan: LayerPlan) -
     Returns `array` itself where nothing is cut. Raises PlanError for a unit that the tensor does
     not have, or units that are not ascending.
     """
+    return _sliced(array, spec, kept_units(spec, layer_plan))
+
+
+def written_tensor(
+    array: NDArray[Any], spec: TensorSpec, plan: Plan, shape: ModelShape
+) -> NDArray[Any]:
+    """As `slice_tensor`, with the zeros that a plan pads layers with; `shape` is the source's."""
+    return _sliced(array, spec, written_units(spec, plan, shape))
+
+
+def _sliced(array: NDArray[Any], spec: TensorSpec, units: Sequence[int] | None) -> NDArray[Any]:
     assert array.shape == spec.shape, f"{spec.name}: {array.shape} is not {spec.shape}"
-    units = kept_units(spec, layer_plan)
     return array if units is None else slice_rows(array, spec, units, 0)
 
 
@@ -68,16 +98,24 @@ def slice_rows(
     """What stays of the rows of a tensor from `first_row` on, if only `units` are kept.
 
     With the rows in blocks, the results one after another are the sliced tensor; so a tensor can
-    be sliced without ever being in memory as a whole.
+    be sliced without ever being in memory as a whole. A `FILL` must follow a unit that is kept.
     """
-    kept = kept_indices(units, spec.step)
+    listed = np.asarray(units, dtype=np.intp)
+    filled = listed == FILL
+    # Zeros are written over a copy of what they follow, with whose last row they come.
+    source = np.maximum.accumulate(listed)
     if spec.axis == 0:
+        within = np.where(filled[:, None], spec.step - 1, np.arange(spec.step))
+        kept = (source[:, None] * spec.step + within).reshape(-1)
         begin, end = np.searchsorted(kept, (first_row, first_row + len(rows)))
-        return rows[kept[begin:end] - first_row]
+        taken: NDArray[Any] = rows[kept[begin:end] - first_row]
+        taken[np.repeat(filled, spec.step)[begin:end]] = 0
+        return taken
     assert spec.axis == 1
     # Whole units rather than single elements: memory moves in runs of `step`.
     grouped = rows.reshape(len(rows), -1, spec.step)
-    taken = np.take(grouped, np.asarray(units, dtype=np.intp), axis=1)
+    taken = np.take(grouped, source, axis=1)
+    taken[:, filled] = 0
     return taken.reshape(len(rows), -1)
 
 

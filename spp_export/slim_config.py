@@ -10,7 +10,7 @@ from spp_export.errors import ModelError, PlanError
 from spp_export.families import Family, Role
 from spp_export.shape import LayerShape, ModelShape
 
-# What travels in a per-layer checkpoint, beside its config.json.
+# What travels in a per-layer or ragged checkpoint, beside its config.json.
 MODELING_FILES: tuple[Path, ...] = tuple(
     Path(__file__).parent / "modeling" / name
     for name in ("configuration_spp.py", "modeling_spp.py")
@@ -33,15 +33,16 @@ def slim_config(
     """The parsed config.json of a checkpoint whose layers have the shapes `layers`.
 
     `uniform` gives a stock config. `per-layer` gives one for the classes in `MODELING_FILES`: the
-    global counts stay those of the dense model `shape`, every layer's own are listed. The
-    projections `biased` (OUTPUT, DOWN) have a bias (bias compensation): in `uniform` by the
-    family's switch, which also gives biases to q, k and v, or to gate and up; in `per-layer` they
-    are named, and no others get one. Keys are sorted, so equal arguments give equal JSON.
+    global counts stay those of the dense model `shape`, every layer's own are listed. `ragged` also
+    lists how many consecutive query heads each KV head of a layer serves. The projections `biased`
+    (OUTPUT, DOWN) have a bias (bias compensation): in `uniform` by the family's switch, which also
+    gives biases to q, k and v, or to gate and up; in the others they are named, and no others get
+    one. Keys are sorted, so equal arguments give equal JSON.
 
     Raises PlanError for layers or biases the layout cannot express, ModelError for a source config
     that contradicts itself.
     """
-    _check_layers(shape, layers)
+    _check_layers(shape, layers, ragged=layout == "ragged")
     config = portable_config(source_config)
     config |= {"head_dim": shape.head_dim, "tie_word_embeddings": shape.tied_embeddings}
     has_bias = {Role.OUTPUT: shape.output_bias, Role.DOWN: shape.mlp_bias}
@@ -49,12 +50,14 @@ def slim_config(
     if layout == "uniform":
         config |= _uniform(family, shape, layers)
         config |= {family.bias_switch(role): True for role in new}
-    elif layout == "per-layer":
-        config |= _per_layer(family, shape, layers)
+    elif layout in ("per-layer", "ragged"):
+        config |= _per_layer(family, shape, layers, ragged=layout == "ragged")
         if new:
             config["biased_projections"] = [family.consumer(role) for role in new]
     else:
-        raise PlanError(f"layout {layout!r} has no config; expected 'uniform' or 'per-layer'.")
+        raise PlanError(
+            f"layout {layout!r} has no config; expected 'uniform', 'per-layer' or 'ragged'."
+        )
     return dict(sorted(config.items()))
 
 
@@ -75,17 +78,18 @@ def portable_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _check_layers(shape: ModelShape, layers: Sequence[LayerShape]) -> None:
+def _check_layers(shape: ModelShape, layers: Sequence[LayerShape], *, ragged: bool) -> None:
     if len(layers) != shape.num_layers:
         raise PlanError(
             f"the plan has {len(layers)} layers and the model {shape.num_layers}. "
             "Make the plan for this checkpoint."
         )
     for index, layer in enumerate(layers):
-        if not layer.regular:
+        if not (layer.regular or (ragged and layer.groups)):
             raise PlanError(
                 f"layer {index}: {layer.query_heads} query heads over {layer.kv_heads} KV heads is "
-                "not a regular layer; every kept KV group must keep as many query heads."
+                "not a regular layer; every kept KV group must keep as many query heads. "
+                "Use layout 'ragged'."
             )
 
 
@@ -106,7 +110,9 @@ def _uniform(family: Family, shape: ModelShape, layers: Sequence[LayerShape]) ->
     return {"architectures": [family.architecture], **_counts(first)}
 
 
-def _per_layer(family: Family, shape: ModelShape, layers: Sequence[LayerShape]) -> dict[str, Any]:
+def _per_layer(
+    family: Family, shape: ModelShape, layers: Sequence[LayerShape], *, ragged: bool
+) -> dict[str, Any]:
     architecture = f"Spp{family.architecture}"
     prefix = architecture.removesuffix("ForCausalLM")
     digits = len(str(len(layers) - 1))
@@ -121,7 +127,9 @@ def _per_layer(family: Family, shape: ModelShape, layers: Sequence[LayerShape]) 
         },
         **_counts(shape.layer),
         "per_layer_config": {
-            str(index).zfill(digits): _counts(layer) for index, layer in enumerate(layers)
+            str(index).zfill(digits): _counts(layer)
+            | ({"query_groups": list(layer.query_groups)} if ragged else {})
+            for index, layer in enumerate(layers)
         },
         "serialize_explicit_per_layer_config": True,
         # The same once more, for readers that know lists only.

@@ -245,6 +245,21 @@ def _random_layer(shape: ModelShape, rng: random.Random, channels: bool) -> Laye
     return LayerPlan(kv_heads, tuple(query_heads), kept)
 
 
+def ragged_layers(shape: ModelShape, seed: int, *, channels: bool = True) -> tuple[LayerPlan, ...]:
+    """Random query heads of every layer; where groups can differ, they do in the first."""
+    rng = random.Random(seed)
+    plans = []
+    for index in range(shape.num_layers):
+        heads = _choose(rng, range(shape.query_heads), rng.randint(1, shape.query_heads))
+        if index == 0 and shape.kv_heads > 1:
+            heads = (*range(shape.group_size), shape.group_size)
+        kv_heads = tuple(sorted({head // shape.group_size for head in heads}))
+        width = rng.randint(1, shape.channels)
+        kept = _choose(rng, range(shape.channels), width) if channels else None
+        plans.append(LayerPlan(kv_heads, heads, kept))
+    return tuple(plans)
+
+
 def uniform_layers(
     shape: ModelShape, seed: int, *, kv_heads: int, group_size: int, channels: int | None = None
 ) -> tuple[LayerPlan, ...]:
@@ -344,6 +359,6 @@ def write_slim(
     save_file(tensors, target / "model.safetensors", metadata)
     copied = [dense / name for name in ("tokenizer.json", "tokenizer_config.json")]
     copied.append(dense / "generation_config.json")
-    for source in [*copied, *(MODELING_FILES if layout == "per-layer" else ())]:
+    for source in [*copied, *(MODELING_FILES if layout != "uniform" else ())]:
         shutil.copy(source, target)
     return target

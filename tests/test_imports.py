@@ -23,6 +23,7 @@ ORDER = [
     ["scenario", "pools", "artifacts", "artifacts_checks", "artifacts_import"],
     ["diagnosis"],
     ["importance"],
+    ["latency", "latency_file"],
     ["knapsack", "allocate", "budget", "bound", "published"],
     ["plans"],
     ["families"],

@@ -7,17 +7,21 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from spp_bench.bench import BenchRequest, bench
 from spp_bench.report import plain
-from spp_export.errors import SppError
+from spp_bench.shape_bench import bench_shape
+from spp_bench.shape_plans import LAYOUTS, variants
+from spp_export.budget import UNITS
+from spp_export.errors import SppError, UsageError
 
 
 def parser() -> argparse.ArgumentParser:
     """The options, under the names of `spp bench`."""
     default = BenchRequest()
     made = argparse.ArgumentParser(prog="python -m spp_bench", description=__doc__)
-    made.add_argument("out", nargs="+", type=Path, help="slim safetensors or ONNX directories")
+    made.add_argument("out", nargs="*", type=Path, help="slim safetensors or ONNX directories")
     made.add_argument("--model", default="demo", help="the dense model they were made from")
     made.add_argument("--batch", type=int, action="append", help="batch size; repeatable")
     made.add_argument("--context", type=int, action="append", help="prompt length; repeatable")
@@ -27,6 +31,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", default=default.device)
     made.add_argument("--dtype")
     made.add_argument("--seed", type=int, default=default.seed)
+    made.add_argument("--shape", help="instead of directories, a published model's sizes")
+    made.add_argument("--keep", type=float, action="append", help="of a shape's plan; repeatable")
+    made.add_argument("--layout", choices=LAYOUTS, action="append", help="of a shape's plan")
+    made.add_argument("--units", choices=UNITS, action="append", help="of a shape's plan")
     made.add_argument("-o", "--output", type=Path, help="results file; continued if there is one")
     made.add_argument("--plot", type=Path, help="directory for the curves")
     made.add_argument("--no-memory", dest="memory", action="store_false")
@@ -53,14 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seed=options.seed,
     )
     try:
-        document = bench(
-            options.out,
-            model=options.model,
-            request=request,
-            results=options.output,
-            plots=options.plot,
-            force=options.force,
-        )
+        document = _measured(options, request)
     except SppError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -69,6 +70,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif not options.quiet:
         print(plain(document))
     return 1 if document["problems"] else 0
+
+
+def _measured(options: argparse.Namespace, request: BenchRequest) -> dict[str, Any]:
+    files = {"results": options.output, "plots": options.plot, "force": options.force}
+    if bool(options.out) == (options.shape is not None):
+        raise UsageError("give either directories written by spp, or --shape.")
+    if options.shape is None:
+        return bench(options.out, model=options.model, request=request, **files)
+    asked = variants(options.keep, options.layout, options.units)
+    return bench_shape(options.shape, asked, request=request, **files)
 
 
 if __name__ == "__main__":

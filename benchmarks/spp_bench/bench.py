@@ -30,6 +30,7 @@ from spp_bench.memory import measure_memory
 from spp_bench.plots import check_plots, write_plots
 from spp_bench.results import SCHEMA_VERSION, cell_record, earlier, problems, write_document
 from spp_bench.runners import Runner, genai_installed, open_runner
+from spp_bench.threads import torch_threads
 from spp_export.checkpoint.source import Source, open_source
 from spp_export.errors import UsageError
 from spp_export.models import DEMO, cache_directory, locate_model
@@ -97,7 +98,7 @@ def bench(
     dtype = request.dtype or ("float32" if request.device == "cpu" else source.dtype_name)
     threads = request.threads or provenance.physical_cores()
     with (
-        _torch_threads(threads),
+        torch_threads(threads),
         _candidates(found, source, dtype, request.genai, progress) as candidates,
     ):
         run = _Run(request, source, found, candidates, dtype, threads, results, progress)
@@ -113,18 +114,6 @@ def _read_outs(outs: Sequence[str | os.PathLike[str]], source: Source) -> list[O
     if not found or len(set(names)) < len(names):
         raise UsageError(f"{', '.join(names) or 'nothing'}: expected directories of unlike names.")
     return found
-
-
-@contextmanager
-def _torch_threads(threads: int) -> Iterator[None]:
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -219,7 +208,7 @@ class _Run:
         self._memory(document, cells)
         if todo:
             self._cells(document, todo)
-        document["claims"] = claim_rows(document, self.source.shape)
+        document["claims"] = claim_rows(document, self.source.shape, demo=model == DEMO)
         self._keep(document)
         return document
 

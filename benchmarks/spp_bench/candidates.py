@@ -20,7 +20,7 @@ from spp_export.pipeline.onnx_files import is_onnx, onnx_options
 from spp_export.plans import read_plan, validate_plan
 from spp_export.shape import LayerShape, ModelShape
 
-Engine = Literal["torch", "onnx", "genai"]
+Engine = Literal["torch", "graph", "onnx", "genai"]
 DENSE = "dense"
 GENAI_CONFIG = "genai_config.json"
 _ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "float32": 4, "float16": 2, "bfloat16": 2}
@@ -46,12 +46,27 @@ class Out:
 
 
 @dataclass(frozen=True)
+class Made:
+    """A model of a published shape with random weights, dense or slim: nothing on disk.
+
+    config  its config.json
+    plan    layout, units, and the shares asked for and kept; None for the dense model
+    """
+
+    shape: str
+    config: dict[str, Any]
+    seed: int
+    plan: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
 class Candidate:
     """One model on one engine: a row of the tables.
 
     baseline         name of the dense row that its speed-up is over; None for a dense row
     predicted_bytes  of all weights, from the plan and the dtype; None where a quantiser decides
     spare_tokens     that the cache has room for beside those that are fed
+    made             what the model is made of where no directory holds it
     """
 
     name: str
@@ -63,6 +78,7 @@ class Candidate:
     plan_hash: str | None
     predicted_bytes: int | None
     spare_tokens: int = 0
+    made: Made | None = None
 
     @property
     def dense(self) -> bool:
@@ -79,6 +95,7 @@ class Candidate:
             "plan_hash": self.plan_hash,
             "parameters": self.sizes.shape.parameters(self.sizes.layers),
             "read_bytes_per_step": self.sizes.read_bytes,
+            **({"plan": self.made.plan} if self.made and self.made.plan else {}),
         }
 
 
@@ -92,7 +109,7 @@ def read_out(directory: Path, source: Source) -> Out:
     return Out(
         name=directory.resolve().name,
         directory=directory,
-        layers=compiled.layer_shapes(source.shape),
+        layers=compiled.written_shapes(source.shape),
         shape=written_shape(source, compiled),
         plan_hash=hash_file(plan).sha256,
         onnx=onnx_options(directory) if is_onnx(directory) else None,

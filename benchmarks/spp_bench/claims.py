@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from spp_bench import diagnosis_time
 from spp_bench.compile_time import measure as compile_time
 from spp_bench.measure import PHASES
 from spp_export.shape import ModelShape
@@ -17,15 +18,19 @@ COMPILE_SECONDS = (0.027, 0.068)
 SPEEDUPS = (1.24, 3.22)
 MEMORY_GB = (13.0, 12.1)
 _SEEDS = 9
+# Each forwards all of a scenario's prompts.
+_TEXTS = 2
 
 
 def claim_rows(
-    document: Mapping[str, Any], shape: ModelShape, keep: float = 0.7
+    document: Mapping[str, Any], shape: ModelShape, keep: float = 0.7, *, demo: bool = False
 ) -> list[dict[str, Any]]:
     """Rows of a claim, what ours is of, and the least and the most of published, measured and bound
-    over all cells. `keep` is the share of the heads' parameters that the timed plan keeps."""
+    over all cells. `keep` is the share of the heads' parameters that the timed plan keeps. `demo`
+    times the way from a scenario's text as well, for which the model has to be the default one."""
     return [
         _compile_row(shape, keep),
+        *(_diagnosis_row(keep) if demo else ()),
         *_speedup_rows(document),
         *_memory_rows(document),
     ]
@@ -54,6 +59,17 @@ def _compile_row(shape: ModelShape, keep: float) -> dict[str, Any]:
     return _row("compile time, s", COMPILE_SECONDS, what, seconds, ())
 
 
+def _diagnosis_row(keep: float) -> Iterator[dict[str, Any]]:
+    if diagnosis_time.SCENARIO.exists():
+        found = diagnosis_time.measure(keep, _TEXTS)
+        what = (
+            f"forwarding a scenario's {found.prompts} prompts to plan, {keep:g} of the heads' "
+            "parameters kept"
+        )
+        seconds = [round(one, 4) for one in found.seconds]
+        yield _row("compile time, s", COMPILE_SECONDS, what, seconds, ())
+
+
 def _speedup_rows(document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for candidate in document["candidates"]:
         for phase in PHASES:
@@ -61,7 +77,7 @@ def _speedup_rows(document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                 row[phase]["speedup"]
                 for cell in document["cells"]
                 for row in cell["rows"]
-                if row["name"] == candidate["name"] and "speedup" in row[phase]
+                if row["name"] == candidate["name"] and "speedup" in row.get(phase, {})
             ]
             if found:
                 yield _row(

@@ -57,15 +57,19 @@ def check_outs(
 
 
 def check_agreement(
-    runners: Sequence[Runner], candidates: Mapping[str, Candidate], vocab_size: int
+    runners: Sequence[Runner],
+    candidates: Mapping[str, Candidate],
+    vocab_size: int,
+    steps: int = _TOKENS,
 ) -> list[dict[str, Any]]:
-    """The same weights must give the same logits on every engine, after prefill and decoding.
+    """The same weights must give the same logits on every engine, after prefill and `steps` of
+    decoding.
 
     Compared within each model (dense, or of the same plan) by the difference over the length of
     the first runner's logits; a quantised graph is held to the checks of its directory alone.
     Raises ParityError.
     """
-    fed = tokens(Cell(1, _TOKENS), _TOKENS, vocab_size)
+    fed = tokens(Cell(1, _TOKENS), steps, vocab_size)
     first: dict[str | None, tuple[str, list[Logits]]] = {}
     found = []
     for runner in runners:
@@ -76,14 +80,14 @@ def check_agreement(
         name, reference = first.setdefault(candidate.plan_hash, (runner.name, logits))
         if name == runner.name:
             continue
-        distance = max(map(_distance, logits, reference))
-        limit = max(_room(candidate), _room(candidates[name]))
-        if not distance <= limit:
+        apart = max(map(distance, logits, reference))
+        limit = max(rounding_room(candidate), rounding_room(candidates[name]))
+        if not apart <= limit:
             raise ParityError(
-                f"{runner.name}: its logits differ from those of {name} by {distance:.2g} of "
+                f"{runner.name}: its logits differ from those of {name} by {apart:.2g} of "
                 f"their length, at most {limit:g} is rounding. One of them is not the same model."
             )
-        found.append({"name": runner.name, "as": name, "distance": distance, "limit": limit})
+        found.append({"name": runner.name, "as": name, "distance": apart, "limit": limit})
     return found
 
 
@@ -99,11 +103,13 @@ def _logits(runner: Runner, prompt: Any, continuation: Any, decoding: bool) -> l
     return found
 
 
-def _distance(logits: Logits, reference: Logits) -> float:
+def distance(logits: Logits, reference: Logits) -> float:
+    """How far logits are from others, as a share of the others' length."""
     return float(np.linalg.norm(logits - reference) / np.linalg.norm(reference))
 
 
-def _room(candidate: Candidate) -> float:
+def rounding_room(candidate: Candidate) -> float:
+    """The distance that rounding may come to at a candidate's precision."""
     return _ROOM.get(candidate.precision, _ROOM_OF_HALVES)
 
 

@@ -61,9 +61,10 @@ def measure(job: Job) -> dict[str, Any]:
 
 def import_engine(job: Job) -> None:
     """What every model of this engine needs is no model's memory."""
-    if job.candidate.engine == "torch":
+    if job.candidate.engine in ("torch", "graph"):
         import torch
 
+        import spp_bench.static_runner
         import spp_bench.torch_runner
 
         torch.set_num_threads(job.threads)

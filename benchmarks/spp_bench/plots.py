@@ -79,8 +79,10 @@ def _speedups(document: Mapping[str, Any]) -> Any:
                 (cell["context"], row[phase]["speedup"])
                 for cell in document["cells"]
                 for row in cell["rows"]
-                if cell["batch"] == batch and row["name"] == name
+                if cell["batch"] == batch and row["name"] == name and phase in row
             ]
+            if not found:
+                continue
             contexts = [context for context, _ in found]
             median, low, high, limit = (
                 [over[key] for _, over in found] for key in ("median", "p20", "p80", "bound")

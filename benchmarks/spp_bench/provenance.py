@@ -15,23 +15,34 @@ _OPTIONAL = ("onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "onnxruntime-g
 
 
 def physical_cores() -> int:
-    """Physical cores that this process may use."""
-    import psutil
-
+    """Physical cores that this process may use; logical ones where psutil is not installed."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        import psutil
+    except ImportError:
+        return max(1, allowed or 1)
     return max(1, min(psutil.cpu_count(logical=False) or 1, allowed or 1))
 
 
 def machine(device: str) -> dict[str, Any]:
     """Processor, cores, threads, memory and, where one is used, the card and its driver."""
-    import psutil
-
-    found = machine_used(device) | {"memory_bytes": psutil.virtual_memory().total}
+    found = machine_used(device) | {"memory_bytes": _memory_bytes()}
     if device.startswith("cuda"):
         found["driver"] = _output(
             "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
         )
     return found
+
+
+def _memory_bytes() -> int | None:
+    try:
+        import psutil
+    except ImportError:
+        known = os.sysconf_names if hasattr(os, "sysconf_names") else {}
+        if {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= known.keys():
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return None
+    return int(psutil.virtual_memory().total)
 
 
 def versions() -> dict[str, str]:

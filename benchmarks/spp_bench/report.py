@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,10 +30,13 @@ def panels(document: Mapping[str, Any]) -> Iterator[Panel]:
     """Decode and prefill of every cell, then memory, then published claims."""
     for cell in document["cells"]:
         for phase, head in _HEADS.items():
-            rows = [_row(row["name"], row[phase], phase) for row in cell["rows"]]
+            timed = [row for row in cell["rows"] if phase in row]
+            if not timed:
+                continue
+            rows = [_row(row["name"], row[phase], phase) for row in timed]
             wrong = {
                 index
-                for index, row in enumerate(cell["rows"])
+                for index, row in enumerate(timed)
                 if row[phase].get("speedup", {}).get("above_bound")
             }
             title = f"{phase}, batch {cell['batch']}, context {cell['context']}"
@@ -137,13 +140,16 @@ def summary(document: Mapping[str, Any]) -> str:
 
 def plain(document: Mapping[str, Any]) -> str:
     """All of it as text in columns."""
-    lines = [summary(document)]
-    for panel in panels(document):
+    problems = (f"error: {problem}" for problem in document["problems"])
+    return "\n".join([summary(document), *columns(panels(document)), *problems])
+
+
+def columns(found: Iterable[Panel]) -> Iterator[str]:
+    """Lines of tables, each after an empty line and its title."""
+    for panel in found:
         table = [panel.head, *panel.rows]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines += ["", panel.title]
-        lines += [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in table
-        ]
-    return "\n".join([*lines, *(f"error: {problem}" for problem in document["problems"])])
+        yield from ("", panel.title)
+        for row in table:
+            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            yield "  ".join(cells).rstrip()

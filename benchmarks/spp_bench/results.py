@@ -35,9 +35,10 @@ def cell_record(
     rates: Rates,
     new_tokens: int,
 ) -> dict[str, Any]:
-    """All rows of a cell: times, rates, and speed-ups beside their bounds."""
+    """All rows of a cell that have samples: times, rates, and speed-ups beside their bounds."""
     figures = _Figures(cell, {c.name: c for c in candidates}, samples, rates, new_tokens)
-    return {**cell.as_json(), "rows": [figures.row(candidate) for candidate in candidates]}
+    timed = (candidate for candidate in candidates if candidate.name in samples)
+    return {**cell.as_json(), "rows": [figures.row(candidate) for candidate in timed]}
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,19 @@ class _Figures:
     new_tokens: int
 
     def row(self, candidate: Candidate) -> dict[str, Any]:
-        """Both phases of one candidate."""
+        """The phases of one candidate that were timed."""
         return {
             "name": candidate.name,
-            **{phase: self._phase(candidate, phase) for phase in PHASES},
+            **{
+                phase: self._phase(candidate, phase)
+                for phase in PHASES
+                if self._timed(candidate, phase)
+            },
         }
+
+    def _timed(self, candidate: Candidate, phase: Phase) -> bool:
+        found = self.samples.get(candidate.name)
+        return found is not None and bool(found.of(phase))
 
     def _phase(self, candidate: Candidate, phase: Phase) -> dict[str, Any]:
         record = self._times(candidate, phase)
@@ -64,7 +73,7 @@ class _Figures:
         reference = next(
             (c for c in self.candidates.values() if c.dense and c.engine == "torch"), candidate
         )
-        if reference != candidate:
+        if reference != candidate and self._timed(reference, phase):
             record["over_dense_torch"] = round(self._over(reference, candidate, phase).median, 4)
         return record
 
@@ -98,7 +107,10 @@ class _Figures:
         }
 
     def _over(self, slow: Candidate, fast: Candidate, phase: Phase) -> Speedup:
-        return speedup(self.samples[slow.name].of(phase), self.samples[fast.name].of(phase))
+        pair = [self.samples[one.name].of(phase) for one in (slow, fast)]
+        # Both began in the first round; one may have been timed in fewer.
+        rounds = min(map(len, pair))
+        return speedup(*(samples[:rounds] for samples in pair))
 
     def _work(self, candidate: Candidate, phase: Phase) -> Work:
         if phase == "prefill":
@@ -112,7 +124,7 @@ def problems(document: Mapping[str, Any]) -> list[str]:
     for cell in document["cells"]:
         for row in cell["rows"]:
             for phase in PHASES:
-                over = row[phase].get("speedup")
+                over = row.get(phase, {}).get("speedup")
                 if over and over["above_bound"]:
                     found.append(
                         f"{row['name']}, {phase}, batch {cell['batch']}, context "

@@ -48,6 +48,10 @@ class Runner(Protocol):
 
 def open_runner(candidate: Candidate, device: str, threads: int) -> Runner:
     """Load a candidate; `threads` are of one operator, for engines that are told by session."""
+    if candidate.made:
+        from spp_bench.static_runner import StaticRunner
+
+        return StaticRunner.load(candidate, device)
     if candidate.engine == "torch":
         from spp_bench.torch_runner import TorchRunner
 

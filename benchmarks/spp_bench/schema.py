@@ -60,6 +60,7 @@ DOCUMENT: dict[str, Any] = {
             "plan_hash": (str, NOTHING),
             "parameters": COUNT,
             "read_bytes_per_step": COUNT,
+            "plan": Maybe({"layout": TEXT, "units": TEXT, "keep": NUMBER, "kept": NUMBER}),
         }
     ],
     "rates": {"bytes_per_second": NUMBER, "operations_per_second": NUMBER},
@@ -70,7 +71,7 @@ DOCUMENT: dict[str, Any] = {
         {
             "batch": COUNT,
             "context": COUNT,
-            "rows": [{"name": TEXT, "prefill": _PHASE, "decode": _PHASE}],
+            "rows": [{"name": TEXT, "prefill": Maybe(_PHASE), "decode": Maybe(_PHASE)}],
         }
     ],
     "claims": [

@@ -121,7 +121,7 @@ def _export_in_fresh_process(model: Path, target: Path, channels: float) -> dict
     return answer
 
 
-def _copy(model: Path, target: Path) -> tuple[float, float]:
+def copy(model: Path, target: Path) -> tuple[float, float]:
     """Seconds of `cp`, and of `cp` and a flush of what it wrote."""
     start = time.perf_counter()
     subprocess.run(["cp", "-r", str(model), str(target)], check=True)
@@ -130,7 +130,7 @@ def _copy(model: Path, target: Path) -> tuple[float, float]:
     return copied - start, time.perf_counter() - start
 
 
-def _prepare(model: Path, cold: bool) -> None:
+def prepare(model: Path, cold: bool) -> None:
     """Let earlier writes reach the disk; take the model out of the page cache, or into it."""
     os.sync()
     for path in model.iterdir():
@@ -149,10 +149,10 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     build(model, options.gigabytes)
     exports, copies = [], []
     for _ in range(options.repeats):
-        _prepare(model, options.cold)
-        copies.append(_copy(model, target))
+        prepare(model, options.cold)
+        copies.append(copy(model, target))
         shutil.rmtree(target)
-        _prepare(model, options.cold)
+        prepare(model, options.cold)
         exports.append(_export_in_fresh_process(model, target, options.channels))
         shutil.rmtree(target)
     seconds = statistics.median(result["seconds"] for result in exports)

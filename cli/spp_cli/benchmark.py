@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from spp_bench import profile
 from spp_bench.report import Panel, panels, summary
 from spp_cli.look import BAD, FAINT, STRONG
 from spp_cli.units import one_line
@@ -16,8 +17,17 @@ from spp_cli.units import one_line
 
 def benchmark_report(document: Mapping[str, Any]) -> RenderableType:
     """A table per phase and cell, memory, and what was published beside what is measured."""
-    lines: list[RenderableType] = [Text(one_line(summary(document)), style=FAINT)]
-    for panel in panels(document):
+    return _report(summary(document), panels(document))
+
+
+def profile_report(document: Mapping[str, Any]) -> RenderableType:
+    """The times of blocks of every size."""
+    return _report(profile.title(document), profile.panels(document))
+
+
+def _report(first: str, found: Iterable[Panel]) -> RenderableType:
+    lines: list[RenderableType] = [Text(one_line(first), style=FAINT)]
+    for panel in found:
         lines += [Text(), Text(panel.title, style=STRONG), _table(panel)]
     return Group(*lines)
 

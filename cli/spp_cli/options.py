@@ -52,11 +52,11 @@ Scenario = Annotated[
     ),
 ]
 Layout = Annotated[
-    Literal["uniform", "per-layer"],
+    Literal["uniform", "per-layer", "ragged"],
     typer.Option(
         rich_help_panel=MAKE,
         help="uniform: every layer alike, a stock model. per-layer: layers differ, and less is "
-        "lost.",
+        "lost. ragged: single query heads go, for transformers alone.",
     ),
 ]
 Units = Annotated[
@@ -136,7 +136,7 @@ Keep = Annotated[
         metavar="SHARE",
         rich_help_panel=BUDGET,
         help="Share of the parameters of the units that stays: of q, k, v and o for heads; 0.8 "
-        "where no budget is given.",
+        "where no budget is given. Of what --cost says, where that is another.",
     ),
 ]
 MaxParams = Annotated[
@@ -155,6 +155,30 @@ MaxKvBytes = Annotated[
         metavar="N",
         rich_help_panel=BUDGET,
         help="Most bytes of KV cache per token, in the stored dtype.",
+    ),
+]
+MaxLatency = Annotated[
+    float | None,
+    typer.Option(
+        metavar="MS",
+        rich_help_panel=BUDGET,
+        help="Most milliseconds of a step of the slim model by the profile; with --cost latency.",
+    ),
+]
+Cost = Annotated[
+    Literal["params", "kv-bytes", "latency"],
+    typer.Option(
+        rich_help_panel=BUDGET,
+        help="What units compete by, and what --keep is a share of: their parameters, the KV "
+        "cache, or the time of their blocks by --profile.",
+    ),
+]
+Profile = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        rich_help_panel=BUDGET,
+        help="Table of latency for --cost latency, written by 'spp bench --profile'.",
     ),
 ]
 Strength = Annotated[

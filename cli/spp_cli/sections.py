@@ -30,7 +30,8 @@ def title(plan: Plan, target: str, look: Look) -> Text:
     """From what to what, and how."""
     text = Text()
     text.append(f"{one_line(plan.model_source)} {look.arrow} {one_line(target)}", style=STRONG)
-    how = f"{plan.layout} layout, compensation {plan.compensation}"
+    layout = f"{plan.layout} layout, padded" if plan.padded else f"{plan.layout} layout"
+    how = f"{layout}, compensation {plan.compensation}"
     asked = plan.budget.get("asked")
     if isinstance(asked, Mapping):
         how += "".join(f", {key.replace('_', ' ')} {value}" for key, value in asked.items())
@@ -111,7 +112,7 @@ def decision(plan: Plan, shape: ModelShape, look: Look) -> RenderableType:
 
 def sizes(plan: Plan, shape: ModelShape, predicted: Predicted) -> Table:
     """What the dense model has, what the slim one has, and what is saved."""
-    slim = plan.layer_shapes(shape)
+    slim = plan.written_shapes(shape)
     table = Table(box=None, padding=(0, 3, 0, 0), header_style=FAINT)
     table.add_column("")
     for name in ("dense", "slim", "saved"):
@@ -164,6 +165,19 @@ def bounds(predicted: Predicted) -> list[Text]:
             line.append("  no gain possible here", style=FAINT)
         lines.append(line)
     return lines
+
+
+def latency(predicted: Predicted) -> list[Text]:
+    """What a step takes by the measured table, if one decided."""
+    found = predicted.latency
+    if found is None:
+        return []
+    table = found.table
+    line = Text(f"{table.phase}, batch {table.batch} x {table.context} tokens".ljust(31))
+    line.append(f"{found.dense / 1e6:.3f} ms dense, {found.slim / 1e6:.3f} ms slim")
+    line.append(f" ({found.speedup:.2f}x)", style=STRONG)
+    where = one_line(f"{table.device}, {table.dtype}")
+    return [line, Text(f"by the profile {table.sha256[:12]}, {where}", style=FAINT)]
 
 
 def checks(found: Sequence[Mapping[str, Any]]) -> Table:

@@ -100,6 +100,7 @@ def _compiled(
         *sections.stock_counts(plan),
         Text(),
         *sections.bounds(predicted),
+        *sections.latency(predicted),
         *checked,
         Text(),
         sections.engine_list(engines),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from spp_export.allocate.channels import ChannelOptions, channel_options
 from spp_export.allocate.heads import GivenOptions, LayerOptions, Options, layer_options
+from spp_export.allocate.ragged import RaggedOptions, ragged_options
 from spp_export.allocate.scores import BoolArray, IntArray, per_parameter
 from spp_export.allocate.sizes import (
     Candidates,
@@ -29,6 +30,7 @@ __all__ = [
     "IntArray",
     "LayerOptions",
     "Options",
+    "RaggedOptions",
     "UniformChoice",
     "UniformSizes",
     "allocate",
@@ -37,6 +39,7 @@ __all__ = [
     "head_costs",
     "layer_options",
     "per_parameter",
+    "ragged_options",
     "smallest_cost",
     "uniform_sizes",
     "width_costs",

@@ -13,9 +13,10 @@ from spp_export.allocate.channels import ChannelOptions
 from spp_export.allocate.heads import Options, regular_sizes
 from spp_export.allocate.scores import IntArray
 from spp_export.knapsack import Choice, FloatArray, choose
+from spp_export.latency import LatencyTable
 from spp_export.shape import ModelShape
 
-CostKind = Literal["parameters", "kv-bytes"]
+CostKind = Literal["parameters", "kv-bytes", "latency"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +28,8 @@ class Candidates:
 
     @classmethod
     def of_heads(cls, options: Options, costs: ArrayLike) -> Candidates:
-        """Size (a groups of b heads) at (a-1)*g + b-1. costs: [G,g] or [L,G,g], positive integers
-        (`head_costs`) or floats (a latency table)."""
+        """Size of a groups and a count n of heads at (a-1)*N + n-1. costs: [G,N] or [L,G,N],
+        positive integers (`head_costs`) or floats."""
         value = options.value
         flat = (len(value), value[0].size)
         return cls(value.reshape(flat), np.broadcast_to(costs, value.shape).reshape(flat))
@@ -39,17 +40,35 @@ class Candidates:
         return cls(options.value, np.broadcast_to(costs, options.value.shape))
 
 
-def head_costs(shape: ModelShape, kind: CostKind) -> IntArray:
-    """Cost [G,g] of a layer with a groups of b query heads at [a-1,b-1], in parameters of q, k, v
-    and o or in bytes of KV cache per token."""
+def head_costs(
+    shape: ModelShape,
+    kind: CostKind,
+    query_heads: IntArray | None = None,
+    latency: LatencyTable | None = None,
+) -> IntArray:
+    """Cost of every size of a layer, in parameters of q, k, v and o, in bytes of KV cache per token
+    or in nanoseconds of an attention block: [G,g] of a groups of b query heads each, or [G,N] where
+    `query_heads` [G,N] says how many of them a groups have.
+
+    latency: the table of the nanoseconds, which is needed for these and knows regular sizes only.
+    """
     groups, heads = regular_sizes(shape.kv_heads, shape.group_size)
+    query_heads = groups * heads if query_heads is None else query_heads
     if kind == "parameters":
-        return groups * (heads * shape.query_head_parameters + shape.kv_head_parameters)
-    return groups * (2 * shape.head_dim * shape.element_bytes) * np.ones_like(heads)
+        return query_heads * shape.query_head_parameters + groups * shape.kv_head_parameters
+    if kind == "latency":
+        assert latency is not None, "a cost in time needs a table"
+        return latency.attention_cost(query_heads, groups)
+    return groups * (2 * shape.head_dim * shape.element_bytes) * np.ones_like(query_heads)
 
 
-def width_costs(shape: ModelShape, widths: Sequence[int]) -> IntArray:
-    """Cost [W] of a layer of every width, in parameters of gate, up and down."""
+def width_costs(
+    shape: ModelShape, widths: Sequence[int], latency: LatencyTable | None = None
+) -> IntArray:
+    """Cost [W] of a layer of every width, in parameters of gate, up and down, or with a table in
+    nanoseconds of an MLP block."""
+    if latency is not None:
+        return latency.mlp_cost(widths)
     return np.array(widths, dtype=np.int64) * shape.channel_parameters
 
 

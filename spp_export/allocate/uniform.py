@@ -13,6 +13,7 @@ from spp_export.allocate.scores import BoolArray, IntArray
 from spp_export.allocate.sizes import CostKind, head_costs, width_costs
 from spp_export.errors import BudgetError
 from spp_export.knapsack import FloatArray
+from spp_export.latency import LatencyTable
 from spp_export.shape import LayerShape, ModelShape
 
 
@@ -69,10 +70,12 @@ def uniform_sizes(
     shape: ModelShape,
     kind: CostKind,
     accepts: Callable[[int], bool],
+    latency: LatencyTable | None = None,
 ) -> UniformSizes:
     """All sizes of the units given; those of a kind that is None stay, and cost nothing.
 
-    accepts: whether the stock config takes a count of query heads.
+    accepts: whether the stock config takes a count of query heads. latency: the table, where `kind`
+    is that.
     """
     query, groups = np.array([shape.query_heads]), np.array([shape.kv_heads])
     widths = np.array([shape.channels])
@@ -82,11 +85,12 @@ def uniform_sizes(
     if heads is not None:
         a, b = regular_sizes(shape.kv_heads, shape.group_size)
         query, groups = (a * b).ravel(), (a * np.ones_like(b)).ravel()
-        head_value, head_cost = heads.value.sum(axis=0).ravel(), head_costs(shape, kind).ravel()
+        head_value = heads.value.sum(axis=0).ravel()
+        head_cost = head_costs(shape, kind, latency=latency).ravel()
         stock = np.array([accepts(int(count)) for count in query], dtype=bool)
     if channels is not None:
         widths, width_value = np.array(channels.widths), channels.value.sum(axis=0)
-        width_cost = width_costs(shape, channels.widths)
+        width_cost = width_costs(shape, channels.widths, latency)
     count = len(widths)
     return UniformSizes(
         query_heads=np.repeat(query, count),

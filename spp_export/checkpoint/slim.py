@@ -20,7 +20,7 @@ from spp_export.errors import CheckpointError
 from spp_export.families import Role, TensorSpec
 from spp_export.plans import Layout, Plan, validate_plan
 from spp_export.shape import ModelShape
-from spp_export.slicing import kept_units, slice_rows
+from spp_export.slicing import Indices, real_elements, slice_rows, written_units
 
 # The whole dense tensor as floats -> the slim tensor as floats.
 Refit = Callable[[Floats], Floats]
@@ -85,13 +85,13 @@ def write_slim_weights(
 def slim_shape(source: Source, layout: Layout, biased: Collection[Role]) -> ModelShape:
     """The source's shape with biases on the projections `biased` (OUTPUT, DOWN) as well.
 
-    Layout `per-layer` gives these and no others one. In `uniform` the switch of the family's
-    config does, which covers more projections: q, k and v, or gate and up.
+    Layouts of our own classes give these and no others one. In `uniform` the switch of the
+    family's config does, which covers more projections: q, k and v, or gate and up.
 
     Raises PlanError where that config has no switch for one that the source lacks.
     """
     family, shape = source.family, source.shape
-    if layout == "per-layer":
+    if layout != "uniform":
         return dataclasses.replace(
             shape,
             output_bias=shape.output_bias or Role.OUTPUT in biased,
@@ -123,7 +123,7 @@ class _Job:
         family, self._source, self._plan = source.family, source, plan
         self._replaced = replaced
         shape = slim_shape(source, plan.layout, {role for _, role in biases})
-        layers = [layer.shape(source.shape) for layer in plan.layers]
+        layers = plan.written_shapes(source.shape)
         self._slim = {spec.name: spec for spec in family.tensors(shape, layers)}
         self._dense = {
             spec.name: spec for spec in family.tensors(source.shape, source.shape.layers)
@@ -146,11 +146,13 @@ class _Job:
             yield from _encoded(old if added is None else old + added, entry)
             return
         spec = self._dense[entry.name]
-        refit = self._replaced(spec)
+        refit, units = self._replaced(spec), written_units(spec, self._plan, self._source.shape)
         if refit is not None:
-            yield from _encoded(refit(read_float(stored)), entry)
+            values = refit(read_float(stored))
+            if units is not None and values.shape != entry.shape:
+                values = _filled(values, entry, real_elements(units, spec.step))
+            yield from _encoded(values, entry)
             return
-        units = None if spec.layer is None else kept_units(spec, self._plan.layers[spec.layer])
         row = 0
         for block in blocks(stored):
             yield block if units is None else slice_rows(block, spec, units, row)
@@ -161,6 +163,13 @@ class _Job:
         tensors = self._source.tensors
         stored = tensors.get(name) or tensors[f"{name.removesuffix('.bias')}.weight"]
         return stored.dtype
+
+
+def _filled(values: Floats, entry: Entry, real: Indices) -> Floats:
+    """The columns `values` at `real`, zeros between them."""
+    whole = np.zeros(entry.shape, dtype=values.dtype)
+    whole[:, real] = values
+    return whole
 
 
 def _encoded(values: Floats, entry: Entry) -> Iterator[Bits]:

@@ -10,8 +10,8 @@ Errors of different layers are put in one currency, the relative change of the r
 to it. On the default model this factor follows the mean squared gradient of the loss closely, and
 needs no gradient. Output-only.
 
-This is a criterion over sets, not a sum over heads, so it gives the loss of every regular size of a
-layer instead of scores [L,H].
+This is a criterion over sets, not a sum over heads, so it gives the loss of every size of a layer
+instead of scores [L,H]. The loss of a set is exact; which sets are looked at is greedy.
 """
 
 from __future__ import annotations
@@ -102,6 +102,36 @@ def removal_losses(
             return losses, kept
 
 
+def single_removal_losses(
+    weight: FloatArray, second: FloatArray, forced_Gg: BoolArray
+) -> tuple[FloatArray, BoolArray]:
+    """Loss [G,H] of a layer with q heads of a groups at [a-1,q-1], and the heads kept [G,H,G,g].
+
+    As `removal_losses`, for layers that may keep any of their H query heads. Whole groups are
+    removed greedily, and from the layer with each number of them gone single heads, but for the
+    last of a group; every step is a size of its own. The regular sets of `removal_losses` count as
+    well, so no regular size loses more than it does there.
+    """
+    groups, size = forced_Gg.shape
+    losses = np.full((groups, groups * size), np.inf)
+    kept = np.zeros((*losses.shape, groups, size), dtype=bool)
+    regular, sets = removal_losses(weight, second, forced_Gg)
+    for a, b in np.ndindex(groups, size):
+        losses[a, (a + 1) * (b + 1) - 1] = regular[a, b]
+        kept[a, (a + 1) * (b + 1) - 1] = sets[a, b]
+
+    whole = _Removal.start(weight, second, forced_Gg)
+    while True:
+        branch = whole.copy()
+        while branch.drop_head():
+            a, q = branch.kept.any(axis=1).sum() - 1, branch.kept.sum() - 1
+            if branch.loss < losses[a, q]:
+                losses[a, q] = branch.loss
+                kept[a, q] = branch.kept
+        if not whole.drop_group():
+            return losses, kept
+
+
 @dataclass
 class _Removal:
     """A layer with some heads gone and the rest re-fitted: all that further removals need.
@@ -139,6 +169,15 @@ class _Removal:
             if not free.any(axis=1)[crowded].all():
                 return False
             self._remove_cheapest([np.array([head]) for head in np.flatnonzero(free)])
+
+    def drop_head(self) -> bool:
+        """Remove the cheapest head that is not its group's last; False where none is free."""
+        shared = self.kept.sum(axis=1) > 1
+        free = np.flatnonzero(self.kept & ~self.forced & shared[:, None])
+        if not free.size:
+            return False
+        self._remove_cheapest([np.array([head]) for head in free])
+        return True
 
     def drop_group(self) -> bool:
         """Remove the cheapest whole group; False for the last one or where all are forced."""

@@ -1,12 +1,13 @@
 """Per-layer decoders for transformers; importing this package registers them with its auto classes.
 
-Only configuration_spp.py and modeling_spp.py travel inside a checkpoint; this file does not.
+Only configuration_spp.py and modeling_spp.py travel inside a checkpoint; the other files do not.
 """
 
 from __future__ import annotations
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from spp_export.modeling import uneven_attention
 from spp_export.modeling.configuration_spp import (
     SppLlamaConfig,
     SppMistralConfig,
@@ -51,3 +52,5 @@ for _config, _model, _causal in (
     # So that save_pretrained writes the two files beside the weights again.
     _config.register_for_auto_class()
     _causal.register_for_auto_class("AutoModelForCausalLM")
+
+uneven_attention.register()

@@ -1,8 +1,8 @@
 """Configs of decoders whose layers differ in query heads, KV heads and MLP width.
 
-This file and modeling_spp.py are copied into every per-layer checkpoint, where `auto_map` in its
-config.json names them. So they import transformers and torch and nothing else, and one text has to
-serve transformers 4.57 (configs are plain classes) and 5.x (configs are validated dataclasses).
+This file and modeling_spp.py are copied into every checkpoint of such a model, where `auto_map` in
+its config.json names them. So they import transformers and torch and nothing else, and one text has
+to serve transformers 4.57 (configs are plain classes) and 5.x (configs are validated dataclasses).
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ class _PerLayerConfig:
     """What the per-layer configs add to the stock ones.
 
     `per_layer_config` maps a layer index (int, or digits as JSON has them) to the keys in which
-    that layer departs from the rest of the config. `biased_projections` names modules of a layer,
-    such as `mlp.down_proj`, that have a bias where the stock model has none.
+    that layer departs from the rest of the config. `query_groups` among them, in ragged models,
+    says how many consecutive query heads each KV head serves. `biased_projections` names modules of
+    a layer, such as `mlp.down_proj`, that have a bias where the stock model has none.
     """
 
     def layer_config(self, index: int) -> Any:

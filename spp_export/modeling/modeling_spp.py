@@ -2,14 +2,18 @@
 
 Layers, attention, caches and masks are the stock ones of transformers; only the place where layers
 are built is ours. So every attention implementation, and every engine that looks for the stock
-attention, works here too. See configuration_spp.py for why this file imports so little.
+attention, works here too. Where the KV heads of a layer serve different numbers of query heads, the
+stock attention gets its keys and values with a copy for each query head, made after the cache.
+See configuration_spp.py for why this file imports so little.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
@@ -54,6 +58,46 @@ __all__ = [
 ]
 
 
+# An attention that spp_export registers, and that takes keys and values as they are cached.
+_UNEVEN_ATTENTION = "spp_ragged"
+
+
+class _RepeatingCache:
+    """A cache, or none, whose keys and values come back with a copy for every query head."""
+
+    def __init__(self, cache: Any, query_groups: Sequence[int]) -> None:
+        self._cache = cache
+        self._query_groups = query_groups
+
+    def update(self, keys: Tensor, values: Tensor, *place: Any, **options: Any) -> Any:
+        """Store keys and values [B,G,S,D]; all that are stored, as [B,H,T,D]."""
+        if self._cache is not None:
+            keys, values = self._cache.update(keys, values, *place, **options)
+        return self._repeated(keys), self._repeated(values)
+
+    def _repeated(self, states: Tensor) -> Tensor:
+        # No index tensor: it would have to follow the model from device to device.
+        heads = zip(states.split(1, dim=1), self._query_groups, strict=True)
+        return torch.cat([head.expand(-1, count, -1, -1) for head, count in heads], dim=1)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+
+def _repeat(attention: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    if attention.config._attn_implementation == _UNEVEN_ATTENTION:
+        return None
+    cache = _RepeatingCache(kwargs.get("past_key_values"), attention.query_groups)
+    return args, {**kwargs, "past_key_values": cache}
+
+
+def _serve_unevenly(attention: Any, query_groups: Sequence[int]) -> None:
+    """Let the KV heads of a stock attention serve these numbers of consecutive query heads."""
+    attention.query_groups = tuple(query_groups)
+    attention.num_key_value_groups = 1
+    attention.register_forward_pre_hook(_repeat, with_kwargs=True)
+
+
 class _PerLayerModel(PreTrainedModel):
     """Builds a stock decoder with layer i from `config.layer_config(i)`.
 
@@ -82,7 +126,11 @@ class _PerLayerModel(PreTrainedModel):
         self.post_init()
 
     def _build_layer(self, config: Any, index: int) -> Any:
-        layer = self.layer_class(config.layer_config(index), index)
+        layer_config = config.layer_config(index)
+        layer = self.layer_class(layer_config, index)
+        query_groups = getattr(layer_config, "query_groups", ())
+        if len(set(query_groups)) > 1:
+            _serve_unevenly(layer.self_attn, query_groups)
         # Attention reads its implementation from its config at every call. A layer that kept its
         # own copy would miss later switches; with none set it would attend without a causal mask.
         layer.self_attn.config = config

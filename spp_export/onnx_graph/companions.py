@@ -7,14 +7,12 @@ onnxruntime-genai, and the tokenizer's settings for all of them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from spp_export.families import Family
+from spp_export.onnx_graph.options import GRAPH_VERSION, OnnxOptions
 from spp_export.shape import LayerShape, ModelShape
 from spp_export.slim_config import portable_config
-
-if TYPE_CHECKING:
-    from spp_export.onnx_graph.options import OnnxOptions
 
 # What a per-layer checkpoint says to readers of its own classes.
 _PER_LAYER_KEYS = (
@@ -69,7 +67,7 @@ def onnx_config(
         "intermediate_size_per_layer": [layer.channels for layer in layers],
         # `dtype` names the file: without a suffix, whatever the precision inside.
         "transformers.js_config": {"dtype": "fp32", "use_external_data_format": True},
-        "spp_onnx": {**options.to_dict(), "layout": layout},
+        "spp_onnx": {**options.to_dict(), "layout": layout, "version": GRAPH_VERSION},
     }
     return dict(sorted(config.items()))
 

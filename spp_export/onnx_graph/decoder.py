@@ -116,6 +116,12 @@ def _per_layer(
     return shape, layers
 
 
+def _groups(layer: Mapping[str, Any]) -> tuple[int, ...]:
+    """Query heads of each KV head of a ragged layer; empty for a regular one."""
+    sizes = tuple(layer.get("query_groups", ()))
+    return sizes if len(set(sizes)) > 1 else ()
+
+
 def _layers(listed: Any, shape: ModelShape, directory: Path) -> tuple[LayerShape, ...]:
     wrong = ModelError(
         f"{directory / 'config.json'}: per_layer_config must give every one of the "
@@ -130,12 +136,13 @@ def _layers(listed: Any, shape: ModelShape, directory: Path) -> tuple[LayerShape
                 by_index[index]["num_attention_heads"],
                 by_index[index]["num_key_value_heads"],
                 by_index[index]["intermediate_size"],
+                _groups(by_index[index]),
             )
             for index in range(shape.num_layers)
         )
     except (KeyError, TypeError, ValueError):
         raise wrong from None
-    sizes = [size for layer in layers for size in dataclasses.astuple(layer)]
+    sizes = [n for layer in layers for n in (layer.query_heads, layer.kv_heads, layer.channels)]
     if len(by_index) != shape.num_layers or any(type(n) is not int or n < 1 for n in sizes):
         raise wrong
     for index, layer in enumerate(layers):
@@ -143,6 +150,6 @@ def _layers(listed: Any, shape: ModelShape, directory: Path) -> tuple[LayerShape
             raise ModelError(
                 f"{directory}: layer {index} has {layer.query_heads} query heads over "
                 f"{layer.kv_heads} KV heads; ONNX needs the same number for every KV head. "
-                "Use layout 'per-layer', or pad the layers with zeros."
+                "Export with --pad, or use layout 'per-layer'."
             )
     return layers

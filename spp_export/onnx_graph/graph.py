@@ -17,6 +17,7 @@ from spp_export.onnx_graph.weights import rounded, table
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+COS_TABLE, SIN_TABLE = "cos_cache", "sin_cache"
 # (opset, IR version) of each form: RMSNormalization needs 23, Attention with a past length 24.
 _OPSETS = {"gqa": (23, 11), "gqa-bias": (23, 11), "standard": (24, 12)}
 
@@ -97,7 +98,7 @@ class _Builder:
         tables = rotary_tables(decoder.settings, decoder.family, decoder.shape.head_dim)
         cos, sin = (
             g.constant(rounded(values, self._options.precision), name)
-            for values, name in zip(tables, ("cos_cache", "sin_cache"), strict=True)
+            for values, name in zip(tables, (COS_TABLE, SIN_TABLE), strict=True)
         )
         return Shared(ids, mask, positions, cos, sin), caches
 

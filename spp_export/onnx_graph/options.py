@@ -22,6 +22,10 @@ ATTENTIONS: tuple[Attention, ...] = ("gqa", "gqa-bias", "standard")
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
 QUANTS: tuple[Quant, ...] = ("int8", "int4", "int8-dynamic")
 
+# Counts up where the same checkpoint and options would give another graph: `verify` compares whole
+# graphs, and must be able to say that one was written before.
+GRAPH_VERSION = 1
+
 INSTALL = "pip install 'spp-export[onnx]'"
 
 
@@ -38,16 +42,18 @@ class OnnxOptions:
         for name, value, known in (
             ("--onnx-attention", self.attention, ATTENTIONS),
             ("--precision", self.precision, PRECISIONS),
-            ("--quant", self.quant or QUANTS[0], QUANTS),
+            ("--quant", QUANTS[0] if self.quant is None else self.quant, QUANTS),
         ):
             if value not in known:
-                raise UsageError(f"{name} {value}: expected one of {', '.join(known)}.")
+                raise UsageError(f"{name} {value!s:.40}: expected one of {', '.join(known)}.")
         if self.quant == "int8-dynamic" and self.precision != "fp32":
             raise UsageError(
                 "--quant int8-dynamic: starts from fp32 weights. Drop --precision, or use int8."
             )
         if device is None:
             return
+        if device != "cpu" and not device.startswith("cuda"):
+            raise UsageError(f"--device {device:.40}: ONNX Runtime checks a graph on cpu or cuda.")
         if device == "cpu" and self.precision == "bf16":
             raise UsageError(
                 "--precision bf16: ONNX Runtime has no bf16 kernels on the CPU. "
@@ -74,3 +80,9 @@ def require(name: str) -> ModuleType:
         if error.name != name.partition(".")[0]:
             raise
         raise UsageError(f"ONNX needs the package {error.name}. Run: {INSTALL}") from error
+
+
+def require_all() -> None:
+    """UsageError unless all that writing and checking a graph takes is installed."""
+    for name in ("onnx", "onnx_ir", "onnxruntime"):
+        require(name)

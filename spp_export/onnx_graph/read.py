@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spp_export.errors import CheckpointError
-from spp_export.families import Family
+from spp_export.families import Family, TensorSpec
 from spp_export.onnx_graph.options import require
 from spp_export.onnx_graph.projection import EMBEDDING
 from spp_export.onnx_graph.quantise import BLOCK_SIZE, Quantised, dequantise
-from spp_export.onnx_graph.write import DATA_NAME, GRAPH_NAME
+from spp_export.onnx_graph.untrusted import read_graph
+from spp_export.onnx_graph.write import GRAPH_NAME
 from spp_export.shape import LayerShape, ModelShape
 
 Floats = NDArray[np.floating[Any]]
@@ -32,6 +33,17 @@ class GraphWeights:
     ) -> None:
         self._initializers = _initializers(directory)
         self._family, self._shape, self._layers = family, shape, layers
+
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """The tensors that the checkpoint had."""
+        return tuple(self._family.tensors(self._shape, self._layers))
+
+    def in_few_bits(self, spec: TensorSpec) -> bool:
+        """Whether a quantised graph holds a tensor in few bits."""
+        if spec.name == f"{self._family.embedding}.weight":
+            return self._shape.tied_embeddings  # else rows are read as they are
+        return len(spec.shape) > 1
 
     def read(self, name: str) -> Floats:
         """A tensor by its name in the checkpoint. CheckpointError where the graph lacks it."""
@@ -107,19 +119,12 @@ class GraphWeights:
 
 def _initializers(directory: Path) -> Mapping[str, Any]:
     onnx_ir = require("onnx_ir")
+    read_graph(directory)  # which refuses data outside the directory
     path = directory / GRAPH_NAME
     try:
         model = onnx_ir.load(path)
     except Exception as error:  # protobuf's own kinds among them
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path}: cannot be read as ONNX: {first}") from error
-    for value in model.graph.initializers.values():
-        # A hostile graph may name any file of the machine as its data.
-        location = getattr(value.const_value, "location", DATA_NAME)
-        if str(location) != DATA_NAME:
-            raise CheckpointError(
-                f"{path}: weight {value.name!r:.60} lies in {str(location)!r:.60}, "
-                f"expected {DATA_NAME}."
-            )
     initializers: Mapping[str, Any] = model.graph.initializers
     return initializers

@@ -158,10 +158,16 @@ class Recorder:
         )
 
 
+def aliases(model: ir.Model) -> Sequence[tuple[Any, Any]]:
+    """A recorded model's aliases (ir.Value), each with the initialiser whose bytes it shows."""
+    pairs: Sequence[tuple[Any, Any]] = model.graph.meta[_ALIASES]
+    return pairs
+
+
 def share_aliases(model: ir.Model, directory: Path) -> None:
     """Give a model's aliases their bytes, after its initialisers went to files in `directory`."""
     ir = require("onnx_ir")
-    for value, of in model.graph.meta[_ALIASES]:
+    for value, of in aliases(model):
         stored = of.const_value
         if isinstance(stored, ir.ExternalTensor):
             value.const_value = ir.ExternalTensor(

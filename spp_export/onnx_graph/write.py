@@ -74,9 +74,9 @@ def _companions(checkpoint: Path, out: Path, decoder: Decoder, options: OnnxOpti
         options,
         decoder.settings.context_length,
     )
-    generation = _optional(checkpoint, "generation_config.json")
+    generation = optional_json(checkpoint, "generation_config.json")
     genai = genai_config(config, generation, decoder.layers, decoder.shape.head_dim, options)
-    tokenizer = _optional(checkpoint, "tokenizer_config.json")
+    tokenizer = optional_json(checkpoint, "tokenizer_config.json")
     for name, content in (
         ("config.json", config),
         ("generation_config.json", generation),
@@ -90,7 +90,8 @@ def _companions(checkpoint: Path, out: Path, decoder: Decoder, options: OnnxOpti
             shutil.copyfile(model_file(checkpoint, name), out / name)
 
 
-def _optional(directory: Path, name: str) -> dict[str, Any]:
+def optional_json(directory: Path, name: str) -> dict[str, Any]:
+    """A JSON object beside a model; empty where there is none. Raises ModelError."""
     if not os.path.lexists(directory / name):
         return {}
     content = read_json(model_file(directory, name), what=name, error=ModelError)

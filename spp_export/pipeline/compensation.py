@@ -18,7 +18,7 @@ from spp_export.moments import Moments
 from spp_export.plans import Compensation as Kind
 from spp_export.plans import LayerPlan, Layout, Plan
 from spp_export.shape import ModelShape
-from spp_export.slicing import kept_indices
+from spp_export.slicing import kept_indices, real_elements
 
 if TYPE_CHECKING:
     from spp_export.reference import Projection
@@ -71,6 +71,13 @@ def moment_kinds(compiled: Plan, shape: ModelShape) -> tuple[str, ...]:
     """Kinds of statistics, see `moments.gather`, that a plan's compensation reads."""
     kinds = {Role.OUTPUT: "attention", Role.DOWN: "mlp"}
     return tuple(sorted(kinds[role] for role in losing_roles(compiled.layers, shape)))
+
+
+def real_columns(compiled: Plan, layer: int, role: Role, shape: ModelShape) -> Indices | slice:
+    """Columns of a consumer's weight, as it is written, that are not padding."""
+    if not compiled.padded or role is not Role.OUTPUT:
+        return slice(None)
+    return real_elements(compiled.layers[layer].padded_heads(shape.group_size), shape.head_dim)
 
 
 class Compensation:
@@ -139,7 +146,10 @@ class Compensation:
         for spec in self._losing():
             weight = read_float(self._source.tensors[spec.name])
             blocks, kept = self._blocks(spec), self._kept(spec)
-            written = residual_blocks(weight, blocks, kept, read_float(stored[spec.name]))
+            assert spec.layer is not None
+            real = real_columns(self._plan, spec.layer, spec.role, self._source.shape)
+            found = read_float(stored[spec.name])[:, real]
+            written = residual_blocks(weight, blocks, kept, found)
             yield written, residual_blocks(weight, blocks, kept, weight[:, kept])
 
     def _losing(self) -> Iterator[TensorSpec]:

@@ -14,11 +14,11 @@ from spp_export.checkpoint.atomic import check_target, publish
 from spp_export.checkpoint.manifest import check_manifest, write_manifest, wrote
 from spp_export.checkpoint.source import open_source
 from spp_export.engines import Engine, onnx_engines
-from spp_export.errors import CheckFailed, ModelError, ParityError
+from spp_export.errors import CheckFailed, ModelError, OutputError, ParityError
 from spp_export.jsonio import dump_json
 from spp_export.models import DEMO, ModelLocation, locate_model, model_license
 from spp_export.onnx_graph.decoder import read_decoder
-from spp_export.onnx_graph.options import OnnxOptions
+from spp_export.onnx_graph.options import OnnxOptions, require_all
 from spp_export.pipeline.onnx_export import check_graph_files, slim_reference, write_graph
 from spp_export.pipeline.onnx_files import TORCH_DTYPES, is_onnx
 from spp_export.plans import LayerPlan, Plan, read_plan
@@ -72,15 +72,16 @@ def convert(
     PyTorch model's on the scenario's text, or on random tokens without one. Raises ParityError
     where they differ: then nothing is published unless `keep_failed`.
     """
+    require_all()
     options = options or OnnxOptions()
     options.check(device if verify else None)
     prompts = read_scenario(scenario).prompts if scenario is not None else ()
     target = Path(output)
     check_target(target, force)
     place = locate_model(os.fspath(checkpoint), progress=progress)
-    _check_source(place.path)
+    _check_source(place.path, target)
     decoder = read_decoder(place.path)
-    plan = _plan(place)
+    plan = _plan(place, decoder.layout)
     failure: CheckFailed | None = None
     report: dict[str, Any] | None = None
     with publish(target, force) as work:
@@ -111,8 +112,13 @@ def convert(
     return ConvertResult(target, decoder.layout, options, engines, nbytes, report)
 
 
-def _check_source(path: Path) -> None:
-    """ModelError for a graph, or for an export whose files have changed since."""
+def _check_source(path: Path, target: Path) -> None:
+    """ModelError for a graph, or for an export whose files have changed since; OutputError where
+    the result would replace it."""
+    if target.resolve() in (path.resolve(), *path.resolve().parents):
+        raise OutputError(
+            f"{target}: holds the checkpoint that is to be read. Choose another directory."
+        )
     if is_onnx(path):
         raise ModelError(
             f"{path}: is an ONNX directory already. Give the safetensors it was made from."
@@ -121,10 +127,15 @@ def _check_source(path: Path) -> None:
         raise ModelError(f"{path}: {problems[0]}. Write the export again.")
 
 
-def _plan(place: ModelLocation) -> Plan:
+def _plan(place: ModelLocation, layout: str) -> Plan:
     """The export's own plan; for a dense model one that keeps everything."""
     if (place.path / "plan.json").is_file():
         return read_plan(place.path / "plan.json")
+    if layout != "uniform":
+        raise ModelError(
+            f"{place.path}: has no plan.json, so not a whole export. Give the directory that "
+            "'spp export' wrote."
+        )
     source = open_source(place.path, place.name)
     everything = LayerPlan(
         tuple(range(source.shape.kv_heads)), tuple(range(source.shape.query_heads)), None

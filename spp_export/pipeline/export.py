@@ -23,7 +23,7 @@ from spp_export.engines import Engine, onnx_engines
 from spp_export.errors import CheckFailed, ParityError, PlanError, QualityError, UsageError
 from spp_export.jsonio import dump_json
 from spp_export.models import DEMO, model_license
-from spp_export.onnx_graph.options import OnnxOptions
+from spp_export.onnx_graph.options import OnnxOptions, require_all
 from spp_export.pipeline.calibration import Mixing, calibration_parts, gather_parts
 from spp_export.pipeline.compensation import (
     Compensation,
@@ -73,7 +73,10 @@ _COMPANIONS = (
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What the user may ask of an export, beside the plan. `onnx` None writes safetensors."""
+    """What the user may ask of an export, beside the plan. `onnx` None writes safetensors.
+
+    pad: fill the groups of ragged layers with heads of zeros, so that the layers are regular.
+    """
 
     force: bool = False
     verify: bool = True
@@ -82,6 +85,7 @@ class ExportRequest:
     max_perplexity_ratio: float | None = None
     seed: int = 0
     onnx: OnnxOptions | None = None
+    pad: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,7 @@ class ExportResult:
             "format": "onnx" if self.onnx else "safetensors",
             "onnx": {**self.onnx.to_dict(), "bytes": self.graph_bytes} if self.onnx else None,
             "layout": self.plan.layout,
+            "padded": self.plan.padded,
             "compensation": self.plan.compensation,
             "diagnosis": self.diagnosis.to_dict() if self.diagnosis else None,
             "kept_query_heads": kept,
@@ -151,7 +156,10 @@ def export(
         raise UsageError("--plan FILE decides by itself; leave out the options of 'spp plan'.")
     if request.max_perplexity_ratio is not None and (request.dry_run or not request.verify):
         raise UsageError("--max-perplexity needs the checks; leave out --dry-run and --no-verify.")
+    if plan is None:
+        _check_layout(plan_request.layout, request.pad, request)
     if request.onnx:
+        require_all()
         # What nothing here can run can still be written, where nobody asks for the checks.
         request.onnx.check(device if request.verify and not request.dry_run else None)
     clock = _Clock()
@@ -163,6 +171,10 @@ def export(
     found = _artifacts(artifacts, model, session, needed=plan is None)
     with clock("plan"):
         decided = _decide(session, found, text, plan, plan_request)
+        if plan is not None:
+            _check_layout(decided.plan.layout, request.pad or decided.plan.padded, request)
+        if request.pad:
+            decided = _padded(decided, session)
     compiled = decided.plan
     shape = session.source.shape
     result = ExportResult(
@@ -223,8 +235,8 @@ def _as_onnx(result: ExportResult, session: Session, options: OnnxOptions) -> Ex
     return replace(
         result,
         onnx=options,
-        predicted=predicted(dense, compiled.layer_shapes(source.shape), written),
-        engines=onnx_engines(compiled.layout, **options.to_dict()),
+        predicted=predicted(dense, compiled.written_shapes(source.shape), written),
+        engines=onnx_engines(compiled.written_layout, **options.to_dict()),
     )
 
 
@@ -245,6 +257,25 @@ def default_output(scenario: Scenario | None) -> Path:
     if scenario is None:
         raise UsageError("-o is missing: say where the export goes.")
     return Path("out") / Path(scenario.name).stem
+
+
+def _check_layout(layout: str, pad: bool, request: ExportRequest) -> None:
+    """UsageError for zeros that have nowhere to go, or a graph whose groups would differ."""
+    if pad and layout != "ragged":
+        raise UsageError(f"--pad fills the groups of ragged layers; this layout is {layout}.")
+    if request.onnx and layout == "ragged" and not pad:
+        raise UsageError(
+            "--format onnx needs groups of the same size in a layer. Add --pad to fill those of a "
+            "ragged layout with zeros."
+        )
+
+
+def _padded(decided: PlanResult, session: Session) -> PlanResult:
+    """The same heads, to be written with zeros beside them."""
+    source, compiled = session.source, replace(decided.plan, padded=True)
+    layers = compiled.written_shapes(source.shape)
+    sizes = predicted(source.shape, layers, written_shape(source, compiled))
+    return replace(decided, plan=replace(compiled, predicted=sizes.as_json()), predicted=sizes)
 
 
 def _artifacts(
@@ -276,7 +307,8 @@ def _decide(
             given = replace(given, scenario=scenario_record(scenario))
         if artifacts is not None:
             given = replace(given, artifacts=artifacts_record(artifacts))
-    sizes = predicted(source.shape, given.layer_shapes(source.shape), written_shape(source, given))
+    layers = given.written_shapes(source.shape)
+    sizes = predicted(source.shape, layers, written_shape(source, given))
     return PlanResult(given, source.shape, None, sizes)
 
 
@@ -326,17 +358,17 @@ def _write(
             biases=compensation.biases(),
             progress=lambda done, total: bar(done / total),
         )
-    layers = compiled.layer_shapes(source.shape)
+    layers = compiled.written_shapes(source.shape)
     config = slim_config(
         source.config,
         source.family,
         source.shape,
         layers,
-        compiled.layout,
+        compiled.written_layout,
         biased_roles(compiled, source.shape),
     )
     (work / "config.json").write_text(dump_json(config), encoding="utf-8")
-    if compiled.layout == "per-layer":
+    if compiled.layout != "uniform":
         for path in MODELING_FILES:
             shutil.copyfile(path, work / path.name)
     for name in _COMPANIONS:
@@ -374,7 +406,7 @@ def _verify(
         if found.model and not failed:
             from spp_export.ort.module import OrtModule
 
-            model = OrtModule(found.model)
+            model = OrtModule(found.model, session.device)
     if failed or model is None:
         content["passed"] = False
         first = failed[0]

@@ -8,7 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spp_export.checkpoint.reader import read_float
+from spp_export.onnx_graph.decoder import read_decoder
 from spp_export.onnx_graph.options import OnnxOptions
+from spp_export.onnx_graph.read import GraphWeights
 from spp_export.onnx_graph.write import write_onnx
 from spp_export.pipeline.onnx_files import TORCH_DTYPES
 from spp_export.progress import Progress, no_progress
@@ -63,10 +66,15 @@ def check_graph_files(
     valid = check_graph(directory)
     if not valid.passed:
         return GraphChecks((valid,))
+    held = _check_weights(directory, checkpoint, options)
+    if not held.passed:
+        return GraphChecks((valid, held))
     with progress("checking the graph in ONNX Runtime", None):
         model = OrtModel.load(directory, device=device)
         if options.quant is None:
-            return GraphChecks((valid, *check_logits(model, reference, options.precision)), model)
+            return GraphChecks(
+                (valid, held, *check_logits(model, reference, options.precision)), model
+            )
         plain = scratch / "unquantised"
         plain.mkdir()
         write_onnx(checkpoint, plain, replace(options, quant=None))
@@ -81,7 +89,21 @@ def check_graph_files(
             ),
         )
     shutil.rmtree(plain)
-    return GraphChecks((valid, *checks, agreement), model, (kl, share))
+    return GraphChecks((valid, held, *checks, agreement), model, (kl, share))
+
+
+def _check_weights(directory: Path, checkpoint: Path, options: OnnxOptions) -> Check:
+    """A graph's weights are those of the checkpoint that it was just made from."""
+    from spp_export.onnx_checks import check_weights
+
+    decoder = read_decoder(checkpoint)
+    weights = GraphWeights(directory, decoder.family, decoder.shape, decoder.layers)
+    return check_weights(
+        "weights as the checkpoint has them",
+        weights,
+        lambda spec: read_float(decoder.tensors[spec.name]),
+        options,
+    )
 
 
 def slim_reference(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from spp_export.checkpoint.source import read_config
-from spp_export.errors import ModelError
-from spp_export.onnx_graph.options import OnnxOptions
+from spp_export.errors import ModelError, UsageError
+from spp_export.onnx_graph.options import GRAPH_VERSION, OnnxOptions
 from spp_export.onnx_graph.write import GRAPH_NAME
 
 # What PyTorch calls the precisions of a graph.
@@ -29,8 +29,22 @@ def onnx_options(directory: Path) -> OnnxOptions:
             f"{directory}: config.json has no spp_onnx, so the graph was not written by spp."
         )
     options = OnnxOptions(**{key: said[key] for key in keys})
-    options.check()
+    try:
+        options.check()
+    except UsageError as error:
+        raise ModelError(f"{directory}: spp_onnx of config.json is malformed: {error}") from error
     return options
+
+
+def check_version(directory: Path) -> None:
+    """ModelError for a graph that another version of spp would have written otherwise."""
+    said = read_config(directory).get("spp_onnx")
+    version = said.get("version") if isinstance(said, dict) else None
+    if version != GRAPH_VERSION:
+        raise ModelError(
+            f"{directory}: its graph is of version {version!r:.20}, this spp checks version "
+            f"{GRAPH_VERSION}. Write it again, or verify it with the spp that wrote it."
+        )
 
 
 def graph_dtype(directory: Path) -> str:

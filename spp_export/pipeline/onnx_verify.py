@@ -10,32 +10,38 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from spp_export.checkpoint.header import StoredTensor
 from spp_export.checkpoint.reader import read_float
-from spp_export.checkpoint.source import Source, read_config
+from spp_export.checkpoint.source import Source
 from spp_export.families import TensorSpec
-from spp_export.onnx_graph.companions import onnx_config
+from spp_export.onnx_graph.companions import genai_config, onnx_config
+from spp_export.onnx_graph.decoder import Decoder
 from spp_export.onnx_graph.options import OnnxOptions
 from spp_export.onnx_graph.read import GraphWeights
 from spp_export.onnx_graph.settings import stock_settings
-from spp_export.pipeline.compensation import CONSUMERS, biased_roles, loses, written_shape
-from spp_export.pipeline.onnx_files import onnx_options
+from spp_export.onnx_graph.structure import difference
+from spp_export.onnx_graph.write import GRAPH_NAME, optional_json
+from spp_export.pipeline.compensation import (
+    CONSUMERS,
+    biased_roles,
+    loses,
+    real_columns,
+    written_shape,
+)
+from spp_export.pipeline.onnx_files import check_version, onnx_options
 from spp_export.plans import Plan
 from spp_export.session import Session
-from spp_export.slicing import slice_tensor
+from spp_export.slicing import written_tensor
 from spp_export.slim_config import slim_config
 
 if TYPE_CHECKING:
     from spp_export.reference import Projections
     from spp_export.verification import Check, VerifyReport
-
-# Energy of what rounding takes from a weight, as a share of its own, in the worst form: uniform
-# over a step that is the block's range over 2^bits - 1, with room for blocks of uneven values.
-_LOST_SHARE = {"fp32": 0.0, "fp16": 2.0**-10, "bf16": 2.0**-7}
-_LOST_QUANTISED = {"int4": 0.25, "int8": 0.02, "int8-dynamic": 0.05}
 
 
 def check_onnx_directory(
@@ -48,15 +54,18 @@ def check_onnx_directory(
     from spp_export.verification import VerifyReport, reference_logits
 
     source, options = session.source, onnx_options(directory)
+    check_version(directory)
     valid = check_graph(directory)
     if not valid.passed:
         return VerifyReport((valid,))
-    shape = written_shape(source, compiled)
-    layers = compiled.layer_shapes(source.shape)
-    weights = GraphWeights(directory, source.family, shape, layers)
-    held = _check_weights(directory, source, compiled, weights, options)
+    promised = _promised(directory, source, compiled)
+    form = _check_form(directory, promised, options)
+    if not form.passed:
+        return VerifyReport((valid, form))
+    weights = GraphWeights(directory, source.family, promised.shape, promised.layers)
+    held = _check_weights(source, compiled, weights, options)
     if not held.passed:
-        return VerifyReport((valid, held))
+        return VerifyReport((valid, form, held))
     compensated = _compensated(source, compiled, weights)
     exact = exact_dtype(session, compensated)
     batches = session_batches(session, prompts, seed)
@@ -88,42 +97,86 @@ def check_onnx_directory(
         "computed_in": session.dtype,
         "onnx": options.to_dict(),
     }
-    return VerifyReport((valid, held, *checks), context)
+    return VerifyReport((valid, form, held, *checks), context)
+
+
+def _promised(directory: Path, source: Source, compiled: Plan) -> Decoder:
+    """The slim checkpoint that a plan makes of the source, without its weights."""
+    layers = compiled.written_shapes(source.shape)
+    config = slim_config(
+        source.config,
+        source.family,
+        source.shape,
+        layers,
+        compiled.written_layout,
+        biased_roles(compiled, source.shape),
+    )
+    counts = source.shape.layer if compiled.written_layout == "per-layer" else layers[0]
+    shape = written_shape(source, compiled)
+    nowhere = source.path / "model.safetensors"
+    tensors = {
+        spec.name: StoredTensor(spec.name, nowhere, source.dtype, spec.shape, 0, 0)
+        for spec in source.family.tensors(shape, layers)
+    }
+    return Decoder(
+        config=config,
+        family=source.family,
+        shape=replace(shape, query_heads=counts.query_heads, kv_heads=counts.kv_heads),
+        layers=layers,
+        layout=compiled.written_layout,
+        settings=stock_settings(config, source.family, source.shape, directory),
+        tensors=tensors,
+    )
+
+
+def _check_form(directory: Path, promised: Decoder, options: OnnxOptions) -> Check:
+    """Configs and graph are those that spp writes for the plan."""
+    from spp_export.verification import Check
+
+    name = "configs and graph as the plan makes them"
+    if differs := _different_key(directory, promised, options):
+        return Check(name, False, detail=f"{differs} differs from the plan")
+    if differs := difference(directory, promised, options):
+        return Check(name, False, detail=f"{GRAPH_NAME} differs from the plan in {differs}")
+    return Check(name, True)
+
+
+def _different_key(directory: Path, promised: Decoder, options: OnnxOptions) -> str | None:
+    config = onnx_config(
+        promised.config,
+        promised.family,
+        promised.shape,
+        promised.layers,
+        promised.layout,
+        options,
+        promised.settings.context_length,
+    )
+    generation = optional_json(directory, "generation_config.json")
+    head_dim = promised.shape.head_dim
+    genai = genai_config(config, generation, promised.layers, head_dim, options)
+    for name, wanted in (("config.json", config), ("genai_config.json", genai)):
+        found = optional_json(directory, name)
+        for key in sorted(found.keys() | wanted.keys()):
+            if found.get(key) != wanted.get(key):
+                return f"{key!r:.60} of {name}"
+    return None
 
 
 def _check_weights(
-    directory: Path, source: Source, compiled: Plan, weights: GraphWeights, options: OnnxOptions
+    source: Source, compiled: Plan, weights: GraphWeights, options: OnnxOptions
 ) -> Check:
-    """Config and weights are what the plan keeps of the source, but for what was compensated."""
-    from spp_export.verification import Check
+    """Weights are what the plan keeps of the source, but for what was compensated."""
+    from spp_export.onnx_checks import check_weights
 
-    name = "config and weights as the plan keeps them"
-    if differs := _different_key(directory, source, compiled, options):
-        return Check(name, False, detail=f"config.json differs from the plan in {differs}")
     dense = {spec.name: spec for spec in source.family.tensors(source.shape, source.shape.layers)}
-    layers = compiled.layer_shapes(source.shape)
-    slim = list(source.family.tensors(written_shape(source, compiled), layers))
-    compared, largest = 0, 0.0
-    for spec in slim:
-        found = weights.read(spec.name)
-        if found.shape != spec.shape or not np.isfinite(found).all():
-            return Check(name, False, detail=f"{spec.name}: {list(found.shape)}, or not finite")
+
+    def kept(spec: TensorSpec) -> NDArray[Any] | None:
         if spec.name not in dense or _refitted(source, compiled, spec):
-            continue
-        kept = read_float(source.tensors[spec.name])
-        if spec.layer is not None:
-            kept = slice_tensor(kept, dense[spec.name], compiled.layers[spec.layer])
-        lost = float(np.linalg.norm(found - kept) / max(float(np.linalg.norm(kept)), 1e-30))
-        limit = _LOST_SHARE[options.precision]
-        if options.quant and len(spec.shape) > 1:
-            limit = _LOST_QUANTISED[options.quant]
-        if not lost <= limit:
-            return Check(
-                name, False, lost, limit, f"{spec.name} is not what the plan keeps of the source"
-            )
-        compared, largest = compared + 1, max(largest, lost)
-    detail = f"{compared} of {len(slim)} tensors, largest relative difference {largest:.2g}"
-    return Check(name, True, detail=detail)
+            return None
+        whole = read_float(source.tensors[spec.name])
+        return written_tensor(whole, dense[spec.name], compiled, source.shape)
+
+    return check_weights("weights as the plan keeps them", weights, kept, options)
 
 
 def _refitted(source: Source, compiled: Plan, spec: TensorSpec) -> bool:
@@ -138,31 +191,6 @@ def _refitted(source: Source, compiled: Plan, spec: TensorSpec) -> bool:
     )
 
 
-def _different_key(
-    directory: Path, source: Source, compiled: Plan, options: OnnxOptions
-) -> str | None:
-    layers = compiled.layer_shapes(source.shape)
-    roles = biased_roles(compiled, source.shape)
-    checkpoint = slim_config(
-        source.config, source.family, source.shape, layers, compiled.layout, roles
-    )
-    settings = stock_settings(checkpoint, source.family, source.shape, directory)
-    counts = source.shape.layer if compiled.layout == "per-layer" else layers[0]
-    shape = replace(source.shape, query_heads=counts.query_heads, kv_heads=counts.kv_heads)
-    wanted = onnx_config(
-        checkpoint,
-        source.family,
-        shape,
-        layers,
-        compiled.layout,
-        options,
-        settings.context_length,
-    )
-    found = read_config(directory)
-    keys = sorted(found.keys() | wanted.keys())
-    return next((key for key in keys if found.get(key) != wanted.get(key)), None)
-
-
 def _compensated(source: Source, compiled: Plan, weights: GraphWeights) -> Projections:
     """The compensated projections as the graph has them, for the oracle to put in place."""
     import torch
@@ -172,7 +200,7 @@ def _compensated(source: Source, compiled: Plan, weights: GraphWeights) -> Proje
     has_bias = {
         spec.name
         for spec in source.family.tensors(
-            written_shape(source, compiled), compiled.layer_shapes(source.shape)
+            written_shape(source, compiled), compiled.written_shapes(source.shape)
         )
         if spec.name.endswith(".bias")
     }
@@ -182,7 +210,9 @@ def _compensated(source: Source, compiled: Plan, weights: GraphWeights) -> Proje
             if compiled.compensation == "none" or not loses(layer, role, source.shape):
                 continue
             module = source.family.layer_name(index, source.family.consumer(role))
-            weight = torch.from_numpy(np.ascontiguousarray(weights.read(f"{module}.weight")))
+            real = real_columns(compiled, index, role, source.shape)
+            found_weight = weights.read(f"{module}.weight")[:, real]
+            weight = torch.from_numpy(np.ascontiguousarray(found_weight))
             bias = None
             if f"{module}.bias" in has_bias:
                 bias = torch.from_numpy(np.array(weights.read(f"{module}.bias")))

@@ -12,12 +12,14 @@ import numpy as np
 
 from spp_export.artifacts import DOMAIN_SHRINKAGE, SCENARIO_WEIGHT, Artifacts
 from spp_export.bound import Predicted, predicted
-from spp_export.budget import DEFAULT_KEEP, UNITS, Budget, Units, unit_parameters
+from spp_export.budget import COSTS, DEFAULT_KEEP, UNITS, Budget, Cost, Units, unit_cost
 from spp_export.diagnosis import Diagnosis, FloatArray
 from spp_export.engines import Engine, engines_for
 from spp_export.errors import UsageError
 from spp_export.families import Role
 from spp_export.importance import COMPARABLE
+from spp_export.latency import LatencyTable
+from spp_export.latency_file import read_latency_table
 from spp_export.models import DEMO
 from spp_export.pipeline.calibration import Mixing, Part, calibration_parts
 from spp_export.pipeline.compensation import compensated_shape, losing_roles
@@ -32,6 +34,7 @@ from spp_export.plans import (
     Plan,
     compile_units,
     cover,
+    exactly,
     forced_heads,
 )
 from spp_export.progress import Progress, no_progress
@@ -52,7 +55,10 @@ _PUBLISHED_IMPORTANCE = "head/published"
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What the user may ask of a plan; `spp plan` and `spp export` take the same."""
+    """What the user may ask of a plan; `spp plan` and `spp export` take the same.
+
+    profile: a file with a table of latency, where that is the cost.
+    """
 
     keep: float | None = None
     max_params: int | None = None
@@ -69,14 +75,18 @@ class PlanRequest:
     shrinkage: float | None = None
     adapt: bool = True
     seed: int = 0
+    cost: str = "params"
+    profile: str | None = None
+    max_latency: float | None = None
 
     @property
     def budget(self) -> Budget:
         """The budget asked for; the default share where none was."""
         asked = (self.keep, self.max_params, self.max_kv_bytes, self.strength)
-        if asked == (None, None, None, None):
-            return Budget(keep=DEFAULT_KEEP, units=_units(self))
-        return Budget(*asked, units=_units(self))
+        cost: Cost = next((known for known in COSTS if known == self.cost), "params")
+        if all(limit is None for limit in (*asked, self.max_latency)):
+            return Budget(keep=DEFAULT_KEEP, units=_units(self), cost=cost)
+        return Budget(*asked, units=_units(self), cost=cost, max_latency=self.max_latency)
 
     @property
     def criterion_name(self) -> str:
@@ -92,16 +102,34 @@ class PlanRequest:
             ("--comparable", self.comparable or "raw", COMPARABLE),
             ("--policy", self.policy, POLICIES),
             ("--compensate", self.compensate, COMPENSATIONS),
+            ("--cost", self.cost, COSTS),
         ):
             if value not in known:
                 raise UsageError(f"{option} {value}: expected one of {', '.join(known)}.")
         self.budget.as_json()
+        self._check_cost()
         if self.width_multiple < 1:
             raise UsageError(f"--width-multiple {self.width_multiple}: expected 1 or more.")
         if self.shrinkage is not None and not 0 <= self.shrinkage <= 1:
             raise UsageError(f"--shrinkage {self.shrinkage}: expected a number in [0, 1].")
         if self.criterion_name == OBS and self.comparable is not None:
             raise UsageError("--comparable: obs weighs losses in one currency; leave it out.")
+
+    def _check_cost(self) -> None:
+        if (self.cost == "latency") != (self.profile is not None):
+            raise UsageError(
+                "--cost latency and --profile FILE go together: the file is the table that "
+                "'spp bench --profile' wrote."
+            )
+        if self.cost == "latency" and self.layout == "ragged":
+            raise UsageError("--layout ragged: tables of latency have regular layers only.")
+        if self.cost != "params" and self.policy == "published":
+            raise UsageError("--policy published takes no --cost: it has a budget of its own.")
+        self.latency()
+
+    def latency(self) -> LatencyTable | None:
+        """The table asked for, if any. Raises ProfileError."""
+        return None if self.profile is None else read_latency_table(self.profile)
 
 
 @dataclass(frozen=True)
@@ -116,7 +144,7 @@ class PlanResult:
     @property
     def engines(self) -> tuple[Engine, ...]:
         """Engines that will, or will not, load what the plan describes."""
-        return engines_for(self.plan.layout, self.plan.layer_shapes(self.shape))
+        return engines_for(self.plan.written_layout, self.plan.written_shapes(self.shape))
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`: `plan` is the document that `--plan` reads."""
@@ -152,6 +180,9 @@ def plan_scenario(
     """Compile the plan from the scenario's calibration prompts; the held-out ones are not seen."""
     request.check()
     shape = session.source.shape
+    latency = request.latency()
+    if latency:
+        latency.check_model(shape)
     losing = frozenset(role for role, units in _LOSING.items() if request.units != units)
     written = compensated_shape(session.source, _layout(request), _compensation(request), losing)
     calibration, _ = scenario.split()
@@ -161,7 +192,7 @@ def plan_scenario(
         layers, provenance = _published(session, artifacts, scenario, request)
     else:
         parts = calibration_parts(artifacts, diagnosis.shares, calibration, mixing)
-        scoring = scoring_for(session, artifacts, parts, request, diagnosis.breadth)
+        scoring = scoring_for(session, artifacts, parts, request, diagnosis.breadth, latency)
         options = scoring.options()
         layers, realised = compile_units(
             options.heads,
@@ -172,6 +203,7 @@ def plan_scenario(
             _layout(request),
             session.source.family.stock_accepts(shape),
             breadth=diagnosis.breadth,
+            latency=latency,
         )
         # What lost nothing after all gets no bias.
         losing = losing_roles(layers, shape)
@@ -183,9 +215,13 @@ def plan_scenario(
         provenance = {
             "criterion": scoring.record(),
             "policy": {"name": "exact", "whitelist": len(artifacts.whitelist)},
-            "budget": {"asked": request.budget.as_json(), "realised": realised.as_json()},
+            "budget": {
+                "asked": request.budget.as_json(),
+                "realised": realised.as_json(),
+                **({"profile": latency.as_json()} if latency else {}),
+            },
         }
-    sizes = predicted(shape, [layer.shape(shape) for layer in layers], written)
+    sizes = predicted(shape, [layer.shape(shape) for layer in layers], written, latency)
     compiled = Plan(
         session.source.fingerprint,
         session.source.name,
@@ -239,6 +275,7 @@ def scoring_for(
     parts: Sequence[Part],
     request: PlanRequest,
     breadth: float | None = None,
+    latency: LatencyTable | None = None,
     *,
     whitelist: bool = True,
 ) -> Scoring:
@@ -252,19 +289,19 @@ def scoring_for(
         _units(request),
         forced_heads(artifacts.whitelist if whitelist else (), shape),
         request.comparable,
-        1 - _kept_share(request.budget, shape, breadth),
+        1 - _kept_share(request.budget, shape, breadth, latency),
         request.width_multiple,
         request.seed,
+        ragged=request.layout == "ragged",
     )
 
 
-def _kept_share(budget: Budget, shape: ModelShape, breadth: float | None) -> float:
+def _kept_share(
+    budget: Budget, shape: ModelShape, breadth: float | None, latency: LatencyTable | None
+) -> float:
     """The share of what the budget limits that may stay."""
-    limit = budget.limit(shape, breadth)
-    if limit.kind == "kv-bytes":
-        dense = shape.kv_bytes_per_token(shape.layers)
-    else:
-        dense = unit_parameters(shape, shape.layers, budget.units)
+    limit = budget.limit(shape, breadth, latency)
+    dense = unit_cost(shape, shape.layers, budget.units, limit.kind, limit.latency)
     return min(max(limit.cost / dense, 0.0), 1.0)
 
 
@@ -273,7 +310,7 @@ def _units(request: PlanRequest) -> Units:
 
 
 def _layout(request: PlanRequest) -> Layout:
-    return "uniform" if request.layout == "uniform" else "per-layer"
+    return next(known for known in LAYOUTS if known == request.layout)
 
 
 def _compensation(request: PlanRequest) -> Compensation:
@@ -283,11 +320,12 @@ def _compensation(request: PlanRequest) -> Compensation:
 def _published(
     session: Session, artifacts: Artifacts, scenario: Scenario, request: PlanRequest
 ) -> tuple[tuple[LayerPlan, ...], dict[str, Any]]:
-    """SubspacePath Pruner's released online algorithm, and the regular layers around its mask."""
+    """SubspacePath Pruner's released online algorithm, and the layers around its mask."""
     shape = session.source.shape
     if request.strength is None or request.layout == "uniform":
         raise UsageError(
-            "--policy published takes its own budget, --strength ETA, and the per-layer layout."
+            "--policy published takes its own budget, --strength ETA, and the per-layer layout or "
+            "the ragged one."
         )
     if _PUBLISHED_IMPORTANCE not in artifacts.importance:
         raise UsageError(
@@ -299,7 +337,8 @@ def _published(
     result = published_mask(
         probabilities[list(probed)], importance, artifacts.whitelist, request.strength
     )
-    layers = cover(result.mask, shape, importance.max(axis=2))
+    ragged = request.layout == "ragged"
+    layers = (exactly if ragged else cover)(result.mask, shape, importance.max(axis=2))
     kept = sum(len(layer.query_heads) for layer in layers)
     heads = shape.num_layers * shape.query_heads
     provenance = {
@@ -307,7 +346,8 @@ def _published(
         "policy": {
             "name": "published",
             "note": "the published mask zeroes blocks of the residual stream after o_proj; here "
-            "its heads are removed, and every layer is completed to a regular shape",
+            "its heads are removed"
+            + ("" if ragged else ", and every layer is completed to a regular shape"),
             "inferred": [artifacts.domains[k] for k in result.inferred],
             "mask_pruning_ratio": round(result.ratio, 6),
         },
@@ -336,7 +376,7 @@ def plan_tensors(session: Session, compiled: Plan) -> list[dict[str, Sequence[An
     """Every tensor that slicing changes: name, old and new shape."""
     shape, family = session.source.shape, session.source.family
     before = family.tensors(shape, shape.layers)
-    after = family.tensors(shape, compiled.layer_shapes(shape))
+    after = family.tensors(shape, compiled.written_shapes(shape))
     return [
         {"name": old.name, "dense": old.shape, "slim": new.shape}
         for old, new in zip(before, after, strict=True)

@@ -17,13 +17,14 @@ from spp_export.allocate import (
     channel_options,
     layer_options,
     per_parameter,
+    ragged_options,
 )
 from spp_export.artifacts import Artifacts
 from spp_export.budget import Units
 from spp_export.checkpoint.reader import read_float
 from spp_export.errors import UsageError
 from spp_export.importance import CRITERIA, LOSSES, FloatArray, comparable_kinds
-from spp_export.importance.obs import removal_losses
+from spp_export.importance.obs import removal_losses, single_removal_losses
 from spp_export.importance.obs_channels import channel_removal
 from spp_export.moments import Moments
 from spp_export.pipeline.calibration import Part, gather_parts
@@ -59,6 +60,7 @@ class Scoring:
 
     comparable: one of `COMPARABLE`, or None for the criterion's own. forced: heads that stay.
     removed: the share that sequential criteria prune on their way. multiple: of channel widths.
+    ragged: whether single heads may go.
     """
 
     session: Session
@@ -71,6 +73,7 @@ class Scoring:
     removed: float = 0.2
     multiple: int = 64
     seed: int = 0
+    ragged: bool = False
 
     def options(self) -> UnitOptions:
         """What the allocator chooses from."""
@@ -83,8 +86,9 @@ class Scoring:
             float(shape.channel_parameters),
         )
         worth_heads, worth_channels = self._worth((heads, channels), parameters)
+        head_options = ragged_options if self.ragged else layer_options
         return UnitOptions(
-            None if worth_heads is None else layer_options(worth_heads, shape, self.forced),
+            None if worth_heads is None else head_options(worth_heads, shape, self.forced),
             None
             if worth_channels is None
             else channel_options(worth_channels, shape, self.multiple),
@@ -193,20 +197,22 @@ class Scoring:
 
     def _head_removal(self, moments: Moments) -> Options:
         shape, family = self.session.source.shape, self.session.source.family
-        size = (shape.num_layers, shape.kv_heads, shape.group_size)
-        value = np.zeros(size)
-        sets = np.zeros((*size, *size[1:]), dtype=bool)
+        groups = (shape.kv_heads, shape.group_size)
+        sizes = (shape.kv_heads, shape.query_heads) if self.ragged else groups
+        value = np.zeros((shape.num_layers, *sizes))
+        sets = np.zeros((*value.shape, *groups), dtype=bool)
+        removal = single_removal_losses if self.ragged else removal_losses
         sensitivity = moments.sensitivity()
         with self.session.progress("weighing heads", shape.num_layers) as advance_to:
             for layer in range(shape.num_layers):
-                losses, sets[layer] = removal_losses(
+                losses, sets[layer] = removal(
                     self._weight(layer, family.output),
                     moments.second(layer),
-                    self.forced[layer].reshape(size[1:]),
+                    self.forced[layer].reshape(groups),
                 )
                 value[layer] = -losses * sensitivity[layer]
                 advance_to(layer + 1)
-        return GivenOptions(value, sets)
+        return GivenOptions(value, sets, self.ragged)
 
     def _channel_removal(self, moments: Moments) -> ChannelOptions:
         shape, family = self.session.source.shape, self.session.source.family

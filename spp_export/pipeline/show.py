@@ -16,6 +16,7 @@ from spp_export.errors import ModelError, PlanError, SppError, UsageError
 from spp_export.evaluation.records import RESULTS, Results, read_results
 from spp_export.evaluation.table import interval, ranking, units_name
 from spp_export.jsonio import read_json
+from spp_export.pipeline.onnx_files import is_onnx, onnx_options
 from spp_export.plans import Plan, read_plan
 
 _SIZES = ("parameters", "file_bytes", "kv_bytes_per_token")
@@ -25,7 +26,7 @@ _SIZES = ("parameters", "file_bytes", "kv_bytes_per_token")
 class Shown:
     """What a path is, the facts about it, and what is wrong with its files.
 
-    kind      "plan", "artifacts", "slim checkpoint", "dense model" or "evaluation"
+    kind      "plan", "artifacts", "slim checkpoint", "ONNX export", "dense model" or "evaluation"
     facts     JSON values by name, in the order to show them
     problems  one line each; None where no manifest says what the files should be
     """
@@ -58,7 +59,7 @@ def show(path: str | os.PathLike[str]) -> Shown:
         facts = _artifacts_facts(read_artifacts(place))
         return Shown("artifacts", facts, _problems(place))
     if (place / "plan.json").is_file():
-        return _slim_checkpoint(place)
+        return _onnx_export(place) if is_onnx(place) else _slim_checkpoint(place)
     if (place / "config.json").is_file():
         return Shown("dense model", _model_facts(open_source(place)), _problems(place))
     raise UsageError(
@@ -99,8 +100,29 @@ def _slim_checkpoint(place: Path) -> Shown:
         facts = _plan_facts(read_plan(place / "plan.json"))
     except PlanError as error:
         return Shown("slim checkpoint", {}, (str(error), *problems))
-    size = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
-    return Shown("slim checkpoint", {**facts, "bytes": size, **_verdict(place)}, problems)
+    return Shown("slim checkpoint", {**facts, "bytes": _size(place), **_verdict(place)}, problems)
+
+
+def _onnx_export(place: Path) -> Shown:
+    problems = tuple(check_manifest(place))
+    try:
+        form = onnx_options(place)
+        plan = _plan_facts(read_plan(place / "plan.json"))
+    except (ModelError, PlanError) as error:
+        return Shown("ONNX export", {}, (str(error), *problems))
+    facts = {
+        "attention": form.attention,
+        "precision": form.precision,
+        "quant": form.quant or "none",
+        **plan,
+        "graph_bytes": sum(file.stat().st_size for file in place.glob("model.onnx*")),
+        "bytes": _size(place),
+    }
+    return Shown("ONNX export", {**facts, **_verdict(place)}, problems)
+
+
+def _size(place: Path) -> int:
+    return sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
 
 
 def _verdict(place: Path) -> dict[str, Any]:
@@ -115,10 +137,24 @@ def _verdict(place: Path) -> dict[str, Any]:
     if not isinstance(report, dict) or not isinstance(report.get("passed"), bool):
         return {"verified": "verify.json is no report"}
     facts: dict[str, Any] = {"verified": "passed" if report["passed"] else "failed"}
+    if checks := report.get("checks"):
+        facts["checks"] = _checks(checks)
     quality = report.get("quality")
     if isinstance(quality, dict) and isinstance(quality.get("ratio"), float):
         facts["perplexity_ratio"] = quality["ratio"]
+    match report.get("quantisation"):
+        case {"mean_kl": float(kl), "top1": float(share)}:
+            facts["quantisation"] = {"mean_kl": kl, "top1": share}
     return facts
+
+
+def _checks(checks: Any) -> str:
+    """How many of a report's checks hold, and the names of the others."""
+    if not isinstance(checks, list) or not all(isinstance(check, dict) for check in checks):
+        return "malformed"
+    failed = [str(check.get("name")) for check in checks if check.get("passed") is not True]
+    text = f"{len(checks) - len(failed)} of {len(checks)} hold"
+    return f"{text}, not: {', '.join(failed)}" if failed else text
 
 
 def _plan_facts(plan: Plan) -> dict[str, Any]:
@@ -126,6 +162,7 @@ def _plan_facts(plan: Plan) -> dict[str, Any]:
         "model": plan.model_source,
         "fingerprint": plan.model_fingerprint,
         "layout": plan.layout,
+        "padded": True if plan.padded else None,
         "compensation": plan.compensation,
         "layers": len(plan.layers),
         "query_heads": [len(layer.query_heads) for layer in plan.layers],

@@ -15,12 +15,19 @@ from spp_export.checkpoint.source import Source, read_config
 from spp_export.errors import CheckpointError, OutputError
 from spp_export.families import Role
 from spp_export.models import DEMO
-from spp_export.pipeline.compensation import CONSUMERS, biased_roles, loses, written_shape
+from spp_export.pipeline.compensation import (
+    CONSUMERS,
+    biased_roles,
+    loses,
+    real_columns,
+    written_shape,
+)
 from spp_export.pipeline.onnx_files import graph_dtype, is_onnx
 from spp_export.plans import Plan, read_plan, validate_plan
 from spp_export.progress import Progress, no_progress
 from spp_export.scenario import read_scenario
 from spp_export.session import Session, open_session
+from spp_export.slicing import Indices
 from spp_export.slim_config import slim_config
 
 if TYPE_CHECKING:
@@ -58,14 +65,14 @@ def verify(
     directory = Path(out)
     if not (directory / "plan.json").is_file():
         raise OutputError(f"{directory}: no plan.json, so not an export of spp.")
-    if dtype is None and is_onnx(directory):
-        dtype = graph_dtype(directory)
-    session = open_session(model, device=device, dtype=dtype, progress=progress)
     problems = check_manifest(directory)
     integrity = Check("files as the manifest lists them", not problems, detail="; ".join(problems))
     if problems:
         # Nothing more can be said of files that are not the ones that were written.
         return VerifyReport((integrity,))
+    if dtype is None and is_onnx(directory):
+        dtype = graph_dtype(directory)
+    session = open_session(model, device=device, dtype=dtype, progress=progress)
     compiled = read_plan(directory / "plan.json")
     validate_plan(compiled, session.source.shape, session.source.fingerprint)
     prompts = read_scenario(scenario).prompts if scenario is not None else ()
@@ -243,14 +250,14 @@ def _check_tensors(directory: Path, source: Source, compiled: Plan) -> Check:
     from spp_export.verification import Check
 
     name = "keys, shapes, dtypes and finite values"
-    layers = compiled.layer_shapes(source.shape)
+    layers = compiled.written_shapes(source.shape)
     config = read_config(directory)
     wanted = slim_config(
         source.config,
         source.family,
         source.shape,
         layers,
-        compiled.layout,
+        compiled.written_layout,
         biased_roles(compiled, source.shape),
     )
     different = sorted(k for k in config.keys() | wanted.keys() if config.get(k) != wanted.get(k))
@@ -285,7 +292,9 @@ def _compensated(directory: Path, source: Source, compiled: Plan) -> Projections
     stored = stored_tensors(directory)
     return {
         (index, role): _projection(
-            stored, source.family.layer_name(index, source.family.consumer(role))
+            stored,
+            source.family.layer_name(index, source.family.consumer(role)),
+            real_columns(compiled, index, role, source.shape),
         )
         for index, layer in enumerate(compiled.layers)
         for role in CONSUMERS
@@ -293,13 +302,15 @@ def _compensated(directory: Path, source: Source, compiled: Plan) -> Projections
     }
 
 
-def _projection(stored: Mapping[str, StoredTensor], module: str) -> Projection:
+def _projection(
+    stored: Mapping[str, StoredTensor], module: str, columns: Indices | slice
+) -> Projection:
     import torch
 
     from spp_export.reference import Projection
 
     bias = stored.get(f"{module}.bias")
     return Projection(
-        torch.from_numpy(read_float(stored[f"{module}.weight"])),
+        torch.from_numpy(read_float(stored[f"{module}.weight"])[:, columns]),
         None if bias is None else torch.from_numpy(read_float(bias)),
     )

@@ -10,10 +10,11 @@ from spp_export.plans.compile import (
     compile_units,
     forced_heads,
 )
-from spp_export.plans.cover import cover
+from spp_export.plans.cover import cover, exactly
 from spp_export.plans.document import check_plan_target, parse_plan, read_plan, write_plan
 from spp_export.plans.records import (
     COMPENSATIONS,
+    FILL,
     LAYOUTS,
     Compensation,
     LayerPlan,
@@ -26,6 +27,7 @@ from spp_export.plans.validate import validate_plan
 __all__ = [
     "COMPENSATIONS",
     "DEFAULT_KEEP",
+    "FILL",
     "LAYOUTS",
     "Budget",
     "Compensation",
@@ -39,6 +41,7 @@ __all__ = [
     "compile_units",
     "cover",
     "dense_plan",
+    "exactly",
     "forced_heads",
     "parse_plan",
     "read_plan",

@@ -13,17 +13,20 @@ from spp_export.allocate import (
     BoolArray,
     Candidates,
     ChannelOptions,
+    IntArray,
     Options,
     UniformChoice,
     allocate,
     choose_uniform,
     head_costs,
     layer_options,
+    ragged_options,
     uniform_sizes,
     width_costs,
 )
-from spp_export.budget import Budget, Limit, Units, unit_parameters
+from spp_export.budget import Budget, Limit, Units, unit_cost, unit_parameters
 from spp_export.errors import BudgetError, PlanError
+from spp_export.latency import LatencyTable
 from spp_export.plans.infeasible import infeasible, uniform_infeasible
 from spp_export.plans.records import LAYOUTS, LayerPlan, Layout
 from spp_export.shape import LayerShape, ModelShape
@@ -33,9 +36,10 @@ from spp_export.shape import LayerShape, ModelShape
 class Realised:
     """What a compiled plan comes to, against what was asked.
 
-    limit and cost are in parameters of the units that may go or in KV bytes per token, as `kind`
-    says; keep is the share of the units' parameters; parameters are the whole model's. score is
-    what is kept of dense_score; no plan of this layout and budget keeps more than score_bound.
+    limit and cost are in parameters of the units that may go, in KV bytes per token or in
+    nanoseconds of the units' blocks, as `kind` says; keep is the share of the units' parameters;
+    parameters are the whole model's. score is what is kept of dense_score; no plan of this layout
+    and budget keeps more than score_bound.
     For a uniform layout, accepted_query_heads are the counts that the stock config takes and the
     whitelist allows, and next_larger (query heads, KV heads) and next_larger_channels are the next
     size above the budget.
@@ -75,10 +79,11 @@ def compile_plan(
     *,
     breadth: float | None = None,
 ) -> tuple[tuple[LayerPlan, ...], Realised]:
-    """The regular layers that keep the most score within the budget: exact, no heuristics.
+    """The layers that keep the most score within the budget: exact, no heuristics.
 
-    scores_LH: [L,H], finite, one score per query head; a layer's score is the sum over its kept
-    heads, so negative scores are dropped where a shape allows. whitelist: (layer, query head) pairs
+    They are regular but for layout `ragged`. scores_LH: [L,H], finite, one score per query head; a
+    layer's score is the sum over its kept heads, so negative scores are dropped where a shape
+    allows. whitelist: (layer, query head) pairs
     that must stay. accepts: for layout `uniform`, whether the stock config takes a count of query
     heads. breadth: of the scenario, needed where the budget is a strength.
 
@@ -86,8 +91,13 @@ def compile_plan(
     whitelist entries of another model.
     """
     forced = forced_heads(whitelist, shape)
-    options = layer_options(scores_LH, shape, forced)
+    options = options_of(layout)(scores_LH, shape, forced)
     return compile_options(options, shape, budget, layout, accepts, breadth=breadth)
+
+
+def options_of(layout: Layout) -> Callable[[ArrayLike, ModelShape, BoolArray | None], Options]:
+    """What turns scores into the sizes that layers of this layout may have."""
+    return ragged_options if layout == "ragged" else layer_options
 
 
 def compile_options(
@@ -99,7 +109,10 @@ def compile_options(
     *,
     breadth: float | None = None,
 ) -> tuple[tuple[LayerPlan, ...], Realised]:
-    """As `compile_plan`, from what every size of every layer is worth rather than from scores."""
+    """As `compile_plan`, from what every size of every layer is worth rather than from scores.
+
+    Layers are ragged only where the sizes are.
+    """
     return compile_units(options, None, shape, budget, layout, accepts, breadth=breadth)
 
 
@@ -112,16 +125,21 @@ def compile_units(
     accepts: Callable[[int], bool] = lambda query_heads: True,
     *,
     breadth: float | None = None,
+    latency: LatencyTable | None = None,
 ) -> tuple[tuple[LayerPlan, ...], Realised]:
     """As `compile_options`, for heads, for channels, or for both in competition.
 
-    None means that all of those units stay; it must agree with the units of the budget.
+    None means that all of those units stay; it must agree with the units of the budget. latency:
+    the table, needed where the budget's cost is that; a table of another model is a ProfileError,
+    and layout `ragged`, whose shapes no table has, a PlanError.
     """
     given = (heads is not None, channels is not None)
     assert given == (budget.units != "channels", budget.units != "heads"), "options of other units"
     if layout not in LAYOUTS:
         raise PlanError(f"layout is {layout!r}, expected {' or '.join(LAYOUTS)}.")
-    limit = budget.limit(shape, breadth)
+    if layout == "ragged" and budget.cost == "latency":
+        raise PlanError("layout is ragged, and tables of latency have regular layers only.")
+    limit = budget.limit(shape, breadth, latency)
     uniform: UniformChoice | None = None
     bound: float | None = None
     if layout == "uniform":
@@ -178,7 +196,7 @@ def _uniform(
     limit: Limit,
     accepts: Callable[[int], bool],
 ) -> UniformChoice:
-    sizes = uniform_sizes(heads, channels, shape, limit.kind, accepts)
+    sizes = uniform_sizes(heads, channels, shape, limit.kind, accepts, limit.latency)
     try:
         return choose_uniform(sizes, limit.cost)
     except BudgetError:
@@ -195,21 +213,24 @@ def _per_layer(
     """The best size of every layer, and the proven bound where it is not proven best."""
     candidates = []
     if heads is not None:
-        candidates.append(Candidates.of_heads(heads, head_costs(shape, limit.kind)))
+        costs = head_costs(shape, limit.kind, heads.query_heads, limit.latency)
+        candidates.append(Candidates.of_heads(heads, costs))
     if channels is not None:
-        candidates.append(Candidates.of_channels(channels, width_costs(shape, channels.widths)))
+        costs = width_costs(shape, channels.widths, limit.latency)
+        candidates.append(Candidates.of_channels(channels, costs))
     try:
         picks, choice = allocate(candidates, limit.cost)
     except BudgetError:
         raise infeasible(shape, budget, limit, candidates, channels) from None
     groups = np.full(shape.num_layers, shape.kv_heads)
-    size = np.full(shape.num_layers, shape.group_size)
+    query = np.full(shape.num_layers, shape.query_heads)
     widths = np.full(shape.num_layers, shape.channels)
     if heads is not None:
-        groups, size = picks[0] // shape.group_size + 1, picks[0] % shape.group_size + 1
+        groups = picks[0] // heads.query_heads.shape[1] + 1
+        query = heads.query_heads.ravel()[picks[0]]
     if channels is not None:
         widths = np.array(channels.widths)[picks[-1]]
-    rows = zip((groups * size).tolist(), groups.tolist(), widths.tolist(), strict=True)
+    rows = zip(query.tolist(), groups.tolist(), widths.tolist(), strict=True)
     return tuple(LayerShape(*row) for row in rows), None if choice.exact else choice.bound
 
 
@@ -218,8 +239,14 @@ def _kept_heads(
 ) -> BoolArray:
     if heads is None:
         return np.ones((shape.num_layers, shape.kv_heads, shape.group_size), dtype=bool)
+    return heads.kept(*_counts(heads, shapes))
+
+
+def _counts(heads: Options, shapes: Sequence[LayerShape]) -> tuple[IntArray, IntArray]:
+    """KV groups and count of heads [L] by which `heads` knows the sizes of these layers."""
     groups = np.array([layer.kv_heads for layer in shapes])
-    return heads.kept(groups, np.array([layer.query_heads for layer in shapes]) // groups)
+    query = np.array([layer.query_heads for layer in shapes])
+    return groups, (heads.query_heads[groups - 1] == query[:, None]).argmax(axis=1) + 1
 
 
 def _kept_channels(
@@ -234,9 +261,8 @@ def _score(
     """Worth of layers of these sizes, of the units that may go."""
     layers, total = np.arange(len(shapes)), 0.0
     if heads is not None:
-        groups = np.array([layer.kv_heads for layer in shapes])
-        size = np.array([layer.query_heads for layer in shapes]) // groups
-        total += float(heads.value[layers, groups - 1, size - 1].sum())
+        groups, count = _counts(heads, shapes)
+        total += float(heads.value[layers, groups - 1, count - 1].sum())
     if channels is not None:
         at = np.searchsorted(channels.widths, [layer.channels for layer in shapes])
         total += float(channels.value[layers, at].sum())
@@ -247,15 +273,13 @@ def _figures(
     shape: ModelShape, budget: Budget, limit: Limit, shapes: Sequence[LayerShape]
 ) -> dict[str, Any]:
     """The entries of `Realised` that follow from the sizes alone."""
-    kept = unit_parameters(shape, shapes, budget.units)
-    kv_bytes = shape.kv_bytes_per_token(shapes)
     figures: dict[str, Any] = {
         "kind": limit.kind,
         "limit": limit.cost,
-        "cost": kept if limit.kind == "parameters" else kv_bytes,
+        "cost": unit_cost(shape, shapes, budget.units, limit.kind, limit.latency),
         "keep": _share(shape, shapes, budget.units),
         "parameters": shape.parameters(shapes),
-        "kv_bytes_per_token": kv_bytes,
+        "kv_bytes_per_token": shape.kv_bytes_per_token(shapes),
     }
     if budget.units != "heads":
         figures["units"] = budget.units

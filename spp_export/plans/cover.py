@@ -1,11 +1,11 @@
-"""Regular layers around a ragged choice of heads."""
+"""Layers from a ragged choice of heads: regular ones around it, or ragged ones of just these."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from spp_export.allocate import layer_options
+from spp_export.allocate import layer_options, ragged_options
 from spp_export.plans.compile import layer_plans
 from spp_export.plans.records import LayerPlan
 from spp_export.shape import ModelShape
@@ -28,3 +28,15 @@ def cover(
     groups = np.maximum((per_group > 0).sum(axis=1), 1)
     heads = np.maximum(per_group.max(axis=1), 1)
     return layer_plans(options.kept(groups, heads))
+
+
+def exactly(kept_LH: ArrayLike, shape: ModelShape, scores_LH: ArrayLike) -> tuple[LayerPlan, ...]:
+    """The ragged layers of the kept query heads [L,H]; an empty layer gets its best head.
+
+    PlanError where the mask or the scores have another shape.
+    """
+    kept = np.array(kept_LH, dtype=bool)
+    options = ragged_options(scores_LH, shape, kept)
+    per_group = kept.reshape(len(kept), shape.kv_heads, -1).any(axis=2)
+    groups, heads = per_group.sum(axis=1), kept.sum(axis=1)
+    return layer_plans(options.kept(np.maximum(groups, 1), np.maximum(heads, 1)))

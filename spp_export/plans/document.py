@@ -98,7 +98,7 @@ def _plan(value: Any) -> Plan:
             f"schema_version is {_short(version)}, expected {SCHEMA_VERSION}. "
             "Re-run 'spp plan' with this version of spp."
         )
-    _check_keys(document, _REQUIRED, PROVENANCE, "the document")
+    _check_keys(document, _REQUIRED, (*PROVENANCE, "padded"), "the document")
     model = _object(document["model"], "model")
     _check_keys(model, ("fingerprint", "source"), (), "model")
     layers = document["layers"]
@@ -113,6 +113,7 @@ def _plan(value: Any) -> Plan:
         _one_of(document["compensation"], COMPENSATIONS, "compensation"),
         tuple(_layer(index, layer) for index, layer in enumerate(layers)),
         **{name: _object(document[name], name) for name in PROVENANCE if name in document},
+        padded=_flag(document.get("padded", False), "padded"),
     )
 
 
@@ -156,6 +157,12 @@ def _check_keys(
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str) or not value:
         raise _MalformedError(f"{name} is {_short(value)}, expected a text that is not empty.")
+    return value
+
+
+def _flag(value: Any, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise _MalformedError(f"{name} is {_short(value)}, expected true or false.")
     return value
 
 

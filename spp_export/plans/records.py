@@ -13,9 +13,9 @@ from spp_export.shape import LayerShape, ModelShape
 
 SCHEMA_VERSION = 1
 
-Layout = Literal["uniform", "per-layer"]
+Layout = Literal["uniform", "per-layer", "ragged"]
 Compensation = Literal["none", "bias", "lstsq"]
-LAYOUTS: tuple[Layout, ...] = ("uniform", "per-layer")
+LAYOUTS: tuple[Layout, ...] = ("uniform", "per-layer", "ragged")
 COMPENSATIONS: tuple[Compensation, ...] = ("none", "bias", "lstsq")
 PROVENANCE = (
     "scenario",
@@ -28,6 +28,8 @@ PROVENANCE = (
     "predicted",
     "versions",
 )
+# Among the query heads of a padded layer: one whose weights are zero.
+FILL = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,25 @@ class LayerPlan:
     def shape(self, model: ModelShape) -> LayerShape:
         """Size of the layer after slicing."""
         channels = model.channels if self.channels is None else len(self.channels)
-        return LayerShape(len(self.query_heads), len(self.kv_heads), channels)
+        groups = tuple(len(heads) for heads in self._heads_by_group(model.group_size))
+        groups = groups if len(set(groups)) > 1 else ()
+        return LayerShape(len(self.query_heads), len(self.kv_heads), channels, groups)
+
+    def padded_heads(self, group_size: int) -> tuple[int, ...]:
+        """The query heads, each group followed by as many `FILL`s as the largest has more.
+
+        group_size: query heads per KV head of the source.
+        """
+        groups = self._heads_by_group(group_size)
+        widest = max(len(heads) for heads in groups)
+        return tuple(head for heads in groups for head in (*heads, *[FILL] * (widest - len(heads))))
+
+    def _heads_by_group(self, group_size: int) -> list[list[int]]:
+        """Kept query heads of every kept KV group."""
+        heads: dict[int, list[int]] = {group: [] for group in self.kv_heads}
+        for head in self.query_heads:
+            heads.setdefault(head // group_size, []).append(head)
+        return list(heads.values())
 
     def as_json(self) -> dict[str, Any]:
         """The layer's object in plan.json."""
@@ -54,10 +74,12 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The compiled decision. Slicing reads the first five fields; the rest is provenance.
+    """The compiled decision. Slicing reads the first five fields and `padded`; the rest is
+    provenance.
 
     `model_source` is a hub id or a directory name, never an absolute path: users publish plans.
-    The provenance fields are JSON objects and may be empty.
+    The provenance fields are JSON objects and may be empty. `padded`: the groups of a ragged layer
+    are filled with heads of zeros and written as a regular one; a budget counts none of these.
     """
 
     model_fingerprint: str
@@ -74,8 +96,13 @@ class Plan:
     budget: Mapping[str, Any] = field(default_factory=dict)
     predicted: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, Any] = field(default_factory=dict)
+    padded: bool = False
 
     def __post_init__(self) -> None:
+        if self.padded and self.layout != "ragged":
+            raise PlanError(
+                f"plan: padded is true but layout is {self.layout}; only ragged layers are padded."
+            )
         if self.model_source.startswith(("/", "~", "\\")) or self.model_source[1:3] == ":\\":
             raise PlanError(
                 f"plan: model.source is the path {self.model_source!r}, expected a hub id or the "
@@ -83,8 +110,18 @@ class Plan:
             )
 
     def layer_shapes(self, model: ModelShape) -> tuple[LayerShape, ...]:
-        """Size of every layer after slicing."""
+        """Size of every layer after slicing, of what is kept alone."""
         return tuple(layer.shape(model) for layer in self.layers)
+
+    def written_shapes(self, model: ModelShape) -> tuple[LayerShape, ...]:
+        """Size of every layer as it is written: with what pads it."""
+        shapes = self.layer_shapes(model)
+        return tuple(shape.padded for shape in shapes) if self.padded else shapes
+
+    @property
+    def written_layout(self) -> Layout:
+        """The layout of the files: ragged layers that were padded are regular."""
+        return "per-layer" if self.padded else self.layout
 
     def to_json(self) -> str:
         """plan.json: keys in a fixed order, one layer per line, provenance as given."""
@@ -92,6 +129,7 @@ class Plan:
             "schema_version": SCHEMA_VERSION,
             "model": {"fingerprint": self.model_fingerprint, "source": self.model_source},
             "layout": self.layout,
+            **({"padded": True} if self.padded else {}),
             "compensation": self.compensation,
         }
         tail = {name: value for name in PROVENANCE if (value := getattr(self, name))}

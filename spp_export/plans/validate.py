@@ -1,4 +1,4 @@
-"""Whether a plan fits a model: indices in range, whole groups, regular layers."""
+"""Whether a plan fits a model: indices in range, groups with heads, layers as its layout says."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def validate_plan(plan: Plan, shape: ModelShape, fingerprint: str) -> None:
             f"plan has {len(plan.layers)} layers but the model has {shape.num_layers}. {_AGAIN}"
         )
     for index, layer in enumerate(plan.layers):
-        validate_layer(f"layer {index}", layer, shape)
+        validate_layer(f"layer {index}", layer, shape, ragged=plan.layout == "ragged")
     if plan.layout == "uniform":
         _check_uniform(plan, shape)
     if plan.model_fingerprint != fingerprint:
@@ -33,8 +33,11 @@ def validate_plan(plan: Plan, shape: ModelShape, fingerprint: str) -> None:
         )
 
 
-def validate_layer(place: str, layer: LayerPlan, shape: ModelShape) -> None:
-    """PlanError, starting with `place`, unless the layer is in range, whole and regular."""
+def validate_layer(
+    place: str, layer: LayerPlan, shape: ModelShape, *, ragged: bool = False
+) -> None:
+    """PlanError, starting with `place`, unless the layer is in range and whole, and regular where
+    it may not be `ragged`."""
     _check_range(place, "KV group", layer.kv_heads, shape.kv_heads)
     _check_range(place, "query head", layer.query_heads, shape.query_heads)
     if layer.channels is not None:
@@ -55,11 +58,12 @@ def validate_layer(place: str, layer: LayerPlan, shape: ModelShape) -> None:
                 f"({group * size}-{group * size + size - 1}). Drop the group or keep a head."
             )
     first = layer.kv_heads[0]
-    for group in layer.kv_heads:
+    for group in () if ragged else layer.kv_heads:
         if heads_in[group] != heads_in[first]:
             raise PlanError(
                 f"{place}: plan keeps {heads_in[first]} query heads in KV group {first} but "
-                f"{heads_in[group]} in KV group {group}. Keep the same number in every kept group."
+                f"{heads_in[group]} in KV group {group}. Keep the same number in every kept "
+                "group, or use layout ragged."
             )
 
 

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import pytest
 
 from spp_cli import options
-from spp_export.budget import UNITS
+from spp_export.budget import COSTS, UNITS
 from spp_export.importance import COMPARABLE
 from spp_export.pipeline.plan import POLICIES
 from spp_export.plans import COMPENSATIONS, LAYOUTS
@@ -28,8 +28,9 @@ def words(alias: Any) -> Iterator[str]:
         (options.Layout, LAYOUTS),
         (options.Policy, POLICIES),
         (options.Compensate, COMPENSATIONS),
+        (options.Cost, COSTS),
     ],
-    ids=["units", "comparable", "layout", "policy", "compensate"],
+    ids=["units", "comparable", "layout", "policy", "compensate", "cost"],
 )
 def test_the_choices_are_the_librarys(option: Any, known: tuple[str, ...]) -> None:
     assert sorted(words(option)) == sorted(known)

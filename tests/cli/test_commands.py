@@ -121,6 +121,9 @@ def test_the_defaults_are_the_librarys(library):
         ("--max-kv-bytes", "12k", "max_kv_bytes", 12_000),
         ("--max-kv-bytes", "30Ki", "max_kv_bytes", 30_720),
         ("--strength", "0.7", "strength", 0.7),
+        ("--cost", "kv-bytes", "cost", "kv-bytes"),
+        ("--profile", "table.json", "profile", "table.json"),
+        ("--max-latency", "3.5", "max_latency", 3.5),
     ],
 )
 def test_budgets(library, flag, text, field, value):
@@ -152,7 +155,6 @@ def test_export_of_a_plan_and_without_checks(library):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--format", "onnx", "--scenario", "s"], "--format onnx: this version writes safetensors"),
         (["--format", "gguf", "--scenario", "s"], "--format gguf: this version writes safetensors"),
         (["--plan", "p", "--max-params", "5M"], "--max-params: the plan already decides that"),
         (["--plan", "p", "--compensate", "none"], "--compensate: the plan already decides that"),
@@ -255,7 +257,10 @@ def test_plan_replaces_no_file_and_says_so_before_working(library, tmp_path):
             ["plan", "--scenario", "my s.txt", "--keep", "0.6", "--model", "m", "--artifacts", "a"],
             "spp export --scenario 'my s.txt' --model m --artifacts a --keep 0.6",
         ),
-        (["export", "--scenario", "s.txt"], "spp verify out/chemistry --scenario s.txt"),
+        (
+            ["export", "--scenario", "s.txt"],
+            "spp verify out/chemistry --scenario s.txt\nnext: spp chat out/chemistry --prompt ...",
+        ),
         (
             ["probe", "--pools", "p", "-o", "art"],
             "spp export --artifacts art --scenario SCENARIO.txt",

@@ -82,9 +82,9 @@ def test_help_answers_at_once():
         (["frobnicate"], "No such command 'frobnicate'. See 'spp --help'."),
         (["plan"], "Missing option '--scenario'. See 'spp plan --help'."),
         (
-            ["plan", "--scenario", "x", "--layout", "ragged"],
-            "Invalid value for '--layout': 'ragged' is not one of 'uniform', 'per-layer'. "
-            "See 'spp plan --help'.",
+            ["plan", "--scenario", "x", "--layout", "square"],
+            "Invalid value for '--layout': 'square' is not one of 'uniform', 'per-layer', "
+            "'ragged'. See 'spp plan --help'.",
         ),
         (
             ["plan", "--scenario", "x", "--max-params", "1.5X"],

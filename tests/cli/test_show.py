@@ -84,6 +84,67 @@ def test_a_changed_export(export):
     assert found.facts["verified"] == "no"
 
 
+@pytest.fixture
+def graph(export):
+    form = {"attention": "gqa-bias", "precision": "fp16", "quant": None, "layout": "per-layer"}
+    (export / "config.json").write_text(json.dumps({"spp_onnx": form}))
+    (export / "model.onnx").write_bytes(b"g" * 20)
+    (export / "model.onnx_data").write_bytes(b"d" * 300)
+    write_manifest(export)
+    return export
+
+
+def test_an_onnx_export(graph):
+    found = show(graph)
+    size = sum(file.stat().st_size for file in graph.iterdir())
+    assert (found.kind, found.problems) == ("ONNX export", ())
+    assert list(found.facts)[:5] == ["attention", "precision", "quant", "model", "fingerprint"]
+    expected = {
+        "attention": "gqa-bias",
+        "precision": "fp16",
+        "quant": "none",
+        "layers": 2,
+        "graph_bytes": 320,
+        "bytes": size,
+        "verified": "passed",
+    }
+    assert expected.items() <= found.facts.items()
+    assert (found.facts["query_heads"], found.facts["kv_heads"]) == ([4, 1], [2, 1])
+    assert "quantisation" not in found.facts
+    assert json.loads(json.dumps(found.to_dict())) == found.to_dict()
+
+
+def test_what_was_checked_of_an_onnx_export(graph):
+    checks = [{"name": "one", "passed": True}, {"name": "two", "passed": False}]
+    report = {"passed": False, "checks": checks, "quantisation": {"mean_kl": 0.01, "top1": 0.97}}
+    (graph / "verify.json").write_text(json.dumps(report))
+    facts = show(graph).facts
+    assert (facts["verified"], facts["checks"]) == ("failed", "1 of 2 hold, not: two")
+    assert facts["quantisation"] == {"mean_kl": 0.01, "top1": 0.97}
+    for odd in ({"checks": 3}, {"checks": [3]}, {"quantisation": [1]}, {"quantisation": {}}):
+        (graph / "verify.json").write_text(json.dumps(report | odd))
+        facts = show(graph).facts
+        assert facts["checks"] in ("malformed", "1 of 2 hold, not: two")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "problem"),
+    [
+        ("config.json", "{}", "config.json has no spp_onnx"),
+        ("config.json", "{", "is not valid JSON"),
+        ("config.json", '{"spp_onnx": {"attention": 1, "precision": 2, "quant": 3}}', "malformed"),
+        ("plan.json", "{", "is not valid JSON"),
+    ],
+)
+def test_an_onnx_export_that_is_damaged(graph, file, text, problem):
+    (graph / file).write_text(text)
+    found = show(graph)
+    assert (found.kind, found.facts) == ("ONNX export", {})
+    assert problem in found.problems[0]
+    assert file in found.problems[1]
+    assert not any("\n" in line for line in found.problems)
+
+
 def test_an_export_whose_plan_is_damaged(export):
     (export / "plan.json").write_text("{")
     found = show(export)

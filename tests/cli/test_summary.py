@@ -17,6 +17,7 @@ from spp_cli.output import Output
 from spp_cli.reports import diagnosis_report, shown_report
 from spp_cli.summary import export_summary, plan_summary, save_picture, tensor_changes
 from spp_export.bound import predicted
+from spp_export.latency import LatencyTable, PredictedLatency
 from spp_export.pipeline.show import Shown
 
 
@@ -115,6 +116,15 @@ def test_a_uniform_plan_says_which_counts_there_were():
     line = "query heads that the stock config accepts: 1, 2, 3, 4, 6, 9\n"
     assert line in text_of(plan_summary(uniform, "plan", UNICODE))
     assert line not in text_of(plan_summary(result, "plan", UNICODE))
+
+
+def test_what_a_table_predicts_is_said():
+    result = plan_result()
+    table = LatencyTable("ab" * 32, {}, "decode", 1, 128, "cpu", "float32", {}, {}, 1.0)
+    sizes = replace(result.predicted, latency=PredictedLatency(table, 12_500_000, 10_000_000))
+    lines = text_of(plan_summary(replace(result, predicted=sizes), "plan", UNICODE)).splitlines()
+    said = "decode, batch 1 x 128 tokens   12.500 ms dense, 10.000 ms slim (1.25x)"
+    assert lines[lines.index(said) + 1] == "by the profile abababababab, cpu, float32"
 
 
 def test_a_plan_has_no_verdict():

@@ -11,7 +11,7 @@ import itertools
 import numpy as np
 import pytest
 
-from spp_export.importance.obs import removal_losses
+from spp_export.importance.obs import removal_losses, single_removal_losses
 
 RIDGE = 0.01
 # Greedy against exhaustive; the worst of the seeds below is 1.35.
@@ -50,6 +50,16 @@ def regular_sets(groups, size, a, b):
             for group, inside in zip(chosen, heads, strict=True):
                 kept[group, list(inside)] = True
             yield kept
+
+
+def all_sets(groups, size):
+    """Every choice of heads but the empty one, by (groups, heads)."""
+    found = {}
+    for bits in itertools.product([False, True], repeat=groups * size):
+        kept = np.array(bits).reshape(groups, size)
+        if kept.any():
+            found.setdefault((int(kept.any(axis=1).sum()), int(kept.sum())), []).append(kept)
+    return found
 
 
 SIZES = [(1, 1), (1, 5), (4, 1), (2, 3), (3, 2), (3, 3), (4, 2)]
@@ -187,3 +197,68 @@ def test_the_inputs_stay_as_they_are():
     removal_losses(weight, second, free(2, 2))
     np.testing.assert_array_equal(weight, before[0])
     np.testing.assert_array_equal(second, before[1])
+
+
+@pytest.mark.parametrize(("groups", "size"), SIZES)
+@pytest.mark.parametrize("seed", range(3))
+def test_single_heads_every_loss_is_the_error_of_its_set(groups, size, seed):
+    weight, second = layer(groups, size, seed=seed)
+    losses, kept = single_removal_losses(weight, second, free(groups, size))
+    assert losses.shape == (groups, groups * size)
+    scale = np.trace(weight @ second @ weight.T)
+    possible = all_sets(groups, size)
+    for a, q in np.ndindex(*losses.shape):
+        assert np.isfinite(losses[a, q]) == ((a + 1, q + 1) in possible)
+        if np.isfinite(losses[a, q]):
+            assert (kept[a, q].any(axis=1).sum(), kept[a, q].sum()) == (a + 1, q + 1)
+            expected = refit_error(weight, second, kept[a, q])
+            assert losses[a, q] == pytest.approx(expected, rel=1e-6, abs=1e-9 * scale)
+    assert losses[-1, -1] == 0
+
+
+def test_single_heads_greedy_is_mostly_the_best_of_all_sets_and_never_far():
+    ratios = []
+    for (groups, size), seed in itertools.product([(2, 3), (3, 2), (4, 2), (2, 4)], range(4)):
+        weight, second = layer(groups, size, seed=seed)
+        losses, _ = single_removal_losses(weight, second, free(groups, size))
+        for (a, q), sets in all_sets(groups, size).items():
+            if q < groups * size:
+                best = min(refit_error(weight, second, kept) for kept in sets)
+                ratios.append(losses[a - 1, q - 1] / best)
+    assert min(ratios) > 1 - 1e-8
+    assert np.mean(np.array(ratios) < 1 + 1e-8) > 0.8
+    assert np.mean(ratios) < 1.03
+    assert max(ratios) < GREEDY_FACTOR
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_single_heads_no_regular_size_loses_more(seed):
+    weight, second = layer(3, 3, seed=seed)
+    regular, _ = removal_losses(weight, second, free(3, 3))
+    losses, _ = single_removal_losses(weight, second, free(3, 3))
+    for a, b in np.ndindex(*regular.shape):
+        assert losses[a, (a + 1) * (b + 1) - 1] <= regular[a, b]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_single_heads_the_first_to_go_is_the_best_one(seed):
+    weight, second = layer(2, 4, seed=seed)
+    losses, _ = single_removal_losses(weight, second, free(2, 4))
+    best = min(refit_error(weight, second, kept) for kept in all_sets(2, 4)[2, 7])
+    assert losses[1, 6] == pytest.approx(best, rel=1e-8)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_single_heads_forced_heads_stay(seed):
+    random = np.random.default_rng(seed)
+    groups, size = random.integers(1, 5), random.integers(1, 4)
+    forced = random.random((groups, size)) < 0.3
+    weight, second = layer(groups, size, dim=2, width=4, seed=seed)
+    losses, kept = single_removal_losses(weight, second, forced)
+    assert np.isfinite(losses[-1, -1])
+    for a, q in np.argwhere(np.isfinite(losses)):
+        assert not (forced & ~kept[a, q]).any()
+    possible = all_sets(groups, size)
+    for a, q in np.ndindex(*losses.shape):
+        holds = (not (forced & ~kept).any() for kept in possible.get((a + 1, q + 1), ()))
+        assert np.isfinite(losses[a, q]) == any(holds)

@@ -22,6 +22,7 @@ from factories import (
     CASES,
     Case,
     mask_in_torch,
+    ragged_layers,
     random_layers,
     shape_of,
     uniform_layers,
@@ -37,8 +38,8 @@ NEW_TOKENS = 6
 
 
 def build_all(out: Path) -> None:
-    """Every case with a random per-layer plan, and of every family one uniform checkpoint and one
-    with biases on o_proj and down_proj, which few stock models have."""
+    """Every case with a random per-layer plan, and of every family one uniform checkpoint, a ragged
+    one, and one with biases on o_proj and down_proj, which few stock models have."""
     for seed, case in enumerate(CASES):
         dense = case.make(out / case.name)
         build(out / case.name, dense, random_layers(shape_of(dense), seed), "per-layer")
@@ -47,6 +48,9 @@ def build_all(out: Path) -> None:
         dense = Case(family, family, {"kv_heads": 4, "query_heads": 8}).make(target)
         layers = uniform_layers(shape_of(dense), 0, kv_heads=2, group_size=2, channels=40)
         build(target, dense, layers, "uniform")
+        target = out / f"{family}-ragged"
+        dense = Case(family, family, {"kv_heads": 4, "query_heads": 8}).make(target)
+        build(target, dense, ragged_layers(shape_of(dense), 2), "ragged")
         target = out / f"{family}-biased"
         dense = Case(family, family, {"kv_heads": 4, "query_heads": 8}).make(target)
         shape = shape_of(dense)

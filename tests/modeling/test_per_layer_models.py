@@ -1,4 +1,4 @@
-"""Per-layer models against the masked dense model, which is what they must equal.
+"""Per-layer and ragged models against the masked dense model, which is what they must equal.
 
 Where 0.0 is asked for, both models do the same operations on the same numbers, the masked one with
 exact zeros among them. Float64 on CPU can then differ only where a matrix product sums in an order
@@ -16,11 +16,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from factories import CASES, Case, mask_in_torch, random_layers, shape_of, write_slim
+from factories import (
+    CASES,
+    Case,
+    mask_in_torch,
+    ragged_layers,
+    random_layers,
+    read_config,
+    shape_of,
+    write_slim,
+)
 from transformers import AutoModel, PreTrainedModel
 
 from spp_export.loader import load_dense, load_slim
-from spp_export.plans import LayerPlan
+from spp_export.plans import LayerPlan, Layout
 from spp_export.quiet import quiet_transformers
 
 
@@ -43,16 +52,22 @@ def dense(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return case.make(tmp_path_factory.mktemp(case.name))
 
 
+@pytest.fixture(scope="module", params=["per-layer", "ragged"])
+def layout(request: pytest.FixtureRequest) -> Layout:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def pair(dense: Path) -> Pair:
-    return make_pair(dense, seed=0)
+def pair(dense: Path, layout: Layout) -> Pair:
+    return make_pair(dense, layout, seed=0)
 
 
-def make_pair(dense: Path, seed: int) -> Pair:
+def make_pair(dense: Path, layout: Layout, seed: int) -> Pair:
     """A random plan; every third keeps all channels."""
-    layers = random_layers(shape_of(dense), seed, channels=seed % 3 != 1)
-    slim = dense.parent / f"slim{seed}"
-    return Pair(dense, layers, slim if slim.exists() else write_slim(slim, dense, layers))
+    make = ragged_layers if layout == "ragged" else random_layers
+    layers = make(shape_of(dense), seed, channels=seed % 3 != 1)
+    slim = dense.parent / f"{layout}{seed}"
+    return Pair(dense, layers, slim if slim.exists() else write_slim(slim, dense, layers, layout))
 
 
 @contextmanager
@@ -77,8 +92,8 @@ def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_logits_equal_the_masked_dense_model(dense, attention, seed):
-    pair = make_pair(dense, seed)
+def test_logits_equal_the_masked_dense_model(dense, layout, attention, seed):
+    pair = make_pair(dense, layout, seed)
     slim = load_slim(pair.slim, torch.float64, attn_implementation=attention)
     with masked(pair, attention=attention) as expected:
         difference = logits(slim, tokens()) - logits(expected, tokens())
@@ -92,6 +107,16 @@ def test_every_layer_has_the_planned_shape(pair):
         assert module.self_attn.k_proj.out_features == len(layer.kv_heads) * shape.head_dim
         assert module.mlp.up_proj.out_features == layer.shape(shape).channels
         assert type(module.self_attn).__module__.startswith("transformers.models.")
+
+
+def test_the_config_says_which_query_heads_share_a_kv_head(pair, layout):
+    shape, listed = shape_of(pair.dense), read_config(pair.slim)["per_layer_config"]
+    for index, layer in enumerate(pair.layers):
+        groups = [head // shape.group_size for head in layer.query_heads]
+        wanted = [groups.count(group) for group in layer.kv_heads]
+        assert listed[str(index)].get("query_groups") == (wanted if layout == "ragged" else None)
+    if layout == "ragged" and shape.kv_heads > 1:
+        assert len(set(listed["0"]["query_groups"])) == (2 if shape.group_size > 1 else 1)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -84,7 +84,7 @@ def test_the_form_of_the_graph_is_recorded(precision, dtype):
     assert config["dtype"] == config["torch_dtype"] == dtype
     assert config["transformers.js_config"] == {"dtype": "fp32", "use_external_data_format": True}
     form = {"attention": "standard", "precision": precision, "quant": "int8"}
-    assert config["spp_onnx"] == {**form, "layout": "per-layer"}
+    assert config["spp_onnx"] == {**form, "layout": "per-layer", "version": 1}
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from factories import CASES, mask_in_torch
+from factories import CASES, mask_in_torch, read_config
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import spp_export
 from spp_export.checkpoint.source import open_source
 from spp_export.errors import SppError
-from spp_export.plans import LayerPlan
+from spp_export.plans import LayerPlan, Plan
 from spp_export.quiet import quiet_transformers
 
 CASE = {case.name: case for case in CASES}
@@ -104,6 +104,23 @@ class Exported:
         """Every tensor on disk, as the safetensors library reads it."""
         return stored(self.path)
 
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV head of the dense model."""
+        config = read_config(self.dense)
+        return config["num_attention_heads"] // config["num_key_value_heads"]
+
+    @property
+    def unpadded(self) -> dict[str, torch.Tensor]:
+        """`tensors` without the columns of o_proj that pad a layer."""
+        tensors, dim = self.tensors, read_config(self.dense)["head_dim"]
+        for index, layer in enumerate(self.result.plan.layers):
+            heads = written_heads(self.result.plan, layer, self.group_size)
+            real = [i * dim + j for i, head in enumerate(heads) if head >= 0 for j in range(dim)]
+            name = f"model.layers.{index}.self_attn.o_proj.weight"
+            tensors[name] = tensors[name][:, real]
+        return tensors
+
 
 class Workshop:
     """Makes what tests ask for, once. Nobody changes what it returns; copies may be changed."""
@@ -127,11 +144,14 @@ class Workshop:
         return path
 
     def exported(self, name: str, layout: str = "per-layer", compensate: str = "none") -> Exported:
-        """The scenario's export of a case at `KEEP`."""
+        """The scenario's export of a case at `KEEP`; layout "padded" is ragged, with --pad."""
         key = (name, layout, compensate)
         if key not in self._exports:
             path = self.root / name / f"{layout}-{compensate}"
-            result = self.export(name, path, layout=layout, compensate=compensate)
+            padded = layout == "padded"
+            asked = {"layout": "ragged" if padded else layout, "compensate": compensate}
+            request = spp_export.ExportRequest(pad=padded)
+            result = self.export(name, path, request=request, **asked)
             self._exports[key] = Exported(path, self.dense(name), result)
         return self._exports[key]
 
@@ -259,6 +279,16 @@ def masked(
                 module.bias = torch.nn.Parameter(written[f"{prefix}.bias"].double())
     with mask_in_torch(model, layers):
         yield model
+
+
+def written_heads(plan: Plan, layer: LayerPlan, group_size: int) -> list[int]:
+    """Source indices of a layer's query heads in the order of the files, -1 for zeros."""
+    groups = [
+        [head for head in layer.query_heads if head // group_size == group]
+        for group in layer.kv_heads
+    ]
+    widest = max(map(len, groups)) if plan.padded else 0
+    return [head for heads in groups for head in heads + [-1] * (widest - len(heads))]
 
 
 def columns(layer: LayerPlan, head_dim: int, module: str = CONSUMERS[0]) -> Any:

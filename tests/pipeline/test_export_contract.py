@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -12,7 +13,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from exporting import CASE, KEEP, Exported, Workshop, load, logits, masked, stored, tokens
+from exporting import (
+    CASE,
+    KEEP,
+    Exported,
+    Workshop,
+    load,
+    logits,
+    masked,
+    stored,
+    tokens,
+    written_heads,
+)
 from factories import CASES, read_config
 from transformers import AutoTokenizer, GenerationConfig
 
@@ -21,7 +33,8 @@ from spp_export.errors import PlanError
 
 # Families whose stock config can give o_proj a bias.
 BIASED = {"llama", "qwen3"}
-LAYOUTS = ("per-layer", "uniform")
+# "padded" is layout ragged, written with --pad.
+LAYOUTS = ("per-layer", "uniform", "ragged", "padded")
 ROLES = ("q_proj", "k_proj", "v_proj", "o_proj")
 CODE = {"configuration_spp.py", "modeling_spp.py"}
 
@@ -40,7 +53,7 @@ WRITTEN = [
     for case in CASES
     for layout in LAYOUTS
     for compensate in ("none", "lstsq", "bias")
-    if compensate != "bias" or layout == "per-layer" or case.family in BIASED
+    if compensate != "bias" or layout != "uniform" or case.family in BIASED
 ]
 
 
@@ -61,16 +74,16 @@ def test_every_check_holds(out):
 
 
 def test_logits_in_float64_are_those_of_the_masked_dense_model(out, asked):
-    written = None if asked.compensate == "none" else out.tensors
+    written = None if asked.compensate == "none" else out.unpadded
     slim = load(out.path)
     with masked(out.dense, out.result.plan.layers, written) as expected:
         difference = logits(slim, tokens()) - logits(expected, tokens())
     assert difference.abs().max().item() == 0.0
 
 
-def test_the_budget_is_kept(out):
+def test_the_budget_is_kept(out, asked):
     """Counted in the files: what is left of q, k, v and o, without biases of o_proj, which no head
-    owns, and without those that compensation added."""
+    owns, without those that compensation added, and without the zeros of padding."""
 
     def count(tensors, names):
         return sum(tensors[name].numel() for name in names)
@@ -79,12 +92,24 @@ def test_the_budget_is_kept(out):
     owned = [name for name in dense if name.split(".")[-2] in ROLES]
     owned = [name for name in owned if not name.endswith("o_proj.bias")]
     kept, whole = count(slim, owned), count(dense, owned)
+    padding = zeros(out) if asked.layout == "padded" else 0
+    kept -= padding
     assert kept < whole
     assert kept <= KEEP * whole
     realised = out.result.plan.budget["realised"]
     assert (realised["cost"], realised["keep"]) == (kept, kept / whole)
-    assert out.result.predicted.parameters == realised["parameters"] == count(slim, slim)
+    assert out.result.predicted.parameters == count(slim, slim)
+    assert realised["parameters"] == count(slim, slim) - padding
     assert out.result.predicted.dense_parameters == count(dense, dense)
+
+
+def zeros(out):
+    """Elements of q_proj and o_proj that belong to no head of the source."""
+    config, plan = read_config(out.dense), out.result.plan
+    biased = "model.layers.0.self_attn.q_proj.bias" in out.tensors
+    per_head = config["head_dim"] * (2 * config["hidden_size"] + biased)
+    heads = [written_heads(plan, layer, out.group_size) for layer in plan.layers]
+    return per_head * sum(layer.count(-1) for layer in heads)
 
 
 def test_tensors_have_the_shapes_and_types_of_the_plan(out, asked):
@@ -95,16 +120,15 @@ def test_tensors_have_the_shapes_and_types_of_the_plan(out, asked):
         assert tensor.isfinite().all()
     for index, layer in enumerate(plan.layers):
         prefix = f"model.layers.{index}.self_attn"
-        width = len(layer.query_heads) * config["head_dim"]
+        width = len(written_heads(plan, layer, out.group_size)) * config["head_dim"]
         assert slim[f"{prefix}.q_proj.weight"].shape[0] == width
         assert slim[f"{prefix}.o_proj.weight"].shape[1] == width
         for role in ("k_proj", "v_proj"):
             rows = slim[f"{prefix}.{role}.weight"].shape[0]
             assert rows == len(layer.kv_heads) * config["head_dim"]
-        group = config["num_attention_heads"] // config["num_key_value_heads"]
-        assert {head // group for head in layer.query_heads} == set(layer.kv_heads)
+        assert {head // out.group_size for head in layer.query_heads} == set(layer.kv_heads)
     sizes = {(len(layer.kv_heads), len(layer.query_heads)) for layer in plan.layers}
-    assert asked.layout == "per-layer" or len(sizes) == 1
+    assert asked.layout != "uniform" or len(sizes) == 1
 
 
 def test_what_the_result_says_is_what_changed(out):
@@ -123,7 +147,7 @@ def test_every_file_is_there_and_in_the_manifest(out, asked):
     names = {path.name for path in out.path.iterdir()}
     expected = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
     expected |= {"tokenizer_config.json", "plan.json", "verify.json", "manifest.json", "README.md"}
-    assert names == expected | (CODE if asked.layout == "per-layer" else set())
+    assert names == expected | (set() if asked.layout == "uniform" else CODE)
     listed = json.loads((out.path / "manifest.json").read_text())["files"]
     assert set(listed) == names - {"manifest.json"}
     for name, entry in listed.items():
@@ -143,7 +167,7 @@ def test_a_uniform_config_is_stock(out, asked):
     config = read_config(out.path)
     family = CASE[asked.case].family
     assert config["model_type"] == (family if asked.layout == "uniform" else f"spp_{family}")
-    assert ("auto_map" in config) == (asked.layout == "per-layer")
+    assert ("auto_map" in config) == (asked.layout != "uniform")
 
 
 def test_the_card_says_what_the_export_is(out):
@@ -176,6 +200,18 @@ def test_layers_of_a_per_layer_plan_differ(workshop, case):
     """Else nothing above would be about per-layer."""
     layers = workshop.exported(case.name, "per-layer", "lstsq").result.plan.layers
     assert len({(len(layer.kv_heads), len(layer.query_heads)) for layer in layers}) > 1
+
+
+def test_groups_of_ragged_plans_differ(workshop):
+    """In a plan of every family at least: else nothing above would be about ragged."""
+    uneven = set()
+    for case, compensate in itertools.product(CASES, ("none", "lstsq")):
+        out = workshop.exported(case.name, "ragged", compensate)
+        for layer in out.result.plan.layers:
+            groups = [head // out.group_size for head in layer.query_heads]
+            if len({groups.count(group) for group in layer.kv_heads}) > 1:
+                uneven.add(case.family)
+    assert uneven == {case.family for case in CASES}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

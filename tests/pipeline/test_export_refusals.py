@@ -71,7 +71,7 @@ def test_what_is_missing_is_named(workshop, tmp_path, dense):
 @pytest.mark.parametrize(
     ("asked", "match"),
     [
-        ({"layout": "ragged"}, "--layout ragged: expected one of uniform, per-layer"),
+        ({"layout": "square"}, "--layout square: expected one of uniform, per-layer, ragged"),
         ({"criterion": "best"}, "--criterion best: expected one of energy, axis, taylor, .*, obs"),
         ({"units": "layers"}, "--units layers: expected one of heads, channels, both"),
         ({"comparable": "fair"}, "--comparable fair: expected one of standardised, .*, stream"),

@@ -13,6 +13,11 @@ CASES = (
     ("mistral-window-tied", "per-layer", "none"),
     ("qwen2-gqa-tied", "per-layer", "lstsq"),
     ("qwen3-mqa-bias", "per-layer", "bias"),
+    ("llama-gqa-bias", "ragged", "bias"),
+    ("mistral-gqa", "ragged", "lstsq"),
+    ("qwen2-gqa-tied", "ragged", "lstsq"),
+    ("qwen3-gqa-tied", "ragged", "none"),
+    ("qwen2-gqa-tied", "padded", "lstsq"),
     ("llama-mqa", "uniform", "bias"),
     ("mistral-gqa", "uniform", "lstsq"),
     ("qwen2-mha-window", "uniform", "none"),
@@ -27,20 +32,20 @@ def loaded(workshop, tmp_path_factory):
     jobs = []
     for name, layout, compensate in CASES:
         path = workshop.exported(name, layout, compensate).path
-        jobs.append((str(path), layout == "per-layer"))
+        jobs.append((str(path), layout != "uniform"))
     found = load_elsewhere(out, PROMPT, jobs)
     return dict(zip(CASES, found, strict=True))
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_it_loads_and_computes_what_it_should(workshop, loaded, case):
-    """Per-layer with its own code allowed, uniform without any."""
+    """With its own code allowed, uniform without any."""
     name, layout, compensate = case
     out = workshop.exported(name, layout, compensate)
     kind, ids, found = loaded[case]
-    assert kind.startswith("Spp") == (layout == "per-layer")
+    assert kind.startswith("Spp") == (layout != "uniform")
     batch = AutoTokenizer.from_pretrained(out.dense)(PROMPT, return_tensors="pt")
-    written = None if compensate == "none" else out.tensors
+    written = None if compensate == "none" else out.unpadded
     with masked(out.dense, out.result.plan.layers, written) as model:
         assert (logits(model, batch.input_ids) - found).abs().max().item() == 0.0
         greedy = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}

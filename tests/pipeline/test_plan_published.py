@@ -89,6 +89,14 @@ def test_the_published_policy_covers_its_own_mask(workshop, release, published, 
     assert policy["inferred"] == [DOMAINS[k] for k in expected.inferred]
     assert result.plan.criterion == {"name": "published"}
     assert result.plan.budget["realised"]["query_heads"] == len(kept_heads(result))
+    ragged = workshop.plan(
+        NAME, artifacts=published, policy="published", strength=strength, layout="ragged"
+    )
+    # Layers of which the mask keeps nothing have to keep a head.
+    empty = len(ragged.plan.layers) - len({layer for layer, _ in wanted})
+    assert wanted <= kept_heads(ragged) <= kept_heads(result)
+    assert len(kept_heads(ragged)) == len(wanted) + empty
+    assert "regular" not in ragged.plan.policy["note"]
 
 
 def test_a_published_plan_exports(workshop, published, tmp_path):

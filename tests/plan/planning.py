@@ -1,4 +1,4 @@
-"""Small shapes, and regular layers by enumeration of every set of heads."""
+"""Small shapes, and layers by enumeration of every set of heads."""
 
 from __future__ import annotations
 
@@ -37,6 +37,12 @@ def regular_masks(shape, forced=()):
         if len(counts) == 1 and all(bits[head] for head in forced):
             masks.append(np.array(bits))
     return masks
+
+
+def ragged_masks(shape, forced=()):
+    """Every set of query heads of one layer that holds the forced ones, but for the empty one."""
+    sets = itertools.product([False, True], repeat=shape.query_heads)
+    return [np.array(bits) for bits in sets if any(bits) and all(bits[head] for head in forced)]
 
 
 def layer_cost(shape, mask, kind):

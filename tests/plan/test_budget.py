@@ -12,7 +12,7 @@ from spp_export.errors import UsageError
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "expected exactly one of keep, max_params, max_kv_bytes, strength, got none"),
+        ({}, "expected exactly one of keep, max_params, .*max_latency, strength, got none"),
         ({"keep": 0.5, "max_params": 3}, "got keep and max_params"),
         ({"keep": 0}, r"keep must be a number in \(0, 1\], got 0"),
         ({"keep": 1.01}, "keep must be a number in .*got 1.01"),

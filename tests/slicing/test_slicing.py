@@ -5,9 +5,18 @@ import pytest
 
 from spp_export.errors import PlanError
 from spp_export.families import FAMILIES, Role, TensorSpec, Unit
-from spp_export.plans import LayerPlan
+from spp_export.plans import FILL, LayerPlan, Plan
 from spp_export.shape import ModelShape
-from spp_export.slicing import cut_shape, kept_indices, kept_units, slice_rows, slice_tensor
+from spp_export.slicing import (
+    cut_shape,
+    kept_indices,
+    kept_units,
+    real_elements,
+    slice_rows,
+    slice_tensor,
+    written_tensor,
+    written_units,
+)
 
 PLAN = LayerPlan(kv_heads=(0, 2), query_heads=(1, 4), channels=(0, 3, 4))
 SPECS = {
@@ -57,6 +66,38 @@ def test_blocks_of_rows_one_after_another_are_the_whole(case, rows):
         for start in range(0, len(array), rows)
     ]
     np.testing.assert_array_equal(np.concatenate(parts), slice_tensor(array, spec, PLAN))
+
+
+PADDED = Plan("f", "m", "ragged", "none", (LayerPlan((0, 1, 2), (0, 2, 3, 5)),), padded=True)
+SHAPE = ModelShape("llama", 1, 5, 6, 3, 2, 6, 7, False, 4)
+
+
+@pytest.mark.parametrize("case", ["query rows", "query columns", "query bias"])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 100])
+def test_padding_is_zeros_after_the_heads_of_a_group(case, rows):
+    """Of three groups of two, the first and the last keep one head."""
+    spec = SPECS[case]
+    array = np.random.default_rng(0).integers(1, 99, spec.shape).astype("<u2")
+    heads = np.split(array, 6, axis=spec.axis)
+    nothing = np.zeros_like(heads[0])
+    slots = [heads[0], nothing, heads[2], heads[3], heads[5], nothing]
+    expected = np.concatenate(slots, axis=spec.axis)
+    np.testing.assert_array_equal(written_tensor(array, spec, PADDED, SHAPE), expected)
+    units = written_units(spec, PADDED, SHAPE)
+    assert units == (0, FILL, 2, 3, 5, FILL)
+    assert cut_shape(spec, units) == expected.shape
+    assert real_elements(units, 2).tolist() == [0, 1, 4, 5, 6, 7, 8, 9]
+    parts = [
+        slice_rows(array[start : start + rows], spec, units, start)
+        for start in range(0, len(array), rows)
+    ]
+    np.testing.assert_array_equal(np.concatenate(parts), expected)
+
+
+def test_only_query_heads_are_padded():
+    for case in ("kv rows", "kv bias", "channel rows", "channel columns"):
+        array = np.ones(SPECS[case].shape)
+        assert written_tensor(array, SPECS[case], PADDED, SHAPE) is array
 
 
 @pytest.mark.parametrize("case", SPECS)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spp_export.families import Role
-from spp_export.pipeline.verify import _exact_dtype
+from spp_export.pipeline.verify import exact_dtype, wide_dtype
 from spp_export.shape import ModelShape
 
 SHAPE = ModelShape(
@@ -32,7 +32,7 @@ def chosen(monkeypatch, device, dtype, free, compensated=()):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
     session = SimpleNamespace(device=device, torch_dtype=dtype, source=SimpleNamespace(shape=SHAPE))
-    return _exact_dtype(session, dict.fromkeys(compensated))
+    return exact_dtype(session, dict.fromkeys(compensated))
 
 
 @pytest.mark.parametrize(
@@ -63,3 +63,10 @@ def test_what_is_compensated_needs_room_too(monkeypatch):
 @pytest.mark.parametrize(("device", "dtype"), [("auto", torch.bfloat16), ("mps", torch.float32)])
 def test_its_own_where_it_cannot_be_cast(monkeypatch, device, dtype):
     assert chosen(monkeypatch, device, dtype, 1 << 40) == dtype
+
+
+def test_a_graph_asks_in_its_own_precision(monkeypatch):
+    """`convert` knows no session."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    assert wide_dtype(torch.float16, 50, "cpu") == torch.float64
+    assert wide_dtype(torch.float16, 100, "cpu") == torch.float16

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from spp_cli import options
 from spp_cli.output import Output, write_error
+from spp_cli.profiling import only, write_profile
+from spp_export.errors import UsageError
 
-GRID, MEASURING = "Grid", "Measuring"
+GRID, MEASURING, PROFILE = "Grid", "Measuring", "Table of latency"
+SHAPE = "Shape without weights"
 
 
 def bench(
     out: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Argument(
             metavar="OUT...", help="Directories written by 'spp export', safetensors or ONNX."
         ),
-    ],
+    ] = None,
     model: options.Model = "demo",
     batch: Annotated[
         list[int] | None,
@@ -88,6 +92,52 @@ def bench(
             help="Draw speed-up and memory over context as PNGs.",
         ),
     ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=SHAPE,
+            help="Instead of OUT and --model, a published model's sizes with random weights: "
+            "qwen2.5-7b, llama-3.1-8b, ...; a wrong name lists all.",
+        ),
+    ] = None,
+    keep: Annotated[
+        list[float] | None,
+        typer.Option(
+            metavar="SHARE",
+            rich_help_panel=SHAPE,
+            help="Share of the units' parameters that a plan keeps; repeatable, 0.8 by default.",
+        ),
+    ] = None,
+    layout: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="per-layer|uniform",
+            rich_help_panel=SHAPE,
+            help="Layout of a plan; repeatable, per-layer by default.",
+        ),
+    ] = None,
+    units: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="heads|channels|both",
+            rich_help_panel=SHAPE,
+            help="What a plan removes; repeatable, heads by default.",
+        ),
+    ] = None,
+    profile: Annotated[
+        bool,
+        typer.Option(
+            "--profile",
+            rich_help_panel=PROFILE,
+            help="Instead, time the model's blocks of every size, and write the table to -o for "
+            "'spp plan --cost latency'.",
+        ),
+    ] = False,
+    phase: Annotated[
+        Literal["decode", "prefill"],
+        typer.Option(rich_help_panel=PROFILE, help="Which steps the table is of."),
+    ] = "decode",
     device: options.Device = "cpu",
     dtype: options.Dtype = None,
     seed: options.Seed = 0,
@@ -102,25 +152,39 @@ def bench(
 
     Example: spp bench out/chemistry --context 128 --context 1024 -o bench.json
     """
+    if profile:
+        table = {"phase": phase, "threads": threads, "device": device, "dtype": dtype, "seed": seed}
+        cell = {"batch": only("--batch", batch, 1), "context": only("--context", context, 128)}
+        shown = Output(json=json, quiet=quiet)
+        write_profile(out, model, {**table, **cell}, output, force, shown, shape)
+        return
+    if bool(out) == (shape is not None):
+        raise UsageError("Give either directories written by 'spp export' as OUT, or --shape.")
     from spp_bench.bench import BenchRequest
-    from spp_bench.bench import bench as run
+    from spp_bench.bench import bench as bench_outs
 
     shown = Output(json=json, quiet=quiet)
+    request = BenchRequest(
+        batches=tuple(batch or (1,)),
+        contexts=tuple(context or (128,)),
+        new_tokens=new_tokens,
+        rounds=rounds,
+        threads=threads,
+        device=device,
+        dtype=dtype,
+        memory=memory,
+        genai=genai,
+        seed=seed,
+    )
+    if shape is not None:
+        from spp_bench.shape_bench import bench_shape
+        from spp_bench.shape_plans import variants
+
+        run = partial(bench_shape, shape, variants(keep, layout, units))
+    else:
+        run = partial(bench_outs, out or (), model=model)
     document = run(
-        out,
-        model=model,
-        request=BenchRequest(
-            batches=tuple(batch or (1,)),
-            contexts=tuple(context or (128,)),
-            new_tokens=new_tokens,
-            rounds=rounds,
-            threads=threads,
-            device=device,
-            dtype=dtype,
-            memory=memory,
-            genai=genai,
-            seed=seed,
-        ),
+        request=request,
         results=output,
         plots=plot,
         force=force,

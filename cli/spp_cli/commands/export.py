@@ -42,6 +42,15 @@ def export(
             help="safetensors for transformers and vLLM, onnx for ONNX Runtime; gguf is to come.",
         ),
     ] = "safetensors",
+    pad: Annotated[
+        bool,
+        typer.Option(
+            "--pad",
+            rich_help_panel=options.MAKE,
+            help="Fill the groups of ragged layers with heads of zeros, and write layers for other "
+            "engines; a budget does not count them.",
+        ),
+    ] = False,
     onnx_attention: options.OnnxAttention = None,
     precision: options.Precision = None,
     quant: options.Quant = None,
@@ -60,6 +69,9 @@ def export(
     max_params: options.MaxParams = None,
     max_kv_bytes: options.MaxKvBytes = None,
     strength: options.Strength = None,
+    cost: options.Cost = "params",
+    profile: options.Profile = None,
+    max_latency: options.MaxLatency = None,
     width_multiple: options.WidthMultiple = 64,
     max_perplexity: Annotated[
         float | None,
@@ -125,6 +137,9 @@ def export(
         adapt=adapt,
         # With a plan there is nothing left to draw; the checks have the seed from the request.
         seed=seed if plan is None else 0,
+        cost=cost,
+        profile=profile,
+        max_latency=max_latency,
     )
     onnx = onnx_options(format, onnx_attention, precision, quant, device)
     _check(format, plan, asked(plan_request), max_perplexity, no_verify or dry_run)
@@ -143,6 +158,7 @@ def export(
             max_perplexity_ratio=max_perplexity,
             seed=seed,
             onnx=onnx,
+            pad=pad,
         ),
         device=device,
         dtype=dtype,

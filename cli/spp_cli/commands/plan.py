@@ -30,6 +30,9 @@ def plan(
     max_params: options.MaxParams = None,
     max_kv_bytes: options.MaxKvBytes = None,
     strength: options.Strength = None,
+    cost: options.Cost = "params",
+    profile: options.Profile = None,
+    max_latency: options.MaxLatency = None,
     width_multiple: options.WidthMultiple = 64,
     device: options.Device = "cpu",
     dtype: options.Dtype = None,
@@ -62,6 +65,9 @@ def plan(
         shrinkage=shrinkage,
         adapt=adapt,
         seed=seed,
+        cost=cost,
+        profile=profile,
+        max_latency=max_latency,
     )
     if output is not None:
         check_plan_target(output, force)

@@ -1,0 +1,318 @@
+"""Latency tables: `spp bench --profile`, or `python -m spp_bench.profile -o FILE`.
+
+Times an attention block (norm, q, k, v, rotary, attention over the cache, o_proj, residual) of
+every regular shape, an MLP block (norm, gate, up, down, residual) of a grid of widths, and the rest
+of a step (embedding, final norm, logits), in turns, the first round thrown away. `spp plan --cost
+latency` interpolates between the widths. The file's format is in spp_export/latency_file.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from spp_bench import provenance
+from spp_bench.clocks import Clock, clock_for, no_collection
+from spp_bench.report import Panel, columns
+from spp_bench.results import write_document
+from spp_bench.shapes import published
+from spp_bench.threads import torch_threads
+from spp_export.checkpoint.source import open_source
+from spp_export.errors import SppError, UsageError
+from spp_export.families import Family
+from spp_export.latency import PHASES, SIZES, Phase
+from spp_export.latency_file import SCHEMA_VERSION, read_latency_table
+from spp_export.models import DEMO, locate_model
+from spp_export.plans import check_plan_target
+from spp_export.progress import Progress, no_progress
+from spp_export.shape import ModelShape, channel_widths
+
+if TYPE_CHECKING:
+    from spp_bench.blocks import Kind, Pass
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+# Of all multiples of the width multiple, which are too many; the rest is interpolated.
+MOST_WIDTHS = 13
+WARM_UP_ROUNDS = 2
+
+
+@dataclass(frozen=True)
+class ProfileRequest:
+    """What to measure. `threads` None is every physical core, `dtype` None float32 on the CPU and
+    the stored dtype elsewhere; `rounds` are those that count."""
+
+    phase: str = "decode"
+    batch: int = 1
+    context: int = 128
+    width_multiple: int = 64
+    rounds: int = 31
+    threads: int | None = None
+    device: str = "cpu"
+    dtype: str | None = None
+    seed: int = 0
+
+    def check(self) -> Phase:
+        """The phase. UsageError for an option that makes no sense."""
+        for option, value in (
+            ("--batch", self.batch),
+            ("--context", self.context),
+            ("--width-multiple", self.width_multiple),
+            ("--rounds", self.rounds),
+            ("--threads", 1 if self.threads is None else self.threads),
+        ):
+            if value < 1:
+                raise UsageError(f"{option} {value}: expected 1 or more.")
+        if self.device != "cpu" and not self.device.startswith("cuda"):
+            raise UsageError(f"--device {self.device}: expected cpu, cuda or cuda:N.")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise UsageError(f"--dtype {self.dtype}: expected one of {', '.join(DTYPES)}.")
+        for phase in PHASES:
+            if self.phase == phase:
+                return phase
+        raise UsageError(f"--phase {self.phase}: expected {' or '.join(PHASES)}.")
+
+
+@dataclass(frozen=True)
+class Target:
+    """The model whose blocks are measured: its parsed config.json, and what follows from it."""
+
+    name: str
+    config: Mapping[str, Any]
+    family: Family
+    shape: ModelShape
+    dtype: str
+
+    @classmethod
+    def of_model(cls, model: str, progress: Progress = no_progress) -> Target:
+        """A model on disk, or one that can be fetched; its weights are not read."""
+        location = locate_model(model, progress=progress)
+        source = open_source(location.path, location.name)
+        return cls(source.name, source.config, source.family, source.shape, source.dtype_name)
+
+    @classmethod
+    def of_shape(cls, name: str) -> Target:
+        """A published configuration."""
+        found = published(name)
+        return cls(found.name, found.config, found.family, found.shape, "bfloat16")
+
+
+def profile(
+    target: Target,
+    output: Path,
+    *,
+    request: ProfileRequest | None = None,
+    force: bool = False,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """Measure the blocks of a model, and write the table. Returns the document."""
+    request = request or ProfileRequest()
+    phase = request.check()
+    check_plan_target(output, force)
+    _check_windows(target, request.context)
+    dtype = request.dtype or ("float32" if request.device == "cpu" else target.dtype)
+    threads = request.threads or provenance.physical_cores()
+    with torch_threads(threads):
+        document = {
+            "schema_version": SCHEMA_VERSION,
+            "model": {"name": target.name} | {name: getattr(target.shape, name) for name in SIZES},
+            "phase": phase,
+            **{"batch": request.batch, "context": request.context},
+            **{"device": request.device, "dtype": dtype},
+            "machine": provenance.machine(request.device),
+            "versions": provenance.versions(),
+            "git": provenance.revision(),
+            **_measure(target, request, phase, dtype, threads, progress),
+        }
+    write_document(document, output)
+    read_latency_table(output)
+    return document
+
+
+def grid(shape: ModelShape, multiple: int) -> list[int]:
+    """Widths to measure: the narrowest, all of them, and evenly spread ones between."""
+    widths = channel_widths(shape.channels, multiple)
+    count = min(MOST_WIDTHS, len(widths))
+    at = np.unique(np.linspace(0, len(widths) - 1, count).round().astype(int))
+    return [widths[index] for index in at]
+
+
+def shapes(shape: ModelShape) -> list[tuple[int, int]]:
+    """Query and KV heads of every regular layer."""
+    return [
+        (groups * size, groups)
+        for groups in range(1, shape.kv_heads + 1)
+        for size in range(1, shape.group_size + 1)
+    ]
+
+
+def _check_windows(target: Target, context: int) -> None:
+    from spp_export.onnx_graph.settings import stock_settings
+
+    settings = stock_settings(target.config, target.family, target.shape, Path(target.name))
+    window = min((size for size in settings.windows if size is not None), default=None)
+    if window is not None and context >= window:
+        raise UsageError(
+            f"--context {context}: attention of {target.name} sees {window} tokens. Ask for fewer "
+            "than these."
+        )
+
+
+def _measure(
+    target: Target,
+    request: ProfileRequest,
+    phase: Phase,
+    dtype: str,
+    threads: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    import torch
+
+    from spp_bench.blocks import Setting, make_passes
+
+    setting = Setting(phase, request.batch, request.context, request.device, dtype)
+    shape = target.shape
+    sizes = (shapes(shape), grid(shape, request.width_multiple))
+    torch.manual_seed(request.seed)
+    with progress("making blocks", None):
+        passes = make_passes(target.config, target.family, shape, *sizes, setting)
+    with progress("timing", float(request.rounds + WARM_UP_ROUNDS)) as advance_to:
+        clock = clock_for(request.device)
+        samples = in_turns(passes, request.rounds, clock, request.seed, advance_to)
+    found = {kind: _times(seconds) for kind, seconds in samples.items()}
+    return {
+        "options": {
+            "threads": threads,
+            "rounds": request.rounds,
+            "samples": min(map(len, samples.values())),
+            "seed": request.seed,
+            "run": "CUDA graph, cache in place" if setting.captured else "eager, growing cache",
+        },
+        "attention": [
+            {"query_heads": query, "kv_heads": groups, **found["attention", query, groups]}
+            for query, groups in sizes[0]
+        ],
+        "mlp": [{"channels": width, **found["mlp", width]} for width in sizes[1]],
+        "rest": found["rest",],
+    }
+
+
+def in_turns(
+    passes: Sequence[Pass],
+    rounds: int,
+    clock: Clock,
+    seed: int = 0,
+    advance_to: Callable[[float], None] = lambda _: None,
+) -> dict[Kind, list[float]]:
+    """Seconds of a block of every kind, in every pass that counts.
+
+    Every round has an order of its own, drawn at random: what a pass leaves in the caches would
+    else always be met by the same next one.
+    """
+    random = np.random.default_rng(seed)
+    times: dict[Kind, list[float]] = {each.kind: [] for each in passes}
+    with no_collection():
+        for turn in range(-WARM_UP_ROUNDS, rounds):
+            for each in [passes[index] for index in random.permutation(len(passes))]:
+                seconds = clock(each.run) / each.count
+                if turn >= 0:
+                    times[each.kind].append(seconds)
+            advance_to(turn + WARM_UP_ROUNDS + 1.0)
+    return times
+
+
+def _times(samples: Sequence[float]) -> dict[str, float]:
+    low, median, high = np.quantile(samples, [0.2, 0.5, 0.8])
+    named = {"seconds": median, "p20": low, "p80": high}
+    return {name: float(f"{value:.6g}") for name, value in named.items()}
+
+
+def panels(document: Mapping[str, Any]) -> Iterator[Panel]:
+    """What was measured, as tables."""
+    model = document["model"]
+    yield Panel(
+        f"attention blocks, {document['phase']}, batch {document['batch']}, context "
+        f"{document['context']}",
+        ("query heads", "KV heads", *_HEADS),
+        tuple(
+            (str(row["query_heads"]), str(row["kv_heads"]), *_cells(row, document["attention"][-1]))
+            for row in document["attention"]
+        ),
+        text=frozenset(),
+    )
+    yield Panel(
+        "MLP blocks",
+        ("channels", *_HEADS),
+        tuple((str(row["channels"]), *_cells(row, document["mlp"][-1])) for row in document["mlp"]),
+        text=frozenset(),
+    )
+    blocks = document["attention"][-1]["seconds"] + document["mlp"][-1]["seconds"]
+    rest = document["rest"]
+    whole = model["num_layers"] * blocks + rest["seconds"]
+    yield Panel(
+        "dense step by the table",
+        ("part", "us", "share"),
+        (
+            (
+                f"{model['num_layers']} layers",
+                f"{model['num_layers'] * blocks * 1e6:.1f}",
+                f"{1 - rest['seconds'] / whole:.0%}",
+            ),
+            ("embedding, logits", f"{rest['seconds'] * 1e6:.1f}", f"{rest['seconds'] / whole:.0%}"),
+        ),
+    )
+
+
+_HEADS = ("us", "p20", "p80", "of dense")
+
+
+def _cells(row: Mapping[str, Any], dense: Mapping[str, Any]) -> tuple[str, ...]:
+    times = (f"{row[name] * 1e6:.1f}" for name in ("seconds", "p20", "p80"))
+    return (*times, f"{row['seconds'] / dense['seconds']:.3f}")
+
+
+def title(document: Mapping[str, Any]) -> str:
+    """The model and the machine, in one line."""
+    machine, options = document["machine"], document["options"]
+    where = machine.get("gpu") or f"{machine['cpu']}, {options['threads']} threads"
+    return f"{document['model']['name']} on {where}, {document['dtype']}, {options['run']}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, write the table and print it."""
+    default = ProfileRequest()
+    parser = argparse.ArgumentParser(prog="spp_bench.profile", description=__doc__)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    whose = parser.add_mutually_exclusive_group()
+    whose.add_argument("--model", default=DEMO)
+    whose.add_argument("--shape", help="a published configuration, instead of a model")
+    parser.add_argument("--phase", default=default.phase, help="decode or prefill")
+    parser.add_argument("--batch", type=int, default=default.batch)
+    parser.add_argument("--context", type=int, default=default.context)
+    parser.add_argument("--width-multiple", type=int, default=default.width_multiple)
+    parser.add_argument("--rounds", type=int, default=default.rounds)
+    parser.add_argument("--threads", type=int, help="all physical cores by default")
+    parser.add_argument("--device", default=default.device)
+    parser.add_argument("--dtype")
+    parser.add_argument("--seed", type=int, default=default.seed)
+    parser.add_argument("--force", action="store_true", help="replace the file")
+    options = vars(parser.parse_args(arguments))
+    output, force = options.pop("output"), options.pop("force")
+    model, name = options.pop("model"), options.pop("shape")
+    try:
+        target = Target.of_shape(name) if name else Target.of_model(model)
+        document = profile(target, output, request=ProfileRequest(**options), force=force)
+    except SppError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print("\n".join([title(document), *columns(panels(document))]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
