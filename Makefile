@@ -15,7 +15,7 @@ TRANSFORMERS_JS := build/transformers-js
 
 .PHONY: help demo artifacts check test test-all test-loading test-lm-eval test-optimum \
 	test-transformers-js eval eval-finance eval-answers eval-ablations lm-eval bench bench-onnx \
-	onnx-exporters onnx-memory onnx-parity ragged blocked-moments slice-memory compile-time \
+	bench-peers onnx-exporters onnx-memory onnx-parity ragged blocked-moments slice-memory compile-time \
 	start-time reference clean
 
 help:
@@ -34,6 +34,7 @@ help:
 	@echo "make lm-eval       make demo's export in lm-evaluation-harness"
 	@echo "make bench         speed and memory of make demo's export beside the dense model"
 	@echo "make bench-onnx    the same with ONNX Runtime: fp32, int4, onnxruntime-genai"
+	@echo "make bench-peers   the export step beside Torch-Pruning and a plain script; 12 GB of disk"
 	@echo "make onnx-exporters  our graph beside what other exporters make of the same model"
 	@echo "make onnx-parity   greedy tokens of ten prompts: PyTorch, ONNX Runtime, onnxruntime-genai"
 	@echo "make onnx-memory   time and peak memory of writing a 4 GB checkpoint as ONNX"
@@ -98,9 +99,9 @@ $(OPTIMUM)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 # Needs node 20 or newer. Installation scripts only fetch libraries for GPUs.
-test-transformers-js: $(INSTALLED) $(TRANSFORMERS_JS)/.installed
+test-transformers-js: demo $(TRANSFORMERS_JS)/.installed
 	cp tests/transformers_js/generate.mjs $(TRANSFORMERS_JS)
-	$(BIN)/python tests/transformers_js/check_transformers_js.py $(TRANSFORMERS_JS)
+	$(BIN)/python tests/transformers_js/check_transformers_js.py $(TRANSFORMERS_JS) --model out/chemistry
 
 $(TRANSFORMERS_JS)/.installed: tests/transformers_js/package.json tests/transformers_js/package-lock.json
 	mkdir -p $(TRANSFORMERS_JS)
@@ -168,6 +169,13 @@ bench-onnx: demo
 	done
 	$(BIN)/spp bench out/chemistry out/chemistry-onnx out/chemistry-onnxint4 --model demo \
 		-o $(RESULTS)/bench-onnx-cpu.json --force
+
+bench-peers: $(INSTALLED)
+	mkdir -p build
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt torch-pruning==1.6.1
+	$(BIN)/python -m spp_bench.peers --model demo --gigabytes 4 --dir build \
+		--json $(RESULTS)/peers-cpu.json
 
 onnx-exporters: demo
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check onnxscript==0.7.2

@@ -126,6 +126,7 @@ def measure(
     session: Session,
     chosen: Mapping[str, Chosen],
     model: str,
+    scenario: Path,
     cell: Cell,
     new_tokens: int,
     rounds: int,
@@ -140,7 +141,12 @@ def measure(
             target = Path(scratch) / name
             plan = Plan(source.fingerprint, source.name, "per-layer", "none", each.layers)
             spp_export.export(
-                output=target, model=model, plan=plan, device=session.device, dtype=session.dtype
+                scenario,
+                target,
+                model=model,
+                plan=plan,
+                device=session.device,
+                dtype=session.dtype,
             )
             loaded = spp_export.load_slim(
                 target,
@@ -194,7 +200,8 @@ def run(options: argparse.Namespace, progress: Any) -> dict[str, Any]:
         found = options_for(session, options.scenario, options.units, options.artifacts)
         chosen = choose_both(found, shape, table, options.units, options.keep)
         progress("writing, verifying and timing the models")
-        times = measure(session, chosen, options.model, cell, options.new_tokens, options.rounds)
+        timing = (cell, options.new_tokens, options.rounds)
+        times = measure(session, chosen, options.model, options.scenario, *timing)
     return {
         "machine": provenance.machine(options.device) | {"threads": threads},
         "versions": provenance.versions(),

@@ -158,7 +158,7 @@ def test_a_slim_model_that_is_not_the_masked_one_gives_no_figures(monkeypatch, t
 
 
 def test_the_command_and_the_module_take_a_shape(capsys):
-    grid = "--context 6 --new-tokens 2 --rounds 1 --threads 1 --no-memory".split()
+    grid = ["--context", "6", "--new-tokens", "2", "--rounds", "1", "--no-memory"]
     asked = ["--shape", "tiny", "--keep", "0.6", "--units", "both", *grid]
     shown = CliRunner().invoke(app, ["bench", *asked])
     assert shown.exit_code == 0, shown.output
@@ -307,7 +307,6 @@ device_rates._BYTES, device_rates._WIDTH = {"cpu": 1 << 16}, {"cpu": 16}
 gpu._SHORT, gpu._LONG, gpu._MANY, gpu._MANY_CONTEXT = 6, 8, 2, 6
 from spp_bench.bounds import Bound
 Bound.exceeded = lambda *_: False
-gpu.summary_problems = []
 from spp_bench import ragged
 ragged.too_fast = lambda results: ()
 sys.exit(gpu.main(sys.argv[1:]))
@@ -329,13 +328,19 @@ def bare(directory, *options):
     )
 
 
+def test_what_there_is_no_time_for_is_listed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "Models", lambda *_: pytest.fail("there is no time"))
+    grid = ["--keep", "0.7", "--units", "heads", "--device", "cpu", "--shape", "tiny"]
+    assert gpu.main(["--json", str(tmp_path), "--budget-s", "0", *grid]) == 0
+    left_out = json.loads((tmp_path / "summary.json").read_text())["left_out"]
+    assert [one["why"] for one in left_out] == ["time"] * 3
+    assert left_out[1]["what"] == "tiny uniform-heads-0.7"
+    assert "0 rows, 3 left out" in capsys.readouterr().out
+
+
 def test_the_matrix_needs_little_of_python_and_goes_on_where_it_was(tmp_path):
-    first = bare(tmp_path, "--budget-s", "0")
+    first = bare(tmp_path, "--layout", "per-layer")
     assert first.returncode == 0, first.stderr
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    # The first of each kind is always done: nothing is known of the time it takes.
-    assert [one["why"] for one in summary["left_out"]] == ["time"]
-    assert summary["left_out"][0]["what"] == "tiny uniform-heads-0.7"
     done = (tmp_path / "tiny" / "per-layer-heads-0.7.json").read_bytes()
     second = bare(tmp_path)
     assert second.returncode == 0, second.stderr
@@ -360,13 +365,3 @@ def test_the_way_from_a_text_to_a_plan_is_a_row(measured, monkeypatch):
     assert row["measured"] == [0.25, 0.5]
     assert "scores to plan" in rows[0]["what"]
     assert not any("prompts" in row["what"] for row in measured[0]["claims"])
-
-
-@pytest.mark.demo
-def test_a_plan_is_made_from_a_text(tmp_path):
-    from spp_bench.diagnosis_time import measure
-
-    scenario = tmp_path / "s.txt"
-    scenario.write_text("What is an acid?\n\nWhat is a base?\n\nWhat is a salt?\n\nWhat is pH?\n")
-    found = measure(0.7, 1, scenario)
-    assert (len(found.seconds), found.prompts) == (1, 3)

@@ -94,8 +94,8 @@ def test_help_answers_at_once():
         (["plan", "--scenario", "missing.txt"], "scenario missing.txt: no such file."),
         (
             ["plan", "--scenario", "x", "--keep", "0.5", "--strength", "1"],
-            "budget: expected exactly one of keep, max_params, max_kv_bytes, strength, got keep "
-            "and strength.",
+            "budget: expected exactly one of keep, max_params, max_kv_bytes, max_latency, "
+            "strength, got keep and strength.",
         ),
         (["export"], "export needs --scenario FILE or --plan FILE."),
         (["show", "nowhere"], "nowhere: no such file or directory."),
