@@ -15,7 +15,7 @@ TRANSFORMERS_JS := build/transformers-js
 
 .PHONY: help demo artifacts check test test-all test-loading test-lm-eval test-optimum \
 	test-transformers-js eval eval-finance eval-answers eval-ablations lm-eval bench bench-onnx \
-	bench-peers onnx-exporters onnx-memory onnx-parity ragged blocked-moments slice-memory compile-time \
+	bench-gpu bench-peers latency-plan onnx-exporters onnx-memory onnx-parity ragged blocked-moments slice-memory compile-time \
 	start-time reference clean
 
 help:
@@ -34,6 +34,8 @@ help:
 	@echo "make lm-eval       make demo's export in lm-evaluation-harness"
 	@echo "make bench         speed and memory of make demo's export beside the dense model"
 	@echo "make bench-onnx    the same with ONNX Runtime: fp32, int4, onnxruntime-genai"
+	@echo "make bench-gpu     the published backbones on a CUDA card, with the card's own Python"
+	@echo "make latency-plan  a plan by measured latency beside one by parameters"
 	@echo "make bench-peers   the export step beside Torch-Pruning and a plain script; 12 GB of disk"
 	@echo "make onnx-exporters  our graph beside what other exporters make of the same model"
 	@echo "make onnx-parity   greedy tokens of ten prompts: PyTorch, ONNX Runtime, onnxruntime-genai"
@@ -169,6 +171,14 @@ bench-onnx: demo
 	done
 	$(BIN)/spp bench out/chemistry out/chemistry-onnx out/chemistry-onnxint4 --model demo \
 		-o $(RESULTS)/bench-onnx-cpu.json --force
+
+# Needs a card and, in its Python, torch, transformers and numpy; nothing is installed.
+bench-gpu:
+	PYTHONPATH=.:cli:kernels:benchmarks $(PYTHON) -m spp_bench.gpu --json $(RESULTS)/gpu
+
+latency-plan: $(INSTALLED)
+	$(BIN)/python -m spp_bench.latency_plan --units heads --context 1024 --keep 0.7 \
+		--json $(RESULTS)/latency-plan-cpu.json
 
 bench-peers: $(INSTALLED)
 	mkdir -p build
