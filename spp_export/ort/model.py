@@ -192,7 +192,7 @@ class Decoding:
             raise UsageError(f"input_ids have {ids.shape[0]} rows, expected {self.batch}.")
         if ids.min() < 0 or ids.max() >= self.model.vocab_size:
             raise UsageError(f"input_ids go beyond the vocabulary of {self.model.vocab_size}.")
-        if mask.shape != ids.shape or not np.isin(mask, (0, 1)).all():
+        if mask.shape != ids.shape or not ((mask == 0) | (mask == 1)).all():
             raise UsageError(
                 f"attention_mask has shape {list(mask.shape)}, expected {list(ids.shape)} of "
                 "0 and 1, for the new tokens alone."
