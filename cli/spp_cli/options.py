@@ -205,7 +205,7 @@ Quant = Annotated[
     Literal["int8", "int4", "int8-dynamic"] | None,
     typer.Option(
         rich_help_panel=ONNX,
-        help="int8 and int4 round weights in blocks of 32; int8-dynamic rounds activations too.",
+        help="int8 and int4 round weights in small blocks; int8-dynamic rounds activations too.",
     ),
 ]
 Device = Annotated[

@@ -14,7 +14,7 @@ from spp_export.errors import UsageError
 # standard  operators of the ONNX standard alone (opset 24), for other runtimes and fp32 on CUDA
 Attention = Literal["gqa", "gqa-bias", "standard"]
 Precision = Literal["fp32", "fp16", "bf16"]
-# int4, int8     weights only, in blocks of 32 (MatMulNBits)
+# int4, int8     weights only, in blocks of 64 or 32 values (MatMulNBits)
 # int8-dynamic   weights per channel and activations per tensor (MatMulInteger)
 Quant = Literal["int8", "int4", "int8-dynamic"]
 

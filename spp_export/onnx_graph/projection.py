@@ -10,7 +10,7 @@ from spp_export.checkpoint.header import StoredTensor
 from spp_export.onnx_graph.dynamic import PendingDynamicWeight
 from spp_export.onnx_graph.options import OnnxOptions
 from spp_export.onnx_graph.quantise import (
-    BLOCK_SIZE,
+    BLOCK_SIZES,
     Bits,
     PendingWeight,
     quantised_attributes,
@@ -123,19 +123,19 @@ class Projections:
         """Rows out of the head's own blocks."""
         g, (rows, width) = self._g, embedding.shape
         data, scales, zeros = self._quantised_embedding(embedding, bits)
-        sizes = quantised_shapes(width, rows, bits)
+        sizes, block_size = quantised_shapes(width, rows, bits), BLOCK_SIZES[bits]
         found = g.op(
             "GatherBlockQuantized",
             [g.alias(f"{EMBEDDING}.table", data, sizes.table), ids, scales, zeros],
             EMBEDDING,
-            [BATCH, SEQUENCE, sizes.scales[1] * BLOCK_SIZE],
+            [BATCH, SEQUENCE, sizes.scales[1] * block_size],
             domain=MICROSOFT,
             bits=bits,
-            block_size=BLOCK_SIZE,
+            block_size=block_size,
             gather_axis=0,
             quantize_axis=1,
         )
-        if width % BLOCK_SIZE == 0:
+        if width % block_size == 0:
             return found
         bounds = [
             g.constant([value], f"{EMBEDDING}/{name}")

@@ -23,8 +23,9 @@ Bits = Literal[4, 8]
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
-# Finer blocks cost little: a scale and a zero point are a seventh of 4-bit data.
-BLOCK_SIZE = 32
+# Of values with a scale of their own. In 4 bits blocks of 64 were an eighth faster than blocks of
+# 32, for a tenth more KL, where the default model was measured; in 8 bits nothing is to be gained.
+BLOCK_SIZES: Mapping[Bits, int] = {4: 64, 8: 32}
 # Activations are cut into the same blocks of int8: several times the speed of keeping them float.
 _ACCURACY_LEVEL = 4
 # The quantiser holds several copies of what it is given.
@@ -69,7 +70,7 @@ class PendingWeight:
     """
 
     def __init__(
-        self, read: Callable[[], Floats], bits: Bits, block_size: int = BLOCK_SIZE
+        self, read: Callable[[], Floats], bits: Bits, block_size: int | None = None
     ) -> None:
         self._read, self._bits, self._block_size = read, bits, block_size
         self._bytes: dict[str, Bytes] = {}
@@ -103,22 +104,23 @@ class PendingWeight:
 
 
 def quantised_attributes(
-    inputs: int, outputs: int, bits: Bits, block_size: int = BLOCK_SIZE
+    inputs: int, outputs: int, bits: Bits, block_size: int | None = None
 ) -> dict[str, int]:
     """Attributes of the MatMulNBits node of a weight [inputs, outputs]."""
     return {
         "K": inputs,
         "N": outputs,
         "bits": bits,
-        "block_size": block_size,
+        "block_size": block_size or BLOCK_SIZES[bits],
         "accuracy_level": _ACCURACY_LEVEL,
     }
 
 
 def quantised_shapes(
-    inputs: int, outputs: int, bits: Bits, block_size: int = BLOCK_SIZE
+    inputs: int, outputs: int, bits: Bits, block_size: int | None = None
 ) -> QuantisedShapes:
     """What quantising a weight [inputs, outputs] will give."""
+    block_size = block_size or BLOCK_SIZES[bits]
     blocks = -(-inputs // block_size)
     return QuantisedShapes(
         weight=(outputs, blocks, block_size * bits // 8),
@@ -127,11 +129,12 @@ def quantised_shapes(
     )
 
 
-def quantise_weight(weight_KN: Floats, bits: Bits, block_size: int = BLOCK_SIZE) -> Quantised:
+def quantise_weight(weight_KN: Floats, bits: Bits, block_size: int | None = None) -> Quantised:
     """Round a weight [K, N] to the nearest values of its blocks, each with a zero point.
 
     Raises UsageError where onnxruntime is not installed.
     """
+    block_size = block_size or BLOCK_SIZES[bits]
     inputs, outputs = weight_KN.shape
     shapes = quantised_shapes(inputs, outputs, bits, block_size)
     weight = np.empty(shapes.weight, np.uint8)

@@ -13,7 +13,7 @@ from spp_export.errors import CheckpointError
 from spp_export.families import Family, TensorSpec
 from spp_export.onnx_graph.options import require
 from spp_export.onnx_graph.projection import EMBEDDING
-from spp_export.onnx_graph.quantise import BLOCK_SIZE, Quantised, dequantise
+from spp_export.onnx_graph.quantise import Quantised, dequantise
 from spp_export.onnx_graph.untrusted import read_graph
 from spp_export.onnx_graph.write import GRAPH_NAME
 from spp_export.shape import LayerShape, ModelShape
@@ -31,7 +31,13 @@ class GraphWeights:
     def __init__(
         self, directory: Path, family: Family, shape: ModelShape, layers: Sequence[LayerShape]
     ) -> None:
-        self._initializers = _initializers(directory)
+        graph = _graph(directory)
+        self._initializers: Mapping[str, Any] = graph.initializers
+        self._bits = {
+            node.inputs[1].name: node.attributes["bits"].as_int()
+            for node in graph
+            if node.op_type == "MatMulNBits"
+        }
         self._family, self._shape, self._layers = family, shape, layers
 
     @property
@@ -93,7 +99,7 @@ class GraphWeights:
         blocks = self._array(f"{name}.quantised")
         scales = self._plain(f"{name}.scales")
         zeros = self._array(f"{name}.zero_points")
-        sizes = {"K": self._depth(name), "bits": 8 * blocks.shape[2] // BLOCK_SIZE}
+        sizes = {"K": self._depth(name), "bits": self._bits[f"{name}.quantised"]}
         return dequantise(Quantised(blocks, scales, zeros, sizes))
 
     def _depth(self, name: str) -> int:
@@ -117,7 +123,7 @@ class GraphWeights:
         return array
 
 
-def _initializers(directory: Path) -> Mapping[str, Any]:
+def _graph(directory: Path) -> Any:
     onnx_ir = require("onnx_ir")
     read_graph(directory)  # which refuses data outside the directory
     path = directory / GRAPH_NAME
@@ -126,5 +132,4 @@ def _initializers(directory: Path) -> Mapping[str, Any]:
     except Exception as error:  # protobuf's own kinds among them
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path}: cannot be read as ONNX: {first}") from error
-    initializers: Mapping[str, Any] = model.graph.initializers
-    return initializers
+    return model.graph
