@@ -163,13 +163,14 @@ $(LM_EVAL)/.installed:
 bench: demo
 	$(BIN)/spp bench out/chemistry --model demo -o $(RESULTS)/bench-cpu.json --force
 
-# fp32 and int4 from one slim checkpoint, each beside the dense model in the same form.
-bench-onnx: demo
-	for quant in "" "--quant int4"; do \
-		$(BIN)/spp convert out/chemistry $$quant --force -o out/chemistry-onnx$${quant#--quant } \
-			--scenario $(DATA)/scenarios/chemistry.txt || exit 1; \
-	done
-	$(BIN)/spp bench out/chemistry out/chemistry-onnx out/chemistry-onnxint4 --model demo \
+# 40 % of heads and channels off, fp32 and int4, each beside the dense model in the same form.
+bench-onnx: $(INSTALLED)
+	$(BIN)/spp export --scenario $(DATA)/scenarios/chemistry.txt --units both --keep 0.6 \
+		-o out/half --force
+	$(BIN)/spp convert out/half --force -o out/half-onnx
+	$(BIN)/spp convert out/half --force -o out/half-int4 --quant int4 \
+		--scenario $(DATA)/scenarios/chemistry.txt
+	$(BIN)/spp bench out/half out/half-onnx out/half-int4 --model demo --rounds 15 \
 		-o $(RESULTS)/bench-onnx-cpu.json --force
 
 # Needs a card and, in its Python, torch, transformers and numpy; nothing is installed.
