@@ -29,11 +29,13 @@ class TorchRunner:
     def load(cls, candidate: Candidate, device: str) -> TorchRunner:
         """Load a candidate's checkpoint."""
         load = load_dense if candidate.dense else load_slim
+        # Stock attention copies keys and values for each query head of an uneven group.
+        uneven = any(not layer.regular for layer in candidate.sizes.layers)
         model = load(
             candidate.directory,
             dtype=getattr(torch, candidate.precision),
             device=device,
-            attn_implementation="sdpa",
+            attn_implementation="spp_ragged" if uneven else "sdpa",
         )
         return cls(candidate.name, model)
 
