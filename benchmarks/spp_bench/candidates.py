@@ -23,8 +23,7 @@ from spp_export.shape import LayerShape, ModelShape
 Engine = Literal["torch", "graph", "onnx", "genai"]
 DENSE = "dense"
 GENAI_CONFIG = "genai_config.json"
-_ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "float32": 4, "float16": 2, "bfloat16": 2}
-_ELEMENT_BYTES |= {"float64": 8}
+_ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ def onnx_candidate(
     """The row of ONNX Runtime: of the dense model in this form, or of an ONNX directory."""
     shape = out.shape if out else source.shape
     layers = out.layers if out else source.shape.layers
-    size = _ELEMENT_BYTES[options.precision]
+    size = options.element_bytes
     read = stored_weights(directory).read
     dense = f"{DENSE} onnx {form(options)}"
     return Candidate(

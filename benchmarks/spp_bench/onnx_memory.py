@@ -24,7 +24,6 @@ from spp_export.jsonio import dump_json
 from spp_export.onnx_graph import OnnxOptions
 from spp_export.onnx_graph.decoder import read_decoder
 from spp_export.onnx_graph.write import write_onnx
-from spp_export.pipeline.onnx_files import ELEMENT_BYTES as GRAPH_BYTES
 
 FIXED_BYTES = 1_000_000_000
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -36,7 +35,8 @@ def export(model: Path, out: Path, precision: Any) -> dict[str, Any]:
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     start = time.perf_counter()
-    write_onnx(model, out, OnnxOptions(precision=precision))
+    options = OnnxOptions(precision=precision)
+    write_onnx(model, out, options)
     seconds = time.perf_counter() - start
     tensors = read_decoder(model).tensors.values()
     largest = max(tensor.nbytes // ELEMENT_BYTES[tensor.dtype] for tensor in tensors)
@@ -47,7 +47,7 @@ def export(model: Path, out: Path, precision: Any) -> dict[str, Any]:
         "imports_bytes": before,
         "source_bytes": sum(tensor.nbytes for tensor in tensors),
         "graph_bytes": sum(path.stat().st_size for path in out.glob("model.onnx*")),
-        "limit_bytes": FIXED_BYTES + 2 * largest * GRAPH_BYTES[precision],
+        "limit_bytes": FIXED_BYTES + 2 * largest * options.element_bytes,
     }
 
 

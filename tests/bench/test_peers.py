@@ -18,7 +18,7 @@ from factories import make_checkpoint, mask_in_torch, slice_in_torch, write_slim
 from transformers import AutoModelForCausalLM
 
 from spp_bench.peers import __main__ as command
-from spp_bench.peers import by_spp, by_transformers, check, measure, oracle, report, steps
+from spp_bench.peers import by_spp, by_transformers, check, measure, oracle, report
 from spp_bench.peers.candidates import CANDIDATES, PICKLE, TORCH_PRUNING, Candidate
 from spp_bench.peers.plans import PLANS, plans_for
 from spp_export.checkpoint.source import Source, open_source
@@ -162,39 +162,6 @@ def test_torch_prunings_graph_of_sdpa_takes_other_kv_heads(source, plans, tmp_pa
     assert found["first_wrong"] == "model.layers.0.self_attn.k_proj.weight [48, 72], asked [32, 72]"
 
 
-def step(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    """Run `script` in place of a step; its argv is that step's own."""
-    run = steps._run
-
-    def replaced(line: list[str], log: Path, *others: Any) -> int | None:
-        return run([sys.executable, "-c", script, *line[3:]], log, *others)
-
-    monkeypatch.setattr(steps, "_run", replaced)
-
-
-@pytest.mark.parametrize(
-    ("script", "error"),
-    [
-        ("print('a note'); raise KeyError('x')", "KeyError: 'x'"),
-        ("assert False", "AssertionError"),
-        ("import os; print('last words', flush=True); os._exit(3)", "last words"),
-        ("import os; os._exit(3)", "exit status 3."),
-        ("import os; os.kill(os.getpid(), 9)", "killed, as the kernel does where memory runs out."),
-        ("import time; time.sleep(60)", "took more than 0.5 s."),
-    ],
-)
-def test_a_failing_step_is_one_line(monkeypatch, script, error):
-    step(monkeypatch, script)
-    limit = 0.5 if "sleep" in script else 60
-    assert steps.run_step("child", [], limit) == {"error": error}
-
-
-def test_a_step_answers_and_sees_its_environment(monkeypatch):
-    write = "open(sys.argv[-1], 'w').write(json.dumps([os.environ['LIKE'], *sys.argv[1:-1]]))"
-    step(monkeypatch, f"import json, os, sys; {write}")
-    assert steps.run_step("child", ["a"], 60, {"LIKE": "this"}) == ["this", "a"]
-
-
 def test_too_little_memory_skips_logits_with_a_reason(source, plans, monkeypatch, tmp_path):
     free = type("Memory", (), {"available": 10})
     monkeypatch.setattr(measure.psutil, "virtual_memory", lambda: free)
@@ -202,7 +169,8 @@ def test_too_little_memory_skips_logits_with_a_reason(source, plans, monkeypatch
 
     def run(module: str, arguments: list[str], *others: Any) -> dict[str, Any]:
         asked.append((module, arguments))
-        return {"child": {"seconds": 1.0}, "check": {"wrong_tensors": 0, "loads": "yes"}}[module]
+        answers = {"child": {"seconds": 1.0}, "check": {"wrong_tensors": 0, "loads": "yes"}}
+        return answers[module.removeprefix("peers.")]
 
     monkeypatch.setattr(measure, "run_step", run)
     options = measure.Options([CANDIDATES["spp"]], ["uniform, heads"])
@@ -211,7 +179,7 @@ def test_too_little_memory_skips_logits_with_a_reason(source, plans, monkeypatch
     assert row["skipped"] == "float32 needs about 1 GB, 0 GB are free"
     assert row["as_asked"]
     assert "equal" not in row
-    assert [module for module, _ in asked] == ["child", "check"]
+    assert [module for module, _ in asked] == ["peers.child", "peers.check"]
     assert asked[1][1][3] == "-"
 
 

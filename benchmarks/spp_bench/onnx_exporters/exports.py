@@ -2,59 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import signal
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from spp_bench.onnx_exporters.candidates import Candidate
-
-_LONGEST_ERROR = 300
-# The last line that names an exception. What follows it may be advice of several lines.
-_EXCEPTION = re.compile(r"^(?:[\w.]*(?:Error|Exception|Interrupt|Exit|Fail\w*)): .*", re.MULTILINE)
+from spp_bench.steps import run_step
 
 
 def run_export(candidate: Candidate, slim: Path, out: Path, limit_s: float) -> dict[str, Any]:
     """Measurements of the export and its graphs, or {"error"} in one line. `out` is created."""
     out.mkdir(parents=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        answer, log = Path(scratch, "answer.json"), Path(scratch, "log")
-        command = [sys.executable, "-m", "spp_bench.onnx_exporters.child"]
-        command += [candidate.name, str(slim), str(out), str(answer)]
-        status = _run(command, log, limit_s)
-        if status is None:
-            return {"error": f"took more than {limit_s:g} s."}
-        if status or not answer.exists():
-            return {"error": _error(log.read_text(encoding="utf-8", errors="replace"), status)}
-        measured: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
-    return {**measured, **graph_facts(out, candidate.graphs)}
-
-
-def _run(command: list[str], log: Path, limit_s: float) -> int | None:
-    """Exit status of a command with all its children; None where they had to be killed."""
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            return process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            return None
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-
-
-def _error(log: str, status: int) -> str:
-    named = _EXCEPTION.findall(log)
-    lines = named or [line for line in log.splitlines() if line.strip()]
-    return lines[-1].strip()[:_LONGEST_ERROR] if lines else f"exit status {status}."
+    words = [candidate.name, str(slim), str(out)]
+    measured = run_step("onnx_exporters.child", words, limit_s)
+    return measured if "error" in measured else {**measured, **graph_facts(out, candidate.graphs)}
 
 
 def graph_facts(directory: Path, names: tuple[str, ...]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from spp_bench.peers.steps import one_line
+from spp_bench.steps import one_line
 
 PICKLE = "model.pth"
 TOKENS = 48

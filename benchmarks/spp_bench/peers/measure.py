@@ -15,8 +15,8 @@ import psutil
 
 from spp_bench.peers.candidates import Candidate
 from spp_bench.peers.plans import plans_for
-from spp_bench.peers.steps import run_step
 from spp_bench.slice_memory import copy, prepare
+from spp_bench.steps import run_step
 from spp_export.checkpoint.source import Source, open_source
 from spp_export.plans import Plan
 
@@ -127,4 +127,4 @@ class _Case:
         self, module: str, arguments: Sequence[Any], environment: Mapping[str, str] | None = None
     ) -> dict[str, Any]:
         words = [str(argument) for argument in arguments]
-        return run_step(module, words, self._options.limit_s, environment)
+        return run_step(f"peers.{module}", words, self._options.limit_s, environment)

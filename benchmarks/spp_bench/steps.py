@@ -1,4 +1,4 @@
-"""Runs a module of this package in a process of its own, for a limited time."""
+"""Runs a module of spp_bench in a process of its own, for a limited time."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from typing import Any
 
 _LONGEST_ERROR = 300
 # From the last line that names an exception.
-_EXCEPTION = re.compile(r"^[\w.]*(?:Error|Exception|Interrupt|Exit)(?:: .*)?$", re.MULTILINE)
+_EXCEPTION = re.compile(
+    r"^[\w.]*(?:Error|Exception|Interrupt|Exit|Fail\w*)(?:: .*)?$", re.MULTILINE
+)
 
 
 def run_step(
     module: str, arguments: list[str], limit_s: float, environment: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """What `python -m spp_bench.peers.<module> ARGUMENTS FILE` wrote to FILE as JSON, or {"error"}
+    """What `python -m spp_bench.<module> ARGUMENTS FILE` wrote to FILE as JSON, or {"error"}
     in one line."""
-    with tempfile.TemporaryDirectory(prefix="spp-peers-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="spp-step-") as scratch:
         answer, log = Path(scratch, "answer.json"), Path(scratch, "log")
-        command = [sys.executable, "-m", f"spp_bench.peers.{module}", *arguments, str(answer)]
+        command = [sys.executable, "-m", f"spp_bench.{module}", *arguments, str(answer)]
         status = _run(command, log, limit_s, {**os.environ, **(environment or {})})
         if status is None:
             return {"error": f"took more than {limit_s:g} s."}
