@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 from spp_export.errors import SppError
 
 MAX_JSON_BYTES = 16 << 20
 MAX_JSON_DEPTH = 64
+# Objects, lists and strings, keys among them: each costs far more memory than its text does.
+MAX_JSON_ITEMS = 1 << 20
 _LINE_WIDTH = 100
 _CHUNK_BYTES = 1 << 20
 
@@ -24,15 +27,23 @@ _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_bytes(
-    path: str | os.PathLike[str], *, what: str, max_bytes: int, error: type[SppError] = SppError
+    path: str | os.PathLike[str],
+    *,
+    what: str,
+    max_bytes: int,
+    error: type[SppError] = SppError,
+    pipe: bool = True,
 ) -> bytes:
     """The whole of a file of at most `max_bytes` bytes.
 
     Raises `error`, in one line that starts with `what` and the path, where the file is missing, a
-    directory, unreadable or larger. A pipe is read to its end, within the same limit.
+    directory, unreadable or larger. A pipe is read to its end, within the same limit, where the
+    user may have named one; `pipe=False` refuses it, for it could wait for ever.
     """
     label = f"{what} {os.fspath(path)}"
     try:
+        if not pipe and stat.S_ISFIFO(os.stat(path).st_mode):
+            raise error(f"{label}: expected a file, got a pipe.")
         with open(path, "rb") as file:
             if stat.S_ISREG(mode := os.fstat(file.fileno()).st_mode) or stat.S_ISFIFO(mode):
                 return read_stream(file, what=label, max_bytes=max_bytes, error=error)
@@ -72,21 +83,27 @@ def decode_utf8(data: bytes, *, what: str, error: type[SppError] = SppError) -> 
         ) from None
 
 
+def text_lines(text: str) -> Iterator[str]:
+    """The lines of a text without their ends, one at a time; only line feeds end one."""
+    return (line.removesuffix("\n") for line in io.StringIO(text, newline="\n"))
+
+
 def parse_json(
     text: str,
     *,
     what: str,
     max_depth: int = MAX_JSON_DEPTH,
+    max_items: int = MAX_JSON_ITEMS,
     error: type[SppError] = SppError,
 ) -> Any:
     """The value of a JSON text, read strictly.
 
     Raises `error`, in one line that starts with `what`, for bad syntax, nesting deeper than
-    `max_depth`, duplicate keys, numbers that are not finite, and strings that are not Unicode.
+    `max_depth`, more than `max_items` objects, lists and strings, duplicate keys, numbers that are
+    not finite, and strings that are not Unicode.
     """
-    if _depth(text) > max_depth:
-        raise error(f"{what}: is nested deeper than {max_depth} levels.")
     try:
+        _check_extent(text, max_depth, max_items)
         value = json.loads(
             text,
             object_pairs_hook=_unique_keys,
@@ -128,24 +145,60 @@ def dump_json(value: Any) -> str:
     return _render(value, indent=0) + "\n"
 
 
-def _depth(text: str) -> int:
-    """Deepest nesting of brackets outside strings."""
-    depth = deepest = 0
+def json_object(value: Any, place: str, error: type[SppError]) -> dict[str, Any]:
+    """`value` if it is a JSON object; else `error`, which names the place."""
+    if not isinstance(value, dict):
+        raise error(f"{place} is {shown(value)}, expected a JSON object.")
+    return value
+
+
+def check_keys(
+    value: Mapping[str, Any],
+    required: Sequence[str],
+    optional: Sequence[str],
+    place: str,
+    error: type[SppError],
+) -> None:
+    """`error` for a key of an object that is unknown, or one that is required and missing."""
+    for name in value:
+        if name not in required and name not in optional:
+            known = ", ".join((*required, *optional))
+            raise error(f"{place} has the unknown key {shown(name)}; known are {known}.")
+    for name in required:
+        if name not in value:
+            raise error(f"{place} has no {name}.")
+
+
+def shown(value: Any) -> str:
+    """A JSON value as an error message shows it: never more than some words."""
+    if isinstance(value, (dict, list)):
+        return "a JSON object" if isinstance(value, dict) else f"a list of {len(value)}"
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _check_extent(text: str, max_depth: int, max_items: int) -> None:
+    """ValueError for nesting or a number of items that would be costly to parse."""
+    depth = items = 0
     for match in _STRING_OR_BRACKET.finditer(text):
         first = text[match.start()]
+        if first in "]}":
+            depth -= 1
+            continue
+        items += 1
+        if items > max_items:
+            raise ValueError(f"holds more than {max_items} objects, lists and strings")
         if first in "[{":
             depth += 1
-            deepest = max(deepest, depth)
-        elif first in "]}":
-            depth -= 1
-    return deepest
+            if depth > max_depth:
+                raise ValueError(f"is nested deeper than {max_depth} levels")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {repeated!r} appears twice in one object")
+        raise ValueError(f"the key {shown(repeated)} appears twice in one object")
     return value
 
 

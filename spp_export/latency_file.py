@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spp_export.errors import ProfileError
-from spp_export.jsonio import decode_utf8, parse_json, read_bytes
+from spp_export.jsonio import check_keys, decode_utf8, json_object, parse_json, read_bytes, shown
 from spp_export.latency import COUNTS, PHASES, SIZES, SWITCHES, LatencyTable, Phase
 
 SCHEMA_VERSION = 1
@@ -64,14 +64,14 @@ class _MalformedError(ProfileError):
 
 
 def _table(value: Any, sha256: str) -> LatencyTable:
-    document = _object(value, "the document")
+    document = json_object(value, "the document", _MalformedError)
     version = document.get("schema_version")
     if type(version) is not int or version != SCHEMA_VERSION:
         raise _MalformedError(
-            f"schema_version is {_short(version)}, expected {SCHEMA_VERSION}. "
+            f"schema_version is {shown(version)}, expected {SCHEMA_VERSION}. "
             "Run 'spp bench --profile' with this version of spp."
         )
-    _check_keys(document, _REQUIRED, _OPTIONAL, "the document")
+    check_keys(document, _REQUIRED, _OPTIONAL, "the document", _MalformedError)
     sizes = _sizes(document["model"])
     return LatencyTable(
         sha256=sha256,
@@ -83,13 +83,13 @@ def _table(value: Any, sha256: str) -> LatencyTable:
         dtype=_text(document["dtype"], "dtype"),
         attention=_attention(document["attention"], sizes["query_heads"], sizes["kv_heads"]),
         mlp=_mlp(document["mlp"], sizes["channels"]),
-        rest=_times(_object(document["rest"], "rest"), (), "rest"),
+        rest=_times(json_object(document["rest"], "rest", _MalformedError), (), "rest"),
     )
 
 
 def _sizes(value: Any) -> dict[str, Any]:
-    model = _object(value, "model")
-    _check_keys(model, ("name", *SIZES), (), "model")
+    model = json_object(value, "model", _MalformedError)
+    check_keys(model, ("name", *SIZES), (), "model", _MalformedError)
     most = {"num_layers": _MOST_LAYERS, "query_heads": _MOST_HEADS, "kv_heads": _MOST_HEADS}
     sizes: dict[str, Any] = {"model_type": _text(model["model_type"], "model.model_type")}
     _text(model["name"], "model.name")
@@ -97,7 +97,7 @@ def _sizes(value: Any) -> dict[str, Any]:
         sizes[name] = _count(model[name], f"model.{name}", most.get(name, _MOST))
     for name in SWITCHES:
         if not isinstance(model[name], bool):
-            raise _MalformedError(f"model.{name} is {_short(model[name])}, expected true or false.")
+            raise _MalformedError(f"model.{name} is {shown(model[name])}, expected true or false.")
         sizes[name] = model[name]
     if sizes["query_heads"] % sizes["kv_heads"]:
         raise _MalformedError(
@@ -150,18 +150,18 @@ def _mlp(value: Any, channels: int) -> dict[int, float]:
 
 def _rows(value: Any, name: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not value:
-        raise _MalformedError(f"{name} is {_short(value)}, expected a list of records.")
-    return [_object(row, f"{name} {index}") for index, row in enumerate(value)]
+        raise _MalformedError(f"{name} is {shown(value)}, expected a list of records.")
+    return [json_object(row, f"{name} {index}", _MalformedError) for index, row in enumerate(value)]
 
 
 def _times(row: Mapping[str, Any], keys: Sequence[str], place: str) -> float:
     """The median of a record, all of whose times are checked."""
-    _check_keys(row, (*keys, *_TIMES), (), place)
+    check_keys(row, (*keys, *_TIMES), (), place, _MalformedError)
     for name in _TIMES:
         time = row[name]
         if type(time) not in (int, float) or not 0 < time <= _MOST_SECONDS:
             raise _MalformedError(
-                f"{place}: {name} is {_short(time)}, expected a number above 0 and at most "
+                f"{place}: {name} is {shown(time)}, expected a number above 0 and at most "
                 f"{_MOST_SECONDS:g}."
             )
     if not row["p20"] <= row["seconds"] <= row["p80"]:
@@ -176,44 +176,18 @@ def _phase(value: Any) -> Phase:
     for phase in PHASES:
         if value == phase:
             return phase
-    raise _MalformedError(f"phase is {_short(value)}, expected {' or '.join(PHASES)}.")
+    raise _MalformedError(f"phase is {shown(value)}, expected {' or '.join(PHASES)}.")
 
 
 def _count(value: Any, name: str, most: int) -> int:
     if type(value) is not int or not 1 <= value <= most:
-        raise _MalformedError(f"{name} is {_short(value)}, expected an integer from 1 to {most}.")
+        raise _MalformedError(f"{name} is {shown(value)}, expected an integer from 1 to {most}.")
     return value
 
 
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str) or not value.isprintable() or not 0 < len(value) <= _MOST_TEXT:
         raise _MalformedError(
-            f"{name} is {_short(value)}, expected one line of at most {_MOST_TEXT} characters."
+            f"{name} is {shown(value)}, expected one line of at most {_MOST_TEXT} characters."
         )
     return value
-
-
-def _object(value: Any, place: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise _MalformedError(f"{place} is {_short(value)}, expected a JSON object.")
-    return value
-
-
-def _check_keys(
-    value: Mapping[str, Any], required: Sequence[str], optional: Sequence[str], place: str
-) -> None:
-    for name in value:
-        if name not in required and name not in optional:
-            known = ", ".join((*required, *optional))
-            raise _MalformedError(f"{place} has the unknown key {_short(name)}; known are {known}.")
-    for name in required:
-        if name not in value:
-            raise _MalformedError(f"{place} has no {name}.")
-
-
-def _short(value: Any) -> str:
-    """A value as an error message shows it: never more than some words."""
-    if isinstance(value, (dict, list)):
-        return "a JSON object" if isinstance(value, dict) else f"a list of {len(value)}"
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."

@@ -26,7 +26,6 @@ from spp_export.onnx_graph.write import GRAPH_NAME
 from spp_export.ort.model import OrtModel
 from spp_export.verification import Check, ReferenceLogits
 
-_EPSILON = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Other kernels, other orders of summation: what rounding takes from the oracle they may take
 # several times, and a little beside.
 _ROUNDINGS = 4.0
@@ -143,7 +142,7 @@ class _Comparison:
     def __init__(self, reference: ReferenceLogits, precision: Precision) -> None:
         self._exact = list(_exact_rows(reference))
         largest = max(float(row.abs().max()) for row in self._exact)
-        epsilon = torch.finfo(_EPSILON[precision]).eps
+        epsilon = torch.finfo(getattr(torch, OnnxOptions(precision=precision).torch_dtype)).eps
         self._limit = _ROUNDINGS * reference.rounding + _ROOM[precision] * epsilon * max(
             largest, 1.0
         )

@@ -51,6 +51,23 @@ Scenario = Annotated[
         "input.",
     ),
 ]
+ComparedText = Annotated[
+    str | None,
+    typer.Option(
+        "--scenario",
+        metavar="FILE",
+        rich_help_panel=CHECKS,
+        help="Text to compare logits on, or - for standard input; random tokens without it.",
+    ),
+]
+KeepFailed = Annotated[
+    bool,
+    typer.Option(
+        "--keep-failed",
+        rich_help_panel=DANGEROUS,
+        help="Publish even when a check fails; the exit status is 1 all the same.",
+    ),
+]
 Layout = Annotated[
     Literal["uniform", "per-layer", "ragged"],
     typer.Option(

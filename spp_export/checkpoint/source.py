@@ -18,6 +18,17 @@ from spp_export.jsonio import read_json
 from spp_export.shape import ModelShape
 
 CONFIG_NAME = "config.json"
+# A tokenizer, whichever of these it consists of, beside its tokenizer_config.json.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 # What changes when a model is only saved again, by another version or from another place.
 _VOLATILE_KEYS = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")
 

@@ -21,7 +21,6 @@ _PER_LAYER_KEYS = (
     "base_architecture",
     "biased_projections",
 )
-_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # Names that genai knows, and what it takes where the model does not say.
 _SEARCH = {
     "do_sample": False,
@@ -54,8 +53,8 @@ def onnx_config(
     config |= {
         "model_type": family.model_type,
         "architectures": [family.architecture],
-        "dtype": _DTYPES[options.precision],
-        "torch_dtype": _DTYPES[options.precision],
+        "dtype": options.torch_dtype,
+        "torch_dtype": options.torch_dtype,
         "head_dim": shape.head_dim,
         "max_position_embeddings": context_length,
         "tie_word_embeddings": shape.tied_embeddings,
@@ -110,9 +109,9 @@ def genai_config(
 def tokenizer_config(source: Mapping[str, Any], options: OnnxOptions) -> dict[str, Any]:
     """tokenizer_config.json that transformers 4 and 5 read alike.
 
-    It pads on the right where the graph takes no other side.
+    It pads on the right where the graph takes no other side, and names no code of its own.
     """
-    config = dict(source)
+    config = {key: value for key, value in source.items() if key != "auto_map"}
     if config.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name for it
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if config.get("tokenizer_class") == "PreTrainedTokenizerFast":

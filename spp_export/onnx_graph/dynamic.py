@@ -8,7 +8,6 @@ its embedding through a Transpose as it is; here it is given one product after t
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,38 +34,6 @@ class DynamicWeight:
 
     weight: Int8
     scales: Floats
-
-
-class PendingDynamicWeight:
-    """A weight [K, N] that is quantised when the first of its parts is asked for.
-
-    A part is let go once it is given; asking for it again quantises anew.
-    """
-
-    def __init__(self, read: Callable[[], Floats]) -> None:
-        self._read = read
-        self._weight: Int8 | None = None
-        self._scales: Floats | None = None
-
-    def weight(self) -> Int8:
-        """As of `DynamicWeight`."""
-        if self._weight is None:
-            self._quantise()
-        weight, self._weight = self._weight, None
-        assert weight is not None
-        return weight
-
-    def scales(self) -> Floats:
-        """As of `DynamicWeight`."""
-        if self._scales is None:
-            self._quantise()
-        scales, self._scales = self._scales, None
-        assert scales is not None
-        return scales
-
-    def _quantise(self) -> None:
-        made = quantise_dynamic_weight(self._read())
-        self._weight, self._scales = made.weight, made.scales
 
 
 def quantise_dynamic_weight(weight_KN: Floats) -> DynamicWeight:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any, Literal
 
+from spp_export.checkpoint.dtypes import ELEMENT_BYTES, FLOAT_DTYPES
 from spp_export.errors import UsageError
 
 # gqa       GroupQueryAttention with its rotary inside; right padding; shared KV buffer; fastest
@@ -25,6 +27,9 @@ QUANTS: tuple[Quant, ...] = ("int8", "int4", "int8-dynamic")
 # Counts up where the same checkpoint and options would give another graph: `verify` compares whole
 # graphs, and must be able to say that one was written before.
 GRAPH_VERSION = 1
+
+# As safetensors spells them.
+STORED: Mapping[Precision, str] = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
 INSTALL = "pip install 'spp-export[onnx]'"
 
@@ -65,6 +70,16 @@ class OnnxOptions:
                 "--precision fp32: GroupQueryAttention has no fp32 kernel on CUDA. "
                 "Use --precision fp16 or bf16, or --onnx-attention standard."
             )
+
+    @property
+    def torch_dtype(self) -> str:
+        """The precision as torch spells it ("float32")."""
+        return FLOAT_DTYPES[STORED[self.precision]]
+
+    @property
+    def element_bytes(self) -> int:
+        """Of one value that is not quantised."""
+        return ELEMENT_BYTES[STORED[self.precision]]
 
     def to_dict(self) -> dict[str, Any]:
         """For config.json."""

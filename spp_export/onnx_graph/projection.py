@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from spp_export.checkpoint.header import StoredTensor
-from spp_export.onnx_graph.dynamic import PendingDynamicWeight
+from spp_export.onnx_graph.dynamic import quantise_dynamic_weight
 from spp_export.onnx_graph.options import OnnxOptions
 from spp_export.onnx_graph.quantise import (
     BLOCK_SIZES,
     Bits,
-    PendingWeight,
+    PendingParts,
+    quantise_weight,
     quantised_attributes,
     quantised_shapes,
 )
@@ -154,24 +155,23 @@ class Projections:
         self, read: Callable[[], Array], depth: int, width: int, bits: Bits, name: str
     ) -> Sequence[Any]:
         """Data, scales and zero points of a weight [depth, width]."""
-        g, pending = self._g, PendingWeight(read, bits)
+        g, pending = self._g, PendingParts(lambda: quantise_weight(read(), bits))
+        scales, zeros = pending.part("scales"), pending.part("zero_points")
         sizes = quantised_shapes(depth, width, bits)
         return (
-            g.weight(f"{name}.quantised", sizes.weight, pending.weight, "UINT8"),
-            g.weight(
-                f"{name}.scales", sizes.scales, lambda: rounded(pending.scales(), self._precision)
-            ),
-            g.weight(f"{name}.zero_points", sizes.zero_points, pending.zero_points, "UINT8"),
+            g.weight(f"{name}.quantised", sizes.weight, pending.part("weight"), "UINT8"),
+            g.weight(f"{name}.scales", sizes.scales, lambda: rounded(scales(), self._precision)),
+            g.weight(f"{name}.zero_points", sizes.zero_points, zeros, "UINT8"),
         )
 
     def _per_channel(
         self, read: Callable[[], Array], depth: int, width: int, name: str
     ) -> tuple[Any, Any]:
         """Data [depth, width] and scales [width] of a weight."""
-        pending = PendingDynamicWeight(read)
+        pending = PendingParts(lambda: quantise_dynamic_weight(read()))
         return (
-            self._g.weight(f"{name}.int8", [depth, width], pending.weight, "INT8"),
-            self._g.weight(f"{name}.scales", [width], pending.scales),
+            self._g.weight(f"{name}.int8", [depth, width], pending.part("weight"), "INT8"),
+            self._g.weight(f"{name}.scales", [width], pending.part("scales")),
         )
 
     def _dynamic(

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,44 +63,25 @@ class Quantised:
     attributes: Mapping[str, int]
 
 
-class PendingWeight:
-    """A weight that is quantised when the first of its parts is asked for.
+class PendingParts:
+    """The constants of a weight, made when the first of them is asked for.
 
-    A part is let go once it is given; asking for it again quantises anew.
+    A part is let go once it is given; asking for it again makes all of them anew.
     """
 
-    def __init__(
-        self, read: Callable[[], Floats], bits: Bits, block_size: int | None = None
-    ) -> None:
-        self._read, self._bits, self._block_size = read, bits, block_size
-        self._bytes: dict[str, Bytes] = {}
-        self._scales: Floats | None = None
+    def __init__(self, make: Callable[[], object]) -> None:
+        self._make = make
+        self._made: dict[str, Any] = {}
 
-    def weight(self) -> Bytes:
-        """As of `Quantised`."""
-        return self._take("weight")
+    def part(self, name: str) -> Callable[[], NDArray[Any]]:
+        """Reader of one array by its field's name."""
+        return lambda: self._take(name)
 
-    def scales(self) -> Floats:
-        """As of `Quantised`."""
-        if self._scales is None:
-            self._quantise()
-        scales, self._scales = self._scales, None
-        assert scales is not None
-        return scales
-
-    def zero_points(self) -> Bytes:
-        """As of `Quantised`."""
-        return self._take("zero_points")
-
-    def _take(self, part: str) -> Bytes:
-        if part not in self._bytes:
-            self._quantise()
-        return self._bytes.pop(part)
-
-    def _quantise(self) -> None:
-        made = quantise_weight(self._read(), self._bits, self._block_size)
-        self._bytes = {"weight": made.weight, "zero_points": made.zero_points}
-        self._scales = made.scales
+    def _take(self, name: str) -> NDArray[Any]:
+        if name not in self._made:
+            self._made = dict(vars(self._make()))
+        part: NDArray[Any] = self._made.pop(name)
+        return part
 
 
 def quantised_attributes(

@@ -29,7 +29,7 @@ _ALIASES = "spp.aliases"
 
 
 class Recorder:
-    """A graph being built. `prefix` goes before the name of every node made inside it."""
+    """A graph being built."""
 
     def __init__(self, precision: Precision) -> None:
         self.ir = require("onnx_ir")

@@ -16,9 +16,8 @@ from spp_export.checkpoint.dtypes import all_finite, from_float
 from spp_export.checkpoint.header import StoredTensor, show
 from spp_export.checkpoint.reader import as_array, read_float
 from spp_export.errors import CheckpointError
-from spp_export.onnx_graph.options import Precision
+from spp_export.onnx_graph.options import STORED, Precision
 
-_STORED = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 _NUMPY = {"F32": np.float32, "F16": np.float16}
 
 Array = NDArray[Any]
@@ -57,7 +56,7 @@ def rows(tensor: StoredTensor, precision: Precision) -> Array:
 
     Raises CheckpointError for a value that does not fit, or is not finite.
     """
-    wanted = _STORED[precision]
+    wanted = STORED[precision]
     if tensor.dtype == wanted:
         bits = as_array(tensor)
     else:
@@ -72,7 +71,7 @@ def rows(tensor: StoredTensor, precision: Precision) -> Array:
 
 def rounded(values: NDArray[np.float32], precision: Precision) -> Array:
     """Values that are small by construction, in `precision`."""
-    wanted = _STORED[precision]
+    wanted = STORED[precision]
     return from_float(np.ascontiguousarray(values), wanted).view(_numpy_type(wanted))
 
 

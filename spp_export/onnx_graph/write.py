@@ -10,6 +10,7 @@ from typing import Any
 
 from spp_export.checkpoint.atomic import require_free_space
 from spp_export.checkpoint.reader import model_file
+from spp_export.checkpoint.source import TOKENIZER_FILES
 from spp_export.errors import ModelError, OutputError
 from spp_export.jsonio import dump_json, read_json
 from spp_export.onnx_graph.companions import genai_config, onnx_config, tokenizer_config
@@ -85,7 +86,7 @@ def _companions(checkpoint: Path, out: Path, decoder: Decoder, options: OnnxOpti
     ):
         if content:
             (out / name).write_text(dump_json(content), encoding="utf-8")
-    for name in _TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         if (checkpoint / name).exists():
             shutil.copyfile(model_file(checkpoint, name), out / name)
 
@@ -96,15 +97,3 @@ def optional_json(directory: Path, name: str) -> dict[str, Any]:
         return {}
     content = read_json(model_file(directory, name), what=name, error=ModelError)
     return content if isinstance(content, dict) else {}
-
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)

@@ -19,6 +19,7 @@ from spp_export.plans import Compensation as Kind
 from spp_export.plans import LayerPlan, Layout, Plan
 from spp_export.shape import ModelShape
 from spp_export.slicing import kept_indices, real_elements
+from spp_export.slim_config import slim_config
 
 if TYPE_CHECKING:
     from spp_export.reference import Projection
@@ -65,6 +66,18 @@ def compensated_shape(
 def written_shape(source: Source, compiled: Plan) -> ModelShape:
     """`compensated_shape` of a plan."""
     return slim_shape(source, compiled.layout, biased_roles(compiled, source.shape))
+
+
+def written_config(source: Source, compiled: Plan) -> dict[str, Any]:
+    """config.json of the slim checkpoint that a plan makes of the source."""
+    return slim_config(
+        source.config,
+        source.family,
+        source.shape,
+        compiled.written_shapes(source.shape),
+        compiled.written_layout,
+        biased_roles(compiled, source.shape),
+    )
 
 
 def moment_kinds(compiled: Plan, shape: ModelShape) -> tuple[str, ...]:

@@ -17,10 +17,10 @@ from spp_export.engines import Engine, onnx_engines
 from spp_export.errors import CheckFailed, ModelError, OutputError, ParityError
 from spp_export.jsonio import dump_json
 from spp_export.models import DEMO, ModelLocation, locate_model, model_license
-from spp_export.onnx_graph.decoder import read_decoder
+from spp_export.onnx_graph.decoder import Decoder, read_decoder
 from spp_export.onnx_graph.options import OnnxOptions, require_all
 from spp_export.pipeline.onnx_export import check_graph_files, slim_reference, write_graph
-from spp_export.pipeline.onnx_files import TORCH_DTYPES, is_onnx
+from spp_export.pipeline.onnx_files import is_onnx
 from spp_export.plans import LayerPlan, Plan, read_plan
 from spp_export.progress import Progress, no_progress
 from spp_export.scenario import read_scenario
@@ -87,7 +87,7 @@ def convert(
     with publish(target, force) as work:
         write_graph(place.path, work, options, progress)
         if verify:
-            reference = _reference(place.path, options, prompts, device, seed)
+            reference = _reference(place.path, decoder, options, prompts, seed)
             report, failure = _verify(work, place.path, reference, options, device, progress)
             (work / "verify.json").write_text(dump_json(report), encoding="utf-8")
             if failure and not keep_failed:
@@ -123,7 +123,9 @@ def _check_source(path: Path, target: Path) -> None:
         raise ModelError(
             f"{path}: is an ONNX directory already. Give the safetensors it was made from."
         )
-    if wrote(path) and (problems := check_manifest(path)):
+    # A plan is the mark of an export whose manifest is gone or can no longer be read.
+    ours = wrote(path) or (path / "plan.json").exists()
+    if ours and (problems := check_manifest(path)):
         raise ModelError(f"{path}: {problems[0]}. Write the export again.")
 
 
@@ -150,20 +152,19 @@ def _plan(place: ModelLocation, layout: str) -> Plan:
 
 
 def _reference(
-    checkpoint: Path, options: OnnxOptions, prompts: Sequence[str], device: str, seed: int
+    checkpoint: Path, decoder: Decoder, options: OnnxOptions, prompts: Sequence[str], seed: int
 ) -> ReferenceLogits:
     import torch
 
     from spp_export.pipeline.verify import check_batches, wide_dtype
 
-    decoder = read_decoder(checkpoint)
     tokenizer = None
     if prompts:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     batches = check_batches(decoder.shape.vocab_size, prompts, tokenizer, seed)
-    own = getattr(torch, TORCH_DTYPES[options.precision])
+    own = getattr(torch, options.torch_dtype)
     exact = wide_dtype(own, decoder.shape.parameters(decoder.layers), "cpu")
     return slim_reference(checkpoint, batches, exact, options)
 
@@ -176,7 +177,7 @@ def _verify(
     device: str,
     progress: Progress,
 ) -> tuple[dict[str, Any], CheckFailed | None]:
-    from spp_export.verification import VerifyReport, rounded
+    from spp_export.verification import VerifyReport
 
     scratch = work / "scratch"
     scratch.mkdir()
@@ -191,10 +192,7 @@ def _verify(
     )
     shutil.rmtree(scratch)
     report = VerifyReport(found.checks, {"onnx": options.to_dict()})
-    content = report.to_dict()
-    if found.agreement:
-        named = zip(("mean_kl", "top1"), found.agreement, strict=True)
-        content["quantisation"] = rounded(dict(named))
+    content = {**report.to_dict(), **found.quantisation()}
     if report.passed:
         return content, None
     first = report.failures[0]

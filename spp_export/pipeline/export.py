@@ -18,17 +18,25 @@ from spp_export.checkpoint.atomic import check_target, publish
 from spp_export.checkpoint.manifest import write_manifest
 from spp_export.checkpoint.reader import model_file
 from spp_export.checkpoint.slim import WrittenWeights, write_slim_weights
+from spp_export.checkpoint.source import TOKENIZER_FILES
 from spp_export.diagnosis import Diagnosis
 from spp_export.engines import Engine, onnx_engines
-from spp_export.errors import CheckFailed, ParityError, PlanError, QualityError, UsageError
-from spp_export.jsonio import dump_json
+from spp_export.errors import (
+    CheckFailed,
+    ModelError,
+    ParityError,
+    PlanError,
+    QualityError,
+    UsageError,
+)
+from spp_export.jsonio import dump_json, read_json
 from spp_export.models import DEMO, model_license
 from spp_export.onnx_graph.options import OnnxOptions, require_all
 from spp_export.pipeline.calibration import Mixing, calibration_parts, gather_parts
 from spp_export.pipeline.compensation import (
     Compensation,
-    biased_roles,
     moment_kinds,
+    written_config,
     written_shape,
 )
 from spp_export.pipeline.onnx_export import (
@@ -37,7 +45,6 @@ from spp_export.pipeline.onnx_export import (
     slim_reference,
     write_graph,
 )
-from spp_export.pipeline.onnx_files import ELEMENT_BYTES, TORCH_DTYPES
 from spp_export.pipeline.plan import (
     PlanRequest,
     PlanResult,
@@ -53,20 +60,13 @@ from spp_export.progress import Progress, no_progress
 from spp_export.scenario import Scenario, read_scenario
 from spp_export.session import Session, open_artifacts, open_session
 from spp_export.shape import ModelShape
-from spp_export.slim_config import MODELING_FILES, slim_config
+from spp_export.slim_config import MODELING_FILES
 
 # What a Hugging Face directory has beside weights and config, where the source has it.
 _COMPANIONS = (
     "generation_config.json",
-    "tokenizer.json",
     "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
+    *TOKENIZER_FILES,
     "LICENSE",
 )
 
@@ -229,7 +229,7 @@ def export(
 def _as_onnx(result: ExportResult, session: Session, options: OnnxOptions) -> ExportResult:
     """Engines of a graph, and sizes in its precision."""
     source, compiled = session.source, result.plan
-    size = ELEMENT_BYTES[options.precision]
+    size = options.element_bytes
     dense = replace(source.shape, element_bytes=size)
     written = replace(written_shape(source, compiled), element_bytes=size)
     return replace(
@@ -358,24 +358,28 @@ def _write(
             biases=compensation.biases(),
             progress=lambda done, total: bar(done / total),
         )
-    layers = compiled.written_shapes(source.shape)
-    config = slim_config(
-        source.config,
-        source.family,
-        source.shape,
-        layers,
-        compiled.written_layout,
-        biased_roles(compiled, source.shape),
-    )
+    config = written_config(source, compiled)
     (work / "config.json").write_text(dump_json(config), encoding="utf-8")
     if compiled.layout != "uniform":
         for path in MODELING_FILES:
             shutil.copyfile(path, work / path.name)
     for name in _COMPANIONS:
         if (source.path / name).exists():
-            shutil.copyfile(model_file(source.path, name), work / name)
+            _copy_companion(model_file(source.path, name), work / name)
     (work / "plan.json").write_text(compiled.to_json(), encoding="utf-8")
     return written
+
+
+def _copy_companion(source: Path, target: Path) -> None:
+    """A file as it is, but for code that a tokenizer names: whoever trusts an export's own code, as
+    the card of a per-layer one says, would run that too."""
+    if target.name == "tokenizer_config.json":
+        settings = read_json(source, what="tokenizer config", error=ModelError)
+        if isinstance(settings, dict) and "auto_map" in settings:
+            del settings["auto_map"]
+            target.write_text(dump_json(settings), encoding="utf-8")
+            return
+    shutil.copyfile(source, target)
 
 
 def _verify(
@@ -399,9 +403,7 @@ def _verify(
         found = _check_graph(session, checked, work, request.onnx)
         content["checks"] += [check.to_dict() for check in found.checks]
         content["onnx"] = request.onnx.to_dict()
-        if found.agreement:
-            named = zip(("mean_kl", "top1"), found.agreement, strict=True)
-            content["quantisation"] = rounded(dict(named))
+        content |= found.quantisation()
         failed = [check for check in found.checks if not check.passed]
         if found.model and not failed:
             from spp_export.ort.module import OrtModule
@@ -447,7 +449,7 @@ def _check_graph(
     """A graph against the oracle that its checkpoint was compared with, in its own precision."""
     assert checked.reference is not None
     reference, slim = checked.reference, work / "slim"
-    if TORCH_DTYPES[options.precision] != session.dtype:
+    if options.torch_dtype != session.dtype:
         reference = slim_reference(slim, reference.batches, exact_dtype(session, {}), options)
     return check_graph_files(
         work,

@@ -6,19 +6,17 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spp_export.checkpoint.reader import read_float
 from spp_export.onnx_graph.decoder import read_decoder
 from spp_export.onnx_graph.options import OnnxOptions
 from spp_export.onnx_graph.read import GraphWeights
 from spp_export.onnx_graph.write import write_onnx
-from spp_export.pipeline.onnx_files import TORCH_DTYPES
 from spp_export.progress import Progress, no_progress
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from spp_export.activations import TokenBatch
     from spp_export.ort.model import OrtModel
@@ -35,6 +33,15 @@ class GraphChecks:
     checks: tuple[Check, ...]
     model: OrtModel | None = None
     agreement: tuple[float, float] | None = None
+
+    def quantisation(self) -> dict[str, Any]:
+        """What quantising cost, for verify.json; empty for a graph that is not quantised."""
+        from spp_export.verification import rounded
+
+        if self.agreement is None:
+            return {}
+        kl, share = self.agreement
+        return {"quantisation": rounded({"mean_kl": kl, "top1": share})}
 
 
 def write_graph(
@@ -115,17 +122,12 @@ def slim_reference(
     """Logits of the PyTorch model of a checkpoint, in `exact` and in the graph's precision."""
     import torch
 
+    from spp_export.loader import load_slim
     from spp_export.verification import ReferenceLogits, real_logits
 
     def logits(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        model = _load(checkpoint, dtype)
+        model = load_slim(checkpoint, dtype=dtype)
         return tuple(real_logits(model, batch) for batch in batches)
 
-    same = getattr(torch, TORCH_DTYPES[options.precision])
+    same = getattr(torch, options.torch_dtype)
     return ReferenceLogits(tuple(batches), logits(exact), logits(same))
-
-
-def _load(checkpoint: Path, dtype: torch.dtype) -> nn.Module:
-    from spp_export.loader import load_slim
-
-    return load_slim(checkpoint, dtype=dtype)

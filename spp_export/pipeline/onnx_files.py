@@ -9,11 +9,6 @@ from spp_export.errors import ModelError, UsageError
 from spp_export.onnx_graph.options import GRAPH_VERSION, OnnxOptions
 from spp_export.onnx_graph.write import GRAPH_NAME
 
-# What PyTorch calls the precisions of a graph.
-TORCH_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-
-ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
-
 
 def is_onnx(directory: Path) -> bool:
     """Whether a directory holds a graph of ours, or something of that name."""
@@ -49,4 +44,4 @@ def check_version(directory: Path) -> None:
 
 def graph_dtype(directory: Path) -> str:
     """The dtype in which PyTorch must compute to be compared with a graph."""
-    return TORCH_DTYPES[onnx_options(directory).precision]
+    return onnx_options(directory).torch_dtype

@@ -28,16 +28,15 @@ from spp_export.onnx_graph.structure import difference
 from spp_export.onnx_graph.write import GRAPH_NAME, optional_json
 from spp_export.pipeline.compensation import (
     CONSUMERS,
-    biased_roles,
     loses,
     real_columns,
+    written_config,
     written_shape,
 )
 from spp_export.pipeline.onnx_files import check_version, onnx_options
 from spp_export.plans import Plan
 from spp_export.session import Session
 from spp_export.slicing import written_tensor
-from spp_export.slim_config import slim_config
 
 if TYPE_CHECKING:
     from spp_export.reference import Projections
@@ -103,14 +102,7 @@ def check_onnx_directory(
 def _promised(directory: Path, source: Source, compiled: Plan) -> Decoder:
     """The slim checkpoint that a plan makes of the source, without its weights."""
     layers = compiled.written_shapes(source.shape)
-    config = slim_config(
-        source.config,
-        source.family,
-        source.shape,
-        layers,
-        compiled.written_layout,
-        biased_roles(compiled, source.shape),
-    )
+    config = written_config(source, compiled)
     counts = source.shape.layer if compiled.written_layout == "per-layer" else layers[0]
     shape = written_shape(source, compiled)
     nowhere = source.path / "model.safetensors"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spp_export.checkpoint.header import StoredTensor
-from spp_export.checkpoint.manifest import check_manifest
+from spp_export.checkpoint.manifest import check_manifest, listed_names
 from spp_export.checkpoint.reader import blocks, read_float, stored_tensors
 from spp_export.checkpoint.source import Source, read_config
 from spp_export.errors import CheckpointError, OutputError
@@ -17,9 +17,9 @@ from spp_export.families import Role
 from spp_export.models import DEMO
 from spp_export.pipeline.compensation import (
     CONSUMERS,
-    biased_roles,
     loses,
     real_columns,
+    written_config,
     written_shape,
 )
 from spp_export.pipeline.onnx_files import graph_dtype, is_onnx
@@ -28,7 +28,6 @@ from spp_export.progress import Progress, no_progress
 from spp_export.scenario import read_scenario
 from spp_export.session import Session, open_session
 from spp_export.slicing import Indices
-from spp_export.slim_config import slim_config
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +62,7 @@ def verify(
     from spp_export.verification import Check, VerifyReport
 
     directory = Path(out)
-    if not (directory / "plan.json").is_file():
+    if not (directory / "plan.json").is_file() and "plan.json" not in listed_names(directory):
         raise OutputError(f"{directory}: no plan.json, so not an export of spp.")
     problems = check_manifest(directory)
     integrity = Check("files as the manifest lists them", not problems, detail="; ".join(problems))
@@ -239,7 +238,7 @@ def check_tokenizer(directory: Path, session: Session, prompts: Sequence[str]) -
 
     from spp_export.verification import Check
 
-    ours = AutoTokenizer.from_pretrained(directory)
+    ours = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     some = list(prompts[:_TEXTS])
     same = ours(some)["input_ids"] == session.tokenizer(some)["input_ids"]
     return Check("token ids as the source's tokenizer gives them", same)
@@ -252,14 +251,7 @@ def _check_tensors(directory: Path, source: Source, compiled: Plan) -> Check:
     name = "keys, shapes, dtypes and finite values"
     layers = compiled.written_shapes(source.shape)
     config = read_config(directory)
-    wanted = slim_config(
-        source.config,
-        source.family,
-        source.shape,
-        layers,
-        compiled.written_layout,
-        biased_roles(compiled, source.shape),
-    )
+    wanted = written_config(source, compiled)
     different = sorted(k for k in config.keys() | wanted.keys() if config.get(k) != wanted.get(k))
     if different:
         return Check(name, False, detail=f"config.json differs from the plan in {different[0]}")

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from spp_export.errors import OutputError, PlanError
-from spp_export.jsonio import MAX_JSON_BYTES, decode_utf8, parse_json, read_bytes
+from spp_export.errors import PlanError
+from spp_export.jsonio import (
+    MAX_JSON_BYTES,
+    check_keys,
+    decode_utf8,
+    json_object,
+    parse_json,
+    read_bytes,
+    shown,
+)
 from spp_export.plans.records import (
     COMPENSATIONS,
     LAYOUTS,
@@ -18,6 +25,7 @@ from spp_export.plans.records import (
     LayerPlan,
     Plan,
 )
+from spp_export.working_place import file_exists, publish_file
 
 _REQUIRED = ("schema_version", "model", "layout", "compensation", "layers")
 _LAYER_KEYS = ("kv_heads", "query_heads", "channels")
@@ -46,26 +54,13 @@ def parse_plan(text: str, *, what: str = "plan") -> Plan:
 
 def write_plan(plan: Plan, path: str | os.PathLike[str], *, force: bool = False) -> None:
     """Write plan.json atomically; OutputError where it exists (without `force`) or cannot be."""
-    check_plan_target(path, force)
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "x", encoding="utf-8") as file:
-            file.write(plan.to_json())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-    except OSError as problem:
-        raise OutputError(f"{target}: cannot be written ({problem.strerror}).") from None
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+    publish_file(Path(path), plan.to_json(), force=force)
 
 
 def check_plan_target(path: str | os.PathLike[str], force: bool) -> None:
     """OutputError where `write_plan` would refuse `path`, before any work is done."""
     if not force and os.path.lexists(path):
-        raise OutputError(f"{os.fspath(path)}: already exists. Choose another name or use --force.")
+        raise file_exists(Path(path))
 
 
 def check_indices(name: str, values: Sequence[Any]) -> None:
@@ -75,13 +70,13 @@ def check_indices(name: str, values: Sequence[Any]) -> None:
     previous = -1
     for value in values:
         if not isinstance(value, int) or isinstance(value, bool):
-            raise _MalformedError(f"{name} holds {_short(value)}, expected an integer.")
+            raise _MalformedError(f"{name} holds {shown(value)}, expected an integer.")
         if value < 0:
-            raise _MalformedError(f"{name} holds {_short(value)}, expected an index from 0 on.")
+            raise _MalformedError(f"{name} holds {shown(value)}, expected an index from 0 on.")
         if value == previous:
-            raise _MalformedError(f"{name} holds {_short(value)} twice.")
+            raise _MalformedError(f"{name} holds {shown(value)} twice.")
         if value < previous:
-            order = f"{_short(value)} after {_short(previous)}"
+            order = f"{shown(value)} after {shown(previous)}"
             raise _MalformedError(f"{name} holds {order}; indices must be ascending.")
         previous = value
 
@@ -91,20 +86,20 @@ class _MalformedError(PlanError):
 
 
 def _plan(value: Any) -> Plan:
-    document = _object(value, "the document")
+    document = json_object(value, "the document", _MalformedError)
     version = document.get("schema_version")
     if isinstance(version, bool) or version != SCHEMA_VERSION or not isinstance(version, int):
         raise _MalformedError(
-            f"schema_version is {_short(version)}, expected {SCHEMA_VERSION}. "
+            f"schema_version is {shown(version)}, expected {SCHEMA_VERSION}. "
             "Re-run 'spp plan' with this version of spp."
         )
-    _check_keys(document, _REQUIRED, (*PROVENANCE, "padded"), "the document")
-    model = _object(document["model"], "model")
-    _check_keys(model, ("fingerprint", "source"), (), "model")
+    check_keys(document, _REQUIRED, (*PROVENANCE, "padded"), "the document", _MalformedError)
+    model = json_object(document["model"], "model", _MalformedError)
+    check_keys(model, ("fingerprint", "source"), (), "model", _MalformedError)
     layers = document["layers"]
     if not isinstance(layers, list) or not layers:
         raise _MalformedError(
-            f"layers is {_short(layers)}, expected a list with one object per layer."
+            f"layers is {shown(layers)}, expected a list with one object per layer."
         )
     return Plan(
         _text(model["fingerprint"], "model.fingerprint"),
@@ -112,15 +107,19 @@ def _plan(value: Any) -> Plan:
         _one_of(document["layout"], LAYOUTS, "layout"),
         _one_of(document["compensation"], COMPENSATIONS, "compensation"),
         tuple(_layer(index, layer) for index, layer in enumerate(layers)),
-        **{name: _object(document[name], name) for name in PROVENANCE if name in document},
+        **{
+            name: json_object(document[name], name, _MalformedError)
+            for name in PROVENANCE
+            if name in document
+        },
         padded=_flag(document.get("padded", False), "padded"),
     )
 
 
 def _layer(index: int, value: Any) -> LayerPlan:
     place = f"layer {index}"
-    layer = _object(value, place)
-    _check_keys(layer, _LAYER_KEYS[:2], _LAYER_KEYS[2:], place)
+    layer = json_object(value, place, _MalformedError)
+    check_keys(layer, _LAYER_KEYS[:2], _LAYER_KEYS[2:], place, _MalformedError)
     channels = layer.get("channels")
     return LayerPlan(
         _indices(layer["kv_heads"], f"{place}: kv_heads"),
@@ -131,38 +130,20 @@ def _layer(index: int, value: Any) -> LayerPlan:
 
 def _indices(value: Any, name: str) -> tuple[int, ...]:
     if not isinstance(value, list):
-        raise _MalformedError(f"{name} is {_short(value)}, expected a list of indices.")
+        raise _MalformedError(f"{name} is {shown(value)}, expected a list of indices.")
     check_indices(name, value)
     return tuple(value)
 
 
-def _object(value: Any, place: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise _MalformedError(f"{place} is {_short(value)}, expected a JSON object.")
-    return value
-
-
-def _check_keys(
-    value: Mapping[str, Any], required: Sequence[str], optional: Sequence[str], place: str
-) -> None:
-    for name in value:
-        if name not in required and name not in optional:
-            known = ", ".join((*required, *optional))
-            raise _MalformedError(f"{place} has the unknown key {_short(name)}; known are {known}.")
-    for name in required:
-        if name not in value:
-            raise _MalformedError(f"{place} has no {name}.")
-
-
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str) or not value:
-        raise _MalformedError(f"{name} is {_short(value)}, expected a text that is not empty.")
+        raise _MalformedError(f"{name} is {shown(value)}, expected a text that is not empty.")
     return value
 
 
 def _flag(value: Any, name: str) -> bool:
     if not isinstance(value, bool):
-        raise _MalformedError(f"{name} is {_short(value)}, expected true or false.")
+        raise _MalformedError(f"{name} is {shown(value)}, expected true or false.")
     return value
 
 
@@ -170,12 +151,4 @@ def _one_of(value: Any, known: Sequence[Word], name: str) -> Word:
     for word in known:
         if value == word:
             return word
-    raise _MalformedError(f"{name} is {_short(value)}, expected {' or '.join(known)}.")
-
-
-def _short(value: Any) -> str:
-    """A value as an error message shows it: never more than some words."""
-    if isinstance(value, (dict, list)):
-        return "a JSON object" if isinstance(value, dict) else f"a list of {len(value)}"
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."
+    raise _MalformedError(f"{name} is {shown(value)}, expected {' or '.join(known)}.")

@@ -14,7 +14,7 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from spp_export.onnx_graph import dynamic
-from spp_export.onnx_graph.dynamic import PendingDynamicWeight, quantise_dynamic_weight
+from spp_export.onnx_graph.dynamic import quantise_dynamic_weight
 from spp_export.onnx_graph.quantise import quantiser
 
 
@@ -86,19 +86,3 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = quantise_dynamic_weight(np.ascontiguousarray(given.T).T)
     np.testing.assert_array_equal(parts.weight, whole.weight)
     np.testing.assert_array_equal(parts.scales, whole.scales)
-
-
-def test_a_pending_weight_is_read_once_for_both_parts() -> None:
-    given, reads = weight(16, 3), []
-
-    def read() -> np.ndarray:
-        reads.append(1)
-        return given
-
-    pending = PendingDynamicWeight(read)
-    expected = quantise_dynamic_weight(given)
-    np.testing.assert_array_equal(pending.scales(), expected.scales)
-    np.testing.assert_array_equal(pending.weight(), expected.weight)
-    assert len(reads) == 1
-    pending.weight()
-    assert len(reads) == 2

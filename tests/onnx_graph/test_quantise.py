@@ -17,7 +17,7 @@ from onnx import helper, numpy_helper
 
 from spp_export.onnx_graph import quantise
 from spp_export.onnx_graph.quantise import (
-    PendingWeight,
+    PendingParts,
     Quantised,
     dequantise,
     quantise_weight,
@@ -139,14 +139,15 @@ def test_a_pending_weight_is_read_once_for_all_its_parts() -> None:
         reads.append(1)
         return given
 
-    pending = PendingWeight(read, 4)
+    pending = PendingParts(lambda: quantise_weight(read(), 4))
+    part = {name: pending.part(name) for name in ("weight", "scales", "zero_points")}
     assert not reads
     expected = quantise_weight(given, 4)
-    np.testing.assert_array_equal(pending.weight(), expected.weight)
-    np.testing.assert_array_equal(pending.scales(), expected.scales)
-    np.testing.assert_array_equal(pending.zero_points(), expected.zero_points)
+    np.testing.assert_array_equal(part["weight"](), expected.weight)
+    np.testing.assert_array_equal(part["scales"](), expected.scales)
+    np.testing.assert_array_equal(part["zero_points"](), expected.zero_points)
     assert len(reads) == 1
-    np.testing.assert_array_equal(pending.scales(), expected.scales)
+    np.testing.assert_array_equal(part["scales"](), expected.scales)
     assert len(reads) == 2
 
 

@@ -29,14 +29,7 @@ def convert(
     onnx_attention: options.OnnxAttention = None,
     precision: options.Precision = None,
     quant: options.Quant = None,
-    scenario: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            rich_help_panel=options.CHECKS,
-            help="Text to compare logits on, or - for standard input; random tokens without it.",
-        ),
-    ] = None,
+    scenario: options.ComparedText = None,
     device: options.Device = "cpu",
     seed: options.Seed = 0,
     json: options.Json = False,
@@ -50,14 +43,7 @@ def convert(
             help="Skip the comparison with the PyTorch model.",
         ),
     ] = False,
-    keep_failed: Annotated[
-        bool,
-        typer.Option(
-            "--keep-failed",
-            rich_help_panel=options.DANGEROUS,
-            help="Publish even when a check fails; the exit status is 1 all the same.",
-        ),
-    ] = False,
+    keep_failed: options.KeepFailed = False,
 ) -> None:
     """Write an existing checkpoint, slim or dense, as ONNX.
 

@@ -103,14 +103,7 @@ def export(
             help="Skip the checks against the masked dense model.",
         ),
     ] = False,
-    keep_failed: Annotated[
-        bool,
-        typer.Option(
-            "--keep-failed",
-            rich_help_panel=options.DANGEROUS,
-            help="Publish even when a check fails; the exit status is 1 all the same.",
-        ),
-    ] = False,
+    keep_failed: options.KeepFailed = False,
     save_svg: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Write a scenario's slim model: diagnose, plan, slice, check.

@@ -16,14 +16,7 @@ def verify(
         Path, typer.Argument(metavar="OUT", help="A directory written by 'spp export'.")
     ],
     model: options.Model = "demo",
-    scenario: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            rich_help_panel=options.CHECKS,
-            help="Text to compare logits on, or - for standard input; random tokens without it.",
-        ),
-    ] = None,
+    scenario: options.ComparedText = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = None,
     seed: options.Seed = 0,
