@@ -16,11 +16,21 @@ from safetensors.numpy import load, save
 
 from spp_export.artifacts_checks import check_artifacts, whitelist_pairs
 from spp_export.errors import ArtifactsError
-from spp_export.jsonio import decode_utf8, dump_json, parse_json, read_bytes
+from spp_export.jsonio import (
+    decode_utf8,
+    dump_json,
+    parse_json,
+    read_bytes,
+    text_lines,
+)
 from spp_export.shape import ModelShape
 
 SCHEMA_VERSION = 1
+# Scores of a hundred layers of tens of thousands of channels, for many domains and criteria.
 MAX_FILE_BYTES = 1 << 30
+MAX_TEXT_BYTES = 64 << 20
+# Of a safetensors file, whose own limit lets a library make gigabytes of names.
+_MAX_HEADER_BYTES = 1 << 20
 # The files whose bytes the hash covers. Moments are not among them: they can be added later.
 FILES = (
     "artifacts.json",
@@ -242,7 +252,8 @@ def _digest(data: Mapping[str, bytes]) -> str:
 
 
 def _read(path: Path) -> bytes:
-    return read_bytes(path, what="artifacts", max_bytes=MAX_FILE_BYTES, error=ArtifactsError)
+    limit = MAX_FILE_BYTES if path.suffix == ".safetensors" else MAX_TEXT_BYTES
+    return read_bytes(path, what="artifacts", max_bytes=limit, error=ArtifactsError, pipe=False)
 
 
 def _parse(path: Path, data: bytes) -> Any:
@@ -252,11 +263,16 @@ def _parse(path: Path, data: bytes) -> Any:
 
 
 def _tensors(path: Path, data: bytes) -> dict[str, Array]:
+    if (length := int.from_bytes(data[:8], "little")) > _MAX_HEADER_BYTES:
+        raise ArtifactsError(
+            f"artifacts {path}: is not a safetensors file of ours (its header claims {length} "
+            f"bytes, at most {_MAX_HEADER_BYTES} are allowed)."
+        )
     try:
         tensors = load(data)
     # The library answers an unknown dtype with a KeyError, and bad shapes with a ValueError.
     except (SafetensorError, KeyError, ValueError, TypeError) as problem:
-        reason = str(problem).splitlines()[0]
+        reason = (str(problem).splitlines() or [type(problem).__name__])[0][:200]
         raise ArtifactsError(f"artifacts {path}: is not a safetensors file ({reason}).") from None
     return tensors
 
@@ -276,22 +292,23 @@ def _check_header(header: Any, root: Path) -> None:
             raise ArtifactsError(f"{label}: {key!r} is missing or not a JSON {kind.__name__}.")
     if unknown := set(header) - set(kinds) - {"schema_version"}:
         raise ArtifactsError(f"{label}: unknown key {_names(unknown)}.")
-    if not isinstance(header["model"].get("fingerprint"), str):
-        raise ArtifactsError(f"{label}: 'model.fingerprint' is missing or not a string.")
+    fingerprint = header["model"].get("fingerprint")
+    if not isinstance(fingerprint, str) or not fingerprint.isprintable():
+        raise ArtifactsError(f"{label}: 'model.fingerprint' is missing or no line of text.")
 
 
 def _check_sizes(artifacts: Artifacts, model: Mapping[str, Any], root: Path) -> None:
     for key, found in _model_sizes(artifacts).items():
         if key not in model or type(model[key]) is not type(found) or model[key] != found:
             raise ArtifactsError(
-                f"artifacts {root}: artifacts.json says {key} = {model.get(key)!r}, "
+                f"artifacts {root}: artifacts.json says {key} = {model.get(key)!r:.40}, "
                 f"the tensors have {found}."
             )
 
 
 def _calibration(path: Path, data: bytes) -> Iterable[tuple[str, str]]:
     text = decode_utf8(data, what=f"artifacts {path}", error=ArtifactsError)
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(text_lines(text), start=1):
         if not line.strip():
             continue
         where = f"artifacts {path}: line {number}"
@@ -306,7 +323,7 @@ def _calibration(path: Path, data: bytes) -> Iterable[tuple[str, str]]:
 
 
 def _names(names: Iterable[str]) -> str:
-    return ", ".join(repr(name) for name in sorted(names)) or "none"
+    return ", ".join(repr(name) for name in sorted(names))[:300] or "none"
 
 
 def _sizes(sizes: Mapping[str, int]) -> str:

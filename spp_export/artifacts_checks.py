@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spp_export.errors import ArtifactsError
+from spp_export.jsonio import shown
 
 if TYPE_CHECKING:
     from spp_export.artifacts import Array, Artifacts
@@ -18,6 +19,11 @@ _SETTINGS = {
     "shrinkage": ("chosen",),
     "scenario_weight": ("chosen",),
 }
+# Larger ones would leave the range of float32 once they are squared and summed.
+_LARGEST = 1e15
+_SMALLEST_TEMPERATURE = 1e-6
+_SHOWN = 12
+_MOST_NAMES, _LONGEST_NAME = 256, 80
 _CRITERION = re.compile(r"(head|channel)/[a-z0-9][a-z0-9_-]*")
 
 
@@ -36,8 +42,11 @@ def check_artifacts(artifacts: Artifacts, label: str) -> None:
     _check_array(artifacts.bias, (layers, count), f"{label}: bias")
     _check_array(artifacts.temperature, (regimes, layers), f"{label}: temperature")
     _check_array(artifacts.axes, (count, hidden), f"{label}: axes")
-    if not (artifacts.temperature > 0).all():
-        raise ArtifactsError(f"{label}: expected temperatures above 0, got one that is not.")
+    if not (artifacts.temperature >= _SMALLEST_TEMPERATURE).all():
+        raise ArtifactsError(
+            f"{label}: expected temperatures above 0, of at least {_SMALLEST_TEMPERATURE}, got "
+            f"{float(artifacts.temperature.min()):.3g}."
+        )
     _check_importance(artifacts.importance, count, layers, label)
     _check_whitelist(artifacts, label)
     _check_probe_layers(artifacts, label)
@@ -45,19 +54,28 @@ def check_artifacts(artifacts: Artifacts, label: str) -> None:
     for number, (domain, _) in enumerate(artifacts.calibration, start=1):
         if domain not in artifacts.domains:
             raise ArtifactsError(
-                f"{label}: calibration text {number} is of the domain {domain!r}, "
-                f"known are {', '.join(artifacts.domains)}."
+                f"{label}: calibration text {number} is of the domain {domain!r:.60}, "
+                f"known are {', '.join(artifacts.domains):.300}."
             )
 
 
 def _check_names(names: tuple[str, ...], label: str) -> None:
     if not names:
         raise ArtifactsError(f"{label}s: expected at least one name, got none.")
+    if len(names) > _MOST_NAMES:
+        raise ArtifactsError(f"{label}s: expected at most {_MOST_NAMES} names, got {len(names)}.")
     for name in names:
         if not isinstance(name, str) or not name.strip() or not name.isprintable():
-            raise ArtifactsError(f"{label} {name!r}: expected printable text that is not empty.")
+            raise ArtifactsError(
+                f"{label} {shown(name)}: expected printable text that is not empty."
+            )
+        if len(name) > _LONGEST_NAME:
+            raise ArtifactsError(
+                f"{label} {shown(name)}: expected at most {_LONGEST_NAME} characters, got "
+                f"{len(name)}."
+            )
     if len(set(names)) < len(names):
-        raise ArtifactsError(f"{label}s: expected distinct names, got {', '.join(names)}.")
+        raise ArtifactsError(f"{label}s: expected distinct names, got {', '.join(names):.300}.")
 
 
 def _check_array(array: Array, shape: tuple[int, ...], label: str) -> None:
@@ -67,6 +85,10 @@ def _check_array(array: Array, shape: tuple[int, ...], label: str) -> None:
         raise ArtifactsError(f"{label}: expected the shape {shape}, got {array.shape}.")
     if not np.isfinite(array).all():
         raise ArtifactsError(f"{label}: holds a value that is not finite.")
+    if np.abs(array).max(initial=0) > _LARGEST:
+        raise ArtifactsError(
+            f"{label}: holds a value beyond {_LARGEST:g}, which float32 cannot compute with."
+        )
 
 
 def _check_importance(
@@ -76,7 +98,7 @@ def _check_importance(
     for name, array in importance.items():
         if not _CRITERION.fullmatch(name):
             raise ArtifactsError(
-                f"{label}: expected importance named head/... or channel/..., got {name!r}."
+                f"{label}: expected importance named head/... or channel/..., got {name!r:.60}."
             )
         if array.ndim != 3 or array.shape[2] == 0:
             raise ArtifactsError(
@@ -93,7 +115,7 @@ def _check_whitelist(artifacts: Artifacts, label: str) -> None:
     for layer, head in artifacts.whitelist:
         if not (0 <= layer < layers and 0 <= head < heads):
             raise ArtifactsError(
-                f"{label}: whitelist: layer {layer}, head {head} does not exist; "
+                f"{label}: whitelist: layer {shown(layer)}, head {shown(head)} does not exist; "
                 f"the model has {layers} layers of {heads} heads."
             )
     if len(set(artifacts.whitelist)) < len(artifacts.whitelist):
@@ -108,9 +130,10 @@ def _check_probe_layers(artifacts: Artifacts, label: str) -> None:
         raise ArtifactsError(f"{label}: manifest: probe_layers: expected a list of integers.")
     inside = all(0 <= layer < artifacts.num_layers for layer in layers)
     if not layers or not inside or list(layers) != sorted(set(layers)):
+        first = ", ".join(shown(layer) for layer in layers[:_SHOWN])
         raise ArtifactsError(
             f"{label}: manifest: probe_layers: expected ascending layers below "
-            f"{artifacts.num_layers}, got {list(layers)[:8]}."
+            f"{artifacts.num_layers}, got {first or 'none'}."
         )
 
 

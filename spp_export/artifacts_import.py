@@ -49,7 +49,9 @@ class _Folder:
 
     def read(self, name: str, max_bytes: int) -> bytes:
         what = "published artifacts"
-        data = read_bytes(self.root / name, what=what, max_bytes=max_bytes, error=ArtifactsError)
+        data = read_bytes(
+            self.root / name, what=what, max_bytes=max_bytes, error=ArtifactsError, pipe=False
+        )
         self.sha256[name] = hashlib.sha256(data).hexdigest()
         return data
 

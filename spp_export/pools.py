@@ -96,7 +96,9 @@ def _subdirectories(root: Path) -> Iterator[str]:
 
 
 def _read_part(root: Path, file: str) -> tuple[tuple[str, ...], str]:
-    data = read_bytes(root / file, what="pool", max_bytes=MAX_POOL_BYTES, error=ScenarioError)
+    data = read_bytes(
+        root / file, what="pool", max_bytes=MAX_POOL_BYTES, error=ScenarioError, pipe=False
+    )
     label = f"pool {root / file}"
     prompts = paragraphs(decode_utf8(data, what=label, error=ScenarioError), what=label)
     if not prompts:

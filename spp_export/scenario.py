@@ -13,9 +13,10 @@ from pathlib import PurePath
 from typing import Any, BinaryIO
 
 from spp_export.errors import ScenarioError, UsageError
-from spp_export.jsonio import decode_utf8, parse_json, read_bytes, read_stream
+from spp_export.jsonio import decode_utf8, parse_json, read_bytes, read_stream, text_lines
 
 MAX_SCENARIO_BYTES = 64 << 20
+MAX_PROMPTS = 1 << 18
 MIN_PROMPTS_TO_HOLD_OUT = 4
 
 
@@ -89,6 +90,8 @@ def read_scenario(path: str | os.PathLike[str], *, stdin: BinaryIO | None = None
     prompts = plain or tuple(turn.prompt for turn in turns)
     if not prompts:
         raise ScenarioError(f"{label}: holds no prompt.")
+    if len(prompts) > MAX_PROMPTS:
+        raise _too_many(label)
     digest = hashlib.sha256(data).hexdigest()
     return Scenario(name, digest, prompts, description, turns)
 
@@ -102,7 +105,7 @@ def paragraphs(text: str, *, what: str) -> tuple[str, ...]:
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise ScenarioError(f"{what}: line {line} holds a NUL character; this is not a text file.")
-    groups = groupby(text.split("\n"), key=lambda line: bool(line.strip()))
+    groups = groupby(text_lines(text), key=lambda line: bool(line.strip()))
     return tuple("\n".join(lines).strip() for filled, lines in groups if filled)
 
 
@@ -128,14 +131,23 @@ def _parse_text(text: str, label: str) -> _Parsed:
 def _parse_lines(text: str, label: str) -> _Parsed:
     turns: list[Turn] = []
     # Not splitlines(), which also breaks at characters that JSON strings may hold.
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(text_lines(text), start=1):
         if not line.strip():
             continue
         where = f"{label}: line {number}"
         entry = _object(parse_json(line, what=where, error=ScenarioError), where)
         prompt = _prompt(entry, ("prompt", "text"), where)
         turns.append(Turn(len(turns), prompt, _answer(entry, where)))
+        if len(turns) > MAX_PROMPTS:
+            raise _too_many(label)
     return None, tuple(turns), ()
+
+
+def _too_many(label: str) -> ScenarioError:
+    return ScenarioError(
+        f"{label}: holds more than {MAX_PROMPTS} prompts, the most that are read. "
+        "Take a sample of them."
+    )
 
 
 def _parse_published(text: str, label: str) -> _Parsed:

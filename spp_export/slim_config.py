@@ -16,8 +16,17 @@ MODELING_FILES: tuple[Path, ...] = tuple(
     for name in ("configuration_spp.py", "modeling_spp.py")
 )
 
-# Keys of a source that are about where it came from, or name code that we replace.
-_DROPPED = ("_name_or_path", "_commit_hash", "_attn_implementation", "auto_map")
+# Keys of a source that are about where it came from, or name code that we replace or refuse: who
+# trusts the code of an export must not run another's.
+_DROPPED = (
+    "_name_or_path",
+    "_commit_hash",
+    "_attn_implementation",
+    "attn_implementation",
+    "experts_implementation",
+    "auto_map",
+    "custom_pipelines",
+)
 # All four families have this default, in transformers 4.57 and 5.x.
 _DEFAULT_ROPE_THETA = 10000.0
 
@@ -159,8 +168,8 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     for key in new.keys() & old.keys():
         if new[key] != old[key]:
             raise ModelError(
-                f"config.json: {key} is {new[key]!r} in rope_parameters and {old[key]!r} in "
-                "rope_scaling or rope_theta. Keep the one the model was trained with."
+                f"config.json: {key} is {new[key]!r:.40} in rope_parameters and {old[key]!r:.40} "
+                "in rope_scaling or rope_theta. Keep the one the model was trained with."
             )
     settings = {"rope_theta": _DEFAULT_ROPE_THETA, "rope_type": "default", **new, **old}
     scaling = {key: value for key, value in settings.items() if key != "rope_theta"}
@@ -177,7 +186,7 @@ def _rope_settings(config: Mapping[str, Any], key: str) -> dict[str, Any]:
         return {}
     if not isinstance(value, Mapping) or any(isinstance(v, Mapping) for v in value.values()):
         raise ModelError(
-            f"config.json: {key} must be null or one flat object, got {value!r}. "
+            f"config.json: {key} must be null or one flat object, got {value!r:.60}. "
             "Rotary settings per layer type are not supported."
         )
     settings = dict(value)

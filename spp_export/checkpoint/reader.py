@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,15 @@ from typing import Any
 import numpy as np
 
 from spp_export.checkpoint.dtypes import Bits, Floats, all_finite, bits_dtype, to_float
-from spp_export.checkpoint.header import StoredTensor, read_header, show
+from spp_export.checkpoint.header import MAX_TENSORS, StoredTensor, read_header, show, stamp_of
 from spp_export.errors import CheckpointError
-from spp_export.jsonio import read_json
+from spp_export.jsonio import MAX_JSON_BYTES, read_json, shown
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 BLOCK_BYTES = 4 << 20
-_MAX_INDEX_BYTES = 64 << 20
+_SUFFIX = ".safetensors"
+_MAX_NAME = 120
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
@@ -38,11 +39,10 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     if not os.path.lexists(directory / INDEX_NAME):
         raise CheckpointError(_nothing_to_read(directory))
     index = model_file(directory, INDEX_NAME)
-    weight_map = _weight_map(index)
     tensors: dict[str, StoredTensor] = {}
-    for name in sorted(set(weight_map.values())):
+    for name, promised in sorted(_promised(index).items()):
         found = read_header(model_file(directory, name))
-        _check_against_index(index, weight_map, name, found)
+        _check_against_index(index, promised, name, found)
         tensors |= found
     return tensors
 
@@ -50,13 +50,14 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
 def model_file(directory: Path, name: str) -> Path:
     """The file `name` of a model directory, which may come from a hostile index.
 
-    It must be a plain name of a regular file that lies in the directory itself. One kind of link
-    is followed: that of a Hugging Face cache, `snapshots/<revision>/<name>` to `blobs/<hash>`.
-    Raises CheckpointError.
+    It must be a plain name of a regular file that lies in the directory itself; a colon would make
+    it a drive on Windows. One kind of link is followed: that of a Hugging Face cache,
+    `snapshots/<revision>/<name>` to `blobs/<hash>`. Raises CheckpointError.
     """
-    if name in ("", ".", "..") or any(char in name for char in "/\\\0"):
+    plain = name.isprintable() and len(name) <= _MAX_NAME and not any(c in name for c in "/\\:")
+    if not plain or name in ("", ".", ".."):
         raise CheckpointError(
-            f"{directory}: {name[:120]!r} is not a plain file name. "
+            f"{directory}: {name[:_MAX_NAME]!r} is not a plain file name. "
             "The index is damaged or hostile; fetch the model again."
         )
     root = directory.resolve()
@@ -83,10 +84,13 @@ def blocks(tensor: StoredTensor, block_bytes: int = BLOCK_BYTES) -> Iterator[Bit
     """A tensor's elements as raw bits, in blocks of whole rows of about `block_bytes`.
 
     A block has the tensor's shape but for the first axis; each is a fresh array. Raises
-    CheckpointError, naming the tensor, where the file ends early or a value is not finite.
+    CheckpointError, naming the tensor, where the file has changed since its header was read, or a
+    value is not finite.
     """
+    if not tensor.nbytes:
+        return
     rows = tensor.shape[0] if tensor.shape else 1
-    row_bytes = max(1, tensor.nbytes // max(1, rows))
+    row_bytes = tensor.nbytes // rows
     step = max(1, block_bytes // row_bytes)
     with _opened(tensor) as descriptor:
         for start in range(0, rows, step):
@@ -147,16 +151,38 @@ def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
     return all(np.array_equal(left, right) for left, right in pairs)
 
 
+def require_unchanged(tensors: Iterable[StoredTensor]) -> None:
+    """CheckpointError where a tensor's file is not the one whose header was read any more."""
+    for tensor in {tensor.file: tensor for tensor in tensors}.values():
+        with _opened(tensor):
+            pass
+
+
 @contextmanager
 def _opened(tensor: StoredTensor) -> Iterator[int]:
+    """A descriptor of the tensor's file, which is the one whose header was read, before and after.
+
+    What is written to a file that changes meanwhile would be of neither of its two states.
+    """
     try:
-        descriptor = os.open(tensor.file, os.O_RDONLY | os.O_CLOEXEC)
+        # O_NONBLOCK: else a pipe in its place would be waited for.
+        descriptor = os.open(tensor.file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise CheckpointError(f"{tensor.file}: cannot be read ({error.strerror}).") from error
     try:
+        _check_unchanged(descriptor, tensor)
         yield descriptor
+        _check_unchanged(descriptor, tensor)
     finally:
         os.close(descriptor)
+
+
+def _check_unchanged(descriptor: int, tensor: StoredTensor) -> None:
+    if tensor.stamp is not None and stamp_of(os.fstat(descriptor)) != tensor.stamp:
+        raise CheckpointError(
+            f"{tensor.file}: has changed since its header was read, at tensor "
+            f"{show(tensor.name)}. Let nothing write to the model while it is read; start again."
+        )
 
 
 def _pread(descriptor: int, bits: Bits, offset: int, tensor: StoredTensor) -> None:
@@ -175,23 +201,37 @@ def _pread(descriptor: int, bits: Bits, offset: int, tensor: StoredTensor) -> No
         done += count
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    content = read_json(index, what="index", max_bytes=_MAX_INDEX_BYTES, error=CheckpointError)
+def _promised(index: Path) -> dict[str, set[str]]:
+    """Names of tensors by the file that should hold them, as the index has it."""
+    content = read_json(index, what="index", max_bytes=MAX_JSON_BYTES, error=CheckpointError)
     weight_map: Any = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: expected an object with weight_map. Fetch it again.")
+    if len(weight_map) > MAX_TENSORS:
+        raise CheckpointError(
+            f"{index}: names {len(weight_map)} tensors, at most {MAX_TENSORS} are allowed. "
+            "It is damaged or of no model."
+        )
+    promised: dict[str, set[str]] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str):
             raise CheckpointError(
-                f"{index}: tensor {show(name)}: expected a file name, got {file!r:.40}."
+                f"{index}: tensor {show(name)}: expected a file name, got {shown(file)}."
             )
-    return weight_map
+        promised.setdefault(file, set()).add(name)
+    for file in promised:
+        # Other readers choose the format by the name: as a pickle, one file can be another model.
+        if not file.endswith(_SUFFIX):
+            raise CheckpointError(
+                f"{index}: names the file {file[:_MAX_NAME]!r}, expected a plain file name that "
+                f"ends in {_SUFFIX}. It is damaged or hostile; fetch the model again."
+            )
+    return promised
 
 
 def _check_against_index(
-    index: Path, weight_map: dict[str, str], file: str, found: dict[str, StoredTensor]
+    index: Path, promised: set[str], file: str, found: dict[str, StoredTensor]
 ) -> None:
-    promised = {name for name, where in weight_map.items() if where == file}
     if missing := sorted(promised - found.keys()):
         raise CheckpointError(
             f"{index}: tensor {show(missing[0])} should be in {file} and is not. "

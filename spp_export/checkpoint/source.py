@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,12 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+# What transformers follows without being asked to trust anything: a model to put the weights on,
+# repositories of kernels, another file of weights.
+_ADAPTER_NAME = "adapter_config.json"
+_CODE_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation")
+_WEIGHTS_KEY = "transformers_weights"
+_MAX_PUBLIC_NAME = 120
 # What changes when a model is only saved again, by another version or from another place.
 _VOLATILE_KEYS = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")
 
@@ -92,13 +99,37 @@ def open_source(path: Path, name: str | None = None) -> Source:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The parsed config.json of a model directory. Raises ModelError."""
+    """The parsed config.json of a model directory.
+
+    Raises ModelError where it is malformed, or would have transformers load something else than
+    the files that we check.
+    """
     if not path.is_dir():
         raise ModelError(f"{path}: expected a model directory.")
     config = read_json(model_file(path, CONFIG_NAME), what="config", error=ModelError)
     if not isinstance(config, dict):
         raise ModelError(f"{path / CONFIG_NAME}: expected a JSON object.")
+    if os.path.lexists(path / _ADAPTER_NAME):
+        raise ModelError(
+            f"{path}: has {_ADAPTER_NAME}, which would load another model in this one's place. "
+            "Merge the adapter into its model, or remove the file."
+        )
+    for key in _CODE_KEYS:
+        if not _names_no_code(config.get(key)):
+            raise ModelError(
+                f"{path}: config.json names code to fetch in {key}, and none is run. Remove it."
+            )
+    if config.get(_WEIGHTS_KEY) is not None:
+        raise ModelError(
+            f"{path}: config.json names other weights in {_WEIGHTS_KEY}, which are not read. "
+            "Remove it."
+        )
     return config
+
+
+def _names_no_code(value: Any) -> bool:
+    """Whether an implementation is one of the library's own; others are `repository/kernel`."""
+    return value is None or (isinstance(value, str) and "/" not in value)
 
 
 def fingerprint(config: Mapping[str, Any], tensors: Iterable[StoredTensor]) -> str:
@@ -180,7 +211,14 @@ def _named(names: list[str]) -> str:
 
 
 def _public_name(path: Path, name: str | None) -> str:
-    """The name given, unless it is a path; else the directory's, or the id in a hub cache."""
+    """The name given, unless it is a path; else the directory's, or the id in a hub cache.
+
+    It stands in plans and cards: on one line, and not longer than one.
+    """
+    return "".join(c if c.isprintable() else "?" for c in _name(path, name))[:_MAX_PUBLIC_NAME]
+
+
+def _name(path: Path, name: str | None) -> str:
     if name and not name.startswith(("/", ".", "~")) and "\\" not in name:
         return name
     root = path.resolve()

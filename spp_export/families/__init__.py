@@ -11,6 +11,7 @@ from spp_export.families.llama import LLAMA
 from spp_export.families.mistral import MISTRAL
 from spp_export.families.qwen2 import QWEN2
 from spp_export.families.qwen3 import QWEN3
+from spp_export.jsonio import shown
 
 __all__ = ["FAMILIES", "Family", "Role", "TensorSpec", "Unit", "family_of"]
 
@@ -22,7 +23,7 @@ FAMILIES: Mapping[str, Family] = {
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a parsed config.json; ModelError names what is unknown."""
     model_type = config.get("model_type")
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         raise ModelError(
             "config.json: the checkpoint is quantised (quantization_config). "
             "Slice the full-precision model and quantise the result."
@@ -35,7 +36,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         raise ModelError(
-            f"config.json: model_type {model_type!r} is not supported; known are "
+            f"config.json: model_type {shown(model_type)} is not supported; known are "
             f"{', '.join(sorted(FAMILIES))}."
         )
     return family

@@ -12,7 +12,19 @@ from enum import StrEnum
 from typing import Any, Literal
 
 from spp_export.errors import ModelError, PlanError
+from spp_export.jsonio import shown
 from spp_export.shape import LayerShape, ModelShape
+
+# Far above any model, far below what would be felt in memory before the tensors are compared.
+_MOST: Mapping[str, int] = {
+    "num_hidden_layers": 1 << 12,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "head_dim": 1 << 16,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 22,
+    "vocab_size": 1 << 24,
+}
 
 
 class Unit(StrEnum):
@@ -98,6 +110,18 @@ class Family:
     def consumer(self, role: Role) -> str:
         """Module, relative to a layer, that reads what heads (OUTPUT) or channels (DOWN) give."""
         return {Role.OUTPUT: self.output, Role.DOWN: self.down}[role]
+
+    def projection(self, role: Role) -> str:
+        """Module, relative to a layer, of a projection."""
+        return {
+            Role.QUERY: self.query,
+            Role.KEY: self.key,
+            Role.VALUE: self.value,
+            Role.OUTPUT: self.output,
+            Role.GATE: self.gate,
+            Role.UP: self.up,
+            Role.DOWN: self.down,
+        }[role]
 
     def bias_switch(self, role: Role) -> str:
         """The switch of the stock config that gives o_proj (OUTPUT) or down_proj (DOWN) a bias.
@@ -209,18 +233,19 @@ class Family:
         return lambda heads: not self.heads_divide_hidden or shape.hidden_size % heads == 0
 
     def is_obsolete(self, name: str) -> bool:
-        """Whether a stored tensor is a buffer that the config determines."""
-        return name.startswith(f"{self.layers}.") and name.endswith(self.obsolete)
+        """Whether a stored tensor is a buffer of a layer that the config determines."""
+        layer, _, role = name.removeprefix(f"{self.layers}.").partition(".")
+        return layer.isdigit() and name.startswith(f"{self.layers}.") and role in self.obsolete
 
 
 def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
     value = config.get(key)
     if value is None:
         value = default
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST[key]:
         raise ModelError(
-            f"config.json: {key} must be a positive integer, got {value!r}. "
-            "The checkpoint is damaged or of another format."
+            f"config.json: {key} must be a positive integer of at most {_MOST[key]}, got "
+            f"{shown(value)}. The checkpoint is damaged or of another format."
         )
     return value
 
@@ -232,5 +257,5 @@ def _flag(config: Mapping[str, Any], flag: Flag) -> bool:
     if value is None:
         return False
     if not isinstance(value, bool):
-        raise ModelError(f"config.json: {flag} must be true or false, got {value!r}.")
+        raise ModelError(f"config.json: {flag} must be true or false, got {shown(value)}.")
     return value

@@ -66,8 +66,9 @@ def _quantise_columns(columns_KN: Floats) -> tuple[Int8, Floats]:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     # Said so, it does not ask for it.
     helper.set_model_props(model, {"onnx.quant.pre_process": "onnxruntime.quant"})
-    with tempfile.TemporaryDirectory(prefix="spp-int8-") as scratch:
-        out = Path(scratch) / "model.onnx"
+    # It only writes files; this one has no name, and so goes with its process, however that ends.
+    with tempfile.TemporaryFile() as file:
+        out = Path(f"/proc/self/fd/{file.fileno()}")
         quantize_dynamic(model, out, per_channel=True)
         made = onnx.load(out).graph
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in made.initializer}

@@ -15,12 +15,15 @@ from numpy.typing import NDArray
 
 from spp_export.errors import ModelError
 from spp_export.families import Family
+from spp_export.jsonio import shown
 from spp_export.shape import ModelShape
 from spp_export.slim_config import portable_config
 
 _ACTIVATIONS = ("silu", "swish")
 # Its factors depend on the length of what is read, which a table of positions cannot know.
 _LENGTH_DEPENDENT = ("longrope", "su")
+# A table of positions has half a kilobyte for each.
+_MOST_POSITIONS = 1 << 22
 # Keys that only the per-layer classes understand, or that the stock ones would refuse.
 _OURS = ("model_type", "architectures", "per_layer_config", "serialize_explicit_per_layer_config")
 
@@ -65,7 +68,7 @@ def stock_settings(
         raise ModelError(f"{directory}: config.json is refused by transformers: {first}") from error
     if stock.hidden_act not in _ACTIVATIONS:
         raise ModelError(
-            f"{directory}: hidden_act {stock.hidden_act!r:.40} has no ONNX form here; "
+            f"{directory}: hidden_act {shown(stock.hidden_act)} is not known here; "
             f"expected {' or '.join(_ACTIVATIONS)}."
         )
     rotary = (getattr(stock, "rope_parameters", None) or stock.rope_scaling) or {}
@@ -73,15 +76,26 @@ def stock_settings(
     if rotary_type in _LENGTH_DEPENDENT:
         raise ModelError(
             f"{directory}: rotary scaling {rotary_type!r} changes with the length of the text, "
-            "which an ONNX graph cannot repeat. Export safetensors."
+            "which no table of positions can repeat. Export safetensors."
         )
     return Settings(
-        epsilon=float(stock.rms_norm_eps),
-        context_length=int(stock.max_position_embeddings),
+        epsilon=_number(stock, "rms_norm_eps", 1.0, directory),
+        context_length=int(_number(stock, "max_position_embeddings", _MOST_POSITIONS, directory)),
         windows=family.windows(stock, shape.num_layers),
         rotary_type=rotary_type,
         stock=stock,
     )
+
+
+def _number(stock: Any, key: str, most: float, directory: Path) -> float:
+    """A setting above 0 and at most `most`; ModelError for anything else."""
+    value: Any = getattr(stock, key, None)
+    if type(value) not in (int, float) or not 0 < value <= most:
+        raise ModelError(
+            f"{directory}: {key} of config.json is {shown(value)}, expected a number above 0 and "
+            f"at most {most:g}."
+        )
+    return float(value)
 
 
 def rotary_tables(settings: Settings, family: Family, head_dim: int) -> tuple[Table, Table]:
@@ -91,11 +105,27 @@ def rotary_tables(settings: Settings, family: Family, head_dim: int) -> tuple[Ta
     """
     import torch
 
-    from spp_export import modeling
-
-    name = f"Spp{family.architecture.removesuffix('ForCausalLM')}Model"
-    rotary = getattr(modeling, name).rotary_class(config=settings.stock)
+    rotary = _rotary(settings, family)
     with torch.no_grad():
         cos, sin = rotary(torch.zeros(1), torch.arange(settings.context_length)[None])
     half = head_dim // 2
     return cos[0, :, :half].numpy().copy(), sin[0, :, :half].numpy().copy()
+
+
+def rotary_frequencies(settings: Settings, family: Family) -> tuple[NDArray[np.float64], float]:
+    """Angles per position [head_dim / 2] and the factor of cosines and sines, of the same class."""
+    rotary = _rotary(settings, family)
+    return rotary.inv_freq.double().numpy().copy(), float(rotary.attention_scaling)
+
+
+def _rotary(settings: Settings, family: Family) -> Any:
+    from spp_export import modeling
+
+    name = f"Spp{family.architecture.removesuffix('ForCausalLM')}Model"
+    try:
+        return getattr(modeling, name).rotary_class(config=settings.stock)
+    except Exception as error:  # settings are used as they are, whatever they are
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"config.json: rotary settings are refused by transformers: {first:.120}"
+        ) from error

@@ -15,9 +15,21 @@ from spp_export.onnx_graph.options import require
 from spp_export.onnx_graph.recorder import MICROSOFT
 from spp_export.onnx_graph.write import DATA_NAME, GRAPH_NAME
 
-# Weights lie beside it: what is larger was not written by spp.
-_MAX_GRAPH_BYTES = 1 << 26
-_DOMAINS = ("", "ai.onnx", MICROSOFT)
+# Weights lie beside it: a layer has some ten kilobytes of nodes.
+_MAX_GRAPH_BYTES = 8 << 20
+_MAX_RANK = 8
+# What spp writes, by domain. Others read files, run code or call graphs of their own.
+_PLAIN = (
+    *("Add", "And", "Attention", "Cast", "CumSum", "DynamicQuantizeLinear", "Equal", "Expand"),
+    *("Gather", "Greater", "LessOrEqual", "MatMul", "MatMulInteger", "Mul", "Or"),
+    *("RMSNormalization", "Range", "ReduceSum", "Reshape", "RotaryEmbedding", "Shape", "Sigmoid"),
+    *("Slice", "Split", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where"),
+)
+_CONTRIBUTED = (
+    *("GatherBlockQuantized", "GroupQueryAttention", "MatMulNBits", "RotaryEmbedding"),
+    "SkipSimplifiedLayerNormalization",
+)
+_OPERATORS: Mapping[str, tuple[str, ...]] = {"": _PLAIN, MICROSOFT: _CONTRIBUTED}
 _PLACE = ("location", "offset", "length")
 _MAX_DIGITS = 18
 # Bytes of the element types that spp writes, by ONNX's name.
@@ -75,8 +87,9 @@ def read_graph(directory: Path) -> Any:
 
 
 def _check_node(node: Any, path: Path, kinds: Any) -> None:
-    if node.domain not in _DOMAINS:
-        raise _refusal(path, f"has an operator of domain {node.domain!r:.60}, which spp never uses")
+    if node.op_type not in _OPERATORS.get(node.domain, ()):
+        where = f" of domain {node.domain!r:.60}" if node.domain else ""
+        raise _refusal(path, f"has an operator {node.op_type!r:.60}{where}, which spp never uses")
     allowed = [kinds.Value(name) for name in _ATTRIBUTES]
     for attribute in node.attribute:
         if attribute.type not in allowed:
@@ -87,7 +100,9 @@ def _check_node(node: Any, path: Path, kinds: Any) -> None:
 
 def _nbytes(tensor: Any, path: Path, kinds: Any) -> int:
     widths = {kinds.Value(name): width for name, width in _ELEMENT_BYTES.items()}
-    if tensor.data_type not in widths or any(side < 0 for side in tensor.dims):
+    # Before multiplying: a million sides would make a number of a million digits.
+    rank = len(tensor.dims)
+    if tensor.data_type not in widths or rank > _MAX_RANK or any(d < 0 for d in tensor.dims):
         raise _refusal(path, f"{_name(tensor)} has a type or shape that spp never writes")
     nbytes: int = widths[tensor.data_type] * math.prod(tensor.dims)
     return nbytes

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from spp_export.checkpoint.atomic import require_free_space
-from spp_export.checkpoint.reader import model_file
+from spp_export.checkpoint.companions import companion, copy_companions
 from spp_export.checkpoint.source import TOKENIZER_FILES
-from spp_export.errors import ModelError, OutputError
-from spp_export.jsonio import dump_json, read_json
+from spp_export.errors import ModelError, OutputError, SppError
+from spp_export.jsonio import dump_json, json_object, read_json
 from spp_export.onnx_graph.companions import genai_config, onnx_config, tokenizer_config
 from spp_export.onnx_graph.decoder import Decoder, read_decoder
 from spp_export.onnx_graph.graph import build_graph
@@ -63,6 +61,16 @@ def write_onnx(
         _companions(checkpoint, out, decoder, options)
     except OSError as error:
         raise OutputError(f"{out}: cannot be written ({error.strerror}).") from error
+    except onnx_ir.serde.SerdeError as error:
+        raise _within(error) from error
+
+
+def _within(error: BaseException) -> BaseException:
+    """The error of ours, or of the disk, that an error of onnx_ir's wraps; else that itself."""
+    inner: BaseException | None = error
+    while inner is not None and not isinstance(inner, (SppError, OSError)):
+        inner = inner.__cause__ or inner.__context__
+    return error if inner is None else inner
 
 
 def _companions(checkpoint: Path, out: Path, decoder: Decoder, options: OnnxOptions) -> None:
@@ -86,14 +94,13 @@ def _companions(checkpoint: Path, out: Path, decoder: Decoder, options: OnnxOpti
     ):
         if content:
             (out / name).write_text(dump_json(content), encoding="utf-8")
-    for name in TOKENIZER_FILES:
-        if (checkpoint / name).exists():
-            shutil.copyfile(model_file(checkpoint, name), out / name)
+    copy_companions(checkpoint, TOKENIZER_FILES, out)
 
 
 def optional_json(directory: Path, name: str) -> dict[str, Any]:
     """A JSON object beside a model; empty where there is none. Raises ModelError."""
-    if not os.path.lexists(directory / name):
+    path = companion(directory, name)
+    if path is None:
         return {}
-    content = read_json(model_file(directory, name), what=name, error=ModelError)
-    return content if isinstance(content, dict) else {}
+    content = read_json(path, what=name, error=ModelError)
+    return json_object(content, f"{directory / name}: the document", ModelError)

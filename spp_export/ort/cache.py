@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from spp_export.errors import CheckpointError
 from spp_export.onnx_graph.options import require
 
 # ONNX's number of an element type, and a NumPy type of its size.
@@ -45,10 +46,21 @@ def entries(session: Any) -> list[Entry]:
     found = []
     for value in session.get_inputs():
         if value.name.startswith("past_key_values."):
-            _, heads, _, head_dim = value.shape
+            heads, head_dim = _sizes(value)
             present = value.name.replace("past_key_values", "present", 1)
             found.append(Entry(value.name, present, heads, head_dim, value.type))
     return found
+
+
+def _sizes(value: Any) -> tuple[int, int]:
+    """Heads, and elements of each, of an input [B,heads,tokens,head_dim]."""
+    match value.shape:
+        case [_, int(heads), _, int(head_dim)] if heads > 0 and head_dim > 0:
+            return heads, head_dim
+    raise CheckpointError(
+        f"the graph's input {value.name!r:.60} has shape {value.shape!r:.80}, expected numbers of "
+        "heads and of their elements. Export it again."
+    )
 
 
 class SharedCache:

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from spp_export.checkpoint.source import read_config
 from spp_export.errors import CheckpointError, ModelError, UsageError
-from spp_export.jsonio import read_json
+from spp_export.jsonio import shown
 from spp_export.onnx_graph.options import Attention, OnnxOptions
 from spp_export.onnx_graph.untrusted import read_graph
 from spp_export.ort.cache import (
@@ -25,6 +26,8 @@ from spp_export.ort.cache import (
 from spp_export.ort.providers import cuda_index, runtime_errors, session
 
 GRAPH = "model.onnx"
+_TABLES = ("cos_cache", "sin_cache")
+_MOST_LAYERS, _MOST_TOKENS, _MOST_POSITIONS = 1 << 12, 1 << 24, 1 << 22
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
@@ -62,10 +65,11 @@ class OrtModel:
         UsageError for a device that is missing or has no kernels for the graph's precision.
         """
         path = Path(directory)
-        config = read_json(path / "config.json", what="model config", error=ModelError)
+        config = read_config(path)
         options = _options(config, path)
         options.check("cpu" if cuda_index(device) is None else "cuda")
-        read_graph(path)  # which refuses data outside the directory
+        graph = read_graph(path).graph  # which refuses data outside the directory
+        context_length = _context_length(config, graph, path)
         opened = session(path / GRAPH, device, threads)
         kv_heads, head_dim = _cache_shape(opened, config, path)
         return cls(
@@ -76,8 +80,8 @@ class OrtModel:
             attention=options.attention,
             kv_heads=kv_heads,
             head_dim=head_dim,
-            vocab_size=_size(config, "vocab_size", path),
-            context_length=_size(config, "max_position_embeddings", path),
+            vocab_size=_vocab_size(opened, config, path),
+            context_length=context_length,
         )
 
     def logits(self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None) -> Logits:
@@ -223,8 +227,8 @@ def _ids(given: ArrayLike) -> Ids:
     return ids
 
 
-def _options(config: Any, path: Path) -> OnnxOptions:
-    stored = config.get("spp_onnx") if isinstance(config, dict) else None
+def _options(config: Mapping[str, Any], path: Path) -> OnnxOptions:
+    stored = config.get("spp_onnx")
     if not isinstance(stored, dict):
         raise ModelError(
             f"{path}: config.json has no spp_onnx, expected a directory that "
@@ -236,16 +240,42 @@ def _options(config: Any, path: Path) -> OnnxOptions:
     return OnnxOptions(**fields)
 
 
-def _size(config: Mapping[str, Any], key: str, path: Path) -> int:
+def _size(config: Mapping[str, Any], key: str, path: Path, most: int) -> int:
     value = config.get(key)
-    if type(value) is not int or value < 1:
-        raise ModelError(f"{path}: {key} in config.json is {value!r:.40}, expected a size.")
+    if type(value) is not int or not 1 <= value <= most:
+        raise ModelError(
+            f"{path}: {key} in config.json is {shown(value)}, expected a size from 1 to {most}."
+        )
     return value
+
+
+def _vocab_size(opened: Any, config: Mapping[str, Any], path: Path) -> int:
+    """Ids by the config, for each of which the graph must give a logit."""
+    size = _size(config, "vocab_size", path, _MOST_TOKENS)
+    given = [value.shape[-1:] for value in opened.get_outputs() if value.name == "logits"]
+    if given != [[size]]:
+        raise CheckpointError(
+            f"{path}: vocab_size in config.json is {size}, the graph gives {given!r:.60} logits. "
+            "Export it again."
+        )
+    return size
+
+
+def _context_length(config: Mapping[str, Any], graph: Any, path: Path) -> int:
+    """Tokens of a row by the config, for as many of which the graph must know a rotation."""
+    length = _size(config, "max_position_embeddings", path, _MOST_POSITIONS)
+    for tensor in graph.initializer:
+        if tensor.name in _TABLES and tensor.dims[:1] != [length]:
+            raise CheckpointError(
+                f"{path / GRAPH}: its table {tensor.name} is for {list(tensor.dims[:1])} "
+                f"positions, config.json says {length}. Export it again."
+            )
+    return length
 
 
 def _cache_shape(opened: Any, config: Mapping[str, Any], path: Path) -> tuple[tuple[int, ...], int]:
     """KV heads of every layer, and the elements of a head, from the graph's inputs."""
-    layers = _size(config, "num_hidden_layers", path)
+    layers = _size(config, "num_hidden_layers", path, _MOST_LAYERS)
     keys = {entry.past: entry for entry in entries(opened) if entry.past.endswith(".key")}
     found = [keys.pop(f"past_key_values.{index}.key", None) for index in range(layers)]
     sizes = {entry.head_dim for entry in found if entry}

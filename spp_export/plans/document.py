@@ -29,6 +29,7 @@ from spp_export.working_place import file_exists, publish_file
 
 _REQUIRED = ("schema_version", "model", "layout", "compensation", "layers")
 _LAYER_KEYS = ("kv_heads", "query_heads", "channels")
+_MOST_TEXT = 200
 Word = TypeVar("Word", bound=str)
 
 
@@ -136,8 +137,11 @@ def _indices(value: Any, name: str) -> tuple[int, ...]:
 
 
 def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise _MalformedError(f"{name} is {shown(value)}, expected a text that is not empty.")
+    if not isinstance(value, str) or not value.isprintable() or not 0 < len(value) <= _MOST_TEXT:
+        raise _MalformedError(
+            f"{name} is {shown(value)}, expected a text of one line, at most {_MOST_TEXT} "
+            "characters."
+        )
     return value
 
 

@@ -103,10 +103,11 @@ class Plan:
             raise PlanError(
                 f"plan: padded is true but layout is {self.layout}; only ragged layers are padded."
             )
-        if self.model_source.startswith(("/", "~", "\\")) or self.model_source[1:3] == ":\\":
+        drive = self.model_source[1:3] in (":\\", ":/")
+        if drive or self.model_source.startswith(("/", "~", "\\")):
             raise PlanError(
-                f"plan: model.source is the path {self.model_source!r}, expected a hub id or the "
-                "name of a directory."
+                f"plan: model.source is the path {self.model_source!r:.80}, expected a hub id or "
+                "the name of a directory."
             )
 
     def layer_shapes(self, model: ModelShape) -> tuple[LayerShape, ...]:

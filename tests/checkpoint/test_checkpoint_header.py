@@ -28,7 +28,7 @@ MALFORMED = {
     "empty": (b"", "too few"),
     "seven bytes": (b"1234567", "too few"),
     "length beyond the file": (file_of({}, length=3), "claims 3 bytes, the file has 10"),
-    "length beyond the cap": (file_of({}, length=1 << 62), "at most 100000000"),
+    "length beyond the cap": (file_of({}, length=1 << 62), "at most 16777216"),
     "not UTF-8": (file_of(b"{\xff}"), "UTF-8"),
     "not JSON": (file_of(b"{]"), "not valid JSON"),
     "no object": (file_of([]), "does not start with"),

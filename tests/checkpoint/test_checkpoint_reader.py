@@ -74,7 +74,9 @@ def test_file_cut_short_after_its_header_was_read(tmp_path):
     save_file({"a": torch.ones(1000)}, tmp_path / "model.safetensors")
     stored = stored_tensors(tmp_path)["a"]
     os.truncate(tmp_path / "model.safetensors", 2000)
-    with pytest.raises(CheckpointError, match="ends inside tensor 'a'"):
+    with pytest.raises(
+        CheckpointError, match="has changed since its header was read, at tensor 'a'"
+    ):
         as_array(stored)
 
 
@@ -84,7 +86,7 @@ def test_file_cut_short_after_its_header_was_read(tmp_path):
 )
 def test_index_with_a_path_for_a_file_name(sharded, name):
     edit_index(sharded, lambda index: index["weight_map"].update({"lm_head.weight": name}))
-    with pytest.raises(CheckpointError, match="not a plain file name"):
+    with pytest.raises(CheckpointError, match="plain file name"):
         stored_tensors(sharded)
 
 
@@ -93,7 +95,10 @@ INDEX_DAMAGE = {
     "empty weight_map": (lambda index: index["weight_map"].clear(), "weight_map"),
     "list": (lambda index: index.update(weight_map=[]), "weight_map"),
     "number": (lambda index: index["weight_map"].update(x=3), "'x': expected a file name"),
-    "no such file": (lambda index: index["weight_map"].update(x="none"), "none: no such file"),
+    "no such file": (
+        lambda index: index["weight_map"].update(x="none.safetensors"),
+        "no such file",
+    ),
     "tensor not in its file": (
         lambda index: index["weight_map"].update(x="model-00001-of-00003.safetensors"),
         "'x' should be in model-00001-of-00003.safetensors",

@@ -5,6 +5,7 @@ import hashlib
 import json
 import threading
 from io import FileIO
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -108,6 +109,53 @@ def test_blocks_of_any_size_make_the_same_file(tmp_path):
             writer.write("a", np.split(bits, cuts))
         hashes.add(writer.records["model.safetensors"].sha256)
     assert len(hashes) == 1
+
+
+def test_many_short_tensors_are_written_together(tmp_path, monkeypatch):
+    lengths = []
+
+    class Counting(FileIO):
+        def write(self, data):
+            lengths.append(len(data))
+            return super().write(data)
+
+    monkeypatch.setattr(writer_module, "FileIO", Counting)
+    entries = [Entry(f"layer.{i}", "BF16", (3, 7)) for i in range(20_000)]
+    entries.insert(10_000, Entry("long", "BF16", (400, 400)))
+    with ShardWriter(tmp_path, plan_shards(entries)) as writer:
+        for number, entry in enumerate(writer.order):
+            writer.write(entry.name, [np.full(entry.shape, number, np.uint16)])
+    assert len(lengths) < 10
+    found = load_file(tmp_path / "model.safetensors")
+    assert len(found) == 20_001
+    for number in (0, 9_999, 10_000, 10_001, 20_000):
+        raw = found[entries[number].name].view(torch.int16).numpy().view(np.uint16)
+        np.testing.assert_array_equal(raw, np.full(entries[number].shape, number))
+    content = (tmp_path / "model.safetensors").read_bytes()
+    record = writer.records["model.safetensors"]
+    assert (record.size, record.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+
+
+def test_data_is_sent_to_the_disk_on_the_way(tmp_path, monkeypatch):
+    """Every byte is asked for once, in order, before the flush; where the system has no such call,
+    nothing else changes."""
+    ranges, advise = [], writer_module.os.posix_fadvise
+
+    def noting(descriptor, begin, length, advice):
+        ranges.append((begin, begin + length))
+        advise(descriptor, begin, length, advice)
+
+    monkeypatch.setattr(writer_module.os, "posix_fadvise", noting)
+    monkeypatch.setattr(writer_module, "_SEND_BYTES", 300_000)
+    entries = [Entry(f"t{i}", "BF16", (400, 400)) for i in range(7)]
+    (tmp_path / "one").mkdir()
+    with_advice = write(tmp_path / "one", entries).records
+    assert len(ranges) == 7
+    assert ranges[0][0] == 0
+    assert all(one[1] == other[0] for one, other in pairwise(ranges))
+    monkeypatch.delattr(writer_module.os, "posix_fadvise")
+    (tmp_path / "two").mkdir()
+    assert write(tmp_path / "two", entries).records == with_advice
 
 
 def test_an_exception_leaves_no_index_and_no_thread(tmp_path):

@@ -123,7 +123,7 @@ REFUSED = {
         {"edit": lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)})},
         "'model.norm.weight' is I8",
     ),
-    "too few layers stored": ({"num_hidden_layers": 10**9}, "1000000000 layers"),
+    "too few layers stored": ({"num_hidden_layers": 4000}, "4000 layers"),
     "unknown family": ({"model_type": "gpt2"}, "gpt2"),
     "quantised": ({"quantization_config": {}}, "quantised"),
 }
