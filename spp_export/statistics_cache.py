@@ -8,17 +8,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from io import FileIO
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from spp_export.checkpoint.reader import as_bytes, blocks
 from spp_export.checkpoint.source import Source
+from spp_export.checkpoint.writer import Entry, Shard, header_of
+from spp_export.errors import OutputError
 from spp_export.importance.statistics import FloatArray
 from spp_export.models import cache_directory
+from spp_export.working_place import clear_leftovers, working_place
 
 # A change of what is gathered, or how, must not meet files of the old kind.
 _VERSIONS = {
@@ -28,6 +34,8 @@ _VERSIONS = {
 }
 KINDS = tuple(_VERSIONS)
 _SAMPLE_BYTES = 4096
+# By size of an element.
+_DTYPES = {4: "F32", 8: "F64"}
 
 
 def cache_paths(
@@ -67,16 +75,66 @@ def is_whole(path: Path, names: Iterable[str]) -> bool:
 
 
 def write(path: Path, tensors: Mapping[str, FloatArray]) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".statistics-")
-    os.close(handle)
+    """Write a file whole or not at all. Raises OutputError where the cache does not take it."""
+    sizes = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    with writing(path, sizes) as put:
+        for name, tensor in tensors.items():
+            put(name, tensor)
+
+
+@contextmanager
+def writing(
+    path: Path, sizes: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]
+) -> Iterator[Callable[[str, FloatArray], None]]:
+    """As `write`, of tensors that are given one at a time, in any order, to what this yields.
+
+    `sizes` has dtype and shape of each; the file is there once all were given.
+    """
+    # Wider elements first, so that each tensor is aligned to its element.
+    order = sorted(sizes, key=lambda name: -sizes[name][0].itemsize)
+    entries = [Entry(name, _DTYPES[sizes[name][0].itemsize], sizes[name][1]) for name in order]
+    shard = Shard(path.name, tuple(entries))
+    header = header_of(shard)
+    starts = accumulate((entry.nbytes for entry in entries), initial=len(header))
+    begins = dict(zip(order, starts, strict=False))
+    with ExitStack() as stack:
+        with _reporting(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            clear_leftovers(path)
+            new = stack.enter_context(working_place(path)) / path.name
+            file = stack.enter_context(FileIO(new, "xb"))
+            os.truncate(new, len(header) + shard.nbytes)
+            _write_at(file, 0, memoryview(header))
+
+        def put(name: str, tensor: FloatArray) -> None:
+            assert (tensor.dtype, tensor.shape) == sizes[name], name
+            with _reporting(path):
+                _write_at(file, begins.pop(name), as_bytes(np.ascontiguousarray(tensor)))
+
+        yield put
+        assert not begins, f"{min(begins)} was not given"
+        with _reporting(path):
+            file.close()
+            new.replace(path)
+
+
+def _write_at(file: FileIO, begin: int, data: memoryview) -> None:
+    file.seek(begin)
+    done = 0
+    while done < len(data):
+        done += file.write(data[done:])
+
+
+@contextmanager
+def _reporting(path: Path) -> Iterator[None]:
+    """OSError as one line about the cache."""
     try:
-        save_file(dict(tensors), temporary)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"{path.parent}: statistics cannot be kept ({error.strerror or error}). "
+            "Make room, or set SPP_CACHE to a directory on another disk."
+        ) from error
 
 
 def read(path: Path, name: str) -> FloatArray:

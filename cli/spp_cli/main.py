@@ -1,6 +1,7 @@
 """The `spp` command: its sub-commands, and the one place where errors become exit codes.
 
-0 done and every check held; 1 it ran and the answer is no; 2 bad usage or input; 130 interrupted.
+0 done and every check held; 1 it ran and the answer is no; 2 bad usage or input; 130 interrupted;
+128 and the signal's number for SIGTERM (143) and SIGHUP (129).
 """
 
 from __future__ import annotations
@@ -8,11 +9,14 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import Annotated
+from types import FrameType
+from typing import Annotated, Any
 
 import typer
 
@@ -22,16 +26,24 @@ from spp_cli.commands.bench import bench
 from spp_cli.commands.chat import chat
 from spp_cli.commands.convert import convert
 from spp_cli.commands.diagnose import diagnose
+from spp_cli.commands.doctor import doctor
 from spp_cli.commands.eval import evaluate
 from spp_cli.commands.export import export
 from spp_cli.commands.plan import plan
 from spp_cli.commands.probe import probe
+from spp_cli.commands.push import push
+from spp_cli.commands.recover import recover
+from spp_cli.commands.report import report
 from spp_cli.commands.show import show
 from spp_cli.commands.verify import verify
 from spp_cli.output import PipeClosedError, write_error, write_json, write_warning
 from spp_export.errors import SppError
 
+_MOMENT_S = 0.01
 _INTERRUPTED = 130
+# They end the command like Ctrl-C: what it has begun is taken away first.
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
+_COMPLETING = "_SPP_COMPLETE"  # set by the shell's completion script
 _PIPE_CLOSED = 141  # what the shell reports of a process that SIGPIPE ended
 # Read when transformers and its friends are imported, which is later than this module.
 _QUIET_LIBRARIES = {
@@ -42,11 +54,24 @@ _QUIET_LIBRARIES = {
 
 app = typer.Typer(
     name="spp",
-    help="One big language model in, many small scenario-specific ones out.",
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-for command in (export, convert, plan, diagnose, probe, verify, bench, show, chat):
+for command in (
+    export,
+    convert,
+    plan,
+    diagnose,
+    probe,
+    verify,
+    recover,
+    bench,
+    report,
+    push,
+    show,
+    chat,
+    doctor,
+):
     app.command()(command)
 app.command(name="eval")(evaluate)
 app.add_typer(artifacts_app, name="artifacts")
@@ -75,15 +100,60 @@ def root(
     options.help_without_command(context)
 
 
+class _TerminatedError(BaseException):
+    """One of `_ENDING` came. No Exception, which libraries catch and go on after."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.exit_code = 128 + number
+
+
 def main() -> None:
     """Run the process's arguments and end the process."""
-    sys.exit(run(sys.argv[1:]))
+    sys.unraisablehook = _deliver_again
+    try:
+        for number in _ENDING:
+            if signal.getsignal(number) is signal.SIG_DFL:  # and not ignored, as by nohup
+                signal.signal(number, _terminate)
+        status = run(sys.argv[1:])
+    except KeyboardInterrupt:  # before it began, or once more while the first was reported
+        write_error("interrupted.")
+        status = _INTERRUPTED
+    except _TerminatedError as error:
+        write_error("terminated.")
+        status = error.exit_code
+    # All is done, but for the interpreter, which takes a moment to end.
+    for number in (signal.SIGINT, *_ENDING):
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(status)
+
+
+def _terminate(number: int, _: FrameType | None) -> None:
+    raise _TerminatedError(number)
+
+
+def _deliver_again(lost: Any) -> None:
+    """A signal can come while something is collected, where Python ignores all that is raised; it
+    is sent once more a moment later."""
+    error = lost.exc_value
+    if isinstance(error, _TerminatedError):
+        number = error.number
+    elif isinstance(error, KeyboardInterrupt):
+        number = signal.SIGINT
+    else:
+        sys.__unraisablehook__(lost)
+        return
+    again = threading.Timer(_MOMENT_S, os.kill, (os.getpid(), number))
+    again.daemon = True
+    again.start()
 
 
 def run(arguments: Sequence[str]) -> int:
     """The exit status of these arguments; whatever goes wrong is one line on stderr."""
     for name, value in _QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
+    if _COMPLETING in os.environ:
+        os.environ["COLUMNS"] = "10000"  # a shell takes the second line of a help for a choice
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # Python's, which are meant for developers
     _survive_any_text()
@@ -97,6 +167,9 @@ def run(arguments: Sequence[str]) -> int:
         # The interpreter flushes stdout once more when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _PIPE_CLOSED
+    except _TerminatedError as error:
+        write_error("terminated.")
+        return error.exit_code
     except Exception as error:
         if os.environ.get("SPP_DEBUG") == "1":
             traceback.print_exc()

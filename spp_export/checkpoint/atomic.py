@@ -1,18 +1,11 @@
-"""Publishes a directory by one rename: there is none, or the old one, or a whole new one.
-
-Work happens in a hidden sibling `.<name>.spp-<pid>-<random>`, locked for as long as its process
-lives, so that what a killed process left behind is told from what another one is writing.
-"""
+"""Publishes a directory by one rename: there is none, or the old one, or a whole new one."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import errno
-import fcntl
 import os
-import re
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,9 +13,18 @@ from pathlib import Path
 
 from spp_export.checkpoint.manifest import wrote
 from spp_export.errors import OutputError
+from spp_export.working_place import (
+    ASIDE_NAME,
+    clear_leftovers,
+    is_place,
+    sync,
+    working_place,
+)
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+# Others that may put something in place between a look at it and a rename.
+_ATTEMPTS = 100
 
 
 @contextmanager
@@ -30,20 +32,23 @@ def publish(target: Path, force: bool = False) -> Iterator[Path]:
     """Yield an empty directory that becomes `target` on a clean exit, flushed to disk.
 
     `target` may be missing or empty; with `force` also a directory with our manifest, which is
-    replaced. Missing parents are created. After an exception, KeyboardInterrupt included, the
-    directory is gone and `target` is as it was. Raises OutputError before any work where `target`
-    cannot be published to, and after it where the disk fails.
+    replaced. Missing parents are created. After an exception before the rename, KeyboardInterrupt
+    included, the directory is gone and `target` is as it was; the rename itself is one step, and
+    what comes after it finds the new output in place.
+
+    Raises OutputError before any work where `target` cannot be published to, and for any failure
+    to write, in the body as well.
     """
     target = Path(os.path.realpath(target))
-    with _reporting(target):
-        _clear_leftovers(target)
-        check_target(target, force)
-    with _parents_of(target), _working_directory(target) as work:
+    check_target(target, force)
+    with _reporting(target), _parents_of(target), working_place(target) as place:
+        work = place / "new"
+        work.mkdir()
         yield work
-        with _reporting(target):
-            _flush(work)
-            check_target(target, force)
-            _move_into_place(work, target)
+        _flush(work)
+        _check(target, force)
+        _move_into_place(work, target, place / ASIDE_NAME, force)
+        _confirm(target)
 
 
 def require_free_space(path: Path, count: int) -> None:
@@ -60,7 +65,17 @@ def require_free_space(path: Path, count: int) -> None:
 
 
 def check_target(target: Path, force: bool) -> None:
-    """Raise OutputError where `publish` would refuse `target`, before any work is done."""
+    """Raise OutputError where `publish` would refuse `target`, before any work is done.
+
+    What killed processes left beside it is removed first, and takes no space from what follows.
+    """
+    target = Path(os.path.realpath(target))
+    with _reporting(target):
+        clear_leftovers(target)
+        _check(target, force)
+
+
+def _check(target: Path, force: bool) -> None:
     if os.path.ismount(target) or target == Path.cwd():
         what = "the current directory" if target == Path.cwd() else "a mount point"
         raise OutputError(
@@ -73,7 +88,7 @@ def check_target(target: Path, force: bool) -> None:
     if not any(target.iterdir()):
         return
     if not force:
-        raise OutputError(f"{target}: is not empty. Choose another directory, or use --force.")
+        raise _not_empty(target)
     if not wrote(target):
         raise OutputError(
             f"{target}: has no manifest.json of spp, and --force replaces only what spp wrote. "
@@ -81,13 +96,18 @@ def check_target(target: Path, force: bool) -> None:
         )
 
 
+def _not_empty(target: Path) -> OutputError:
+    return OutputError(f"{target}: is not empty. Choose another directory, or use --force.")
+
+
 @contextmanager
 def _parents_of(target: Path) -> Iterator[None]:
     """Create the missing parents, and take them away again if there is nothing to put there."""
     missing = [folder for folder in target.parents if not folder.exists()]
-    with _reporting(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for folder in missing:
+            sync(folder.parent)
         yield
     except BaseException:
         with contextlib.suppress(OSError):
@@ -96,92 +116,31 @@ def _parents_of(target: Path) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def _working_directory(target: Path) -> Iterator[Path]:
-    work = _sibling(target, "")
-    with _reporting(target):
-        work.mkdir()  # and not mkdtemp, whose mode would ignore the umask
-        descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems have no such locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield work
-    finally:
-        # What was begun, or after an exchange what was there before.
-        shutil.rmtree(work, ignore_errors=True)
-        os.close(descriptor)
-
-
-def _sibling(target: Path, mark: str) -> Path:
-    return target.parent / f".{target.name}.spp-{mark}{os.getpid()}-{secrets.token_hex(4)}"
-
-
-def _clear_leftovers(target: Path) -> None:
-    """Remove siblings whose process died; give back an old target that one had put aside."""
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.spp-(old-)?(\d+)-[0-9a-f]{{8}}")
-    if not target.parent.is_dir():
-        return
-    for path in sorted(target.parent.iterdir()):
-        match = pattern.fullmatch(path.name)
-        if not match or not _abandoned(path, int(match[2])):
-            continue
-        if match[1] and not target.exists():
-            path.rename(target)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _abandoned(path: Path, pid: int) -> bool:
-    """Whether no process works in a directory: neither by its pid, nor by its lock, which also
-    tells for other machines and containers."""
-    if pid != os.getpid() and _alive(pid):
-        return False
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    return True
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def _flush(directory: Path) -> None:
     """Force every file and then every directory to disk."""
     for root, _, files in os.walk(directory, topdown=False):
         for name in files:
-            _sync(os.path.join(root, name), os.O_RDONLY | os.O_NOFOLLOW)
-        _sync(root, os.O_RDONLY | os.O_DIRECTORY)
+            sync(Path(root, name))
+        sync(Path(root))
 
 
-def _sync(path: str | Path, flags: int) -> None:
-    descriptor = os.open(path, flags | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _move_into_place(work: Path, target: Path) -> None:
-    occupied = target.exists() and any(target.iterdir())
-    if not occupied:
-        work.rename(target)
-    elif not _exchange(work, target):
-        _swap_by_renames(work, target)
-    _sync(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+def _move_into_place(work: Path, target: Path, aside: Path, force: bool) -> None:
+    """Put `work` at `target`; with `force` what was there is then below `work` or gone."""
+    for _ in range(_ATTEMPTS):
+        if force and target.exists() and any(target.iterdir()):
+            if not _exchange(work, target):
+                _swap_by_renames(work, target, aside)
+            return
+        try:
+            work.rename(target)  # which the kernel refuses where something is in it by now
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        if not force:
+            break
+        _check(target, force)  # another one was faster, and may be ours to replace or not
+    raise _not_empty(target)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -199,9 +158,8 @@ def _exchange(one: Path, other: Path) -> bool:
     raise OSError(code, os.strerror(code), str(other))
 
 
-def _swap_by_renames(work: Path, target: Path) -> None:
-    """Swap in two steps. Should we die between them, the next `publish` gives the old one back."""
-    aside = _sibling(target, "old-")
+def _swap_by_renames(work: Path, target: Path, aside: Path) -> None:
+    """Swap in two steps. Should we die between them, the next run gives the old one back."""
     try:
         target.rename(aside)
         work.rename(target)
@@ -209,13 +167,35 @@ def _swap_by_renames(work: Path, target: Path) -> None:
         if aside.exists() and not target.exists():
             aside.rename(target)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _confirm(target: Path) -> None:
+    """Force the rename itself to disk."""
+    try:
+        sync(target.parent)
+    except OSError as error:
+        raise OutputError(
+            f"{target}: is in place and whole, but the disk does not confirm it "
+            f"({error.strerror}). Check the disk."
+        ) from error
 
 
 @contextmanager
 def _reporting(target: Path) -> Iterator[None]:
-    """OSError as one line about the output."""
+    """OSError as one line about the output, unless it names another file.
+
+    Libraries derive errors from OSError that no system call made; those have no number.
+    """
     try:
         yield
     except OSError as error:
+        name = error.filename
+        if error.errno is None or (name is not None and not _concerns(Path(str(name)), target)):
+            raise
         raise OutputError(f"{target}: cannot be written ({error.strerror}).") from error
+
+
+def _concerns(path: Path, target: Path) -> bool:
+    """Whether a path is that of an output, of a folder it is in, or in its working place."""
+    places = (is_place(folder.name, target) for folder in (path, *path.parents))
+    return path in (target, *target.parents) or any(places)

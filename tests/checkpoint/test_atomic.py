@@ -42,8 +42,8 @@ def ours(tmp_path):
 def test_appears_whole(tmp_path):
     target = tmp_path / "a" / "b" / "out"
     with publish(target) as work:
-        assert work.parent == target.parent
-        assert work.name.startswith(".out.spp-")
+        assert work.parent.parent == target.parent
+        assert work.parent.name.startswith(".out.spp-")
         fill(work)
         assert not target.exists()
     assert content(target) == "new"
@@ -141,6 +141,35 @@ def test_a_target_filled_while_we_worked_is_kept(tmp_path):
     assert siblings(target) == []
 
 
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_target_filled_in_the_last_instant_is_replaced_by_force_if_ours(
+    tmp_path, monkeypatch, ours
+):
+    target = tmp_path / "out"
+    rename, filled = Path.rename, []
+
+    def late(self, to):
+        if to == target and not filled:
+            filled.append(True)
+            target.mkdir()
+            fill(target)
+            if not ours:
+                (target / "manifest.json").unlink()
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", late)
+    if ours:
+        with publish(target, force=True) as work:
+            fill(work, "newer")
+        assert content(target) == "newer"
+    else:
+        refused = pytest.raises(OutputError, match=r"no manifest\.json of spp")
+        with refused, publish(target, force=True) as work:
+            fill(work, "newer")
+        assert content(target) == "new"
+    assert siblings(target) == []
+
+
 def test_a_link_to_a_directory_stays_a_link(tmp_path):
     (tmp_path / "big-disk").mkdir()
     (tmp_path / "out").symlink_to("big-disk")
@@ -172,7 +201,8 @@ def test_everything_is_flushed_before_the_rename(tmp_path, monkeypatch):
         fsync(descriptor)
 
     def spy_rename(self, other):
-        events.append("rename")
+        if Path(other) == tmp_path / "out":
+            events.append("rename")
         return rename(self, other)
 
     monkeypatch.setattr(os, "fsync", spy_fsync)
@@ -221,7 +251,7 @@ def test_kill_leaves_no_target_and_the_next_run_cleans_up(tmp_path, ours, there)
         # Another run must not touch what a living one is writing.
         with pytest.raises(ValueError, match="stop"), publish(target, force=True):
             raise ValueError("stop")
-        assert (leftover / "half").exists()
+        assert (leftover / "new" / "half").exists()
     finally:
         finish(child, signal.SIGKILL)
     assert content(ours) == "old"
@@ -240,9 +270,9 @@ def test_ctrl_c_cleans_up_at_once(tmp_path):
 
 
 def test_an_old_target_put_aside_by_a_dead_process_comes_back(ours):
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    ours.rename(ours.parent / f".out.spp-old-{dead.pid}-0123abcd")
+    place = ours.parent / ".out.spp-1-0123abcd"  # a pid that lives, and is another's by now
+    place.mkdir()
+    ours.rename(place / "old")
     with pytest.raises(OutputError, match="not empty"):
         start(ours)
     assert content(ours) == "old"
@@ -251,16 +281,54 @@ def test_an_old_target_put_aside_by_a_dead_process_comes_back(ours):
 
 def test_neighbours_are_left_alone(tmp_path, ours):
     names = [
-        ".out.spp-1-0123abcd",
+        ".out.spp-1-0123abcd.bak",
         ".out.spp-x",
         ".other.spp-999999-0123abcd",
         "out.spp-1-0123abcd",
     ]
     for name in names:
         (tmp_path / name).mkdir()
+    (tmp_path / ".out.spp-1-0123abcd").write_text("a file")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".out.spp-2-0123abcd").symlink_to("elsewhere")
+    before = siblings(ours)
     with publish(ours, force=True) as work:
         fill(work)
-    assert siblings(ours) == sorted(names)
+    assert siblings(ours) == before
+
+
+def test_an_error_about_another_file_stays_what_it_is(tmp_path):
+    with pytest.raises(FileNotFoundError), publish(tmp_path / "out"):
+        (tmp_path / "source").read_text()
+    with pytest.raises(ConnectionError), publish(tmp_path / "out"):
+        raise ConnectionError("no number: not from the system")
+    with pytest.raises(OutputError, match="No space left"), publish(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_without_force_nothing_is_replaced_in_the_last_instant(tmp_path, monkeypatch):
+    target = tmp_path / "out"
+
+    def too_late(path, force):
+        path.mkdir()
+        (path / "theirs").write_text("x")
+
+    with pytest.raises(OutputError, match="is not empty"), publish(target) as work:  # noqa: PT012
+        fill(work)
+        monkeypatch.setattr(atomic, "_check", too_late)
+    assert [path.name for path in target.iterdir()] == ["theirs"]
+
+
+def test_a_rename_that_the_disk_does_not_confirm(ours, monkeypatch):
+    def fail_for_parent(path):
+        if path == ours.parent:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(atomic, "sync", fail_for_parent)
+    with pytest.raises(OutputError, match="in place and whole"), publish(ours, force=True) as work:
+        fill(work)
+    assert content(ours) == "new"
+    assert siblings(ours) == []
 
 
 def test_free_space(tmp_path):

@@ -156,7 +156,15 @@ def test_a_reader_that_goes_away_is_no_error(plan_file):
     assert (result.returncode, result.stderr) == (141, b"")
 
 
-def test_interrupted():
+@pytest.mark.parametrize(
+    ("number", "status", "line"),
+    [
+        (signal.SIGINT, 130, "error: interrupted.\n"),
+        (signal.SIGTERM, 143, "error: terminated.\n"),
+        (signal.SIGHUP, 129, "error: terminated.\n"),
+    ],
+)
+def test_stopped_by_a_signal(number, status, line):
     command = [sys.executable, "-m", "spp_cli.main", "plan", "--scenario", "-"]
     process = subprocess.Popen(
         command,
@@ -168,9 +176,39 @@ def test_interrupted():
     )
     # It reads the scenario first; more than a pipe holds has gone in only once it does.
     process.stdin.write("word " * 100_000)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (130, "", "error: interrupted.\n")
+    assert (process.returncode, out, err) == (status, "", line)
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "line"),
+    [(signal.SIGINT, 130, "error: interrupted.\n"), (signal.SIGTERM, 143, "error: terminated.\n")],
+)
+def test_a_signal_that_comes_while_something_is_collected_is_not_lost(number, status, line):
+    script = f"""
+import os, sys, time
+from spp_cli import main
+
+def collected():
+    try:
+        yield
+    finally:
+        os.kill(os.getpid(), {int(number)})
+        time.sleep(0.1)
+
+def app(**_):
+    waiting = collected()
+    next(waiting)
+    del waiting
+    time.sleep(30)
+
+main.app = app
+main.main()
+"""
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=25)
+    assert (result.returncode, result.stdout, result.stderr) == (status, "", line)
 
 
 def test_completion_is_offered():

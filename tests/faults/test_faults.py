@@ -1,0 +1,23 @@
+"""A small part of the campaign that `make test-faults` runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def test_some_of_every_fault():
+    helpers = os.pathsep.join(map(str, (HERE.parent, HERE.parent / "pipeline")))
+    result = subprocess.run(
+        [sys.executable, HERE / "campaign.py", "--small"],
+        env={**os.environ, "PYTHONPATH": helpers},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "every promise held" in result.stdout
