@@ -11,6 +11,7 @@ SppError                 exit 2: bad usage or input
 │   └── BudgetError      no plan meets the budget; the message names the nearest that do
 ├── ProfileError         a latency table is malformed or of another model
 ├── OutputError          the output cannot be written where it was asked for
+├── ResourceError        this machine has too little memory for it
 └── CheckFailed          exit 1: everything ran and the answer is no
     ├── ParityError      the slim model differs from the masked dense model
     └── QualityError     the quality gate was not met
@@ -65,6 +66,10 @@ class ProfileError(SppError):
 
 class OutputError(SppError):
     """The output cannot be written where it was asked for."""
+
+
+class ResourceError(SppError):
+    """This machine has too little memory for what was asked."""
 
 
 class CheckFailed(SppError):

@@ -1,7 +1,7 @@
 """Writes safetensors shards as a stream: headers first, then data in the order of the headers.
 
 The layout is the one of the Hugging Face libraries: `model.safetensors`, or numbered shards and
-an index. Data is hashed on a second thread while it is written.
+an index. While data is written, a second thread hashes it and a third sends it to the disk.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 import struct
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +28,12 @@ from spp_export.errors import OutputError, UsageError
 DEFAULT_SHARD_BYTES = 5_000_000_000
 # Blocks that may wait for their hash: enough to keep both threads busy, little memory.
 _PENDING = 4
+# Shorter pieces are written and hashed together: a model may have many thousands.
+_SHORT_BYTES = 1 << 16
+_TOGETHER_BYTES = 1 << 20
+# Written bytes that the kernel is asked to send to the disk at once. By itself it waits until much
+# of the memory is full of them, and the last flush then waits for all of that.
+_SEND_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +105,12 @@ class ShardWriter:
         self._directory = directory
         self._shards = tuple(shards)
         self._todo = deque((shard, entry) for shard in shards for entry in shard.entries)
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="spp-hash")
-        self._pending: deque[Future[Any]] = deque()
+        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="spp-hash")
+        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="spp-flush")
+        self._hashes: deque[Future[Any]] = deque()
+        self._flushes: deque[Future[Any]] = deque()
         self._files: list[_ShardFile] = []
+        self._short = bytearray()
 
     @property
     def order(self) -> tuple[Entry, ...]:
@@ -121,7 +130,8 @@ class ShardWriter:
             if kind is None:
                 self._finish()
         finally:
-            self._worker.shutdown(cancel_futures=True)
+            self._hasher.shutdown(cancel_futures=True)
+            self._flusher.shutdown(cancel_futures=True)
             for file in self._files:
                 file.handle.close()
 
@@ -147,42 +157,65 @@ class ShardWriter:
         path = self._directory / shard.file
         with _reporting(path):
             self._files.append(_ShardFile(shard, FileIO(path, "xb"), hashlib.sha256()))
-        self._append(memoryview(_header(shard)))
+        self._append(memoryview(header_of(shard)))
 
     def _append(self, data: memoryview) -> None:
+        if len(data) < _SHORT_BYTES:
+            self._short += data
+            if len(self._short) >= _TOGETHER_BYTES:
+                self._write_short()
+            return
+        self._write_short()
+        self._write(data)
+
+    def _write_short(self) -> None:
+        if self._short:
+            data, self._short = memoryview(self._short), bytearray()
+            self._write(data)
+
+    def _write(self, data: memoryview) -> None:
         file = self._files[-1]
-        self._submit(file.digest.update, data)
+        self._hashes.append(self._hasher.submit(file.digest.update, data))
         with _reporting(self._directory / file.shard.file):
             done = 0
             while done < len(data):
                 done += file.handle.write(data[done:])
         file.size += len(data)
+        if file.size - file.sent >= _SEND_BYTES:
+            begin, file.sent = file.sent, file.size
+            self._flushes.append(self._flusher.submit(_send, file.handle, begin, file.size))
+        while len(self._hashes) > _PENDING:
+            self._hashes.popleft().result()
+        while self._flushes and self._flushes[0].done():
+            self._flushes.popleft().result()
 
     def _end_shard(self) -> None:
         if self._files:
-            self._submit(self._flush, self._files[-1])
+            self._write_short()
+            file = self._files[-1]
+            self._hashes.append(self._hasher.submit(self._record, file))
+            self._flushes.append(self._flusher.submit(self._flush, file))
+
+    def _record(self, file: _ShardFile) -> None:
+        """Runs on the hasher, after the shard's last bytes."""
+        self.records[file.shard.file] = FileRecord(file.size, file.digest.hexdigest())
 
     def _flush(self, file: _ShardFile) -> None:
-        """Runs on the worker, after the shard's last bytes were hashed, beside the next shard."""
+        """Runs on the flusher, beside the next shard."""
         with _reporting(self._directory / file.shard.file):
             os.fsync(file.handle.fileno())
             file.handle.close()
-        self.records[file.shard.file] = FileRecord(file.size, file.digest.hexdigest())
-
-    def _submit(self, job: Callable[..., Any], *arguments: Any) -> None:
-        self._pending.append(self._worker.submit(job, *arguments))
-        while len(self._pending) > _PENDING:
-            self._pending.popleft().result()
 
     def _finish(self) -> None:
         assert not self._todo, f"{self._todo[0][1].name} was not written"
         self._end_shard()
-        while self._pending:
-            self._pending.popleft().result()
+        for waiting in (self._hashes, self._flushes):
+            while waiting:
+                waiting.popleft().result()
         if len(self._shards) > 1:
             path = self._directory / INDEX_NAME
             with _reporting(path):
-                path.write_text(_index(self._shards), encoding="utf-8")
+                path.write_text(shard_index(self._shards), encoding="utf-8")
                 self.records[INDEX_NAME] = hash_file(path)
 
 
@@ -192,9 +225,19 @@ class _ShardFile:
     handle: FileIO
     digest: hashlib._Hash
     size: int = 0
+    sent: int = 0
 
 
-def _header(shard: Shard) -> bytes:
+def _send(handle: FileIO, begin: int, end: int) -> None:
+    """Have the kernel begin to write part of a file, without waiting for the disk.
+
+    That is what this advice does to pages that are not on the disk yet; it drops none of them.
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(handle.fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)
+
+
+def header_of(shard: Shard) -> bytes:
     """Length and JSON of a shard's header, padded with spaces so that data starts 8-aligned."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin = 0
@@ -211,7 +254,7 @@ def _header(shard: Shard) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _index(shards: Sequence[Shard]) -> str:
+def shard_index(shards: Sequence[Shard]) -> str:
     weight_map = {entry.name: shard.file for shard in shards for entry in shard.entries}
     total = sum(shard.nbytes for shard in shards)
     content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -1,0 +1,146 @@
+"""What a command will take of disk and memory, told and checked before it does any work."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spp_export.checkpoint.companions import companion
+from spp_export.errors import ModelError, OutputError, ResourceError
+from spp_export.memory import free_memory
+from spp_export.shape import ModelShape
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that a command takes, by what takes them.
+
+    disk          on the file system of `target`, all at once
+    memory        of the machine, where everything is held that is worth holding
+    least_memory  of weights alone, without which it cannot be done
+    from_disk     weights stay on disk and are read layer by layer
+    """
+
+    target: Path
+    disk: Mapping[str, int]
+    memory: Mapping[str, int]
+    least_memory: int
+    from_disk: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`, beside what is free."""
+        return {
+            "disk": {"bytes": dict(self.disk), "free": free_space(self.target)},
+            "memory": {
+                "bytes": dict(self.memory),
+                "least": self.least_memory,
+                "free": _memory(),
+            },
+        }
+
+
+def check_disk(needs: Needs) -> None:
+    """OutputError where the disk is too small."""
+    total, free = sum(needs.disk.values()), free_space(needs.target)
+    if free < total:
+        raise OutputError(
+            f"{needs.target}: needs {_size(total)} ({_listed(needs.disk)}), {_size(free)} are "
+            "free. Make room or choose another -o."
+        )
+
+
+def check_memory(needs: Needs) -> None:
+    """Refuse what cannot succeed, and warn of what will be slow.
+
+    Raises ResourceError where memory and swap together have less than the least that is needed.
+    """
+    held, free = sum(needs.memory.values()), _memory()
+    if free < needs.least_memory:
+        raise ResourceError(
+            f"memory: needs at least {_size(needs.least_memory)}, {_size(free)} are free, swap "
+            "included. Close other programs, or use a larger machine."
+        )
+    if free < held:
+        _log.warning(
+            "memory: all at once takes %s (%s), %s are free, swap included; %s.",
+            _size(held),
+            _listed(needs.memory),
+            _size(free),
+            "models run layer by layer from disk" if needs.from_disk else "it will be slow",
+        )
+
+
+def check_place(target: Path) -> None:
+    """OutputError where nothing can be made beside `target`, before anything is."""
+    place = nearest(target.parent)
+    if not place.is_dir():
+        raise OutputError(f"{target}: {place} is not a directory. Choose another -o.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise OutputError(f"{target}: {place} cannot be written. Choose another -o.")
+
+
+def check_readable(directory: Path, names: Iterable[str]) -> None:
+    """ModelError unless those of a model's files that there are can be opened.
+
+    Of weights, headers and sizes have been read by whoever opened the model.
+    """
+    for name in names:
+        try:
+            if path := companion(directory, name):
+                path.open("rb").close()
+        except OSError as error:
+            raise ModelError(
+                f"{directory / name}: cannot be read ({error.strerror}). Correct its permissions."
+            ) from error
+
+
+def free_space(path: Path) -> int:
+    """Bytes free where `path` is or will be."""
+    return shutil.disk_usage(nearest(path)).free
+
+
+def nearest(path: Path) -> Path:
+    """The path itself, or the closest folder above it that is there."""
+    place = Path(os.path.realpath(path))
+    while not os.path.exists(place):
+        place = place.parent
+    return place
+
+
+def least_slim_bytes(shape: ModelShape, keep: float | None, units: str) -> int:
+    """Bytes of tensors that no plan for this budget goes far below, before there is one.
+
+    `keep` None, a budget of another kind, may take any of the units: "heads" or "both".
+    """
+    heads = shape.head_parameters(shape.layers)
+    channels = shape.num_layers * shape.channels * shape.channel_parameters
+    removable = heads + (channels if units == "both" else 0)
+    # Rounding to whole groups and widths can end below the budget.
+    stays = 0.9 * (keep or 0.0)
+    return round(shape.element_bytes * (shape.parameters(shape.layers) - (1 - stays) * removable))
+
+
+def _memory() -> int:
+    import psutil
+
+    swap: int = psutil.swap_memory().free
+    return free_memory() + swap
+
+
+def _size(count: float) -> str:
+    for unit in ("kB", "MB"):
+        count /= 1000
+        if count < 999.95:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1000:.1f} GB"
+
+
+def _listed(parts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {_size(count)}" for name, count in parts.items() if count)
