@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from spp_export.families import Family
+from spp_export.layerwise import stream_of
 from spp_export.progress import Progress, no_progress
 
 MAX_TOKENS = 512
@@ -89,12 +90,12 @@ def token_batches(
         stop = start + 1
         while stop < len(order) and (stop + 1 - start) * len(encoded[order[stop]]) <= batch_tokens:
             stop += 1
-        batches.append(_pad([(i, encoded[i]) for i in order[start:stop]]))
+        batches.append(pad_rows([(i, encoded[i]) for i in order[start:stop]]))
         start = stop
     return batches
 
 
-def _pad(rows: Sequence[tuple[int, list[int]]]) -> TokenBatch:
+def pad_rows(rows: Sequence[tuple[int, list[int]]]) -> TokenBatch:
     width = max(len(ids) for _, ids in rows)
     input_ids = torch.zeros((len(rows), width), dtype=torch.long)
     mask = torch.zeros((len(rows), width), dtype=torch.long)
@@ -112,28 +113,57 @@ def observe(
     *,
     progress: Progress = no_progress,
     description: str = "reading activations",
+    layer_done: Callable[[int], None] = lambda layer: None,
 ) -> None:
-    """Run the decoder over the batches once and show every observer what it asked for."""
+    """Run the decoder over the batches once and show every observer what it asked for.
+
+    `layer_done` is told each layer, in order, once it has been shown all that it will be: of a
+    model that runs from disk before the next layer begins, of others at the end.
+    """
     decoder = model.get_submodule(family.layers.rpartition(".")[0])
-    device = input_device(model)
+    stream = stream_of(model)
+    calls = [model_inputs(model, batch) for batch in batches]
     state = _Current()
+    tokens = sum(batch.real_tokens for batch in batches)
     done = 0
+
+    def turn(call: int) -> None:
+        state.keep = batches[call].attention_mask.bool()
+        rows = torch.tensor(batches[call].texts)
+        state.texts = rows[:, None].expand_as(state.keep)[state.keep]
+
     with (
         torch.no_grad(),
         _hooks(model, family, observers, state),
-        progress(description, sum(b.real_tokens for b in batches)) as advance_to,
+        progress(description, tokens) as advance_to,
     ):
-        for batch in batches:
-            state.keep = batch.attention_mask.bool()
-            rows = torch.tensor(batch.texts)
-            state.texts = rows[:, None].expand_as(state.keep)[state.keep]
-            decoder(
-                input_ids=batch.input_ids.to(device),
-                attention_mask=batch.attention_mask.to(device),
-                use_cache=False,
+        if stream is not None:
+            stream.hidden_states(
+                calls,
+                turn=turn,
+                layer_done=layer_done,
+                advance=lambda share: advance_to(share * tokens),
             )
-            done += batch.real_tokens
+            return
+        for number, call in enumerate(calls):
+            turn(number)
+            decoder(**call)
+            done += batches[number].real_tokens
             advance_to(done)
+    layers = model.get_submodule(family.layers)
+    assert isinstance(layers, nn.ModuleList)
+    for index in range(len(layers)):
+        layer_done(index)
+
+
+def model_inputs(model: nn.Module, batch: TokenBatch) -> dict[str, Any]:
+    """Arguments of one call of a model without a cache."""
+    device = input_device(model)
+    return {
+        "input_ids": batch.input_ids.to(device),
+        "attention_mask": batch.attention_mask.to(device),
+        "use_cache": False,
+    }
 
 
 def input_device(model: nn.Module) -> torch.device:

@@ -80,8 +80,8 @@ def gradient_reductions(
 def _require_weights(model: nn.Module) -> None:
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         raise UsageError(
-            "gradients need every weight in memory, and some are offloaded to the CPU or to disk. "
-            "Choose a criterion without gradients, or a device that holds the model."
+            "gradients need every weight in memory, and some are offloaded to the CPU or stay on "
+            "disk. Choose a criterion without gradients, or a device that holds the model."
         )
 
 

@@ -1,4 +1,8 @@
-"""Slim and dense checkpoints on disk to models that run. Remote code is never executed."""
+"""Slim and dense checkpoints on disk to models that run. Remote code is never executed.
+
+transformers follows whatever an index, a config or a link in the directory names, so all of these
+are checked before it sees the directory.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import spp_export.modeling  # noqa: F401  registers the per-layer classes
-from spp_export.errors import CheckpointError, ModelError
-from spp_export.families import FAMILIES, family_of
-from spp_export.jsonio import read_json
+from spp_export.checkpoint.companions import check_companions
+from spp_export.checkpoint.layered import open_layered
+from spp_export.checkpoint.source import open_source
+from spp_export.errors import CheckpointError
 from spp_export.quiet import quiet_transformers
 
 
@@ -32,13 +37,7 @@ def load_slim(
     Raises ModelError where the directory holds no such model, CheckpointError where its tensors are
     not exactly those of its config.
     """
-    config = _config(path)
-    model_type = config.get("model_type")
-    if str(model_type).removeprefix("spp_") not in FAMILIES:
-        raise ModelError(
-            f"{path}: model_type {model_type!r} is not supported; known are "
-            f"{', '.join(sorted(FAMILIES))}, and these with 'spp_' in front."
-        )
+    open_layered(Path(path))
     return _load(path, dtype, device, attn_implementation)
 
 
@@ -49,15 +48,8 @@ def load_dense(
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """A source model from its directory; parameters and errors as in `load_slim`."""
-    family_of(_config(path))
+    open_source(Path(path))
     return _load(path, dtype, device, attn_implementation)
-
-
-def _config(path: str | Path) -> dict[str, Any]:
-    config = read_json(Path(path) / "config.json", what="model config", error=ModelError)
-    if not isinstance(config, dict):
-        raise ModelError(f"{path}: config.json holds {type(config).__name__}, expected an object.")
-    return config
 
 
 def _load(
@@ -66,6 +58,7 @@ def _load(
     device: str | torch.device,
     attn_implementation: str | None,
 ) -> PreTrainedModel:
+    check_companions(Path(path))
     options: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
@@ -90,7 +83,16 @@ def _load(
     model, report = loaded
     _check_report(path, report)
     assert isinstance(model, PreTrainedModel)
+    if str(device) == "cpu":
+        _copy_from_files(model)
     return model
+
+
+def _copy_from_files(model: PreTrainedModel) -> None:
+    """Take the weights out of the mapped files, where others may write, or cut them off, which
+    would end this process by a signal."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def _check_report(path: str | Path, report: Mapping[str, Iterable[Any]]) -> None:

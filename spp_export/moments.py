@@ -8,6 +8,7 @@ a large model never meet in memory once they are written.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,13 +27,12 @@ from spp_export.importance.statistics import (
     MlpInputs,
 )
 from spp_export.progress import Progress, no_progress
-from spp_export.statistics_cache import KINDS, cache_paths, is_whole, read, write
+from spp_export.statistics_cache import KINDS, cache_paths, is_whole, read, write, writing
 
 if TYPE_CHECKING:
     from torch import nn
 
     from spp_export.activations import Observer
-    from spp_export.statistics_pass import BlockSums
 
 __all__ = ["KINDS", "Collection", "Moments", "gather", "layer_weights"]
 
@@ -211,9 +211,8 @@ def gather(
     }
     forward = sorted(missing - {"gradients"})
     if forward or also:
-        sums = _forward(source, texts, forward, dense, also, progress, description)
-        for kind in forward:
-            write(paths[kind], sums.pop(kind).averages())
+        written = {kind: paths[kind] for kind in forward}
+        _forward(source, texts, written, dense, also, progress, description)
     if "gradients" in missing:
         found = _backward(source, texts, dense, progress, f"{description}, gradients")
         write(paths["gradients"], found)
@@ -241,21 +240,40 @@ def layer_weights(source: Source, layer: int) -> LayerWeights:
 def _forward(
     source: Source,
     texts: Sequence[str],
-    kinds: Sequence[str],
+    paths: Mapping[str, Path],
     dense: Callable[[], tuple[nn.Module, Any]],
     also: Sequence[Observer],
     progress: Progress,
     description: str,
-) -> dict[str, BlockSums]:
+) -> None:
+    """One pass that writes the cache files of these kinds, a layer at a time."""
     from spp_export.activations import observe, token_batches
     from spp_export.statistics_pass import BlockSums
 
     model, tokenizer = dense()
-    sums = {kind: BlockSums(kind, source.shape) for kind in kinds}
+    sums = {kind: BlockSums(kind, source.shape) for kind in paths}
     observers = [*also, *(one for each in sums.values() for one in each.observers)]
     batches = token_batches(tokenizer, texts)
-    observe(model, source.family, batches, observers, progress=progress, description=description)
-    return sums
+    with ExitStack() as stack:
+        files = {
+            kind: stack.enter_context(writing(path, sums[kind].sizes))
+            for kind, path in paths.items()
+        }
+
+        def keep(layer: int) -> None:
+            for kind, put in files.items():
+                for name, values in sums[kind].averages(layer).items():
+                    put(name, values)
+
+        observe(
+            model,
+            source.family,
+            batches,
+            observers,
+            progress=progress,
+            description=description,
+            layer_done=keep,
+        )
 
 
 def _backward(

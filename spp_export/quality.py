@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spp_export.activations import TokenBatch, input_device, token_batches
+from spp_export.activations import TokenBatch, model_inputs, token_batches
+from spp_export.layerwise import each_logits
 from spp_export.progress import Progress, no_progress
 
 # Logits of a large vocabulary are the memory here: [rows, vocab] in fp32, for two models.
@@ -56,9 +57,13 @@ def measure_quality(
     kl = agreed = 0.0
     tokens = done = 0
     with progress("measuring quality", sum(b.real_tokens for b in batches)) as advance_to:
-        for batch in batches:
-            log_dense, targets = next_token_log_probabilities(dense, batch)
-            log_slim, _ = next_token_log_probabilities(slim, batch)
+        logits = (
+            each_logits(model, [model_inputs(model, batch) for batch in batches])
+            for model in (dense, slim)
+        )
+        for batch, of_dense, of_slim in zip(batches, *logits, strict=True):
+            log_dense, targets = _log_probabilities(of_dense, batch)
+            log_slim, _ = _log_probabilities(of_slim, batch)
             for index, log_p in enumerate((log_dense, log_slim)):
                 nll[index] -= log_p.gather(1, targets[:, None]).double().sum().cpu()
             kl += float((log_dense.exp() * (log_dense - log_slim)).sum(1).double().sum())
@@ -75,10 +80,10 @@ def measure_quality(
 
 def next_token_log_probabilities(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
     """Log-probabilities [T,V] (fp32) of the T next tokens of a batch, and those tokens [T]."""
-    device = input_device(model)
-    mask = batch.attention_mask.to(device)
-    ids = batch.input_ids.to(device)
-    with torch.no_grad():
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    predicted = mask[:, 1:].bool()
+    return _log_probabilities(next(each_logits(model, [model_inputs(model, batch)])), batch)
+
+
+def _log_probabilities(logits: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    ids = batch.input_ids.to(logits.device)
+    predicted = batch.attention_mask[:, 1:].bool().to(logits.device)
     return logits[:, :-1][predicted].float().log_softmax(-1), ids[:, 1:][predicted]

@@ -6,8 +6,8 @@ stream, to which every head writes: a different function.)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,20 +15,39 @@ import torch
 from torch import Tensor, nn
 
 from spp_export.families import Family, Role
+from spp_export.layerwise import stream_of
 from spp_export.plans import LayerPlan, Plan
 from spp_export.shape import ModelShape
 
 
 @dataclass(frozen=True)
 class Projection:
-    """A compensated o_proj or down_proj: weight [d, kept inputs] in order, and maybe a bias [d]."""
+    """Another weight of a projection: of o_proj and down_proj [d, kept inputs] in order, and maybe
+    a bias [d]; of the others [kept outputs, d] in order, and their biases stay."""
 
     weight: Tensor
     bias: Tensor | None = None
 
 
-# (layer, OUTPUT or DOWN) -> what stands in that projection's place.
+# (layer, role) -> what stands in that projection's place.
 Projections = Mapping[tuple[int, Role], Projection]
+
+
+class ProjectionsOnDisk(Projections):
+    """Projections that are read each time they are asked for: together they are as large as a
+    good part of the model."""
+
+    def __init__(self, read: Mapping[tuple[int, Role], Callable[[], Projection]]) -> None:
+        self._read = read
+
+    def __getitem__(self, key: tuple[int, Role]) -> Projection:
+        return self._read[key]()
+
+    def __iter__(self) -> Iterator[tuple[int, Role]]:
+        return iter(self._read)
+
+    def __len__(self) -> int:
+        return len(self._read)
 
 
 @contextmanager
@@ -41,26 +60,45 @@ def masked_dense(
 ) -> Iterator[nn.Module]:
     """The dense `model` computing what the plan's slim model must compute; undone on exit.
 
-    `compensated` puts re-fitted projections in place, their columns at the kept inputs.
+    `compensated` puts other projections in place, their columns at the kept inputs or their rows at
+    the kept outputs.
     """
+    stream = stream_of(model)
     handles: list[Any] = []
     saved: list[tuple[nn.Linear, Any, Any]] = []
-    try:
+
+    def put_in_place(index: int) -> None:
+        layer = plan.layers[index]
+        inputs, outputs = _kept_inputs(layer, shape), _kept_outputs(layer, shape)
+        for role, kept in (*inputs.items(), *outputs.items()):
+            if compensated and (index, role) in compensated:
+                module = _linear(model, family.layer_name(index, family.projection(role)))
+                if stream is None:
+                    saved.append((module, module.weight, module.bias))
+                columns = slice(None) if role in outputs else kept
+                rows = kept if role in outputs else slice(None)
+                _replace(module, rows, columns, compensated[index, role])
+
+    with ExitStack() as stack:
+        stack.callback(_restore, handles, saved)
         for index, layer in enumerate(plan.layers):
             for role, inputs in _kept_inputs(layer, shape).items():
                 module = _linear(model, family.layer_name(index, family.consumer(role)))
                 if len(inputs) < module.in_features:
                     handles.append(_mask_input(module, inputs))
-                if compensated and (index, role) in compensated:
-                    saved.append((module, module.weight, module.bias))
-                    _replace(module, inputs, compensated[index, role])
+            if stream is None:
+                put_in_place(index)
+        if stream is not None:
+            stack.enter_context(stream.editing(put_in_place))
         yield model
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, weight, bias in saved:
-            module.weight = weight
-            module.bias = bias
+
+
+def _restore(handles: list[Any], saved: list[tuple[nn.Linear, Any, Any]]) -> None:
+    for handle in handles:
+        handle.remove()
+    for module, weight, bias in saved:
+        module.weight = weight
+        module.bias = bias
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:
@@ -79,6 +117,24 @@ def _kept_inputs(layer: LayerPlan, shape: ModelShape) -> dict[Role, Tensor]:
     }
 
 
+def _kept_outputs(layer: LayerPlan, shape: ModelShape) -> dict[Role, Tensor]:
+    """The outputs of the other projections that stay."""
+    channels = range(shape.channels) if layer.channels is None else layer.channels
+    within = torch.arange(shape.head_dim)
+    query, kv = (
+        (torch.tensor(heads)[:, None] * shape.head_dim + within).flatten()
+        for heads in (layer.query_heads, layer.kv_heads)
+    )
+    width = torch.tensor(channels)
+    return {
+        Role.QUERY: query,
+        Role.KEY: kv,
+        Role.VALUE: kv,
+        Role.GATE: width,
+        Role.UP: width,
+    }
+
+
 def _mask_input(module: nn.Linear, kept: Tensor) -> Any:
     gone = torch.ones(module.in_features, dtype=torch.bool)
     gone[kept] = False
@@ -93,9 +149,12 @@ def _mask_input(module: nn.Linear, kept: Tensor) -> Any:
     return module.register_forward_pre_hook(zero_removed)
 
 
-def _replace(module: nn.Linear, columns: Tensor, projection: Projection) -> None:
+def _replace(
+    module: nn.Linear, rows: Tensor | slice, columns: Tensor | slice, projection: Projection
+) -> None:
+    """What is not replaced is of units that are masked."""
     weight = torch.zeros_like(module.weight)
-    weight[:, columns.to(weight.device)] = projection.weight.to(weight)
+    weight[rows, columns] = projection.weight.to(weight)
     module.weight = nn.Parameter(weight, requires_grad=False)
     if projection.bias is not None:
         module.bias = nn.Parameter(projection.bias.to(weight), requires_grad=False)

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spp_export.activations import TokenBatch, input_device
+from spp_export.activations import TokenBatch, input_device, model_inputs
 from spp_export.families import Family
+from spp_export.layerwise import each_logits
 from spp_export.plans import Plan
 from spp_export.reference import Projections, masked_dense
 from spp_export.shape import ModelShape
@@ -27,7 +28,7 @@ _ROOM_ON_THE_SAME = 4.0
 _ROUNDINGS_OF_DECODING = 4.0
 # Two computations of the same logits round apart: what one loses, the other may lose twice.
 _ROUNDINGS_OF_PARITY = 2.0
-_GENERATED = 16
+_DECODED = 16
 
 
 def rounded(record: dict[str, Any]) -> dict[str, Any]:
@@ -114,15 +115,11 @@ class ReferenceLogits:
         return max((_distance(same, exact) for same, exact in pairs), default=0.0)
 
 
-def real_logits(model: nn.Module, batch: TokenBatch) -> Tensor:
-    """Logits [T,V] at the T real tokens of a batch, in the model's dtype, on the CPU."""
-    device = input_device(model)
-    mask = batch.attention_mask.to(device)
-    with torch.no_grad():
-        logits: Tensor = model(
-            input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False
-        ).logits
-    return logits[mask.bool()].cpu()
+def real_logits(model: nn.Module, batches: Sequence[TokenBatch]) -> Iterator[Tensor]:
+    """Logits [T,V] at the T real tokens of each batch, in the model's dtype, on the CPU."""
+    calls = [model_inputs(model, batch) for batch in batches]
+    for batch, logits in zip(batches, each_logits(model, calls), strict=True):
+        yield logits[batch.attention_mask.bool().to(logits.device)].cpu()
 
 
 def reference_logits(
@@ -141,12 +138,12 @@ def reference_logits(
     """
     own = next(dense.parameters()).dtype
     with masked_dense(dense, family, shape, plan, compensated):
-        same = tuple(real_logits(dense, batch) for batch in batches)
+        same = tuple(real_logits(dense, batches))
     with (
         _in_dtype(dense, exact_dtype, own),
         masked_dense(dense, family, shape, plan, compensated),
     ):
-        exact = tuple(real_logits(dense, batch) for batch in batches)
+        exact = tuple(real_logits(dense, batches))
     return ReferenceLogits(tuple(batches), exact, same)
 
 
@@ -168,8 +165,8 @@ def _in_dtype(model: nn.Module, dtype: torch.dtype, back: torch.dtype) -> Iterat
 def check_parity(slim: nn.Module, reference: ReferenceLogits) -> Check:
     """`err(slim) <= 2 err(masked dense, same dtype) + rounding`, both against the exact oracle."""
     slim_error = largest = between = 0.0
-    for batch, exact, same in zip(reference.batches, reference.exact, reference.same, strict=True):
-        logits = real_logits(slim, batch)
+    found = real_logits(slim, reference.batches)
+    for logits, exact, same in zip(found, reference.exact, reference.same, strict=True):
         slim_error = max(slim_error, _distance(logits, exact))
         between = max(between, _distance(logits, same))
         largest = max(largest, float(exact.abs().max()))
@@ -188,14 +185,17 @@ def check_parity(slim: nn.Module, reference: ReferenceLogits) -> Check:
 
 def check_causality(slim: nn.Module, batch: TokenBatch) -> Check:
     """A prefix's logits must not depend on what follows it."""
-    ids = batch.input_ids[:1, : int(batch.attention_mask[0].sum())]
+    ids = _first_row(slim, batch)
     half = max(ids.shape[1] // 2, 1)
-    with torch.no_grad():
-        logits = _forward(slim, ids)
-        changed = ids.clone()
-        changed[:, half:] = (ids[:, half:] + 1) % logits.shape[-1]
-        other = _forward(slim, changed)[:, :half]
-    whole = logits[:, :half]
+    changed = ids.clone()
+    vocabulary: Any = slim.config
+    changed[:, half:] = (ids[:, half:] + 1) % vocabulary.vocab_size
+    whole, other = (
+        logits[:, :half]
+        for logits in each_logits(
+            slim, [{"input_ids": row, "use_cache": False} for row in (ids, changed)]
+        )
+    )
     found = _distance(whole, other)
     limit = _room(slim, float(whole.abs().max()), _ROOM_ON_THE_SAME)
     detail = f"prefix of {half} tokens, {ids.shape[1] - half} after it changed"
@@ -205,22 +205,24 @@ def check_causality(slim: nn.Module, batch: TokenBatch) -> Check:
 def check_cache(slim: nn.Module, batch: TokenBatch, rounding: float = 0.0) -> Check:
     """Token-by-token decoding with a cache must give the logits of one uncached pass.
 
-    The two take other kernels. `rounding`, of `ReferenceLogits`, is what that can cost: models
-    that lost much amplify it.
+    The tokens are the text's own, over again where it is short, so that all steps can go through a
+    model together. The two ways take other kernels. `rounding`, of `ReferenceLogits`, is what that
+    can cost: models that lost much amplify it.
     """
-    device = input_device(slim)
-    ids = batch.input_ids[:1, : int(batch.attention_mask[0].sum())].to(device)
-    prompt = ids[:, : max(ids.shape[1] // 2, 1)]
-    steps, cache, next_ids = [], None, prompt
-    with torch.no_grad():
-        for _ in range(_GENERATED):
-            output = slim(input_ids=next_ids, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            steps.append(output.logits[:, -1])
-            next_ids = output.logits[:, -1:].argmax(-1)
-            prompt = torch.cat([prompt, next_ids], dim=1)
-        uncached = _forward(slim, prompt[:, :-1])[:, -_GENERATED:]
-    cached = torch.stack(steps, dim=1)
+    from transformers import DynamicCache
+
+    ids = _first_row(slim, batch)
+    prompt = max(ids.shape[1] // 2, 1)
+    ids = ids.repeat(1, 1 + _DECODED)[:, : prompt + _DECODED - 1]
+    settings: Any = slim.config
+    cache = DynamicCache(config=settings)
+    steps = [ids[:, :prompt], *ids[:, prompt:].split(1, dim=1)]
+    calls: list[dict[str, Any]] = [
+        {"input_ids": step, "past_key_values": cache, "use_cache": True} for step in steps
+    ]
+    *decoded, whole = each_logits(slim, [*calls, {"input_ids": ids, "use_cache": False}])
+    cached = torch.stack([logits[:, -1] for logits in decoded], dim=1)
+    uncached = whole[:, -_DECODED:]
     found = _distance(cached, uncached)
     limit = _room(slim, float(uncached.abs().max()), _ROOM_ON_OTHER_SHAPES)
     limit += _ROUNDINGS_OF_DECODING * rounding
@@ -229,14 +231,12 @@ def check_cache(slim: nn.Module, batch: TokenBatch, rounding: float = 0.0) -> Ch
         _holds(found, limit),
         found,
         limit,
-        f"{_GENERATED} tokens",
+        f"{_DECODED} tokens",
     )
 
 
-def _forward(model: nn.Module, ids: Tensor) -> Tensor:
-    device = input_device(model)
-    logits: Tensor = model(input_ids=ids.to(device), use_cache=False).logits
-    return logits
+def _first_row(model: nn.Module, batch: TokenBatch) -> Tensor:
+    return batch.input_ids[:1, : int(batch.attention_mask[0].sum())].to(input_device(model))
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from spp_export.artifacts import Artifacts
 from spp_export.errors import PlanError, UsageError
 from spp_export.moments import Collection, Moments, gather
+from spp_export.pipeline.needs import require_cache_space
 from spp_export.session import Session
 
 
@@ -77,7 +78,11 @@ def gather_part(session: Session, part: Part, kinds: Sequence[str]) -> Collectio
 
 
 def gather_parts(session: Session, parts: Sequence[Part], kinds: Sequence[str]) -> Moments:
-    """The weighted mixture of the parts' moments."""
+    """The weighted mixture of the parts' moments.
+
+    Raises OutputError where the cache has no room for those that are missing, before any pass.
+    """
+    require_cache_space(session, [part.texts for part in parts], kinds)
     return Moments(tuple((gather_part(session, part, kinds), part.weight) for part in parts))
 
 

@@ -22,14 +22,18 @@ def diagnose(
     regime: str | None = None,
     device: str = "cpu",
     dtype: str | None = None,
+    layerwise: bool | None = None,
     progress: Progress = no_progress,
 ) -> Diagnosis:
     """Diagnosis of a scenario file (or "-") by the probes of a model's artifacts.
 
-    All prompts take part; `spp export` leaves those out that it measures quality on.
+    All prompts take part; `spp export` leaves those out that it measures quality on. `layerwise` is
+    as of `verify`.
     """
     text = read_scenario(scenario)
-    session = open_session(model, device=device, dtype=dtype, progress=progress)
+    session = open_session(
+        model, device=device, dtype=dtype, layerwise=layerwise, progress=progress
+    )
     found = open_artifacts(artifacts, model, session.source)
     return diagnose_prompts(session, found, text.prompts, regime)
 

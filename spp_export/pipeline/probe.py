@@ -9,8 +9,11 @@ from pathlib import Path
 from spp_export.artifacts import Artifacts, write_artifacts
 from spp_export.checkpoint.atomic import check_target, publish
 from spp_export.checkpoint.manifest import write_manifest
+from spp_export.checkpoint.source import TOKENIZER_FILES
 from spp_export.models import DEMO
+from spp_export.pipeline.needs import probe_needs
 from spp_export.pools import other_domains, read_pools
+from spp_export.preflight import check_disk, check_memory, check_place, check_readable
 from spp_export.progress import Progress, no_progress
 from spp_export.session import open_session
 
@@ -38,6 +41,7 @@ def probe(
     """
     target = Path(output)
     check_target(target, force)
+    check_place(target)
     # All together, as a text left out must not be one that was trained on.
     named = read_pools(pools, domains).domains
     others = other_domains(pools, named)
@@ -47,7 +51,11 @@ def probe(
 
     request = ProbeRequest(select, criteria or DEFAULT_CRITERIA, units, seed)
     request.check(len(named))
-    session = open_session(model, device=device, dtype=dtype, progress=progress)
+    session = open_session(model, device=device, dtype=dtype, layerwise=None, progress=progress)
+    check_readable(session.source.path, TOKENIZER_FILES)
+    needs = probe_needs(session, target, len(named))
+    check_disk(needs)
+    check_memory(needs)
     artifacts = probe_model(
         session.model,
         session.tokenizer,

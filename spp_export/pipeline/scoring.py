@@ -153,6 +153,11 @@ class Scoring:
         own = [part for part in self.parts if part.domain is None]
         if not own:
             raise UsageError(f"--criterion {self.criterion}: it reads the scenario's own text.")
+        if self.session.from_disk:
+            raise UsageError(
+                f"--criterion {self.criterion}: needs every weight in memory, and this model runs "
+                "layer by layer. Choose another criterion, or --no-layerwise."
+            )
         session, full = self.session, SEQUENTIAL[self.criterion]
         family, shape = session.source.family, session.source.shape
         history = None

@@ -222,14 +222,14 @@ def test_logits_of_the_oracle_are_those_of_the_masked_model_in_both_precisions(p
         with mask_in_torch(load_dense(pair.dense, dtype), pair.layers) as model:
             for batch, values in zip(BATCHES, found, strict=True):
                 assert values.dtype == dtype
-                torch.testing.assert_close(values, real_logits(model, batch))
+                torch.testing.assert_close(values, *real_logits(model, [batch]))
     assert [values.shape[0] for values in reference.exact] == [72, 24]
 
 
 def test_real_logits_leave_padding_out_and_do_not_depend_on_it(pair):
     model = load_dense(pair.dense, torch.float64)
     batch = padded_batch()
-    found = real_logits(model, batch).split([40, 25, 7])
+    found = next(real_logits(model, [batch])).split([40, 25, 7])
     for row, length in enumerate((40, 25, 7)):
         with torch.no_grad():
             alone = model(batch.input_ids[row : row + 1, :length]).logits[0]
@@ -259,10 +259,10 @@ def test_the_dense_model_comes_back_exactly(tmp_path, dtype, fails, monkeypatch)
 
     if fails:
 
-        def refuse(model, batch):
+        def refuse(model, batches):
             if next(model.parameters()).dtype == torch.float64:
                 raise RuntimeError("out of memory")
-            return plain
+            return [plain for _ in batches]
 
         monkeypatch.setattr("spp_export.verification.real_logits", refuse)
         with pytest.raises(RuntimeError, match="out of memory"):

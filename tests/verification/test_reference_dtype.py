@@ -31,7 +31,9 @@ def chosen(monkeypatch, device, dtype, free, compensated=()):
     """The reference dtype with `free` bytes on the accelerator and in memory each."""
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
-    session = SimpleNamespace(device=device, torch_dtype=dtype, source=SimpleNamespace(shape=SHAPE))
+    session = SimpleNamespace(
+        device=device, torch_dtype=dtype, source=SimpleNamespace(shape=SHAPE), from_disk=False
+    )
     return exact_dtype(session, dict.fromkeys(compensated))
 
 
