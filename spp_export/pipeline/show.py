@@ -4,31 +4,40 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spp_export.artifacts import Artifacts, read_artifacts
-from spp_export.checkpoint.manifest import MANIFEST_NAME, check_manifest
+from spp_export.checkpoint.manifest import MANIFEST_NAME, check_manifest, listed_names
 from spp_export.checkpoint.source import Source, open_source
-from spp_export.errors import ModelError, PlanError, SppError, UsageError
+from spp_export.errors import ArtifactsError, ModelError, PlanError, SppError, UsageError
 from spp_export.evaluation.records import RESULTS, Results, read_results
 from spp_export.evaluation.table import interval, ranking, units_name
+from spp_export.gguf_file.header import read_gguf
+from spp_export.gguf_file.options import GGUF_NAME
 from spp_export.jsonio import read_json
-from spp_export.pipeline.onnx_files import is_onnx, onnx_options
+from spp_export.onnx_graph.write import GRAPH_NAME
+from spp_export.pipeline.gguf_files import gguf_options
+from spp_export.pipeline.onnx_files import onnx_options
 from spp_export.plans import Plan, read_plan
 
 _SIZES = ("parameters", "file_bytes", "kv_bytes_per_token")
+# More deviations than this apart, no two domains are.
+_FAR = 1e9
 
 
 @dataclass(frozen=True)
 class Shown:
     """What a path is, the facts about it, and what is wrong with its files.
 
-    kind      "plan", "artifacts", "slim checkpoint", "ONNX export", "dense model" or "evaluation"
+    kind      "plan", "artifacts", "slim checkpoint", "ONNX export", "GGUF export", "dense model" or
+              "evaluation"
     facts     JSON values by name, in the order to show them
-    problems  one line each; None where no manifest says what the files should be
+    problems  how its files differ from the manifest, one line each: missing, extra, of another size
+              or SHA-256; None where no manifest says what they should be
     """
 
     kind: str
@@ -44,7 +53,9 @@ class Shown:
 def show(path: str | os.PathLike[str]) -> Shown:
     """What is at `path`; weights are hashed where a manifest lists them, and never loaded.
 
-    Raises UsageError where it is nothing we know, and the reader's own error where it is malformed.
+    Of what was damaged since it was written, what can still be read is shown, with the problems.
+    Raises UsageError where it is nothing we know, and the reader's own error where it is malformed
+    and no manifest tells more.
     """
     place = Path(path)
     if not place.exists():
@@ -55,12 +66,14 @@ def show(path: str | os.PathLike[str]) -> Shown:
         return Shown("plan", _plan_facts(read_plan(place)))
     if (place / RESULTS).is_file():
         return Shown("evaluation", _evaluation_facts(read_results(place / RESULTS)))
-    if (place / "artifacts.json").is_file():
-        facts = _artifacts_facts(read_artifacts(place))
-        return Shown("artifacts", facts, _problems(place))
-    if (place / "plan.json").is_file():
-        return _onnx_export(place) if is_onnx(place) else _slim_checkpoint(place)
-    if (place / "config.json").is_file():
+    names = {path.name for path in place.iterdir()} | listed_names(place)
+    if "artifacts.json" in names:
+        return _artifacts(place)
+    if "plan.json" in names:
+        if GGUF_NAME in names:
+            return _gguf_export(place)
+        return _onnx_export(place) if GRAPH_NAME in names else _slim_checkpoint(place)
+    if "config.json" in names:
         return Shown("dense model", _model_facts(open_source(place)), _problems(place))
     raise UsageError(
         f"{place}: is neither an export, an artifacts directory, a model nor an evaluation; it has "
@@ -94,10 +107,20 @@ def _problems(place: Path) -> tuple[str, ...] | None:
     return tuple(check_manifest(place)) if (place / MANIFEST_NAME).is_file() else None
 
 
+def _artifacts(place: Path) -> Shown:
+    problems = _problems(place)
+    try:
+        return Shown("artifacts", _artifacts_facts(read_artifacts(place)), problems)
+    except ArtifactsError as error:
+        if not problems:
+            raise
+        return Shown("artifacts", {}, (str(error), *problems))
+
+
 def _slim_checkpoint(place: Path) -> Shown:
     problems = tuple(check_manifest(place))
     try:
-        facts = _plan_facts(read_plan(place / "plan.json"))
+        facts = _plan_facts(_own_plan(place))
     except PlanError as error:
         return Shown("slim checkpoint", {}, (str(error), *problems))
     return Shown("slim checkpoint", {**facts, "bytes": _size(place), **_verdict(place)}, problems)
@@ -107,7 +130,7 @@ def _onnx_export(place: Path) -> Shown:
     problems = tuple(check_manifest(place))
     try:
         form = onnx_options(place)
-        plan = _plan_facts(read_plan(place / "plan.json"))
+        plan = _plan_facts(_own_plan(place))
     except (ModelError, PlanError) as error:
         return Shown("ONNX export", {}, (str(error), *problems))
     facts = {
@@ -119,6 +142,34 @@ def _onnx_export(place: Path) -> Shown:
         "bytes": _size(place),
     }
     return Shown("ONNX export", {**facts, **_verdict(place)}, problems)
+
+
+def _own_plan(place: Path) -> Plan:
+    path = place / "plan.json"
+    if path.is_symlink() or not path.is_file():
+        raise PlanError(f"{path}: expected a regular file.")
+    return read_plan(path)
+
+
+def _gguf_export(place: Path) -> Shown:
+    problems = tuple(check_manifest(place))
+    try:
+        form = gguf_options(place)
+        file = read_gguf(place)
+        plan = _plan_facts(read_plan(place / "plan.json"))
+    except (ModelError, PlanError) as error:
+        return Shown("GGUF export", {}, (str(error), *problems))
+    kinds = Counter(tensor.kind for tensor in file.tensors.values())
+    architecture = file.metadata.get("general.architecture")
+    facts = {
+        "architecture": architecture.items if architecture else None,
+        "precision": form.precision or "none",
+        "quant": form.quant or "none",
+        "tensors": ", ".join(f"{count} in {kind}" for kind, count in sorted(kinds.items())),
+        **plan,
+        "bytes": _size(place),
+    }
+    return Shown("GGUF export", {**facts, **_verdict(place)}, problems)
 
 
 def _size(place: Path) -> int:
@@ -218,20 +269,36 @@ def _artifacts_facts(artifacts: Artifacts) -> dict[str, Any]:
 def _axes_facts(axes: Any) -> dict[str, Any] | None:
     """The manifest's figures on axes with the angles in degrees between all candidates'."""
     match axes:
-        case {"candidates": list(names), "cosines": list(rows), "separation": dict()}:
+        case {
+            "layer": int(),
+            "dimensions": int(),
+            "variance": variance,
+            "candidates": list(names),
+            "cosines": list(rows),
+            "separation": dict(apart),
+        }:
             pass
         case _:
             return None
+    known = all(isinstance(name, str) for name in names) and _between(variance, 0, 1)
+    distances = [value for value in apart.values() if value is not None]
+    if not known or not all(_between(value, 0, _FAR) for value in distances):
+        return None
+    if not isinstance(axes.get("selected", []), list):
+        return None
     square = len(rows) == len(names) and all(
-        isinstance(row, list)
-        and len(row) == len(names)
-        and all(type(c) in (int, float) and -1 <= c <= 1 for c in row)
+        isinstance(row, list) and len(row) == len(names) and all(_between(c, -1, 1) for c in row)
         for row in rows
     )
     if not square:
         return None
     angles = [[round(math.degrees(math.acos(c)), 1) for c in row] for row in rows]
     return {**axes, "angles": angles}
+
+
+def _between(value: Any, low: float, high: float) -> bool:
+    """Whether a JSON value is a number in a range."""
+    return type(value) in (int, float) and low <= value <= high
 
 
 def _model_facts(source: Source) -> dict[str, Any]:

@@ -2,11 +2,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 
 import pytest
 
-from spp_export.checkpoint.manifest import FileRecord, check_manifest, write_manifest, wrote
+from spp_export.checkpoint.manifest import (
+    FileRecord,
+    check_manifest,
+    listed_names,
+    write_manifest,
+    wrote,
+)
 from spp_export.errors import OutputError
+from spp_export.jsonio import dump_json
 
 
 @pytest.fixture
@@ -39,7 +47,10 @@ def test_same_files_same_manifest(output):
 
 def test_known_records_are_used(output):
     write_manifest(output, {"a.bin": FileRecord(1000, "0" * 64)})
-    assert check_manifest(output) == ["a.bin: its content has changed"]
+    found = hashlib.sha256(bytes(1000)).hexdigest()
+    assert check_manifest(output) == [
+        f"a.bin: its content has changed, SHA-256 {found}, the manifest says {'0' * 64}"
+    ]
 
 
 PROBLEMS = {
@@ -51,10 +62,25 @@ PROBLEMS = {
     ),
     "changed": (
         lambda d: (d / "sub/b.txt").write_text("c"),
-        ["sub/b.txt: its content has changed"],
+        [
+            f"sub/b.txt: its content has changed, SHA-256 {hashlib.sha256(b'c').hexdigest()}, "
+            f"the manifest says {hashlib.sha256(b'b').hexdigest()}"
+        ],
     ),
     "link": (
         lambda d: ((d / "a.bin").rename(d.parent / "x"), (d / "a.bin").symlink_to("../x")),
+        ["a.bin: is not a regular file"],
+    ),
+    "empty directory": (
+        lambda d: (d / "e" / "f").mkdir(parents=True),
+        ["e/f/: not in the manifest"],
+    ),
+    "directory": (
+        lambda d: ((d / "a.bin").unlink(), (d / "a.bin").mkdir()),
+        ["a.bin: missing", "a.bin/: not in the manifest"],
+    ),
+    "pipe": (
+        lambda d: ((d / "a.bin").unlink(), os.mkfifo(d / "a.bin")),
         ["a.bin: is not a regular file"],
     ),
     "linked directory": (lambda d: (d / "up").symlink_to(".."), ["up: not in the manifest"]),
@@ -74,6 +100,11 @@ DAMAGED = {
     "other tool": '{"tool": "x", "schema_version": 1, "files": {}}',
     "other version": '{"tool": "spp", "schema_version": 2, "files": {}}',
     "files": '{"tool": "spp", "schema_version": 1, "files": []}',
+    "entry": '{"tool": "spp", "schema_version": 1, "files": {"a.bin": 3}}',
+    "size": '{"tool": "spp", "schema_version": 1, "files": {"a": {"bytes": true, "sha256": ""}}}',
+    "hash": '{"tool": "spp", "schema_version": 1, "files": {"a": {"bytes": 1, "sha256": "A"}}}',
+    "more": '{"tool": "spp", "schema_version": 1, "files": {}, "x": 1}',
+    "less": '{"tool": "spp", "schema_version": 1}',
 }
 
 
@@ -85,11 +116,41 @@ def test_damaged_manifest(output, case):
 
 
 def test_hostile_names_are_not_opened(output):
-    files = {"../secret": {"bytes": 1, "sha256": ""}, "/etc/passwd": 3}
-    content = {"tool": "spp", "schema_version": 1, "files": files}
-    (output / "manifest.json").write_text(json.dumps(content))
-    problems = check_manifest(output)
-    assert problems[:2] == ["../secret: missing", "/etc/passwd: missing"]
+    (output.parent / "secret").write_text("s")
+    record = {"bytes": 1, "sha256": hashlib.sha256(b"s").hexdigest()}
+    content = json.loads((output / "manifest.json").read_text())
+    hostile = {"../secret": record, "/etc/passwd": record}
+    (output / "manifest.json").write_text(
+        dump_json({**content, "files": hostile | content["files"]})
+    )
+    assert check_manifest(output) == ["../secret: missing", "/etc/passwd: missing"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text + "\n",
+        lambda text: "\ufeff" + text,
+        lambda text: text.replace('"tool"', '"too\\u006c"'),
+        lambda text: json.dumps(json.loads(text)),
+        lambda text: text.replace('"schema_version": 1', '"schema_version": 1.0'),
+        lambda text: dump_json(dict(reversed(json.loads(text).items()))),
+    ],
+    ids=["newline", "mark", "escape", "spaces", "float", "order"],
+)
+def test_the_same_said_otherwise_is_a_change(output, change):
+    path = output / "manifest.json"
+    before = path.read_text()
+    assert change(before) != before
+    path.write_text(change(before), encoding="utf-8")
+    (problem,) = check_manifest(output)
+    assert "so it was changed" in problem
+
+
+def test_what_it_lists(output):
+    assert listed_names(output) == {"a.bin", "config.json", "sub/b.txt"}
+    (output / "manifest.json").write_text("{}")
+    assert listed_names(output) == frozenset()
 
 
 def test_an_older_or_newer_export_is_still_ours(output):
@@ -102,5 +163,11 @@ def test_an_older_or_newer_export_is_still_ours(output):
 
 def test_links_do_not_belong_in_an_output(output):
     (output / "link").symlink_to("a.bin")
+    with pytest.raises(OutputError, match="only regular files"):
+        write_manifest(output)
+
+
+def test_nor_do_empty_directories(output):
+    (output / "empty").mkdir()
     with pytest.raises(OutputError, match="only regular files"):
         write_manifest(output)
