@@ -17,6 +17,7 @@ from spp_export.errors import ModelError, UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from spp_export.gguf_file.llama_cpp import LlamaCpp
     from spp_export.ort import OrtModel
 
 # Takes in tokens after those it has taken in before, and gives the logits [V] after the last.
@@ -26,6 +27,8 @@ Feed = Callable[[Sequence[int]], NDArray[Any]]
 _CAPACITY_STEP = 512
 # Tokens of a prompt that a graph takes in at once.
 _CHUNK = 256
+# Tokens that llama.cpp tells the probabilities of.
+_LIKELIEST = 512
 
 
 class ChatModel(Protocol):
@@ -108,6 +111,47 @@ class OnnxModel:
         return feed
 
 
+class LlamaModel:
+    """A GGUF file in llama.cpp, whose likeliest tokens alone have a probability."""
+
+    runtime = "llama.cpp"
+
+    def __init__(self, path: Path, threads: int | None) -> None:
+        from spp_export.gguf_file.header import read_gguf
+
+        metadata = read_gguf(path.parent).metadata
+        architecture = metadata["general.architecture"].items
+        context = metadata[f"{architecture}.context_length"].items
+        tokens = metadata["tokenizer.ggml.tokens"].items
+        assert isinstance(context, int)
+        assert isinstance(tokens, tuple)
+        self.context_length = context
+        self._vocabulary = len(tokens)
+        self._path, self._threads = path, threads
+        self._running: LlamaCpp | None = None
+        self._capacity = 0
+
+    def start(self, capacity: int) -> Feed:
+        """A new sequence. What is loaded serves the next one too, where it has room for it."""
+        from spp_export.gguf_file.llama_cpp import LlamaCpp
+
+        if self._running is None or capacity > self._capacity:
+            if self._running:
+                self._running.close()
+            self._running, self._capacity = LlamaCpp(self._path, capacity, self._threads), capacity
+        running, read = self._running, list[int]()
+
+        def feed(ids: Sequence[int]) -> NDArray[Any]:
+            read.extend(ids)
+            likeliest = running.generate(read, 1, min(_LIKELIEST, self._vocabulary))[0].likeliest
+            logits = np.full(self._vocabulary, -np.inf, np.float32)
+            for token, value in likeliest:
+                logits[token] = value
+            return logits
+
+        return feed
+
+
 class Reader:
     """Reads prompts into a model's cache, and only the new part of one that goes on from there."""
 
@@ -160,19 +204,43 @@ def load_chat_model(
         return _load_torch(directory, device, dtype, threads)
     ggufs = sorted(directory.glob("*.gguf"))
     if ggufs:
-        raise gguf_refused(ggufs[0])
+        return _load_gguf(ggufs[0], device, dtype, threads)
     raise UsageError(
-        f"{directory}: holds no model; expected model.onnx or *.safetensors. Give a directory that "
-        "'spp export' wrote, or a dense model's."
+        f"{directory}: holds no model; expected model.onnx, model.gguf or *.safetensors. Give a "
+        "directory that 'spp export' wrote, or a dense model's."
     )
 
 
 def gguf_refused(path: Path) -> UsageError:
-    """The error for a format that is run elsewhere."""
+    """The error for a file outside of a directory that spp wrote."""
     return UsageError(
-        f"{path}: this version of 'spp chat' runs safetensors and ONNX, not GGUF. "
-        "Talk to it with llama.cpp's llama-cli -m."
+        f"{path}: of GGUF files 'spp chat' runs the directories that spp wrote. "
+        "Talk to others with llama.cpp's llama-cli -m."
     )
+
+
+def _load_gguf(path: Path, device: str, dtype: str | None, threads: int | None) -> ChatModel:
+    from spp_export.gguf_file.llama_cpp import is_installed
+    from spp_export.gguf_file.options import INSTALL
+    from spp_export.pipeline.gguf_files import gguf_options
+
+    try:
+        gguf_options(path.parent)
+    except ModelError:
+        raise gguf_refused(path) from None
+    if dtype is not None:
+        raise UsageError(
+            f"--dtype {dtype}: how {path} stores its weights was chosen when it was exported. "
+            "Drop --dtype."
+        )
+    if device not in ("cpu", "auto"):
+        raise UsageError(f"--device {device}: GGUF runs on the CPU here. Drop --device.")
+    if not is_installed():
+        raise UsageError(
+            f"{path}: 'spp chat' needs the package xllamacpp. Run: {INSTALL}, or talk to it with "
+            "llama.cpp's llama-cli -m."
+        )
+    return LlamaModel(path, threads)
 
 
 def _load_onnx(directory: Path, device: str, dtype: str | None, threads: int | None) -> ChatModel:

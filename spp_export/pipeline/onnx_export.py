@@ -117,17 +117,18 @@ def slim_reference(
     checkpoint: Path,
     batches: Sequence[TokenBatch],
     exact: torch.dtype,
-    options: OnnxOptions,
+    same: torch.dtype,
+    *,
+    layerwise: bool = False,
 ) -> ReferenceLogits:
-    """Logits of the PyTorch model of a checkpoint, in `exact` and in the graph's precision."""
-    import torch
-
+    """Logits of the PyTorch model of a checkpoint, in `exact` and in what a graph computes in."""
+    from spp_export.layerwise import open_layerwise
     from spp_export.loader import load_slim
     from spp_export.verification import ReferenceLogits, real_logits
 
     def logits(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        model = load_slim(checkpoint, dtype=dtype)
-        return tuple(real_logits(model, batch) for batch in batches)
+        load = open_layerwise if layerwise else load_slim
+        model = load(checkpoint, dtype)
+        return tuple(real_logits(model, batches))
 
-    same = getattr(torch, options.torch_dtype)
     return ReferenceLogits(tuple(batches), logits(exact), logits(same))

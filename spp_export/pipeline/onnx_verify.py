@@ -8,38 +8,22 @@ knows, take their place in the masked dense model, whose logits the graph must g
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
-from spp_export.checkpoint.header import StoredTensor
-from spp_export.checkpoint.reader import read_float
 from spp_export.checkpoint.source import Source
-from spp_export.families import TensorSpec
 from spp_export.onnx_graph.companions import genai_config, onnx_config
 from spp_export.onnx_graph.decoder import Decoder
 from spp_export.onnx_graph.options import OnnxOptions
 from spp_export.onnx_graph.read import GraphWeights
-from spp_export.onnx_graph.settings import stock_settings
 from spp_export.onnx_graph.structure import difference
 from spp_export.onnx_graph.write import GRAPH_NAME, optional_json
-from spp_export.pipeline.compensation import (
-    CONSUMERS,
-    loses,
-    real_columns,
-    written_config,
-    written_shape,
-)
 from spp_export.pipeline.onnx_files import check_version, onnx_options
+from spp_export.pipeline.promised import compensated_projections, kept_of, promised_decoder
 from spp_export.plans import Plan
 from spp_export.session import Session
-from spp_export.slicing import written_tensor
 
 if TYPE_CHECKING:
-    from spp_export.reference import Projections
     from spp_export.verification import Check, VerifyReport
 
 
@@ -57,7 +41,7 @@ def check_onnx_directory(
     valid = check_graph(directory)
     if not valid.passed:
         return VerifyReport((valid,))
-    promised = _promised(directory, source, compiled)
+    promised = promised_decoder(directory, source, compiled)
     form = _check_form(directory, promised, options)
     if not form.passed:
         return VerifyReport((valid, form))
@@ -65,7 +49,7 @@ def check_onnx_directory(
     held = _check_weights(source, compiled, weights, options)
     if not held.passed:
         return VerifyReport((valid, form, held))
-    compensated = _compensated(source, compiled, weights)
+    compensated = compensated_projections(source, compiled, weights.read)
     exact = exact_dtype(session, compensated)
     batches = session_batches(session, prompts, seed)
     with session.progress("checking against the masked dense model", None):
@@ -94,31 +78,10 @@ def check_onnx_directory(
     context = {
         "reference": str(exact).removeprefix("torch."),
         "computed_in": session.dtype,
+        "layerwise": session.from_disk,
         "onnx": options.to_dict(),
     }
     return VerifyReport((valid, form, held, *checks), context)
-
-
-def _promised(directory: Path, source: Source, compiled: Plan) -> Decoder:
-    """The slim checkpoint that a plan makes of the source, without its weights."""
-    layers = compiled.written_shapes(source.shape)
-    config = written_config(source, compiled)
-    counts = source.shape.layer if compiled.written_layout == "per-layer" else layers[0]
-    shape = written_shape(source, compiled)
-    nowhere = source.path / "model.safetensors"
-    tensors = {
-        spec.name: StoredTensor(spec.name, nowhere, source.dtype, spec.shape, 0, 0)
-        for spec in source.family.tensors(shape, layers)
-    }
-    return Decoder(
-        config=config,
-        family=source.family,
-        shape=replace(shape, query_heads=counts.query_heads, kv_heads=counts.kv_heads),
-        layers=layers,
-        layout=compiled.written_layout,
-        settings=stock_settings(config, source.family, source.shape, directory),
-        tensors=tensors,
-    )
 
 
 def _check_form(directory: Path, promised: Decoder, options: OnnxOptions) -> Check:
@@ -160,53 +123,5 @@ def _check_weights(
     """Weights are what the plan keeps of the source, but for what was compensated."""
     from spp_export.onnx_checks import check_weights
 
-    dense = {spec.name: spec for spec in source.family.tensors(source.shape, source.shape.layers)}
-
-    def kept(spec: TensorSpec) -> NDArray[Any] | None:
-        if spec.name not in dense or _refitted(source, compiled, spec):
-            return None
-        whole = read_float(source.tensors[spec.name])
-        return written_tensor(whole, dense[spec.name], compiled, source.shape)
-
+    kept = kept_of(source, compiled)
     return check_weights("weights as the plan keeps them", weights, kept, options)
-
-
-def _refitted(source: Source, compiled: Plan, spec: TensorSpec) -> bool:
-    """Whether a tensor belongs to a projection that compensation changed."""
-    if spec.layer is None or compiled.compensation == "none":
-        return False
-    family, layer = source.family, compiled.layers[spec.layer]
-    return any(
-        spec.name.startswith(f"{family.layer_name(spec.layer, family.consumer(role))}.")
-        and loses(layer, role, source.shape)
-        for role in CONSUMERS
-    )
-
-
-def _compensated(source: Source, compiled: Plan, weights: GraphWeights) -> Projections:
-    """The compensated projections as the graph has them, for the oracle to put in place."""
-    import torch
-
-    from spp_export.reference import Projection
-
-    has_bias = {
-        spec.name
-        for spec in source.family.tensors(
-            written_shape(source, compiled), compiled.written_shapes(source.shape)
-        )
-        if spec.name.endswith(".bias")
-    }
-    found = {}
-    for index, layer in enumerate(compiled.layers):
-        for role in CONSUMERS:
-            if compiled.compensation == "none" or not loses(layer, role, source.shape):
-                continue
-            module = source.family.layer_name(index, source.family.consumer(role))
-            real = real_columns(compiled, index, role, source.shape)
-            found_weight = weights.read(f"{module}.weight")[:, real]
-            weight = torch.from_numpy(np.ascontiguousarray(found_weight))
-            bias = None
-            if f"{module}.bias" in has_bias:
-                bias = torch.from_numpy(np.array(weights.read(f"{module}.bias")))
-            found[index, role] = Projection(weight, bias)
-    return found

@@ -1,0 +1,91 @@
+"""llama.cpp in a process of its own, for what it does not like it answers with abort().
+
+`python llama_child.py FILE CONTEXT THREADS`: a JSON line on standard input
+asks, one on standard output answers. THREADS 0 is llama.cpp's own choice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sys
+from typing import Any
+
+# Longest that a sequence is read at once.
+_BATCH = 512
+# Far above any difference of logits.
+_CERTAIN = 1e6
+
+
+def open_server(path: str, context: int, threads: int, key: str | None = None) -> Any:
+    """llama.cpp as exact as it gets: single precision in the cache, plain kernels.
+
+    It also listens on a port of this machine, to whoever knows the `key`, if there is one.
+    """
+    import xllamacpp
+
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = path
+    parameters.n_ctx = context
+    parameters.n_batch = parameters.n_ubatch = _BATCH
+    parameters.n_parallel = 1
+    parameters.n_gpu_layers = 0
+    parameters.warmup = False
+    parameters.verbosity = 0
+    parameters.use_jinja = False
+    if threads:
+        parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
+    parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    # Kernels for other layouts of quantised weights crash on some processors.
+    parameters.no_extra_bufts = True
+    if key:
+        parameters.api_keys = [key]
+    return xllamacpp.Server(parameters)
+
+
+def answer(server: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """The likeliest tokens after `ids` with their log-probabilities, step by step greedily.
+
+    The server leaves out what it knows of a token that ends within a character. So what it samples
+    is always `harmless`, which its probabilities know nothing of, and each step is asked for anew:
+    it keeps what it has read.
+    """
+    ids, steps = list(request["ids"]), []
+    for _ in range(request["new"]):
+        found = server.handle_completions(
+            {
+                "prompt": ids,
+                "n_predict": 1,
+                "temperature": 0,
+                "n_probs": request["top"],
+                "logit_bias": [[request["harmless"], _CERTAIN]],
+                "cache_prompt": True,
+            }
+        )
+        if "choices" not in found:
+            return {"error": str(found.get("message") or found)}
+        content = found["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        steps.append([[each["id"], each["logprob"]] for each in content])
+        ids.append(steps[-1][0][0])
+    return {"steps": steps}
+
+
+def main() -> int:
+    """Serve until standard input ends."""
+    # llama.cpp prints to standard output too.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    path, context, threads = sys.argv[1:]
+    server = open_server(path, int(context), int(threads), secrets.token_hex(16))
+    print(json.dumps({"number": 0}), file=answers, flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        found = {"number": request["number"], **answer(server, request)}
+        print(json.dumps(found), file=answers, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

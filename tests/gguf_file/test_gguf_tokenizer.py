@@ -1,0 +1,237 @@
+"""Tokenizers in llama.cpp: the ids that transformers gives, and the metadata that makes it so."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import pytest
+from gguf_cases import make
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer
+
+from spp_export.errors import ModelError
+from spp_export.gguf_file import GgufOptions, gguf_contents, write_gguf
+from spp_export.gguf_file.pretokenizer import pre_tokenizer_name
+from spp_export.onnx_graph.decoder import read_decoder
+
+TEXTS = [
+    "The other mother's 1234 brothers, and 56 more.",
+    "  two  spaces\n\n\tand tabs\r\n",
+    "naïve café — 北京 🙂 ١٢٣",
+    "don't WE'LL they're",
+    "x=1;y=22;  z=333",
+    "</s> other <s>there",
+    "",
+]
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def split(pattern: str) -> pre_tokenizers.PreTokenizer:
+    from tokenizers import Regex
+
+    by_words = pre_tokenizers.Split(Regex(pattern), "isolated")
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([by_words, plain])
+
+
+_BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
+# llama.cpp's name, what cuts, and whether whole words are left alone.
+PRE_TOKENIZERS = {
+    "gpt-2": (_BYTES, False),
+    "smollm": (pre_tokenizers.Sequence([pre_tokenizers.Digits(True), _BYTES]), False),
+    "qwen2": (split(QWEN2), False),
+    "llama-bpe": (split(QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")), True),
+    "smaug-bpe": (split(QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")), False),
+    "tekken": (split(TEKKEN), True),
+}
+# Reads tokens of texts off llama.cpp's own server.
+_TOKENIZE = """
+import json, sys, urllib.request
+from spp_export.gguf_file.llama_child import open_server
+
+server = open_server(sys.argv[1], 64, 1)
+for text in json.load(sys.stdin):
+    body = json.dumps({"content": text, "add_special": True, "parse_special": True}).encode()
+    request = urllib.request.Request(
+        server.listening_address + "/tokenize", body, {"Content-Type": "application/json"}
+    )
+    print(json.dumps(json.load(urllib.request.urlopen(request))["tokens"]))
+"""
+
+
+def train(name: str) -> Tokenizer:
+    """A tokenizer that cuts text in a known way, trained on the texts until merges abound."""
+    cut, whole = PRE_TOKENIZERS[name]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = cut
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=330,
+        min_frequency=1,
+        show_progress=False,
+        initial_alphabet=alphabet,
+        special_tokens=["<pad>", "<s>", "</s>", "<|endoftext|>"],
+    )
+    tokenizer.train_from_iterator(TEXTS * 3, trainer)
+    content = json.loads(tokenizer.to_str())
+    content["model"]["ignore_merges"] = whole
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def sentencepiece(prefix: str) -> Tokenizer:
+    """Llama 2's kind: spaces as U+2581, characters, and bytes for what has no token."""
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    vocab |= {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    merges = [("▁", "o"), ("t", "h"), ("e", "r"), ("th", "er"), ("▁o", "ther"), ("▁", "▁")]
+    letters = "▁abcdehimnorstuy'."
+    for token in [*letters, *(left + right for left, right in merges)]:
+        vocab[token] = len(vocab)
+    model = models.BPE(
+        vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True
+    )
+    tokenizer = Tokenizer(model)
+    if prefix == "normalizer":
+        steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        tokenizer.normalizer = normalizers.Sequence(steps)
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prefix, split=False)
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return tokenizer
+
+
+def with_tokenizer(tmp_path: Path, tokenizer: Tokenizer, **settings: object) -> Path:
+    """A model of as many tokens and seven more, with the tokenizer."""
+    vocab = tokenizer.get_vocab_size() + 7
+    dense = make("llama-mha-tied", tmp_path, vocab=vocab)
+    tokenizer.save(str(dense / "tokenizer.json"))
+    path = dense / "tokenizer_config.json"
+    content = json.loads(path.read_text()) | settings
+    if "<pad>" not in tokenizer.get_vocab():
+        content |= {"pad_token": None, "unk_token": "<unk>"}
+    path.write_text(json.dumps(content))
+    return dense
+
+
+def written(dense: Path) -> Path:
+    decoder = read_decoder(dense)
+    write_gguf(decoder, gguf_contents(decoder, dense, GgufOptions(), "tiny"), dense)
+    return dense / "model.gguf"
+
+
+def tokens_in_llama_cpp(path: Path, texts: list[str]) -> list[list[int]]:
+    result = subprocess.run(
+        [sys.executable, "-c", _TOKENIZE, str(path)],
+        input=json.dumps(texts),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("[")]
+
+
+@pytest.mark.parametrize("name", PRE_TOKENIZERS)
+def test_byte_level_tokens(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    dense = with_tokenizer(tmp_path, train(name))
+    path = written(dense)
+    fields = {key: f.contents() for key, f in gguf.GGUFReader(path).fields.items()}
+    assert (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]) == ("gpt2", name)
+    wanted = AutoTokenizer.from_pretrained(dense)(TEXTS)["input_ids"]
+    assert tokens_in_llama_cpp(path, TEXTS) == wanted
+
+
+@pytest.mark.parametrize("prefix", ["normalizer", "always", "never"])
+def test_sentencepiece_tokens(prefix: str, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    dense = with_tokenizer(tmp_path, sentencepiece(prefix))
+    path = written(dense)
+    fields = {key: f.contents() for key, f in gguf.GGUFReader(path).fields.items()}
+    assert fields["tokenizer.ggml.model"] == "llama"
+    assert fields["tokenizer.ggml.add_space_prefix"] == (prefix != "never")
+    texts = ["other mothers", "the brother is  here.", "naïve 12 🙂", "there"]
+    wanted = AutoTokenizer.from_pretrained(dense)(texts)["input_ids"]
+    assert tokens_in_llama_cpp(path, texts) == wanted
+
+
+def test_types_and_special_tokens(tmp_path: Path) -> None:
+    dense = with_tokenizer(tmp_path, sentencepiece("always"), chat_template="{{ messages }}")
+    fields = {k: f.contents() for k, f in gguf.GGUFReader(written(dense)).fields.items()}
+    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    kinds = dict(zip(tokens, types, strict=True))
+    normal, unknown, control, unused, byte = 1, 2, 3, 5, 6
+    assert (kinds["<unk>"], kinds["<s>"], kinds["<0x0A>"]) == (unknown, control, byte)
+    assert (kinds["▁o"], kinds[f"[PAD{len(tokens) - 1}]"]) == (normal, unused)
+    assert len(set(tokens)) == len(tokens)
+    assert fields["tokenizer.ggml.bos_token_id"] == 1
+    assert fields["tokenizer.ggml.eos_token_id"] == 2
+    assert fields["tokenizer.chat_template"] == "{{ messages }}"
+    assert not fields["tokenizer.ggml.add_bos_token"]
+
+
+def test_a_tokenizer_that_begins_texts(tmp_path: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = train("gpt-2")
+    tokenizer.post_processor = TemplateProcessing("<s> $A </s>", None, [("<s>", 1), ("</s>", 2)])
+    dense = with_tokenizer(tmp_path, tokenizer)
+    fields = {k: f.contents() for k, f in gguf.GGUFReader(written(dense)).fields.items()}
+    assert fields["tokenizer.ggml.add_bos_token"]
+    assert fields["tokenizer.ggml.add_eos_token"]
+
+
+def refused(dense: Path, match: str) -> None:
+    with pytest.raises(ModelError, match=match) as caught:
+        written(dense)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_pre_tokenizer_is_named(tmp_path: Path) -> None:
+    tokenizer = train("gpt-2")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), _BYTES])
+    refused(with_tokenizer(tmp_path, tokenizer), "no known name .* 'Punctuation'")
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "qwen2"])
+def test_whole_words_make_another_name(name: str) -> None:
+    content = json.loads(train(name).to_str())
+    content["model"]["ignore_merges"] = True
+    with pytest.raises(ModelError, match="ignore_merges"):
+        pre_tokenizer_name(content)
+
+
+def test_a_normaliser_is_refused(tmp_path: Path) -> None:
+    tokenizer = train("gpt-2")
+    tokenizer.normalizer = normalizers.Lowercase()
+    refused(with_tokenizer(tmp_path, tokenizer), "does not normalise text")
+
+
+def test_a_tokenizer_without_merges_is_refused(tmp_path: Path) -> None:
+    from factories import make_checkpoint
+
+    dense = make_checkpoint(tmp_path, "llama", kv_heads=2, query_heads=4)
+    refused(dense, "merges nothing")
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    dense = make("llama-mha-tied", tmp_path)
+    train("gpt-2").save(str(dense / "tokenizer.json"))
+    refused(dense, "the tokenizer has token 329, the model only 263")
+
+
+def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    dense = make("llama-mha-tied", tmp_path)
+    (dense / "tokenizer.json").unlink()
+    refused(dense, "no tokenizer")
