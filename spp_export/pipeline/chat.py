@@ -12,6 +12,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from spp_export.checkpoint.companions import companion
+from spp_export.checkpoint.source import read_config
 from spp_export.errors import ModelError, UsageError
 from spp_export.jsonio import read_json
 from spp_export.models import DEMO, demo_model
@@ -19,7 +21,7 @@ from spp_export.ort.generation import Chooser, greedy
 from spp_export.pipeline.chat_models import ChatModel, Reader, gguf_refused, load_chat_model
 from spp_export.pipeline.text_stream import TextStream
 from spp_export.progress import Progress, no_progress
-from spp_export.quiet import quiet_transformers
+from spp_export.tokenization import load_tokenizer
 
 DEFAULT_NEW_TOKENS = 256
 
@@ -209,7 +211,7 @@ def open_chat(
     with progress("loading the model", None):
         if model is None:
             model = load_chat_model(path, device=device, dtype=dtype, threads=threads)
-        tokenizer = _tokenizer(path)
+        tokenizer = load_tokenizer(path, without_torch=True)
     return Chat(model, tokenizer, _stop_tokens(path, tokenizer), system=system, raw=raw)
 
 
@@ -227,28 +229,12 @@ def _find(directory: str | os.PathLike[str], progress: Progress) -> Path:
     )
 
 
-def _tokenizer(path: Path) -> Any:
-    """The directory's tokenizer: tokenizer.json as it is, which every runtime of it reads."""
-    import transformers
-
-    # By name: AutoTokenizer would import torch, which ONNX Runtime has no need of.
-    whole = (path / "tokenizer.json").is_file()
-    kind = getattr(transformers, "PreTrainedTokenizerFast" if whole else "AutoTokenizer")
-    try:
-        with quiet_transformers():
-            return kind.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # a damaged file can fail anywhere below
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{path}: no tokenizer that transformers can load: {first}") from error
-
-
 def _stop_tokens(path: Path, tokenizer: Any) -> frozenset[int]:
     """Ids that end an answer, by the model's files and its tokenizer."""
-    config: Any = {}
-    for name in ("generation_config.json", "config.json"):
-        if (path / name).is_file():
-            config = read_json(path / name, what="model config", error=ModelError)
-            break
+    found = companion(path, "generation_config.json")
+    config: Any = (
+        read_json(found, what="generation config", error=ModelError) if found else read_config(path)
+    )
     listed = config.get("eos_token_id") if isinstance(config, dict) else None
     ids = listed if isinstance(listed, list) else [listed]
     return frozenset(id_ for id_ in [*ids, tokenizer.eos_token_id] if isinstance(id_, int))

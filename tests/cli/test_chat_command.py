@@ -394,3 +394,29 @@ def test_help_imports_nothing_heavy():
         timeout=60,
     )
     assert result.stdout.splitlines()[-1] == "[]", result.stderr
+
+
+def test_plans_are_for_the_first_turn_to_choose_from(monkeypatch):
+    calls = {}
+
+    def opened(*positional, **keywords):
+        calls["open"] = (positional, keywords)
+        chat = talker(Templated())
+        chat.chosen = None
+        ask = chat.ask
+
+        def chosen(prompt, **options):
+            chat.chosen = "history"
+            return ask(prompt, **options)
+
+        chat.ask = chosen
+        return chat
+
+    monkeypatch.setitem(vars(spp_export), "open_scenario_chat", opened)
+    found = invoke("a.json", "b.json", "--model", "m", "--artifacts", "x", "--prompt", "Hello")
+    positional, keywords = calls["open"]
+    assert positional == ([Path("a.json"), Path("b.json")],)
+    assert (keywords["model"], keywords["artifacts"]) == ("m", Path("x"))
+    assert "answered by history" in found.stderr
+    invoke("a.json", "--prompt", "Hello")
+    assert calls["open"][0] == ([Path("a.json")],)

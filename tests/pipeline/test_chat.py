@@ -327,14 +327,14 @@ def test_a_system_needs_a_template(request, where, raw, reason):
 def test_what_is_no_model(tmp_path, dense):
     with pytest.raises(UsageError, match="no such directory"):
         open_chat(tmp_path / "nowhere")
-    with pytest.raises(UsageError, match=r"no model.*model\.onnx or \*\.safetensors"):
+    with pytest.raises(UsageError, match=r"no model.*model\.onnx, model\.gguf or \*\.safetensors"):
         open_chat(tmp_path)
     with pytest.raises(UsageError, match="got a file"):
         open_chat(dense / "config.json")
     file = tmp_path / "model.gguf"
     file.touch()
     for place in (tmp_path, file):
-        with pytest.raises(UsageError, match="not GGUF"):
+        with pytest.raises(UsageError, match="the directories that spp wrote"):
             open_chat(place)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,12 +16,15 @@ ANSWERS = "Answers"
 
 def chat(
     out: Annotated[
-        Path,
+        list[Path],
         typer.Argument(
-            metavar="OUT",
-            help="A directory written by 'spp export', a dense model's directory, or demo.",
+            metavar="OUT...",
+            help="A directory written by 'spp export', a dense model's directory, or demo. A "
+            "plan.json runs over --model; of several plans or exports the first turn picks one.",
         ),
     ],
+    model: options.Model = "demo",
+    artifacts: options.Artifacts = None,
     prompt: Annotated[
         str | None,
         typer.Option(
@@ -87,10 +90,16 @@ def chat(
 ) -> None:
     """Talk to an export, or to the dense model it came from.
 
-    ONNX runs on ONNX Runtime, safetensors on transformers. Without --prompt every line typed or
-    piped in is answered; /reset forgets what was said, /quit ends, Ctrl-C stops an answer.
+    ONNX runs on ONNX Runtime, GGUF on llama.cpp, safetensors on transformers. Without --prompt
+    every line typed or piped in is answered; /reset forgets what was said, /quit ends, Ctrl-C stops
+    an answer.
+
+    Several scenarios of one dense model share its weights. Which of them answers is decided by the
+    domains of the conversation's first turn.
 
     Example: spp chat out/chemistry --prompt "What is an acid?"
+
+    Example: spp chat chemistry.plan.json history.plan.json --model demo
     """
     _check(prompt, temperature, top_p, top_k, json)
     import spp_export
@@ -101,18 +110,26 @@ def chat(
     output = Output(json=json, quiet=quiet)
     share = 1.0 if top_p is None else top_p
     choose = Sampling(temperature=temperature, top_k=top_k or 0, top_p=share, seed=seed)
-    opened = spp_export.open_chat(
-        out,
-        device=device,
-        dtype=dtype,
-        threads=threads,
-        system=system,
-        raw=raw,
-        progress=output.progress,
-    )
+    how: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "threads": threads,
+        "system": system,
+        "raw": raw,
+        "progress": output.progress,
+    }
+    opened: spp_export.Chat | spp_export.ScenarioChat
+    if len(out) > 1 or out[0].suffix == ".json":
+        opened = spp_export.open_scenario_chat(out, model=model, artifacts=artifacts, **how)
+    else:
+        opened = spp_export.open_chat(out[0], **how)
 
     def ask(text: str) -> spp_export.Answer:
-        return opened.ask(text, max_new_tokens=max_new_tokens, choose=choose, show=show_piece)
+        before = getattr(opened, "chosen", None)
+        answer = opened.ask(text, max_new_tokens=max_new_tokens, choose=choose, show=show_piece)
+        if (now := getattr(opened, "chosen", None)) != before:
+            output.note(f"answered by {now}")
+        return answer
 
     if json:
         assert prompt is not None
@@ -120,6 +137,8 @@ def chat(
         if answer.ending == "interrupted":
             raise KeyboardInterrupt
         facts = {"runtime": opened.model.runtime, "peak_memory_bytes": peak_memory()}
+        if isinstance(opened, spp_export.ScenarioChat):
+            facts["scenario"] = opened.chosen
         write_json(answer.to_dict() | facts)
     elif prompt is not None:
         answer_once(ask, prompt, output)
