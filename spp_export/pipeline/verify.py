@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,9 @@ from spp_export.checkpoint.header import StoredTensor
 from spp_export.checkpoint.manifest import check_manifest, listed_names
 from spp_export.checkpoint.reader import blocks, read_float, stored_tensors
 from spp_export.checkpoint.source import Source, read_config
-from spp_export.errors import CheckpointError, OutputError
+from spp_export.errors import CheckpointError, OutputError, UsageError
 from spp_export.families import Role
+from spp_export.memory import free_memory, resident_parameters
 from spp_export.models import DEMO
 from spp_export.pipeline.compensation import (
     CONSUMERS,
@@ -22,12 +24,14 @@ from spp_export.pipeline.compensation import (
     written_config,
     written_shape,
 )
+from spp_export.pipeline.gguf_files import is_gguf
 from spp_export.pipeline.onnx_files import graph_dtype, is_onnx
 from spp_export.plans import Plan, read_plan, validate_plan
 from spp_export.progress import Progress, no_progress
 from spp_export.scenario import read_scenario
 from spp_export.session import Session, open_session
 from spp_export.slicing import Indices
+from spp_export.tokenization import load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +42,8 @@ if TYPE_CHECKING:
     from spp_export.reference import Projection, Projections
     from spp_export.verification import Check, ReferenceLogits, VerifyReport
 
+# What `recover` writes beside a plan whose weights were trained further.
+RECOVERY_NAME = "recovery.json"
 _TEXTS = 8
 _TOKENS_PER_TEXT = 96
 _RANDOM_ROWS = 4
@@ -51,13 +57,16 @@ def verify(
     scenario: str | os.PathLike[str] | None = None,
     device: str = "cpu",
     dtype: str | None = None,
+    layerwise: bool | None = None,
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> VerifyReport:
     """Integrity and parity of an exported directory against the dense model it came from.
 
     Logits are compared on the scenario's text, or on seeded random tokens without one: parity does
-    not depend on the text. Raises OutputError where the directory is no export.
+    not depend on the text. `layerwise` runs the models layer by layer, their weights staying on
+    disk; None does so where they do not fit in memory. Raises OutputError where the directory is no
+    export.
     """
     from spp_export.verification import Check, VerifyReport
 
@@ -69,9 +78,18 @@ def verify(
     if problems:
         # Nothing more can be said of files that are not the ones that were written.
         return VerifyReport((integrity,))
+    converted = is_onnx(directory) or is_gguf(directory)
+    if converted and (directory / RECOVERY_NAME).is_file():
+        raise UsageError(
+            f"{directory}: was converted from an export that was trained further, so its weights "
+            "do not follow from the dense model. They were compared with that export's when it was "
+            "converted; its files are as they were written."
+        )
     if dtype is None and is_onnx(directory):
         dtype = graph_dtype(directory)
-    session = open_session(model, device=device, dtype=dtype, progress=progress)
+    session = open_session(
+        model, device=device, dtype=dtype, layerwise=layerwise, progress=progress
+    )
     compiled = read_plan(directory / "plan.json")
     validate_plan(compiled, session.source.shape, session.source.fingerprint)
     prompts = read_scenario(scenario).prompts if scenario is not None else ()
@@ -79,6 +97,10 @@ def verify(
         from spp_export.pipeline.onnx_verify import check_onnx_directory
 
         report = check_onnx_directory(directory, session, compiled, prompts, seed)
+    elif is_gguf(directory):
+        from spp_export.pipeline.gguf_verify import check_gguf_directory
+
+        report = check_gguf_directory(directory, session, compiled, prompts, seed)
     else:
         report = check_directory(directory, session, compiled, prompts, seed).report
     return VerifyReport((integrity, *report.checks), report.context)
@@ -122,13 +144,15 @@ def check_directory(
     prompts: Sequence[str],
     seed: int = 0,
     compensation: Compensation | None = None,
+    *,
+    batches: Sequence[TokenBatch] | None = None,
 ) -> Checked:
-    """Every check on a directory's weights and tokenizer.
+    """Every check on a directory's weights and tokenizer; on `batches`, by default on those of
+    `check_batches`.
 
     The oracle takes re-fitted projections as they were written, so `compensation`, which knows what
     they were fitted to, is asked about them; only an export has it.
     """
-    from spp_export.loader import load_slim
     from spp_export.verification import (
         VerifyReport,
         check_cache,
@@ -143,7 +167,7 @@ def check_directory(
         return Checked(VerifyReport((tensors,)))
     compensated = _compensated(directory, source, compiled)
     exact = exact_dtype(session, compensated)
-    batches = session_batches(session, prompts, seed)
+    batches = batches or session_batches(session, prompts, seed)
     with session.progress("checking against the masked dense model", None):
         reference = reference_logits(
             session.model,
@@ -154,7 +178,7 @@ def check_directory(
             compensated,
             exact_dtype=exact,
         )
-        slim = load_slim(directory, dtype=session.torch_dtype, device=session.device)
+        slim = session.slim_model(directory)
         longest = max(batches, key=lambda batch: int(batch.attention_mask[0].sum()))
         checks = [
             tensors,
@@ -166,7 +190,11 @@ def check_directory(
             checks.append(_check_refit(directory, session.source, compensation))
         if prompts:
             checks.append(check_tokenizer(directory, session, prompts))
-    context = {"reference": str(exact).removeprefix("torch."), "computed_in": session.dtype}
+    context = {
+        "reference": str(exact).removeprefix("torch."),
+        "computed_in": session.dtype,
+        "layerwise": session.from_disk,
+    }
     return Checked(VerifyReport(tuple(checks), context), slim, reference)
 
 
@@ -192,11 +220,21 @@ def _check_refit(directory: Path, source: Source, compensation: Compensation) ->
 def exact_dtype(session: Session, compensated: Projections) -> torch.dtype:
     """A dtype for the oracle that is wider than its own, where the model fits in memory that wide.
 
-    What is compensated stands beside the dense weights, at their full size.
+    What is compensated stands beside the dense weights, at their full size; where these stay on
+    disk, only a layer's do.
     """
+    if session.from_disk:
+        return wide_dtype(
+            session.torch_dtype, resident_parameters(session.source.shape), session.device
+        )
     shape = session.source.shape
-    inputs = {Role.OUTPUT: shape.query_heads * shape.head_dim, Role.DOWN: shape.channels}
-    beside = sum(shape.hidden_size * inputs[role] for _, role in compensated)
+    query, kv = (heads * shape.head_dim for heads in (shape.query_heads, shape.kv_heads))
+    widths = {
+        **dict.fromkeys((Role.QUERY, Role.OUTPUT), query),
+        **dict.fromkeys((Role.KEY, Role.VALUE), kv),
+        **dict.fromkeys((Role.GATE, Role.UP, Role.DOWN), shape.channels),
+    }
+    beside = sum(shape.hidden_size * widths[role] for _, role in compensated)
     parameters = shape.parameters(shape.layers) + beside
     return wide_dtype(session.torch_dtype, parameters, session.device)
 
@@ -210,7 +248,7 @@ def wide_dtype(own: torch.dtype, parameters: int, device: str) -> torch.dtype:
     wide = torch.float32 if device != "cpu" and own in halves else torch.float64
     if not _casts(device, wide):
         return own
-    return wide if wide.itemsize * parameters < 0.8 * _free_memory(device) else own
+    return wide if wide.itemsize * parameters < 0.8 * free_memory(device) else own
 
 
 def _casts(device: str, dtype: torch.dtype) -> bool:
@@ -221,24 +259,11 @@ def _casts(device: str, dtype: torch.dtype) -> bool:
     return device != "auto" and not (device.startswith("mps") and dtype == torch.float64)
 
 
-def _free_memory(device: str) -> int:
-    """Bytes free where a model on `device` lives."""
-    import psutil
-    import torch
-
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
-    available: int = psutil.virtual_memory().available
-    return available
-
-
 def check_tokenizer(directory: Path, session: Session, prompts: Sequence[str]) -> Check:
     """The tokenizer that travels gives the source's token ids."""
-    from transformers import AutoTokenizer
-
     from spp_export.verification import Check
 
-    ours = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    ours = load_tokenizer(directory)
     some = list(prompts[:_TEXTS])
     same = ours(some)["input_ids"] == session.tokenizer(some)["input_ids"]
     return Check("token ids as the source's tokenizer gives them", same)
@@ -274,34 +299,49 @@ def _check_tensors(directory: Path, source: Source, compiled: Plan) -> Check:
         try:
             for _ in blocks(tensor):  # which refuses a value that is not finite
                 pass
-        except CheckpointError:
-            return Check(name, False, detail=f"{key}: holds a value that is not finite")
+        except CheckpointError as error:
+            return Check(name, False, detail=_within(error, tensor))
     return Check(name, True, detail=f"{len(stored)} tensors")
 
 
+def _within(error: CheckpointError, tensor: StoredTensor) -> str:
+    """An error without the path of the file, which would end in what users publish."""
+    return str(error).removeprefix(f"{tensor.file}: ").rstrip(".")
+
+
 def _compensated(directory: Path, source: Source, compiled: Plan) -> Projections:
-    """The compensated projections as written, for the oracle to put in place."""
+    """The projections that no slicing gives, as written, for the oracle to put in place: the
+    compensated ones, and all of a model that was trained further."""
+    from spp_export.reference import ProjectionsOnDisk
+
     stored = stored_tensors(directory)
-    return {
-        (index, role): _projection(
-            stored,
-            source.family.layer_name(index, source.family.consumer(role)),
-            real_columns(compiled, index, role, source.shape),
-        )
-        for index, layer in enumerate(compiled.layers)
-        for role in CONSUMERS
-        if compiled.compensation != "none" and loses(layer, role, source.shape)
-    }
+    trained = (directory / RECOVERY_NAME).is_file()
+    roles = tuple(role for role in Role if role is not Role.OTHER) if trained else CONSUMERS
+    return ProjectionsOnDisk(
+        {
+            (index, role): partial(
+                _projection,
+                stored,
+                source.family.layer_name(index, source.family.projection(role)),
+                real_columns(compiled, index, role, source.shape),
+                role in CONSUMERS,
+            )
+            for index, layer in enumerate(compiled.layers)
+            for role in roles
+            if trained or (compiled.compensation != "none" and loses(layer, role, source.shape))
+        }
+    )
 
 
 def _projection(
-    stored: Mapping[str, StoredTensor], module: str, columns: Indices | slice
+    stored: Mapping[str, StoredTensor], module: str, columns: Indices | slice, with_bias: bool
 ) -> Projection:
     import torch
 
     from spp_export.reference import Projection
 
-    bias = stored.get(f"{module}.bias")
+    # Of o_proj and down_proj only: the biases of the others are cut, and never changed.
+    bias = stored.get(f"{module}.bias") if with_bias else None
     return Projection(
         torch.from_numpy(read_float(stored[f"{module}.weight"])[:, columns]),
         None if bias is None else torch.from_numpy(read_float(bias)),

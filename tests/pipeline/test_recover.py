@@ -1,0 +1,173 @@
+"""`recover`: LoRA on an export, merged, checked, taken up where it was interrupted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from exporting import CASES, refused, stored, texts, tree, write_texts
+from factories import read_config
+from typer.testing import CliRunner
+
+import spp_export
+from spp_cli.main import app
+from spp_export import RecoverSettings
+from spp_export.checkpoint.manifest import check_manifest
+from spp_export.errors import CheckpointError, QualityError, UsageError
+from spp_export.pipeline import recover as module
+from spp_export.recovery import Recovery
+
+NAMES = [case.name for case in CASES]
+FEW = RecoverSettings(steps=6, rank=2, alpha=4, learning_rate=1e-2, batch_size=2)
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_texts(tmp_path / "more.txt", texts("figures", 16, 40))
+
+
+def recover(workshop, name, data, target, layout="per-layer", settings=FEW, **options):
+    exported = workshop.exported(name, layout, options.pop("compensate", "none"))
+    result = spp_export.recover(
+        exported.path, data, target, model=str(exported.dense), settings=settings, **options
+    )
+    return exported, result
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("layout", ["per-layer", "uniform", "ragged"])
+def test_only_projections_change_and_the_result_verifies(workshop, data, tmp_path, name, layout):
+    target = tmp_path / "recovered"
+    exported, result = recover(workshop, name, data, target, layout)
+    assert result.path == target
+    assert result.after.slim_perplexity < result.before.slim_perplexity
+    assert result.before.dense_perplexity == result.after.dense_perplexity
+    before, after = exported.tensors, stored(target)
+    assert before.keys() == after.keys()
+    for key, tensor in after.items():
+        assert (tensor.shape, tensor.dtype) == (before[key].shape, before[key].dtype)
+        trained = key.endswith(".weight") and key.split(".")[-2] in PROJECTIONS
+        assert torch.equal(tensor, before[key]) != trained, key
+    assert read_config(target) == read_config(exported.path)
+    assert (target / "plan.json").read_bytes() == (exported.path / "plan.json").read_bytes()
+    assert not check_manifest(target)
+    assert spp_export.verify(target, model=str(exported.dense)).passed
+    card = (target / "README.md").read_text()
+    assert "## Recovered" in card
+    assert "rank 2, alpha 4" in card
+    record = json.loads((target / "recovery.json").read_text())
+    assert record["data"]["name"] == "more.txt"
+    assert record["loss"]["last"] < record["loss"]["first"]
+
+
+@pytest.mark.parametrize("compensate", ["lstsq", "bias"])
+def test_compensated_exports_are_recovered_too(workshop, data, tmp_path, compensate):
+    target = tmp_path / "recovered"
+    exported, result = recover(workshop, NAMES[0], data, target, compensate=compensate)
+    assert result.after.slim_perplexity < result.before.slim_perplexity
+    assert spp_export.verify(target, model=str(exported.dense)).passed
+
+
+def test_what_is_merged_is_the_base_and_a_low_rank_change(workshop, data, tmp_path):
+    exported, _ = recover(workshop, NAMES[0], data, tmp_path / "recovered")
+    before, after = exported.tensors, stored(tmp_path / "recovered")
+    key = "model.layers.1.mlp.gate_proj.weight"
+    change = (after[key].double() - before[key].double()).numpy()
+    size = torch.linalg.svdvals(torch.from_numpy(change))
+    assert size[1] > 1e-4
+    assert size[2] < 1e-2 * size[1]
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes(workshop, data, tmp_path, monkeypatch):
+    _, whole = recover(workshop, NAMES[0], data, tmp_path / "whole" / "name")
+    monkeypatch.setattr(module, "_KEPT_EVERY", 2)
+    step, taken = Recovery.step, []
+
+    def interrupted(self, batch):
+        if len(taken) == 5:
+            raise KeyboardInterrupt
+        taken.append(1)
+        return step(self, batch)
+
+    monkeypatch.setattr(Recovery, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        recover(workshop, NAMES[0], data, tmp_path / "again" / "name")
+    assert not (tmp_path / "again" / "name").exists()
+    monkeypatch.setattr(Recovery, "step", step)
+    _, again = recover(workshop, NAMES[0], data, tmp_path / "again" / "name")
+    assert (whole.resumed, again.resumed) == (0, 4)
+    assert again.losses == whole.losses
+    assert tree(tmp_path / "again") == tree(tmp_path / "whole")
+    assert not list((module.cache_directory() / "recoveries").iterdir())
+
+
+def test_a_model_that_got_worse_is_not_published(workshop, data, tmp_path):
+    exported, _ = recover(workshop, NAMES[0], data, tmp_path / "good")
+    other = write_texts(tmp_path / "other.txt", texts("capitals", 12, 3))
+    target = tmp_path / "recovered"
+
+    def forget(**options):
+        given = {"model": str(exported.dense), "settings": FEW, "validation": data}
+        return spp_export.recover(tmp_path / "good", other, target, **given, **options)
+
+    with refused(QualityError, "perplexity on text that was not trained on"):
+        forget()
+    assert not target.exists()
+    with refused(QualityError, "Published all the same"):
+        forget(keep_failed=True)
+    assert spp_export.verify(target, model=str(exported.dense)).passed
+
+
+def test_what_cannot_be_recovered_is_refused(workshop, data, tmp_path):
+    name = NAMES[0]
+    padded = workshop.exported(name, "padded")
+    dense = str(padded.dense)
+    for directory, match in (
+        (padded.path, "padded with zeros"),
+        (padded.dense, "no plan.json"),
+    ):
+        with refused(UsageError, match):
+            spp_export.recover(directory, data, tmp_path / "x", model=dense)
+    short = write_texts(tmp_path / "short.txt", ["a"])
+    with refused(UsageError, "no text of two tokens"):
+        recover(workshop, name, short, tmp_path / "x")
+    for wrong in ({"steps": 0}, {"rank": 0}, {"learning_rate": 1.0}, {"max_tokens": 1}):
+        with refused(UsageError, "expected"):
+            recover(workshop, name, data, tmp_path / "x", settings=RecoverSettings(**wrong))
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_damaged_export_is_refused(workshop, data, tmp_path):
+    exported = workshop.exported(NAMES[0])
+    copy = shutil.copytree(exported.path, tmp_path / "copy")
+    (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
+    with refused(CheckpointError, r"config\.json"):
+        spp_export.recover(copy, data, tmp_path / "x", model=str(exported.dense))
+
+
+def test_the_command_says_what_it_did(workshop, data, tmp_path):
+    exported = workshop.exported(NAMES[0])
+    arguments = ["recover", str(exported.path), "--data", str(data), "--steps", "4", "--rank", "2"]
+    arguments += ["--model", str(exported.dense), "-o", str(tmp_path / "r"), "--batch-size", "2"]
+    found = CliRunner().invoke(app, [*arguments, "--learning-rate", "0.01"])
+    assert found.exit_code == 0, found.output
+    assert "4 steps" in found.stdout
+    assert "perplexity" in found.stdout
+    assert "spp verify" in found.stderr
+
+
+def test_what_is_converted_from_it_says_that_the_dense_model_does_not_know_it(
+    workshop, data, tmp_path
+):
+    exported, _ = recover(workshop, NAMES[0], data, tmp_path / "r")
+    graph = tmp_path / "graph"
+    found = spp_export.convert(str(tmp_path / "r"), graph, options=spp_export.OnnxOptions())
+    assert found.report["passed"]
+    assert (graph / "recovery.json").is_file()
+    with refused(UsageError, "was converted from an export that was trained further"):
+        spp_export.verify(graph, model=str(exported.dense))
+    (graph / "README.md").write_text("changed")
+    assert not spp_export.verify(graph, model=str(exported.dense)).passed
