@@ -13,6 +13,10 @@ from spp_export.shape import LayerShape
 Loads = Literal["yes", "expected", "no"]
 
 
+# Sizes of one machine's set of cards.
+_CARDS = (2, 4, 8)
+
+
 @dataclass(frozen=True)
 class Engine:
     """One engine, whether it loads the output, and what the user must know."""
@@ -34,8 +38,8 @@ def engines_for(layout: str, layers: Sequence[LayerShape]) -> tuple[Engine, ...]
     if layout == "uniform":
         return (
             Engine("transformers", "yes", "4.57 or newer, stock class, no code"),
-            Engine("vLLM", "expected", "stock class; not run here"),
-            Engine("llama.cpp", "expected", "by its own converter; not run here"),
+            Engine("vLLM", "expected", _listed("stock class; not run here", _cards(layers))),
+            Engine("llama.cpp", "no", "write it with --format gguf, or spp convert"),
             Engine("SGLang", "expected", "stock class; not run here"),
         )
     same_kv = len({layer.kv_heads for layer in layers}) == 1
@@ -50,9 +54,18 @@ def engines_for(layout: str, layers: Sequence[LayerShape]) -> tuple[Engine, ...]
         else Engine(
             "vLLM",
             "expected",
-            "0.29 or newer, Transformers backend, --trust-remote-code; not run here",
+            _listed(
+                "0.29 or newer, --trust-remote-code, or with spp-export installed; not run here",
+                _cards(layers),
+            ),
         ),
-        Engine("llama.cpp", "no", "its converter takes one head count for all layers"),
+        Engine(
+            "llama.cpp",
+            "no",
+            "the KV groups of a layer must be alike: --format gguf --pad"
+            if layout == "ragged"
+            else "write it with --format gguf, or spp convert",
+        ),
         Engine(
             "SGLang",
             "no",
@@ -97,6 +110,25 @@ def onnx_engines(
         ),
         Engine("optimum", plain, _listed(optimum, place, singles)),
     )
+
+
+def gguf_engines(architecture: str) -> tuple[Engine, ...]:
+    """Engines for a GGUF directory whose file is of this architecture of llama.cpp's."""
+    common = architecture in ("llama", "qwen2", "qwen3")
+    how = "" if common else f"where its llama.cpp knows the architecture {architecture}; "
+    return (
+        Engine("llama.cpp", "yes", f"spp chat, or llama-cli -m; architecture {architecture}"),
+        Engine("Ollama", "expected", f"{how}not run here"),
+        Engine("LM Studio", "expected", f"{how}not run here"),
+    )
+
+
+def _cards(layers: Sequence[LayerShape]) -> str:
+    """How many cards vLLM can spread these layers over."""
+    ways = [n for n in _CARDS if all(layer.splits(n) for layer in layers)]
+    if not ways:
+        return "one card: its layers do not divide (see --tp)"
+    return f"1, {', '.join(map(str, ways))} cards by --tensor-parallel-size"
 
 
 def _listed(*parts: str) -> str:

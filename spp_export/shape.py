@@ -28,6 +28,12 @@ class LayerShape:
         """Query heads of each KV head."""
         return self.groups or (self.query_heads // self.kv_heads,) * self.kv_heads
 
+    def splits(self, ways: int) -> bool:
+        """Whether `ways` cards can share the layer as vLLM does: each takes as many query heads and
+        channels, and as many KV heads, or else one KV head serves as many cards."""
+        kv = self.kv_heads % ways == 0 or ways % self.kv_heads == 0
+        return self.regular and self.query_heads % ways == 0 and kv and self.channels % ways == 0
+
     @property
     def padded(self) -> LayerShape:
         """The regular layer whose every group is as large as the largest of this one."""

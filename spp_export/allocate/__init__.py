@@ -19,6 +19,7 @@ from spp_export.allocate.sizes import (
     smallest_cost,
     width_costs,
 )
+from spp_export.allocate.tensor_parallel import splittable_channels, splittable_heads
 from spp_export.allocate.uniform import UniformChoice, UniformSizes, choose_uniform, uniform_sizes
 
 __all__ = [
@@ -41,6 +42,8 @@ __all__ = [
     "per_parameter",
     "ragged_options",
     "smallest_cost",
+    "splittable_channels",
+    "splittable_heads",
     "uniform_sizes",
     "width_costs",
 ]

@@ -57,7 +57,8 @@ _PUBLISHED_IMPORTANCE = "head/published"
 class PlanRequest:
     """What the user may ask of a plan; `spp plan` and `spp export` take the same.
 
-    profile: a file with a table of latency, where that is the cost.
+    profile: a file with a table of latency, where that is the cost. tp: the cards that a server
+    will spread every layer over.
     """
 
     keep: float | None = None
@@ -78,6 +79,7 @@ class PlanRequest:
     cost: str = "params"
     profile: str | None = None
     max_latency: float | None = None
+    tp: int = 1
 
     @property
     def budget(self) -> Budget:
@@ -108,6 +110,10 @@ class PlanRequest:
                 raise UsageError(f"{option} {value}: expected one of {', '.join(known)}.")
         self.budget.as_json()
         self._check_cost()
+        if self.tp < 1:
+            raise UsageError(f"--tp {self.tp}: expected 1 or more.")
+        if self.tp > 1 and (self.layout == "ragged" or self.policy == "published"):
+            raise UsageError("--tp: only regular plans of policy exact divide among cards.")
         if self.width_multiple < 1:
             raise UsageError(f"--width-multiple {self.width_multiple}: expected 1 or more.")
         if self.shrinkage is not None and not 0 <= self.shrinkage <= 1:
@@ -163,13 +169,19 @@ def plan(
     request: PlanRequest | None = None,
     device: str = "cpu",
     dtype: str | None = None,
+    layerwise: bool | None = None,
     progress: Progress = no_progress,
 ) -> PlanResult:
-    """Compile the plan for a scenario file (or "-"); nothing is written."""
+    """Compile the plan for a scenario file (or "-"); nothing is written.
+
+    `layerwise` is as of `verify`.
+    """
     request = request or PlanRequest()
     request.check()
     text = read_scenario(scenario)
-    session = open_session(model, device=device, dtype=dtype, progress=progress)
+    session = open_session(
+        model, device=device, dtype=dtype, layerwise=layerwise, progress=progress
+    )
     found = open_artifacts(artifacts, model, session.source)
     return plan_scenario(session, found, text, request)
 
@@ -204,6 +216,7 @@ def plan_scenario(
             session.source.family.stock_accepts(shape),
             breadth=diagnosis.breadth,
             latency=latency,
+            tensor_parallel=request.tp,
         )
         # What lost nothing after all gets no bias.
         losing = losing_roles(layers, shape)
@@ -216,7 +229,10 @@ def plan_scenario(
             "criterion": scoring.record(),
             "policy": {"name": "exact", "whitelist": len(artifacts.whitelist)},
             "budget": {
-                "asked": request.budget.as_json(),
+                "asked": {
+                    **request.budget.as_json(),
+                    **({"tensor_parallel": request.tp} if request.tp > 1 else {}),
+                },
                 "realised": realised.as_json(),
                 **({"profile": latency.as_json()} if latency else {}),
             },

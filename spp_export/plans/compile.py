@@ -21,6 +21,8 @@ from spp_export.allocate import (
     head_costs,
     layer_options,
     ragged_options,
+    splittable_channels,
+    splittable_heads,
     uniform_sizes,
     width_costs,
 )
@@ -126,12 +128,14 @@ def compile_units(
     *,
     breadth: float | None = None,
     latency: LatencyTable | None = None,
+    tensor_parallel: int = 1,
 ) -> tuple[tuple[LayerPlan, ...], Realised]:
     """As `compile_options`, for heads, for channels, or for both in competition.
 
     None means that all of those units stay; it must agree with the units of the budget. latency:
     the table, needed where the budget's cost is that; a table of another model is a ProfileError,
-    and layout `ragged`, whose shapes no table has, a PlanError.
+    and layout `ragged`, whose shapes no table has, a PlanError. tensor_parallel: the cards that
+    every layer must divide among (`LayerShape.splits`), which no ragged layer does.
     """
     given = (heads is not None, channels is not None)
     assert given == (budget.units != "channels", budget.units != "heads"), "options of other units"
@@ -139,6 +143,8 @@ def compile_units(
         raise PlanError(f"layout is {layout!r}, expected {' or '.join(LAYOUTS)}.")
     if layout == "ragged" and budget.cost == "latency":
         raise PlanError("layout is ragged, and tables of latency have regular layers only.")
+    dense_score = _score(heads, channels, shape.layers)
+    heads, channels = _splittable(heads, channels, shape, layout, tensor_parallel)
     limit = budget.limit(shape, breadth, latency)
     uniform: UniformChoice | None = None
     bound: float | None = None
@@ -152,11 +158,39 @@ def compile_units(
     realised = Realised(
         **_figures(shape, budget, limit, shapes),
         score=score,
-        dense_score=_score(heads, channels, shape.layers),
+        dense_score=dense_score,
         score_bound=score if bound is None else bound,
         **({} if uniform is None else _alternatives(uniform, budget)),
     )
     return layers, realised
+
+
+def _splittable(
+    heads: Options | None,
+    channels: ChannelOptions | None,
+    shape: ModelShape,
+    layout: Layout,
+    ways: int,
+) -> tuple[Options | None, ChannelOptions | None]:
+    """What may be chosen of both kinds of units; PlanError where units that stay do not divide."""
+    if ways == 1:
+        return heads, channels
+    if layout == "ragged":
+        raise PlanError("layout is ragged, whose layers divide among no cards. Use per-layer.")
+    if heads is None and not LayerShape(shape.query_heads, shape.kv_heads, ways).splits(ways):
+        raise PlanError(
+            f"{shape.query_heads} query heads in {shape.kv_heads} KV groups stay in every layer "
+            f"and do not divide among {ways} cards. Let heads go, too: --units both."
+        )
+    if channels is None and shape.channels % ways:
+        raise PlanError(
+            f"{shape.channels} channels stay in every layer and do not divide among {ways} cards. "
+            "Let channels go, too: --units both."
+        )
+    return (
+        None if heads is None else splittable_heads(heads, ways),
+        None if channels is None else splittable_channels(channels, ways),
+    )
 
 
 def layer_plans(kept_LGg: BoolArray, kept_LI: BoolArray | None = None) -> tuple[LayerPlan, ...]:
