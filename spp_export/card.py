@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from spp_export.bound import Predicted
@@ -11,6 +13,11 @@ from spp_export.engines import Engine
 from spp_export.plans import Plan
 from spp_export.shape import ModelShape
 
+# What Markdown, GitHub's kind of it included, gives a meaning to within a line.
+_MARKUP = re.compile(r"[\\`*_\[\]<>|#&~$@!{}]|:(?=//)|(?<=www)\.")
+_SHA256 = re.compile("[0-9a-f]{64}")
+# Of what a budget came to, the figures that say something without the code.
+_REALISED = ("keep", "parameters", "kv_bytes_per_token")
 _MASKED = "the dense model with the same units masked"
 _SAME_WEIGHTS = "the PyTorch model of the same weights"
 
@@ -58,6 +65,39 @@ def model_card(
     return "\n".join(lines) + "\n"
 
 
+def recovered_card(
+    name: str,
+    plan: Plan,
+    shape: ModelShape,
+    sizes: Predicted,
+    checks: Mapping[str, Any] | None,
+    engines: Sequence[Engine],
+    license_name: str | None,
+    record: Mapping[str, Any],
+) -> str:
+    """README.md of a slim checkpoint that was trained further; `record` is recovery.json."""
+    card = model_card(name, plan, shape, sizes, checks, engines, license_name)
+    settings, data, loss = record["settings"], record["data"], record["loss"]
+    lines = [
+        "## Recovered",
+        "",
+        f"The slim model was then trained for {settings['steps']} steps of "
+        f"{settings['batch_size']} texts with LoRA (rank {settings['rank']}, alpha "
+        f"{settings['alpha']}, learning rate {settings['learning_rate']:g}) on {data['texts']} "
+        f"texts of {_escaped(str(data['name']))}, and the adapters are merged into its weights. "
+        "Its loss on them went from "
+        f"{loss['first']} to {loss['last']} nats per token.",
+    ]
+    quality, before = (checks or {}).get("quality"), record.get("before")
+    if quality and before:
+        lines += [
+            "",
+            f"On text that was not trained on: perplexity {quality['slim_perplexity']}, before "
+            f"{before['slim_perplexity']}, dense {quality['dense_perplexity']}.",
+        ]
+    return "\n".join([card, *lines]) + "\n"
+
+
 def onnx_card(
     name: str,
     base_model: str,
@@ -66,25 +106,74 @@ def onnx_card(
     engines: Sequence[Engine],
     license_name: str | None,
     slim: tuple[Plan, ModelShape, Predicted] | None = None,
+    converted: Plan | None = None,
 ) -> str:
     """README.md of an ONNX directory.
 
     `attention` is the form of the graph's attention, `checks` a report like that of `model_card`.
     `slim` is the plan of a slim model, the dense model's sizes and what the plan made of them; None
-    is a model that was only converted.
+    is a model that was only converted, `converted` its plan where it was slim before.
     """
-    tags = ["onnx", "pruned", "spp"] if slim else ["onnx", "spp"]
+    tags = ["onnx", "pruned", "spp"] if slim or converted else ["onnx", "spp"]
     lines = _front(base_model, "onnx", tags, license_name)
     lines += [f"# {_escaped(name)}", ""]
     if slim:
         plan, shape, sizes = slim
         lines += [*_origin(plan, shape), "", *_sizes(plan, shape, sizes), ""]
         lines += ["The model is an ONNX graph, with its weights in `model.onnx_data`."]
+    elif converted:
+        lines += [*_origin(converted, None), *_decision(converted), ""]
+        lines += ["The slim model was converted to an ONNX graph."]
     else:
-        lines += [f"{_escaped(base_model)} as an ONNX graph, made by spp."]
+        lines += [f"The model {_escaped(base_model)} as an ONNX graph, made by spp."]
     lines += ["", *_checks(checks, _SAME_WEIGHTS), "", *_padding(attention), ""]
     lines += _running(name, engines)
     return "\n".join(lines) + "\n"
+
+
+def gguf_card(
+    name: str,
+    base_model: str,
+    form: Mapping[str, Any],
+    checks: Mapping[str, Any] | None,
+    engines: Sequence[Engine],
+    license_name: str | None,
+    slim: tuple[Plan, ModelShape, Predicted] | None = None,
+    converted: Plan | None = None,
+) -> str:
+    """README.md of a GGUF directory.
+
+    `form` is what `Contents.summary` says of the file; the others are as of `onnx_card`.
+    """
+    tags = ["gguf", "pruned", "spp"] if slim or converted else ["gguf", "spp"]
+    lines = _front(base_model, "gguf", tags, license_name)
+    lines += [f"# {_escaped(name)}", ""]
+    if slim:
+        plan, shape, sizes = slim
+        lines += [*_origin(plan, shape), "", *_sizes(plan, shape, sizes), ""]
+        lines += ["The model is in `model.gguf`."]
+    elif converted:
+        lines += [*_origin(converted, None), *_decision(converted), ""]
+        lines += ["The slim model was converted to a GGUF file, `model.gguf`."]
+    else:
+        lines += [f"The model {_escaped(base_model)} as a GGUF file, made by spp."]
+    lines += ["", *_stored(form), "", *_checks(checks, _SAME_WEIGHTS), ""]
+    lines += ["```sh", "spp chat .", "llama-cli -m model.gguf", "```", ""]
+    return "\n".join(lines + _engines(engines)) + "\n"
+
+
+def _stored(form: Mapping[str, Any]) -> list[str]:
+    """How the tensors of a GGUF file are stored, and which are not as asked."""
+    counted = ", ".join(f"{count} in {kind}" for kind, count in form["tensors"].items())
+    lines = [f"Architecture `{form['architecture']}`. Tensors: {counted}."]
+    if left := form["not_quantised"]:
+        named = ", ".join(f"`{name}`" for name in left[:4])
+        more = f" and {len(left) - 4} more" if len(left) > 4 else ""
+        lines += [
+            "",
+            f"Not quantised, for their rows are no multiple of 32 values: {named}{more}.",
+        ]
+    return lines
 
 
 def _front(
@@ -94,16 +183,20 @@ def _front(
     front = {"base_model": base_model, "library_name": library}
     if license_name:
         front["license"] = license_name
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items())]
+    # A JSON string of printable characters is a YAML string; an escaped surrogate would not be.
+    quoted = {
+        key: json.dumps(_printable(value), ensure_ascii=False) for key, value in front.items()
+    }
+    lines = ["---", *(f"{key}: {value}" for key, value in quoted.items())]
     return [*lines, "pipeline_tag: text-generation", f"tags: {json.dumps(tags)}", "---", ""]
 
 
-def _origin(plan: Plan, shape: ModelShape) -> list[str]:
+def _origin(plan: Plan, shape: ModelShape | None) -> list[str]:
     scenario = plan.scenario.get("name")
     text = f"A slim version of {_escaped(plan.model_source)} made by spp"
     if scenario:
         text += f" for the scenario {_escaped(str(scenario))}"
-    cut = _cut(plan, shape)
+    cut = _cut(plan, shape) if shape else "parts"
     lines = [f"{text}: {cut} that it does not need are cut out of the weights."]
     mixture = plan.diagnosis.get("mixture")
     if isinstance(mixture, Mapping):
@@ -142,7 +235,53 @@ def _sizes(plan: Plan, shape: ModelShape, sizes: Predicted) -> list[str]:
             f", padded: {written - heads:,} more query heads, whose weights are zero, make every "
             "layer regular; the parameters include them"
         )
-    return [*table, "", f"{layout}, compensation `{plan.compensation}`."]
+    return [*table, "", f"{layout}, compensation `{plan.compensation}`.", *_decision(plan)]
+
+
+def _decision(plan: Plan) -> list[str]:
+    """What the plan keeps, layer by layer, and what it was asked for; a plan may be written by
+    hand, and of its origin may say nothing, or anything."""
+    kept = {
+        "query heads": [len(layer.query_heads) for layer in plan.layers],
+        "KV heads": [len(layer.kv_heads) for layer in plan.layers],
+        "MLP channels": [len(x.channels) for x in plan.layers if x.channels is not None],
+    }
+    lines = [
+        "",
+        "Kept by layer, first to last (3 x 9: nine each in three layers):",
+        "",
+    ]
+    lines += [f"- {name}: {_runs(counts)}" for name, counts in kept.items() if counts]
+    if asked := _numbers(plan.budget.get("asked")):
+        found = _numbers(plan.budget.get("realised"))
+        got = {name: found[name] for name in _REALISED if name in found}
+        lines += ["", f"Budget asked for: {_listed(asked)}."]
+        lines[-1] += f" Realised: {_listed(got)}." if got else ""
+    for what, record in (("Scenario", plan.scenario), ("Artifacts", plan.artifacts)):
+        sha256 = record.get("sha256")
+        if isinstance(sha256, str) and _SHA256.fullmatch(sha256):
+            lines += ["", f"{what}: SHA-256 `{sha256}`."]
+    return lines
+
+
+def _runs(counts: Sequence[int]) -> str:
+    """Counts of layers in their order: `3 x 9, 6` for three layers of 9 and one of 6."""
+    runs = [(count, len(list(group))) for count, group in groupby(counts)]
+    return ", ".join(f"{length} x {count}" if length > 1 else f"{count}" for count, length in runs)
+
+
+def _numbers(record: Any) -> dict[str, float]:
+    """The figures of a budget by name, as far as it has any."""
+    if not isinstance(record, Mapping):
+        return {}
+    return {name: value for name, value in record.items() if type(value) in (int, float)}
+
+
+def _listed(figures: Mapping[str, float]) -> str:
+    return ", ".join(
+        f"{_escaped(name.replace('_', ' '))} {value:{',' if type(value) is int else '.4g'}}"
+        for name, value in figures.items()
+    )
 
 
 def _checks(report: Mapping[str, Any] | None, against: str) -> list[str]:
@@ -203,6 +342,10 @@ def _engines(engines: Sequence[Engine]) -> list[str]:
 
 
 def _escaped(text: str) -> str:
-    """Text from outside as plain words of Markdown: no markup, no line breaks."""
-    flat = " ".join(text.split())
-    return "".join("\\" + c if c in "\\`*_[]<>|#" else c for c in flat)
+    """Text from outside as plain words within a line of Markdown: no markup, no line breaks."""
+    return _MARKUP.sub(r"\\\g<0>", _printable(text))
+
+
+def _printable(text: str) -> str:
+    """Text from outside in one line, with marks for characters that steer and do not show."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
