@@ -25,19 +25,18 @@ from spp_bench.cases import Cell, grid, tokens
 from spp_bench.claims import claim_rows
 from spp_bench.device_rates import measure_rates
 from spp_bench.gate import check_agreement, check_outs, same_files
-from spp_bench.measure import WARM_UP_ROUNDS, measure_cell
+from spp_bench.measure import in_turn, measure_cell
 from spp_bench.memory import measure_memory
 from spp_bench.plots import check_plots, write_plots
-from spp_bench.results import SCHEMA_VERSION, cell_record, earlier, problems, write_document
+from spp_bench.requests import check_counts, check_device
+from spp_bench.results import cell_record, earlier, header, problems, write_document
 from spp_bench.runners import Runner, genai_installed, open_runner
 from spp_bench.threads import torch_threads
 from spp_export.checkpoint.source import Source, open_source
-from spp_export.errors import UsageError
+from spp_export.errors import OutputError, UsageError
 from spp_export.models import DEMO, cache_directory, locate_model
 from spp_export.onnx_graph.options import OnnxOptions
 from spp_export.progress import Progress, no_progress
-
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
@@ -58,18 +57,21 @@ class BenchRequest:
 
     def check(self) -> tuple[Cell, ...]:
         """The grid. UsageError for an option that makes no sense."""
-        for option, value in (
-            ("--new-tokens", self.new_tokens),
-            ("--rounds", self.rounds),
-            ("--threads", 1 if self.threads is None else self.threads),
-        ):
-            if value < 1:
-                raise UsageError(f"{option} {value}: expected 1 or more.")
-        if self.device != "cpu" and not self.device.startswith("cuda"):
-            raise UsageError(f"--device {self.device}: expected cpu, cuda or cuda:N.")
-        if self.dtype is not None and self.dtype not in _DTYPES:
-            raise UsageError(f"--dtype {self.dtype}: expected one of {', '.join(_DTYPES)}.")
+        counts = {"--new-tokens": self.new_tokens, "--rounds": self.rounds}
+        check_counts({**counts, "--threads": self.threads})
+        check_device(self.device, self.dtype)
         return grid(self.batches, self.contexts)
+
+    def options(self, dtype: str, threads: int) -> dict[str, Any]:
+        """What decides the figures of a cell, for the results file."""
+        return {
+            "device": self.device,
+            "dtype": dtype,
+            "threads": threads,
+            "rounds": self.rounds,
+            "new_tokens": self.new_tokens,
+            "seed": self.seed,
+        }
 
 
 def bench(
@@ -177,31 +179,22 @@ class _Run:
         self.threads = threads
         self.results = results
         self.progress = progress
-        self.header: dict[str, Any] = {
-            "schema_version": SCHEMA_VERSION,
-            "machine": provenance.machine(request.device),
-            "versions": provenance.versions(),
-            "git": provenance.revision(),
-            "model": {
-                "name": source.name,
-                "fingerprint": source.fingerprint,
-                "parameters": source.shape.parameters(source.shape.layers),
-            },
-            "options": {
-                "device": request.device,
-                "dtype": dtype,
-                "threads": threads,
-                "rounds": request.rounds,
-                "new_tokens": request.new_tokens,
-                "seed": request.seed,
-            },
-            "candidates": [candidate.as_json() for candidate in candidates],
+        model = {
+            "name": source.name,
+            "fingerprint": source.fingerprint,
+            "parameters": source.shape.parameters(source.shape.layers),
         }
+        self.header = header(model, request.options(dtype, threads), candidates)
 
     def measure(self, cells: Sequence[Cell], model: str, force: bool) -> dict[str, Any]:
         """Everything that no earlier run has; the whole document."""
         before = self.results and earlier(self.results, self.header, force)
         if before and not same_files(before["gate"], self.outs):
+            if not force:
+                raise OutputError(
+                    f"{self.results}: measured of other files in directories of these names. "
+                    "Choose another file, or use --force."
+                )
             before = None
         document = before or self._begin(model)
         todo = [cell for cell in cells if not _has(document["cells"], cell)]
@@ -219,16 +212,9 @@ class _Run:
             rates = measure_rates(self.request.device, options["dtype"])
         return {
             **self.header,
-            "rates": {
-                "bytes_per_second": round(rates.bytes_per_second),
-                "operations_per_second": round(rates.operations_per_second),
-            },
+            "rates": rates.as_json(),
             "gate": gate,
-            "agreement": [],
-            "memory": [],
-            "cells": [],
-            "claims": [],
-            "problems": [],
+            **{key: [] for key in ("agreement", "memory", "cells", "claims", "problems")},
         }
 
     def _memory(self, document: dict[str, Any], cells: Sequence[Cell]) -> None:
@@ -264,25 +250,14 @@ class _Run:
         vocab = self.source.shape.vocab_size
         with self.progress("comparing logits", None):
             document["agreement"] = check_agreement(runners, by_name, vocab)
-        # A cell's share of the bar is about what it takes.
-        costs = [cell.batch * (cell.context + 4 * self.request.new_tokens) for cell in cells]
-        turns = (self.request.rounds + WARM_UP_ROUNDS) * len(runners)
-        done = 0.0
-        with self.progress("timing", float(sum(costs))) as advance_to:
-            for cell, cost in zip(cells, costs, strict=True):
-                finished = done
-
-                def advance(share: float = cost / turns) -> None:
-                    nonlocal done
-                    done += share
-                    advance_to(done)
-
-                fed = tokens(cell, self.request.new_tokens, vocab, self.request.seed)
-                samples = measure_cell(runners, fed, self.request.rounds, advance)
-                record = cell_record(cell, self.candidates, samples, rates, self.request.new_tokens)
-                document["cells"] = sorted([*document["cells"], record], key=_order)
-                self._keep(document)
-                done = finished + cost
+        new_tokens, rounds = self.request.new_tokens, self.request.rounds
+        turns = in_turn(cells, new_tokens, rounds, len(runners), self.progress)
+        for cell, advance in turns:
+            fed = tokens(cell, new_tokens, vocab, self.request.seed)
+            samples = measure_cell(runners, fed, rounds, advance)
+            record = cell_record(cell, self.candidates, samples, rates, new_tokens)
+            document["cells"] = sorted([*document["cells"], record], key=_order)
+            self._keep(document)
 
     def _open(self) -> list[Runner]:
         runners = []

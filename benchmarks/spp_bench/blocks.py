@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import spp_export.modeling  # noqa: F401  registers the per-layer classes
+from spp_bench.graphs import cuda_graph, on_device
 from spp_export.families import Family
 from spp_export.latency import Phase
 from spp_export.quiet import quiet_transformers
@@ -102,8 +103,8 @@ def make_passes(
     """Passes over blocks of these counts of query and KV heads, and of these widths, and over the
     rest of a step. config: the model's config.json.
 
-    On the CPU a pass is one block, short enough that other work seldom interrupts it; a CUDA graph
-    is one of all copies, beside which its launch takes little.
+    On the CPU a pass is one block, short enough that other work seldom interrupts it; on a card a
+    CUDA graph of all copies.
     """
     dtype: torch.dtype = getattr(torch, setting.dtype)
     kinds = max(len(attention), len(widths))
@@ -211,12 +212,12 @@ def _passes(kind: Kind, works: Sequence[Callable[[], None]], setting: Setting) -
         with torch.inference_mode():
             each()
 
-    for work in works:
-        run(work)
-    if not setting.captured:
-        return [Pass(kind, partial(run, work), 1) for work in works]
-    graph = torch.cuda.CUDAGraph()
-    with torch.inference_mode(), torch.cuda.graph(graph):
+    def once() -> None:
         for work in works:
             work()
-    return [Pass(kind, graph.replay, len(works))]
+
+    if not setting.captured:
+        run(once)
+        return [Pass(kind, partial(run, work), 1) for work in works]
+    with torch.inference_mode(), on_device(setting.device):
+        return [Pass(kind, cuda_graph(once), len(works))]

@@ -7,8 +7,8 @@ device's measured rates sets the pace, and the bound on a speed-up is the ratio 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from spp_bench.cases import Cell
@@ -33,6 +33,10 @@ class Rates:
     def seconds(self, work: Work) -> float:
         """The least time for some work: its larger term."""
         return max(self.terms(work).values())
+
+    def as_json(self) -> dict[str, int]:
+        """For the results file."""
+        return {name: round(value) for name, value in asdict(self).items()}
 
     def terms(self, work: Work) -> dict[Term, float]:
         """Seconds of each term by itself."""
@@ -82,7 +86,7 @@ class Sizes:
         """An average step of `new_tokens` after the cell's context."""
         cached = cell.context + (new_tokens + 1) / 2
         per_token = 2 * (self._layer_parameters + self._head_parameters)
-        attention = 4 * self.shape.head_dim * self._seen_by_queries(cached)
+        attention = 4 * self.shape.head_dim * self._pairs(_seen, cached)
         return Work(
             self.read_bytes + self.kv_bytes(cell, cached), cell.batch * (per_token + attention)
         )
@@ -90,7 +94,7 @@ class Sizes:
     def prefill(self, cell: Cell) -> Work:
         """All of the cell's prompts in one pass."""
         logits = cell.context if self.every_logit else 1
-        attention = 4 * self.shape.head_dim * self._seen_by_queries((cell.context + 1) / 2)
+        attention = 4 * self.shape.head_dim * self._pairs(_seen_by_prompt, cell.context)
         operations = cell.context * (2 * self._layer_parameters + attention)
         operations += 2 * logits * self._head_parameters
         return Work(self.read_bytes + self.kv_bytes(cell, cell.context), cell.batch * operations)
@@ -104,16 +108,22 @@ class Sizes:
     def _head_parameters(self) -> int:
         return self.shape.vocab_size * self.shape.hidden_size
 
-    def _seen_by_queries(self, cached: float) -> float:
-        """Pairs of query head and token, over the layers."""
+    def _pairs(self, seen: Callable[[float, int | None], float], tokens: float) -> float:
+        """Pairs of a query head and a token that a query sees, over the layers."""
         return sum(
-            layer.query_heads * _seen(cached, window)
+            layer.query_heads * seen(tokens, window)
             for layer, window in zip(self.layers, self.windows, strict=True)
         )
 
 
 def _seen(cached: float, window: int | None) -> float:
     return cached if window is None else min(cached, window)
+
+
+def _seen_by_prompt(tokens: float, window: int | None) -> float:
+    """By a prompt's token on average: all of the first ones, then as many as the window has."""
+    filling = _seen(tokens, window)
+    return filling - filling * (filling - 1) / (2 * tokens)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from spp_bench.cases import Cell
 from spp_bench.device_rates import measure_rates
 from spp_bench.memory import with_prediction
 from spp_bench.results import write_document
-from spp_bench.shape_bench import Models, ShapeRun, Timed, check_device, has_cell, peak_of
+from spp_bench.shape_bench import Models, ShapeRun, Timed, has_cell, peak_of
 from spp_bench.shape_plans import LAYOUTS, ShapePlan, Variant, shape_plan, variants
 from spp_bench.shapes import BACKBONES, Published, published
 from spp_bench.static_runner import StaticRunner
@@ -95,6 +95,12 @@ class Found:
         print(f"left out: {what}: {why}", flush=True)
         self.summary["left_out"].append({"what": what, "why": why})
         self.keep()
+
+    def fail(self, what: str, error: Exception) -> None:
+        """Note what there is no figure of because it is wrong or does not run."""
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        self.summary["problems"].append(f"{what}: {why}")
+        self.leave_out(what, why)
 
     def add(self, document: Mapping[str, Any]) -> None:
         """Rows of one document, printed as they come."""
@@ -185,7 +191,6 @@ def _fits(of: Published, cell: Cell, request: BenchRequest, free_bytes: int | No
 
 def run(task: Task, budget: Time) -> dict[str, Any]:
     """Do as much of a task as the budget allows; what summary.json holds."""
-    check_device(task.request.device)
     found = Found(task.directory, task.request.device)
     rates = _once(lambda: measure_rates(task.request.device, _dtype(task.request)))
     models = budget.part(1 - _KERNEL_SHARE)
@@ -241,28 +246,36 @@ def _backbone(
     models: Models | None = None
     slowest = 0.0
     for variant in task.asked:
+        what = f"{of.name} {variant.name}"
         try:
             plan = shape_plan(of, variant, request.seed)
         except BudgetError as error:
-            found.leave_out(f"{of.name} {variant.name}", str(error))
+            found.leave_out(what, str(error))
             continue
         results = task.directory / of.name / f"{variant.name}.json"
         shape_run = ShapeRun(of, [plan], request, results=results)
         document = shape_run.open(task.force, rates)
         todo = {cell: timed for cell, timed in cells.items() if not has_cell(document, cell)}
         if todo and budget.left < 1.2 * slowest:
-            found.leave_out(f"{of.name} {variant.name}", "time")
-        elif todo:
-            models = models or _dense(of, request, cells)
+            found.leave_out(what, "time")
+        elif todo and (models := models or _dense(of, request, cells)) is None:
+            found.leave_out(what, "memory")
+        elif todo and models:
             started = time.monotonic()
             _pair(shape_run, document, models, plan, todo, found)
             slowest = max(slowest, time.monotonic() - started)
         found.add(document)
 
 
-def _dense(of: Published, request: BenchRequest, cells: Mapping[Cell, Timed]) -> Models:
-    models = Models(of, request.device, _dtype(request), request.seed)
-    models.reserve(list(cells), request.new_tokens)
+def _dense(of: Published, request: BenchRequest, cells: Mapping[Cell, Timed]) -> Models | None:
+    """The dense model and room for its cache; None where the card has too little memory."""
+    import torch
+
+    try:
+        models = Models(of, request.device, _dtype(request), request.seed)
+        models.reserve(list(cells), request.new_tokens)
+    except torch.OutOfMemoryError:
+        return None
     return models
 
 
@@ -286,12 +299,13 @@ def _pair(
         for cell, timed in cells.items():
             peaks: dict[str, int] = {}
             run.measure(document, runners, cell, timed, watch=_watch(run, peaks))
+            models.note_peaks(cell, peaks)
             _add_memory(run, document, runners, cell, peaks)
             run.keep(document)
-    except ParityError as error:
-        found.leave_out(what, str(error))
     except torch.OutOfMemoryError:
         found.leave_out(what, "memory")
+    except (ParityError, RuntimeError) as error:  # a capture or a kernel that fails: others may not
+        found.fail(what, error)
     finally:
         for runner in runners[len(run.engines) :]:
             runner.close()
@@ -406,8 +420,11 @@ def _ragged(task: Task, dtype: str, budget: Time, found: Found) -> None:
         started = time.monotonic()
         try:
             row = ragged.measure(case, ways, task.request.rounds, device, getattr(torch, dtype))
-        except (AssertionError, torch.OutOfMemoryError) as error:
-            found.leave_out(f"{what}, {case.pattern}", str(error).splitlines()[0])
+        except torch.OutOfMemoryError:
+            found.leave_out(f"{what}, {case.pattern}", "memory")
+            continue
+        except Exception as error:  # whatever a kernel does on a card is a result
+            found.fail(f"{what}, {case.pattern}", error)
             continue
         row["bound_ms"] = round(1e3 * rates.seconds(Work(row["bytes"], row["operations"])), 4)
         results.append(row)
@@ -438,7 +455,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0; 1 where a figure cannot be or a kernel's test failed; 2 without a card."""
+    """0; 1 where a figure cannot be, or something is wrong or fails to run; 2 without a card."""
     options = parser().parse_args(arguments)
     budget = Time(options.budget_s)
     request = BenchRequest(

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
 import numpy as np
 
-from spp_bench.cases import Tokens
+from spp_bench.cases import Cell, Tokens
 from spp_bench.clocks import no_collection
 from spp_bench.runners import Runner
+from spp_export.progress import Progress
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -36,6 +37,25 @@ class Samples:
         return self.prefill if phase == "prefill" else self.decode
 
 
+def in_turn(
+    cells: Sequence[Cell], new_tokens: int, rounds: int, runners: int, progress: Progress
+) -> Iterator[tuple[Cell, Callable[[], None]]]:
+    """Cells, each with what is to be called after every runner's turn, warm-up included.
+
+    A cell's share of the bar is about what it takes.
+    """
+    costs = [cell.batch * (cell.context + 4 * new_tokens) for cell in cells]
+    turns = (rounds + WARM_UP_ROUNDS) * runners
+    with progress("timing", float(sum(costs))) as advance_to:
+        for index, cell in enumerate(cells):
+            ends = np.linspace(sum(costs[:index]), sum(costs[: index + 1]), turns + 1)
+            yield cell, partial(_next_of, ends[1:].tolist()[::-1], advance_to)
+
+
+def _next_of(marks: list[float], advance_to: Callable[[float], None]) -> None:
+    advance_to(marks.pop())
+
+
 def measure_cell(
     runners: Sequence[Runner],
     tokens: Tokens,
@@ -43,7 +63,7 @@ def measure_cell(
     advance: Callable[[], None] = lambda: None,
     settle: float = _SETTLE_SECONDS,
 ) -> dict[str, Samples]:
-    """Samples by the runners' names. Each round every runner is first once in turn.
+    """Samples by the runners' names. Each round begins with another runner.
 
     `advance` is called after every runner's turn, warm-up included.
     """

@@ -1,6 +1,6 @@
 """Memory and time of writing ONNX: `python -m spp_bench.onnx_memory --gigabytes 4 --dir TMP`.
 
-Builds the random bf16 checkpoint of `slice_memory` and writes it as a graph, each time in a fresh
+Builds the random bf16 checkpoint of `make scale` and writes it as a graph, each time in a fresh
 process: seconds are those after imports. Exits with 1 if the peak exceeds 1 GB plus twice the
 largest tensor, as the graph has it.
 """
@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from spp_bench.big_checkpoints import build
 from spp_bench.machine import machine
-from spp_bench.slice_memory import build
 from spp_export.checkpoint.dtypes import ELEMENT_BYTES
 from spp_export.jsonio import dump_json
 from spp_export.onnx_graph import OnnxOptions

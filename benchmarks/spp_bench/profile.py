@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spp_bench import provenance
-from spp_bench.clocks import Clock, clock_for, no_collection
+from spp_bench.clocks import Clock, cold_clock_for, no_collection
 from spp_bench.report import Panel, columns
+from spp_bench.requests import check_counts, check_device
 from spp_bench.results import write_document
 from spp_bench.shapes import published
 from spp_bench.threads import torch_threads
@@ -36,7 +37,6 @@ from spp_export.shape import ModelShape, channel_widths
 if TYPE_CHECKING:
     from spp_bench.blocks import Kind, Pass
 
-DTYPES = ("float32", "bfloat16", "float16", "float64")
 # Of all multiples of the width multiple, which are too many; the rest is interpolated.
 MOST_WIDTHS = 13
 WARM_UP_ROUNDS = 2
@@ -59,19 +59,10 @@ class ProfileRequest:
 
     def check(self) -> Phase:
         """The phase. UsageError for an option that makes no sense."""
-        for option, value in (
-            ("--batch", self.batch),
-            ("--context", self.context),
-            ("--width-multiple", self.width_multiple),
-            ("--rounds", self.rounds),
-            ("--threads", 1 if self.threads is None else self.threads),
-        ):
-            if value < 1:
-                raise UsageError(f"{option} {value}: expected 1 or more.")
-        if self.device != "cpu" and not self.device.startswith("cuda"):
-            raise UsageError(f"--device {self.device}: expected cpu, cuda or cuda:N.")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise UsageError(f"--dtype {self.dtype}: expected one of {', '.join(DTYPES)}.")
+        counts = {"--batch": self.batch, "--context": self.context, "--rounds": self.rounds}
+        counts["--width-multiple"] = self.width_multiple
+        check_counts({**counts, "--threads": self.threads})
+        check_device(self.device, self.dtype)
         for phase in PHASES:
             if self.phase == phase:
                 return phase
@@ -182,7 +173,7 @@ def _measure(
     with progress("making blocks", None):
         passes = make_passes(target.config, target.family, shape, *sizes, setting)
     with progress("timing", float(request.rounds + WARM_UP_ROUNDS)) as advance_to:
-        clock = clock_for(request.device)
+        clock = cold_clock_for(request.device)
         samples = in_turns(passes, request.rounds, clock, request.seed, advance_to)
     found = {kind: _times(seconds) for kind, seconds in samples.items()}
     return {

@@ -6,7 +6,8 @@ over groups that were filled with heads of zeros, as an export for other engines
 come filled, for such an export computes them so.
 
 One sample is a pass over copies of a case that no cache holds at once, as between the layers of a
-model; on CUDA a captured graph, so that nothing waits for Python. All ways take turns in one run.
+model; on CUDA a captured graph, so that nothing waits for Python. All ways take turns in one run,
+each round another one first.
 The bound is the time for the bytes and operations of the heads that are there, at the rates that
 the device reaches in the same process.
 """
@@ -29,8 +30,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from spp_bench.bounds import Rates, Work
-from spp_bench.clocks import clock_for, no_collection
+from spp_bench.clocks import cold_clock_for, no_collection
 from spp_bench.device_rates import measure_rates
+from spp_bench.graphs import cuda_graph, on_device
 from spp_bench.provenance import machine, revision, versions
 from spp_bench.timing import quantiles
 from spp_kernels.ragged_attention import Implementation, ragged_attention, sdpa
@@ -186,13 +188,11 @@ def repeated(way: Way, problems: Sequence[Problem], device: str) -> Callable[[],
         for problem in problems:
             way(problem)
 
-    once()
     if not device.startswith("cuda"):
-        return once
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
         once()
-    return graph.replay
+        return once
+    with on_device(device):
+        return cuda_graph(once)
 
 
 def measure(
@@ -204,11 +204,13 @@ def measure(
     problems = [Problem.of(case, device, dtype) for _ in range(copies)]
     check(problems[0], ways)
     passes = {name: repeated(way, problems, device) for name, way in ways.items()}
-    clock, times = clock_for(device), dict[str, list[float]]((name, []) for name in ways)
+    clock, times = cold_clock_for(device), dict[str, list[float]]((name, []) for name in ways)
+    names = list(ways)
     with no_collection():
-        for _ in range(rounds):
-            for name, run in passes.items():
-                times[name].append(clock(run) / copies * 1e3)
+        for turn in range(rounds):
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
+                times[name].append(clock(passes[name]) / copies * 1e3)
     return {
         **{"phase": case.phase, "batch": case.batch, "context": case.context},
         **{"pattern": case.pattern, "sizes": list(case.sizes), "copies": copies},

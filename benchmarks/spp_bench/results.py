@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from spp_bench import provenance
 from spp_bench.bounds import Bound, Rates, Work, bound
 from spp_bench.candidates import Candidate
 from spp_bench.cases import Cell
@@ -22,10 +22,26 @@ from spp_bench.schema import check
 from spp_bench.timing import quantiles
 from spp_export.errors import OutputError
 from spp_export.jsonio import dump_json, read_json
+from spp_export.working_place import publish_file
 
 SCHEMA_VERSION = 1
 # What must be the same for a cell of an earlier run to stand beside one of this run.
 IDENTITY = ("schema_version", "machine", "versions", "git", "model", "options", "candidates")
+
+
+def header(
+    model: Mapping[str, Any], options: Mapping[str, Any], candidates: Sequence[Candidate]
+) -> dict[str, Any]:
+    """What a document begins with: where its figures come from, by the names in `IDENTITY`."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "machine": provenance.machine(options["device"]),
+        "versions": provenance.versions(),
+        "git": provenance.revision(),
+        "model": dict(model),
+        "options": dict(options),
+        "candidates": [candidate.as_json() for candidate in candidates],
+    }
 
 
 def cell_record(
@@ -163,12 +179,8 @@ def earlier(path: Path, header: Mapping[str, Any], force: bool) -> dict[str, Any
 
 def write_document(document: Mapping[str, Any], path: Path) -> None:
     """Write the results in one step, so that an interrupted run leaves a whole file."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(dump_json(document), encoding="utf-8")
-        os.replace(partial, path)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror}).") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    publish_file(path, dump_json(document), force=True)

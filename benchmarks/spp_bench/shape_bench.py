@@ -21,10 +21,10 @@ from spp_bench.cases import Cell, tokens
 from spp_bench.claims import claim_rows
 from spp_bench.device_rates import measure_rates
 from spp_bench.gate import check_agreement, distance, rounding_room
-from spp_bench.measure import PHASES, WARM_UP_ROUNDS, Phase
+from spp_bench.measure import PHASES, Phase, in_turn
 from spp_bench.memory import measure_memory
 from spp_bench.plots import check_plots, write_plots
-from spp_bench.results import SCHEMA_VERSION, cell_record, earlier, problems, write_document
+from spp_bench.results import cell_record, earlier, header, problems, write_document
 from spp_bench.shape_measure import Part, Watch, measure_parts
 from spp_bench.shape_plans import ShapePlan, Variant, shape_plan
 from spp_bench.shapes import Published, published
@@ -68,6 +68,7 @@ class Models:
         self.dense = random_dense(of, device, getattr(torch, dtype), seed)
         self.room: Room = Room(device, self.dense.dtype)
         self._kept: dict[str, StaticRunner] = {}
+        self._peaks: dict[tuple[str, Cell], int] = {}
 
     def slim(self, plan: ShapePlan) -> Any:
         """The slim model of a plan, which shares what is not cut."""
@@ -84,7 +85,8 @@ class Models:
 
     def runner(self, candidate: Candidate, model: Any, room: Room | None = None) -> StaticRunner:
         """A runner of the dense model or of a slim one, whose cache is in `room` or in ours."""
-        from spp_bench.static_runner import StaticRunner, cuda_graph
+        from spp_bench.graphs import cuda_graph
+        from spp_bench.static_runner import StaticRunner
 
         capture = cuda_graph if candidate.engine == "graph" else None
         return StaticRunner(candidate.name, model, candidate.sizes, room or self.room, capture)
@@ -94,6 +96,13 @@ class Models:
         if candidate.name not in self._kept:
             self._kept[candidate.name] = self.runner(candidate, self.dense)
         return self._kept[candidate.name]
+
+    def note_peaks(self, cell: Cell, peaks: dict[str, int]) -> None:
+        """Set the dense rows' peaks to those of the cell's first run: a graph that is captured
+        needs its memory no second time."""
+        for name in self._kept:
+            if name in peaks:
+                peaks[name] = self._peaks.setdefault((name, cell), peaks[name])
 
 
 class ShapeRun:
@@ -118,39 +127,21 @@ class ShapeRun:
         self.candidates = [
             self._candidate(plan, engine) for plan in (None, *plans) for engine in self.engines
         ]
-        self.header: dict[str, Any] = {
-            "schema_version": SCHEMA_VERSION,
-            "machine": provenance.machine(request.device),
-            "versions": provenance.versions(),
-            "git": provenance.revision(),
-            "model": {
-                "name": of.name,
-                "fingerprint": of.fingerprint,
-                "parameters": of.shape.parameters(of.shape.layers),
-            },
-            "options": {
-                "device": request.device,
-                "dtype": self.dtype,
-                "threads": self.threads,
-                "rounds": request.rounds,
-                "new_tokens": request.new_tokens,
-                "seed": request.seed,
-            },
-            "candidates": [candidate.as_json() for candidate in self.candidates],
+        model = {
+            "name": of.name,
+            "fingerprint": of.fingerprint,
+            "parameters": of.shape.parameters(of.shape.layers),
         }
+        self.header = header(model, request.options(self.dtype, self.threads), self.candidates)
 
     def open(self, force: bool, rates: Callable[[], Rates]) -> dict[str, Any]:
         """The document of an earlier run like this one, or a new one."""
         before = self.results and earlier(self.results, self.header, force)
         if before:
             return before
-        found = rates()
         return {
             **self.header,
-            "rates": {
-                "bytes_per_second": round(found.bytes_per_second),
-                "operations_per_second": round(found.operations_per_second),
-            },
+            "rates": rates().as_json(),
             **{key: [] for key in ("gate", "agreement", "memory", "cells", "claims", "problems")},
         }
 
@@ -265,14 +256,6 @@ def _hash(plan: ShapePlan) -> str:
     return hashlib.sha256(plan.plan.to_json().encode()).hexdigest()
 
 
-def check_device(device: str) -> None:
-    """UsageError where a card is asked for and there is none."""
-    import torch
-
-    if device != "cpu" and not torch.cuda.is_available():
-        raise UsageError(f"--device {device}: PyTorch finds no CUDA card here. Use --device cpu.")
-
-
 def bench_shape(
     name: str,
     asked: Sequence[Variant],
@@ -290,15 +273,13 @@ def bench_shape(
     """
     request = request or BenchRequest()
     cells, of = request.check(), published(name)
-    check_device(request.device)
     if plots:
         check_plots()
     if not asked:
         raise UsageError(f"--shape {name}: nothing to measure. Give --keep.")
-    run = ShapeRun(
-        of, [shape_plan(of, variant, request.seed) for variant in asked], request, results=results
-    )
-    with torch_threads(run.threads):
+    plans = [shape_plan(of, variant, request.seed) for variant in asked]
+    with torch_threads(request.threads or provenance.physical_cores()):
+        run = ShapeRun(of, plans, request, results=results)
         document = _measured(run, cells, force, progress)
     if plots:
         write_plots(document, plots)
@@ -334,20 +315,10 @@ def _cells(
 ) -> None:
     models.reserve(cells, run.request.new_tokens)
     runners = run.runners(models, slims)
-    # A cell's share of the bar is about what it takes.
-    costs = [cell.batch * (cell.context + 4 * run.request.new_tokens) for cell in cells]
-    turns = (run.request.rounds + WARM_UP_ROUNDS) * len(runners)
-    done = 0.0
-    with progress("timing", float(sum(costs))) as advance_to:
-        for cell, cost in zip(cells, costs, strict=True):
-
-            def advance(share: float = cost / turns) -> None:
-                nonlocal done
-                done += share
-                advance_to(done)
-
-            run.measure(document, runners, cell, Timed(), advance=advance)
-            run.keep(document)
+    new_tokens, rounds = run.request.new_tokens, run.request.rounds
+    for cell, advance in in_turn(cells, new_tokens, rounds, len(runners), progress):
+        run.measure(document, runners, cell, Timed(), advance=advance)
+        run.keep(document)
 
 
 def _memory(

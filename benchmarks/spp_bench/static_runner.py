@@ -11,7 +11,6 @@ cost.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from spp_bench.bounds import Sizes
 from spp_bench.candidates import Candidate
 from spp_bench.cases import Ids
 from spp_bench.clocks import clock_for
+from spp_bench.graphs import cuda_graph, on_device
 from spp_bench.random_models import random_model
 from spp_bench.runners import Logits
 from spp_bench.shapes import published
@@ -107,24 +107,6 @@ class FixedLayer(CacheLayerMixin):
         return self.get_max_length()
 
 
-def cuda_graph(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Capture some work as a CUDA graph, after a run that loads what it needs."""
-    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        work()
-    current.wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = work()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return result
-
-    return replay
-
-
 class StaticRunner:
     """A model whose cache is taken from a room; `capture` None launches every kernel from Python.
 
@@ -188,7 +170,7 @@ class StaticRunner:
 
     def decode(self, ids: Ids) -> Any:
         """One step for each column of [B,N], tokens that are given and not chosen."""
-        with torch.inference_mode(), _current(self.model.device), sdpa_kernel(_DECODING):
+        with torch.inference_mode(), on_device(self.model.device), sdpa_kernel(_DECODING):
             if self._capture is None:
                 self._logits = self._steps(self._on_device(ids))
                 return
@@ -272,8 +254,3 @@ class StaticRunner:
         )
         logits: Tensor = output.logits
         return logits
-
-
-def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """The device as the one that streams and graphs are made on."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

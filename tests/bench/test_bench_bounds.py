@@ -48,6 +48,13 @@ def test_a_window_limits_what_is_read():
     assert sizes(windows=(200, 200)).decode(Cell(1, 100), 1) == whole
 
 
+def test_a_prompt_longer_than_a_window_sees_it_fill_and_then_as_much():
+    whole, windowed = (sizes(windows=w).prefill(Cell(1, 10)) for w in [(None, None), (4, None)])
+    unseen = sum(max(0, position - 4) for position in range(1, 11))
+    assert whole.operations - windowed.operations == pytest.approx(4 * unseen * 2 * 2 * 2)
+    assert sizes(windows=(10, 99)).prefill(Cell(1, 10)) == whole
+
+
 def test_the_larger_term_sets_the_bound():
     dense, slim = Work(100.0, 100.0), Work(80.0, 50.0)
     slow_memory = bound(dense, slim, Rates(1.0, 100.0))

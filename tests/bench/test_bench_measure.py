@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from contextlib import contextmanager
 from itertools import pairwise
 
 import numpy as np
@@ -11,7 +12,7 @@ from benching import FakeRunner
 
 from spp_bench.cases import Cell, grid, tokens
 from spp_bench.clocks import no_collection
-from spp_bench.measure import WARM_UP_ROUNDS, measure_cell, speedup
+from spp_bench.measure import WARM_UP_ROUNDS, in_turn, measure_cell, speedup
 from spp_export.errors import UsageError
 
 FED = tokens(Cell(2, 5), 3, 100)
@@ -29,6 +30,23 @@ def test_all_run_in_every_round_and_each_is_first_in_turn():
     assert all(one != other for one, other in pairwise(firsts))
     assert found["a"].prefill == [1.0] * 3
     assert found["b"].decode == [2.0 / 3] * 3  # per step
+
+
+def test_progress_ends_where_the_costs_of_all_cells_are_done():
+    seen, totals = [], []
+
+    @contextmanager
+    def progress(_, total):
+        totals.append(total)
+        yield seen.append
+
+    runners = [FakeRunner(name, []) for name in "ab"]
+    for cell, advance in in_turn([Cell(1, 8), Cell(2, 8)], 3, 2, len(runners), progress):
+        measure_cell(runners, tokens(cell, 3, 100), 2, advance, settle=0)
+    assert totals == [20 + 40]
+    assert len(seen) == 2 * 2 * (2 + WARM_UP_ROUNDS)
+    assert seen == sorted(seen)
+    assert (seen[5], seen[-1]) == (20, 60)
 
 
 def test_all_are_fed_the_same_and_room_is_made_for_it():

@@ -131,6 +131,19 @@ def test_results_of_other_options_are_not_mixed(measured, pair, tmp_path):
     assert document["options"]["new_tokens"] == 2
 
 
+def test_results_of_other_files_are_kept_unless_forced(measured, pair, tmp_path, monkeypatch):
+    path = tmp_path / "bench.json"
+    path.write_bytes(measured[1].read_bytes())
+    monkeypatch.setattr(bench_module, "same_files", lambda *_: False)
+    with pytest.raises(OutputError, match="other files"):
+        bench([pair[1]], model=str(pair[0]), request=QUICK, results=path)
+    assert path.read_bytes() == measured[1].read_bytes()
+    seen = []
+    monkeypatch.setattr(bench_module, "check_outs", lambda *_: seen.append(True) or [])
+    bench([pair[1]], model=str(pair[0]), request=QUICK, results=path, force=True)
+    assert seen == [True]
+
+
 def test_a_model_that_fails_its_checks_gives_no_figures(pair, tmp_path):
     dense, slim = make_pair(tmp_path, seed=3)
     weights = slim / "model.safetensors"
@@ -196,11 +209,13 @@ def test_curves_are_drawn(measured, tmp_path):
     [
         ({"rounds": 0}, "--rounds 0"),
         ({"device": "tpu"}, "--device tpu"),
+        ({"device": "cuda:1"}, "--device cuda:1: PyTorch finds no CUDA card"),
         ({"dtype": "int3"}, "--dtype int3"),
         ({"contexts": ()}, "--context"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(pair, changes, message):
+def test_options_that_make_no_sense_are_refused(pair, changes, message, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UsageError, match=message):
         bench([pair[1]], model=str(pair[0]), request=replace(QUICK, **changes))
 

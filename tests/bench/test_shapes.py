@@ -221,9 +221,9 @@ def test_the_graphs_of_a_card_have_rows_of_their_own(monkeypatch):
     """With stand-ins for the card: what is timed of it, and what its rows are compared with."""
     import torch
 
-    from spp_bench import random_models, static_runner
+    from spp_bench import graphs, random_models
 
-    monkeypatch.setattr(static_runner, "cuda_graph", lambda work: work)
+    monkeypatch.setattr(graphs, "cuda_graph", lambda work: work)
     monkeypatch.setattr(shape_bench.provenance, "machine", lambda device: {"cpu": "x", "gpu": "y"})
     of = published("tiny")
     plan = shape_plan(of, Variant(0.5))
@@ -278,7 +278,7 @@ def test_graphs_that_compute_something_else_are_caught(monkeypatch):
     rows = [run._candidate(None, engine) for engine in run.engines]
     models = shape_bench.Models(of, "cpu", "float32", 0)
     other = shape_bench.Models(of, "cpu", "float32", 1)
-    monkeypatch.setattr("spp_bench.static_runner.cuda_graph", lambda work: work)
+    monkeypatch.setattr("spp_bench.graphs.cuda_graph", lambda work: work)
     runners = [models.runner(rows[0], models.dense), models.runner(rows[1], other.dense)]
     with pytest.raises(ParityError, match="not the same model"):
         check_agreement(runners, {row.name: row for row in rows}, 263, 2)
@@ -336,6 +336,51 @@ def test_what_there_is_no_time_for_is_listed(tmp_path, monkeypatch, capsys):
     assert [one["why"] for one in left_out] == ["time"] * 3
     assert left_out[1]["what"] == "tiny uniform-heads-0.7"
     assert "0 rows, 3 left out" in capsys.readouterr().out
+
+
+def test_what_fails_on_a_card_is_a_problem_and_stops_nothing_else(tmp_path, monkeypatch, capsys):
+    def fails(*_):
+        raise RuntimeError("capture failed\nwith a long reason")
+
+    monkeypatch.setattr(gpu.ShapeRun, "check", fails)
+    monkeypatch.setattr("spp_bench.ragged.measure", fails)
+    grid = ["--keep", "0.7", "--units", "heads", "--device", "cpu", "--shape", "tiny"]
+    assert gpu.main(["--json", str(tmp_path), *grid]) == 1
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    places = ["tiny per-layer-heads-0.7", "tiny uniform-heads-0.7", "ragged attention"]
+    for place, problem in zip(places, summary["problems"], strict=True):
+        assert problem.startswith(place)
+        assert problem.endswith(": capture failed")
+    assert [one["why"] for one in summary["left_out"]] == ["capture failed"] * 3
+    assert "error: tiny per-layer-heads-0.7: capture failed" in capsys.readouterr().out
+
+
+def test_a_dense_model_for_which_there_is_no_memory_is_left_out(tmp_path, monkeypatch):
+    import torch
+
+    def full(*_):
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr("spp_bench.ragged.too_fast", lambda _: ())
+    monkeypatch.setattr(gpu, "Models", full)
+    grid = ["--keep", "0.7", "--units", "heads", "--device", "cpu", "--shape", "tiny"]
+    assert gpu.main(["--json", str(tmp_path), "--layout", "uniform", *grid]) == 0
+    (left,) = json.loads((tmp_path / "summary.json").read_text())["left_out"]
+    assert left == {"what": "tiny uniform-heads-0.7", "why": "memory"}
+
+
+def test_a_graph_that_was_captured_before_keeps_its_peak():
+    of = published("tiny")
+    run = shape_bench.ShapeRun(of, [shape_plan(of, Variant(0.7))], QUICK)
+    models = shape_bench.Models(of, "cpu", "float32", 0)
+    dense, slim = run.candidates
+    models.dense_runner(dense)
+    found = []
+    for bytes_held in (50, 3):
+        peaks = {dense.name: bytes_held, slim.name: bytes_held}
+        models.note_peaks(Cell(1, 8), peaks)
+        found.append(peaks)
+    assert found == [{dense.name: 50, slim.name: 50}, {dense.name: 50, slim.name: 3}]
 
 
 def test_the_matrix_needs_little_of_python_and_goes_on_where_it_was(tmp_path):

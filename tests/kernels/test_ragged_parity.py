@@ -195,6 +195,24 @@ def test_triton_refuses_float64():
         ragged_attention(tensor, tensor, tensor, [0], implementation="triton")
 
 
+def test_gradients_flow_after_a_call_in_inference_mode():
+    query = torch.randn(1, 5, 3, 16, device=DEVICE, requires_grad=True)
+    key = torch.randn(1, 2, 3, 16, device=DEVICE)
+    groups = [1, 0, 1, 1, 1]  # of no other test: tables are kept
+    with torch.inference_mode():
+        ragged_attention(query, key, key, groups)
+    ragged_attention(query, key, key, groups).sum().backward()
+    assert query.grad.abs().sum() > 0
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_triton_has_no_gradients_and_says_so():
+    tensor = torch.zeros(1, 1, 1, 16, device=DEVICE, requires_grad=True)
+    with pytest.raises(ValueError, match="no gradients"):
+        ragged_attention(tensor, tensor, tensor, [0], implementation="triton")
+    assert choice.fastest(tensor, tensor) == "sdpa"
+
+
 def test_torch_compiles_the_switch_whole():
     arguments, options = problem("decode-left-padding", torch.float32)
     compiled = torch.compile(ragged_attention, backend="aot_eager", fullgraph=True)

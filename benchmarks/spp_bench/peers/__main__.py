@@ -12,12 +12,12 @@ from typing import Any
 
 from rich.console import Console
 
+from spp_bench.big_checkpoints import build
 from spp_bench.machine import machine
 from spp_bench.peers.candidates import CANDIDATES, TORCH_PRUNING
 from spp_bench.peers.measure import EQUAL_WITHIN, Options, measure
 from spp_bench.peers.plans import PLANS
 from spp_bench.peers.report import report
-from spp_bench.slice_memory import build
 from spp_export.jsonio import dump_json
 from spp_export.models import locate_model
 

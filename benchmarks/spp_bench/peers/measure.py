@@ -13,9 +13,9 @@ from typing import Any
 
 import psutil
 
+from spp_bench.big_checkpoints import copy, prepare
 from spp_bench.peers.candidates import Candidate
 from spp_bench.peers.plans import plans_for
-from spp_bench.slice_memory import copy, prepare
 from spp_bench.steps import run_step
 from spp_export.checkpoint.source import Source, open_source
 from spp_export.plans import Plan

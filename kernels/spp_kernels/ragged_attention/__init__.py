@@ -49,8 +49,8 @@ def ragged_attention(
     defaults to 1/sqrt(D).
 
     `implementation`: `naive` is the definition, in float32 or float64, and slow; `sdpa` is torch's
-    attention; `triton` needs CUDA tensors of float32, float16 or bfloat16, and reads keys and
-    values once for all heads of a group; `auto` is the fastest of these that was measured.
+    attention; `triton` needs CUDA tensors of float32, float16 or bfloat16, reads keys and values
+    once for all heads of a group, and has no gradients; `auto` is the fastest that was measured.
 
     Raises ValueError for what does not fit together, ModuleNotFoundError for `triton` without it.
     """

@@ -25,8 +25,10 @@ TRITON_WINS: tuple[Region, ...] = ()
 
 
 def fastest(query: Tensor, key: Tensor) -> Literal["sdpa", "triton"]:
-    """`triton` where it was measured to be the faster for tensors of these shapes, else `sdpa`."""
-    if not query.is_cuda or query.dtype == torch.float64:
+    """`triton`, which has no gradients, where it was measured to be the faster for tensors of these
+    shapes, else `sdpa`."""
+    trained = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    if not query.is_cuda or query.dtype == torch.float64 or trained:
         return "sdpa"
     capability = torch.cuda.get_device_capability(query.device)
     won = measured_faster(capability, query.shape[0], query.shape[2], key.shape[2])

@@ -43,7 +43,9 @@ def _groups(group_of_query: tuple[int, ...], groups: int, device: torch.device) 
         group = group_of_query[head]
         slots[head] = group * widest + place - first[group]
     tables = (group_of_query, slots, heads, first)
-    return Groups(widest, *(torch.tensor(table, device=device) for table in tables))
+    # A table made in inference mode could not be saved for a gradient later on.
+    with torch.inference_mode(False):
+        return Groups(widest, *(torch.tensor(table, device=device) for table in tables))
 
 
 def check(

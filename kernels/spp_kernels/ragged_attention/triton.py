@@ -49,17 +49,13 @@ def attention(
     window: int | None,
 ) -> Tensor:
     """As `ragged_attention`: products in the inputs' type, sums and softmax in float32."""
-    _check(query)
+    _check(query, key, value)
     batch, heads, queries, width = query.shape
     keys, groups = key.shape[2], Groups.of(group_of_query, key.shape[1], query.device)
     rows = groups.widest * queries
-    block_d = max(16, triton.next_power_of_2(width))
-    fitting = _BLOCK_BYTES // (block_d * query.element_size())
-    block_n = min(64, max(16, fitting))
-    block_m = max(16, min(128, fitting, triton.next_power_of_2(rows)))
+    block_m, block_n, block_d = _blocks(rows, width, query.element_size())
     splits = 1
-    if rows <= _MOST_SPLIT_ROWS:
-        block_m = max(16, triton.next_power_of_2(rows))
+    if rows <= min(block_m, _MOST_SPLIT_ROWS):
         splits = _splits(batch * key.shape[1], triton.cdiv(keys, block_n), query.device)
     found = torch.empty_like(query)
     problem = (
@@ -74,7 +70,7 @@ def attention(
         "BLOCK_D": block_d,
         "WIDEN": _interpreted() and query.dtype == torch.bfloat16,
         "num_warps": 8 if block_m > 64 else 4,
-        "num_stages": 2 if splits == 1 else 3,
+        "num_stages": _stages(splits),
     }
     # Fused multiply-adds, which a later triton wants to be asked for.
     fused = {"enable_fp_fusion": True}
@@ -98,7 +94,19 @@ def attention(
     return found
 
 
-def _check(query: Tensor) -> None:
+def _blocks(rows: int, width: int, element_bytes: int) -> tuple[int, int, int]:
+    """Rows, positions and elements of a head in a block; at least 16, as a product needs."""
+    block_d = max(16, triton.next_power_of_2(width))
+    fitting = max(16, _BLOCK_BYTES // (block_d * element_bytes))
+    return max(16, min(128, fitting, triton.next_power_of_2(rows))), min(64, fitting), block_d
+
+
+def _stages(splits: int) -> int:
+    """Blocks of keys and values that are under way at once."""
+    return 2 if splits == 1 else 3
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(
             f"implementation 'triton' takes float32, float16 or bfloat16, got {query.dtype}."
@@ -106,6 +114,9 @@ def _check(query: Tensor) -> None:
     if query.is_cuda == _interpreted():
         wanted = "CPU tensors under TRITON_INTERPRET=1" if _interpreted() else "CUDA tensors"
         raise ValueError(f"implementation 'triton' takes {wanted}, got {query.device}.")
+    wanted_back = any(tensor.requires_grad for tensor in (query, key, value))
+    if wanted_back and torch.is_grad_enabled():
+        raise ValueError("implementation 'triton' has no gradients. Use 'sdpa' to train.")
 
 
 def _interpreted() -> bool:
