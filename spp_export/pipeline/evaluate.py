@@ -37,6 +37,7 @@ from spp_export.plans import COMPENSATIONS, Compensation
 from spp_export.progress import Progress, no_progress
 from spp_export.session import Session, open_artifacts, open_session
 from spp_export.versions import library_versions
+from spp_export.working_place import publish_file
 
 if TYPE_CHECKING:
     from spp_export.pipeline.evaluate_rows import RowOpener
@@ -205,7 +206,7 @@ def evaluate(
         if _missing((*rows, *given), file, context):
             _measure((*rows, *given), opener, file, inputs, request, context)
     result = EvalResult(directory, read_results(directory / RESULTS))
-    _write_text(directory / TABLE, markdown(result.results))
+    publish_file(directory / TABLE, markdown(result.results), force=True)
     if request.curves:
         write_curves(result.results, directory / CURVES)
     return result
@@ -347,15 +348,3 @@ def _prepare(directory: Path, force: bool) -> None:
                 (directory / name).unlink(missing_ok=True)
     except OSError as problem:
         raise OutputError(f"{directory}: cannot be written ({problem.strerror}).") from None
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as problem:
-        raise OutputError(f"{path}: cannot be written ({problem.strerror}).") from None
-    finally:
-        partial.unlink(missing_ok=True)
