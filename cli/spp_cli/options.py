@@ -10,8 +10,8 @@ import typer
 from spp_cli.units import parse_count
 
 MAKE, BUDGET, CHECKS = "What to make", "Budget", "Checks"
-ONNX = "ONNX graph"
-RUNNING, DANGEROUS = "Running", "Dangerous"
+CONVERTED = "ONNX graph, GGUF file"
+PUBLISHING, RUNNING, DANGEROUS = "Publishing", "Running", "Dangerous"
 
 
 def _count(text: str) -> int:
@@ -198,6 +198,16 @@ Profile = Annotated[
         help="Table of latency for --cost latency, written by 'spp bench --profile'.",
     ),
 ]
+TensorParallel = Annotated[
+    int,
+    typer.Option(
+        "--tp",
+        min=1,
+        metavar="N",
+        rich_help_panel=BUDGET,
+        help="Cards that a server will spread every layer over: heads and channels divide by it.",
+    ),
+]
 Strength = Annotated[
     float | None,
     typer.Option(
@@ -209,20 +219,32 @@ Strength = Annotated[
 OnnxAttention = Annotated[
     Literal["gqa", "gqa-bias", "standard"] | None,
     typer.Option(
-        rich_help_panel=ONNX,
+        rich_help_panel=CONVERTED,
         help="gqa (the default) is fastest and pads on the right; gqa-bias pads on either side; "
         "standard is for other runtimes, and for fp32 on CUDA.",
     ),
 ]
 Precision = Annotated[
     Literal["fp32", "fp16", "bf16"] | None,
-    typer.Option(rich_help_panel=ONNX, help="Of the graph: fp32 on the CPU, fp16 on CUDA."),
+    typer.Option(
+        rich_help_panel=CONVERTED,
+        help="Of an ONNX graph: fp32 on the CPU, fp16 on CUDA. Of a GGUF file: the stored one.",
+    ),
 ]
 Quant = Annotated[
-    Literal["int8", "int4", "int8-dynamic"] | None,
+    Literal["int8", "int4", "int8-dynamic", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] | None,
     typer.Option(
-        rich_help_panel=ONNX,
-        help="int8 and int4 round weights in small blocks; int8-dynamic rounds activations too.",
+        rich_help_panel=CONVERTED,
+        help="Round weights in small blocks: int8 and int4 for ONNX, and int8-dynamic, which "
+        "rounds activations too; q8_0 to q4_0 for GGUF.",
+    ),
+]
+Private = Annotated[
+    bool,
+    typer.Option(
+        "--private",
+        rich_help_panel=PUBLISHING,
+        help="Make a private repository, where there is none yet.",
     ),
 ]
 Device = Annotated[
@@ -234,6 +256,15 @@ Dtype = Annotated[
     typer.Option(
         rich_help_panel=RUNNING,
         help="Precision to compute in: float32 on the CPU, else the stored one.",
+    ),
+]
+Layerwise = Annotated[
+    bool | None,
+    typer.Option(
+        "--layerwise/--no-layerwise",
+        rich_help_panel=RUNNING,
+        help="Run models layer by layer, their weights staying on disk; by default where they do "
+        "not fit in memory.",
     ),
 ]
 Seed = Annotated[

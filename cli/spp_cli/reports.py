@@ -11,9 +11,10 @@ from rich.text import Text
 
 from spp_cli import sections
 from spp_cli.look import BAD, FAINT, GOOD, STRONG, Look
-from spp_cli.units import one_line
+from spp_cli.units import byte_size, one_line
 
 if TYPE_CHECKING:
+    from spp_export.pipeline.report import ReportResult
     from spp_export.pipeline.show import Shown
 
 
@@ -53,6 +54,17 @@ def shown_report(shown: Shown, look: Look) -> RenderableType:
         lines += [Text(one_line(problem), style=BAD) for problem in shown.problems]
     if shown.problems == ():
         lines.append(Text("every file is as the manifest lists it", style=GOOD))
+    return Group(*lines)
+
+
+def written_page(result: ReportResult, look: Look) -> RenderableType:
+    """Where the page is, and which of its sections have nothing to show yet."""
+    size = byte_size(result.bytes)
+    lines = [Text(f"{look.arrow} {one_line(result.path)}, {size}", style=STRONG)]
+    lines.append(Text(f"sections: {', '.join(result.sections)}"))
+    if result.missing:
+        missing = ", ".join(result.missing)
+        lines.append(Text(f"nothing yet: {missing}; the page says what adds it", style=FAINT))
     return Group(*lines)
 
 

@@ -40,8 +40,14 @@ def title(plan: Plan, target: str, look: Look) -> Text:
 
 def mixture(diagnosis: Mapping[str, Any], look: Look) -> list[Text]:
     """Domains by share, as bars; then breadth and regime."""
-    shares = diagnosis.get("mixture")
-    if not isinstance(shares, Mapping):
+    match diagnosis:
+        case {"mixture": dict(shares), "breadth": breadth, "regime": regime}:
+            pass
+        case _:
+            return []
+    # Of a plan that was written by hand, nothing is known but that this is JSON.
+    numbers = (*shares.values(), breadth)
+    if not all(type(number) in (int, float) and 0 <= number <= 1 for number in numbers):
         return []
     ordered = sorted(shares.items(), key=lambda item: -float(item[1]))
     rows = [(one_line(name)[:_NAME], float(share)) for name, share in ordered[:_MOST_DOMAINS]]
@@ -54,8 +60,8 @@ def mixture(diagnosis: Mapping[str, Any], look: Look) -> list[Text]:
         line.append(look.bar * filled, style=KEPT).append(" " * (_BAR - filled + 1))
         lines.append(line.append(f"{share:6.1%}"))
     lines.append(Text())
-    lines.append(Text(f"breadth {float(diagnosis['breadth']):.2f}", style=FAINT))
-    lines.append(Text(one_line(diagnosis["regime"]), style=FAINT))
+    lines.append(Text(f"breadth {breadth:.2f}", style=FAINT))
+    lines.append(Text(one_line(regime), style=FAINT))
     return lines
 
 

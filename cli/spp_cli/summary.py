@@ -14,11 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from spp_cli import sections
-from spp_cli.look import FAINT, UNICODE, WIDTH, Look
+from spp_cli.look import FAINT, STRONG, UNICODE, WIDTH, Look
 from spp_cli.units import byte_size, ranges, seconds
 
 if TYPE_CHECKING:
-    from spp_export import ConvertResult, ExportResult, OnnxOptions, PlanResult
+    from spp_export import ConvertResult, ExportResult, OnnxOptions, PlanResult, RecoverResult
     from spp_export.bound import Predicted
     from spp_export.engines import Engine
     from spp_export.plans import Plan
@@ -32,10 +32,14 @@ def export_summary(result: ExportResult, look: Look, peak_bytes: int) -> Rendera
     if result.path is None:
         target = "dry run, nothing written"
         end: list[RenderableType] = [Text(), tensor_changes(result.tensors, look)]
+        if result.needs:
+            end += [Text(), _needs(result.needs.to_dict())]
     else:
         target, end = str(result.path), _verdict(result.report)
         if result.onnx:
             end = [*_graph(result.onnx, result.graph_bytes, result.report), *end]
+        if result.gguf:
+            end = [*_file(result.gguf.summary(), result.graph_bytes, result.report), *end]
     before = _compiled(
         result.plan, result.shape, result.predicted, result.engines, target, look, end
     )
@@ -45,13 +49,19 @@ def export_summary(result: ExportResult, look: Look, peak_bytes: int) -> Rendera
 
 
 def convert_summary(result: ConvertResult, look: Look) -> RenderableType:
-    """Of a checkpoint that was written as ONNX."""
+    """Of a checkpoint that was written as ONNX or GGUF."""
+    from spp_export import OnnxOptions
+
     checked: list[RenderableType] = [Text("not checked: --no-verify", style=FAINT)]
     if result.report is not None:
         checked = [sections.checks(result.report["checks"])]
     return Group(
         Text(f"{result.path}   {result.layout} layout", style="bold"),
-        *_graph(result.options, result.nbytes, result.report),
+        *(
+            _graph(result.options, result.nbytes, result.report)
+            if isinstance(result.options, OnnxOptions)
+            else _file(result.form, result.nbytes, result.report)
+        ),
         Text(),
         *checked,
         Text(),
@@ -79,6 +89,16 @@ def tensor_changes(tensors: Sequence[Mapping[str, Any]], look: Look) -> Table:
         numbers = ranges(layers).replace(" ", "")
         braced = f"{{{numbers}}}" if len(layers) > 1 else numbers
         table.add_row(f"{head}{braced}{tail}", f"{old} {look.arrow} {new}")
+    return table
+
+
+def _needs(needs: Mapping[str, Any]) -> Table:
+    """What the run would take of disk and memory, beside what is free."""
+    table = Table.grid(padding=(0, 3, 0, 0))
+    for name, found in needs.items():
+        parts = [f"{part} {byte_size(count)}" for part, count in found["bytes"].items() if count]
+        total, free = sum(found["bytes"].values()), found["free"]
+        table.add_row(name, f"{byte_size(total)} of {byte_size(free)} free", ", ".join(parts))
     return table
 
 
@@ -121,10 +141,45 @@ def _graph(
     return found
 
 
+def _file(
+    form: Mapping[str, Any], nbytes: int, report: Mapping[str, Any] | None
+) -> list[RenderableType]:
+    """A GGUF file's form and size, what was not quantised, and what quantisation cost."""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in form["tensors"].items())
+    line = f"GGUF file: architecture {form['architecture']}, {byte_size(nbytes)}; tensors: {kinds}"
+    found: list[RenderableType] = [Text(), Text(line)]
+    if left := form["not_quantised"]:
+        found.append(Text(f"not quantised, for rows are no multiple of 32: {len(left)} tensors"))
+    cost = (report or {}).get("quantisation")
+    if cost:
+        text = f"against the unquantised model: KL {cost['mean_kl']:.3g}, same token "
+        found.append(Text(f"{text}{cost['top1']:.1%}"))
+    return found
+
+
 def _verdict(report: Mapping[str, Any] | None) -> list[RenderableType]:
     if report is None:
         return [Text(), Text("not checked: --no-verify", style=FAINT)]
     return [Text(), sections.checks(report["checks"]), sections.quality(report)]
+
+
+def recover_summary(result: RecoverResult, look: Look) -> RenderableType:
+    """What training did, and the checks of what was written."""
+    tenth = max(1, len(result.losses) // 10)
+    first, last = result.losses[:tenth], result.losses[-tenth:]
+    line = Text(f"{len(result.losses)} steps", style=STRONG)
+    line.append(f"   loss {sum(first) / tenth:.3f} {look.arrow} {sum(last) / tenth:.3f} nats")
+    if result.resumed:
+        line.append(f", from step {result.resumed} on", style=FAINT)
+    found: list[RenderableType] = [line]
+    if result.before and result.after:
+        found.append(
+            Text(
+                f"perplexity {result.before.slim_perplexity:.2f} {look.arrow} "
+                f"{result.after.slim_perplexity:.2f}, dense {result.after.dense_perplexity:.2f}"
+            )
+        )
+    return Group(*found, *_verdict(result.report))
 
 
 def _sides(shape: Sequence[int]) -> str:
@@ -134,7 +189,13 @@ def _sides(shape: Sequence[int]) -> str:
 def save_picture(human: Callable[[Look], RenderableType], path: Path) -> None:
     """The summary as an SVG that loads nothing from elsewhere."""
     console = Console(
-        file=io.StringIO(), record=True, width=WIDTH, force_terminal=True, highlight=False
+        file=io.StringIO(),
+        record=True,
+        width=WIDTH,
+        force_terminal=True,
+        highlight=False,
+        markup=False,
+        emoji=False,
     )
     console.print(human(UNICODE))
     form = inspect.signature(console.export_svg).parameters["code_format"].default

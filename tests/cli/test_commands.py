@@ -17,6 +17,7 @@ from spp_export.pipeline.show import Shown
 from spp_export.progress import no_progress
 
 RUNNING = {"model": "demo", "device": "cpu", "dtype": None, "progress": no_progress}
+LAYERED = RUNNING | {"layerwise": None}
 
 
 class Report:
@@ -77,12 +78,11 @@ def test_plan_passes_every_flag(library):
         *("plan", "--scenario", "s.txt", "--model", "org/m", "--artifacts", "art"),
         *("--layout", "uniform", "--criterion", "axis", "--policy", "exact", "--compensate"),
         *("bias", "--regime", "cross-domain", "--keep", "0.5", "--device", "cuda:1"),
-        *("--dtype", "bfloat16"),
+        *("--dtype", "bfloat16", "--layerwise", "--tp", "2"),
     )
     assert result.exit_code == 0
-    request = PlanRequest(
-        keep=0.5, layout="uniform", criterion="axis", compensate="bias", regime="cross-domain"
-    )
+    asked = {"criterion": "axis", "compensate": "bias", "regime": "cross-domain", "tp": 2}
+    request = PlanRequest(keep=0.5, layout="uniform", **asked)
     assert library["plan"] == (
         ("s.txt",),
         {
@@ -91,6 +91,7 @@ def test_plan_passes_every_flag(library):
             "request": request,
             "device": "cuda:1",
             "dtype": "bfloat16",
+            "layerwise": True,
             "progress": no_progress,
         },
     )
@@ -98,12 +99,12 @@ def test_plan_passes_every_flag(library):
 
 def test_the_defaults_are_the_librarys(library):
     assert invoke("plan", "--scenario", "-").exit_code == 0
-    defaults = RUNNING | {"artifacts": None, "request": PlanRequest()}
+    defaults = LAYERED | {"artifacts": None, "request": PlanRequest()}
     assert library["plan"] == (("-",), defaults)
     assert invoke("export", "--scenario", "s.txt").exit_code == 0
     assert library["export"] == (
         ("s.txt", None),
-        RUNNING
+        LAYERED
         | {
             "artifacts": None,
             "plan": None,
@@ -155,7 +156,7 @@ def test_export_of_a_plan_and_without_checks(library):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--format", "gguf", "--scenario", "s"], "--format gguf: this version writes safetensors"),
+        (["--format", "gguf", "--quant", "int8", "--scenario", "s"], "--format gguf has q8_0"),
         (["--plan", "p", "--max-params", "5M"], "--max-params: the plan already decides that"),
         (["--plan", "p", "--compensate", "none"], "--compensate: the plan already decides that"),
         (["--scenario", "s", "--max-perplexity", "1.1", "--no-verify"], "nothing is measured then"),
@@ -172,7 +173,7 @@ def test_diagnose(library):
     result = invoke(
         "diagnose", "--scenario", "s.txt", "--regime", "in-domain", "--layers", "--json"
     )
-    assert library["diagnose"] == (("s.txt",), RUNNING | {"artifacts": None, "regime": "in-domain"})
+    assert library["diagnose"] == (("s.txt",), LAYERED | {"artifacts": None, "regime": "in-domain"})
     assert json.loads(result.stdout) == diagnosis().to_dict(layers=True)
 
 
@@ -180,7 +181,7 @@ def test_verify(library):
     result = invoke("verify", "out/x", "--model", "dense", "--scenario", "s.txt", "--seed", "3")
     assert library["verify"] == (
         (Path("out/x"),),
-        RUNNING | {"model": "dense", "scenario": "s.txt", "seed": 3},
+        LAYERED | {"model": "dense", "scenario": "s.txt", "seed": 3},
     )
     assert result.exit_code == 0
     assert result.stdout == "ok  parity  4 tokens\n"

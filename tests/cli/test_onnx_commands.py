@@ -97,13 +97,13 @@ def test_safetensors_have_no_form(library):
     assert library["export"][1]["request"] == ExportRequest(onnx=None)
 
 
-@pytest.mark.parametrize("format", [[], ["--format", "safetensors"], ["--format", "gguf"]])
+@pytest.mark.parametrize("format", [[], ["--format", "safetensors"]])
 @pytest.mark.parametrize(
     ("flag", "value"),
     [("--onnx-attention", "gqa"), ("--precision", "fp32"), ("--quant", "int8")],
 )
 def test_options_of_a_graph_without_one_are_refused(library, format, flag, value):  # noqa: A002
-    with pytest.raises(UsageError, match=f"^{flag}: is for ONNX. Add --format onnx, or drop"):
+    with pytest.raises(UsageError, match=f"^{flag}: is for ONNX.*Add --format onnx.*, or drop"):
         invoke("export", "--scenario", "s", *format, flag, value)
     assert "export" not in library
 
@@ -154,7 +154,7 @@ def test_convert_defaults(library):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["convert"], ["convert", "x"], ["convert", "x", "-o", "y", "--format", "gguf"]]
+    "arguments", [["convert"], ["convert", "x"], ["convert", "x", "-o", "y", "--format", "tflite"]]
 )
 def test_what_convert_cannot_do_without(library, arguments):
     assert invoke(*arguments).exit_code == 2

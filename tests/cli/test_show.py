@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import numpy as np
@@ -77,9 +78,10 @@ def test_a_changed_export(export):
     (export / "weights.bin").write_bytes(b"y" * 1000)
     (export / "verify.json").unlink()
     found = show(export)
+    hashes = [hashlib.sha256(byte * 1000).hexdigest() for byte in (b"y", b"x")]
     assert found.problems == (
         "verify.json: missing",
-        "weights.bin: its content has changed",
+        f"weights.bin: its content has changed, SHA-256 {hashes[0]}, the manifest says {hashes[1]}",
     )
     assert found.facts["verified"] == "no"
 

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from spp_cli import options
+from spp_cli.converted_options import converted_options
 from spp_cli.hints import command_line
-from spp_cli.onnx_options import onnx_options
 from spp_cli.output import Output
 
 
@@ -23,7 +23,7 @@ def convert(
     ],
     output: Annotated[Path, options.output_option("Directory to write.")],
     format: Annotated[  # noqa: A002
-        Literal["onnx"],
+        Literal["onnx", "gguf"],
         typer.Option(rich_help_panel=options.MAKE, help="What to write."),
     ] = "onnx",
     onnx_attention: options.OnnxAttention = None,
@@ -45,14 +45,14 @@ def convert(
     ] = False,
     keep_failed: options.KeepFailed = False,
 ) -> None:
-    """Write an existing checkpoint, slim or dense, as ONNX.
+    """Write an existing checkpoint, slim or dense, as ONNX or GGUF.
 
     Example: spp convert out/chemistry -o out/chemistry-onnx --scenario chemistry.txt
     """
     import spp_export
 
     out = Output(json=json, quiet=quiet)
-    form = onnx_options(format, onnx_attention, precision, quant, device)
+    form = converted_options(format, onnx_attention, precision, quant, device)
     result = spp_export.convert(
         checkpoint,
         output,

@@ -23,6 +23,7 @@ def diagnose(
     ] = False,
     device: options.Device = "cpu",
     dtype: options.Dtype = None,
+    layerwise: options.Layerwise = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -40,6 +41,7 @@ def diagnose(
         regime=regime,
         device=device,
         dtype=dtype,
+        layerwise=layerwise,
         progress=out.progress,
     )
 

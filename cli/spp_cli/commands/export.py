@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from spp_cli import options
+from spp_cli.converted_options import converted_options
 from spp_cli.hints import asked, command_line, given
-from spp_cli.onnx_options import onnx_options
 from spp_cli.output import Output
 from spp_export.errors import UsageError
 
@@ -39,7 +39,8 @@ def export(
         Literal["safetensors", "onnx", "gguf"],
         typer.Option(
             rich_help_panel=options.MAKE,
-            help="safetensors for transformers and vLLM, onnx for ONNX Runtime; gguf is to come.",
+            help="safetensors for transformers and vLLM, onnx for ONNX Runtime, gguf for "
+            "llama.cpp.",
         ),
     ] = "safetensors",
     pad: Annotated[
@@ -73,6 +74,7 @@ def export(
     profile: options.Profile = None,
     max_latency: options.MaxLatency = None,
     width_multiple: options.WidthMultiple = 64,
+    tp: options.TensorParallel = 1,
     max_perplexity: Annotated[
         float | None,
         typer.Option(
@@ -89,8 +91,18 @@ def export(
             help="Decide, list the tensors that would change, and write nothing.",
         ),
     ] = False,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID",
+            rich_help_panel=options.PUBLISHING,
+            help="Upload the checked export to this repository of the Hugging Face Hub.",
+        ),
+    ] = None,
+    private: options.Private = False,
     device: options.Device = "cpu",
     dtype: options.Dtype = None,
+    layerwise: options.Layerwise = None,
     seed: options.Seed = 0,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -133,9 +145,12 @@ def export(
         cost=cost,
         profile=profile,
         max_latency=max_latency,
+        tp=tp,
     )
-    onnx = onnx_options(format, onnx_attention, precision, quant, device)
-    _check(format, plan, asked(plan_request), max_perplexity, no_verify or dry_run)
+    form = converted_options(format, onnx_attention, precision, quant, device)
+    _check(plan, asked(plan_request), max_perplexity, no_verify or dry_run)
+    if private and push_to_hub is None:
+        raise UsageError("--private: nothing is uploaded. Add --push-to-hub ID, or drop --private.")
     result = spp_export.export(
         scenario,
         output,
@@ -150,11 +165,15 @@ def export(
             dry_run=dry_run,
             max_perplexity_ratio=max_perplexity,
             seed=seed,
-            onnx=onnx,
+            onnx=form if isinstance(form, spp_export.OnnxOptions) else None,
+            gguf=form if isinstance(form, spp_export.GgufOptions) else None,
             pad=pad,
+            push_to_hub=push_to_hub,
+            private=private,
         ),
         device=device,
         dtype=dtype,
+        layerwise=layerwise,
         progress=out.progress,
     )
 
@@ -166,21 +185,20 @@ def export(
     out.result(result.to_dict, lambda look: export_summary(result, look, peak), brief=path)
     if save_svg is not None:
         save_picture(lambda look: export_summary(result, look, peak), save_svg)
+    if result.pushed:
+        out.note(f"pushed to {result.pushed.url}")
     if path:
         out.hint(command_line("verify", path, model=given(model), scenario=scenario))
         out.hint(command_line("chat", path, prompt="..."))
 
 
 def _check(
-    output_format: str,
     plan: Path | None,
     decided: dict[str, object],
     max_perplexity: float | None,
     unchecked: bool,
 ) -> None:
     """Refuse what would otherwise be ignored without a word."""
-    if output_format == "gguf":
-        raise UsageError("--format gguf: this version writes safetensors and onnx.")
     if plan is not None and decided:
         flag = "--" + next(iter(decided)).replace("_", "-")
         raise UsageError(f"{flag}: the plan already decides that. Drop {flag}, or --plan.")

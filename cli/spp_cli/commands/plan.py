@@ -34,8 +34,10 @@ def plan(
     profile: options.Profile = None,
     max_latency: options.MaxLatency = None,
     width_multiple: options.WidthMultiple = 64,
+    tp: options.TensorParallel = 1,
     device: options.Device = "cpu",
     dtype: options.Dtype = None,
+    layerwise: options.Layerwise = None,
     seed: options.Seed = 0,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -68,6 +70,7 @@ def plan(
         cost=cost,
         profile=profile,
         max_latency=max_latency,
+        tp=tp,
     )
     if output is not None:
         check_plan_target(output, force)
@@ -78,6 +81,7 @@ def plan(
         request=request,
         device=device,
         dtype=dtype,
+        layerwise=layerwise,
         progress=out.progress,
     )
     if output is not None:

@@ -19,6 +19,7 @@ def verify(
     scenario: options.ComparedText = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = None,
+    layerwise: options.Layerwise = None,
     seed: options.Seed = 0,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -39,6 +40,7 @@ def verify(
         scenario=scenario,
         device=device,
         dtype=dtype,
+        layerwise=layerwise,
         seed=seed,
         progress=output.progress,
     )
