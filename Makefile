@@ -6,17 +6,21 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 LOADED_BY := 4.57.6 5.17.0 5.23.0
+VLLM := 0.33.0
 
 DATA := benchmarks/data
 RESULTS := benchmarks/results
 LM_EVAL := build/venv-lm-eval
 OPTIMUM := build/venv-optimum
 TRANSFORMERS_JS := build/transformers-js
+CHROMIUM := build/chromium
+SERVING := build/venv-serving
 
 .PHONY: help demo artifacts check test test-all test-loading test-lm-eval test-optimum \
-	test-transformers-js eval eval-finance eval-answers eval-ablations lm-eval bench bench-onnx \
-	bench-gpu bench-peers latency-plan onnx-exporters onnx-memory onnx-parity ragged blocked-moments slice-memory compile-time \
-	start-time reference clean
+	test-transformers-js test-vllm test-report test-serving test-faults fuzz eval eval-finance \
+	eval-answers eval-ablations lm-eval picture bench bench-onnx bench-gpu bench-peers latency-plan \
+	onnx-exporters onnx-memory onnx-parity gguf-parity ragged many recovery scale layerwise \
+	blocked-moments compile-time start-time reference clean
 
 help:
 	@echo "make demo          slice the default model for a chemistry scenario"
@@ -24,13 +28,19 @@ help:
 	@echo "make test-all      make test, the slow tests, and every environment of the lines below"
 	@echo "make test-loading  checkpoints on three versions of transformers"
 	@echo "make test-optimum  transformers 4.57 and optimum's ONNX classes"
+	@echo "make test-serving  checkpoints in transformers serve, and transformers chat"
 	@echo "make test-transformers-js  ONNX directories in node, which must be installed"
+	@echo "make test-vllm     what the plugin for vLLM relies on, in the source of a vLLM wheel"
+	@echo "make test-report   the page of spp report in a headless Chromium from npm; node 20.11 or newer"
+	@echo "make test-faults   exports killed, starved, interrupted and raced; some need root (tmpfs)"
+	@echo "make fuzz          25,000 damaged files, 1,300 commands on damaged files, properties at length"
 	@echo "make check         linters and type checks alone"
 	@echo "make artifacts     probe the default model again"
 	@echo "make eval          every criterion and control, 10 to 50 % of heads and of all units removed"
 	@echo "make eval-finance  the defaults on a scenario that no constant was set on"
 	@echo "make eval-answers  questions answered by slim models"
 	@echo "make eval-ablations  the defaults less one of their parts"
+	@echo "make picture       the README's picture, from the page of make demo's export"
 	@echo "make lm-eval       make demo's export in lm-evaluation-harness"
 	@echo "make bench         speed and memory of make demo's export beside the dense model"
 	@echo "make bench-onnx    the same with ONNX Runtime: fp32, int4, onnxruntime-genai"
@@ -39,16 +49,20 @@ help:
 	@echo "make bench-peers   the export step beside Torch-Pruning and a plain script; 12 GB of disk"
 	@echo "make onnx-exporters  our graph beside what other exporters make of the same model"
 	@echo "make onnx-parity   greedy tokens of ten prompts: PyTorch, ONNX Runtime, onnxruntime-genai"
+	@echo "make gguf-parity   greedy tokens of ten prompts: PyTorch and llama.cpp"
 	@echo "make onnx-memory   time and peak memory of writing a 4 GB checkpoint as ONNX"
 	@echo "make ragged        the ragged attention kernel beside padding and expanding"
+	@echo "make many          memory of three scenarios of the default model in one process"
 	@echo "make blocked-moments  what moments in blocks cost the re-fit of a wide MLP"
-	@echo "make slice-memory  time and peak memory of slicing a 2 GB checkpoint"
+	@echo "make scale         slicing 1, 4 and 15 GB beside cp: time and peak memory; 30 GB of disk"
+	@echo "make layerwise     peak memory of verifying layer by layer: 4 GB, and a 14B model's shape"
+	@echo "make recovery      perplexity before and after LoRA, 40 % of head parameters removed"
 	@echo "make compile-time  time from scores to plan"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable '.[demo,onnx,dev]'
+		--constraint constraints.txt --editable '.[demo,onnx,gguf,dev]'
 	@touch $@
 
 demo: $(INSTALLED)
@@ -71,8 +85,12 @@ test-all: check
 	$(BIN)/python -m pytest
 	$(MAKE) test-loading
 	$(MAKE) test-lm-eval
+	$(MAKE) test-serving
 	$(MAKE) test-optimum
 	$(MAKE) test-transformers-js
+	$(MAKE) test-vllm
+	$(MAKE) test-report
+	$(MAKE) test-faults
 
 # Checkpoints written once, loaded by every supported transformers in an environment of its own.
 test-loading: $(INSTALLED)
@@ -110,6 +128,40 @@ $(TRANSFORMERS_JS)/.installed: tests/transformers_js/package.json tests/transfor
 	cp $^ $(TRANSFORMERS_JS)
 	cd $(TRANSFORMERS_JS) && npm ci --ignore-scripts --no-audit --no-fund
 	@touch $@
+
+# vLLM runs on cards alone; what our plugin relies on is looked up in the source in its wheel.
+test-vllm: $(INSTALLED)
+	mkdir -p build/vllm
+	ls build/vllm/vllm-$(VLLM)-*.whl >/dev/null 2>&1 || $(BIN)/python -m pip download --quiet \
+		--disable-pip-version-check --no-deps --only-binary :all: --dest build/vllm vllm==$(VLLM)
+	$(BIN)/python tests/vllm/check_vllm_source.py build/vllm/vllm-$(VLLM)-*.whl
+
+# Reads the checkpoints that test-loading builds.
+test-serving: $(SERVING)/.installed
+	$(SERVING)/bin/python tests/serving/check_serving.py build/loading
+
+$(SERVING)/.installed:
+	$(PYTHON) -m venv $(SERVING)
+	$(SERVING)/bin/python -m pip install --quiet --disable-pip-version-check \
+		'transformers[serving]==5.23.0' torch==2.13.0
+	@touch $@
+
+# x86-64 only: the package carries the browser, its libraries and fonts.
+test-report: $(INSTALLED) $(CHROMIUM)/.installed
+	SPP_CHROMIUM=$(CHROMIUM)/browser/chromium.sh $(BIN)/python -m pytest tests/report
+
+$(CHROMIUM)/.installed: tests/report/package.json tests/report/package-lock.json \
+		tests/report/unpack_chromium.mjs
+	mkdir -p $(CHROMIUM)
+	cp $^ $(CHROMIUM)
+	cd $(CHROMIUM) && npm ci --ignore-scripts --no-audit --no-fund && node unpack_chromium.mjs browser
+	@touch $@
+
+test-faults: $(INSTALLED)
+	PYTHONPATH=tests:tests/pipeline $(BIN)/python tests/faults/campaign.py
+
+fuzz: $(INSTALLED)
+	$(BIN)/python -m pytest tests/fuzz -m slow -s
 
 # All of these continue where they were interrupted.
 EVAL := $(BIN)/spp eval --pools $(DATA)/pools
@@ -160,6 +212,10 @@ $(LM_EVAL)/.installed:
 		lm_eval==0.4.13 torch==2.13.0 transformers==5.23.0 accelerate
 	@touch $@
 
+picture: demo $(CHROMIUM)/.installed
+	SPP_CHROMIUM=$(CHROMIUM)/browser/chromium.sh $(BIN)/python -m spp_bench.report_picture \
+		out/chemistry --bench $(RESULTS)/bench-cpu.json -o $(RESULTS)/summary.png
+
 bench: demo
 	$(BIN)/spp bench out/chemistry --model demo -o $(RESULTS)/bench-cpu.json --force
 
@@ -173,7 +229,8 @@ bench-onnx: $(INSTALLED)
 	$(BIN)/spp bench out/half out/half-onnx out/half-int4 --model demo --rounds 15 \
 		-o $(RESULTS)/bench-onnx-cpu.json --force
 
-# Needs a card and, in its Python, torch, transformers and numpy; nothing is installed.
+# Needs a card and, in its Python, torch, triton, transformers, safetensors and numpy; nothing is
+# installed.
 bench-gpu:
 	PYTHONPATH=.:cli:kernels:benchmarks $(PYTHON) -m spp_bench.gpu --json $(RESULTS)/gpu
 
@@ -187,6 +244,20 @@ bench-peers: $(INSTALLED)
 		--constraint constraints.txt torch-pruning==1.6.1
 	$(BIN)/python -m spp_bench.peers --model demo --gigabytes 4 --dir build \
 		--json $(RESULTS)/peers-cpu.json
+
+gguf-parity: demo
+	$(BIN)/spp export --scenario $(DATA)/scenarios/chemistry.txt --layout uniform --keep 0.7 \
+		-o out/uniform --force
+	$(BIN)/spp convert out/chemistry --format gguf -o out/chemistry-gguf --force
+	$(BIN)/spp convert out/uniform --format gguf -o out/uniform-gguf --force
+	$(BIN)/python -m spp_bench.gguf_parity out/chemistry=out/chemistry-gguf \
+		out/uniform=out/uniform-gguf --json $(RESULTS)/gguf-parity.json
+
+many: $(INSTALLED)
+	mkdir -p build
+	$(BIN)/python -m spp_bench.many_scenarios $(DATA)/scenarios/chemistry.txt \
+		$(DATA)/scenarios/finance.txt $(DATA)/scenarios/history.txt --dir build \
+		--json $(RESULTS)/many-scenarios-cpu.json
 
 onnx-exporters: demo
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check onnxscript==0.7.2
@@ -207,9 +278,22 @@ ragged: $(INSTALLED)
 blocked-moments: $(INSTALLED)
 	$(BIN)/python -m spp_bench.blocked_moments --json $(RESULTS)/blocked-moments.json
 
-slice-memory: $(INSTALLED)
+scale: $(INSTALLED)
 	mkdir -p build
-	$(BIN)/python -m spp_bench.slice_memory --gigabytes 2 --dir build
+	$(BIN)/python -m spp_bench.scale --dir build --json $(RESULTS)/scale-cpu.json
+
+layerwise: $(INSTALLED)
+	mkdir -p build
+	$(BIN)/python -m spp_bench.layerwise_memory --gigabytes 4 --dir build \
+		--json $(RESULTS)/layerwise-cpu.json
+	$(BIN)/python -m spp_bench.layerwise_memory --qwen2-14b --tokens 16 --dir build \
+		--json $(RESULTS)/layerwise-14b-cpu.json
+
+recovery: $(INSTALLED)
+	mkdir -p build
+	$(BIN)/python -m spp_bench.recovery --scenario $(DATA)/scenarios/chemistry.txt \
+		--data $(DATA)/pools/chemistry/train.txt --validation $(DATA)/pools/chemistry/val.txt \
+		--dir build --json $(RESULTS)/recovery-cpu.json
 
 compile-time: $(INSTALLED)
 	$(BIN)/python -m spp_bench.compile_time
@@ -219,6 +303,7 @@ start-time: $(INSTALLED)
 
 reference: $(INSTALLED)
 	$(BIN)/python -m spp_cli.reference > cli/README.md
+	$(BIN)/python -m spp_cli.reference --readme README.md
 
 clean:
 	rm -rf build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from spp_export.errors import PlanError
+from spp_export.jsonio import shown
 from spp_export.plans.document import check_indices
 from spp_export.plans.records import LayerPlan, Plan
 from spp_export.shape import ModelShape
@@ -72,8 +73,8 @@ def _check_range(place: str, unit: str, indices: tuple[int, ...], count: int) ->
     if indices[-1] >= count:
         outside = next(index for index in indices if index >= count)
         raise PlanError(
-            f"{place}: plan keeps {unit} {outside} but the model has {count} (0-{count - 1}). "
-            f"{_AGAIN}"
+            f"{place}: plan keeps {unit} {shown(outside)} but the model has {count} "
+            f"(0-{count - 1}). {_AGAIN}"
         )
 
 

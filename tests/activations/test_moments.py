@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from transformers import AutoTokenizer
 
 from spp_export.activations import TextMeans
 from spp_export.checkpoint.source import open_source
+from spp_export.errors import OutputError
 from spp_export.importance import Axis, Gradients
 from spp_export.loader import load_dense
 from spp_export.moments import KINDS, Moments, gather, layer_weights
@@ -341,11 +341,11 @@ def test_an_interrupted_pass_leaves_nothing(dense, cache, kinds):
 
 
 def test_a_full_disk_leaves_nothing(dense, cache, monkeypatch):
-    def no_space(tensors, path):
-        Path(path).write_bytes(b"half")
+    def no_space(file, begin, data):
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("spp_export.statistics_cache.save_file", no_space)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr("spp_export.statistics_cache._write_at", no_space)
+    with pytest.raises(OutputError, match="No space left"):
         gather(open_source(dense), TEXTS, ["attention"], loader(dense))
     assert not any(path.is_file() for path in cache.rglob("*"))

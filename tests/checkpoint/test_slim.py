@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
+import threading
 import tracemalloc
 
 import numpy as np
@@ -134,6 +135,33 @@ def test_memory_does_not_grow_with_the_tensors(tmp_path):
     finally:
         tracemalloc.stop()
     assert peak < 48e6
+
+
+def test_thousands_of_tiny_tensors_and_one_of_many_blocks(tmp_path, monkeypatch):
+    """A deep, narrow model with a long embedding, in blocks of a few rows."""
+    source, tensors = dense(
+        tmp_path / "in", dtype=torch.bfloat16, shards=3, num_hidden_layers=300, vocab_size=20_000
+    )
+    monkeypatch.setattr(slim, "blocks", functools.partial(blocks, block_bytes=10_000))
+    layers = PER_LAYER * 100
+    (tmp_path / "out").mkdir()
+    write_slim_weights(source, plan_for(source, layers), tmp_path / "out", max_shard_bytes=400_000)
+    found = load(tmp_path / "out")
+    assert len(found) == len(tensors) > 2700
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name], sliced_by_hand(name, tensor, layers)), name
+
+
+def test_an_error_while_reading_ahead_is_the_readers_own(tmp_path):
+    source, tensors = dense(tmp_path / "in", num_hidden_layers=3)
+    bad = {name: tensor.clone() for name, tensor in tensors.items()}
+    bad["model.layers.2.mlp.up_proj.weight"][1, 1] = float("nan")
+    write_model(tmp_path / "bad", source.config, bad)
+    (tmp_path / "out").mkdir()
+    damaged = open_source(tmp_path / "bad")
+    with pytest.raises(CheckpointError, match=r"layers.2.mlp.up_proj.weight' has a value that is"):
+        write_slim_weights(damaged, plan_for(damaged), tmp_path / "out")
+    assert not [one for one in threading.enumerate() if one.name.startswith("spp-")]
 
 
 def test_uniform_slices_load_and_equal_the_masked_dense_model(tmp_path):

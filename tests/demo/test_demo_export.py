@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from spp_export import ExportResult, PlanRequest, export
 from spp_export.models import demo_model
-from spp_export.pipeline.export import ExportRequest
+from spp_export.pipeline.export_records import ExportRequest
 from spp_export.scenario import read_scenario
 
 pytestmark = pytest.mark.demo

@@ -7,7 +7,6 @@ import shutil
 
 import pytest
 import torch
-import transformers
 from factories import (
     make_checkpoint,
     mask_in_torch,
@@ -93,47 +92,34 @@ def test_buffers_of_old_checkpoints_are_passed_over(slim, damaged):
 def test_a_missing_tensor_is_not_made_up(slim, damaged):
     tensors = load_file(slim / "model.safetensors")
     del tensors[TENSOR]
-    with pytest.raises(CheckpointError, match=rf"tensor {TENSOR} is missing"):
+    with pytest.raises(CheckpointError, match=rf"tensor '{TENSOR}' is missing"):
         load_slim(damaged(tensors))
 
 
 def test_an_extra_tensor_is_not_left_out(slim, damaged):
     extra = {"model.layers.0.self_attn.o_proj.bias": torch.ones(64), "zebra": torch.ones(1)}
-    with pytest.raises(CheckpointError, match=r"o_proj.bias \(and 1 more\) does not belong"):
+    with pytest.raises(CheckpointError, match=r"o_proj.bias' \(and 1 more\) is not of"):
         load_slim(damaged({**load_file(slim / "model.safetensors"), **extra}))
 
 
 def test_a_wrong_shape_names_its_tensor(slim, damaged):
     tensors = load_file(slim / "model.safetensors")
     tensors[TENSOR] = tensors[TENSOR].new_ones(64, 4096)
-    with pytest.raises(CheckpointError, match=f"tensor {TENSOR} has another shape"):
+    with pytest.raises(CheckpointError, match=rf"'{TENSOR}' has shape \[64, 4096\]"):
         load_slim(damaged(tensors))
 
 
 def test_a_damaged_file_is_one_line(damaged):
     target = damaged()
     (target / "model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(CheckpointError, match="cannot be loaded: ") as caught:
+    with pytest.raises(CheckpointError, match="too few for a safetensors file") as caught:
         load_slim(target)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"hidden_act": "none of these"},
-        pytest.param(
-            {"per_layer_config": {"9": {"num_attention_heads": 4}}},
-            marks=pytest.mark.skipif(
-                transformers.__version__.startswith("4."),
-                reason="transformers 4.57 does not know the key, and finds wrong shapes later",
-            ),
-        ),
-    ],
-)
-def test_a_config_that_transformers_refuses_is_one_line(damaged, changes):
+def test_a_config_that_transformers_refuses_is_one_line(damaged):
     with pytest.raises(CheckpointError, match="cannot be loaded: ") as caught:
-        load_slim(damaged(**changes))
+        load_slim(damaged(hidden_act="none of these"))
     assert "\n" not in str(caught.value)
 
 
@@ -149,8 +135,8 @@ def test_what_is_no_model_of_ours_is_an_error(slim, damaged, tmp_path):
     with pytest.raises(ModelError, match="already differ"):
         load_dense(slim)
     target = damaged(model_type="bert")
-    with pytest.raises(ModelError, match="model_type 'bert' is not supported"):
+    with pytest.raises(ModelError, match="'bert' with per_layer_config is not supported"):
         load_slim(target)
     (target / "config.json").write_text("[]")
-    with pytest.raises(ModelError, match="holds list, expected an object"):
+    with pytest.raises(ModelError, match="expected a JSON object"):
         load_slim(target)

@@ -33,7 +33,7 @@ KEEP = 0.7
 CONSUMERS = ("self_attn.o_proj", "mlp.down_proj")
 
 # -I leaves out PYTHONPATH and the working directory; what is installed is refused by name.
-_LOAD = """
+_ALONE = """
 import json, socket, sys
 
 class Refuse:
@@ -46,10 +46,12 @@ def no_network(*_):
 
 sys.meta_path.insert(0, Refuse())
 socket.socket.connect = no_network
+out, prompt, jobs = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+"""
+_LOAD = """
 import numpy, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-out, prompt, jobs = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 for index, (path, remote) in enumerate(jobs):
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float64, trust_remote_code=remote
@@ -61,6 +63,19 @@ for index, (path, remote) in enumerate(jobs):
         numpy.save(f"{out}/{index}.npy", model(**batch).logits.numpy())
         ids = model.generate(**batch, do_sample=False, max_new_tokens=6, min_new_tokens=6)
     print(json.dumps([type(model).__name__, ids.tolist()]))
+"""
+_PIPELINE = """
+import torch
+from transformers import pipeline
+
+for path, remote in jobs:
+    generate = pipeline(
+        "text-generation", model=path, dtype=torch.float64, trust_remote_code=remote
+    )
+    asked = dict(do_sample=False, max_new_tokens=6, min_new_tokens=6)
+    ids = generate(prompt, return_tensors=True, **asked)[0]["generated_token_ids"]
+    text = generate(prompt, return_full_text=False, **asked)[0]["generated_text"]
+    print(json.dumps([type(generate.model).__name__, ids, text]))
 """
 
 
@@ -243,18 +258,31 @@ def load_elsewhere(
 
     `jobs` are (path, whether remote code is trusted); `out` is a folder to work in.
     """
+    return [
+        (*line, torch.from_numpy(np.load(out / f"{index}.npy")))
+        for index, line in enumerate(_alone(_LOAD, out, prompt, jobs))
+    ]
+
+
+def pipelines_elsewhere(
+    out: Path, prompt: str, jobs: Sequence[tuple[str, bool]]
+) -> list[tuple[str, list[int], str]]:
+    """Class, ids of prompt and greedy continuation, and the continuation's text of checkpoints, by
+    `transformers.pipeline` in an interpreter like that of `load_elsewhere`."""
+    return [(*line,) for line in _alone(_PIPELINE, out, prompt, jobs)]
+
+
+def _alone(script: str, out: Path, prompt: str, jobs: Sequence[tuple[str, bool]]) -> list[Any]:
+    """What a script prints, one JSON value a line, without this package and without a network."""
     result = subprocess.run(
-        [sys.executable, "-I", "-c", _LOAD, str(out), prompt, json.dumps(jobs)],
+        [sys.executable, "-I", "-c", _ALONE + script, str(out), prompt, json.dumps(jobs)],
         cwd=out,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    lines = [json.loads(line) for line in result.stdout.splitlines()]
-    return [
-        (*line, torch.from_numpy(np.load(out / f"{index}.npy"))) for index, line in enumerate(lines)
-    ]
+    return [json.loads(line) for line in result.stdout.splitlines()]
 
 
 @contextmanager

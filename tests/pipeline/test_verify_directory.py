@@ -217,8 +217,8 @@ def test_values_that_are_not_finite_are_found(copy, good, value):
     seal(copy)
     failure = only_failure(check(copy, good))
     assert failure == (
-        "keys, shapes, dtypes and finite values: "
-        "model.norm.weight: holds a value that is not finite."
+        "keys, shapes, dtypes and finite values: tensor 'model.norm.weight' has a value that is "
+        "not finite in rows 0 to 63. The checkpoint is damaged."
     )
 
 
