@@ -131,6 +131,25 @@ def test_every_layer_gets_its_own_sizes(case, tmp_path, vllm):
     assert model.hf_to_vllm_mapper == ("of Qwen3" if family == "qwen3" else "of Llama")
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_config_says_what_the_transformers_backend_reads(case, tmp_path):
+    """As vLLM's convertor does: per_layer_config of a config that is_heterogeneous."""
+    dense = case.make(tmp_path)
+    layers = random_layers(shape_of(dense), 3)
+    config = AutoConfig.from_pretrained(write_slim(tmp_path / "slim", dense, layers))
+    if not hasattr(config, "is_heterogeneous"):
+        pytest.skip("transformers before 5.14 has no such config, nor has vLLM then")
+    assert config.is_heterogeneous
+    assert "AutoModel" in config.auto_map
+    assert len(config.per_layer_config) == len(layers)
+    for index, layer in enumerate(layers):
+        shape, found = layer.shape(shape_of(dense)), config.per_layer_config[index]
+        assert found.num_attention_heads == shape.query_heads
+        assert found.num_key_value_heads == shape.kv_heads
+        assert found.intermediate_size == shape.channels
+        assert found.head_dim == shape_of(dense).head_dim
+
+
 def test_biases_of_o_proj_are_given_and_others_refused(tmp_path, vllm):
     dense = CASES[0].make(tmp_path)
     slim = write_slim(tmp_path / "slim", dense, random_layers(shape_of(dense), 3))
