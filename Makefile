@@ -115,7 +115,7 @@ $(OPTIMUM)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OPTIMUM)
 	grep -vE '^(transformers|huggingface-hub|tokenizers)==' constraints.txt > $(OPTIMUM)/constraints.txt
 	$(OPTIMUM)/bin/python -m pip install --quiet --disable-pip-version-check \
-		--constraint $(OPTIMUM)/constraints.txt --editable '.[optimum,dev]' transformers==4.57.6
+		--constraint $(OPTIMUM)/constraints.txt --editable '.[optimum,gguf,dev]' transformers==4.57.6
 	@touch $@
 
 # Needs node 20 or newer. Installation scripts only fetch libraries for GPUs.

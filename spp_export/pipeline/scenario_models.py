@@ -274,5 +274,5 @@ def _generation_config(directory: Path) -> Any:
     found = companion(directory, "generation_config.json")
     if found is None:
         return None
-    content = read_json(found, what="generation config", error=ModelError)
-    return GenerationConfig.from_dict(content if isinstance(content, dict) else {})
+    read_json(found, what="generation config", error=ModelError)  # which refuses what is malformed
+    return GenerationConfig.from_pretrained(directory, local_files_only=True)
