@@ -114,18 +114,8 @@ def onnx_card(
     `slim` is the plan of a slim model, the dense model's sizes and what the plan made of them; None
     is a model that was only converted, `converted` its plan where it was slim before.
     """
-    tags = ["onnx", "pruned", "spp"] if slim or converted else ["onnx", "spp"]
-    lines = _front(base_model, "onnx", tags, license_name)
-    lines += [f"# {_escaped(name)}", ""]
-    if slim:
-        plan, shape, sizes = slim
-        lines += [*_origin(plan, shape), "", *_sizes(plan, shape, sizes), ""]
-        lines += ["The model is an ONNX graph, with its weights in `model.onnx_data`."]
-    elif converted:
-        lines += [*_origin(converted, None), *_decision(converted), ""]
-        lines += ["The slim model was converted to an ONNX graph."]
-    else:
-        lines += [f"The model {_escaped(base_model)} as an ONNX graph, made by spp."]
+    form = ("onnx", "an ONNX graph, with its weights in `model.onnx_data`")
+    lines = _converted(name, base_model, form, license_name, slim, converted)
     lines += ["", *_checks(checks, _SAME_WEIGHTS), "", *_padding(attention), ""]
     lines += _running(name, engines)
     return "\n".join(lines) + "\n"
@@ -145,21 +135,33 @@ def gguf_card(
 
     `form` is what `Contents.summary` says of the file; the others are as of `onnx_card`.
     """
-    tags = ["gguf", "pruned", "spp"] if slim or converted else ["gguf", "spp"]
-    lines = _front(base_model, "gguf", tags, license_name)
-    lines += [f"# {_escaped(name)}", ""]
-    if slim:
-        plan, shape, sizes = slim
-        lines += [*_origin(plan, shape), "", *_sizes(plan, shape, sizes), ""]
-        lines += ["The model is in `model.gguf`."]
-    elif converted:
-        lines += [*_origin(converted, None), *_decision(converted), ""]
-        lines += ["The slim model was converted to a GGUF file, `model.gguf`."]
-    else:
-        lines += [f"The model {_escaped(base_model)} as a GGUF file, made by spp."]
+    kind = ("gguf", "a GGUF file, `model.gguf`")
+    lines = _converted(name, base_model, kind, license_name, slim, converted)
     lines += ["", *_stored(form), "", *_checks(checks, _SAME_WEIGHTS), ""]
     lines += ["```sh", "spp chat .", "llama-cli -m model.gguf", "```", ""]
     return "\n".join(lines + _engines(engines)) + "\n"
+
+
+def _converted(
+    name: str,
+    base_model: str,
+    form: tuple[str, str],
+    license_name: str | None,
+    slim: tuple[Plan, ModelShape, Predicted] | None,
+    converted: Plan | None,
+) -> list[str]:
+    """The card of another format up to its own matters; `form` is its tag and what it is."""
+    tag, what = form
+    tags = [tag, "pruned", "spp"] if slim or converted else [tag, "spp"]
+    lines = [*_front(base_model, tag, tags, license_name), f"# {_escaped(name)}", ""]
+    if slim:
+        plan, shape, sizes = slim
+        lines += [*_origin(plan, shape), "", *_sizes(plan, shape, sizes), ""]
+        return [*lines, f"The model is {what}."]
+    if converted:
+        lines += [*_origin(converted, None), *_decision(converted), ""]
+        return [*lines, f"The slim model was converted to {what}."]
+    return [*lines, f"The model {_escaped(base_model)} as {what}, made by spp."]
 
 
 def _stored(form: Mapping[str, Any]) -> list[str]:
