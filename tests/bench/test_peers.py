@@ -106,7 +106,8 @@ def test_the_plain_script_keeps_what_was_asked(source, plans, name, tmp_path):
 def test_layers_that_differ_do_not_load_from_a_stock_config(source, plans, tmp_path):
     plan = plans["per-layer, heads"]
     out = exported(by_transformers.export, source, plan, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"mismatched keys, such as model\.layers\..*config\.json"):
+    # transformers 5 also says which shapes the config.json asks for.
+    with pytest.raises(ValueError, match=r"mismatched keys, such as model\.layers\."):
         check.load(out, "auto")
 
 

@@ -21,6 +21,8 @@ from spp_export.errors import CheckpointError, OutputError, ParityError, UsageEr
 from spp_export.pipeline.push import check_hub
 
 ID = "org/slim"
+# The client takes these before its version 1, and the hub never does.
+_LATER = ("org/é", "org/x\n")
 URL = f"https://huggingface.co/{ID}/commit/abc"
 
 
@@ -42,7 +44,8 @@ class Hub:
             self.calls.append((name, keywords))
             if self.failure and self.failure[0] == name:
                 raise self.failure[1]
-            return huggingface_hub.CommitInfo(URL, "", "", "abc")
+            # A CommitInfo is made differently in other versions of the client.
+            return SimpleNamespace(commit_url=URL, oid="abc")
 
         return call
 
@@ -144,8 +147,9 @@ def test_only_exports_are_uploaded(tmp_path, workshop, hub):
     ["", "a/b/c", "-a", "org/", "/a", "a.", "a..b", "a--b", "a.git", "org/é", "org/x\n", "x" * 97],
 )
 def test_an_impossible_id_is_refused(out, hub, repo_id):
-    with pytest.raises(HFValidationError):
-        validate_repo_id(repo_id)
+    if repo_id not in _LATER:
+        with pytest.raises(HFValidationError):
+            validate_repo_id(repo_id)
     with refused(UsageError, "expected the id of a repository, like org/name"):
         spp_export.push_to_hub(out, repo_id)
     assert hub.calls == []
