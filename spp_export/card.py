@@ -65,18 +65,9 @@ def model_card(
     return "\n".join(lines) + "\n"
 
 
-def recovered_card(
-    name: str,
-    plan: Plan,
-    shape: ModelShape,
-    sizes: Predicted,
-    checks: Mapping[str, Any] | None,
-    engines: Sequence[Engine],
-    license_name: str | None,
-    record: Mapping[str, Any],
-) -> str:
-    """README.md of a slim checkpoint that was trained further; `record` is recovery.json."""
-    card = model_card(name, plan, shape, sizes, checks, engines, license_name)
+def recovery_section(checks: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    """What the card of a slim checkpoint that was trained further says of that; `record` is
+    recovery.json."""
     settings, data, loss = record["settings"], record["data"], record["loss"]
     lines = [
         "## Recovered",
@@ -88,14 +79,14 @@ def recovered_card(
         "Its loss on them went from "
         f"{loss['first']} to {loss['last']} nats per token.",
     ]
-    quality, before = (checks or {}).get("quality"), record.get("before")
+    quality, before = checks.get("quality"), record.get("before")
     if quality and before:
         lines += [
             "",
             f"On text that was not trained on: perplexity {quality['slim_perplexity']}, before "
             f"{before['slim_perplexity']}, dense {quality['dense_perplexity']}.",
         ]
-    return "\n".join([card, *lines]) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def onnx_card(

@@ -12,6 +12,7 @@ from typing import Any
 
 from spp_export.evaluation.machine import cpu_name
 from spp_export.models import cache_directory
+from spp_export.preflight import nearest
 from spp_export.versions import library_versions
 
 
@@ -200,13 +201,6 @@ def _problems(parts: Sequence[FoundPart], caches: Sequence[Cache]) -> Sequence[s
     problems += [
         f"{cache.path}: cannot be written. Set SPP_CACHE to a directory of your own."
         for cache in caches
-        if cache.name != "hub" and not os.access(_nearest(cache.path), os.W_OK)
+        if cache.name != "hub" and not os.access(nearest(cache.path), os.W_OK)
     ]
     return problems
-
-
-def _nearest(path: Path) -> Path:
-    """The path itself, or the closest directory above it that is there."""
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return path

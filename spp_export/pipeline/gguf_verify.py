@@ -31,8 +31,13 @@ def check_gguf_directory(
 ) -> VerifyReport:
     """Every check on a published file, against the dense model and the plan."""
     from spp_export.gguf_checks import check_engine, check_header, check_weights
-    from spp_export.pipeline.verify import check_tokenizer, exact_dtype, session_batches
-    from spp_export.verification import VerifyReport, reference_logits
+    from spp_export.pipeline.verify import (
+        check_tokenizer,
+        exact_dtype,
+        oracle_logits,
+        session_batches,
+    )
+    from spp_export.verification import VerifyReport
 
     require()
     source = session.source
@@ -53,15 +58,7 @@ def check_gguf_directory(
     exact = exact_dtype(session, compensated)
 
     def reference(batches: Sequence[TokenBatch]) -> ReferenceLogits:
-        return reference_logits(
-            session.model,
-            source.family,
-            source.shape,
-            compiled,
-            batches,
-            compensated,
-            exact_dtype=exact,
-        )
+        return oracle_logits(session, compiled, batches, compensated, exact)
 
     batches = session_batches(session, prompts, seed)
     with session.progress("checking against the masked dense model", None):

@@ -33,8 +33,13 @@ def check_onnx_directory(
     """Every check on a published graph, against the dense model and the plan."""
     from spp_export.onnx_checks import check_agreement, check_graph, check_logits, row_logits
     from spp_export.ort.model import OrtModel
-    from spp_export.pipeline.verify import check_tokenizer, exact_dtype, session_batches
-    from spp_export.verification import VerifyReport, reference_logits
+    from spp_export.pipeline.verify import (
+        check_tokenizer,
+        exact_dtype,
+        oracle_logits,
+        session_batches,
+    )
+    from spp_export.verification import VerifyReport
 
     source, options = session.source, onnx_options(directory)
     check_version(directory)
@@ -53,15 +58,7 @@ def check_onnx_directory(
     exact = exact_dtype(session, compensated)
     batches = session_batches(session, prompts, seed)
     with session.progress("checking against the masked dense model", None):
-        reference = reference_logits(
-            session.model,
-            source.family,
-            source.shape,
-            compiled,
-            batches,
-            compensated,
-            exact_dtype=exact,
-        )
+        reference = oracle_logits(session, compiled, batches, compensated, exact)
         model = OrtModel.load(directory, device=session.device)
         if options.quant is None:
             checks = check_logits(model, reference, options.precision)

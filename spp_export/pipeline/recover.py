@@ -7,12 +7,12 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spp_export.bound import predicted
-from spp_export.card import recovered_card
+from spp_export.card import model_card, recovery_section
 from spp_export.checkpoint.atomic import check_target, publish
 from spp_export.checkpoint.header import StoredTensor
 from spp_export.checkpoint.manifest import MANIFEST_NAME, check_manifest, hash_file, write_manifest
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from spp_export.activations import TokenBatch
     from spp_export.quality import Quality
     from spp_export.recovery import Recovery
-    from spp_export.verification import Check, ReferenceLogits
+    from spp_export.verification import ReferenceLogits
 
 SCHEMA_VERSION = 1
 # Steps between two states that an interrupted run can go on from.
@@ -227,27 +227,17 @@ class _Job:
         self, work: Path, reference: ReferenceLogits, before: Quality | None
     ) -> tuple[dict[str, Any], Quality | None, CheckFailed | None]:
         """verify.json, the quality after, and what failed first."""
-        from spp_export.loader import load_slim
         from spp_export.verification import VerifyReport, check_parity, rounded
 
-        session = self._session
         checked = check_directory(
-            work, session, self._plan, self._measured, self._settings.seed
-        ).report
-        slim = load_slim(work, dtype=session.torch_dtype, device=session.device)
-        merged = check_parity(slim, reference)
-        checks: tuple[Check, ...] = (
-            *checked.checks,
-            type(merged)(
-                "written model against the one with adapters",
-                merged.passed,
-                merged.found,
-                merged.limit,
-                merged.detail,
-            ),
+            work, self._session, self._plan, self._measured, self._settings.seed
         )
-        after = self._quality(slim)
-        report = VerifyReport(checks, checked.context)
+        checks, after = checked.report.checks, None
+        if checked.slim is not None:
+            merged = check_parity(checked.slim, reference)
+            checks += (replace(merged, name="written model against the one with adapters"),)
+            after = self._quality(checked.slim)
+        report = VerifyReport(checks, checked.report.context)
         content = report.to_dict()
         if after is not None:
             content["quality"] = rounded(after.to_dict())
@@ -295,7 +285,7 @@ class _Job:
         """README.md."""
         source, plan = self._session.source, self._plan
         layers = plan.written_shapes(source.shape)
-        return recovered_card(
+        card = model_card(
             name,
             plan,
             source.shape,
@@ -303,8 +293,8 @@ class _Job:
             report,
             engines_for(plan.written_layout, layers),
             model_license(source.path),
-            record,
         )
+        return f"{card}\n{recovery_section(report, record)}"
 
     def forget(self) -> None:
         """Drop the state for going on."""

@@ -158,7 +158,6 @@ def check_directory(
         check_cache,
         check_causality,
         check_parity,
-        reference_logits,
     )
 
     source = session.source
@@ -169,15 +168,7 @@ def check_directory(
     exact = exact_dtype(session, compensated)
     batches = batches or session_batches(session, prompts, seed)
     with session.progress("checking against the masked dense model", None):
-        reference = reference_logits(
-            session.model,
-            source.family,
-            source.shape,
-            compiled,
-            batches,
-            compensated,
-            exact_dtype=exact,
-        )
+        reference = oracle_logits(session, compiled, batches, compensated, exact)
         slim = session.slim_model(directory)
         longest = max(batches, key=lambda batch: int(batch.attention_mask[0].sum()))
         checks = [
@@ -214,6 +205,28 @@ def _check_refit(directory: Path, source: Source, compensation: Compensation) ->
         detail=f"lost energy {sum(written for written, _ in shares) / max(len(shares), 1):.1%}, "
         f"plain slices {sum(plain for _, plain in shares) / max(len(shares), 1):.1%}, "
         f"{len(shares)} projections",
+    )
+
+
+def oracle_logits(
+    session: Session,
+    compiled: Plan,
+    batches: Sequence[TokenBatch],
+    compensated: Projections,
+    exact: torch.dtype,
+) -> ReferenceLogits:
+    """`reference_logits` of a session's model under a plan."""
+    from spp_export.verification import reference_logits
+
+    source = session.source
+    return reference_logits(
+        session.model,
+        source.family,
+        source.shape,
+        compiled,
+        batches,
+        compensated,
+        exact_dtype=exact,
     )
 
 

@@ -8,15 +8,11 @@ the size of a head from the config; vLLM's Qwen2 derives it from the hidden size
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 from vllm.config import VllmConfig
-from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
-from vllm.model_executor.models.mistral import (
-    MistralDecoderLayer,
-    MistralForCausalLM,
-    MistralModel,
-)
+from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
+from vllm.model_executor.models.mistral import MistralDecoderLayer, MistralForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer, Qwen3Model
 from vllm.model_executor.models.utils import extract_layer_index
 
@@ -50,57 +46,64 @@ def layer_config(config: Any, prefix: str) -> Any:
     return layer
 
 
-class SppLlamaDecoderLayer(LlamaDecoderLayer):
+class _OwnShape:
+    """Put before a layer of vLLM's, gives it the config of its own place."""
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str = "", config: Any = None) -> None:
+        layer = self.adapted(layer_config(config or vllm_config.model_config.hf_config, prefix))
+        parent: Any = super()
+        parent.__init__(vllm_config=vllm_config, prefix=prefix, config=layer)
+
+    def adapted(self, layer: Any) -> Any:
+        """The config that vLLM's layer is to see."""
+        return layer
+
+
+class _OwnLayers:
+    """Put before a causal model of vLLM's, builds it of layers of `layer_class`."""
+
+    layer_class: ClassVar[Any]
+
+    def _init_model(self, vllm_config: VllmConfig, prefix: str = "", layer_type: Any = None) -> Any:
+        parent: Any = super()
+        return parent._init_model(
+            vllm_config=vllm_config, prefix=prefix, layer_type=self.layer_class
+        )
+
+
+class SppLlamaDecoderLayer(_OwnShape, LlamaDecoderLayer):
     """A Llama layer of its own shape."""
 
-    def __init__(self, vllm_config: VllmConfig, prefix: str = "", config: Any = None) -> None:
-        config = config or vllm_config.model_config.hf_config
-        super().__init__(
-            vllm_config=vllm_config, prefix=prefix, config=layer_config(config, prefix)
-        )
 
-
-class SppLlamaForCausalLM(LlamaForCausalLM):
+class SppLlamaForCausalLM(_OwnLayers, LlamaForCausalLM):
     """Llama with a shape of its own in every layer."""
 
-    def _init_model(self, vllm_config: VllmConfig, prefix: str = "", layer_type: Any = None) -> Any:
-        return LlamaModel(vllm_config=vllm_config, prefix=prefix, layer_type=SppLlamaDecoderLayer)
+    layer_class = SppLlamaDecoderLayer
 
 
-class SppMistralDecoderLayer(MistralDecoderLayer):
+class SppMistralDecoderLayer(_OwnShape, MistralDecoderLayer):
     """A Mistral layer of its own shape."""
 
-    def __init__(self, vllm_config: VllmConfig, prefix: str = "", config: Any = None) -> None:
-        config = config or vllm_config.model_config.hf_config
-        super().__init__(
-            vllm_config=vllm_config, prefix=prefix, config=layer_config(config, prefix)
-        )
 
-
-class SppMistralForCausalLM(MistralForCausalLM):
+class SppMistralForCausalLM(_OwnLayers, MistralForCausalLM):
     """Mistral with a shape of its own in every layer."""
 
-    def _init_model(self, vllm_config: VllmConfig, prefix: str = "", layer_type: Any = None) -> Any:
-        return MistralModel(
-            vllm_config=vllm_config, prefix=prefix, layer_type=SppMistralDecoderLayer
-        )
+    layer_class = SppMistralDecoderLayer
 
 
-class SppQwen2DecoderLayer(LlamaDecoderLayer):
+class SppQwen2DecoderLayer(_OwnShape, LlamaDecoderLayer):
     """A Qwen2 layer of its own shape: a Llama layer whose q, k and v have a bias."""
 
-    def __init__(self, vllm_config: VllmConfig, prefix: str = "", config: Any = None) -> None:
-        config = config or vllm_config.model_config.hf_config
-        layer = layer_config(config, prefix)
+    def adapted(self, layer: Any) -> Any:
+        """With biases of q, k and v, as vLLM's Llama is told of them."""
         layer.qkv_bias = True
-        super().__init__(vllm_config=vllm_config, prefix=prefix, config=layer)
+        return layer
 
 
-class SppQwen2ForCausalLM(LlamaForCausalLM):
+class SppQwen2ForCausalLM(_OwnLayers, LlamaForCausalLM):
     """Qwen2 with a shape of its own in every layer."""
 
-    def _init_model(self, vllm_config: VllmConfig, prefix: str = "", layer_type: Any = None) -> Any:
-        return LlamaModel(vllm_config=vllm_config, prefix=prefix, layer_type=SppQwen2DecoderLayer)
+    layer_class = SppQwen2DecoderLayer
 
 
 class SppQwen3DecoderLayer(Qwen3DecoderLayer):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from spp_bench import big_checkpoints, scale, scale_child
+from spp_bench import big_checkpoints, scale
 from spp_export.checkpoint.source import open_source
 
 TINY = {"hidden_size": 64, "head_dim": 2, "intermediate_size": 96, "vocab_size": 50}
@@ -35,12 +35,11 @@ def test_a_child_tells_what_a_slice_took(tiny, tmp_path):
     model, target = tmp_path / "model", tmp_path / "out"
     model.mkdir()
     big_checkpoints.build(model, 0.001)
-    found = scale_child.run("slice", model, target)
+    found = scale._in_fresh_process("slice", model, target)
     assert (target / "manifest.json").exists()
     assert 0 < found["out_bytes"] < found["source_bytes"] + 50_000
     assert found["seconds"] > 0
-    # The kernel counts a process's memory with some delay, and this one has been large before.
-    assert found["peak_bytes"] > 0.9 * found["imports_bytes"] > 0
+    assert found["peak_bytes"] >= found["imports_bytes"] > 0
     assert found["largest_tensor_bytes"] == 2 * 64 * 96
     assert 0.7 < found["head_parameters_kept"] < 0.9
 

@@ -57,6 +57,9 @@ class Causal:
     def __init__(self, *, vllm_config, prefix=""):
         self.model = self._init_model(vllm_config=vllm_config, prefix="model", layer_type=Layer)
 
+    def _init_model(self, vllm_config, prefix="", layer_type=Layer):
+        return Decoder(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
+
 
 @pytest.fixture
 def vllm(monkeypatch):
@@ -73,12 +76,10 @@ def vllm(monkeypatch):
         f"{models}.llama": {
             "LlamaDecoderLayer": Layer,
             "LlamaForCausalLM": Causal,
-            "LlamaModel": Decoder,
         },
         f"{models}.mistral": {
             "MistralDecoderLayer": type("MistralLayer", (Layer,), {}),
             "MistralForCausalLM": type("MistralCausal", (Causal,), {}),
-            "MistralModel": Decoder,
         },
         f"{models}.qwen3": {"Qwen3DecoderLayer": Qwen3Layer, "Qwen3Model": Qwen3Decoder},
         f"{models}.utils": {
