@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from spp_export.checkpoint.companions import companion
 from spp_export.errors import ModelError, OutputError, ResourceError
 from spp_export.memory import free_memory
 from spp_export.shape import ModelShape
+from spp_export.working_place import free_space, nearest
 
 _log = logging.getLogger(__name__)
 
@@ -99,19 +99,6 @@ def check_readable(directory: Path, names: Iterable[str]) -> None:
             raise ModelError(
                 f"{directory / name}: cannot be read ({error.strerror}). Correct its permissions."
             ) from error
-
-
-def free_space(path: Path) -> int:
-    """Bytes free where `path` is or will be."""
-    return shutil.disk_usage(nearest(path)).free
-
-
-def nearest(path: Path) -> Path:
-    """The path itself, or the closest folder above it that is there."""
-    place = Path(os.path.realpath(path))
-    while not os.path.exists(place):
-        place = place.parent
-    return place
 
 
 def least_slim_bytes(shape: ModelShape, keep: float | None, units: str) -> int:

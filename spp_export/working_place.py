@@ -109,6 +109,19 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def free_space(path: Path) -> int:
+    """Bytes free where `path` is or will be."""
+    return shutil.disk_usage(nearest(path)).free
+
+
+def nearest(path: Path) -> Path:
+    """The path itself, or the closest folder above it that is there."""
+    place = Path(os.path.realpath(path))
+    while not os.path.exists(place):
+        place = place.parent
+    return place
+
+
 def _claim(target: Path) -> tuple[Path, int | None]:
     """A new place, and the descriptor of its lock; None where the file system has no locks."""
     for _ in range(_ATTEMPTS):

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import errno
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from spp_export.errors import OutputError
 from spp_export.working_place import (
     ASIDE_NAME,
     clear_leftovers,
+    free_space,
     is_place,
     sync,
     working_place,
@@ -53,10 +53,7 @@ def publish(target: Path, force: bool = False) -> Iterator[Path]:
 
 def require_free_space(path: Path, count: int) -> None:
     """Raise OutputError unless the file system that `path` is or will be on has `count` bytes."""
-    place = Path(os.path.realpath(path))
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = free_space(path)
     if free < count:
         raise OutputError(
             f"{path}: needs {count / 1e9:.2f} GB, {free / 1e9:.2f} GB are free. "

@@ -12,8 +12,8 @@ from typing import Any
 
 from spp_export.evaluation.machine import cpu_name
 from spp_export.models import cache_directory
-from spp_export.preflight import nearest
 from spp_export.versions import library_versions
+from spp_export.working_place import nearest
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ from spp_export.models import cache_directory
 from spp_export.onnx_graph.decoder import Decoder
 from spp_export.onnx_graph.options import OnnxOptions
 from spp_export.onnx_graph.quantise import BLOCK_SIZES
-from spp_export.preflight import Needs, free_space
+from spp_export.preflight import Needs
 from spp_export.session import Session
 from spp_export.shape import ModelShape
 from spp_export.statistics_cache import cache_paths
+from spp_export.working_place import free_space
 
 _ELEMENT_BYTES = {name: ELEMENT_BYTES[stored] for stored, name in FLOAT_DTYPES.items()}
 # What an interpreter with torch takes, and what is computed with the weights.

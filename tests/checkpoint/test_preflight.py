@@ -8,7 +8,7 @@ from collections import namedtuple
 
 import pytest
 
-from spp_export import preflight
+from spp_export import preflight, working_place
 from spp_export.errors import ModelError, OutputError, ResourceError
 from spp_export.preflight import (
     Needs,
@@ -16,10 +16,10 @@ from spp_export.preflight import (
     check_memory,
     check_place,
     check_readable,
-    free_space,
     least_slim_bytes,
 )
 from spp_export.shape import ModelShape
+from spp_export.working_place import free_space
 
 Usage = namedtuple("Usage", "total used free")
 SHAPE = ModelShape("llama", 3, 64, 8, 4, 8, 96, 100, False, 2)
@@ -32,9 +32,9 @@ def needs(target, **changes):
 
 
 def test_a_full_disk_is_refused_with_the_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: Usage(0, 0, 3_100_000_000))
+    monkeypatch.setattr(working_place.shutil, "disk_usage", lambda path: Usage(0, 0, 3_100_000_000))
     check_disk(needs(tmp_path / "out"))
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: Usage(0, 0, 3_050_000_000))
+    monkeypatch.setattr(working_place.shutil, "disk_usage", lambda path: Usage(0, 0, 3_050_000_000))
     with pytest.raises(OutputError) as error:
         check_disk(needs(tmp_path / "out"))
     assert str(error.value) == (
