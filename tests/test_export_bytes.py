@@ -1,0 +1,87 @@
+"""Exports of fixed plans keep their bytes from version to version: export_hashes.json holds them.
+
+`python tests/test_export_bytes.py` writes the file anew, for a change that is meant to change them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import gguf_cases
+import pytest
+from factories import CASES, ragged_layers, random_layers, shape_of, uniform_layers
+
+import spp_export
+from spp_export import ExportRequest, GgufOptions, OnnxOptions
+from spp_export.checkpoint.source import open_source
+from spp_export.plans import Plan
+
+HASHES = Path(__file__).parent / "export_hashes.json"
+# One case of every family, and what makes tensors or graphs differ: biases, windows, shards.
+NAMES = ("llama-gqa-bias", "mistral-window-tied", "qwen2-gqa-tied", "qwen3-gqa-tied")
+# What checks measured depends on the machine; the card repeats it.
+MEASURED = {"verify.json", "README.md", "manifest.json"}
+
+
+def plan_of(dense: Path, layout: str) -> Plan:
+    """A random plan of a layout, always the same."""
+    shape = shape_of(dense)
+    if layout == "uniform":
+        layers = uniform_layers(shape, 5, kv_heads=shape.kv_heads // 2, group_size=1)
+    else:
+        layers = {"per-layer": random_layers, "ragged": ragged_layers}[layout](shape, 5)
+    return Plan(open_source(dense).fingerprint, "dense", layout, "none", layers)
+
+
+def forms(name: str) -> Iterator[tuple[str, str, ExportRequest]]:
+    """Label, layout and request of every form that a case can be written in."""
+    for layout in ("per-layer", "uniform", "ragged"):
+        yield layout, layout, ExportRequest()
+    yield "padded", "ragged", ExportRequest(pad=True)
+    for layout in ("per-layer", "uniform"):
+        for attention in ("gqa", "gqa-bias", "standard"):
+            options = OnnxOptions(attention=attention)
+            yield f"{layout} onnx {attention}", layout, ExportRequest(onnx=options)
+        yield f"{layout} onnx int4", layout, ExportRequest(onnx=OnnxOptions(quant="int4"))
+        if name in gguf_cases.FAMILIES:
+            for quant in (None, "q8_0", "q4_0"):
+                options = GgufOptions(quant=quant)
+                yield f"{layout} gguf {quant}", layout, ExportRequest(gguf=options)
+
+
+def hashes(name: str, root: Path) -> dict[str, dict[str, str]]:
+    """SHA-256 of every file of every form of a case, less what was measured."""
+    table = {}
+    dense = gguf_cases.make(name, root) if name in gguf_cases.FAMILIES else CASE[name].make(root)
+    for label, layout, request in forms(name):
+        target = root / label.replace(" ", "-")
+        spp_export.export(
+            output=target, model=str(dense), plan=plan_of(dense, layout), request=request
+        )
+        table[label] = {
+            str(path.relative_to(target)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(target.rglob("*"))
+            if path.is_file() and path.name not in MEASURED
+        }
+    return table
+
+
+CASE = {case.name: case for case in CASES}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_exports_have_the_bytes_of_before(name: str, tmp_path: Path) -> None:
+    expected = json.loads(HASHES.read_text())[name]
+    assert hashes(name, tmp_path) == expected
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as place:
+        made = {name: hashes(name, Path(place) / name) for name in NAMES}
+    HASHES.write_text(json.dumps(made, indent=1, sort_keys=True) + "\n")
+    sys.stdout.write(f"{HASHES}: {sum(map(len, made.values()))} exports\n")
