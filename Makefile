@@ -107,7 +107,7 @@ test-loading: $(INSTALLED)
 
 # optimum-onnx wants a transformers below 4.58; the default model is dequantised by our own.
 test-optimum: $(INSTALLED) $(OPTIMUM)/.installed
-	$(BIN)/python -c "from spp_export.models import demo_model; demo_model()"
+	$(BIN)/python -c "from spp_export.models.hub import demo_model; demo_model()"
 	$(OPTIMUM)/bin/python -m pytest tests/with_optimum/check_optimum.py
 	$(OPTIMUM)/bin/python -m pytest -m "not demo and not slow and not gpu"
 
@@ -265,11 +265,11 @@ onnx-exporters: demo
 
 onnx-parity: demo
 	$(BIN)/spp convert out/chemistry --force -o out/chemistry-onnx
-	$(BIN)/python -m spp_bench.onnx_parity out/chemistry out/chemistry-onnx
+	$(BIN)/python -m spp_bench.onnx.parity out/chemistry out/chemistry-onnx
 
 onnx-memory: $(INSTALLED)
 	mkdir -p build
-	$(BIN)/python -m spp_bench.onnx_memory --gigabytes 4 --dir build \
+	$(BIN)/python -m spp_bench.onnx.memory --gigabytes 4 --dir build \
 		--json $(RESULTS)/onnx-memory-4gb.json
 
 ragged: $(INSTALLED)

@@ -10,75 +10,75 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from spp_export.loader_registration import install as _install
+from spp_export.models.modeling.registration import install as _install
 
 if TYPE_CHECKING:
-    from spp_export.errors import SppError
-    from spp_export.gguf_file import GgufOptions
-    from spp_export.loader import load_dense, load_slim
-    from spp_export.onnx_graph import OnnxOptions
-    from spp_export.pipeline.chat import Answer, Chat, open_chat
-    from spp_export.pipeline.convert import ConvertResult, convert
-    from spp_export.pipeline.diagnose import diagnose
-    from spp_export.pipeline.doctor import Examination, doctor
-    from spp_export.pipeline.evaluate import EvalRequest, EvalResult, evaluate, evaluate_scenarios
-    from spp_export.pipeline.export import export
-    from spp_export.pipeline.export_records import ExportRequest, ExportResult
-    from spp_export.pipeline.import_artifacts import import_artifacts
-    from spp_export.pipeline.plan import PlanRequest, PlanResult, plan
-    from spp_export.pipeline.probe import probe
-    from spp_export.pipeline.push import PushResult, push_to_hub
-    from spp_export.pipeline.recover import RecoverResult, recover
-    from spp_export.pipeline.report import ReportResult, report
-    from spp_export.pipeline.scenario_chat import ScenarioChat, open_scenario_chat
-    from spp_export.pipeline.scenario_models import ScenarioModels, load, load_many
-    from spp_export.pipeline.show import show
-    from spp_export.pipeline.verify import verify
-    from spp_export.plans import Plan, read_plan
-    from spp_export.recovery import RecoverSettings
+    from spp_export.commands.chat.chat import Answer, Chat, open_chat
+    from spp_export.commands.convert import ConvertResult, convert
+    from spp_export.commands.diagnose import diagnose
+    from spp_export.commands.doctor import Examination, doctor
+    from spp_export.commands.evaluate import EvalRequest, EvalResult, evaluate, evaluate_scenarios
+    from spp_export.commands.export import export
+    from spp_export.commands.export_request import ExportRequest, ExportResult
+    from spp_export.commands.import_artifacts import import_artifacts
+    from spp_export.commands.load import ScenarioModels, load, load_many
+    from spp_export.commands.lora import RecoverSettings
+    from spp_export.commands.plan import PlanRequest, PlanResult, plan
+    from spp_export.commands.probe import probe
+    from spp_export.commands.push import PushResult, push_to_hub
+    from spp_export.commands.recover import RecoverResult, recover
+    from spp_export.commands.report.report import ReportResult, report
+    from spp_export.commands.scenario_chat import ScenarioChat, open_scenario_chat
+    from spp_export.commands.show import show
+    from spp_export.commands.verify import verify
+    from spp_export.common.errors import SppError
+    from spp_export.formats.gguf import GgufOptions
+    from spp_export.formats.onnx import OnnxOptions
+    from spp_export.models.loader import load_dense, load_slim
+    from spp_export.planning import Plan, read_plan
 
 _WHERE = {
-    "Answer": "spp_export.pipeline.chat",
-    "Chat": "spp_export.pipeline.chat",
-    "ConvertResult": "spp_export.pipeline.convert",
-    "Examination": "spp_export.pipeline.doctor",
-    "EvalRequest": "spp_export.pipeline.evaluate",
-    "EvalResult": "spp_export.pipeline.evaluate",
-    "ExportRequest": "spp_export.pipeline.export_records",
-    "ExportResult": "spp_export.pipeline.export_records",
-    "GgufOptions": "spp_export.gguf_file",
-    "OnnxOptions": "spp_export.onnx_graph",
-    "Plan": "spp_export.plans",
-    "PlanRequest": "spp_export.pipeline.plan",
-    "PlanResult": "spp_export.pipeline.plan",
-    "PushResult": "spp_export.pipeline.push",
-    "RecoverResult": "spp_export.pipeline.recover",
-    "RecoverSettings": "spp_export.recovery",
-    "ReportResult": "spp_export.pipeline.report",
-    "ScenarioChat": "spp_export.pipeline.scenario_chat",
-    "ScenarioModels": "spp_export.pipeline.scenario_models",
-    "SppError": "spp_export.errors",
-    "convert": "spp_export.pipeline.convert",
-    "diagnose": "spp_export.pipeline.diagnose",
-    "doctor": "spp_export.pipeline.doctor",
-    "evaluate": "spp_export.pipeline.evaluate",
-    "evaluate_scenarios": "spp_export.pipeline.evaluate",
-    "export": "spp_export.pipeline.export",
-    "import_artifacts": "spp_export.pipeline.import_artifacts",
-    "load": "spp_export.pipeline.scenario_models",
-    "load_dense": "spp_export.loader",
-    "load_many": "spp_export.pipeline.scenario_models",
-    "load_slim": "spp_export.loader",
-    "open_chat": "spp_export.pipeline.chat",
-    "open_scenario_chat": "spp_export.pipeline.scenario_chat",
-    "plan": "spp_export.pipeline.plan",
-    "probe": "spp_export.pipeline.probe",
-    "push_to_hub": "spp_export.pipeline.push",
-    "read_plan": "spp_export.plans",
-    "recover": "spp_export.pipeline.recover",
-    "report": "spp_export.pipeline.report",
-    "show": "spp_export.pipeline.show",
-    "verify": "spp_export.pipeline.verify",
+    "Answer": "spp_export.commands.chat.chat",
+    "Chat": "spp_export.commands.chat.chat",
+    "ConvertResult": "spp_export.commands.convert",
+    "Examination": "spp_export.commands.doctor",
+    "EvalRequest": "spp_export.commands.evaluate",
+    "EvalResult": "spp_export.commands.evaluate",
+    "ExportRequest": "spp_export.commands.export_request",
+    "ExportResult": "spp_export.commands.export_request",
+    "GgufOptions": "spp_export.formats.gguf",
+    "OnnxOptions": "spp_export.formats.onnx",
+    "Plan": "spp_export.planning",
+    "PlanRequest": "spp_export.commands.plan",
+    "PlanResult": "spp_export.commands.plan",
+    "PushResult": "spp_export.commands.push",
+    "RecoverResult": "spp_export.commands.recover",
+    "RecoverSettings": "spp_export.commands.lora",
+    "ReportResult": "spp_export.commands.report.report",
+    "ScenarioChat": "spp_export.commands.scenario_chat",
+    "ScenarioModels": "spp_export.commands.load",
+    "SppError": "spp_export.common.errors",
+    "convert": "spp_export.commands.convert",
+    "diagnose": "spp_export.commands.diagnose",
+    "doctor": "spp_export.commands.doctor",
+    "evaluate": "spp_export.commands.evaluate",
+    "evaluate_scenarios": "spp_export.commands.evaluate",
+    "export": "spp_export.commands.export",
+    "import_artifacts": "spp_export.commands.import_artifacts",
+    "load": "spp_export.commands.load",
+    "load_dense": "spp_export.models.loader",
+    "load_many": "spp_export.commands.load",
+    "load_slim": "spp_export.models.loader",
+    "open_chat": "spp_export.commands.chat.chat",
+    "open_scenario_chat": "spp_export.commands.scenario_chat",
+    "plan": "spp_export.commands.plan",
+    "probe": "spp_export.commands.probe",
+    "push_to_hub": "spp_export.commands.push",
+    "read_plan": "spp_export.planning",
+    "recover": "spp_export.commands.recover",
+    "report": "spp_export.commands.report.report",
+    "show": "spp_export.commands.show",
+    "verify": "spp_export.commands.verify",
 }
 
 # The command's name, where the function has one that says more.

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spp_export.errors import ArtifactsError
-from spp_export.jsonio import shown
+from spp_export.common.errors import ArtifactsError
+from spp_export.common.json_files import shown
 
 if TYPE_CHECKING:
-    from spp_export.artifacts import Array, Artifacts
+    from spp_export.data.artifacts import Array, Artifacts
 
 _SETTINGS = {
     "regime_choice": ("known", "share"),

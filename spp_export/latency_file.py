@@ -22,9 +22,16 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from spp_export.errors import ProfileError
-from spp_export.jsonio import check_keys, decode_utf8, json_object, parse_json, read_bytes, shown
-from spp_export.latency import COUNTS, PHASES, SIZES, SWITCHES, LatencyTable, Phase
+from spp_export.common.errors import ProfileError
+from spp_export.common.json_files import (
+    check_keys,
+    decode_utf8,
+    json_object,
+    parse_json,
+    read_bytes,
+    shown,
+)
+from spp_export.planning.latency import COUNTS, PHASES, SIZES, SWITCHES, LatencyTable, Phase
 
 SCHEMA_VERSION = 1
 MAX_BYTES = 4 << 20

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spp_export.checkpoint.companions import companion
-from spp_export.errors import ModelError, OutputError, ResourceError
-from spp_export.memory import free_memory
-from spp_export.shape import ModelShape
-from spp_export.working_place import free_space, nearest
+from spp_export.common.disk import free_space, nearest
+from spp_export.common.errors import ModelError, OutputError, ResourceError
+from spp_export.common.memory import free_memory
+from spp_export.models.checkpoint.companions import companion
+from spp_export.models.shape import ModelShape
 
 _log = logging.getLogger(__name__)
 

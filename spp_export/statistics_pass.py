@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from spp_export.activations import (
+from spp_export.calibration.activations import (
     MeanSquares,
     Observer,
     SecondMoments,
     StreamSensitivity,
     channel_block,
 )
-from spp_export.importance.statistics import FloatArray
-from spp_export.shape import ModelShape
+from spp_export.calibration.statistics import FloatArray
+from spp_export.models.shape import ModelShape
 
 
 class BlockSums:

@@ -21,11 +21,11 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from spp_export.families import FAMILIES, Role
-from spp_export.plans import LayerPlan, Layout
+from spp_export.models.families import FAMILIES, Role
+from spp_export.models.shape import ModelShape
+from spp_export.planning import LayerPlan, Layout
 from spp_export.quiet import quiet_transformers
-from spp_export.shape import ModelShape
-from spp_export.slim_config import MODELING_FILES, slim_config
+from spp_export.slicing.config import MODELING_FILES, slim_config
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<s>", "</s>", "<|endoftext|>"
 # One token per byte and four special ones make 260. A prime number, hence no layer's width: readers

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from spp_export.pools import read_pools
-from spp_export.scenario import read_scenario
+from spp_export.data.pools import read_pools
+from spp_export.data.scenario import read_scenario
 
 DATA = Path(__file__).resolve().parents[1] / "benchmarks" / "data"
 DEFAULT = ("chemistry", "finance", "history", "math", "philosophy", "technology")

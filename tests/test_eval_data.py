@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from spp_export.pools import read_pools
-from spp_export.scenario import read_scenario
+from spp_export.data.pools import read_pools
+from spp_export.data.scenario import read_scenario
 
 DATA = Path(__file__).resolve().parents[1] / "benchmarks" / "data"
 FILES = sorted((DATA / "eval").glob("*/*.json"))

@@ -18,8 +18,8 @@ from factories import CASES, ragged_layers, random_layers, shape_of, uniform_lay
 
 import spp_export
 from spp_export import ExportRequest, GgufOptions, OnnxOptions
-from spp_export.checkpoint.source import open_source
-from spp_export.plans import Plan
+from spp_export.models.checkpoint.source import open_source
+from spp_export.planning import Plan
 
 HASHES = Path(__file__).parent / "export_hashes.json"
 # One case of every family, and what makes tensors or graphs differ: biases, windows, shards.

@@ -11,10 +11,10 @@ from typing import Any
 
 from spp_bench.bench import BenchRequest, bench
 from spp_bench.report import plain
-from spp_bench.shape_bench import bench_shape
-from spp_bench.shape_plans import LAYOUTS, variants
-from spp_export.budget import UNITS
-from spp_export.errors import SppError, UsageError
+from spp_bench.shapes.bench import bench_shape
+from spp_bench.shapes.plans import LAYOUTS, variants
+from spp_export.common.errors import SppError, UsageError
+from spp_export.planning.budget import UNITS
 
 
 def parser() -> argparse.ArgumentParser:

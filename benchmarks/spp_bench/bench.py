@@ -24,19 +24,19 @@ from spp_bench.candidates import (
 from spp_bench.cases import Cell, grid, tokens
 from spp_bench.claims import claim_rows
 from spp_bench.device_rates import measure_rates
+from spp_bench.engines.open import Runner, genai_installed, open_runner
 from spp_bench.gate import check_agreement, check_outs, same_files
 from spp_bench.measure import in_turn, measure_cell
 from spp_bench.memory import measure_memory
 from spp_bench.plots import check_plots, write_plots
 from spp_bench.requests import check_counts, check_device
 from spp_bench.results import cell_record, earlier, header, problems, write_document
-from spp_bench.runners import Runner, genai_installed, open_runner
 from spp_bench.threads import torch_threads
-from spp_export.checkpoint.source import Source, open_source
-from spp_export.errors import OutputError, UsageError
-from spp_export.models import DEMO, cache_directory, locate_model
-from spp_export.onnx_graph.options import OnnxOptions
-from spp_export.progress import Progress, no_progress
+from spp_export.common.errors import OutputError, UsageError
+from spp_export.common.progress import Progress, no_progress
+from spp_export.formats.onnx.options import OnnxOptions
+from spp_export.models.checkpoint.source import Source, open_source
+from spp_export.models.hub import DEMO, cache_directory, locate_model
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def _candidates(
 def _export_dense(
     source: Source, directory: Path, options: OnnxOptions, progress: Progress
 ) -> None:
-    from spp_export.onnx_graph.write import write_onnx
+    from spp_export.formats.onnx.write import write_onnx
 
     directory.mkdir()
     with progress("exporting the dense model to ONNX", 1.0) as advance_to:

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from spp_export.checkpoint.dtypes import Bits
-from spp_export.checkpoint.source import Source
-from spp_export.checkpoint.writer import Entry, ShardWriter, plan_shards
-from spp_export.families import family_of
-from spp_export.jsonio import dump_json
-from spp_export.plans import LayerPlan, Plan
+from spp_export.common.json_files import dump_json
+from spp_export.models.checkpoint.dtypes import Bits
+from spp_export.models.checkpoint.source import Source
+from spp_export.models.checkpoint.writer import Entry, ShardWriter, plan_shards
+from spp_export.models.families import family_of
+from spp_export.planning import LayerPlan, Plan
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from spp_bench.machine import machine
-from spp_export.compensate import refit_blocks, residual
+from spp_export.calibration.mixture import Mixing, calibration_parts, gather_parts
+from spp_export.calibration.moments import layer_weights
+from spp_export.calibration.refit import refit_blocks, residual
 from spp_export.importance import FloatArray
-from spp_export.moments import layer_weights
-from spp_export.pipeline.calibration import Mixing, calibration_parts, gather_parts
-from spp_export.session import open_artifacts, open_session
+from spp_export.models.session import open_artifacts, open_session
 
 BLOCKS = (1536, 768, 384, 192, 96, 48)
 _KEEP = 0.8

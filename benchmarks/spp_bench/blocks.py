@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import spp_export.modeling  # noqa: F401  registers the per-layer classes
+import spp_export.models.modeling  # noqa: F401  registers the per-layer classes
 from spp_bench.graphs import cuda_graph, on_device
-from spp_export.families import Family
-from spp_export.latency import Phase
+from spp_export.models.families import Family
+from spp_export.models.shape import LayerShape, ModelShape
+from spp_export.planning.latency import Phase
 from spp_export.quiet import quiet_transformers
-from spp_export.shape import LayerShape, ModelShape
-from spp_export.slim_config import slim_config
+from spp_export.slicing.config import slim_config
 
 # More than the caches of a processor or a card hold.
 _COLD_BYTES = 1 << 28

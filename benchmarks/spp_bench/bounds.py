@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from spp_bench.cases import Cell
-from spp_export.shape import LayerShape, ModelShape
+from spp_export.models.shape import LayerShape, ModelShape
 
 # Under this no measurement tells a gain from noise.
 NO_GAIN = 1.02

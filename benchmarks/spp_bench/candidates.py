@@ -7,18 +7,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from spp_export.commands.onnx_files import is_onnx, onnx_options
+from spp_export.formats.onnx.settings import stock_settings
+
 from spp_bench.bounds import Sizes
-from spp_bench.onnx_weights import stored_weights
-from spp_export.checkpoint.manifest import hash_file
-from spp_export.checkpoint.source import Source
-from spp_export.errors import OutputError
-from spp_export.jsonio import read_json
-from spp_export.onnx_graph.options import OnnxOptions
-from spp_export.onnx_graph.settings import stock_settings
-from spp_export.pipeline.compensation import written_shape
-from spp_export.pipeline.onnx_files import is_onnx, onnx_options
-from spp_export.plans import read_plan, validate_plan
-from spp_export.shape import LayerShape, ModelShape
+from spp_bench.onnx.weights import stored_weights
+from spp_export.common.errors import OutputError
+from spp_export.common.json_files import read_json
+from spp_export.common.manifest import hash_file
+from spp_export.formats.onnx.options import OnnxOptions
+from spp_export.models.checkpoint.source import Source
+from spp_export.models.shape import LayerShape, ModelShape
+from spp_export.planning import read_plan, validate_plan
+from spp_export.slicing.compensation import written_shape
 
 Engine = Literal["torch", "graph", "onnx", "genai"]
 DENSE = "dense"

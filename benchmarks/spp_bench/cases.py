@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spp_export.errors import UsageError
+from spp_export.common.errors import UsageError
 
 Ids = NDArray[np.int64]
 

@@ -12,7 +12,7 @@ from typing import Any
 from spp_bench import diagnosis_time
 from spp_bench.compile_time import measure as compile_time
 from spp_bench.measure import PHASES
-from spp_export.shape import ModelShape
+from spp_export.models.shape import ModelShape
 
 COMPILE_SECONDS = (0.027, 0.068)
 SPEEDUPS = (1.24, 3.22)

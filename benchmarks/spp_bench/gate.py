@@ -11,10 +11,10 @@ import numpy as np
 import spp_export
 from spp_bench.candidates import Candidate, Out
 from spp_bench.cases import Cell, tokens
-from spp_bench.runners import Logits, Runner
-from spp_export.checkpoint.manifest import MANIFEST_NAME, hash_file
-from spp_export.errors import ParityError
-from spp_export.progress import Progress
+from spp_bench.engines.open import Logits, Runner
+from spp_export.common.errors import ParityError
+from spp_export.common.manifest import MANIFEST_NAME, hash_file
+from spp_export.common.progress import Progress
 
 # A runner that feeds other tokens, positions or weights is wrong by about 1; rounding by this.
 _ROOM = {"fp32": 1e-3, "float32": 1e-3, "float64": 1e-6}
@@ -116,7 +116,7 @@ def rounding_room(candidate: Candidate) -> float:
 def same_files(gate: Sequence[Mapping[str, Any]], outs: Sequence[Out]) -> bool:
     """Whether an earlier run's gate saw these very directories, by their manifests; what the
     manifests list is checked against the disk."""
-    from spp_export.checkpoint.manifest import check_manifest
+    from spp_export.common.manifest import check_manifest
 
     seen = {record["name"]: record["manifest"] for record in gate}
     return all(

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from spp_bench.machine import machine
-from spp_bench.onnx_parity import PROMPTS
-from spp_export.jsonio import dump_json
+from spp_bench.onnx.parity import PROMPTS
+from spp_export.common.json_files import dump_json
 
 _NEW_TOKENS = 32
 # What two such programs may differ by in the difference of two logits: largest seen is 1e-4.
@@ -29,9 +29,9 @@ def compare(slim: Path, gguf: Path) -> dict[str, Any]:
     """Every prompt's tokens by both, and where they part."""
     import torch
 
-    from spp_export.gguf_file.llama_cpp import LlamaCpp, engine_name
-    from spp_export.loader import load_slim
-    from spp_export.tokenization import load_tokenizer
+    from spp_export.formats.gguf.llama_cpp import LlamaCpp, engine_name
+    from spp_export.models.loader import load_slim
+    from spp_export.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(slim)
     model = load_slim(slim, dtype="float32")

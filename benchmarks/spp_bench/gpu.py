@@ -25,13 +25,13 @@ from spp_bench.bench import BenchRequest
 from spp_bench.bounds import Rates, Work
 from spp_bench.cases import Cell
 from spp_bench.device_rates import measure_rates
+from spp_bench.engines.static import StaticRunner
 from spp_bench.memory import with_prediction
 from spp_bench.results import write_document
-from spp_bench.shape_bench import Models, ShapeRun, Timed, has_cell, peak_of
-from spp_bench.shape_plans import LAYOUTS, ShapePlan, Variant, shape_plan, variants
-from spp_bench.shapes import BACKBONES, Published, published
-from spp_bench.static_runner import StaticRunner
-from spp_export.errors import BudgetError, ParityError, SppError
+from spp_bench.shapes.bench import Models, ShapeRun, Timed, has_cell, peak_of
+from spp_bench.shapes.plans import LAYOUTS, ShapePlan, Variant, shape_plan, variants
+from spp_bench.shapes.shapes import BACKBONES, Published, published
+from spp_export.common.errors import BudgetError, ParityError, SppError
 
 # The middle first: should time run out, it says the most.
 KEEPS = (0.7, 0.5, 0.9)

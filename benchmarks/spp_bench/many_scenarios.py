@@ -26,7 +26,7 @@ import spp_export
 from spp_bench.machine import machine
 from spp_bench.memory_child import held
 from spp_bench.steps import run_step
-from spp_export.jsonio import dump_json
+from spp_export.common.json_files import dump_json
 
 _LIMIT_S = 1800
 _ROUNDS = 15
@@ -107,13 +107,13 @@ def _child(way: str, job_file: str, answer: str) -> int:
     """Measure one way in this process."""
     import torch
 
-    from spp_export.models import locate_model
+    from spp_export.models.hub import locate_model
 
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     dense = locate_model(job["model"]).path
     # Code is no model's: all of it is imported before.
-    import spp_export.loader
-    import spp_export.pipeline.scenario_models
+    import spp_export.commands.load
+    import spp_export.models.loader
 
     ids = torch.arange(1, _PROMPT + 1)[None]
     before = held("cpu")
@@ -145,7 +145,7 @@ def _child(way: str, job_file: str, answer: str) -> int:
 
 
 def _first_turn(scenario: str) -> str:
-    from spp_export.scenario import read_scenario
+    from spp_export.data.scenario import read_scenario
 
     # One that export holds out, so that no plan saw it.
     return read_scenario(scenario).split()[1][0]

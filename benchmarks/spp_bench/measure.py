@@ -13,8 +13,8 @@ import numpy as np
 
 from spp_bench.cases import Cell, Tokens
 from spp_bench.clocks import no_collection
-from spp_bench.runners import Runner
-from spp_export.progress import Progress
+from spp_bench.engines.open import Runner
+from spp_export.common.progress import Progress
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")

@@ -12,7 +12,7 @@ from typing import Any
 from spp_bench.candidates import Candidate
 from spp_bench.cases import Cell
 from spp_bench.memory_child import Job
-from spp_export.errors import ModelError
+from spp_export.common.errors import ModelError
 
 # How far weights and KV cache may be from what the plan predicts.
 AGREE_WITHIN = 0.02

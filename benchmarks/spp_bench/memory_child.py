@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from spp_bench.candidates import Candidate
 from spp_bench.cases import Cell, tokens
-from spp_bench.runners import open_runner
+from spp_bench.engines.open import open_runner
 
 _STATUS = Path("/proc/self/status")
 
@@ -64,16 +64,16 @@ def import_engine(job: Job) -> None:
     if job.candidate.engine in ("torch", "graph"):
         import torch
 
-        import spp_bench.static_runner
-        import spp_bench.torch_runner
+        import spp_bench.engines.static
+        import spp_bench.engines.torch
 
         torch.set_num_threads(job.threads)
         if job.device.startswith("cuda"):
             torch.zeros(1, device=job.device)
     elif job.candidate.engine == "onnx":
-        import spp_bench.ort_runner
+        import spp_bench.engines.ort
     else:
-        import spp_bench.genai_runner  # noqa: F401
+        import spp_bench.engines.genai  # noqa: F401
 
 
 def held(device: str) -> int:

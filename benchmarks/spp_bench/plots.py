@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spp_bench.measure import PHASES
-from spp_export.errors import OutputError, UsageError
+from spp_export.common.errors import OutputError, UsageError
 
 _WIDTH, _HEIGHT = 5.5, 4.0
 

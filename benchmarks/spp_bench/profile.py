@@ -22,17 +22,17 @@ from spp_bench.clocks import Clock, cold_clock_for, no_collection
 from spp_bench.report import Panel, columns
 from spp_bench.requests import check_counts, check_device
 from spp_bench.results import write_document
-from spp_bench.shapes import published
+from spp_bench.shapes.shapes import published
 from spp_bench.threads import torch_threads
-from spp_export.checkpoint.source import open_source
-from spp_export.errors import SppError, UsageError
-from spp_export.families import Family
-from spp_export.latency import PHASES, SIZES, Phase
+from spp_export.common.errors import SppError, UsageError
+from spp_export.common.progress import Progress, no_progress
 from spp_export.latency_file import SCHEMA_VERSION, read_latency_table
-from spp_export.models import DEMO, locate_model
-from spp_export.plans import check_plan_target
-from spp_export.progress import Progress, no_progress
-from spp_export.shape import ModelShape, channel_widths
+from spp_export.models.checkpoint.source import open_source
+from spp_export.models.families import Family
+from spp_export.models.hub import DEMO, locate_model
+from spp_export.models.shape import ModelShape, channel_widths
+from spp_export.planning import check_plan_target
+from spp_export.planning.latency import PHASES, SIZES, Phase
 
 if TYPE_CHECKING:
     from spp_bench.blocks import Kind, Pass
@@ -143,7 +143,7 @@ def shapes(shape: ModelShape) -> list[tuple[int, int]]:
 
 
 def _check_windows(target: Target, context: int) -> None:
-    from spp_export.onnx_graph.settings import stock_settings
+    from spp_export.formats.onnx.settings import stock_settings
 
     settings = stock_settings(target.config, target.family, target.shape, Path(target.name))
     window = min((size for size in settings.windows if size is not None), default=None)

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from spp_export.evaluation.bootstrap import Interval, paired_ratio
-from spp_export.evaluation.records import Record, Results, read_results
-from spp_export.evaluation.rows import Row
-from spp_export.evaluation.table import interval, ranking, units_name
+from spp_export.evaluation.harness.bootstrap import Interval, paired_ratio
+from spp_export.evaluation.harness.records import Record, Results, read_results
+from spp_export.evaluation.harness.rows import Row
+from spp_export.evaluation.harness.table import interval, ranking, units_name
 
 
 def tables(results: Results, text: str) -> Iterator[str]:

@@ -20,10 +20,10 @@ from rich.table import Table
 
 import spp_export
 from spp_bench.machine import machine
-from spp_export.checkpoint.source import open_source
-from spp_export.jsonio import dump_json
-from spp_export.models import locate_model
-from spp_export.plans import Plan, dense_plan
+from spp_export.common.json_files import dump_json
+from spp_export.models.checkpoint.source import open_source
+from spp_export.models.hub import locate_model
+from spp_export.planning import Plan, dense_plan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

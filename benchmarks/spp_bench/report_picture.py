@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spp_bench.chromium import Screen, chromium
-from spp_export.errors import SppError
-from spp_export.pipeline.report import report
+from spp_export.commands.report.report import report
+from spp_export.common.errors import SppError
 
 # Two pixels of the picture for one of the page; the page's own margin is the picture's.
 _SCREEN = Screen(width=1088, height=900, scale=2.0)

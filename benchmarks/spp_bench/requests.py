@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from spp_export.errors import UsageError
+from spp_export.common.errors import UsageError
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 

@@ -20,9 +20,9 @@ from spp_bench.cases import Cell
 from spp_bench.measure import PHASES, Phase, Samples, Speedup, speedup
 from spp_bench.schema import check
 from spp_bench.timing import quantiles
-from spp_export.errors import OutputError
-from spp_export.jsonio import dump_json, read_json
-from spp_export.working_place import publish_file
+from spp_export.common.disk import publish_file
+from spp_export.common.errors import OutputError
+from spp_export.common.json_files import dump_json, read_json
 
 SCHEMA_VERSION = 1
 # What must be the same for a cell of an earlier run to stand beside one of this run.

@@ -25,8 +25,8 @@ from typing import Any
 
 from spp_bench.big_checkpoints import build, copy, prepare
 from spp_bench.machine import machine
-from spp_export.checkpoint.atomic import require_free_space
-from spp_export.jsonio import dump_json
+from spp_export.common.json_files import dump_json
+from spp_export.common.publish import require_free_space
 
 FIXED_BYTES = 300_000_000
 TIMES_CP = 1.5

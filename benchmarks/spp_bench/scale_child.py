@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from spp_bench.big_checkpoints import plan_for
-from spp_export.checkpoint.atomic import publish
-from spp_export.checkpoint.manifest import write_manifest
-from spp_export.checkpoint.slim import write_slim_weights
-from spp_export.checkpoint.source import Source, open_source
-from spp_export.jsonio import dump_json
-from spp_export.slim_config import slim_config
+from spp_export.common.json_files import dump_json
+from spp_export.common.manifest import write_manifest
+from spp_export.common.publish import publish
+from spp_export.models.checkpoint.source import Source, open_source
+from spp_export.slicing.config import slim_config
+from spp_export.slicing.weights import write_slim_weights
 
 _STATUS = Path("/proc/self/status")
 
@@ -37,8 +37,8 @@ def slice_only(source: Source, target: Path) -> None:
 
 def as_onnx(source: Source, target: Path) -> None:
     """The same, then a graph in the stored precision instead of the slim checkpoint."""
-    from spp_export.onnx_graph import OnnxOptions
-    from spp_export.onnx_graph.write import write_onnx
+    from spp_export.formats.onnx import OnnxOptions
+    from spp_export.formats.onnx.write import write_onnx
 
     plan = plan_for(source)
     with publish(target) as work:
@@ -63,8 +63,8 @@ def verified(source: Source, target: Path) -> None:
 # Job -> what it does, and the modules whose import is not part of it.
 JOBS: Mapping[str, tuple[Callable[[Source, Path], None], tuple[str, ...]]] = {
     "slice": (slice_only, ()),
-    "onnx": (as_onnx, ("spp_export.modeling", "onnx", "onnx_ir")),
-    "verify": (verified, ("spp_export.modeling", "spp_export.layerwise")),
+    "onnx": (as_onnx, ("spp_export.models.modeling", "onnx", "onnx_ir")),
+    "verify": (verified, ("spp_export.models.modeling", "spp_export.models.layerwise")),
 }
 
 

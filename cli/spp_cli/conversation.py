@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from spp_cli.output import Output, write_error, write_text, write_warning
 from spp_cli.units import byte_size, peak_memory
 from spp_cli.units import seconds as duration
-from spp_export.errors import UsageError
+from spp_export.common.errors import UsageError
 
 if TYPE_CHECKING:
-    from spp_export.pipeline.chat import Answer
+    from spp_export.commands.chat.chat import Answer
 
 Ask = Callable[[str], "Answer"]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from spp_export.errors import UsageError
+from spp_export.common.errors import UsageError
 
 if TYPE_CHECKING:
-    from spp_export.gguf_file import GgufOptions
-    from spp_export.onnx_graph import Attention, OnnxOptions, Precision
+    from spp_export.formats.gguf import GgufOptions
+    from spp_export.formats.onnx import Attention, OnnxOptions, Precision
 
 
 def converted_options(
@@ -36,8 +36,8 @@ def converted_options(
 def _onnx(
     attention: Attention | None, precision: Precision | None, quant: Any, device: str
 ) -> OnnxOptions:
-    from spp_export.onnx_graph import OnnxOptions
-    from spp_export.onnx_graph.options import QUANTS
+    from spp_export.formats.onnx import OnnxOptions
+    from spp_export.formats.onnx.options import QUANTS
 
     _check_quant("onnx", quant, QUANTS)
     # The only precision of each device that every form has kernels for.
@@ -46,8 +46,8 @@ def _onnx(
 
 
 def _gguf(attention: Attention | None, precision: Precision | None, quant: Any) -> GgufOptions:
-    from spp_export.gguf_file import GgufOptions
-    from spp_export.gguf_file.options import QUANTS
+    from spp_export.formats.gguf import GgufOptions
+    from spp_export.formats.gguf.options import QUANTS
 
     if attention is not None:
         raise UsageError("--onnx-attention: is for ONNX. Add --format onnx, or drop it.")

@@ -37,7 +37,7 @@ from spp_cli.commands.report import report
 from spp_cli.commands.show import show
 from spp_cli.commands.verify import verify
 from spp_cli.output import PipeClosedError, write_error, write_json, write_warning
-from spp_export.errors import SppError
+from spp_export.common.errors import SppError
 
 _MOMENT_S = 0.01
 _INTERRUPTED = 130
@@ -79,7 +79,7 @@ app.add_typer(artifacts_app, name="artifacts")
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from spp_export.versions import spp_version
+        from spp_export.common.versions import spp_version
 
         print(f"spp {spp_version()}")
         raise typer.Exit

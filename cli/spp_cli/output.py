@@ -10,9 +10,9 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from spp_cli.look import ASCII, FAINT, UNICODE, WIDTH, Look
+from spp_cli.render.look import ASCII, FAINT, UNICODE, WIDTH, Look
 from spp_cli.units import one_line
-from spp_export.progress import Progress, no_progress
+from spp_export.common.progress import Progress, no_progress
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spp_cli.output import Output
-from spp_export.errors import UsageError
+from spp_export.common.errors import UsageError
 
 
 def only(option: str, values: Sequence[int] | None, default: int) -> int:
@@ -43,6 +43,6 @@ def write_profile(
         progress=shown.progress,
     )
 
-    from spp_cli.benchmark import profile_report
+    from spp_cli.render.benchmark import profile_report
 
     shown.result(lambda: document, lambda look: profile_report(document), brief=str(output))

@@ -1,9 +1,4 @@
-"""How good a choice of units is: rows of one table, measured alike, beside the controls that can
-say no. What a row removes is planned elsewhere; here it is only measured."""
+"""Is the slim model what was promised, and how good is it?
 
-from __future__ import annotations
-
-from spp_export.evaluation.grid import DYNAMIC, standard_rows
-from spp_export.evaluation.rows import PlannedRow, Row, RowPlanner, row_key
-
-__all__ = ["DYNAMIC", "PlannedRow", "Row", "RowPlanner", "row_key", "standard_rows"]
+The oracle is the dense model with the same units masked; parity and quality are measured against it.
+"""

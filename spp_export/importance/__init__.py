@@ -10,14 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from importlib import import_module
 
-from spp_export.importance.base import Convention, Criterion, Need
-from spp_export.importance.comparable import (
-    COMPARABLE,
-    LOSSES,
-    comparable,
-    comparable_kinds,
-)
-from spp_export.importance.statistics import (
+from spp_export.calibration.statistics import (
     AttentionInputs,
     Axis,
     FloatArray,
@@ -25,6 +18,13 @@ from spp_export.importance.statistics import (
     LayerStatistics,
     LayerWeights,
     MlpInputs,
+)
+from spp_export.importance.base import Convention, Criterion, Need
+from spp_export.importance.comparable import (
+    COMPARABLE,
+    LOSSES,
+    comparable,
+    comparable_kinds,
 )
 
 __all__ = [

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from spp_export.importance.statistics import FloatArray, LayerStatistics
+from spp_export.calibration.statistics import FloatArray, LayerStatistics
 
 
 class Need(StrEnum):

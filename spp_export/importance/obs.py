@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from spp_export.importance.statistics import FloatArray
+from spp_export.calibration.statistics import FloatArray
 
 BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
 IndexArray = np.ndarray[Any, np.dtype[np.intp]]

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from spp_export.calibration.statistics import FloatArray
 from spp_export.importance.obs import IndexArray, eliminate, gram_and_precision, noise_of
-from spp_export.importance.statistics import FloatArray
-from spp_export.shape import channel_widths
+from spp_export.models.shape import channel_widths
 
 # The next 32 channels to go are looked for among the 64 that cost least. On correlated moments of
 # 1,536 channels the losses are those of all channels looked at each time, in a tenth of the time,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from spp_export.errors import UsageError
+from spp_export.common.errors import UsageError
 
 # Products such as 0.29 * 100 fall short of the whole number they stand for.
 _ROUNDING = 1e-9

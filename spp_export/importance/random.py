@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from spp_export.calibration.statistics import FloatArray, LayerStatistics
 from spp_export.importance.base import Convention, Criterion
-from spp_export.importance.statistics import FloatArray, LayerStatistics
 
 
 def heads(statistics: LayerStatistics) -> FloatArray:

@@ -14,11 +14,11 @@ import torch
 from factories import CASES, make_checkpoint, shape_of
 from transformers import AutoTokenizer
 
-from spp_export.activations import token_batches
-from spp_export.errors import UsageError
-from spp_export.families import FAMILIES
-from spp_export.gradients import gradient_reductions
-from spp_export.loader import load_dense
+from spp_export.calibration.activations import token_batches
+from spp_export.calibration.gradients import gradient_reductions
+from spp_export.common.errors import UsageError
+from spp_export.models.families import FAMILIES
+from spp_export.models.loader import load_dense
 
 TEXTS = (
     "Benzene is aromatic.",

@@ -11,12 +11,12 @@ from factories import make_checkpoint
 from safetensors.numpy import save_file
 from transformers import AutoTokenizer
 
-from spp_export.activations import TextMeans
-from spp_export.checkpoint.source import open_source
-from spp_export.errors import OutputError
+from spp_export.calibration.activations import TextMeans
+from spp_export.calibration.moments import KINDS, Moments, gather, layer_weights
+from spp_export.common.errors import OutputError
 from spp_export.importance import Axis, Gradients
-from spp_export.loader import load_dense
-from spp_export.moments import KINDS, Moments, gather, layer_weights
+from spp_export.models.checkpoint.source import open_source
+from spp_export.models.loader import load_dense
 
 TEXTS = ("Gold melts at 1064 degrees.", "", "Why?", "Iron rusts in damp air, gold does not.")
 OTHERS = ("A bond is a loan that can be sold.",)
@@ -137,7 +137,7 @@ def test_many_channels_are_kept_in_blocks(dense, monkeypatch):
     """96 channels in blocks of at most 40 are three of 32; of at most 20, five of 20."""
     seen = direct(dense, TEXTS)
     for index, (most, count, size) in enumerate(((40, 3, 32), (20, 5, 20))):
-        monkeypatch.setattr("spp_export.activations.CHANNEL_BLOCK", most)
+        monkeypatch.setattr("spp_export.calibration.activations.CHANNEL_BLOCK", most)
         texts = (*TEXTS, *OTHERS[:index])  # another entry of the cache
         seen = direct(dense, texts)
         found = gather(open_source(dense), texts, ["mlp"], loader(dense))
@@ -345,7 +345,7 @@ def test_a_full_disk_leaves_nothing(dense, cache, monkeypatch):
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("spp_export.statistics_cache._write_at", no_space)
+    monkeypatch.setattr("spp_export.calibration.cache._write_at", no_space)
     with pytest.raises(OutputError, match="No space left"):
         gather(open_source(dense), TEXTS, ["attention"], loader(dense))
     assert not any(path.is_file() for path in cache.rglob("*"))

@@ -11,7 +11,7 @@ import torch
 from factories import CASES, make_checkpoint, shape_of
 from transformers import AutoTokenizer
 
-from spp_export.activations import (
+from spp_export.calibration.activations import (
     MeanSquares,
     SecondMoments,
     StreamSensitivity,
@@ -21,8 +21,8 @@ from spp_export.activations import (
     observe,
     token_batches,
 )
-from spp_export.families import FAMILIES
-from spp_export.loader import load_dense
+from spp_export.models.families import FAMILIES
+from spp_export.models.loader import load_dense
 
 TEXTS = (
     "Benzene is aromatic.",

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from spp_export.activations import MAX_TOKENS, token_batches
+from spp_export.calibration.activations import MAX_TOKENS, token_batches
 
 
 class Letters:

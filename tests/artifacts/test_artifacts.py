@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from spp_export.artifacts import Artifacts, check_model, read_artifacts, write_artifacts
-from spp_export.errors import ArtifactsError
-from spp_export.shape import ModelShape
+from spp_export.common.errors import ArtifactsError
+from spp_export.data.artifacts import Artifacts, check_model, read_artifacts, write_artifacts
+from spp_export.models.shape import ModelShape
 
 FILES = (
     "artifacts.json",

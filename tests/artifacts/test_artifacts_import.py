@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from spp_export.artifacts import check_model, read_artifacts, write_artifacts
-from spp_export.artifacts_import import PUBLISHED_DOMAINS, import_published
-from spp_export.errors import ArtifactsError
-from spp_export.shape import ModelShape
+from spp_export.common.errors import ArtifactsError
+from spp_export.data.artifacts import check_model, read_artifacts, write_artifacts
+from spp_export.data.published_artifacts import PUBLISHED_DOMAINS, import_published
+from spp_export.models.shape import ModelShape
 
 LAYERS, HEADS, DOMAINS, HIDDEN = 4, 3, 6, 5
 NAMES = ["a", "b", "c", "d", "e", "f"]

@@ -13,9 +13,9 @@ from safetensors.numpy import load_file, save_file
 from test_artifacts import make
 
 from spp_cli.main import run
-from spp_export.artifacts import read_artifacts, write_artifacts
-from spp_export.artifacts_import import import_published
-from spp_export.errors import ArtifactsError
+from spp_export.common.errors import ArtifactsError
+from spp_export.data.artifacts import read_artifacts, write_artifacts
+from spp_export.data.published_artifacts import import_published
 
 FILES = (
     "artifacts.json",

@@ -10,9 +10,9 @@ from factories import CASES, random_layers, shape_of, write_slim
 
 from spp_bench import device_rates
 from spp_bench.bench import BenchRequest
-from spp_export.checkpoint.manifest import write_manifest
-from spp_export.checkpoint.source import open_source
-from spp_export.plans import LayerPlan, Plan
+from spp_export.common.manifest import write_manifest
+from spp_export.models.checkpoint.source import open_source
+from spp_export.planning import LayerPlan, Plan
 
 CASE = {case.name: case for case in CASES}
 QUICK = BenchRequest(contexts=(8,), new_tokens=3, rounds=2, threads=1, memory=False, genai=False)
@@ -34,8 +34,8 @@ def make_pair(root: Path, case: str = "llama-gqa-bias", seed: int = 1) -> tuple[
 
 def make_graph(root: Path, dense: Path, slim: Path) -> Path:
     """The same export as an ONNX directory."""
-    from spp_export.onnx_graph.options import OnnxOptions
-    from spp_export.onnx_graph.write import write_onnx
+    from spp_export.formats.onnx.options import OnnxOptions
+    from spp_export.formats.onnx.write import write_onnx
 
     graph = root / "graph"
     graph.mkdir()

@@ -6,7 +6,7 @@ import pytest
 
 from spp_bench.bounds import Bound, Rates, Sizes, Work, bound
 from spp_bench.cases import Cell
-from spp_export.shape import LayerShape, ModelShape
+from spp_export.models.shape import LayerShape, ModelShape
 
 # Two layers, 4 query heads of 2 elements over 2 KV heads, 6 channels, 10 words of width 8.
 SHAPE = ModelShape("llama", 2, 8, 4, 2, 2, 6, 10, False, 4)

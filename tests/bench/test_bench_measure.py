@@ -13,7 +13,7 @@ from benching import FakeRunner
 from spp_bench.cases import Cell, grid, tokens
 from spp_bench.clocks import no_collection
 from spp_bench.measure import WARM_UP_ROUNDS, in_turn, measure_cell, speedup
-from spp_export.errors import UsageError
+from spp_export.common.errors import UsageError
 
 FED = tokens(Cell(2, 5), 3, 100)
 

@@ -17,7 +17,7 @@ from spp_bench.plots import write_plots
 from spp_bench.report import NO_GAIN, plain
 from spp_bench.results import problems
 from spp_bench.schema import check
-from spp_export.errors import OutputError, ParityError, UsageError
+from spp_export.common.errors import OutputError, ParityError, UsageError
 
 
 @pytest.fixture(scope="module")

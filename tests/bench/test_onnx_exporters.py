@@ -21,8 +21,8 @@ from spp_bench.onnx_exporters.candidates import CANDIDATES, Candidate  # noqa: E
 from spp_bench.onnx_exporters.compare import REFERENCE, SHARED, Workload  # noqa: E402
 from spp_bench.onnx_exporters.runners import GrowingRunner, open_sessions  # noqa: E402
 from spp_export import load_slim  # noqa: E402
-from spp_export.onnx_graph import OnnxOptions  # noqa: E402
-from spp_export.onnx_graph.write import write_onnx  # noqa: E402
+from spp_export.formats.onnx import OnnxOptions  # noqa: E402
+from spp_export.formats.onnx.write import write_onnx  # noqa: E402
 
 TINY = Workload(prompt=5, new=3, rounds=1, threads=1)
 

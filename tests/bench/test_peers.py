@@ -22,8 +22,8 @@ from spp_bench.peers import __main__ as command
 from spp_bench.peers import by_spp, by_transformers, check, measure, oracle, report
 from spp_bench.peers.candidates import CANDIDATES, PICKLE, TORCH_PRUNING, Candidate
 from spp_bench.peers.plans import PLANS, plans_for
-from spp_export.checkpoint.source import Source, open_source
-from spp_export.plans import LayerPlan, Plan, validate_plan
+from spp_export.models.checkpoint.source import Source, open_source
+from spp_export.planning import LayerPlan, Plan, validate_plan
 
 INSTALLED = find_spec("torch_pruning") is not None
 needs_torch_pruning = pytest.mark.skipif(not INSTALLED, reason="torch-pruning is not installed")

@@ -16,11 +16,11 @@ from spp_bench.blocks import Pass, Setting, make_passes
 from spp_bench.latency_plan import choose_both, verdict
 from spp_bench.profile import ProfileRequest, Target, grid, in_turns, profile, shapes
 from spp_cli.main import app
-from spp_export.allocate import channel_options, layer_options
-from spp_export.checkpoint.source import open_source
-from spp_export.errors import OutputError, UsageError
+from spp_export.common.errors import OutputError, UsageError
 from spp_export.latency_file import read_latency_table
-from spp_export.pipeline.scoring import UnitOptions
+from spp_export.models.checkpoint.source import open_source
+from spp_export.planning.allocate import channel_options, layer_options
+from spp_export.planning.scoring import UnitOptions
 
 CASE = {case.name: case for case in CASES}
 QUICK = ProfileRequest(context=7, batch=2, rounds=2, threads=1, width_multiple=16)

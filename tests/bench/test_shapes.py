@@ -12,7 +12,7 @@ import pytest
 from benching import QUICK, small_rates
 from typer.testing import CliRunner
 
-from spp_bench import gpu, results, shape_bench
+from spp_bench import gpu, results
 from spp_bench.__main__ import main
 from spp_bench.cases import Cell, tokens
 from spp_bench.claims import claim_rows
@@ -21,12 +21,13 @@ from spp_bench.gate import check_agreement
 from spp_bench.measure import Samples
 from spp_bench.report import plain
 from spp_bench.schema import check
-from spp_bench.shape_bench import Timed, bench_shape
-from spp_bench.shape_measure import Part, measure_parts
-from spp_bench.shape_plans import Variant, shape_plan, variants
-from spp_bench.shapes import BACKBONES, SHAPES, published
+from spp_bench.shapes import bench as shape_bench
+from spp_bench.shapes.bench import Timed, bench_shape
+from spp_bench.shapes.measure import Part, measure_parts
+from spp_bench.shapes.plans import Variant, shape_plan, variants
+from spp_bench.shapes.shapes import BACKBONES, SHAPES, published
 from spp_cli.main import app
-from spp_export.errors import OutputError, ParityError, UsageError
+from spp_export.common.errors import OutputError, ParityError, UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -221,7 +222,8 @@ def test_the_graphs_of_a_card_have_rows_of_their_own(monkeypatch):
     """With stand-ins for the card: what is timed of it, and what its rows are compared with."""
     import torch
 
-    from spp_bench import graphs, random_models
+    from spp_bench import graphs
+    from spp_bench.shapes import random_models
 
     monkeypatch.setattr(graphs, "cuda_graph", lambda work: work)
     monkeypatch.setattr(shape_bench.provenance, "machine", lambda device: {"cpu": "x", "gpu": "y"})

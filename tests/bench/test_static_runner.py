@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from spp_bench.bounds import Sizes
+from spp_bench.engines.static import FixedLayer, Room, StaticRunner
 from spp_bench.graphs import cuda_graph
-from spp_bench.random_models import UNMASKED, random_dense, random_model, slim_of
-from spp_bench.shape_plans import Variant, shape_plan
-from spp_bench.shapes import published
-from spp_bench.static_runner import FixedLayer, Room, StaticRunner
-from spp_export.reference import masked_dense
+from spp_bench.shapes.plans import Variant, shape_plan
+from spp_bench.shapes.random_models import UNMASKED, random_dense, random_model, slim_of
+from spp_bench.shapes.shapes import published
+from spp_export.evaluation.oracle import masked_dense
 
 TINY = published("tiny")
 SMALL = {"layers": 3, "hidden": 64, "query_heads": 8, "kv_heads": 4}

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from spp_export.errors import SppError
+from spp_export.common.errors import SppError
 
 _LONGEST = 1500
 

@@ -6,8 +6,7 @@ import threading
 import time
 
 import pytest
-
-from spp_export.checkpoint.ahead import ahead
+from spp_export.models.checkpoint.ahead import ahead
 
 
 def threads():

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from spp_export.checkpoint import atomic
-from spp_export.checkpoint.atomic import publish, require_free_space
-from spp_export.checkpoint.manifest import write_manifest
-from spp_export.errors import OutputError
+from spp_export.common import publish as atomic
+from spp_export.common.errors import OutputError
+from spp_export.common.manifest import write_manifest
+from spp_export.common.publish import publish, require_free_space
 
 
 def fill(work: Path, text: str = "new") -> None:
@@ -219,7 +219,7 @@ def test_everything_is_flushed_before_the_rename(tmp_path, monkeypatch):
 CHILD = """
     import os, sys, time
     from pathlib import Path
-    from spp_export.checkpoint.atomic import publish
+    from spp_export.common.publish import publish
     with publish(Path(sys.argv[1]), force=True) as work:
         (work / "half").write_text("half")
         print("ready", flush=True)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from spp_export.checkpoint.dtypes import (
+from spp_export.models.checkpoint.dtypes import (
     FLOAT_DTYPES,
     all_finite,
     bits_dtype,

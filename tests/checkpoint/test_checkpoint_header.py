@@ -9,9 +9,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from spp_export.checkpoint.header import read_header
-from spp_export.checkpoint.reader import as_array
-from spp_export.errors import CheckpointError
+from spp_export.common.errors import CheckpointError
+from spp_export.models.checkpoint.header import read_header
+from spp_export.models.checkpoint.reader import as_array
 
 
 def file_of(header: object, data: bytes = b"", length: int | None = None) -> bytes:

@@ -10,7 +10,8 @@ import torch
 from dense_models import config_of, random_tensors, write_model
 from safetensors.torch import save_file
 
-from spp_export.checkpoint.reader import (
+from spp_export.common.errors import CheckpointError
+from spp_export.models.checkpoint.reader import (
     as_array,
     blocks,
     model_file,
@@ -18,7 +19,6 @@ from spp_export.checkpoint.reader import (
     read_float,
     stored_tensors,
 )
-from spp_export.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 

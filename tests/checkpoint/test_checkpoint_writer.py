@@ -13,11 +13,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from spp_export.checkpoint import writer as writer_module
-from spp_export.checkpoint.dtypes import ELEMENT_BYTES, FLOAT_DTYPES, bits_dtype
-from spp_export.checkpoint.reader import as_array, stored_tensors
-from spp_export.checkpoint.writer import Entry, ShardWriter, plan_shards
-from spp_export.errors import OutputError, UsageError
+from spp_export.common.errors import OutputError, UsageError
+from spp_export.models.checkpoint import writer as writer_module
+from spp_export.models.checkpoint.dtypes import ELEMENT_BYTES, FLOAT_DTYPES, bits_dtype
+from spp_export.models.checkpoint.reader import as_array, stored_tensors
+from spp_export.models.checkpoint.writer import Entry, ShardWriter, plan_shards
 
 ENTRIES = [
     Entry("a", "BF16", (3, 5)),

@@ -6,15 +6,15 @@ import os
 
 import pytest
 
-from spp_export.checkpoint.manifest import (
+from spp_export.common.errors import OutputError
+from spp_export.common.json_files import dump_json
+from spp_export.common.manifest import (
     FileRecord,
     check_manifest,
     listed_names,
     write_manifest,
     wrote,
 )
-from spp_export.errors import OutputError
-from spp_export.jsonio import dump_json
 
 
 @pytest.fixture

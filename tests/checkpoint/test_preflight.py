@@ -8,8 +8,11 @@ from collections import namedtuple
 
 import pytest
 
-from spp_export import preflight, working_place
-from spp_export.errors import ModelError, OutputError, ResourceError
+from spp_export import preflight
+from spp_export.common import disk as working_place
+from spp_export.common.disk import free_space
+from spp_export.common.errors import ModelError, OutputError, ResourceError
+from spp_export.models.shape import ModelShape
 from spp_export.preflight import (
     Needs,
     check_disk,
@@ -18,8 +21,6 @@ from spp_export.preflight import (
     check_readable,
     least_slim_bytes,
 )
-from spp_export.shape import ModelShape
-from spp_export.working_place import free_space
 
 Usage = namedtuple("Usage", "total used free")
 SHAPE = ModelShape("llama", 3, 64, 8, 4, 8, 96, 100, False, 2)

@@ -16,13 +16,13 @@ from dense_models import CONFIGS, config_of, random_tensors, write_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from spp_export.checkpoint import slim
-from spp_export.checkpoint.reader import blocks
-from spp_export.checkpoint.slim import slim_shape, write_slim_weights
-from spp_export.checkpoint.source import open_source
-from spp_export.errors import CheckpointError, OutputError, PlanError
-from spp_export.families import Role
-from spp_export.plans import LayerPlan, Plan
+from spp_export.common.errors import CheckpointError, OutputError, PlanError
+from spp_export.models.checkpoint.reader import blocks
+from spp_export.models.checkpoint.source import open_source
+from spp_export.models.families import Role
+from spp_export.planning import LayerPlan, Plan
+from spp_export.slicing import weights as slim
+from spp_export.slicing.weights import slim_shape, write_slim_weights
 
 # Groups of two query heads. One head per group, whole groups, everything, channels too.
 PER_LAYER = (
@@ -328,7 +328,7 @@ def test_too_little_space_is_noticed_before_writing(tmp_path, monkeypatch):
 
 
 def test_no_torch_is_imported():
-    modules = "sys, spp_export.checkpoint.slim, spp_export.compensate"
+    modules = "sys, spp_export.slicing.weights, spp_export.calibration.refit"
     code = f"import {modules}; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout == "False\n", result.stderr

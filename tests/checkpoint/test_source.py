@@ -8,8 +8,8 @@ from dense_models import CONFIGS, config_of, random_tensors, write_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from spp_export.checkpoint.source import open_source
-from spp_export.errors import CheckpointError, ModelError, SppError
+from spp_export.common.errors import CheckpointError, ModelError, SppError
+from spp_export.models.checkpoint.source import open_source
 
 
 def model(directory, family="llama", *, shards=1, dtype=torch.float32, edit=None, **config):

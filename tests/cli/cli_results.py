@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from spp_export import ExportResult, PlanResult
-from spp_export.bound import predicted
-from spp_export.diagnosis import Diagnosis
-from spp_export.plans import Budget, Plan, compile_plan
-from spp_export.shape import ModelShape
+from spp_export.domains.diagnosis import Diagnosis
+from spp_export.models.shape import ModelShape
+from spp_export.planning import Budget, Plan, compile_plan
+from spp_export.planning.bound import predicted
 
 DOMAINS = ("chemistry", "finance", "history", "math", "philosophy", "technology")
 REPORT = {

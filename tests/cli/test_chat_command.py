@@ -19,7 +19,7 @@ import spp_export
 from spp_cli.conversation import show_piece
 from spp_cli.main import app, run
 from spp_export import Chat
-from spp_export.progress import no_progress
+from spp_export.common.progress import no_progress
 
 ROOT = Path(__file__).parents[2]
 STOP = 0

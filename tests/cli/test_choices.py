@@ -8,10 +8,10 @@ from typing import Any, get_args
 import pytest
 
 from spp_cli import options
-from spp_export.budget import COSTS, UNITS
+from spp_export.commands.plan import POLICIES
 from spp_export.importance import COMPARABLE
-from spp_export.pipeline.plan import POLICIES
-from spp_export.plans import COMPENSATIONS, LAYOUTS
+from spp_export.planning import COMPENSATIONS, LAYOUTS
+from spp_export.planning.budget import COSTS, UNITS
 
 
 def words(alias: Any) -> Iterator[str]:

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 import spp_export
 from spp_cli.main import app, explain
 from spp_export import ExportRequest, PlanRequest
-from spp_export.errors import BudgetError, ParityError, UsageError
-from spp_export.pipeline.show import Shown
-from spp_export.progress import no_progress
+from spp_export.commands.show import Shown
+from spp_export.common.errors import BudgetError, ParityError, UsageError
+from spp_export.common.progress import no_progress
 
 RUNNING = {"model": "demo", "device": "cpu", "dtype": None, "progress": no_progress}
 LAYERED = RUNNING | {"layerwise": None}

@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from spp_cli.main import app
-from spp_export.pipeline import doctor as module
-from spp_export.pipeline.doctor import PARTS, Part, doctor
+from spp_export.commands import doctor as module
+from spp_export.commands.doctor import PARTS, Part, doctor
 
 
 def run(*arguments: str):

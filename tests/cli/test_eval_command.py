@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 import spp_export
 from spp_cli.main import app, run
 from spp_export import EvalRequest, EvalResult
-from spp_export.evaluation.documents import DocumentScores
-from spp_export.evaluation.records import Record, Results
-from spp_export.evaluation.rows import DENSE, Row
-from spp_export.evaluation.runner import summary
-from spp_export.progress import no_progress
+from spp_export.common.progress import no_progress
+from spp_export.evaluation.harness.documents import DocumentScores
+from spp_export.evaluation.harness.records import Record, Results
+from spp_export.evaluation.harness.rows import DENSE, Row
+from spp_export.evaluation.harness.runner import summary
 
 TEXT = "scenario, held out"
 HEADER = {

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 import spp_export
 from spp_cli.main import app
 from spp_export import ConvertResult, ExportRequest, GgufOptions
-from spp_export.engines import gguf_engines
-from spp_export.errors import UsageError
-from spp_export.gguf_file.options import PRECISIONS, QUANTS
+from spp_export.common.errors import UsageError
+from spp_export.formats.gguf.options import PRECISIONS, QUANTS
+from spp_export.models.engines import gguf_engines
 
 FORM = {
     "architecture": "deci",

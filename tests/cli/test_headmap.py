@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from cli_results import model_shape
 
-from spp_cli.headmap import head_map
-from spp_cli.look import ASCII, FAINT, UNICODE
-from spp_export.plans import LayerPlan
+from spp_cli.render.headmap import head_map
+from spp_cli.render.look import ASCII, FAINT, UNICODE
+from spp_export.planning import LayerPlan
 
 SMALL = model_shape(num_layers=3, query_heads=4, kv_heads=2)
 LAYERS = (

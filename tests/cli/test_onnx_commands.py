@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 import spp_export
 from spp_cli.main import app
 from spp_export import ConvertResult, ExportRequest, OnnxOptions
-from spp_export.engines import onnx_engines
-from spp_export.errors import ParityError, UsageError
-from spp_export.onnx_graph.options import ATTENTIONS, PRECISIONS, QUANTS
-from spp_export.progress import no_progress
+from spp_export.common.errors import ParityError, UsageError
+from spp_export.common.progress import no_progress
+from spp_export.formats.onnx.options import ATTENTIONS, PRECISIONS, QUANTS
+from spp_export.models.engines import onnx_engines
 
 COST = {"mean_kl": 0.0312, "top1": 0.943}
 FORM = OnnxOptions("gqa-bias", "fp16", "int4")

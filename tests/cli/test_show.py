@@ -10,9 +10,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from spp_export import show
-from spp_export.artifacts import Artifacts, write_artifacts
-from spp_export.checkpoint.manifest import write_manifest
-from spp_export.errors import ArtifactsError, PlanError, UsageError
+from spp_export.common.errors import ArtifactsError, PlanError, UsageError
+from spp_export.common.manifest import write_manifest
+from spp_export.data.artifacts import Artifacts, write_artifacts
 
 PLAN = {
     "schema_version": 1,
@@ -235,7 +235,7 @@ def test_axes_come_with_their_angles(tmp_path):
 )
 def test_axes_that_are_none_are_not_shown(tmp_path, cosines):
     axes = {"candidates": ["math", "law"], "cosines": cosines, "separation": {}}
-    from spp_export.pipeline.show import _axes_facts
+    from spp_export.commands.show import _axes_facts
 
     assert _axes_facts(axes) is None
 

@@ -12,13 +12,13 @@ import pytest
 from cli_results import DOMAINS, REPORT, diagnosis, export_result, model_shape, plan_result
 from rich.console import Console
 
-from spp_cli.look import ASCII, UNICODE
 from spp_cli.output import Output
-from spp_cli.reports import diagnosis_report, shown_report
-from spp_cli.summary import export_summary, plan_summary, save_picture, tensor_changes
-from spp_export.bound import predicted
-from spp_export.latency import LatencyTable, PredictedLatency
-from spp_export.pipeline.show import Shown
+from spp_cli.render.look import ASCII, UNICODE
+from spp_cli.render.reports import diagnosis_report, shown_report
+from spp_cli.render.summary import export_summary, plan_summary, save_picture, tensor_changes
+from spp_export.commands.show import Shown
+from spp_export.planning.bound import predicted
+from spp_export.planning.latency import LatencyTable, PredictedLatency
 
 
 def text_of(renderable, width=100):

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from spp_export import ExportResult, PlanRequest, export
-from spp_export.models import demo_model
-from spp_export.pipeline.export_records import ExportRequest
-from spp_export.scenario import read_scenario
+from spp_export.commands.export_request import ExportRequest
+from spp_export.data.scenario import read_scenario
+from spp_export.models.hub import demo_model
 
 pytestmark = pytest.mark.demo
 

@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from spp_export.artifacts import Artifacts
-from spp_export.diagnosis import (
+from spp_export.common.errors import ArtifactsError, UsageError
+from spp_export.data.artifacts import Artifacts
+from spp_export.domains.diagnosis import (
     CROSS_DOMAIN,
     IN_DOMAIN,
     OUT_OF_DOMAIN,
@@ -18,7 +19,6 @@ from spp_export.diagnosis import (
     diagnose_activations,
     probe_probabilities,
 )
-from spp_export.errors import ArtifactsError, UsageError
 
 LAYERS, WIDTH, HEADS = 4, 6, 5
 DOMAINS = ("chemistry", "math", "finance")

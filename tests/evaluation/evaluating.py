@@ -6,9 +6,9 @@ import json
 
 import numpy as np
 
-from spp_export.evaluation.documents import DocumentScores
-from spp_export.evaluation.rows import DENSE, Row, row_key
-from spp_export.evaluation.runner import summary
+from spp_export.evaluation.harness.documents import DocumentScores
+from spp_export.evaluation.harness.rows import DENSE, Row, row_key
+from spp_export.evaluation.harness.runner import summary
 
 TEXTS = ("scenario, held out", "chemistry pool")
 CONTEXT = {"model": "abc", "dtype": "float32"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from spp_export.evaluation.answers import (
+from spp_export.evaluation.harness.answers import (
     chosen_options,
     keyword_recall,
     keywords,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from evaluating import document_scores
 
-from spp_export.evaluation.bootstrap import (
+from spp_export.evaluation.harness.bootstrap import (
     RESAMPLES,
     agreement,
     mean_kl,
@@ -17,7 +17,7 @@ from spp_export.evaluation.bootstrap import (
     perplexity_ratio,
     weighted_mean,
 )
-from spp_export.evaluation.documents import DocumentScores
+from spp_export.evaluation.harness.documents import DocumentScores
 
 
 def scores(nll, dense, tokens):

@@ -9,7 +9,8 @@ import torch
 from factories import mask_in_torch
 from tiny import make_tiny
 
-from spp_export.evaluation.generation import (
+from spp_export.data.scenario import read_scenario
+from spp_export.evaluation.harness.generation import (
     MAX_PROMPT_TOKENS,
     answer_nll,
     answer_row,
@@ -17,7 +18,6 @@ from spp_export.evaluation.generation import (
     question_set,
     stop_tokens,
 )
-from spp_export.scenario import read_scenario
 
 PROMPTS = ("Why?", "What is the lightest element of all of them?", "a", "Name a metal, please.")
 TEMPLATE = (
@@ -134,7 +134,7 @@ def test_the_oldest_turns_make_room(tiny, tmp_path):
 
 
 def test_answers_are_counted_by_conversation(tiny, quiz, monkeypatch):
-    from spp_export.evaluation import generation
+    from spp_export.evaluation.harness import generation
 
     said = {"One?\n": "UNO!", "Four?\n": "four"}
 

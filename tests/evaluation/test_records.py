@@ -7,9 +7,9 @@ import json
 import pytest
 from evaluating import HEADER, method, record, write_results
 
-from spp_export.errors import OutputError
-from spp_export.evaluation.records import open_records, read_results
-from spp_export.evaluation.rows import DENSE
+from spp_export.common.errors import OutputError
+from spp_export.evaluation.harness.records import open_records, read_results
+from spp_export.evaluation.harness.rows import DENSE
 
 
 def data(row, loss=0.1):

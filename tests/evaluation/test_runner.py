@@ -10,14 +10,14 @@ from evaluating import HEADER
 from factories import VOCAB, mask_in_torch
 from tiny import TEXTS, make_tiny
 
-from spp_export.errors import BudgetError
-from spp_export.evaluation import standard_rows
-from spp_export.evaluation.generation import question_set
-from spp_export.evaluation.measure import DenseReference, measure_row
-from spp_export.evaluation.records import open_records, read_results
-from spp_export.evaluation.runner import OpenedRow, Questions, run_rows
-from spp_export.evaluation.texts import EvaluationText
-from spp_export.scenario import read_scenario
+from spp_export.common.errors import BudgetError
+from spp_export.data.scenario import read_scenario
+from spp_export.evaluation.harness import standard_rows
+from spp_export.evaluation.harness.generation import question_set
+from spp_export.evaluation.harness.measure import DenseReference, measure_row
+from spp_export.evaluation.harness.records import open_records, read_results
+from spp_export.evaluation.harness.runner import OpenedRow, Questions, run_rows
+from spp_export.evaluation.harness.texts import EvaluationText
 
 NAMES = ("one", "two")
 ROWS = standard_rows([0.8], ["energy", "flap"])

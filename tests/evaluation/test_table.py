@@ -8,12 +8,12 @@ import math
 import pytest
 from evaluating import HEADER, method, record, write_results
 
-from spp_export.errors import UsageError
-from spp_export.evaluation.bootstrap import Interval
-from spp_export.evaluation.curves import curves, write_curves
-from spp_export.evaluation.records import open_records, read_results
-from spp_export.evaluation.rows import DENSE, Row
-from spp_export.evaluation.table import comparisons, interval, markdown, ranking
+from spp_export.common.errors import UsageError
+from spp_export.evaluation.harness.bootstrap import Interval
+from spp_export.evaluation.harness.curves import curves, write_curves
+from spp_export.evaluation.harness.records import open_records, read_results
+from spp_export.evaluation.harness.rows import DENSE, Row
+from spp_export.evaluation.harness.table import comparisons, interval, markdown, ranking
 
 MAIN = method(criterion="obs")
 MEAN = method(criterion="obs", text="mean", kind="control")

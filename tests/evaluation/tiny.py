@@ -9,7 +9,7 @@ from typing import Any
 from factories import make_checkpoint, random_layers, shape_of
 from transformers import AutoTokenizer
 
-from spp_export.loader import load_dense
+from spp_export.models.loader import load_dense
 
 TEXTS = (
     "Hydrogen is the lightest element.",

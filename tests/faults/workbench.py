@@ -15,7 +15,7 @@ from exporting import Workshop
 from zygote import Faults, run, steps
 
 from spp_cli.main import run as here
-from spp_export.checkpoint.manifest import check_manifest
+from spp_export.common.manifest import check_manifest
 
 CASE = "llama-gqa-bias"
 FORMATS = ("safetensors", "onnx")

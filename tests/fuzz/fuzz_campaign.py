@@ -31,7 +31,7 @@ from typing import Any
 from fuzz_seeds import CORPUS
 from fuzz_targets import TARGETS, Target, check_line, mutation_of
 
-from spp_export.errors import SppError
+from spp_export.common.errors import SppError
 
 SECONDS_PER_INPUT = 5.0
 STUCK_SECONDS = 120.0

@@ -20,10 +20,10 @@ from fuzz_targets import check_line, mutation_of
 
 import spp_export
 from spp_cli.main import run
-from spp_export.artifacts import write_artifacts
-from spp_export.checkpoint.manifest import write_manifest
-from spp_export.checkpoint.source import open_source
-from spp_export.onnx_graph.options import OnnxOptions
+from spp_export.common.manifest import write_manifest
+from spp_export.data.artifacts import write_artifacts
+from spp_export.formats.onnx.options import OnnxOptions
+from spp_export.models.checkpoint.source import open_source
 
 SECONDS_PER_COMMAND = 30.0
 OUT = "out"

@@ -19,15 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from spp_export.artifacts import Artifacts, write_artifacts
-from spp_export.checkpoint.dtypes import ELEMENT_BYTES
-from spp_export.checkpoint.manifest import write_manifest
-from spp_export.checkpoint.source import open_source
-from spp_export.families import FAMILIES
-from spp_export.latency import SIZES
-from spp_export.plans import LayerPlan, Plan, dense_plan
-from spp_export.shape import ModelShape
-from spp_export.slim_config import slim_config
+from spp_export.common.manifest import write_manifest
+from spp_export.data.artifacts import Artifacts, write_artifacts
+from spp_export.models.checkpoint.dtypes import ELEMENT_BYTES
+from spp_export.models.checkpoint.source import open_source
+from spp_export.models.families import FAMILIES
+from spp_export.models.shape import ModelShape
+from spp_export.planning import LayerPlan, Plan, dense_plan
+from spp_export.planning.latency import SIZES
+from spp_export.slicing.config import slim_config
 
 CORPUS = Path(__file__).parent / "corpus"
 # Findings that were mended: `corpus/regressions/<target>/<name>/`.
@@ -222,8 +222,8 @@ def _manifest(entry: Path) -> None:
 
 def _onnx(attention: str) -> Callable[[Path], None]:
     def make(entry: Path) -> None:
-        from spp_export.onnx_graph import OnnxOptions
-        from spp_export.onnx_graph.write import write_onnx
+        from spp_export.formats.onnx import OnnxOptions
+        from spp_export.formats.onnx.write import write_onnx
 
         with tempfile.TemporaryDirectory() as folder:
             dense(Path(folder), vocab_size=67)

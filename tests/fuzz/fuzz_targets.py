@@ -22,12 +22,7 @@ from fuzz_mutations import (
 )
 from safetensors import deserialize, safe_open
 
-from spp_export.artifacts import read_artifacts
-from spp_export.checkpoint.header import StoredTensor, read_header
-from spp_export.checkpoint.manifest import check_manifest, wrote
-from spp_export.checkpoint.reader import stored_tensors
-from spp_export.checkpoint.source import open_source
-from spp_export.errors import (
+from spp_export.common.errors import (
     ArtifactsError,
     CheckpointError,
     ModelError,
@@ -36,10 +31,15 @@ from spp_export.errors import (
     ScenarioError,
     SppError,
 )
+from spp_export.common.manifest import check_manifest, wrote
+from spp_export.data.artifacts import read_artifacts
+from spp_export.data.scenario import read_scenario
 from spp_export.latency_file import read_latency_table
-from spp_export.plans import parse_plan, read_plan, validate_plan
-from spp_export.scenario import read_scenario
-from spp_export.slim_config import slim_config
+from spp_export.models.checkpoint.header import StoredTensor, read_header
+from spp_export.models.checkpoint.reader import stored_tensors
+from spp_export.models.checkpoint.source import open_source
+from spp_export.planning import parse_plan, read_plan, validate_plan
+from spp_export.slicing.config import slim_config
 
 _BY_SUFFIX: dict[str, Mutation] = {
     ".json": damage_json,
@@ -157,7 +157,7 @@ def _profile(entry: Path, file: str) -> None:
 
 
 def _onnx(entry: Path, file: str) -> None:
-    from spp_export.onnx_graph.untrusted import read_graph
+    from spp_export.formats.onnx.untrusted import read_graph
 
     size = os.stat(entry / "model.onnx_data").st_size
     for tensor in read_graph(entry).graph.initializer:
@@ -170,9 +170,9 @@ def _onnx(entry: Path, file: str) -> None:
 def _show(entry: Path, file: str) -> None:
     from rich.console import Console
 
-    from spp_cli.look import ASCII
-    from spp_cli.reports import shown_report
-    from spp_export.pipeline.show import show
+    from spp_cli.render.look import ASCII
+    from spp_cli.render.reports import shown_report
+    from spp_export.commands.show import show
 
     shown = show(entry)
     check_problems(shown.problems or ())

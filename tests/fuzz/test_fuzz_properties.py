@@ -19,13 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from spp_cli.look import ASCII, UNICODE
-from spp_cli.sections import mixture
-from spp_export.artifacts import read_artifacts, write_artifacts
-from spp_export.checkpoint.dtypes import ELEMENT_BYTES
-from spp_export.checkpoint.header import read_header
-from spp_export.checkpoint.reader import INDEX_NAME, model_file, stored_tensors
-from spp_export.errors import (
+from spp_cli.render.look import ASCII, UNICODE
+from spp_cli.render.sections import mixture
+from spp_export.common.errors import (
     ArtifactsError,
     CheckpointError,
     ModelError,
@@ -34,13 +30,17 @@ from spp_export.errors import (
     ScenarioError,
     SppError,
 )
-from spp_export.families import FAMILIES
-from spp_export.jsonio import dump_json, parse_json
+from spp_export.common.json_files import dump_json, parse_json
+from spp_export.data.artifacts import read_artifacts, write_artifacts
+from spp_export.data.scenario import paragraphs, read_scenario
 from spp_export.latency_file import read_latency_table
-from spp_export.plans import COMPENSATIONS, LayerPlan, Plan, parse_plan, validate_plan
-from spp_export.plans.records import PROVENANCE
-from spp_export.scenario import paragraphs, read_scenario
-from spp_export.slim_config import slim_config
+from spp_export.models.checkpoint.dtypes import ELEMENT_BYTES
+from spp_export.models.checkpoint.header import read_header
+from spp_export.models.checkpoint.reader import INDEX_NAME, model_file, stored_tensors
+from spp_export.models.families import FAMILIES
+from spp_export.planning import COMPENSATIONS, LayerPlan, Plan, parse_plan, validate_plan
+from spp_export.planning.plan import PROVENANCE
+from spp_export.slicing.config import slim_config
 
 # The same inputs every time, none kept on disk, and no verdict by the clock.
 _FIXED = {

@@ -11,14 +11,14 @@ import torch
 from factories import random_layers, shape_of, uniform_layers, write_slim
 from gguf_cases import FAMILIES, make
 
-from spp_export.errors import ModelError
-from spp_export.gguf_file import GgufOptions, gguf_contents, write_gguf
-from spp_export.gguf_file.header import read_gguf
-from spp_export.gguf_file.llama_cpp import LlamaCpp
-from spp_export.gguf_file.options import QUANTS
-from spp_export.gguf_file.weights import GgufWeights
-from spp_export.loader import load_slim
-from spp_export.onnx_graph.decoder import read_decoder
+from spp_export.common.errors import ModelError
+from spp_export.formats.decoder import read_decoder
+from spp_export.formats.gguf import GgufOptions, gguf_contents, write_gguf
+from spp_export.formats.gguf.header import read_gguf
+from spp_export.formats.gguf.llama_cpp import LlamaCpp
+from spp_export.formats.gguf.options import QUANTS
+from spp_export.formats.gguf.weights import GgufWeights
+from spp_export.models.loader import load_slim
 
 pytest.importorskip("xllamacpp")
 # What llama.cpp loads each as: dense, uniform and per-layer.

@@ -11,10 +11,10 @@ import gguf
 import pytest
 from gguf_cases import make
 
-from spp_export.errors import CheckpointError
-from spp_export.gguf_file import GgufOptions, gguf_contents, write_gguf
-from spp_export.gguf_file.header import read_gguf
-from spp_export.onnx_graph.decoder import read_decoder
+from spp_export.common.errors import CheckpointError
+from spp_export.formats.decoder import read_decoder
+from spp_export.formats.gguf import GgufOptions, gguf_contents, write_gguf
+from spp_export.formats.gguf.header import read_gguf
 
 
 @pytest.fixture(scope="module")

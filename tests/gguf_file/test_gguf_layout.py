@@ -11,11 +11,11 @@ from factories import random_layers, read_config, shape_of, write_slim
 from gguf_cases import make
 from safetensors.numpy import load_file
 
-from spp_export.errors import CheckpointError, UsageError
-from spp_export.gguf_file import GgufOptions, gguf_contents, write_gguf
-from spp_export.gguf_file.encode import allowed_error, decode, encode
-from spp_export.gguf_file.options import QUANTS
-from spp_export.onnx_graph.decoder import read_decoder
+from spp_export.common.errors import CheckpointError, UsageError
+from spp_export.formats.decoder import read_decoder
+from spp_export.formats.gguf import GgufOptions, gguf_contents, write_gguf
+from spp_export.formats.gguf.encode import allowed_error, decode, encode
+from spp_export.formats.gguf.options import QUANTS
 
 
 def read(checkpoint: Path, options: GgufOptions = GgufOptions()) -> gguf.GGUFReader:  # noqa: B008

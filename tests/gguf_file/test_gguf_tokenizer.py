@@ -10,13 +10,13 @@ from pathlib import Path
 import gguf
 import pytest
 from gguf_cases import make
+from spp_export.formats.gguf.pretokenizer import pre_tokenizer_name
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from spp_export.errors import ModelError
-from spp_export.gguf_file import GgufOptions, gguf_contents, write_gguf
-from spp_export.gguf_file.pretokenizer import pre_tokenizer_name
-from spp_export.onnx_graph.decoder import read_decoder
+from spp_export.common.errors import ModelError
+from spp_export.formats.decoder import read_decoder
+from spp_export.formats.gguf import GgufOptions, gguf_contents, write_gguf
 
 TEXTS = [
     "The other mother's 1234 brothers, and 56 more.",
@@ -59,7 +59,7 @@ PRE_TOKENIZERS = {
 # Reads tokens of texts off llama.cpp's own server.
 _TOKENIZE = """
 import json, sys, urllib.request
-from spp_export.gguf_file.llama_child import open_server
+from spp_export.formats.gguf.llama_child import open_server
 
 server = open_server(sys.argv[1], 64, 1)
 for text in json.load(sys.stdin):

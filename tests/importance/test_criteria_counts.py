@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from spp_export.errors import UsageError
+from spp_export.common.errors import UsageError
 from spp_export.importance.probe_counts import channels_kept, depth_corrected, heads_dropped
 
 # layers, heads, channels, ratio: corrected share, heads removed and channels kept per layer

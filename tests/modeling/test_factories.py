@@ -9,8 +9,8 @@ import torch
 from factories import CASES, VOCAB, make_checkpoint, random_layers, shape_of
 from transformers import AutoTokenizer
 
-from spp_export.families import FAMILIES
-from spp_export.loader import load_dense
+from spp_export.models.families import FAMILIES
+from spp_export.models.loader import load_dense
 
 TEXT = "Sulfuric acid, H₂SO₄: naïve  café\n\t“quoted” 12.5 °C — 酸 🧪"
 

@@ -18,9 +18,9 @@ from factories import (
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from spp_export.errors import CheckpointError, ModelError
-from spp_export.loader import load_dense, load_slim
-from spp_export.modeling import SppLlamaForCausalLM
+from spp_export.common.errors import CheckpointError, ModelError
+from spp_export.models.loader import load_dense, load_slim
+from spp_export.models.modeling import SppLlamaForCausalLM
 
 IDS = torch.arange(3, 26)[None]
 TENSOR = "model.layers.1.self_attn.o_proj.weight"

@@ -28,8 +28,8 @@ from factories import (
 )
 from transformers import AutoModel, PreTrainedModel
 
-from spp_export.loader import load_dense, load_slim
-from spp_export.plans import LayerPlan, Layout
+from spp_export.models.loader import load_dense, load_slim
+from spp_export.planning import LayerPlan, Layout
 from spp_export.quiet import quiet_transformers
 
 

@@ -18,11 +18,11 @@ ORDERS = {
     "before a model class, which imports the auto classes halfway": (
         "install(); install(); from transformers import LlamaForCausalLM"
     ),
-    "before our own classes": "install(); import spp_export.modeling.modeling_spp",
+    "before our own classes": "install(); import spp_export.models.modeling.modeling_spp",
 }
 PREAMBLE = """
 import sys
-from spp_export.loader_registration import install
+from spp_export.models.modeling.registration import install
 assert not {"torch", "transformers"} & set(sys.modules)
 """
 LOAD = """

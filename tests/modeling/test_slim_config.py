@@ -10,11 +10,11 @@ import pytest
 from factories import CASES, read_config, shape_of
 from transformers import AutoConfig
 
-import spp_export.modeling  # noqa: F401  registers the per-layer configs
-from spp_export.errors import ModelError, PlanError
-from spp_export.families import FAMILIES, Role
-from spp_export.shape import LayerShape
-from spp_export.slim_config import MODELING_FILES, portable_config, slim_config
+import spp_export.models.modeling  # noqa: F401  registers the per-layer configs
+from spp_export.common.errors import ModelError, PlanError
+from spp_export.models.families import FAMILIES, Role
+from spp_export.models.shape import LayerShape
+from spp_export.slicing.config import MODELING_FILES, portable_config, slim_config
 
 LLAMA = FAMILIES["llama"]
 SOURCE = {
@@ -218,6 +218,8 @@ def test_rotary_settings_that_contradict_are_an_error(changes, message):
 
 
 def test_needs_neither_torch_nor_transformers():
-    code = "import sys, spp_export.slim_config; print({'torch', 'transformers'} & set(sys.modules))"
+    code = (
+        "import sys, spp_export.slicing.config; print({'torch', 'transformers'} & set(sys.modules))"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout == "set()\n", result.stderr

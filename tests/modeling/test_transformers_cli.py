@@ -8,7 +8,7 @@ import sys
 
 import transformers
 
-from spp_export.modeling import __all__ as CLASSES
+from spp_export.models.modeling import __all__ as CLASSES
 
 # In place of the command line: what the server knows as the package `transformers`.
 _FIND = """
@@ -17,7 +17,7 @@ def main():
     from transformers.cli.serving import model_manager
     print([name for name in {names!r} if not hasattr(model_manager.transformers, name)])
 sys.modules["transformers.cli.transformers"] = types.SimpleNamespace(main=main)
-from spp_export import transformers_cli
+from spp_export.models.modeling import transformers_cli
 transformers_cli.main()
 """
 
@@ -30,7 +30,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_it_is_the_command_line_of_transformers():
-    result = run("-m", "spp_export.transformers_cli", "version")
+    result = run("-m", "spp_export.models.modeling.transformers_cli", "version")
     if transformers.__version__.startswith("4."):
         assert result.returncode == 2
         assert result.stderr.startswith("error: transformers has no command line here")

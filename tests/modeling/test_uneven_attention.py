@@ -9,7 +9,7 @@ import torch
 from factories import CASES, ragged_layers, random_layers, shape_of, write_slim
 
 import spp_kernels.ragged_attention as kernels
-from spp_export.loader import load_slim
+from spp_export.models.loader import load_slim
 
 CLOSE = 1e-12
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from spp_export import models
-from spp_export.errors import DownloadError
-from spp_export.models import demo_model, is_demo
+from spp_export.common.errors import DownloadError
+from spp_export.models import hub as models
+from spp_export.models.hub import demo_model, is_demo
 
 FILES = models._DEMO_FILES
 
@@ -184,7 +184,7 @@ def test_a_damaged_seal_seals_nothing(cache, seal):
 
 def test_the_config_it_writes_is_of_a_known_family():
     """What the fingerprint is made of does not depend on who converts."""
-    from spp_export.families import family_of
+    from spp_export.models.families import family_of
 
     shape = family_of(models._DEMO_CONFIG).read_shape(models._DEMO_CONFIG, element_bytes=4)
     assert (shape.num_layers, shape.query_heads, shape.kv_heads) == (30, 9, 3)
@@ -197,7 +197,7 @@ PROCESS = """
 import os, signal, sys, time
 from pathlib import Path
 sys.path[:0] = {path!r}
-from spp_export import models
+from spp_export.models import hub as models
 from test_demo_cache import FILES, write_model
 
 def convert(wheel, target):

@@ -10,9 +10,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from spp_export import models
-from spp_export.errors import DownloadError, ModelError
-from spp_export.models import DEMO_NAME, ModelLocation, cache_directory, locate_model
+from spp_export.common.errors import DownloadError, ModelError
+from spp_export.models import hub as models
+from spp_export.models.hub import DEMO_NAME, ModelLocation, cache_directory, locate_model
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from spp_export.families import FAMILIES
-from spp_export.onnx_graph import OnnxOptions
-from spp_export.onnx_graph.companions import genai_config, onnx_config, tokenizer_config
-from spp_export.shape import LayerShape, ModelShape
-from spp_export.slim_config import slim_config
+from spp_export.formats.onnx import OnnxOptions
+from spp_export.formats.onnx.companions import genai_config, onnx_config, tokenizer_config
+from spp_export.models.families import FAMILIES
+from spp_export.models.shape import LayerShape, ModelShape
+from spp_export.slicing.config import slim_config
 
 LAYERS = (LayerShape(8, 4, 96), LayerShape(3, 3, 40), LayerShape(2, 1, 64))
 OPTIONS = OnnxOptions()

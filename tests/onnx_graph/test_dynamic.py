@@ -12,10 +12,10 @@ pytest.importorskip("onnxruntime")
 import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
+from spp_export.formats.onnx.dynamic import quantise_dynamic_weight
 
-from spp_export.onnx_graph import dynamic
-from spp_export.onnx_graph.dynamic import quantise_dynamic_weight
-from spp_export.onnx_graph.quantise import quantiser
+from spp_export.formats.onnx import dynamic
+from spp_export.formats.onnx.quantise import quantiser
 
 
 def weight(inputs: int, outputs: int) -> np.ndarray:

@@ -11,11 +11,11 @@ from greedy import clear_prompt, random_prompts
 from transformers import AutoTokenizer
 
 from spp_export import load_slim
-from spp_export.models import locate_model
-from spp_export.onnx_graph import OnnxOptions
-from spp_export.onnx_graph.write import write_onnx
-from spp_export.ort.generation import generate
-from spp_export.ort.model import OrtModel
+from spp_export.formats.onnx import OnnxOptions
+from spp_export.formats.onnx.runtime.generation import generate
+from spp_export.formats.onnx.runtime.model import OrtModel
+from spp_export.formats.onnx.write import write_onnx
+from spp_export.models.hub import locate_model
 
 og = pytest.importorskip("onnxruntime_genai")
 

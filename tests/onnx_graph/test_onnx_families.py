@@ -14,10 +14,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from spp_export.loader import load_slim
-from spp_export.onnx_graph import OnnxOptions
-from spp_export.onnx_graph.options import ATTENTIONS, Attention
-from spp_export.onnx_graph.write import write_onnx
+from spp_export.formats.onnx import OnnxOptions
+from spp_export.formats.onnx.options import ATTENTIONS, Attention
+from spp_export.formats.onnx.write import write_onnx
+from spp_export.models.loader import load_slim
 
 BY_NAME = {case.name: case for case in factories.CASES}
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}

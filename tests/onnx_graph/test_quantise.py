@@ -15,8 +15,8 @@ import onnx
 import onnxruntime
 from onnx import helper, numpy_helper
 
-from spp_export.onnx_graph import quantise
-from spp_export.onnx_graph.quantise import (
+from spp_export.formats.onnx import quantise
+from spp_export.formats.onnx.quantise import (
     PendingParts,
     Quantised,
     dequantise,
@@ -154,7 +154,7 @@ def test_a_pending_weight_is_read_once_for_all_its_parts() -> None:
 def test_the_quantiser_keeps_quiet() -> None:
     program = (
         "import logging, numpy as np;"
-        "from spp_export.onnx_graph.quantise import quantise_weight;"
+        "from spp_export.formats.onnx.quantise import quantise_weight;"
         "quantise_weight(np.ones((32, 2), np.float32), 4);"
         "assert not logging.getLogger().handlers"
     )

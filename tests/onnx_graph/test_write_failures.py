@@ -8,9 +8,9 @@ import onnx_ir
 import pytest
 from factories import CASES
 
-from spp_export.errors import CheckpointError, OutputError
-from spp_export.onnx_graph import OnnxOptions
-from spp_export.onnx_graph.write import write_onnx
+from spp_export.common.errors import CheckpointError, OutputError
+from spp_export.formats.onnx import OnnxOptions
+from spp_export.formats.onnx.write import write_onnx
 
 
 @pytest.mark.parametrize(

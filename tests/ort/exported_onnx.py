@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from spp_export.loader import load_slim
-from spp_export.onnx_graph import OnnxOptions
-from spp_export.onnx_graph.options import ATTENTIONS, Attention, Precision
-from spp_export.onnx_graph.write import write_onnx
-from spp_export.ort import OrtModel
+from spp_export.formats.onnx import OnnxOptions
+from spp_export.formats.onnx.options import ATTENTIONS, Attention, Precision
+from spp_export.formats.onnx.runtime import OrtModel
+from spp_export.formats.onnx.write import write_onnx
+from spp_export.models.loader import load_slim
 
 CASES = {case.name: case for case in factories.CASES}
 # One case where not all are needed: its layers see six tokens only, so that positions matter.

@@ -14,9 +14,9 @@ from exported_onnx import WINDOWED, onnx_directory
 from onnx import helper
 
 from spp_cli.main import run
-from spp_export.errors import SppError
-from spp_export.onnx_graph.untrusted import read_graph
-from spp_export.ort import OrtModel
+from spp_export.common.errors import SppError
+from spp_export.formats.onnx.runtime import OrtModel
+from spp_export.formats.onnx.untrusted import read_graph
 
 
 @pytest.fixture

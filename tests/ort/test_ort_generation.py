@@ -16,9 +16,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from spp_export.errors import CheckpointError, UsageError
-from spp_export.onnx_graph.options import ATTENTIONS, Attention
-from spp_export.ort import Decoding, Sampling, generate, greedy
+from spp_export.common.errors import CheckpointError, UsageError
+from spp_export.formats.onnx.options import ATTENTIONS, Attention
+from spp_export.formats.onnx.runtime import Decoding, Sampling, generate, greedy
 
 PROMPTS = [random_ids(length, seed=length).tolist() for length in (9, 3, 14)]
 STEPS = 12

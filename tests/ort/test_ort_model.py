@@ -16,11 +16,11 @@ import torch
 from exported_onnx import ALL, WINDOWED, assert_close, onnx_directory, pair, random_ids
 from numpy.typing import NDArray
 
-from spp_export.errors import CheckpointError, ModelError, UsageError
-from spp_export.loader import load_slim
-from spp_export.onnx_graph.options import ATTENTIONS, Attention
-from spp_export.ort import Decoding, OrtModel
-from spp_export.ort.cache import to_float32
+from spp_export.common.errors import CheckpointError, ModelError, UsageError
+from spp_export.formats.onnx.options import ATTENTIONS, Attention
+from spp_export.formats.onnx.runtime import Decoding, OrtModel
+from spp_export.formats.onnx.runtime.cache import to_float32
+from spp_export.models.loader import load_slim
 
 BOTH_SIDES: tuple[Attention, ...] = ("gqa-bias", "standard")
 
@@ -270,7 +270,7 @@ def test_a_graph_of_another_depth(tmp_path: Path) -> None:
 def test_running_needs_no_torch() -> None:
     directory = onnx_directory(WINDOWED, "gqa")
     code = (
-        "import sys\nfrom spp_export.ort import OrtModel, generate\n"
+        "import sys\nfrom spp_export.formats.onnx.runtime import OrtModel, generate\n"
         f"model = OrtModel.load({str(directory)!r}, threads=1)\n"
         "assert len(list(generate(model, [[5, 6]], max_new_tokens=3))) == 3\n"
         "assert not {'torch', 'transformers'} & sys.modules.keys()"

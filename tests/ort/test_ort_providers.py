@@ -14,10 +14,10 @@ import onnxruntime
 import pytest
 from exported_onnx import WINDOWED, onnx_directory, pair, random_ids
 
-from spp_export.errors import CheckpointError, UsageError
-from spp_export.onnx_graph.options import ATTENTIONS, Attention, Precision
-from spp_export.ort import OrtModel, session
-from spp_export.ort.providers import CPU, CUDA, cuda_index, runtime_errors
+from spp_export.common.errors import CheckpointError, UsageError
+from spp_export.formats.onnx.options import ATTENTIONS, Attention, Precision
+from spp_export.formats.onnx.runtime import OrtModel, session
+from spp_export.formats.onnx.runtime.providers import CPU, CUDA, cuda_index, runtime_errors
 
 HAS_CARD = CUDA in onnxruntime.get_available_providers()
 

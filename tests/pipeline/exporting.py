@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import spp_export
-from spp_export.checkpoint.source import open_source
-from spp_export.errors import SppError
-from spp_export.plans import LayerPlan, Plan
+from spp_export.common.errors import SppError
+from spp_export.models.checkpoint.source import open_source
+from spp_export.planning import LayerPlan, Plan
 from spp_export.quiet import quiet_transformers
 
 CASE = {case.name: case for case in CASES}

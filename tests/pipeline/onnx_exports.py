@@ -14,7 +14,7 @@ from exporting import Exported, Workshop
 
 import spp_export
 from spp_export import ExportRequest, OnnxOptions
-from spp_export.checkpoint.manifest import write_manifest
+from spp_export.common.manifest import write_manifest
 
 FORMS = ("gqa", "gqa-bias", "standard")
 FILES = {

@@ -11,9 +11,9 @@ from factories import CASES, random_layers, read_config, shape_of, write_slim
 from onnx_exports import FILES, FORMS, exported_onnx
 
 import spp_export
-import spp_export.onnx_checks as onnx_checks
+import spp_export.formats.onnx.checks as onnx_checks
 from spp_export import OnnxOptions
-from spp_export.errors import (
+from spp_export.common.errors import (
     CheckFailed,
     ModelError,
     OutputError,
@@ -21,7 +21,7 @@ from spp_export.errors import (
     ScenarioError,
     UsageError,
 )
-from spp_export.verification import Check
+from spp_export.evaluation.parity import Check
 
 NAME = "qwen3-gqa-tied"
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
 import spp_export
-from spp_export.errors import ArtifactsError, OutputError, ScenarioError, UsageError
+from spp_export.common.errors import ArtifactsError, OutputError, ScenarioError, UsageError
 
 NAME = "llama-gqa-bias"
 DOMAINS = tuple(ALPHABETS)

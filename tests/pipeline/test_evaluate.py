@@ -10,7 +10,7 @@ from exporting import texts, write_texts
 
 import spp_export
 from spp_export import EvalRequest
-from spp_export.errors import OutputError, UsageError
+from spp_export.common.errors import OutputError, UsageError
 
 NAME = "llama-gqa-bias"
 REQUEST = EvalRequest(keeps=(0.7,), criteria=("energy",), compensations=("none",), curves=False)
@@ -103,7 +103,7 @@ def test_a_finished_evaluation_is_only_drawn_again(first, workshop, monkeypatch)
     result, arguments = first
     before = (result.directory / "results.jsonl").read_bytes()
     (result.directory / "table.md").unlink()
-    monkeypatch.setattr("spp_export.loader.load_dense", None)  # no model is loaded
+    monkeypatch.setattr("spp_export.models.loader.load_dense", None)  # no model is loaded
     again = spp_export.evaluate(workshop.scenario, result.directory, **arguments)
     assert (again.directory / "results.jsonl").read_bytes() == before
     assert (again.directory / "table.md").exists()
@@ -204,7 +204,7 @@ def test_eval_is_evaluate():
 def test_each_scenario_is_evaluated_against_the_next(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(
-        "spp_export.pipeline.evaluate.evaluate",
+        "spp_export.commands.evaluate.evaluate",
         lambda scenario, output, **options: asked.append((scenario, output, options["wrong"])),
     )
     spp_export.evaluate_scenarios(["a/x.txt", "y.json"], tmp_path)

@@ -33,19 +33,19 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 import spp_export
-from spp_export import activations
-from spp_export.checkpoint.manifest import write_manifest
-from spp_export.checkpoint.source import open_source
-from spp_export.compensate import refit_blocks
-from spp_export.errors import ParityError, PlanError
-from spp_export.moments import gather
-from spp_export.pipeline import compensation
-from spp_export.pipeline.compensation import Compensation
-from spp_export.plans import LayerPlan, Plan
-from spp_export.quality import measure_quality
-from spp_export.reference import masked_dense
-from spp_export.session import open_session
-from spp_export.shape import ModelShape
+from spp_export.calibration import activations
+from spp_export.calibration.moments import gather
+from spp_export.calibration.refit import refit_blocks
+from spp_export.common.errors import ParityError, PlanError
+from spp_export.common.manifest import write_manifest
+from spp_export.evaluation.oracle import masked_dense
+from spp_export.evaluation.quality import measure_quality
+from spp_export.models.checkpoint.source import open_source
+from spp_export.models.session import open_session
+from spp_export.models.shape import ModelShape
+from spp_export.planning import LayerPlan, Plan
+from spp_export.slicing import compensation
+from spp_export.slicing.compensation import Compensation
 
 O_PROJ, DOWN_PROJ = CONSUMERS
 CALIBRATION = [0, 1, 2, 4, 5, 6]  # of eight prompts every fourth is held out

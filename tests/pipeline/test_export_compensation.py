@@ -12,10 +12,10 @@ from factories import CASES, shape_of, uniform_layers
 from gathered import EPS, inputs, mean_write, mixed, projection, ridge
 
 import spp_export
-from spp_export.checkpoint.source import open_source
-from spp_export.moments import gather
-from spp_export.plans import Plan
-from spp_export.session import open_session
+from spp_export.calibration.moments import gather
+from spp_export.models.checkpoint.source import open_source
+from spp_export.models.session import open_session
+from spp_export.planning import Plan
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from factories import CASES, read_config
 from transformers import AutoTokenizer, GenerationConfig
 
 import spp_export
-from spp_export.errors import PlanError
+from spp_export.common.errors import PlanError
 
 # Families whose stock config can give o_proj a bias.
 BIASED = {"llama", "qwen3"}

@@ -9,10 +9,10 @@ import pytest
 from exporting import refused, tree, write_texts
 
 import spp_export
-import spp_export.checkpoint.slim as slim_module
-import spp_export.pipeline.compensation as compensation_module
+import spp_export.slicing.compensation as compensation_module
+import spp_export.slicing.weights as slim_module
 from spp_export import ExportRequest
-from spp_export.errors import CheckFailed, ParityError, QualityError, UsageError
+from spp_export.common.errors import CheckFailed, ParityError, QualityError, UsageError
 
 NAME = "llama-gqa-bias"
 

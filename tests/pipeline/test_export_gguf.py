@@ -15,9 +15,9 @@ from gguf_cases import add_merges
 
 import spp_export
 from spp_export import ExportRequest, GgufOptions, OnnxOptions
-from spp_export.checkpoint.manifest import write_manifest
-from spp_export.errors import CheckpointError, ModelError, ParityError, UsageError
-from spp_export.gguf_file import llama_cpp
+from spp_export.common.errors import CheckpointError, ModelError, ParityError, UsageError
+from spp_export.common.manifest import write_manifest
+from spp_export.formats.gguf import llama_cpp
 from spp_export.quiet import quiet_transformers
 
 FILES = {
@@ -124,7 +124,7 @@ def test_verify(made: Path, merging: Merging) -> None:
 
 
 def test_verify_without_llama_cpp(made: Path, merging: Merging, monkeypatch) -> None:
-    monkeypatch.setattr("spp_export.gguf_checks.is_installed", lambda: False)
+    monkeypatch.setattr("spp_export.formats.gguf.checks.is_installed", lambda: False)
     report = spp_export.verify(made, model=str(merging.dense(NAME)))
     assert report.passed
     assert "llama.cpp against the oracle" not in [check.name for check in report.checks]
@@ -200,7 +200,7 @@ def test_what_is_not_quantised_is_said(merging: Merging, tmp_path: Path) -> None
     from exporting import write_plan
     from factories import shape_of
 
-    from spp_export.plans import LayerPlan
+    from spp_export.planning import LayerPlan
 
     write_plan(plan, dense, [LayerPlan((0,), (0, 1, 3), None)] * shape_of(dense).num_layers)
     result = spp_export.export(
@@ -279,7 +279,7 @@ def test_convert_of_a_dense_model(merging: Merging, tmp_path: Path) -> None:
 
 
 def test_a_failed_check_publishes_nothing(merging: Merging, tmp_path: Path, monkeypatch) -> None:
-    from spp_export.gguf_file import write
+    from spp_export.formats.gguf import write
 
     right = write.interleave
     monkeypatch.setattr(write, "interleave", lambda rows, step: right(rows, step)[::-1].copy())
@@ -291,7 +291,7 @@ def test_a_failed_check_publishes_nothing(merging: Merging, tmp_path: Path, monk
 def test_llama_cpp_disagrees(merging: Merging, tmp_path: Path, monkeypatch) -> None:
     """Weights that are right in a file that says something else of them."""
     pytest.importorskip("xllamacpp")
-    from spp_export.gguf_file import metadata
+    from spp_export.formats.gguf import metadata
 
     right = metadata.rotary_metadata
 

@@ -11,7 +11,7 @@ from factories import random_layers, shape_of
 
 import spp_export
 from spp_export import PlanRequest
-from spp_export.errors import PlanError, UsageError
+from spp_export.common.errors import PlanError, UsageError
 
 NAME = "llama-gqa-bias"
 

@@ -15,11 +15,11 @@ from factories import CASES, read_config
 from onnx_exports import FILES, FORMS, export_onnx, exported_onnx
 
 import spp_export
-import spp_export.onnx_checks as onnx_checks
+import spp_export.formats.onnx.checks as onnx_checks
 from spp_export import ExportRequest, OnnxOptions
-from spp_export.errors import CheckFailed, OutputError, ParityError, QualityError, UsageError
-from spp_export.onnx_graph.options import QUANTS
-from spp_export.verification import Check
+from spp_export.common.errors import CheckFailed, OutputError, ParityError, QualityError, UsageError
+from spp_export.evaluation.parity import Check
+from spp_export.formats.onnx.options import QUANTS
 
 NAME = "llama-gqa-bias"
 # Families whose stock config can give o_proj a bias.
@@ -204,7 +204,7 @@ def test_checkpoints_in_half_precision(workshop, tmp_path, dtype):
     dense = CASE["qwen3-gqa-tied"].make(tmp_path, dtype=dtype)
     plan = workshop.exported("qwen3-gqa-tied").path / "plan.json"
     document = json.loads(plan.read_text())
-    from spp_export.checkpoint.source import open_source
+    from spp_export.models.checkpoint.source import open_source
 
     document["model"]["fingerprint"] = open_source(dense).fingerprint
     (tmp_path / "plan.json").write_text(json.dumps(document))
@@ -346,7 +346,7 @@ def test_keep_failed_publishes_and_still_fails(workshop, tmp_path, failing, quan
 @pytest.mark.parametrize("form", FORMS)
 def test_a_builder_that_turns_the_other_way_is_found(workshop, tmp_path, monkeypatch, form):
     """The checks themselves, on a graph that is wrong though its weights are right."""
-    import spp_export.onnx_graph.graph as graph
+    import spp_export.formats.onnx.graph as graph
 
     right = graph.rotary_tables
 
@@ -362,7 +362,7 @@ def test_a_builder_that_turns_the_other_way_is_found(workshop, tmp_path, monkeyp
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_builder_that_is_wrong_about_one_weight_is_found(workshop, tmp_path, monkeypatch, form):
-    import spp_export.onnx_graph.projection as projection
+    import spp_export.formats.onnx.projection as projection
 
     right = projection.matrix
 
@@ -421,7 +421,7 @@ def test_the_dense_logits_have_nothing_to_do_with_it(workshop):
 @pytest.mark.parametrize("form", ["gqa-bias", "standard"])
 def test_a_graph_that_reads_its_padding_is_found(workshop, tmp_path, monkeypatch, form):
     """Rows are of different lengths whatever the text, or this would not show without one."""
-    import spp_export.onnx_graph.attention as attention
+    import spp_export.formats.onnx.attention as attention
 
     def blind(self, g, shared):
         right(self, g, shared)
@@ -443,7 +443,7 @@ def test_a_graph_that_reads_its_padding_is_found(workshop, tmp_path, monkeypatch
 
 
 def test_a_graph_that_answers_to_padding_on_the_left_is_found(workshop, tmp_path, monkeypatch):
-    import spp_export.onnx_graph.attention as attention
+    import spp_export.formats.onnx.attention as attention
 
     monkeypatch.setattr(attention._Grouped, "_guard", lambda self: self._g.constant(0, "zero"))
     with refused(ParityError, "padded on the left are refused: answered all the same: the graph"):

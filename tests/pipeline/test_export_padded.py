@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 import spp_export
 from spp_export import ExportRequest, OnnxOptions
-from spp_export.errors import ModelError, PlanError, UsageError
+from spp_export.common.errors import ModelError, PlanError, UsageError
 
 NAME = "qwen2-gqa-tied"
 PAD = ExportRequest(pad=True)

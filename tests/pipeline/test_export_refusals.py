@@ -12,7 +12,7 @@ from factories import random_layers, read_config, shape_of
 
 import spp_export
 from spp_export import ExportRequest, PlanRequest
-from spp_export.errors import ArtifactsError, ModelError, PlanError, UsageError
+from spp_export.common.errors import ArtifactsError, ModelError, PlanError, UsageError
 
 NAME = "llama-gqa-bias"
 

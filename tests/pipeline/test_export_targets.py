@@ -10,7 +10,7 @@ from exporting import refused, tree
 
 import spp_export
 from spp_export import ExportRequest
-from spp_export.errors import OutputError
+from spp_export.common.errors import OutputError
 
 NAME = "llama-gqa-bias"
 

@@ -16,8 +16,8 @@ from onnx_exports import exported_onnx
 import spp_export
 from spp_cli.main import run
 from spp_export import OnnxOptions
-from spp_export.checkpoint.manifest import check_manifest
-from spp_export.errors import ModelError, SppError
+from spp_export.common.errors import ModelError, SppError
+from spp_export.common.manifest import check_manifest
 
 NAME = "llama-mha-tied"
 FORMATS = ("safetensors", "onnx")

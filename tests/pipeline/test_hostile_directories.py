@@ -15,10 +15,10 @@ from factories import make_checkpoint, random_layers, shape_of, write_slim
 from safetensors.torch import save_file
 
 from spp_cli.main import run
-from spp_export.checkpoint.manifest import write_manifest
-from spp_export.errors import CheckpointError, SppError
-from spp_export.layerwise import open_layerwise
-from spp_export.loader import load_dense, load_slim
+from spp_export.common.errors import CheckpointError, SppError
+from spp_export.common.manifest import write_manifest
+from spp_export.models.layerwise import open_layerwise
+from spp_export.models.loader import load_dense, load_slim
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 OUTSIDE = "outside.safetensors"

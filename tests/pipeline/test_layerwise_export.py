@@ -10,8 +10,8 @@ import pytest
 from exporting import tree
 
 import spp_export
-from spp_export.errors import UsageError
-from spp_export.session import open_session
+from spp_export.common.errors import UsageError
+from spp_export.models.session import open_session
 
 # Every family, layout and compensation; windows, biases, tied and untied heads.
 EXPORTS = [

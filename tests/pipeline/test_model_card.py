@@ -13,8 +13,8 @@ from exporting import tree
 from gguf_cases import add_merges
 
 import spp_export
-from spp_export.card import onnx_card
-from spp_export.plans import LayerPlan
+from spp_export.formats.card import onnx_card
+from spp_export.planning import LayerPlan
 
 CASE = "llama-gqa-bias"
 FORMS = {

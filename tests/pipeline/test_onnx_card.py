@@ -8,8 +8,8 @@ import io
 import pytest
 from factories import CASES, random_layers, shape_of, write_slim
 
-from spp_export.card import onnx_card
-from spp_export.engines import onnx_engines
+from spp_export.formats.card import onnx_card
+from spp_export.models.engines import onnx_engines
 
 CHECKS = {"checks": [{"name": "prefill", "passed": True, "detail": "max |d| 1e-5"}]}
 ATTENTIONS = ("gqa", "gqa-bias", "standard")
@@ -39,7 +39,7 @@ def test_engines_of_a_graph(layout, attention):
     single = {name for name in engines if "one text at a time" in engines[name].how}
     expected = {"onnxruntime", "transformers.js", "optimum"} if attention == "gqa" else set()
     assert single == expected
-    assert ("spp_export.ort" in engines["optimum"].how) == (layout == "per-layer")
+    assert ("spp_export.formats.onnx.runtime" in engines["optimum"].how) == (layout == "per-layer")
 
 
 @pytest.mark.parametrize("options", [{"precision": "fp16"}, {"quant": "int4"}])
@@ -65,8 +65,8 @@ def test_a_name_stays_within_its_markup():
 
 def test_the_python_of_the_card_runs(tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime_genai")
-    from spp_export.onnx_graph import OnnxOptions
-    from spp_export.onnx_graph.write import write_onnx
+    from spp_export.formats.onnx import OnnxOptions
+    from spp_export.formats.onnx.write import write_onnx
 
     dense = CASES[0].make(tmp_path)
     slim = write_slim(tmp_path / "slim", dense, random_layers(shape_of(dense), 0))

@@ -10,9 +10,9 @@ import pytest
 from exporting import refused, tree
 
 from spp_bench.profile import ProfileRequest, Target, profile
-from spp_export.errors import BudgetError, ProfileError, UsageError
+from spp_export.common.errors import BudgetError, ProfileError, UsageError
 from spp_export.latency_file import read_latency_table
-from spp_export.plans import read_plan
+from spp_export.planning import read_plan
 
 NAME = "llama-gqa-bias"
 QUICK = ProfileRequest(context=9, rounds=1, threads=1, width_multiple=16)

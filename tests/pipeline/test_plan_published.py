@@ -12,8 +12,8 @@ from exporting import kept_heads, load
 from transformers import AutoTokenizer
 
 import spp_export
-from spp_export.errors import UsageError
-from spp_export.published import published_mask, remove_common_words
+from spp_export.common.errors import UsageError
+from spp_export.planning.published import published_mask, remove_common_words
 
 NAME = "llama-gqa-bias"
 DOMAINS = ("capitals", "figures", "small")

@@ -15,8 +15,8 @@ from factories import CASES, read_config, slice_in_torch
 from safetensors.numpy import load_file
 
 import spp_export
-from spp_export.errors import BudgetError
-from spp_export.plans import read_plan
+from spp_export.common.errors import BudgetError
+from spp_export.planning import read_plan
 
 NAME = "llama-gqa-bias"
 CRITERIA = ("energy", "axis", "obs")

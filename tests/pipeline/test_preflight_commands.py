@@ -10,13 +10,13 @@ from exporting import refused
 
 import spp_export
 from spp_export import ExportRequest, preflight
-from spp_export.checkpoint.dtypes import ELEMENT_BYTES
-from spp_export.checkpoint.reader import stored_tensors
-from spp_export.errors import OutputError, ResourceError
-from spp_export.onnx_graph import OnnxOptions
-from spp_export.pipeline import needs as needs_module
-from spp_export.pipeline.needs import export_needs, graph_bytes
-from spp_export.session import Session, open_session
+from spp_export.commands import needs as needs_module
+from spp_export.commands.needs import export_needs, graph_bytes
+from spp_export.common.errors import OutputError, ResourceError
+from spp_export.formats.onnx import OnnxOptions
+from spp_export.models.checkpoint.dtypes import ELEMENT_BYTES
+from spp_export.models.checkpoint.reader import stored_tensors
+from spp_export.models.session import Session, open_session
 
 NAME = "llama-gqa-bias"
 

@@ -16,9 +16,9 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 import spp_export
 from spp_cli.main import run
-from spp_export.checkpoint.manifest import write_manifest
-from spp_export.errors import CheckpointError, OutputError, ParityError, UsageError
-from spp_export.pipeline.push import check_hub
+from spp_export.commands.push import check_hub
+from spp_export.common.errors import CheckpointError, OutputError, ParityError, UsageError
+from spp_export.common.manifest import write_manifest
 
 ID = "org/slim"
 # The client takes these before its version 1, and the hub never does.
@@ -218,7 +218,7 @@ def test_an_export_that_fails_its_checks_is_not_pushed(workshop, hub, tmp_path, 
     def failing(*_, **__):
         raise ParityError("they differ")
 
-    monkeypatch.setattr("spp_export.pipeline.export.check_export", failing)
+    monkeypatch.setattr("spp_export.commands.export.check_export", failing)
     request = spp_export.ExportRequest(push_to_hub=ID)
     with refused(ParityError, "they differ"):
         workshop.export("llama-mqa", tmp_path / "new", request=request)

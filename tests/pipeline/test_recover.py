@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 import spp_export
 from spp_cli.main import app
 from spp_export import RecoverSettings
-from spp_export.checkpoint.manifest import check_manifest
-from spp_export.errors import CheckpointError, QualityError, UsageError
-from spp_export.pipeline import recover as module
-from spp_export.recovery import Recovery
+from spp_export.commands import recover as module
+from spp_export.commands.lora import Recovery
+from spp_export.common.errors import CheckpointError, QualityError, UsageError
+from spp_export.common.manifest import check_manifest
 
 NAMES = [case.name for case in CASES]
 FEW = RecoverSettings(steps=6, rank=2, alpha=4, learning_rate=1e-2, batch_size=2)

@@ -8,9 +8,9 @@ from exporting import CASE, KEEP, tree, write_texts
 from factories import shape_of
 
 import spp_export
-from spp_export.artifacts import read_artifacts
-from spp_export.checkpoint.source import open_source
-from spp_export.plans import LayerPlan, Plan
+from spp_export.data.artifacts import read_artifacts
+from spp_export.models.checkpoint.source import open_source
+from spp_export.planning import LayerPlan, Plan
 
 NAME = "llama-gqa-bias"
 

@@ -7,8 +7,8 @@ import torch
 from exporting import CASES, refused, texts, write_texts
 
 import spp_export
-from spp_export.errors import PlanError, UsageError
-from spp_export.plans import read_plan
+from spp_export.common.errors import PlanError, UsageError
+from spp_export.planning import read_plan
 
 NAMES = [case.name for case in CASES]
 IDS = torch.tensor([[3, 9, 27, 11, 5, 8, 2, 30]])

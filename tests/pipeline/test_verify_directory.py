@@ -12,8 +12,8 @@ from exporting import CASE, Exported, stored, write_texts
 from safetensors.torch import save_file
 
 import spp_export
-from spp_export.checkpoint.manifest import write_manifest
-from spp_export.errors import CheckpointError, ModelError, OutputError, PlanError
+from spp_export.common.errors import CheckpointError, ModelError, OutputError, PlanError
+from spp_export.common.manifest import write_manifest
 
 NAME = "llama-gqa-bias"
 FILES = (

@@ -14,10 +14,10 @@ from onnx_exports import FILES, change_json, changed_graph, copied, exported_onn
 from onnx_exports import initializer as tensor
 
 import spp_export
-from spp_export.errors import CheckpointError, ModelError, PlanError, SppError
-from spp_export.onnx_checks import check_graph
-from spp_export.onnx_graph import OnnxOptions
-from spp_export.ort import OrtModel
+from spp_export.common.errors import CheckpointError, ModelError, PlanError, SppError
+from spp_export.formats.onnx import OnnxOptions
+from spp_export.formats.onnx.checks import check_graph
+from spp_export.formats.onnx.runtime import OrtModel
 
 NAME = "mistral-window-tied"
 INT4 = OnnxOptions(quant="int4")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from spp_export.latency import SIZES
 from spp_export.latency_file import read_latency_table
+from spp_export.planning.latency import SIZES
 
 
 def times(seconds):

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 
-from spp_export.shape import ModelShape
+from spp_export.models.shape import ModelShape
 
 
 def model_shape(layers=2, query_heads=4, kv_heads=2, *, bias=False, **sizes):

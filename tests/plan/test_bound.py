@@ -7,9 +7,9 @@ import math
 import pytest
 from planning import model_shape
 
-from spp_export.bound import decode_bound, predicted
-from spp_export.families import FAMILIES
-from spp_export.shape import LayerShape
+from spp_export.models.families import FAMILIES
+from spp_export.models.shape import LayerShape
+from spp_export.planning.bound import decode_bound, predicted
 
 
 def counted(shape, layers):

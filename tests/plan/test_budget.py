@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from planning import model_shape
 
-from spp_export.budget import Budget
-from spp_export.errors import UsageError
+from spp_export.common.errors import UsageError
+from spp_export.planning.budget import Budget
 
 
 @pytest.mark.parametrize(

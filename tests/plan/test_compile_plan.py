@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from planning import layer_cost, mask_of, model_shape, regular_masks
 
-from spp_export.allocate import Candidates, allocate, layer_options
-from spp_export.budget import Budget
-from spp_export.errors import BudgetError, PlanError
-from spp_export.plans import compile_plan
+from spp_export.common.errors import BudgetError, PlanError
+from spp_export.planning import compile_plan
+from spp_export.planning.allocate import Candidates, allocate, layer_options
+from spp_export.planning.budget import Budget
 
 SHAPES = [(2, 4, 2), (3, 4, 2), (2, 6, 3), (2, 6, 2), (3, 3, 3), (2, 4, 1), (1, 6, 3)]
 

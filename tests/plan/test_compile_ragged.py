@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 from planning import layer_cost, mask_of, model_shape, ragged_masks
 
-from spp_export.allocate import GivenOptions, ragged_options
-from spp_export.budget import Budget
-from spp_export.errors import BudgetError, PlanError
-from spp_export.plans import (
+from spp_export.common.errors import BudgetError, PlanError
+from spp_export.planning import (
     FILL,
     LayerPlan,
     Plan,
@@ -22,6 +20,8 @@ from spp_export.plans import (
     parse_plan,
     validate_plan,
 )
+from spp_export.planning.allocate import GivenOptions, ragged_options
+from spp_export.planning.budget import Budget
 
 SHAPES = [(2, 4, 2), (2, 6, 2), (2, 6, 3), (3, 4, 2), (3, 3, 3), (2, 4, 1), (1, 8, 4)]
 SMALL = model_shape(2, 6, 3)

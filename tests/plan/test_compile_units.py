@@ -9,11 +9,16 @@ import numpy as np
 import pytest
 from planning import layer_cost, mask_of, model_shape, regular_masks
 
-from spp_export.allocate import ChannelOptions, channel_options, layer_options, per_parameter
-from spp_export.budget import Budget
-from spp_export.errors import BudgetError
-from spp_export.plans import compile_options, compile_units, forced_heads
-from spp_export.shape import ModelShape
+from spp_export.common.errors import BudgetError
+from spp_export.models.shape import ModelShape
+from spp_export.planning import compile_options, compile_units, forced_heads
+from spp_export.planning.allocate import (
+    ChannelOptions,
+    channel_options,
+    layer_options,
+    per_parameter,
+)
+from spp_export.planning.budget import Budget
 
 UNITS = ["channels", "both"]
 CASES = [(2, 4, 2, 6, 2), (2, 2, 2, 7, 3), (1, 4, 1, 5, 8), (3, 2, 1, 4, 2)]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from planning import layer_cost, mask_of, model_shape, regular_masks
 
-from spp_export.plans import cover
+from spp_export.planning import cover
 
 
 @pytest.mark.parametrize("kind", ["parameters", "kv-bytes"])

@@ -9,9 +9,9 @@ import time
 import pytest
 
 from spp_cli.main import run
-from spp_export.errors import PlanError
-from spp_export.plans import read_plan, validate_plan
-from spp_export.shape import ModelShape
+from spp_export.common.errors import PlanError
+from spp_export.models.shape import ModelShape
+from spp_export.planning import read_plan, validate_plan
 
 LAYER = {"kv_heads": [0], "query_heads": [0, 1]}
 SHAPE = ModelShape("llama", 2, 64, 8, 4, 8, 96, 100, True, 4)

@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from spp_export.errors import BudgetError
-from spp_export.knapsack import choose, on_grid
+from spp_export.common.errors import BudgetError
+from spp_export.planning.knapsack import choose, on_grid
 
 
 def every_combination(values, costs):

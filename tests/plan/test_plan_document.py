@@ -7,8 +7,8 @@ import json
 import pytest
 from planning import model_shape
 
-from spp_export.errors import OutputError, PlanError
-from spp_export.plans import LayerPlan, Plan, dense_plan, parse_plan, read_plan, write_plan
+from spp_export.common.errors import OutputError, PlanError
+from spp_export.planning import LayerPlan, Plan, dense_plan, parse_plan, read_plan, write_plan
 
 BY_HAND = """
 {"schema_version": 1, "model": {"fingerprint": "f", "source": "org/model"}, "layout": "per-layer",

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from planning import mask_of, model_shape, regular_masks
 
-from spp_export.errors import PlanError
-from spp_export.plans import LayerPlan, Plan, dense_plan, validate_plan
+from spp_export.common.errors import PlanError
+from spp_export.planning import LayerPlan, Plan, dense_plan, validate_plan
 
 SHAPE = model_shape(2, 6, 3)
 DENSE = dense_plan(SHAPE, "f", "m").layers[0]

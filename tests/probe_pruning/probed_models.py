@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import torch
 from factories import mask_in_torch, shape_of
 
-from spp_export.activations import TokenBatch
-from spp_export.families import FAMILIES
-from spp_export.loader import load_dense
-from spp_export.plans import LayerPlan
+from spp_export.calibration.activations import TokenBatch
+from spp_export.models.families import FAMILIES
+from spp_export.models.loader import load_dense
+from spp_export.planning import LayerPlan
 
 
 def opened(path):

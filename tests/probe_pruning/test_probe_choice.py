@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from spp_export.probe_pruning.probe import PositionMoments, choose, whole
+from spp_export.importance.probe_pruning.probe import PositionMoments, choose, whole
 
 
 def norms_of(table):

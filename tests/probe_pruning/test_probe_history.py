@@ -7,8 +7,8 @@ import torch
 from factories import make_checkpoint
 from probed_models import captured, hooks, opened, padded, some_texts
 
-from spp_export.errors import UsageError
-from spp_export.probe_pruning import gather_history
+from spp_export.common.errors import UsageError
+from spp_export.importance.probe_pruning import gather_history
 
 
 @pytest.fixture(scope="module")

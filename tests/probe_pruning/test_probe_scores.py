@@ -6,11 +6,11 @@ import pytest
 import torch
 from probed_models import explicit_scores
 
-from spp_export.errors import UsageError
+from spp_export.common.errors import UsageError
 from spp_export.importance.ppsp import channel_scores, head_scores
-from spp_export.probe_pruning.blocks import AttentionBlock, MlpBlock
-from spp_export.probe_pruning.score import Targets, fuse, ppsp
-from spp_export.shape import ModelShape
+from spp_export.importance.probe_pruning.blocks import AttentionBlock, MlpBlock
+from spp_export.importance.probe_pruning.score import Targets, fuse, ppsp
+from spp_export.models.shape import ModelShape
 
 
 def shape(layers, heads, groups, channels, dim=128):

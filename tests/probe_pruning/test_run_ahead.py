@@ -7,9 +7,9 @@ import torch
 from factories import CASES
 from probed_models import captured, opened, padded, probed_inputs, run, some_texts
 
-from spp_export.errors import ModelError
-from spp_export.probe_pruning.blocks import layer_blocks
-from spp_export.probe_pruning.probe import Probe, whole
+from spp_export.common.errors import ModelError
+from spp_export.importance.probe_pruning.blocks import layer_blocks
+from spp_export.importance.probe_pruning.probe import Probe, whole
 
 KINDS = ("heads", "channels")
 

@@ -8,8 +8,8 @@ import torch
 from factories import CASES, make_checkpoint
 from probed_models import hooks, lowest_removed, opened, padded, scenario_by_hand, some_texts
 
-from spp_export.errors import ScenarioError
-from spp_export.probe_pruning import History, gather_history, scenario_scores
+from spp_export.common.errors import ScenarioError
+from spp_export.importance.probe_pruning import History, gather_history, scenario_scores
 
 TEXTS = some_texts([13, 6, 24], seed=3)
 # Of 8 heads and 96 channels at 0.4 in a model too shallow to protect any layer.

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from factories import CASES
+from spp_export.domains.head_writes import AxisShares
 from transformers import AutoTokenizer
 
-from spp_export.activations import observe, token_batches
-from spp_export.checkpoint.source import open_source
-from spp_export.loader import load_dense
-from spp_export.probing.head_writes import AxisShares
+from spp_export.calibration.activations import observe, token_batches
+from spp_export.models.checkpoint.source import open_source
+from spp_export.models.loader import load_dense
 
 TEXTS = (
     ("Acids turn litmus red.", "H2O", "The noble gases hardly react with anything at all."),

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from spp_export.probing.axes import choose_space, domain_space
+from spp_export.domains.axes import choose_space, domain_space
 
 
 def texts(candidates=4, per=20, width=10, spread=0.5, seed=0):

@@ -7,9 +7,9 @@ import itertools
 import numpy as np
 import pytest
 
-from spp_export.errors import UsageError
-from spp_export.probing.axes import domain_space
-from spp_export.probing.selection import select_domains
+from spp_export.common.errors import UsageError
+from spp_export.domains.axes import domain_space
+from spp_export.domains.selection import select_domains
 
 
 def space(candidates=5, per=6, seed=0):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from pooled_classes import clusters, sigmoid
 
-from spp_export.probing.probes import fit_probes
+from spp_export.domains.probes import fit_probes
 
 
 def newton(features, targets, penalty, steps=50):

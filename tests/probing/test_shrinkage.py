@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from spp_export.domains.group_seconds import GroupSeconds
 
-from spp_export.probing.group_seconds import GroupSeconds
-from spp_export.probing.shrinkage import (
+from spp_export.domains.shrinkage import (
     SCENARIO_WEIGHTS,
     SHRINKAGES,
     LayerCase,

@@ -10,15 +10,15 @@ import pytest
 from factories import make_checkpoint
 from transformers import AutoTokenizer
 
-from spp_export.artifacts import read_artifacts, write_artifacts
-from spp_export.checkpoint.source import open_source
-from spp_export.errors import UsageError
+from spp_export.calibration.moments import gather
+from spp_export.commands.probe import probe
+from spp_export.common.errors import UsageError
+from spp_export.data.artifacts import read_artifacts, write_artifacts
+from spp_export.data.pools import Pools
+from spp_export.domains import ProbeRequest, probe_model
 from spp_export.importance import CRITERIA, Axis
-from spp_export.loader import load_dense
-from spp_export.moments import gather
-from spp_export.pipeline.probe import probe
-from spp_export.pools import Pools
-from spp_export.probing import ProbeRequest, probe_model
+from spp_export.models.checkpoint.source import open_source
+from spp_export.models.loader import load_dense
 
 POOLS = Pools(
     ("numbers", "letters", "marks"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spp_export.probing.whitelist import (
+from spp_export.domains.whitelist import (
     RATE,
     _p_values,
     _permuted,

@@ -7,15 +7,15 @@ import math
 import numpy as np
 import pytest
 
-from spp_export.errors import ArtifactsError, ScenarioError, UsageError
-from spp_export.published import (
+from spp_export.common.errors import ArtifactsError, ScenarioError, UsageError
+from spp_export.data.scenario import Scenario
+from spp_export.planning.published import (
     COMMON_WORDS,
     infer_domains,
     published_mask,
     published_text,
     remove_common_words,
 )
-from spp_export.scenario import Scenario
 
 
 def twin_inferred(p):

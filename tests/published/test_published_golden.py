@@ -5,7 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spp_export.published import domain_scores, infer_domains, published_mask, session_breadth
+from spp_export.planning.published import (
+    domain_scores,
+    infer_domains,
+    published_mask,
+    session_breadth,
+)
 
 
 def kept(result):

@@ -9,9 +9,9 @@ import torch
 from factories import make_checkpoint, random_layers, shape_of, write_slim
 from transformers import AutoTokenizer
 
-from spp_export.activations import token_batches
-from spp_export.loader import load_dense, load_slim
-from spp_export.quality import Quality, measure_quality, next_token_log_probabilities
+from spp_export.calibration.activations import token_batches
+from spp_export.evaluation.quality import Quality, measure_quality, next_token_log_probabilities
+from spp_export.models.loader import load_dense, load_slim
 
 TEXTS = (
     "Hydrogen is the lightest element.",
@@ -91,7 +91,7 @@ def test_divergence_is_from_the_dense_model_to_the_slim_one(models):
 def test_how_texts_are_batched_does_not_matter(models, monkeypatch, budget):
     dense, slim, tokenizer = models
     expected = measure_quality(dense, slim, tokenizer, TEXTS)
-    monkeypatch.setattr("spp_export.quality._BATCH_TOKENS", budget)
+    monkeypatch.setattr("spp_export.evaluation.quality._BATCH_TOKENS", budget)
     found = measure_quality(dense, slim, tokenizer, TEXTS[::-1])
     assert found.tokens == expected.tokens
     assert found.top1 == expected.top1

@@ -15,8 +15,8 @@ from pages import FINGERPRINT, LAYERS, bench, plan, read, verdict, write_export
 import spp_export
 from spp_bench.schema import check
 from spp_cli.main import run
-from spp_export.artifacts import Artifacts, write_artifacts
-from spp_export.errors import ArtifactsError, OutputError, PlanError, UsageError
+from spp_export.common.errors import ArtifactsError, OutputError, PlanError, UsageError
+from spp_export.data.artifacts import Artifacts, write_artifacts
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 DEMO_FINGERPRINT = json.loads(

@@ -8,9 +8,9 @@ import tracemalloc
 import pytest
 
 from spp_cli.main import run
-from spp_export import scenario
-from spp_export.errors import ScenarioError
-from spp_export.scenario import read_scenario
+from spp_export.common.errors import ScenarioError
+from spp_export.data import scenario
+from spp_export.data.scenario import read_scenario
 
 # Name and content; what the line must say.
 HOSTILE = {

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from spp_export.errors import PlanError, SppError
-from spp_export.jsonio import dump_json, parse_json, read_bytes, read_json
+from spp_export.common.errors import PlanError, SppError
+from spp_export.common.json_files import dump_json, parse_json, read_bytes, read_json
 
 
 def read(tmp_path, data, **options):

@@ -6,8 +6,8 @@ import hashlib
 
 import pytest
 
-from spp_export.errors import ScenarioError
-from spp_export.pools import other_domains, read_pools
+from spp_export.common.errors import ScenarioError
+from spp_export.data.pools import other_domains, read_pools
 
 
 @pytest.fixture

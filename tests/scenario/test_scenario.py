@@ -9,8 +9,8 @@ import os
 
 import pytest
 
-from spp_export.errors import ScenarioError, UsageError
-from spp_export.scenario import Scenario, Turn, read_scenario
+from spp_export.common.errors import ScenarioError, UsageError
+from spp_export.data.scenario import Scenario, Turn, read_scenario
 
 
 def write(tmp_path, name, data):

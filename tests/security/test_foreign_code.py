@@ -13,8 +13,8 @@ from factories import CASES, random_layers, read_config, shape_of, write_slim
 from transformers import AutoTokenizer
 
 from spp_cli.main import run
-from spp_export.checkpoint.source import open_source
-from spp_export.loader import load_dense, load_slim
+from spp_export.models.checkpoint.source import open_source
+from spp_export.models.loader import load_dense, load_slim
 
 ALPHABETS = {"figures": "12 + 34 = 46", "letters": "abc def ghi"}
 EVIL = """
@@ -123,7 +123,7 @@ def test_a_kernel_to_fetch_is_refused(tmp_path, load, key):
     (dense / "config.json").write_text(json.dumps(config))
     with pytest.raises(Exception, match=key) as caught:
         load(dense)
-    assert type(caught.value).__module__ == "spp_export.errors"
+    assert type(caught.value).__module__ == "spp_export.common.errors"
 
 
 @pytest.mark.parametrize("load", [load_slim, load_dense, open_source])
@@ -133,7 +133,7 @@ def test_an_adapter_does_not_bring_another_model(tmp_path, load):
     (dense / "adapter_config.json").write_text(json.dumps(other))
     with pytest.raises(Exception, match=r"adapter_config\.json") as caught:
         load(dense)
-    assert type(caught.value).__module__ == "spp_export.errors"
+    assert type(caught.value).__module__ == "spp_export.common.errors"
 
 
 def test_code_beside_a_slim_checkpoint_is_not_ours_to_run(tmp_path, marker):

@@ -11,16 +11,16 @@ import pytest
 import yaml
 from rich.console import Console
 
-from spp_cli.look import UNICODE
 from spp_cli.main import run
-from spp_cli.reports import diagnosis_report, shown_report
-from spp_cli.summary import save_picture
-from spp_export.bound import predicted
-from spp_export.card import model_card, onnx_card
-from spp_export.models import model_license
-from spp_export.pipeline.show import show
-from spp_export.plans import LayerPlan, Plan
-from spp_export.shape import ModelShape
+from spp_cli.render.look import UNICODE
+from spp_cli.render.reports import diagnosis_report, shown_report
+from spp_cli.render.summary import save_picture
+from spp_export.commands.show import show
+from spp_export.formats.card import model_card, onnx_card
+from spp_export.models.hub import model_license
+from spp_export.models.shape import ModelShape
+from spp_export.planning import LayerPlan, Plan
+from spp_export.planning.bound import predicted
 
 NAMES = {
     "front matter": "x\n---\nlicense: evil\n---\n# Owned",

@@ -17,7 +17,7 @@ from spp_cli.main import run
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("spp_export", "cli/spp_cli", "kernels/spp_kernels", "benchmarks/spp_bench")
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-IMPORTER = "spp_export/artifacts_import.py"
+IMPORTER = "spp_export/data/published_artifacts.py"
 # Benchmarks: a job for a child process over its own pipe, and a peer's file just written by it.
 OWN_MAKING = {
     "benchmarks/spp_bench/memory.py": {"import pickle"},

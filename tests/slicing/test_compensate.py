@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from spp_export import compensate
-from spp_export.errors import ArtifactsError, UsageError
+from spp_export.calibration import refit as compensate
+from spp_export.common.errors import ArtifactsError, UsageError
 
 OUTPUTS, INPUTS, SAMPLES = 7, 12, 400
 KEPT = np.array([0, 1, 2, 6, 7, 8, 11])
@@ -123,7 +123,7 @@ def test_dead_inputs(layer, caplog, ridge, dead):
     weight, inputs, _ = layer
     inputs = inputs.copy()
     inputs[:, dead] = 0
-    with caplog.at_level(logging.ERROR, logger="spp_export.compensate"):
+    with caplog.at_level(logging.ERROR, logger="spp_export.calibration.refit"):
         slim = compensate.refit(weight, inputs.T @ inputs / SAMPLES, KEPT, ridge)
     assert np.isfinite(slim).all()
     assert lost(weight, inputs, slim) <= lost(weight, inputs, weight[:, KEPT]) * (1 + 1e-12)

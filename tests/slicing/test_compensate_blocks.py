@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spp_export.compensate import refit, refit_blocks, residual, residual_blocks
-from spp_export.errors import ArtifactsError, UsageError
+from spp_export.calibration.refit import refit, refit_blocks, residual, residual_blocks
+from spp_export.common.errors import ArtifactsError, UsageError
 
 OUTPUTS, INPUTS, SIZE, SAMPLES = 7, 23, 8, 600
 # Of the first block some stay, of the second none, of the padded third some.

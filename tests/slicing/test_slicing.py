@@ -3,11 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spp_export.errors import PlanError
-from spp_export.families import FAMILIES, Role, TensorSpec, Unit
-from spp_export.plans import FILL, LayerPlan, Plan
-from spp_export.shape import ModelShape
-from spp_export.slicing import (
+from spp_export.common.errors import PlanError
+from spp_export.models.families import FAMILIES, Role, TensorSpec, Unit
+from spp_export.models.shape import ModelShape
+from spp_export.planning import FILL, LayerPlan, Plan
+from spp_export.slicing.cut import (
     cut_shape,
     kept_indices,
     kept_units,

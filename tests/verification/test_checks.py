@@ -10,11 +10,9 @@ import torch
 from factories import CASES, make_checkpoint, mask_in_torch, random_layers, shape_of, write_slim
 from untouched import assert_untouched, compensation, logits, plan_of, state
 
-from spp_export.activations import TokenBatch
-from spp_export.families import FAMILIES, Role
-from spp_export.jsonio import dump_json
-from spp_export.loader import load_dense, load_slim
-from spp_export.verification import (
+from spp_export.calibration.activations import TokenBatch
+from spp_export.common.json_files import dump_json
+from spp_export.evaluation.parity import (
     Check,
     ReferenceLogits,
     VerifyReport,
@@ -24,6 +22,8 @@ from spp_export.verification import (
     real_logits,
     reference_logits,
 )
+from spp_export.models.families import FAMILIES, Role
+from spp_export.models.loader import load_dense, load_slim
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -264,7 +264,7 @@ def test_the_dense_model_comes_back_exactly(tmp_path, dtype, fails, monkeypatch)
                 raise RuntimeError("out of memory")
             return [plain for _ in batches]
 
-        monkeypatch.setattr("spp_export.verification.real_logits", refuse)
+        monkeypatch.setattr("spp_export.evaluation.parity.real_logits", refuse)
         with pytest.raises(RuntimeError, match="out of memory"):
             run()
     else:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from spp_export import memory
+from spp_export.common import memory
 
 NAMES = {
     2: ("memory.max", "memory.current", "inactive_file", "active_file"),

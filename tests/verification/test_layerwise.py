@@ -21,23 +21,29 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, DynamicCache
 from untouched import IDS, compensation, plan_of
 
-from spp_export.activations import MeanSquares, SecondMoments, TextMeans, TokenBatch, observe
-from spp_export.checkpoint import reader
-from spp_export.checkpoint.source import open_source
-from spp_export.errors import CheckpointError, ModelError, UsageError
-from spp_export.families import FAMILIES, Role
-from spp_export.layerwise import each_logits, open_layerwise, stream_of
-from spp_export.loader import load_dense, load_slim
-from spp_export.memory import resident_parameters
-from spp_export.moments import KINDS, gather
-from spp_export.quality import measure_quality
-from spp_export.reference import masked_dense
-from spp_export.verification import (
+from spp_export.calibration.activations import (
+    MeanSquares,
+    SecondMoments,
+    TextMeans,
+    TokenBatch,
+    observe,
+)
+from spp_export.calibration.moments import KINDS, gather
+from spp_export.common.errors import CheckpointError, ModelError, UsageError
+from spp_export.common.memory import resident_parameters
+from spp_export.evaluation.oracle import masked_dense
+from spp_export.evaluation.parity import (
     check_cache,
     check_causality,
     check_parity,
     reference_logits,
 )
+from spp_export.evaluation.quality import measure_quality
+from spp_export.models.checkpoint import reader
+from spp_export.models.checkpoint.source import open_source
+from spp_export.models.families import FAMILIES, Role
+from spp_export.models.layerwise import each_logits, open_layerwise, stream_of
+from spp_export.models.loader import load_dense, load_slim
 
 TEXTS = ("Gold melts at 1064 degrees.", "", "Why?", "Iron rusts in damp air, gold does not.")
 OWN = [torch.float64, torch.bfloat16]

@@ -10,9 +10,9 @@ import torch
 from factories import CASES, make_checkpoint, mask_in_torch, random_layers, shape_of
 from untouched import assert_untouched, compensation, hooks, logits, plan_of, state
 
-from spp_export.families import FAMILIES, Role
-from spp_export.loader import load_dense
-from spp_export.reference import Projection, masked_dense
+from spp_export.evaluation.oracle import Projection, masked_dense
+from spp_export.models.families import FAMILIES, Role
+from spp_export.models.loader import load_dense
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -8,9 +8,9 @@ import psutil
 import pytest
 import torch
 
-from spp_export.families import Role
-from spp_export.pipeline.verify import exact_dtype, wide_dtype
-from spp_export.shape import ModelShape
+from spp_export.commands.verify import exact_dtype, wide_dtype
+from spp_export.models.families import Role
+from spp_export.models.shape import ModelShape
 
 SHAPE = ModelShape(
     model_type="llama",

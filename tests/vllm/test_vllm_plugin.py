@@ -11,9 +11,9 @@ import pytest
 from factories import CASES, random_layers, shape_of, write_slim
 from transformers import AutoConfig
 
-import spp_export.modeling  # noqa: F401
-from spp_export.families import FAMILIES
-from spp_export.vllm_plugin import register
+import spp_export.models.modeling  # noqa: F401
+from spp_export.models.families import FAMILIES
+from spp_export.models.vllm import register
 
 
 class Layer:
@@ -90,9 +90,9 @@ def vllm(monkeypatch):
         module = types.ModuleType(name)
         vars(module).update(attributes)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "spp_export.vllm_plugin.models", raising=False)
+    monkeypatch.delitem(sys.modules, "spp_export.models.vllm.models", raising=False)
     yield registered
-    sys.modules.pop("spp_export.vllm_plugin.models", None)
+    sys.modules.pop("spp_export.models.vllm.models", None)
 
 
 def built(registered, config):
@@ -165,7 +165,7 @@ def test_biases_of_o_proj_are_given_and_others_refused(tmp_path, vllm):
 
 
 def test_uneven_groups_are_refused(tmp_path, vllm):
-    models = importlib.import_module("spp_export.vllm_plugin.models")
+    models = importlib.import_module("spp_export.models.vllm.models")
     layer = types.SimpleNamespace(query_groups=[3, 1])
     config = types.SimpleNamespace(layer_config=lambda index: layer)
     with pytest.raises(ValueError, match="layer 4: its KV heads serve different numbers"):

@@ -25,13 +25,13 @@ from factories import (
 from optimum.onnxruntime import ORTModelForCausalLM
 from transformers import AutoTokenizer
 
-from spp_export.errors import DownloadError, UsageError
-from spp_export.loader import load_slim
-from spp_export.models import demo_model
-from spp_export.onnx_graph.options import ATTENTIONS, OnnxOptions
-from spp_export.onnx_graph.write import write_onnx
-from spp_export.ort import ORTSlimForCausalLM
-from spp_export.plans import LayerPlan
+from spp_export.common.errors import DownloadError, UsageError
+from spp_export.formats.onnx.options import ATTENTIONS, OnnxOptions
+from spp_export.formats.onnx.runtime import ORTSlimForCausalLM
+from spp_export.formats.onnx.write import write_onnx
+from spp_export.models.hub import demo_model
+from spp_export.models.loader import load_slim
+from spp_export.planning import LayerPlan
 
 # The first two have one length.
 PROMPTS = ("Sulfuric acid is", "Nitric acids are", "The treaty of 1648 ended a war that")

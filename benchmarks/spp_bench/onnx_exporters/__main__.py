@@ -21,7 +21,7 @@ from spp_bench.onnx_exporters.candidates import CANDIDATES, Candidate
 from spp_bench.onnx_exporters.compare import Workload, compare
 from spp_bench.onnx_exporters.exports import run_export
 from spp_bench.onnx_exporters.report import report
-from spp_export.jsonio import dump_json
+from spp_export.common.json_files import dump_json
 
 LIBRARIES = ("onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai", "onnxscript")
 

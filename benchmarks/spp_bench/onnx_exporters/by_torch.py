@@ -10,7 +10,7 @@ import torch
 from torch.export import Dim
 from transformers import DynamicCache, PreTrainedModel
 
-from spp_export.loader import load_slim
+from spp_export.models.loader import load_slim
 
 import_module("onnxscript")  # torch imports it late, which is not what is measured
 # Distinct sizes, none of them one: a size of one or two equal sizes would be taken for constants.

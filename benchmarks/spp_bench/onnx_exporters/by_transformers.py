@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.exporter_onnx import OnnxExporter
 
-from spp_export.loader import load_slim
+from spp_export.models.loader import load_slim
 
 import_module("onnxscript")
 SEQUENCE, PAST = 3, 5

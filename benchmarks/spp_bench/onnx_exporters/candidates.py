@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from spp_export.onnx_graph.options import Attention
+    from spp_export.formats.onnx.options import Attention
 
 # (slim checkpoint, empty directory)
 Export = Callable[[Path, Path], None]
@@ -28,9 +28,9 @@ def _ours(attention: Attention) -> Callable[[], Export]:
     def prepare() -> Export:
         import onnx_ir  # noqa: F401
 
-        import spp_export.loader  # noqa: F401  the rotary tables are transformers' own
-        from spp_export.onnx_graph.options import OnnxOptions
-        from spp_export.onnx_graph.write import write_onnx
+        import spp_export.models.loader  # noqa: F401  the rotary tables are transformers' own
+        from spp_export.formats.onnx.options import OnnxOptions
+        from spp_export.formats.onnx.write import write_onnx
 
         return lambda slim, out: write_onnx(slim, out, OnnxOptions(attention=attention))
 

@@ -35,7 +35,7 @@ class TorchRunner:
     def __init__(self, slim: Path, threads: int) -> None:
         import torch
 
-        from spp_export.loader import load_slim
+        from spp_export.models.loader import load_slim
 
         torch.set_num_threads(threads)
         self._torch, self._past, self._logits = torch, None, None

@@ -18,8 +18,8 @@ from spp_bench.peers.candidates import CANDIDATES, TORCH_PRUNING
 from spp_bench.peers.measure import EQUAL_WITHIN, Options, measure
 from spp_bench.peers.plans import PLANS
 from spp_bench.peers.report import report
-from spp_export.jsonio import dump_json
-from spp_export.models import locate_model
+from spp_export.common.json_files import dump_json
+from spp_export.models.hub import locate_model
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

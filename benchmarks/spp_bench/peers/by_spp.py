@@ -5,13 +5,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from spp_export.checkpoint.atomic import publish
-from spp_export.checkpoint.manifest import write_manifest
-from spp_export.checkpoint.slim import write_slim_weights
-from spp_export.checkpoint.source import open_source
-from spp_export.jsonio import dump_json
-from spp_export.plans import Plan
-from spp_export.slim_config import MODELING_FILES, slim_config
+from spp_export.common.json_files import dump_json
+from spp_export.common.manifest import write_manifest
+from spp_export.common.publish import publish
+from spp_export.models.checkpoint.source import open_source
+from spp_export.planning import Plan
+from spp_export.slicing.config import MODELING_FILES, slim_config
+from spp_export.slicing.weights import write_slim_weights
 
 
 def export(model: Path, plan: Plan, out: Path) -> None:

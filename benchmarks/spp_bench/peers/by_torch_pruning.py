@@ -16,7 +16,7 @@ import torch_pruning as tp  # type: ignore[import-untyped, import-not-found, unu
 
 from spp_bench.peers.candidates import PICKLE
 from spp_bench.peers.dense import elements, load, note_sizes, removed
-from spp_export.plans import Plan
+from spp_export.planning import Plan
 
 
 def export(

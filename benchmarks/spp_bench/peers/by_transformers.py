@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from spp_bench.peers.dense import elements, load, note_sizes
-from spp_export.plans import Plan
+from spp_export.planning import Plan
 
 
 def export(model: Path, plan: Plan, out: Path) -> None:

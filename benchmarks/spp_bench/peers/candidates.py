@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from spp_export.plans import Plan
+from spp_export.planning import Plan
 
 # (dense model, plan, empty directory)
 Export = Callable[[Path, Plan, Path], None]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from spp_bench.memory_child import held, peak
 from spp_bench.peers.candidates import CANDIDATES
-from spp_export.plans import read_plan
+from spp_export.planning import read_plan
 
 
 def main(arguments: Sequence[str]) -> None:

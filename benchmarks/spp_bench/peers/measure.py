@@ -17,8 +17,8 @@ from spp_bench.big_checkpoints import copy, prepare
 from spp_bench.peers.candidates import Candidate
 from spp_bench.peers.plans import plans_for
 from spp_bench.steps import run_step
-from spp_export.checkpoint.source import Source, open_source
-from spp_export.plans import Plan
+from spp_export.models.checkpoint.source import Source, open_source
+from spp_export.planning import Plan
 
 # Of the largest logit: sums in another order differ by less, a wrong head by far more.
 EQUAL_WITHIN = {"float32": 1e-3, "float64": 1e-10}

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from spp_bench.peers.check import logits
-from spp_export.families import family_of
-from spp_export.loader import load_dense
-from spp_export.plans import read_plan
-from spp_export.reference import masked_dense
+from spp_export.evaluation.oracle import masked_dense
+from spp_export.models.families import family_of
+from spp_export.models.loader import load_dense
+from spp_export.planning import read_plan
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from spp_export.checkpoint.source import Source
-from spp_export.plans import LayerPlan, Layout, Plan
-from spp_export.shape import ModelShape
+from spp_export.models.checkpoint.source import Source
+from spp_export.models.shape import ModelShape
+from spp_export.planning import LayerPlan, Layout, Plan
 
 # Layout, and the share of MLP channels kept.
 PLANS: dict[str, tuple[Layout, float]] = {

@@ -54,7 +54,7 @@ def import_(
     spp_export.import_artifacts(directory, output, domains=names, force=force)
     made = spp_export.show(output)
 
-    from spp_cli.reports import shown_report
+    from spp_cli.render.reports import shown_report
 
     out.result(made.to_dict, lambda look: shown_report(made, look), brief=str(output))
     out.hint(command_line("plan", model="DIR", artifacts=output, scenario="SCENARIO.txt"))

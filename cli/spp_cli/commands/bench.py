@@ -11,7 +11,7 @@ import typer
 from spp_cli import options
 from spp_cli.output import Output, write_error
 from spp_cli.profiling import only, write_profile
-from spp_export.errors import UsageError
+from spp_export.common.errors import UsageError
 
 GRID, MEASURING, PROFILE = "Grid", "Measuring", "Table of latency"
 SHAPE = "Shape without weights"
@@ -177,8 +177,8 @@ def bench(
         seed=seed,
     )
     if shape is not None:
-        from spp_bench.shape_bench import bench_shape
-        from spp_bench.shape_plans import variants
+        from spp_bench.shapes.bench import bench_shape
+        from spp_bench.shapes.plans import variants
 
         run = partial(bench_shape, shape, variants(keep, layout, units))
     else:
@@ -191,7 +191,7 @@ def bench(
         progress=shown.progress,
     )
 
-    from spp_cli.benchmark import benchmark_report
+    from spp_cli.render.benchmark import benchmark_report
 
     shown.result(lambda: document, lambda look: benchmark_report(document))
     if document["problems"]:

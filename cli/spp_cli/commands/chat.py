@@ -9,7 +9,7 @@ import typer
 
 from spp_cli import options
 from spp_cli.output import Output, write_json
-from spp_export.errors import UsageError
+from spp_export.common.errors import UsageError
 
 ANSWERS = "Answers"
 
@@ -105,7 +105,7 @@ def chat(
     import spp_export
     from spp_cli.conversation import answer_once, converse, show_piece
     from spp_cli.units import peak_memory
-    from spp_export.ort.generation import Sampling
+    from spp_export.formats.onnx.runtime.generation import Sampling
 
     output = Output(json=json, quiet=quiet)
     share = 1.0 if top_p is None else top_p

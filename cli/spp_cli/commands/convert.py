@@ -66,7 +66,7 @@ def convert(
         progress=out.progress,
     )
 
-    from spp_cli.summary import convert_summary
+    from spp_cli.render.summary import convert_summary
 
     out.result(result.to_dict, lambda look: convert_summary(result, look), brief=str(result.path))
     out.hint(command_line("chat", result.path, prompt="..."))

@@ -45,7 +45,7 @@ def diagnose(
         progress=out.progress,
     )
 
-    from spp_cli.reports import diagnosis_report
+    from spp_cli.render.reports import diagnosis_report
 
     out.result(
         lambda: found.to_dict(layers=layers),

@@ -20,7 +20,7 @@ def doctor(json: options.Json = False, quiet: options.Quiet = False) -> None:
     out = Output(json=json, quiet=quiet)
     found = spp_export.doctor()
 
-    from spp_cli.examination import examination_report
+    from spp_cli.render.examination import examination_report
 
     out.result(
         found.to_dict,

@@ -175,7 +175,7 @@ def evaluate(
         "progress": out.progress,
     }
 
-    from spp_cli.evaluation import evaluation_report, evaluation_reports
+    from spp_cli.render.evaluation import evaluation_report, evaluation_reports
 
     if len(scenario) == 1:
         result = spp_export.evaluate(scenario[0], output, **shared)

@@ -11,7 +11,7 @@ from spp_cli import options
 from spp_cli.converted_options import converted_options
 from spp_cli.hints import asked, command_line, given
 from spp_cli.output import Output
-from spp_export.errors import UsageError
+from spp_export.common.errors import UsageError
 
 
 def export(
@@ -177,7 +177,7 @@ def export(
         progress=out.progress,
     )
 
-    from spp_cli.summary import export_summary, save_picture
+    from spp_cli.render.summary import export_summary, save_picture
     from spp_cli.units import peak_memory
 
     peak = peak_memory()

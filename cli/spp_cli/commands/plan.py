@@ -48,7 +48,7 @@ def plan(
     Example: spp plan --scenario chemistry.txt --keep 0.8 -o plan.json
     """
     import spp_export
-    from spp_export.plans import check_plan_target, write_plan
+    from spp_export.planning import check_plan_target, write_plan
 
     out = Output(json=json, quiet=quiet)
     request = spp_export.PlanRequest(
@@ -87,7 +87,7 @@ def plan(
     if output is not None:
         write_plan(result.plan, output, force=force)
 
-    from spp_cli.summary import plan_summary
+    from spp_cli.render.summary import plan_summary
 
     out.result(
         result.to_dict,

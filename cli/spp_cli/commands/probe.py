@@ -88,7 +88,7 @@ def probe(
     )
     made = spp_export.show(output)
 
-    from spp_cli.reports import shown_report
+    from spp_cli.render.reports import shown_report
 
     out.result(made.to_dict, lambda look: shown_report(made, look), brief=str(output))
     scenario = "SCENARIO.txt"

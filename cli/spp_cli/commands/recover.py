@@ -104,7 +104,7 @@ def recover(
         progress=show.progress,
     )
 
-    from spp_cli.summary import recover_summary
+    from spp_cli.render.summary import recover_summary
 
     show.result(found.to_dict, lambda look: recover_summary(found, look), brief=str(found.path))
     show.hint(command_line("verify", found.path, model=given(model)))

@@ -61,6 +61,6 @@ def report(
         out, output=output, bench=bench, evaluation=evaluation, artifacts=artifacts, force=force
     )
 
-    from spp_cli.reports import written_page
+    from spp_cli.render.reports import written_page
 
     shown.result(result.to_dict, lambda look: written_page(result, look), brief=str(result.path))

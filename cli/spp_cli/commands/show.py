@@ -31,6 +31,6 @@ def show(
     out = Output(json=json, quiet=quiet)
     found = spp_export.show(path)
 
-    from spp_cli.reports import shown_report
+    from spp_cli.render.reports import shown_report
 
     out.result(found.to_dict, lambda look: shown_report(found, look), brief=found.kind)

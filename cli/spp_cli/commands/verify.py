@@ -45,7 +45,7 @@ def verify(
         progress=output.progress,
     )
 
-    from spp_cli.sections import checks
+    from spp_cli.render.sections import checks
 
     output.result(report.to_dict, lambda look: checks(report.to_dict()["checks"]))
     if not report.passed:

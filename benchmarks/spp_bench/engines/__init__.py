@@ -1,0 +1,1 @@
+"""Engines that `spp bench` runs: one runner per engine."""

@@ -1,0 +1,91 @@
+"""What `spp eval` found, for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from spp_cli.render.look import BAD, FAINT, GOOD, STRONG, Look
+from spp_cli.units import one_line
+from spp_export.evaluation.harness.table import (
+    Comparison,
+    Ranked,
+    comparisons,
+    interval,
+    ranking,
+    units_name,
+)
+
+if TYPE_CHECKING:
+    from spp_export.commands.evaluate import EvalResult
+    from spp_export.evaluation.harness.records import Results
+
+_VERDICTS = {"better": GOOD, "worse": BAD}
+# Against these the first criterion has to prove itself; the page has all the others.
+_SHOWN_AGAINST = ("control", "ablation")
+
+
+def evaluation_report(result: EvalResult, look: Look) -> RenderableType:
+    """Ranked rows per budget on the text that judges, what the controls say, and what failed."""
+    results = result.results
+    text = results.judge
+    lines: list[RenderableType] = [_title(results, look)]
+    for (keep, units), rows in ranking(results).items():
+        dense = rows[0].row.kind == "dense"
+        title = "dense" if dense else f"keep {keep:g} of {units_name(units)}"
+        lines += [Text(), Text(title, style=STRONG), _ranked(rows, text)]
+    found = [each for each in comparisons(results) if each.theirs.kind in _SHOWN_AGAINST]
+    if found:
+        lines += [Text(), Text("against controls", style=STRONG), _compared(found)]
+    for record in results.failed:
+        where = f"{record.row.label}, keep {record.row.keep:g}: "
+        lines.append(Text(one_line(f"{where}{record.error}"), style=BAD))
+    lines += [Text(), Text(one_line(f"written to {result.directory}"), style=FAINT)]
+    return Group(*lines)
+
+
+def evaluation_reports(results: Sequence[EvalResult], look: Look) -> RenderableType:
+    """The report of every scenario, one after the other."""
+    return Group(*(part for each in results for part in (evaluation_report(each, look), Text())))
+
+
+def _title(results: Results, look: Look) -> Text:
+    model, scenario = results.header["model"]["name"], results.header["scenario"]["name"]
+    text = Text(one_line(f"{model} {look.arrow} {scenario}"), style=STRONG)
+    return text.append(f"   perplexity over dense: {one_line(results.judge)}", style=FAINT)
+
+
+def _ranked(rows: Sequence[Ranked], text: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style=FAINT)
+    for name, right in (("#", True), ("chosen by", False), ("", False), ("comp.", False)):
+        table.add_column(name, justify="right" if right else "left")
+    for name in ("kept", "ratio", "KL", "top-1"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for ranked in rows:
+        cells = [
+            str(ranked.rank),
+            one_line(ranked.row.label),
+            ranked.mark,
+            ranked.row.compensation,
+            "" if ranked.kept is None else f"{ranked.kept:.3f}",
+            interval(ranked.ratio[text]),
+            f"{ranked.kl.value:.3f}",
+            f"{ranked.top1.value:.3f}",
+        ]
+        table.add_row(*cells, style=FAINT if ranked.mark else "")
+    return table
+
+
+def _compared(found: Sequence[Comparison]) -> Table:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for each in found:
+        how = f"{each.ours.keep:g} of {units_name(each.ours.units)}, {each.ours.compensation}"
+        pair = f"{each.ours.label} / {each.theirs.label}"
+        verdict = Text(each.verdict, style=_VERDICTS.get(each.verdict, FAINT))
+        text = Text(one_line(each.text), style=FAINT)
+        table.add_row(how, one_line(pair), text, interval(each.ratio), verdict)
+    return table

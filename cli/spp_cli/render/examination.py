@@ -1,0 +1,57 @@
+"""What `doctor` found, for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from spp_cli.render.look import BAD, FAINT, GOOD, STRONG, Look
+from spp_cli.units import byte_size, one_line
+
+if TYPE_CHECKING:
+    from spp_export.commands.doctor import Examination
+
+
+def examination_report(found: Examination, look: Look) -> RenderableType:
+    """Versions, devices, caches, engines and what is wrong."""
+    versions = [[name, text] for name, text in found.versions.items()]
+    devices = [
+        [
+            device["device"],
+            one_line(device["name"]),
+            f"{byte_size(device['free_bytes'])} of {byte_size(device['bytes'])} free",
+        ]
+        for device in found.devices
+    ]
+    caches = [[cache.name, byte_size(cache.nbytes), one_line(cache.path)] for cache in found.caches]
+    parts = [
+        [part.part.package, part.version or "-", part.part.use]
+        if part.version
+        else [part.part.package, "-", f"{part.part.use}: {part.part.install}"]
+        for part in found.parts
+    ]
+    lines: list[RenderableType] = []
+    for name, rows in (
+        ("versions", versions),
+        ("devices", devices),
+        ("caches", caches),
+        ("engines and extras", parts),
+    ):
+        lines += [Text(name, style=STRONG), _table(rows), Text()]
+    if not found.problems:
+        return Group(*lines, Text("nothing stands in the way", style=GOOD))
+    return Group(*lines, *(Text(one_line(problem), style=BAD) for problem in found.problems))
+
+
+def _table(rows: Sequence[Sequence[str]]) -> Table:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(style=FAINT, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table

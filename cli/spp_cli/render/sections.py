@@ -1,0 +1,231 @@
+"""The pieces that summaries are put together from, each a few lines for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from spp_cli.render.headmap import LABEL_WIDTH, MOST_HEAD_ROWS, head_map
+from spp_cli.render.look import BAD, FAINT, GOOD, KEPT, STRONG, Look
+from spp_cli.units import byte_size, one_line
+
+if TYPE_CHECKING:
+    from spp_export.models.engines import Engine
+    from spp_export.models.shape import ModelShape
+    from spp_export.planning import Plan
+    from spp_export.planning.bound import Predicted
+
+# Below this a bound is not worth a measurement: no engine's timing is steadier.
+NO_GAIN = 1.02
+_NAME, _BAR, _MOST_DOMAINS = 12, 12, 9
+_SEPARATION, _ANGLE = 10, 4
+_MIXTURE_WIDTH = _NAME + 1 + _BAR + 1 + 6
+
+
+def title(plan: Plan, target: str, look: Look) -> Text:
+    """From what to what, and how."""
+    text = Text()
+    text.append(f"{one_line(plan.model_source)} {look.arrow} {one_line(target)}", style=STRONG)
+    layout = f"{plan.layout} layout, padded" if plan.padded else f"{plan.layout} layout"
+    how = f"{layout}, compensation {plan.compensation}"
+    asked = plan.budget.get("asked")
+    if isinstance(asked, Mapping):
+        how += "".join(f", {key.replace('_', ' ')} {value}" for key, value in asked.items())
+    return text.append("   ").append(one_line(how), style=FAINT)
+
+
+def mixture(diagnosis: Mapping[str, Any], look: Look) -> list[Text]:
+    """Domains by share, as bars; then breadth and regime."""
+    match diagnosis:
+        case {"mixture": dict(shares), "breadth": breadth, "regime": regime}:
+            pass
+        case _:
+            return []
+    # Of a plan that was written by hand, nothing is known but that this is JSON.
+    numbers = (*shares.values(), breadth)
+    if not all(type(number) in (int, float) and 0 <= number <= 1 for number in numbers):
+        return []
+    ordered = sorted(shares.items(), key=lambda item: -float(item[1]))
+    rows = [(one_line(name)[:_NAME], float(share)) for name, share in ordered[:_MOST_DOMAINS]]
+    if rest := ordered[_MOST_DOMAINS:]:
+        rows.append((f"{len(rest)} others", sum(float(share) for _, share in rest)))
+    lines = []
+    for name, share in rows:
+        line = Text(f"{name:<{_NAME}} ")
+        filled = round(share * _BAR)
+        line.append(look.bar * filled, style=KEPT).append(" " * (_BAR - filled + 1))
+        lines.append(line.append(f"{share:6.1%}"))
+    lines.append(Text())
+    lines.append(Text(f"breadth {breadth:.2f}", style=FAINT))
+    lines.append(Text(one_line(regime), style=FAINT))
+    return lines
+
+
+def domain_axes(axes: Mapping[str, Any], look: Look) -> list[RenderableType]:
+    """How far apart the candidate domains are, and the angles between their axes in degrees."""
+    names, selected = axes["candidates"], axes.get("selected", ())
+    wide = _NAME + _SEPARATION + _ANGLE * (len(names) + 1) <= look.width
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style=FAINT)
+    for header in ("", "domain", "apart", *(range(1, len(names) + 1) if wide else ["nearest"])):
+        table.add_column(
+            str(header), justify="left" if header in {"domain", "nearest"} else "right"
+        )
+    for i, name in enumerate(names):
+        angles = axes["angles"][i]
+        cells = [_angle(i, j, angle) for j, angle in enumerate(angles)]
+        if not wide:
+            nearest = min((j for j in range(len(names)) if j != i), key=angles.__getitem__)
+            cells = [f"{one_line(names[nearest])[:_NAME]} {cells[nearest]}"]
+        apart = axes["separation"].get(name)
+        row = [str(i + 1), one_line(name)[:_NAME], "-" if apart is None else f"{apart:.1f}", *cells]
+        table.add_row(*row, style=STRONG if name in selected else FAINT)
+    where = (
+        f"axes of {axes['dimensions']} dimensions at layer {axes['layer']}, "
+        f"{float(axes['variance']):.0%} of the variance; {len(selected)} of {len(names)} taken"
+    )
+    meaning = "apart: distance to the nearest domain in deviations; then angles in degrees"
+    return [Text(where, style=FAINT), table, Text(meaning, style=FAINT)]
+
+
+def _angle(row: int, column: int, degrees: float) -> str:
+    return "" if row == column else f"{degrees:.0f}"
+
+
+def decision(plan: Plan, shape: ModelShape, look: Look) -> RenderableType:
+    """The mixture beside the head map where both fit, else one above the other."""
+    left = mixture(plan.diagnosis, look)
+    room = look.width - (_MIXTURE_WIDTH + 3 if left else 0) - LABEL_WIDTH
+    cell = 2 if 2 * len(plan.layers) <= room else 1
+    lines = head_map(plan.layers, shape, look, cell)
+    grouped = shape.query_heads > MOST_HEAD_ROWS
+    unit = "query heads kept per KV group" if grouped else "query heads kept"
+    lines.insert(0, Text(f"{unit}, by layer", style=FAINT))
+    if not left:
+        return Group(*lines)
+    left.insert(0, Text("domains of the scenario", style=FAINT))
+    if cell * len(plan.layers) > room:
+        return Group(*left, Text(), *lines)
+    grid = Table.grid(padding=(0, 3, 0, 0))
+    grid.add_column(width=_MIXTURE_WIDTH, no_wrap=True)
+    grid.add_column(no_wrap=True)
+    grid.add_row(Group(*left), Group(*lines))
+    return grid
+
+
+def sizes(plan: Plan, shape: ModelShape, predicted: Predicted) -> Table:
+    """What the dense model has, what the slim one has, and what is saved."""
+    slim = plan.written_shapes(shape)
+    table = Table(box=None, padding=(0, 3, 0, 0), header_style=FAINT)
+    table.add_column("")
+    for name in ("dense", "slim", "saved"):
+        table.add_column(name, justify="right")
+    rows = [
+        ("parameters", predicted.dense_parameters, predicted.parameters, _thousands),
+        (
+            "of q, k, v, o",
+            shape.head_parameters(shape.layers),
+            shape.head_parameters(slim),
+            _thousands,
+        ),
+        ("weights on disk", predicted.dense_file_bytes, predicted.file_bytes, byte_size),
+        ("KV cache per token", predicted.dense_kv_bytes, predicted.kv_bytes, _bytes),
+    ]
+    channels = sum(layer.channels for layer in slim)
+    if channels != shape.channels * shape.num_layers:
+        rows.insert(2, ("MLP channels", shape.channels * shape.num_layers, channels, _thousands))
+    for name, before, after, form in rows:
+        saved = Text(f"{1 - after / before:.1%}", style=GOOD if after < before else "")
+        table.add_row(name, form(before), form(after), saved)
+    return table
+
+
+def _thousands(count: float) -> str:
+    return f"{count:,}"
+
+
+def _bytes(count: float) -> str:
+    return f"{count:,} B"
+
+
+def stock_counts(plan: Plan) -> list[Text]:
+    """For a uniform layout, which counts of query heads there were to choose from."""
+    realised = plan.budget.get("realised", {})
+    counts = realised.get("accepted_query_heads") if isinstance(realised, Mapping) else None
+    if plan.layout != "uniform" or not counts:
+        return []
+    known = ", ".join(str(count) for count in counts)
+    return [Text(f"query heads that the stock config accepts: {known}", style=FAINT)]
+
+
+def bounds(predicted: Predicted) -> list[Text]:
+    """The best that decoding can gain, per case; bytes alone decide it."""
+    lines = []
+    for case in predicted.decode:
+        line = Text(f"decode, batch {case.batch} x {case.context} tokens".ljust(31))
+        line.append(f"at best {case.speedup:.2f}x", style=GOOD if case.speedup >= NO_GAIN else "")
+        if case.speedup < NO_GAIN:
+            line.append("  no gain possible here", style=FAINT)
+        lines.append(line)
+    return lines
+
+
+def latency(predicted: Predicted) -> list[Text]:
+    """What a step takes by the measured table, if one decided."""
+    found = predicted.latency
+    if found is None:
+        return []
+    table = found.table
+    line = Text(f"{table.phase}, batch {table.batch} x {table.context} tokens".ljust(31))
+    line.append(f"{found.dense / 1e6:.3f} ms dense, {found.slim / 1e6:.3f} ms slim")
+    line.append(f" ({found.speedup:.2f}x)", style=STRONG)
+    where = one_line(f"{table.device}, {table.dtype}")
+    return [line, Text(f"by the profile {table.sha256[:12]}, {where}", style=FAINT)]
+
+
+def checks(found: Sequence[Mapping[str, Any]]) -> Table:
+    """Each check with its verdict and its figures."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for check in found:
+        passed = bool(check["passed"])
+        figures = ""
+        if "found" in check:
+            figures = f"found {check['found']:.2g}, at most {check['limit']:.2g}"
+        detail = one_line(check.get("detail", ""))
+        if not passed or not figures:
+            figures = "; ".join(part for part in (figures, detail) if part)
+        verdict = Text("ok", style=GOOD) if passed else Text("FAILED", style=BAD)
+        table.add_row(
+            verdict, one_line(check["name"]), Text(figures, style=FAINT if passed else "")
+        )
+    return table
+
+
+def quality(report: Mapping[str, Any]) -> Text:
+    """One line on held-out text, or why there is none."""
+    found = report.get("quality")
+    if not found:
+        return Text(
+            "quality not measured: it takes held-out text, a scenario of at least four prompts",
+            style=FAINT,
+        )
+    text = Text("held-out perplexity ")
+    text.append(f"{found['dense_perplexity']:.2f} dense, {found['slim_perplexity']:.2f} slim")
+    text.append(f" ({found['ratio']:.3f}x)", style=STRONG)
+    return text.append(
+        f", KL {found['mean_kl']:.3f}, same first token {found['top1']:.1%}, "
+        f"{found['tokens']:,} tokens",
+        style=FAINT,
+    )
+
+
+def engine_list(engines: Sequence[Engine]) -> Table:
+    """Who loads the output, and how."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for engine in engines:
+        style = {"yes": GOOD, "expected": "", "no": FAINT}[engine.loads]
+        table.add_row(engine.name, Text(engine.loads, style=style), Text(engine.how, style=FAINT))
+    return table

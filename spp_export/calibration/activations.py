@@ -1,0 +1,349 @@
+"""Forward passes over texts on the frozen dense model, observed where the method looks.
+
+Observers see one layer's activations at a time and keep only what they reduce them to. Padding
+never reaches them: they get the real tokens of a batch, in order, and which text each came from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from spp_export.common.progress import Progress, no_progress
+from spp_export.models.families import Family
+from spp_export.models.layerwise import stream_of
+
+MAX_TOKENS = 512
+_BATCH_TOKENS = 2048
+# Most channels in one diagonal block of second moments: beyond it the matrix of all of them costs
+# more than the rest of the pass (19 thousand channels would be 1.4 GB a layer).
+CHANNEL_BLOCK = 1536
+# What an accelerator must have left, as a share, for sums to live beside the activations.
+_FREE_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Right-padded token ids [B,S], their mask [B,S] and the index of each row's text."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    texts: tuple[int, ...]
+
+    @property
+    def real_tokens(self) -> int:
+        """Tokens that are not padding."""
+        return int(self.attention_mask.sum())
+
+
+class Observer(Protocol):
+    """Something that reduces the activations of one place in every layer.
+
+    `place` is one of
+
+    - "attention_input": the normed stream that q, k and v read, [T,d]
+    - "output": the input of o_proj, [T,H*dh]
+    - "attention": what the attention block adds to the stream, [T,d]
+    - "residual": the stream after attention, before the MLP's norm, [T,d]
+    - "mlp_input": the normed stream that gate and up read, [T,d]
+    - "down": the input of down_proj, [T,I]
+    - "stream": the stream after the MLP, [T,d]
+
+    `text_T` gives the index of the text of each of the T real tokens. What `see` is shown may be
+    the model's own memory: an observer reads it and keeps no reference.
+    """
+
+    place: str
+
+    def see(self, layer: int, values: Tensor, text_T: Tensor) -> None:
+        """Take one batch of one layer."""
+
+
+def token_batches(
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    max_tokens: int = MAX_TOKENS,
+    batch_tokens: int = _BATCH_TOKENS,
+) -> list[TokenBatch]:
+    """Tokenise, truncate to `max_tokens`, and batch texts of similar length together.
+
+    A batch holds at most `batch_tokens` tokens, padding included, and at least one text.
+
+    Texts that tokenise to nothing are left out. The order is a function of the texts alone.
+    """
+    encoded = [
+        tokenizer(text, truncation=True, max_length=max_tokens)["input_ids"] for text in texts
+    ]
+    order = sorted((i for i, ids in enumerate(encoded) if ids), key=lambda i: (len(encoded[i]), i))
+    batches: list[TokenBatch] = []
+    start = 0
+    while start < len(order):
+        stop = start + 1
+        while stop < len(order) and (stop + 1 - start) * len(encoded[order[stop]]) <= batch_tokens:
+            stop += 1
+        batches.append(pad_rows([(i, encoded[i]) for i in order[start:stop]]))
+        start = stop
+    return batches
+
+
+def pad_rows(rows: Sequence[tuple[int, list[int]]]) -> TokenBatch:
+    width = max(len(ids) for _, ids in rows)
+    input_ids = torch.zeros((len(rows), width), dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for row, (_, ids) in enumerate(rows):
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+        mask[row, : len(ids)] = 1
+    return TokenBatch(input_ids, mask, tuple(index for index, _ in rows))
+
+
+def observe(
+    model: nn.Module,
+    family: Family,
+    batches: Sequence[TokenBatch],
+    observers: Sequence[Observer],
+    *,
+    progress: Progress = no_progress,
+    description: str = "reading activations",
+    layer_done: Callable[[int], None] = lambda layer: None,
+) -> None:
+    """Run the decoder over the batches once and show every observer what it asked for.
+
+    `layer_done` is told each layer, in order, once it has been shown all that it will be: of a
+    model that runs from disk before the next layer begins, of others at the end.
+    """
+    decoder = model.get_submodule(family.layers.rpartition(".")[0])
+    stream = stream_of(model)
+    calls = [model_inputs(model, batch) for batch in batches]
+    state = _Current()
+    tokens = sum(batch.real_tokens for batch in batches)
+    done = 0
+
+    def turn(call: int) -> None:
+        state.keep = batches[call].attention_mask.bool()
+        rows = torch.tensor(batches[call].texts)
+        state.texts = rows[:, None].expand_as(state.keep)[state.keep]
+
+    with (
+        torch.no_grad(),
+        _hooks(model, family, observers, state),
+        progress(description, tokens) as advance_to,
+    ):
+        if stream is not None:
+            stream.hidden_states(
+                calls,
+                turn=turn,
+                layer_done=layer_done,
+                advance=lambda share: advance_to(share * tokens),
+            )
+            return
+        for number, call in enumerate(calls):
+            turn(number)
+            decoder(**call)
+            done += batches[number].real_tokens
+            advance_to(done)
+    layers = model.get_submodule(family.layers)
+    assert isinstance(layers, nn.ModuleList)
+    for index in range(len(layers)):
+        layer_done(index)
+
+
+def model_inputs(model: nn.Module, batch: TokenBatch) -> dict[str, Any]:
+    """Arguments of one call of a model without a cache."""
+    device = input_device(model)
+    return {
+        "input_ids": batch.input_ids.to(device),
+        "attention_mask": batch.attention_mask.to(device),
+        "use_cache": False,
+    }
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where token ids go: accelerate moves them on where it has spread or offloaded the weights."""
+    device = next(model.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+class _Current:
+    """The batch now running, for hooks that see only a tensor."""
+
+    keep: Tensor
+    texts: Tensor
+
+
+@contextmanager
+def _hooks(
+    model: nn.Module, family: Family, observers: Sequence[Observer], state: _Current
+) -> Iterator[None]:
+    def show(layer: int, seeing: Sequence[Observer], values: Tensor) -> None:
+        keep = state.keep.to(values.device)
+        # Without padding, as with one text at a time, nothing has to be copied.
+        real = values.flatten(0, 1) if bool(state.keep.all()) else values[keep]
+        text_T = state.texts.to(values.device)
+        for observer in seeing:
+            observer.see(layer, real, text_T)
+
+    def before(shown: Callable[[Tensor], None]) -> Any:
+        return lambda _module, args: shown(args[0])
+
+    def after(shown: Callable[[Tensor], None]) -> Any:
+        return lambda _module, _args, output: shown(
+            output[0] if isinstance(output, tuple) else output
+        )
+
+    read = {
+        "attention_input": family.query,
+        "output": family.output,
+        "residual": family.mlp_norm,
+        "mlp_input": family.gate,
+        "down": family.down,
+    }
+    written = {"attention": family.attention, "stream": ""}
+    layers = model.get_submodule(family.layers)
+    assert isinstance(layers, nn.ModuleList)
+    handles = []
+    try:
+        for place in sorted({observer.place for observer in observers}):
+            seeing = [observer for observer in observers if observer.place == place]
+            for index, layer in enumerate(layers):
+                shown = partial(show, index, seeing)
+                if place in read:
+                    module = layer.get_submodule(read[place])
+                    handles.append(module.register_forward_pre_hook(before(shown)))
+                else:
+                    module = layer.get_submodule(written[place])
+                    handles.append(module.register_forward_hook(after(shown)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class TextMeans:
+    """Mean over each text's real tokens of a [T,d] stream: `values` is [N,L,d] float32."""
+
+    def __init__(self, place: str, texts: int, layers: int, width: int) -> None:
+        self.place = place
+        self._sums = torch.zeros((layers, texts, width), dtype=torch.float64)
+        self._counts = torch.zeros(texts, dtype=torch.float64)
+
+    def see(self, layer: int, values: Tensor, text_T: Tensor) -> None:
+        """Add the tokens of one batch to their texts' sums."""
+        self._sums[layer].index_add_(0, text_T.cpu(), values.double().cpu())
+        if layer == 0:
+            self._counts += torch.bincount(text_T.cpu(), minlength=len(self._counts)).double()
+
+    @property
+    def values(self) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """[N,L,d] means; a text without tokens has zeros."""
+        means = self._sums / self._counts.clamp(min=1)[None, :, None]
+        result: np.ndarray[Any, np.dtype[np.float32]] = means.transpose(0, 1).float().numpy()
+        return result
+
+
+class MeanSquares:
+    """Sums of squares [L,w] of what one place shows, in fp32, over tokens."""
+
+    def __init__(self, place: str, layers: int, width: int) -> None:
+        self.place = place
+        self.sums = torch.zeros((layers, width), dtype=torch.float32)
+        self.tokens = 0
+
+    def see(self, layer: int, values: Tensor, text_T: Tensor) -> None:
+        """Add one batch [T,w]."""
+        self.sums[layer] += values.float().square().sum(0).cpu()
+        if layer == 0:
+            self.tokens += values.shape[0]
+
+
+class SecondMoments:
+    """Sums of a a^T and of a over tokens, a the inputs [T,w] of one place, per layer in fp32.
+
+    Of a a^T only n diagonal blocks of b channels are kept, [n,b,b]: block i is of channels i*b to
+    (i+1)*b, the last one filled up with zeros. `block` = `width` (the default) keeps the whole
+    matrix. The sums live beside the activations while that leaves an accelerator a quarter of its
+    memory, else on the CPU.
+    """
+
+    def __init__(
+        self, layers: int, width: int, *, place: str = "output", block: int | None = None
+    ) -> None:
+        self.place = place
+        self._width = width
+        self._block = width if block is None else block
+        self._products: dict[int, Tensor] = {}
+        self.sums = torch.zeros((layers, width), dtype=torch.float32)
+        self.tokens = 0
+
+    def see(self, layer: int, values: Tensor, text_T: Tensor) -> None:
+        """Add the products of one batch."""
+        values = values.float()
+        self.sums[layer] += values.sum(0).cpu()
+        if layer not in self._products:
+            self._products[layer] = self._zeros(values.device)
+        products = self._products[layer]
+        for index, part in enumerate(values.split(self._block, dim=1)):
+            size = part.shape[1]
+            total = products[index, :size, :size]
+            if total.device == part.device:
+                total.addmm_(part.T, part)
+            else:
+                total += (part.T @ part).to(total.device)
+        if layer == 0:
+            self.tokens += values.shape[0]
+
+    def products(self, layer: int) -> Tensor:
+        """Sums of a a^T [n,b,b] of one layer, on the CPU."""
+        cpu = torch.device("cpu")
+        return self._products[layer].cpu() if layer in self._products else self._zeros(cpu)
+
+    def release(self, layer: int) -> None:
+        """Forget one layer's products, once they are kept elsewhere."""
+        self._products.pop(layer, None)
+
+    def _zeros(self, device: torch.device) -> Tensor:
+        count = -(-self._width // self._block)
+        size = (count, self._block, self._block)
+        return torch.zeros(size, dtype=torch.float32, device=_home(device, 4 * math.prod(size)))
+
+
+def channel_block(channels: int) -> int:
+    """Channels per block b of down_proj's second moments: the fewest near-equal blocks of at most
+    `CHANNEL_BLOCK`."""
+    return -(-channels // -(-channels // CHANNEL_BLOCK))
+
+
+def _home(device: torch.device, size: int) -> torch.device:
+    """Where sums of `size` bytes of activations on `device` are kept."""
+    if device.type != "cuda":
+        return torch.device("cpu")
+    free, total = torch.cuda.mem_get_info(device)
+    return device if free - size >= _FREE_SHARE * total else torch.device("cpu")
+
+
+class StreamSensitivity:
+    """E 1/||r||^2 [L] over tokens, r the stream at "residual" or "stream".
+
+    How much a change of given size in the stream counts where the next block normalises it. The
+    inverse is taken per token: first tokens carry norms so large that a mean would see only them.
+    """
+
+    def __init__(self, layers: int, place: str = "residual") -> None:
+        self.place = place
+        self.sums = torch.zeros(layers, dtype=torch.float64)
+        self.tokens = 0
+
+    def see(self, layer: int, values: Tensor, text_T: Tensor) -> None:
+        """Add one batch of the stream [T,d]."""
+        norms = values.double().square().sum(1).clamp(min=torch.finfo(torch.float32).tiny)
+        self.sums[layer] += norms.reciprocal().sum().cpu()
+        if layer == 0:
+            self.tokens += values.shape[0]

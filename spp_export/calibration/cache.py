@@ -1,0 +1,144 @@
+"""Where statistics of a text collection are kept: one file per kind in the user's cache.
+
+A file's name is a hash of all that decided its content, so a hit is always the right one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from io import FileIO
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from spp_export.calibration.statistics import FloatArray
+from spp_export.common.disk import clear_leftovers, working_place
+from spp_export.common.errors import OutputError
+from spp_export.models.checkpoint.reader import as_bytes, blocks
+from spp_export.models.checkpoint.source import Source
+from spp_export.models.checkpoint.writer import Entry, Shard, header_of
+from spp_export.models.hub import cache_directory
+
+# A change of what is gathered, or how, must not meet files of the old kind.
+_VERSIONS = {
+    "attention": "attention: what q and o read, and the stream after; fp32, v4",
+    "mlp": "mlp: what gate and down read, and the stream after; fp32, blocks of 1536, v1",
+    "gradients": "gradients: reductions of |W dL/dW| and gates; fp32, v1",
+}
+KINDS = tuple(_VERSIONS)
+_SAMPLE_BYTES = 4096
+# By size of an element.
+_DTYPES = {4: "F32", 8: "F64"}
+
+
+def cache_paths(
+    source: Source, texts: Sequence[str], kinds: Iterable[str], dtype: str
+) -> dict[str, Path]:
+    """The file of each kind of statistics of `texts`, whether or not it is there.
+
+    `dtype` is the one that the model computes in.
+    """
+    sample = _sample(source)
+    paths = {}
+    for kind in kinds:
+        decided = json.dumps([_VERSIONS[kind], source.fingerprint, sample, dtype, list(texts)])
+        key = hashlib.sha256(decided.encode()).hexdigest()
+        paths[kind] = cache_directory() / "statistics" / f"{key[:32]}.safetensors"
+    return paths
+
+
+def _sample(source: Source) -> str:
+    """SHA-256 of the first rows of every tensor.
+
+    The fingerprint does not know a model from its fine-tuned sisters; their statistics differ.
+    """
+    digest = hashlib.sha256()
+    for tensor in source.tensors.values():
+        digest.update(as_bytes(next(blocks(tensor, _SAMPLE_BYTES))))
+    return digest.hexdigest()
+
+
+def is_whole(path: Path, names: Iterable[str]) -> bool:
+    """Whether a file is there with all its tensors; a damaged one costs a pass, not the export."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return set(names) <= set(file.keys())
+    except (SafetensorError, OSError):
+        return False
+
+
+def write(path: Path, tensors: Mapping[str, FloatArray]) -> None:
+    """Write a file whole or not at all. Raises OutputError where the cache does not take it."""
+    sizes = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    with writing(path, sizes) as put:
+        for name, tensor in tensors.items():
+            put(name, tensor)
+
+
+@contextmanager
+def writing(
+    path: Path, sizes: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]
+) -> Iterator[Callable[[str, FloatArray], None]]:
+    """As `write`, of tensors that are given one at a time, in any order, to what this yields.
+
+    `sizes` has dtype and shape of each; the file is there once all were given.
+    """
+    # Wider elements first, so that each tensor is aligned to its element.
+    order = sorted(sizes, key=lambda name: -sizes[name][0].itemsize)
+    entries = [Entry(name, _DTYPES[sizes[name][0].itemsize], sizes[name][1]) for name in order]
+    shard = Shard(path.name, tuple(entries))
+    header = header_of(shard)
+    starts = accumulate((entry.nbytes for entry in entries), initial=len(header))
+    begins = dict(zip(order, starts, strict=False))
+    with ExitStack() as stack:
+        with _reporting(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            clear_leftovers(path)
+            new = stack.enter_context(working_place(path)) / path.name
+            file = stack.enter_context(FileIO(new, "xb"))
+            os.truncate(new, len(header) + shard.nbytes)
+            _write_at(file, 0, memoryview(header))
+
+        def put(name: str, tensor: FloatArray) -> None:
+            assert (tensor.dtype, tensor.shape) == sizes[name], name
+            with _reporting(path):
+                _write_at(file, begins.pop(name), as_bytes(np.ascontiguousarray(tensor)))
+
+        yield put
+        assert not begins, f"{min(begins)} was not given"
+        with _reporting(path):
+            file.close()
+            new.replace(path)
+
+
+def _write_at(file: FileIO, begin: int, data: memoryview) -> None:
+    file.seek(begin)
+    done = 0
+    while done < len(data):
+        done += file.write(data[done:])
+
+
+@contextmanager
+def _reporting(path: Path) -> Iterator[None]:
+    """OSError as one line about the cache."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"{path.parent}: statistics cannot be kept ({error.strerror or error}). "
+            "Make room, or set SPP_CACHE to a directory on another disk."
+        ) from error
+
+
+def read(path: Path, name: str) -> FloatArray:
+    """One tensor of a file."""
+    with safe_open(path, framework="numpy") as file:
+        tensor: FloatArray = file.get_tensor(name)
+    return tensor

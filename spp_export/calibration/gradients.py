@@ -1,0 +1,189 @@
+"""One backward pass over texts: what the loss says about each weight and each unit.
+
+The loss of a text x is L_x, its mean next-token negative log-likelihood; the collection's is the
+mean of L_x over the N texts that have a next token.
+
+Memory: one fp32 number per weight of the seven projections, the gradient of one matrix at a time
+in the model's dtype, and the activations and real-token logits of one batch. No other weight gets
+a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from spp_export.calibration.activations import TokenBatch, input_device
+from spp_export.calibration.statistics import FloatArray
+from spp_export.common.errors import UsageError
+from spp_export.common.progress import Progress, no_progress
+from spp_export.models.families import Family
+from spp_export.models.shape import ModelShape
+
+# Activations of every layer stay until the backward pass, so batches are half of `observe`'s.
+BATCH_TOKENS = 1024
+# Names as of `importance.Gradients`: the role's attribute of `Family`, and the summed axis.
+_REDUCTIONS = {
+    "query_rows": ("query", 1),
+    "key_rows": ("key", 1),
+    "value_rows": ("value", 1),
+    "output_columns": ("output", 0),
+    "gate_rows": ("gate", 1),
+    "up_rows": ("up", 1),
+    "down_columns": ("down", 0),
+}
+
+
+def gradient_reductions(
+    model: nn.Module,
+    family: Family,
+    shape: ModelShape,
+    batches: Sequence[TokenBatch],
+    *,
+    progress: Progress = no_progress,
+    description: str = "reading gradients",
+) -> dict[str, list[FloatArray]]:
+    """Every field of `importance.Gradients` by name: one float32 vector per layer.
+
+    Batches are right-padded, so that no real token sees padding. The model is left as it was found,
+    whatever happens. Raises UsageError where weights are offloaded: they can have no gradient.
+    """
+    _require_weights(model)
+    texts = sum(int((batch.attention_mask.sum(1) > 1).sum()) for batch in batches)
+    done = 0
+    with ExitStack() as stack:
+        weights = _Weights(model, family, shape)
+        stack.enter_context(weights.taking_gradients(model))
+        gates = stack.enter_context(_gates(model, family, shape))
+        stack.enter_context(torch.enable_grad())
+        advance_to = stack.enter_context(
+            progress(description, sum(batch.real_tokens for batch in batches))
+        )
+        for batch in batches:
+            if bool((batch.attention_mask.sum(1) > 1).any()):
+                # The sum of the texts' losses: 1/N is applied to the result, where it can neither
+                # push half-precision gradients under their range nor scale a text's own gate.
+                _summed_loss(model, family, batch).backward()
+            done += batch.real_tokens
+            advance_to(done)
+    count = max(texts, 1)
+    return weights.reduced(count) | {
+        name: [(row / count).float().numpy() for row in sums] for name, sums in gates.items()
+    }
+
+
+def _require_weights(model: nn.Module) -> None:
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        raise UsageError(
+            "gradients need every weight in memory, and some are offloaded to the CPU or stay on "
+            "disk. Choose a criterion without gradients, or a device that holds the model."
+        )
+
+
+def _summed_loss(model: nn.Module, family: Family, batch: TokenBatch) -> Tensor:
+    """Sum over a batch's texts of their mean next-token loss; logits of predicting tokens only."""
+    device = input_device(model)
+    mask, ids = batch.attention_mask.to(device), batch.input_ids.to(device)
+    decoder = model.get_submodule(family.layers.rpartition(".")[0])
+    hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    predicted = mask[:, 1:].bool()
+    logits = model.get_submodule(family.head)(hidden[:, :-1][predicted.to(hidden.device)])
+    targets = ids[:, 1:][predicted].to(logits.device)
+    losses = cross_entropy(logits.float(), targets, reduction="none")
+    shares = (1 / predicted.sum(1, keepdim=True).clamp(min=1)).expand(predicted.shape)[predicted]
+    return (losses * shares.to(losses)).sum()
+
+
+class _Weights:
+    """The seven projections of every layer, and the sums of their gradients."""
+
+    def __init__(self, model: nn.Module, family: Family, shape: ModelShape) -> None:
+        self._layers = [
+            {
+                name: model.get_parameter(f"{family.layer_name(i, getattr(family, role))}.weight")
+                for name, (role, _) in _REDUCTIONS.items()
+            }
+            for i in range(shape.num_layers)
+        ]
+        self._sums: dict[nn.Parameter, Tensor] = {}
+
+    @contextmanager
+    def taking_gradients(self, model: nn.Module) -> Iterator[None]:
+        """Give these weights, and no others, a gradient; afterwards all are as before."""
+        wanted = {weight for layer in self._layers for weight in layer.values()}
+        before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+        handles = []
+        try:
+            for parameter, _, _ in before:
+                parameter.grad = None
+                parameter.requires_grad_(parameter in wanted)
+            for weight in wanted:
+                handles.append(weight.register_post_accumulate_grad_hook(self._take))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for parameter, requires_grad, grad in before:
+                parameter.requires_grad_(requires_grad)
+                parameter.grad = grad
+
+    def _take(self, weight: Tensor) -> None:
+        assert isinstance(weight, nn.Parameter)
+        assert weight.grad is not None
+        if weight in self._sums:
+            self._sums[weight] += weight.grad
+        else:
+            self._sums[weight] = weight.grad.float()
+        weight.grad = None
+
+    @torch.no_grad()
+    def reduced(self, count: int) -> dict[str, list[FloatArray]]:
+        """Sums over rows or columns of |W * gradient / count|, per name and layer."""
+        found: dict[str, list[FloatArray]] = {name: [] for name in _REDUCTIONS}
+        for layer in self._layers:
+            for name, weight in layer.items():
+                total = self._sums.pop(weight, None)
+                if total is None:  # no text had a next token
+                    total = torch.zeros_like(weight, dtype=torch.float32)
+                product = total.mul_(weight).abs_()
+                reduced = product.sum(_REDUCTIONS[name][1]) / count
+                found[name].append(reduced.float().cpu().numpy())
+        return found
+
+
+@contextmanager
+def _gates(
+    model: nn.Module, family: Family, shape: ModelShape
+) -> Iterator[Mapping[str, list[Tensor]]]:
+    """Sums over texts of |sum over tokens of a . dL_x/da|, per layer: head and channel gates.
+
+    Padding adds nothing: no loss looks at it, so its gradient is zero.
+    """
+    sums = {
+        "head_gates": [torch.zeros(shape.query_heads, dtype=torch.float64) for _ in shape.layers],
+        "channel_gates": [torch.zeros(shape.channels, dtype=torch.float64) for _ in shape.layers],
+    }
+
+    def on_gradient(total: Tensor, values: Tensor, gradient: Tensor) -> None:
+        per_token = (values.float() * gradient.float()).unflatten(2, (len(total), -1))
+        total += per_token.sum((1, 3)).abs().sum(0).double().cpu()
+
+    def on_forward(total: Tensor, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        # Detached: a hook that held its own tensor would keep the batch's graph alive.
+        args[0].register_hook(partial(on_gradient, total, args[0].detach()))
+
+    handles = []
+    try:
+        for name, role in (("head_gates", family.output), ("channel_gates", family.down)):
+            for index, total in enumerate(sums[name]):
+                module = model.get_submodule(family.layer_name(index, role))
+                handles.append(module.register_forward_pre_hook(partial(on_forward, total)))
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()

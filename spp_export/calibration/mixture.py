@@ -1,0 +1,120 @@
+"""Which text speaks for a scenario: the pools by diagnosed domain, and its own prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from spp_export.calibration.moments import Collection, Moments, gather
+from spp_export.commands.needs import require_cache_space
+from spp_export.common.errors import PlanError, UsageError
+from spp_export.data.artifacts import Artifacts
+from spp_export.models.session import Session
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How far the diagnosed mixture is shrunk towards all domains alike, and how much the
+    scenario's own tokens count against the pools', both in [0,1]."""
+
+    shrinkage: float
+    scenario_weight: float
+
+
+@dataclass(frozen=True)
+class Part:
+    """A text collection that speaks for a scenario, and how much it counts.
+
+    domain: the one whose training pool it is, or None for the scenario's own prompts.
+    """
+
+    texts: tuple[str, ...]
+    weight: float
+    domain: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What a progress bar calls it."""
+        return self.domain or "the scenario"
+
+
+def calibration_parts(
+    artifacts: Artifacts | None,
+    mixture: Mapping[str, float] | None,
+    prompts: Sequence[str],
+    mixing: Mixing,
+) -> tuple[Part, ...]:
+    """The pools, domains weighted by the diagnosis, and the scenario's own; weights sum to one.
+
+    `mixture` is the one of plan.json, so that a plan read again gives the same weights; without
+    it all domains count alike. Raises UsageError where there is no text at all, PlanError for a
+    mixture of other domains.
+    """
+    pools = _pool_parts(artifacts, mixture, mixing.shrinkage) if artifacts else []
+    own = mixing.scenario_weight if pools else 1.0
+    if not prompts:
+        own = 0.0
+    parts = [Part(part.texts, part.weight * (1 - own), part.domain) for part in pools]
+    if own > 0:
+        parts.append(Part(tuple(prompts), own))
+    if not parts:
+        raise UsageError(
+            "compensation needs text: give --scenario or --artifacts, or --compensate none."
+        )
+    return tuple(parts)
+
+
+def gather_part(session: Session, part: Part, kinds: Sequence[str]) -> Collection:
+    """Statistics of one collection, from the cache or by a pass of the dense model."""
+    return gather(
+        session.source,
+        part.texts,
+        kinds,
+        lambda: (session.model, session.tokenizer),
+        dtype=session.dtype,
+        progress=session.progress,
+        description=f"gathering statistics: {part.name}",
+    )
+
+
+def gather_parts(session: Session, parts: Sequence[Part], kinds: Sequence[str]) -> Moments:
+    """The weighted mixture of the parts' moments.
+
+    Raises OutputError where the cache has no room for those that are missing, before any pass.
+    """
+    require_cache_space(session, [part.texts for part in parts], kinds)
+    return Moments(tuple((gather_part(session, part, kinds), part.weight) for part in parts))
+
+
+def _pool_parts(
+    artifacts: Artifacts, mixture: Mapping[str, float] | None, shrinkage: float
+) -> list[Part]:
+    texts = {
+        domain: tuple(text for name, text in artifacts.calibration if name == domain)
+        for domain in artifacts.domains
+    }
+    present = [domain for domain in artifacts.domains if texts[domain]]
+    if not present:
+        return []
+    even = 1 / len(present)
+    weights = dict.fromkeys(present, even)
+    if mixture is not None:
+        _check_mixture(mixture, artifacts.domains)
+        total = sum(mixture[domain] for domain in present)
+        weights = {
+            domain: shrinkage * even
+            + (1 - shrinkage) * (mixture[domain] / total if total else even)
+            for domain in present
+        }
+    return [Part(texts[domain], weights[domain], domain) for domain in present if weights[domain]]
+
+
+def _check_mixture(mixture: Mapping[str, float], domains: Sequence[str]) -> None:
+    """A plan's provenance may be edited by hand like the rest of it."""
+    shares = mixture.values() if isinstance(mixture, Mapping) else ()
+    sane = all(type(share) in (int, float) and 0 <= share <= 1 for share in shares)
+    if not sane or not isinstance(mixture, Mapping) or set(mixture) != set(domains):
+        raise PlanError(
+            "plan: diagnosis.mixture must give each domain of the artifacts a share from 0 to 1; "
+            f"they have {', '.join(domains)}. Use the artifacts that the plan was made with."
+        )

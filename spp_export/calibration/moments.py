@@ -1,0 +1,306 @@
+"""Statistics of the dense model on text collections: gathered once, cached, read layer by layer.
+
+Three kinds: "attention" and "mlp" come from one forward pass, "gradients" from a backward pass.
+They lie in the user's cache, one file each, so that no pass is made twice and that the matrices of
+a large model never meet in memory once they are written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from spp_export.calibration.cache import KINDS, cache_paths, is_whole, read, write, writing
+from spp_export.calibration.statistics import (
+    AttentionInputs,
+    Axis,
+    FloatArray,
+    Gradients,
+    LayerStatistics,
+    LayerWeights,
+    MlpInputs,
+)
+from spp_export.common.progress import Progress, no_progress
+from spp_export.models.checkpoint.reader import read_float
+from spp_export.models.checkpoint.source import Source
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from spp_export.calibration.activations import Observer
+
+__all__ = ["KINDS", "Collection", "Moments", "gather", "layer_weights"]
+
+_GRADIENTS = tuple(field.name for field in fields(Gradients))
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Statistics of one text collection: averages over its real tokens, float32.
+
+    parts: the cache file of each kind that was gathered. Other kinds cannot be asked for.
+    """
+
+    parts: Mapping[str, Path]
+
+    def second(self, layer: int) -> FloatArray:
+        """E[a a^T] [m,m] of the input of o_proj (m = H*dh)."""
+        whole: FloatArray = self._read("attention", f"second/{layer}")[0]
+        return whole
+
+    def mean(self, layer: int) -> FloatArray:
+        """E[a] [m]."""
+        return self._read("attention", f"mean/{layer}")
+
+    def attention_input_square(self, layer: int) -> FloatArray:
+        """E x^2 [d] of the normed stream that q, k and v read."""
+        return self._read("attention", f"input_square/{layer}")
+
+    def sensitivity(self) -> FloatArray:
+        """E 1/||r||^2 [L] of the residual stream after attention."""
+        return self._read("attention", "sensitivity")
+
+    def channel_blocks(self, layer: int) -> FloatArray:
+        """Diagonal blocks [n,b,b] of E[z z^T], z [I] the input of down_proj: block i is of channels
+        i*b to (i+1)*b, the last one filled up with zeros. Up to 1536 channels are one block."""
+        return self._read("mlp", f"second/{layer}")
+
+    def channel_mean(self, layer: int) -> FloatArray:
+        """E[z] [I]."""
+        return self._read("mlp", f"mean/{layer}")
+
+    def mlp_input_square(self, layer: int) -> FloatArray:
+        """E x^2 [d] of the normed stream that gate and up read."""
+        return self._read("mlp", f"input_square/{layer}")
+
+    def channel_sensitivity(self) -> FloatArray:
+        """E 1/||r||^2 [L] of the residual stream after the MLP."""
+        return self._read("mlp", "sensitivity")
+
+    def gradients(self, layer: int) -> Gradients:
+        """What the loss says about the layer's weights and units."""
+        return Gradients(
+            **{name: self._read("gradients", f"{name}/{layer}") for name in _GRADIENTS}
+        )
+
+    def layer_statistics(
+        self,
+        source: Source,
+        layer: int,
+        kinds: Iterable[str] | None = None,
+        *,
+        weights: LayerWeights | None = None,
+        axis: Axis | None = None,
+        seed: int = 0,
+    ) -> LayerStatistics:
+        """What criteria read of a layer of `source`, the parts of `kinds` (None: all gathered).
+
+        `weights` None reads them from the source's files: give them where one layer is asked for
+        many collections.
+        """
+        shape = source.shape
+        asked = set(self.parts if kinds is None else kinds)
+        return LayerStatistics(
+            layer=layer,
+            heads=shape.query_heads,
+            groups=shape.kv_heads,
+            weights=layer_weights(source, layer) if weights is None else weights,
+            attention=self._attention(layer, shape.query_heads) if "attention" in asked else None,
+            mlp=self._mlp(layer) if "mlp" in asked else None,
+            gradients=self.gradients(layer) if "gradients" in asked else None,
+            axis=axis,
+            seed=seed,
+        )
+
+    def _attention(self, layer: int, heads: int) -> AttentionInputs:
+        second = self.second(layer)
+        dim = len(second) // heads
+        return AttentionInputs(
+            input_square=self.attention_input_square(layer),
+            mean=self.mean(layer),
+            square=np.diagonal(second).copy(),
+            second=np.stack([second[i : i + dim, i : i + dim] for i in range(0, len(second), dim)]),
+        )
+
+    def _mlp(self, layer: int) -> MlpInputs:
+        mean = self.channel_mean(layer)
+        squares = np.diagonal(self.channel_blocks(layer), axis1=1, axis2=2)
+        return MlpInputs(
+            input_square=self.mlp_input_square(layer),
+            mean=mean,
+            square=squares.reshape(-1)[: len(mean)],
+        )
+
+    def _read(self, kind: str, name: str) -> FloatArray:
+        assert kind in self.parts, f"{kind} statistics were not gathered"
+        return read(self.parts[kind], name)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """A weighted mixture of text collections' moments; the weights sum to one.
+
+    parts: (collection, weight). A collection counts by its weight, whatever its length.
+    """
+
+    parts: tuple[tuple[Collection, float], ...]
+
+    def second(self, layer: int) -> FloatArray:
+        """As of `Collection`, mixed."""
+        return self._mixed(lambda part: part.second(layer))
+
+    def mean(self, layer: int) -> FloatArray:
+        """As of `Collection`, mixed."""
+        return self._mixed(lambda part: part.mean(layer))
+
+    def sensitivity(self) -> FloatArray:
+        """As of `Collection`, mixed."""
+        return self._mixed(Collection.sensitivity)
+
+    def channel_blocks(self, layer: int) -> FloatArray:
+        """As of `Collection`, mixed."""
+        return self._mixed(lambda part: part.channel_blocks(layer))
+
+    def channel_mean(self, layer: int) -> FloatArray:
+        """As of `Collection`, mixed."""
+        return self._mixed(lambda part: part.channel_mean(layer))
+
+    def channel_sensitivity(self) -> FloatArray:
+        """As of `Collection`, mixed."""
+        return self._mixed(Collection.channel_sensitivity)
+
+    def _mixed(self, of: Callable[[Collection], FloatArray]) -> FloatArray:
+        total: FloatArray | None = None
+        for collection, weight in self.parts:
+            part = of(collection)
+            part *= part.dtype.type(weight)
+            total = part if total is None else np.add(total, part, out=total)
+        assert total is not None
+        return total
+
+
+def gather(
+    source: Source,
+    texts: Sequence[str],
+    kinds: Iterable[str],
+    dense: Callable[[], tuple[nn.Module, Any]],
+    *,
+    dtype: str = "float32",
+    also: Sequence[Observer] = (),
+    progress: Progress = no_progress,
+    description: str = "gathering statistics",
+) -> Collection:
+    """Statistics of `texts`, some of `KINDS`, from the cache or by passes of the dense model.
+
+    Whichever of "attention" and "mlp" are missing come from one forward pass, "gradients" from a
+    pass of their own. `dense` gives the model and its tokenizer, and is asked only where a pass is
+    needed; `dtype` is the one that it computes in. Observers in `also` look on in the forward
+    pass, which is then always made. Raises UsageError where gradients of an offloaded model are
+    asked for.
+    """
+    paths = cache_paths(source, texts, kinds, dtype)
+    missing = {
+        kind
+        for kind, path in paths.items()
+        if not is_whole(path, _names(kind, source.shape.num_layers))
+    }
+    forward = sorted(missing - {"gradients"})
+    if forward or also:
+        written = {kind: paths[kind] for kind in forward}
+        _forward(source, texts, written, dense, also, progress, description)
+    if "gradients" in missing:
+        found = _backward(source, texts, dense, progress, f"{description}, gradients")
+        write(paths["gradients"], found)
+    return Collection(paths)
+
+
+def layer_weights(source: Source, layer: int) -> LayerWeights:
+    """The seven projections of one layer, read from the source's files."""
+    family = source.family
+
+    def weight(role: str) -> FloatArray:
+        return read_float(source.tensors[f"{family.layer_name(layer, role)}.weight"])
+
+    return LayerWeights(
+        query=weight(family.query),
+        key=weight(family.key),
+        value=weight(family.value),
+        output=weight(family.output),
+        gate=weight(family.gate),
+        up=weight(family.up),
+        down=weight(family.down),
+    )
+
+
+def _forward(
+    source: Source,
+    texts: Sequence[str],
+    paths: Mapping[str, Path],
+    dense: Callable[[], tuple[nn.Module, Any]],
+    also: Sequence[Observer],
+    progress: Progress,
+    description: str,
+) -> None:
+    """One pass that writes the cache files of these kinds, a layer at a time."""
+    from spp_export.calibration.activations import observe, token_batches
+    from spp_export.statistics_pass import BlockSums
+
+    model, tokenizer = dense()
+    sums = {kind: BlockSums(kind, source.shape) for kind in paths}
+    observers = [*also, *(one for each in sums.values() for one in each.observers)]
+    batches = token_batches(tokenizer, texts)
+    with ExitStack() as stack:
+        files = {
+            kind: stack.enter_context(writing(path, sums[kind].sizes))
+            for kind, path in paths.items()
+        }
+
+        def keep(layer: int) -> None:
+            for kind, put in files.items():
+                for name, values in sums[kind].averages(layer).items():
+                    put(name, values)
+
+        observe(
+            model,
+            source.family,
+            batches,
+            observers,
+            progress=progress,
+            description=description,
+            layer_done=keep,
+        )
+
+
+def _backward(
+    source: Source,
+    texts: Sequence[str],
+    dense: Callable[[], tuple[nn.Module, Any]],
+    progress: Progress,
+    description: str,
+) -> dict[str, FloatArray]:
+    from spp_export.calibration.activations import token_batches
+    from spp_export.calibration.gradients import BATCH_TOKENS, gradient_reductions
+
+    model, tokenizer = dense()
+    found = gradient_reductions(
+        model,
+        source.family,
+        source.shape,
+        token_batches(tokenizer, texts, batch_tokens=BATCH_TOKENS),
+        progress=progress,
+        description=description,
+    )
+    return {f"{name}/{i}": row for name, rows in found.items() for i, row in enumerate(rows)}
+
+
+def _names(kind: str, layers: int) -> set[str]:
+    """Tensors of a whole cache file."""
+    if kind == "gradients":
+        return {f"{name}/{i}" for name in _GRADIENTS for i in range(layers)}
+    per_layer = ("second", "mean", "input_square")
+    return {"sensitivity", *(f"{name}/{i}" for name in per_layer for i in range(layers))}

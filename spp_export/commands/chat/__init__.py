@@ -1,0 +1,1 @@
+"""`chat`: an export, or the dense model, in a conversation."""

@@ -1,0 +1,244 @@
+"""`chat`: a conversation with a model on disk, in whichever format it is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spp_export.commands.chat.models import ChatModel, Reader, gguf_refused, load_chat_model
+from spp_export.commands.text_stream import TextStream
+from spp_export.common.errors import ModelError, UsageError
+from spp_export.common.json_files import read_json
+from spp_export.common.progress import Progress, no_progress
+from spp_export.formats.onnx.runtime.generation import Chooser, greedy
+from spp_export.models.checkpoint.companions import companion
+from spp_export.models.checkpoint.source import read_config
+from spp_export.models.hub import DEMO, demo_model
+from spp_export.models.tokenizer import load_tokenizer
+
+DEFAULT_NEW_TOKENS = 256
+
+# Why an answer ended: the model ended it, it has all tokens that were asked for, the context is
+# full, or the user interrupted it.
+Ending = Literal["end", "length", "context", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model made of a prompt.
+
+    prompt_ids     everything it read: earlier turns and the chat template's words included
+    token_ids      what it wrote, with the token that ended the answer, if one did
+    text           the same as text, without special tokens
+    seconds        from the question to the end; first_token_seconds to the first token
+    """
+
+    prompt: str
+    text: str
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    ending: Ending
+    first_token_seconds: float | None
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Speed after the first token; None where there was no second."""
+        if self.first_token_seconds is None or len(self.token_ids) < 2:
+            return None
+        return (len(self.token_ids) - 1) / (self.seconds - self.first_token_seconds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "prompt": self.prompt,
+            "answer": self.text,
+            "prompt_token_ids": list(self.prompt_ids),
+            "token_ids": list(self.token_ids),
+            "ending": self.ending,
+            "timings": {
+                "first_token_seconds": self.first_token_seconds,
+                "seconds": self.seconds,
+                "tokens_per_second": self.tokens_per_second,
+            },
+        }
+
+
+class Chat:
+    """A model, its tokenizer and what was said so far.
+
+    model   the runtime behind it
+    stop    ids that end an answer
+    raw     prompts are continued as they are, each by itself: asked for, or no chat template
+    """
+
+    def __init__(
+        self,
+        model: ChatModel,
+        tokenizer: Any,
+        stop: frozenset[int],
+        *,
+        system: str | None = None,
+        raw: bool = False,
+    ) -> None:
+        templated = bool(getattr(tokenizer, "chat_template", None))
+        if system is not None and (raw or not templated):
+            reason = "--raw leaves it out" if raw else "this model's tokenizer has none"
+            raise UsageError(f"--system is written by the chat template, and {reason}. Drop it.")
+        self.model = model
+        self.stop = stop
+        self.raw = raw or not templated
+        self._tokenizer = tokenizer
+        self._reader = Reader(model)
+        self._system = [] if system is None else [{"role": "system", "content": system}]
+        self._turns: list[dict[str, str]] = []
+
+    def reset(self) -> None:
+        """Forget what was said; the system's words stay."""
+        self._turns = []
+
+    def ask(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        choose: Chooser = greedy,
+        show: Callable[[str], object] = lambda piece: None,
+    ) -> Answer:
+        """The model's answer, told to `show` piece by piece as it comes.
+
+        `choose` takes the next token from logits [1,V]. KeyboardInterrupt ends the answer where it
+        is; the conversation can go on after it.
+
+        Raises UsageError, and leaves the conversation as it was, for a prompt that leaves no room
+        in the model's context or cannot be written as tokens.
+        """
+        began = perf_counter()
+        ids = self._ids(prompt)
+        room = self.model.context_length - len(ids)
+        if room < 1:
+            raise UsageError(
+                f"{len(ids)} tokens with what was said before, and the model's context is "
+                f"{self.model.context_length}. Shorten the prompt, or start afresh with /reset."
+            )
+        limit = min(max_new_tokens, room)
+        stream = TextStream(self._tokenizer)
+        made: list[int] = []
+        first: float | None = None
+        ending: Ending = "length" if limit == max_new_tokens else "context"
+        try:
+            logits = self._reader.prompt(ids, limit)
+            while True:
+                made.append(_chosen(choose, logits))
+                first = first or perf_counter() - began
+                if made[-1] in self.stop:
+                    ending = "end"
+                    break
+                show(stream.add(made[-1]))
+                if len(made) == limit:
+                    break
+                logits = self._reader.more(made[-1:])
+        except KeyboardInterrupt:
+            ending = "interrupted"
+            self._reader.forget()
+        show(stream.rest())
+        self._turns.append({"role": "user", "content": prompt})
+        self._turns.append({"role": "assistant", "content": stream.text})
+        seconds = perf_counter() - began
+        return Answer(prompt, stream.text, tuple(ids), tuple(made), ending, first, seconds)
+
+    def _ids(self, prompt: str) -> list[int]:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise UsageError("the prompt is not UTF-8 text.") from None
+        if self.raw:
+            ids = list(self._tokenizer(prompt)["input_ids"])
+        else:
+            text = self._templated(prompt)
+            ids = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        if not ids:
+            raise UsageError("the prompt is empty. Give the model something to go on from.")
+        return ids
+
+    def _templated(self, prompt: str) -> str:
+        from jinja2 import TemplateError
+
+        messages = [*self._system, *self._turns, {"role": "user", "content": prompt}]
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            raise UsageError(
+                f"the model's chat template refuses this conversation: {error}. "
+                "Leave out --system, or use --raw."
+            ) from error
+        return text
+
+
+def open_chat(
+    directory: str | os.PathLike[str],
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    threads: int | None = None,
+    system: str | None = None,
+    raw: bool = False,
+    model: ChatModel | None = None,
+    progress: Progress = no_progress,
+) -> Chat:
+    """A chat with an export, a dense model's directory, or `demo`.
+
+    directory  one with model.onnx runs on ONNX Runtime, one with safetensors on transformers
+    dtype      of transformers: float32 on the CPU by default, else the stored one
+    threads    of the CPU; for transformers this is set for the whole process
+    system     what the chat template puts before the conversation
+    raw        continue every prompt as it is, without template and history
+    model      runs instead of the directory's own, whose tokenizer it gets
+
+    Raises UsageError where the directory holds no model that can be run here, ModelError where it
+    has no tokenizer or its weights are damaged.
+    """
+    path = _find(directory, progress)
+    with progress("loading the model", None):
+        if model is None:
+            model = load_chat_model(path, device=device, dtype=dtype, threads=threads)
+        tokenizer = load_tokenizer(path, without_torch=True)
+    return Chat(model, tokenizer, _stop_tokens(path, tokenizer), system=system, raw=raw)
+
+
+def _find(directory: str | os.PathLike[str], progress: Progress) -> Path:
+    if os.fspath(directory) == DEMO and not Path(DEMO).is_dir():
+        return demo_model(progress=progress)
+    path = Path(directory)
+    if path.is_dir():
+        return path
+    if path.suffix == ".gguf" and path.is_file():
+        raise gguf_refused(path)
+    wrong = "expected a directory, got a file" if path.exists() else "no such directory"
+    raise UsageError(
+        f"{path}: {wrong}. Give a directory that 'spp export' wrote, a dense model's, or 'demo'."
+    )
+
+
+def _stop_tokens(path: Path, tokenizer: Any) -> frozenset[int]:
+    """Ids that end an answer, by the model's files and its tokenizer."""
+    found = companion(path, "generation_config.json")
+    config: Any = (
+        read_json(found, what="generation config", error=ModelError) if found else read_config(path)
+    )
+    listed = config.get("eos_token_id") if isinstance(config, dict) else None
+    ids = listed if isinstance(listed, list) else [listed]
+    return frozenset(id_ for id_ in [*ids, tokenizer.eos_token_id] if isinstance(id_, int))
+
+
+def _chosen(choose: Chooser, logits: NDArray[Any]) -> int:
+    return int(choose(np.asarray(logits, dtype=np.float32)[None])[0])

@@ -1,0 +1,206 @@
+"""`doctor`: what this installation has, and what can therefore be loaded, checked and run."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from spp_export.common.disk import nearest
+from spp_export.common.versions import library_versions
+from spp_export.evaluation.harness.machine import cpu_name
+from spp_export.models.hub import cache_directory
+
+
+@dataclass(frozen=True)
+class Part:
+    """A library that something of ours needs.
+
+    package  as pip names it
+    module   as Python imports it
+    use      what it is for
+    install  how to get it
+    """
+
+    package: str
+    module: str
+    use: str
+    install: str
+
+
+PARTS = (
+    Part("torch", "torch", "everything that runs a model", "pip install spp-export"),
+    Part("transformers", "transformers", "models and tokenizers", "pip install spp-export"),
+    Part("gguf", "gguf", "the default model, --format gguf", "pip install 'spp-export[gguf]'"),
+    Part("onnx", "onnx", "--format onnx", "pip install 'spp-export[onnx]'"),
+    Part("onnx-ir", "onnx_ir", "--format onnx", "pip install 'spp-export[onnx]'"),
+    Part("onnxruntime", "onnxruntime", "ONNX on the CPU", "pip install 'spp-export[onnx]'"),
+    Part("onnxruntime-gpu", "onnxruntime", "ONNX on CUDA", "pip install 'spp-export[onnx-gpu]'"),
+    Part(
+        "onnxruntime-genai",
+        "onnxruntime_genai",
+        "another engine for ONNX directories",
+        "pip install onnxruntime-genai",
+    ),
+    Part(
+        "optimum-onnx",
+        "optimum.onnxruntime",
+        "ORTModelForCausalLM",
+        "pip install 'spp-export[optimum]'",
+    ),
+    Part("xllamacpp", "xllamacpp", "llama.cpp, for GGUF files", "pip install 'spp-export[gguf]'"),
+    Part("vllm", "vllm", "a server for many users", "pip install vllm"),
+    Part("peft", "peft", "spp recover", "pip install 'spp-export[recover]'"),
+    Part("lm-eval", "lm_eval", "lm-evaluation-harness", "pip install lm-eval"),
+    Part("matplotlib", "matplotlib", "curves", "pip install 'spp-export[plots]'"),
+    Part("triton", "triton", "kernels on CUDA", "pip install triton"),
+)
+
+
+@dataclass(frozen=True)
+class FoundPart:
+    """One of `PARTS`: its version, None where it is missing, and why it cannot be imported."""
+
+    part: Part
+    version: str | None
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A directory that spp keeps things in. `nbytes` 0 where there is none yet."""
+
+    name: str
+    path: Path
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What was found. `problems` are what would stop the main job."""
+
+    versions: dict[str, str]
+    devices: tuple[dict[str, Any], ...]
+    parts: tuple[FoundPart, ...]
+    caches: tuple[Cache, ...]
+    problems: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "versions": self.versions,
+            "devices": list(self.devices),
+            "parts": [
+                {**asdict(found.part), "version": found.version, "problem": found.problem}
+                for found in self.parts
+            ],
+            "caches": [
+                {"name": cache.name, "path": str(cache.path), "bytes": cache.nbytes}
+                for cache in self.caches
+            ],
+            "problems": list(self.problems),
+        }
+
+
+def doctor() -> Examination:
+    """Versions, devices, caches and installed engines; each library is imported to see that it can
+    be. Nothing is downloaded and nothing is written."""
+    parts = tuple(_examine(part) for part in PARTS)
+    caches = tuple(_caches())
+    return Examination(
+        library_versions(), tuple(_devices()), parts, caches, tuple(_problems(parts, caches))
+    )
+
+
+def _examine(part: Part) -> FoundPart:
+    try:
+        found = version(part.package)
+    except PackageNotFoundError:
+        return FoundPart(part, None)
+    try:
+        importlib.import_module(part.module)
+    except Exception as error:  # whatever a broken installation raises is what we are here to tell
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return FoundPart(part, found, f"{type(error).__name__}: {lines[0]}")
+    return FoundPart(part, found)
+
+
+def _devices() -> Sequence[dict[str, Any]]:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    cpu = {
+        "device": "cpu",
+        "name": cpu_name(),
+        "cores": os.cpu_count(),
+        "bytes": memory.total,
+        "free_bytes": memory.available,
+    }
+    return [cpu, *_cards()]
+
+
+def _cards() -> Sequence[dict[str, Any]]:
+    try:
+        import torch
+    except ImportError:
+        return []
+    cards = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        name = torch.cuda.get_device_name(index)
+        cards.append({"device": f"cuda:{index}", "name": name, "bytes": total, "free_bytes": free})
+    return cards
+
+
+def _caches() -> Sequence[Cache]:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    own = cache_directory()
+    places = {
+        "models": own / "models",
+        "statistics": own / "statistics",
+        "hub": Path(HF_HUB_CACHE),
+    }
+    return [Cache(name, path, _size(path)) for name, path in places.items()]
+
+
+def _size(directory: Path) -> int:
+    """Bytes of the files below, links not followed."""
+    total = 0
+    for place, _, files in os.walk(directory):
+        for name in files:
+            try:
+                total += os.lstat(os.path.join(place, name)).st_size
+            except OSError:  # gone since it was listed
+                continue
+    return total
+
+
+def _problems(parts: Sequence[FoundPart], caches: Sequence[Cache]) -> Sequence[str]:
+    problems = [
+        f"{found.part.package} {found.version} cannot be imported: {found.problem}. "
+        f"Run: {found.part.install}"
+        for found in parts
+        if found.problem is not None
+    ]
+    names = {found.part.package: found for found in parts}
+    problems += [
+        f"{name} is missing, and nothing runs without it. Run: {names[name].part.install}"
+        for name in ("torch", "transformers")
+        if names[name].version is None
+    ]
+    if names["onnxruntime"].version and names["onnxruntime-gpu"].version:
+        problems.append(
+            "onnxruntime and onnxruntime-gpu are both installed, and one hides the other. "
+            "Uninstall both, then install the one you need."
+        )
+    problems += [
+        f"{cache.path}: cannot be written. Set SPP_CACHE to a directory of your own."
+        for cache in caches
+        if cache.name != "hub" and not os.access(nearest(cache.path), os.W_OK)
+    ]
+    return problems

@@ -1,0 +1,98 @@
+"""What is asked of an export, and what became of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spp_export.commands.push import PushResult
+from spp_export.domains.diagnosis import Diagnosis
+from spp_export.formats.gguf.contents import Contents
+from spp_export.formats.gguf.options import GgufOptions
+from spp_export.formats.onnx.options import OnnxOptions
+from spp_export.models.engines import Engine
+from spp_export.models.shape import ModelShape
+from spp_export.planning import Plan
+from spp_export.planning.bound import Predicted
+from spp_export.preflight import (
+    Needs,
+)
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What the user may ask of an export, beside the plan.
+
+    onnx, gguf: the form of another format; with neither, safetensors are written.
+
+    pad: fill the groups of ragged layers with heads of zeros, so that the layers are regular.
+
+    push_to_hub: repository on the Hugging Face Hub that what was checked is uploaded to; `private`
+    where it is made anew.
+    """
+
+    force: bool = False
+    verify: bool = True
+    keep_failed: bool = False
+    dry_run: bool = False
+    max_perplexity_ratio: float | None = None
+    seed: int = 0
+    onnx: OnnxOptions | None = None
+    pad: bool = False
+    gguf: GgufOptions | None = None
+    push_to_hub: str | None = None
+    private: bool = False
+
+    @property
+    def format(self) -> str:
+        """The format's name."""
+        return "onnx" if self.onnx else "gguf" if self.gguf else "safetensors"
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What was decided, written and found. `path` is None for a dry run."""
+
+    path: Path | None
+    plan: Plan
+    shape: ModelShape
+    diagnosis: Diagnosis | None
+    predicted: Predicted
+    engines: tuple[Engine, ...]
+    tensors: Sequence[Mapping[str, Any]]
+    report: Mapping[str, Any] | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    onnx: OnnxOptions | None = None
+    graph_bytes: int = 0
+    gguf: Contents | None = None
+    needs: Needs | None = None
+    pushed: PushResult | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        kept = [len(layer.query_heads) for layer in self.plan.layers]
+        return {
+            "path": None if self.path is None else str(self.path),
+            "format": "onnx" if self.onnx else "gguf" if self.gguf else "safetensors",
+            "onnx": {**self.onnx.to_dict(), "bytes": self.graph_bytes} if self.onnx else None,
+            "gguf": {**self.gguf.summary(), "bytes": self.graph_bytes} if self.gguf else None,
+            "layout": self.plan.layout,
+            "padded": self.plan.padded,
+            "compensation": self.plan.compensation,
+            "diagnosis": self.diagnosis.to_dict() if self.diagnosis else None,
+            "kept_query_heads": kept,
+            "kept_kv_heads": [len(layer.kv_heads) for layer in self.plan.layers],
+            "kept_channels": [layer.shape(self.shape).channels for layer in self.plan.layers],
+            "dense_heads": {"query": self.shape.query_heads, "kv": self.shape.kv_heads},
+            "dense_channels": self.shape.channels,
+            "budget": dict(self.plan.budget),
+            "predicted": self.predicted.as_json(),
+            "verify": self.report,
+            "engines": [engine.to_dict() for engine in self.engines],
+            "tensors": [dict(tensor) for tensor in self.tensors] if self.path is None else None,
+            "needs": self.needs.to_dict() if self.needs and self.path is None else None,
+            "pushed": self.pushed.to_dict() if self.pushed else None,
+            "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
+        }

@@ -1,0 +1,76 @@
+"""`verify` of a GGUF directory: header and weights against the dense model's, and llama.cpp's
+continuations where it is installed.
+
+What was re-fitted only the file knows: as for ONNX, it takes its place in the masked dense model,
+which is what llama.cpp must agree with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spp_export.commands.gguf_files import gguf_options
+
+from spp_export.formats.gguf.format import gguf_context, promised_contents
+from spp_export.formats.gguf.header import read_gguf
+from spp_export.formats.gguf.options import require
+from spp_export.formats.gguf.weights import GgufWeights
+from spp_export.formats.promised import compensated_projections, kept_of
+from spp_export.models.session import Session
+from spp_export.planning import Plan
+from spp_export.slicing.compensation import written_shape
+
+if TYPE_CHECKING:
+    from spp_export.calibration.activations import TokenBatch
+    from spp_export.evaluation.parity import ReferenceLogits, VerifyReport
+
+
+def check_gguf_directory(
+    directory: Path, session: Session, compiled: Plan, prompts: Sequence[str], seed: int = 0
+) -> VerifyReport:
+    """Every check on a published file, against the dense model and the plan."""
+    from spp_export.commands.verify import (
+        check_tokenizer,
+        exact_dtype,
+        oracle_logits,
+        session_batches,
+    )
+    from spp_export.evaluation.parity import VerifyReport
+    from spp_export.formats.gguf.checks import check_engine, check_header, check_weights
+
+    require()
+    source = session.source
+    contents = promised_contents(source, compiled, gguf_options(directory))
+    file = read_gguf(directory)
+    header = check_header(file, contents)
+    if not header.passed:
+        return VerifyReport((header,))
+    weights = GgufWeights(file, contents.tensors)
+    layers, kept = compiled.written_shapes(source.shape), kept_of(source, compiled)
+    specs = {s.name: s for s in source.family.tensors(written_shape(source, compiled), layers)}
+    held = check_weights(
+        "weights as the plan keeps them", weights, contents, lambda name: kept(specs[name])
+    )
+    if not held.passed:
+        return VerifyReport((header, held))
+    compensated = compensated_projections(source, compiled, weights.read)
+    exact = exact_dtype(session, compensated)
+
+    def reference(batches: Sequence[TokenBatch]) -> ReferenceLogits:
+        return oracle_logits(session, compiled, batches, compensated, exact)
+
+    batches = session_batches(session, prompts, seed)
+    with session.progress("checking against the masked dense model", None):
+        engine = check_engine(directory, contents, batches, reference)
+    checks = [header, held, *([engine.check] if engine.check else [])]
+    if prompts:
+        checks.append(check_tokenizer(directory, session, prompts))
+    context = {
+        "reference": str(exact).removeprefix("torch."),
+        "computed_in": session.dtype,
+        "layerwise": session.from_disk,
+        **gguf_context(contents, engine.context()),
+    }
+    return VerifyReport(tuple(checks), context)

@@ -1,0 +1,278 @@
+"""`load` and `load_many`: slim models straight from the dense checkpoint and plans.
+
+A plan is an adapter of a few kilobytes. What it leaves untouched is read once, and every model
+made of the same checkpoint holds the same tensors; what it cuts or re-fits is its own.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from spp_export.commands.diagnose import diagnose_prompts
+from spp_export.commands.refit import plan_compensation
+from spp_export.common.errors import ModelError, PlanError, UsageError
+from spp_export.common.json_files import dump_json, read_json
+from spp_export.common.progress import Progress, no_progress
+from spp_export.data.artifacts import Artifacts
+from spp_export.data.scenario import Scenario, read_scenario
+from spp_export.models.checkpoint.companions import companion
+from spp_export.models.hub import DEMO
+from spp_export.models.session import Session, open_artifacts, open_session
+from spp_export.models.weights_on_disk import empty_model, stored_as_tensor, torch_bits
+from spp_export.planning import Plan, dense_plan, read_plan, validate_plan
+from spp_export.slicing.compensation import Compensation, written_config
+from spp_export.slicing.weights import SlimTensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PlanLike = str | os.PathLike[str] | Plan
+
+
+def load(
+    model: str,
+    plan: PlanLike,
+    *,
+    artifacts: str | os.PathLike[str] | None = None,
+    scenario: str | os.PathLike[str] | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    progress: Progress = no_progress,
+) -> PreTrainedModel:
+    """The slim model that `export(plan=...)` would write, in evaluation mode, without writing it.
+
+    plan       a plan, its file, or the directory of an export
+    artifacts  what a re-fitting plan is re-fitted on; the demo model's come with spp
+    scenario   the text that the plan was made for, if its re-fit shall see it, too
+    dtype      the stored one by default
+
+    Raises PlanError for a plan of another model, UsageError where a re-fit has no text.
+    """
+    models = load_many(
+        model,
+        {"slim": plan},
+        artifacts=artifacts,
+        scenarios={} if scenario is None else {"slim": scenario},
+        device=device,
+        dtype=dtype,
+        progress=progress,
+    )
+    return models["slim"]
+
+
+def load_many(
+    model: str,
+    plans: Mapping[str, PlanLike] | Sequence[PlanLike],
+    *,
+    artifacts: str | os.PathLike[str] | None = None,
+    scenarios: Mapping[str, str | os.PathLike[str]] | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    progress: Progress = no_progress,
+) -> ScenarioModels:
+    """Slim models of one checkpoint, by name, that share every tensor their plans leave untouched.
+
+    Without names a plan is called what its scenario is, and else after its file. Arguments and
+    errors are those of `load`.
+    """
+    read = _named(plans)
+    session = open_session(model, device=device, dtype=dtype, progress=progress)
+    own = session.source.dtype_name if dtype is None else dtype
+    weights = SharedWeights(session, getattr(torch, own))
+    refitting = any(plan.compensation != "none" for plan in read.values())
+    found = None
+    if artifacts is not None or (refitting and model == DEMO):
+        found = open_artifacts(artifacts, model, session.source)
+    models = {}
+    for name, plan in read.items():
+        validate_plan(plan, session.source.shape, session.source.fingerprint)
+        text = (scenarios or {}).get(name)
+        given = None if text is None else read_scenario(text)
+        models[name] = weights.slim(plan, _compensation(session, found, plan, given))
+    # Where statistics had to be gathered it was loaded, and is not needed any more.
+    session.__dict__.pop("model", None)
+    return ScenarioModels(session, weights, read, models, found)
+
+
+class ScenarioModels(Mapping[str, "PreTrainedModel"]):
+    """Slim models by name, in the order they were given, over one set of shared tensors."""
+
+    def __init__(
+        self,
+        session: Session,
+        weights: SharedWeights,
+        plans: Mapping[str, Plan],
+        models: Mapping[str, PreTrainedModel],
+        artifacts: Artifacts | None,
+    ) -> None:
+        self.plans = plans
+        self.session = session
+        self._weights, self._models, self._artifacts = weights, models, artifacts
+
+    def __getitem__(self, name: str) -> PreTrainedModel:
+        return self._models[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._models)
+
+    def __len__(self) -> int:
+        return len(self._models)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters, each that is shared counted once."""
+        held = {
+            id(parameter): parameter.nbytes
+            for model in self._models.values()
+            for parameter in model.parameters()
+        }
+        return sum(held.values())
+
+    @property
+    def dense(self) -> PreTrainedModel:
+        """The dense model over the same tensors; those that every plan cuts are read for it."""
+        return self._weights.dense()
+
+    def pick(self, text: str) -> str:
+        """The model whose plan was made for text like this: the name whose mixture of domains is
+        closest to the diagnosis of `text`, by the Bhattacharyya coefficient of the two.
+
+        Raises UsageError without artifacts, PlanError for a plan without a diagnosis.
+        """
+        if self._artifacts is None:
+            raise UsageError("picking a model needs artifacts to diagnose by. Add --artifacts DIR.")
+        mixtures = {name: _mixture(name, plan) for name, plan in self.plans.items()}
+        # The shared tensors, rather than a second dense model beside them.
+        self.session.__dict__["model"] = self.dense
+        found = diagnose_prompts(self.session, self._artifacts, [text]).shares
+        return max(mixtures, key=lambda name: _likeness(mixtures[name], found))
+
+
+class SharedWeights:
+    """The tensors of a dense checkpoint in memory, each read when it is first asked for."""
+
+    def __init__(self, session: Session, dtype: torch.dtype) -> None:
+        self._session, self._dtype = session, dtype
+        self._device = torch.device(session.device)
+        self._held: dict[str, nn.Parameter] = {}
+        self._dense: PreTrainedModel | None = None
+
+    def dense(self) -> PreTrainedModel:
+        """The dense model, made once."""
+        if self._dense is None:
+            source = self._session.source
+            plan = dense_plan(source.shape, source.fingerprint, source.name)
+            self._dense = self.slim(plan, Compensation(source, plan, None))
+        return self._dense
+
+    def slim(self, plan: Plan, compensation: Compensation) -> PreTrainedModel:
+        """The model of a plan, sharing what the plan leaves untouched."""
+        source = self._session.source
+        made = SlimTensors(source, plan, compensation.refit, compensation.biases())
+        with tempfile.TemporaryDirectory(prefix="spp-config-") as place:
+            config = written_config(source, plan)
+            (Path(place) / "config.json").write_text(dump_json(config), encoding="utf-8")
+            model: Any = empty_model(Path(place), self._dtype)
+        model.config._name_or_path = source.name
+        for entry in made.entries():
+            value = self._own(made, entry) if made.changes(entry) else self._shared(entry.name)
+            owner, _, leaf = entry.name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, value)
+        if source.shape.tied_embeddings:
+            model.get_output_embeddings().weight = model.get_input_embeddings().weight
+        assert not any(parameter.is_meta for parameter in model.parameters())
+        model.generation_config = _generation_config(source.path) or model.generation_config
+        model.to(self._device)  # its buffers; the parameters are there
+        found: PreTrainedModel = model.eval()
+        return found
+
+    def _shared(self, name: str) -> nn.Parameter:
+        if name not in self._held:
+            stored = self._session.source.tensors[name]
+            value = stored_as_tensor(stored, self._dtype, self._dtype, self._device)
+            self._held[name] = nn.Parameter(value, requires_grad=False)
+        return self._held[name]
+
+    def _own(self, made: SlimTensors, entry: Any) -> nn.Parameter:
+        value = torch.empty(entry.shape, dtype=self._dtype, device=self._device)
+        flat, done = value.view(-1), 0
+        for _, bits in made.blocks([entry]):
+            part: Tensor = torch_bits(bits, entry.dtype).reshape(-1)
+            flat[done : done + len(part)] = part
+            done += len(part)
+        return nn.Parameter(value, requires_grad=False)
+
+
+def _compensation(
+    session: Session, artifacts: Artifacts | None, plan: Plan, scenario: Scenario | None
+) -> Compensation:
+    from spp_export.commands.plan import PlanRequest
+
+    return plan_compensation(session, artifacts, plan, scenario, PlanRequest())
+
+
+def _named(plans: Mapping[str, PlanLike] | Sequence[PlanLike]) -> dict[str, Plan]:
+    """Plans by the names given, or by their scenarios' names or their files'."""
+    if isinstance(plans, Mapping):
+        return {name: _read(plan) for name, plan in plans.items()}
+    found: dict[str, Plan] = {}
+    for given in plans:
+        plan = _read(given)
+        name = _name(given, plan)
+        if name in found:
+            raise UsageError(
+                f"two plans are called {name!r:.60}. Give plans by name: {{name: plan}}."
+            )
+        found[name] = plan
+    return found
+
+
+def _read(plan: PlanLike) -> Plan:
+    if isinstance(plan, Plan):
+        return plan
+    path = Path(plan)
+    return read_plan(path / "plan.json" if path.is_dir() else path)
+
+
+def _name(given: PlanLike, plan: Plan) -> str:
+    named = plan.scenario.get("name")
+    if isinstance(named, str) and named:
+        return Path(named).stem
+    if isinstance(given, Plan):
+        raise UsageError("a plan without a scenario has no name. Give plans by name: {name: plan}.")
+    return Path(given).stem
+
+
+def _mixture(name: str, plan: Plan) -> Mapping[str, float]:
+    mixture: Any = plan.diagnosis.get("mixture")
+    numbers = isinstance(mixture, dict) and all(
+        type(value) in (int, float) and value >= 0 for value in mixture.values()
+    )
+    if not numbers:
+        raise PlanError(
+            f"plan {name!r:.60} has no diagnosis to pick it by. Make it with 'spp plan --scenario'."
+        )
+    return dict(mixture)
+
+
+def _likeness(one: Mapping[str, float], other: Mapping[str, float]) -> float:
+    """Bhattacharyya coefficient of two distributions: 1 where they are the same."""
+    return sum(math.sqrt(one.get(name, 0.0) * share) for name, share in other.items())
+
+
+def _generation_config(directory: Path) -> Any:
+    from transformers import GenerationConfig
+
+    found = companion(directory, "generation_config.json")
+    if found is None:
+        return None
+    read_json(found, what="generation config", error=ModelError)  # which refuses what is malformed
+    return GenerationConfig.from_pretrained(directory, local_files_only=True)

@@ -1,0 +1,195 @@
+"""LoRA on a slim model: a few steps on text, merged into its weights.
+
+Low-rank adapters are from Hu et al., "LoRA" (2021); recovering a pruned model with them is what
+LLM-Pruner and LoRAPrune do. The adapters and their merging are PEFT's, the loop is ours: a few
+lines that give the same numbers again when they are interrupted and taken up.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spp_export.calibration.activations import TokenBatch, model_inputs
+from spp_export.common.errors import ModelError, UsageError
+from spp_export.models.families import Family
+
+# Adam's: the usual ones.
+_BETAS, _EPSILON = (0.9, 0.999), 1e-8
+_MOST_NORM = 1.0
+_WARM_UP = 0.1
+
+
+@dataclass(frozen=True)
+class RecoverSettings:
+    """How to train.
+
+    steps          of the optimiser
+    rank, alpha    of the adapters, whose product is scaled by alpha / rank
+    learning_rate  at its highest, after a tenth of the steps; then it falls to zero
+    batch_size     texts per step
+    max_tokens     of a text that are read
+    """
+
+    steps: int = 200
+    rank: int = 8
+    alpha: int = 16
+    learning_rate: float = 5e-4
+    batch_size: int = 4
+    max_tokens: int = 256
+    seed: int = 0
+
+    def check(self) -> None:
+        """UsageError for numbers that cannot be."""
+        for name in ("steps", "rank", "alpha", "batch_size"):
+            if getattr(self, name) < 1:
+                flag = name.replace("_", "-")
+                raise UsageError(f"--{flag} {getattr(self, name)}: expected 1 or more.")
+        if self.max_tokens < 2:
+            raise UsageError(f"--max-tokens {self.max_tokens}: expected 2 or more.")
+        if not 0 < self.learning_rate < 1:
+            raise UsageError(f"--learning-rate {self.learning_rate}: expected between 0 and 1.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """For recovery.json."""
+        return asdict(self)
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        warm = max(1, math.ceil(_WARM_UP * self.steps))
+        if step < warm:
+            return self.learning_rate * (step + 1) / warm
+        return self.learning_rate * (self.steps - step) / max(1, self.steps - warm)
+
+
+class Recovery:
+    """A model under adapters, and how far it is.
+
+    The model's own weights stay as they are until `merge`.
+    """
+
+    def __init__(self, model: nn.Module, family: Family, settings: RecoverSettings) -> None:
+        peft = _peft()
+        roles = (
+            *(family.query, family.key, family.value, family.output),
+            *(family.gate, family.up, family.down),
+        )
+        config = peft.LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            lora_dropout=0.0,
+            target_modules=[role.rpartition(".")[2] for role in roles],
+            bias="none",
+            task_type="CAUSAL_LM",
+        )
+        # PEFT draws from torch's own generator, which is the caller's.
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            # It still asks transformers by names that the next version of that will not have.
+            warnings.simplefilter("ignore", FutureWarning)
+            torch.manual_seed(settings.seed)
+            self.model: Any = peft.get_peft_model(model, config)
+        self.settings = settings
+        self.losses: list[float] = []
+        self._trained = {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
+        }
+        self._optimiser = torch.optim.AdamW(
+            self._trained.values(), lr=0.0, betas=_BETAS, eps=_EPSILON, weight_decay=0.0
+        )
+
+    @property
+    def done(self) -> int:
+        """Steps taken."""
+        return len(self.losses)
+
+    def step(self, batch: TokenBatch) -> float:
+        """Train on one batch; its loss in nats per token. Raises ModelError where it diverges."""
+        for group in self._optimiser.param_groups:
+            group["lr"] = self.settings.rate(self.done)
+        self.model.train()
+        inputs = model_inputs(self.model, batch)
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        loss = self.model(**inputs, labels=labels).loss
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise ModelError(
+                f"step {self.done}: the loss is not a number. Use a smaller --learning-rate."
+            )
+        loss.backward()
+        nn.utils.clip_grad_norm_(self._trained.values(), _MOST_NORM)
+        self._optimiser.step()
+        self._optimiser.zero_grad(set_to_none=True)
+        self.model.eval()
+        self.losses.append(value)
+        return value
+
+    def state(self) -> dict[str, Tensor]:
+        """All that `resume` needs, on the CPU."""
+        tensors = {"losses": torch.tensor(self.losses, dtype=torch.float64)}
+        for name, parameter in self._trained.items():
+            tensors[f"value/{name}"] = parameter.detach().cpu().clone()
+            for key, moment in self._optimiser.state[parameter].items():
+                tensors[f"{key}/{name}"] = moment.detach().cpu().clone()
+        return tensors
+
+    def resume(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from where `state` was taken, of the same model and settings."""
+        self.losses = [float(loss) for loss in state["losses"]]
+        for name, parameter in self._trained.items():
+            parameter.data.copy_(state[f"value/{name}"])
+            self._optimiser.state[parameter] = {
+                key: state[f"{key}/{name}"].to(parameter.device if key != "step" else "cpu")
+                for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+
+    def merge(self) -> nn.Module:
+        """The model itself, with the adapters in its weights; this object is of no use then."""
+        merged: nn.Module = self.model.merge_and_unload()
+        return merged.eval()
+
+
+def training_batches(
+    tokenizer: Any, texts: Sequence[str], settings: RecoverSettings
+) -> list[TokenBatch]:
+    """One batch per step: every text once per round, each round in a new order by the seed.
+
+    Raises UsageError where no text has two tokens.
+    """
+    from spp_export.calibration.activations import pad_rows
+
+    encoded = [
+        tokenizer(text, truncation=True, max_length=settings.max_tokens)["input_ids"]
+        for text in texts
+    ]
+    rows = [(index, ids) for index, ids in enumerate(encoded) if len(ids) > 1]
+    if not rows:
+        raise UsageError("--data has no text of two tokens or more for this model.")
+    generator = torch.Generator().manual_seed(settings.seed)
+    wanted = settings.steps * settings.batch_size
+    order: list[int] = []
+    while len(order) < wanted:
+        order += torch.randperm(len(rows), generator=generator).tolist()
+    size = settings.batch_size
+    return [
+        pad_rows([rows[i] for i in order[start : start + size]]) for start in range(0, wanted, size)
+    ]
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        if error.name != "peft":
+            raise
+        raise UsageError(
+            "recovering needs the package peft. Run: pip install 'spp-export[recover]'"
+        ) from error
+    return peft

@@ -1,0 +1,374 @@
+"""`recover`: LoRA on an export, merged back into a checkpoint of the same layout."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spp_export.commands.gguf_files import is_gguf
+from spp_export.commands.lora import RecoverSettings
+from spp_export.commands.onnx_files import is_onnx
+from spp_export.commands.verify import RECOVERY_NAME, check_directory
+from spp_export.common.errors import (
+    CheckFailed,
+    CheckpointError,
+    ParityError,
+    QualityError,
+    UsageError,
+)
+from spp_export.common.json_files import dump_json
+from spp_export.common.manifest import MANIFEST_NAME, check_manifest, hash_file, write_manifest
+from spp_export.common.progress import Progress, no_progress
+from spp_export.common.publish import check_target, publish
+from spp_export.data.scenario import Scenario, read_scenario
+from spp_export.formats.card import model_card, recovery_section
+from spp_export.models.checkpoint.header import StoredTensor
+from spp_export.models.checkpoint.reader import INDEX_NAME, blocks, stored_tensors
+from spp_export.models.checkpoint.writer import Entry, ShardWriter, plan_shards
+from spp_export.models.engines import engines_for
+from spp_export.models.hub import DEMO, cache_directory, model_license
+from spp_export.models.session import Session, open_session
+from spp_export.models.tokenizer import load_tokenizer
+from spp_export.planning import Plan, read_plan, validate_plan
+from spp_export.planning.bound import predicted
+from spp_export.slicing.compensation import written_shape
+from spp_export.slicing.weights import encoded
+
+if TYPE_CHECKING:
+    import torch
+
+    from spp_export.calibration.activations import TokenBatch
+    from spp_export.commands.lora import Recovery
+    from spp_export.evaluation.parity import ReferenceLogits
+    from spp_export.evaluation.quality import Quality
+
+SCHEMA_VERSION = 1
+# Steps between two states that an interrupted run can go on from.
+_KEPT_EVERY = 20
+# What is said of a weight that leaves the range of its dtype.
+_UNFIT = {"origin": "a trained value", "advice": "Use a smaller --learning-rate."}
+# Files of an export that are written anew.
+_OWN = ("README.md", "verify.json", MANIFEST_NAME, INDEX_NAME, RECOVERY_NAME)
+
+
+@dataclass(frozen=True)
+class RecoverResult:
+    """What was trained, and what it is worth on text that was not trained on.
+
+    before, after  quality against the dense model; None where no token can be predicted
+    losses         of every step, in nats per token
+    resumed        steps that an earlier run had taken
+    """
+
+    path: Path
+    before: Quality | None
+    after: Quality | None
+    losses: tuple[float, ...]
+    resumed: int
+    report: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "path": str(self.path),
+            "before": None if self.before is None else self.before.to_dict(),
+            "after": None if self.after is None else self.after.to_dict(),
+            "losses": [round(loss, 4) for loss in self.losses],
+            "resumed": self.resumed,
+            "verify": dict(self.report),
+        }
+
+
+def recover(
+    out: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    model: str = DEMO,
+    validation: str | os.PathLike[str] | None = None,
+    settings: RecoverSettings | None = None,
+    force: bool = False,
+    keep_failed: bool = False,
+    device: str = "cpu",
+    progress: Progress = no_progress,
+) -> RecoverResult:
+    """Train adapters on the text of `data`, a file like a scenario's, and write the merged model.
+
+    out         an export with safetensors; it stays as it is
+    output      by default `<out>-recovered`
+    model       the dense model, to compare and to check with
+    validation  text to measure on; by default every fourth text of `data`, which is then not
+                trained on
+
+    An interrupted run goes on where it was. Raises ParityError where the written model is not the
+    one that was trained, QualityError where it is no better than before: then nothing is published
+    unless `keep_failed`.
+    """
+    settings = settings or RecoverSettings()
+    settings.check()
+    source_dir = Path(out)
+    plan = _plan(source_dir)
+    beside = source_dir.with_name(f"{source_dir.name}-recovered")
+    target = beside if output is None else Path(output)
+    check_target(target, force)
+    text = read_scenario(data)
+    trained, measured = _split(text, validation)
+    session = open_session(model, device=device, dtype="float32", progress=progress)
+    validate_plan(plan, session.source.shape, session.source.fingerprint)
+    job = _Job(source_dir, plan, session, settings, trained, measured)
+    recovery, resumed, before = job.train()
+    losses = tuple(recovery.losses)
+    with publish(target, force) as work:
+        reference, merged = job.merged(recovery)
+        _copy(source_dir, work)
+        written = job.write(merged, work)
+        record = job.record(text, losses, before)
+        (work / RECOVERY_NAME).write_text(dump_json(record), encoding="utf-8")
+        report, after, failure = job.verify(work, reference, before)
+        (work / "verify.json").write_text(dump_json(report), encoding="utf-8")
+        if failure and not keep_failed:
+            raise failure
+        (work / "README.md").write_text(job.card(target.name, report, record), encoding="utf-8")
+        write_manifest(work, written)
+    job.forget()
+    if failure:
+        raise type(failure)(f"{failure} Published all the same, by --keep-failed: {target}")
+    return RecoverResult(target, before, after, losses, resumed, report)
+
+
+class _Job:
+    """One recovery."""
+
+    def __init__(
+        self,
+        directory: Path,
+        plan: Plan,
+        session: Session,
+        settings: RecoverSettings,
+        trained: Sequence[str],
+        measured: Sequence[str],
+    ) -> None:
+        self._directory, self._plan, self._session = directory, plan, session
+        self._settings, self._measured = settings, measured
+        self._trained = trained
+        self._tokenizer = load_tokenizer(directory)
+        decided = [hash_file(directory / MANIFEST_NAME).sha256, settings.to_dict(), list(trained)]
+        key = hashlib.sha256(json.dumps(decided).encode()).hexdigest()[:32]
+        self._state = cache_directory() / "recoveries" / f"{key}.safetensors"
+
+    def train(self) -> tuple[Recovery, int, Quality | None]:
+        """Adapters after the last step, the steps that were there already, and the quality before
+        the first one."""
+        from spp_export.commands.lora import Recovery, training_batches
+        from spp_export.models.loader import load_slim
+
+        session, settings = self._session, self._settings
+        batches = training_batches(self._tokenizer, self._trained, settings)
+        slim = load_slim(self._directory, dtype=session.torch_dtype, device=session.device)
+        slim.requires_grad_(False)
+        before = self._quality(slim)
+        recovery = Recovery(slim, session.source.family, settings)
+        resumed = self._resume(recovery)
+        with session.progress("recovering", float(settings.steps)) as advance_to:
+            for batch in batches[resumed:]:
+                recovery.step(batch)
+                advance_to(recovery.done)
+                if recovery.done % _KEPT_EVERY == 0:
+                    self._keep(recovery)
+        return recovery, resumed, before
+
+    def merged(self, recovery: Recovery) -> tuple[ReferenceLogits, dict[str, torch.Tensor]]:
+        """Logits that the written model must give, and the weights that adapters have changed.
+
+        The oracle is the model with its adapters beside it; rounding is what merging them and
+        storing the sums does to it.
+        """
+        import torch
+
+        from spp_export.commands.verify import session_batches, wide_dtype
+        from spp_export.evaluation.parity import ReferenceLogits, real_logits
+
+        session = self._session
+        batches: list[TokenBatch] = session_batches(session, self._measured, self._settings.seed)
+        shape = session.source.shape
+        layers = self._plan.written_shapes(shape)
+        exact = wide_dtype(torch.float32, 2 * shape.parameters(layers), session.device)
+        wide = tuple(real_logits(recovery.model.to(exact), batches))
+        recovery.model.to(torch.float32)
+        names = {
+            name.removesuffix(".base_layer.weight").removeprefix("base_model.model.") + ".weight"
+            for name, _ in recovery.model.named_parameters()
+            if name.endswith(".base_layer.weight")
+        }
+        model = recovery.merge()
+        stored = stored_tensors(self._directory)
+        changed: dict[str, torch.Tensor] = {}
+        for name in sorted(names):
+            parameter = model.get_parameter(name)
+            parameter.data = parameter.data.to(_torch_dtype(stored[name])).to(parameter.dtype)
+            changed[name] = parameter.data
+        same = tuple(real_logits(model, batches))
+        return ReferenceLogits(tuple(batches), wide, same), changed
+
+    def write(self, changed: Mapping[str, torch.Tensor], work: Path) -> Mapping[str, Any]:
+        """The weights, in the names, shapes and dtypes of the export; records of the files."""
+        stored = stored_tensors(self._directory)
+        entries = [Entry(name, tensor.dtype, tensor.shape) for name, tensor in stored.items()]
+        with ShardWriter(work, plan_shards(entries)) as writer:
+            for entry in writer.order:
+                if entry.name in changed:
+                    values = changed[entry.name].float().cpu().numpy()
+                    writer.write(entry.name, encoded(values, entry, **_UNFIT))
+                else:
+                    writer.write(entry.name, blocks(stored[entry.name]))
+        return writer.records
+
+    def verify(
+        self, work: Path, reference: ReferenceLogits, before: Quality | None
+    ) -> tuple[dict[str, Any], Quality | None, CheckFailed | None]:
+        """verify.json, the quality after, and what failed first."""
+        from spp_export.evaluation.parity import VerifyReport, check_parity, rounded
+
+        checked = check_directory(
+            work, self._session, self._plan, self._measured, self._settings.seed
+        )
+        checks, after = checked.report.checks, None
+        if checked.slim is not None:
+            merged = check_parity(checked.slim, reference)
+            checks += (replace(merged, name="written model against the one with adapters"),)
+            after = self._quality(checked.slim)
+        report = VerifyReport(checks, checked.report.context)
+        content = report.to_dict()
+        if after is not None:
+            content["quality"] = rounded(after.to_dict())
+        if not report.passed:
+            first = report.failures[0]
+            return content, after, ParityError(f"{first.name}: {first.describe()}")
+        if before and after and not after.slim_perplexity < before.slim_perplexity:
+            return (
+                content,
+                after,
+                QualityError(
+                    f"perplexity on text that was not trained on is {after.slim_perplexity:.4g}, "
+                    f"and was {before.slim_perplexity:.4g}. Give more text, or fewer --steps."
+                ),
+            )
+        return content, after, None
+
+    def record(
+        self, text: Scenario, losses: Sequence[float], before: Quality | None
+    ) -> dict[str, Any]:
+        """recovery.json."""
+        from spp_export.common.versions import library_versions
+        from spp_export.evaluation.parity import rounded
+
+        tenth = max(1, len(losses) // 10)
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "export": {
+                "name": self._directory.resolve().name,
+                "manifest_sha256": hash_file(self._directory / MANIFEST_NAME).sha256,
+            },
+            "data": {"name": text.name, "sha256": text.sha256, "texts": len(self._trained)},
+            "settings": self._settings.to_dict(),
+            "loss": rounded(
+                {
+                    "first": sum(losses[:tenth]) / tenth,
+                    "last": sum(losses[-tenth:]) / tenth,
+                }
+            ),
+            "before": None if before is None else rounded(before.to_dict()),
+            "versions": library_versions(),
+        }
+
+    def card(self, name: str, report: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+        """README.md."""
+        source, plan = self._session.source, self._plan
+        layers = plan.written_shapes(source.shape)
+        card = model_card(
+            name,
+            plan,
+            source.shape,
+            predicted(source.shape, layers, written_shape(source, plan)),
+            report,
+            engines_for(plan.written_layout, layers),
+            model_license(source.path),
+        )
+        return f"{card}\n{recovery_section(report, record)}"
+
+    def forget(self) -> None:
+        """Drop the state for going on."""
+        self._state.unlink(missing_ok=True)
+
+    def _quality(self, slim: Any) -> Quality | None:
+        from spp_export.evaluation.quality import measure_quality
+
+        session = self._session
+        return measure_quality(
+            session.model, slim, self._tokenizer, self._measured, progress=session.progress
+        )
+
+    def _keep(self, recovery: Recovery) -> None:
+        from spp_export.calibration.cache import write
+
+        write(self._state, {name: value.numpy() for name, value in recovery.state().items()})
+
+    def _resume(self, recovery: Recovery) -> int:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            recovery.resume(load_file(self._state))
+        except (FileNotFoundError, SafetensorError, KeyError):
+            return 0
+        return recovery.done
+
+
+def _plan(directory: Path) -> Plan:
+    """The plan of an export that can be recovered. Raises UsageError."""
+    if not (directory / "plan.json").is_file():
+        raise UsageError(f"{directory}: no plan.json, so not an export of spp.")
+    if is_onnx(directory) or is_gguf(directory):
+        raise UsageError(
+            f"{directory}: only exports with safetensors can be trained. Recover that one, and "
+            "convert the result with 'spp convert'."
+        )
+    if problems := check_manifest(directory):
+        raise CheckpointError(f"{directory}: {problems[0]}. Write the export again.")
+    plan = read_plan(directory / "plan.json")
+    if plan.padded:
+        raise UsageError(
+            f"{directory}: its layers are padded with zeros, which training would fill. Recover "
+            "the export without --pad."
+        )
+    return plan
+
+
+def _split(
+    text: Scenario, validation: str | os.PathLike[str] | None
+) -> tuple[Sequence[str], Sequence[str]]:
+    if validation is None:
+        return text.split()
+    return text.prompts, read_scenario(validation).prompts
+
+
+def _copy(source: Path, work: Path) -> None:
+    """Everything of an export but its weights and what is written anew."""
+    for path in sorted(source.iterdir()):
+        if path.name not in _OWN and path.suffix != ".safetensors":
+            shutil.copyfile(path, work / path.name)
+
+
+def _torch_dtype(stored: StoredTensor) -> torch.dtype:
+    import torch
+
+    from spp_export.models.checkpoint.dtypes import FLOAT_DTYPES
+
+    kind: torch.dtype = getattr(torch, FLOAT_DTYPES[stored.dtype])
+    return kind

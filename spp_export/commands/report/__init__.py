@@ -1,0 +1,1 @@
+"""`report`: one page on an export, from the files in it."""

@@ -1,0 +1,110 @@
+"""What a report reads: the files of an export's directory, or a plan alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from spp_export.commands.report.page import Table
+from spp_export.commands.report.page.figures import byte_size
+from spp_export.commands.report_values import mapping, number, text
+from spp_export.common.errors import ModelError, SppError, UsageError
+from spp_export.common.json_files import read_json
+from spp_export.common.manifest import MANIFEST_NAME, hash_file
+from spp_export.planning import Plan, read_plan
+
+Kind = Literal["plan", "safetensors", "onnx", "gguf"]
+_PLAN = "plan.json"
+_WEIGHTS = {"safetensors": "*.safetensors", "onnx": "model.onnx*", "gguf": "*.gguf"}
+_MOST_FILES = 500
+
+
+@dataclass(frozen=True)
+class Place:
+    """An export or a plan on disk.
+
+    directory: of an export. page: where its report goes by default. plan_hash: SHA-256 of
+    plan.json. config: its config.json, empty where it has none. weight_bytes: of files of weights.
+    """
+
+    name: str
+    kind: Kind
+    plan: Plan
+    plan_hash: str
+    page: Path
+    directory: Path | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    weight_bytes: int = 0
+    files: Table | None = None
+
+    @property
+    def quantised(self) -> str:
+        """How the weights are quantised, in a word; "" where they are not."""
+        found = mapping(self.config.get(f"spp_{self.kind}")).get("quant")
+        return found if isinstance(found, str) else ""
+
+
+def open_place(path: Path) -> Place:
+    """The export in a directory, or the plan in a file.
+
+    Raises UsageError for anything else, PlanError for a plan that is malformed.
+    """
+    if path.is_file():
+        digest = hash_file(path).sha256
+        return Place(path.stem, "plan", read_plan(path), digest, path.with_suffix(".html"))
+    if not path.exists():
+        raise UsageError(f"{path}: no such file or directory.")
+    if not (path / _PLAN).is_file():
+        raise UsageError(f"{path}: has no {_PLAN}; a report is on an export or on a plan.")
+    whole = path.resolve()
+    kind = _kind(path)
+    return Place(
+        whole.name,
+        kind,
+        read_plan(path / _PLAN),
+        hash_file(path / _PLAN).sha256,
+        whole.with_name(f"{whole.name}.html") if path.name in ("", "..") else _beside(path),
+        path,
+        _config(path),
+        sum(file.stat().st_size for file in path.glob(_WEIGHTS[kind]) if file.is_file()),
+        _files(path),
+    )
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.html")
+
+
+def _kind(path: Path) -> Kind:
+    if (path / "model.onnx").is_file():
+        return "onnx"
+    return "gguf" if any(path.glob(_WEIGHTS["gguf"])) else "safetensors"
+
+
+def _config(path: Path) -> Mapping[str, Any]:
+    """config.json, which a report can do without."""
+    try:
+        return mapping(read_json(path / "config.json", what="config", error=ModelError))
+    except SppError:
+        return {}
+
+
+def _files(path: Path) -> Table | None:
+    """Names, sizes and hashes, as the manifest lists them."""
+    try:
+        manifest = mapping(read_json(path / MANIFEST_NAME, what="manifest", error=ModelError))
+    except SppError:
+        return None
+    listed = mapping(manifest.get("files"))
+    rows = tuple(
+        (name, _size(mapping(entry).get("bytes")), text(mapping(entry).get("sha256")))
+        for name, entry in list(listed.items())[:_MOST_FILES]
+    )
+    return Table(("file", "size", "SHA-256"), rows, frozenset({0, 2})) if rows else None
+
+
+def _size(value: Any) -> str:
+    found = number(value)
+    return "" if found is None else byte_size(found)

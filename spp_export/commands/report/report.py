@@ -1,0 +1,138 @@
+"""`report`: one page on an export or a plan, from the files that are there and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spp_export.commands.report.facts import report_record
+from spp_export.commands.report.files import Place, open_place
+from spp_export.commands.report.page import Hint, Report, render
+from spp_export.commands.report.page.page import GENERATOR
+from spp_export.common.errors import OutputError, UsageError
+
+_MARK = f'<meta name="generator" content="{GENERATOR} '.encode()
+_MARK_WITHIN = 4096
+
+
+@dataclass(frozen=True)
+class ReportResult:
+    """The page that was written.
+
+    sections: ids in the page's order. missing: sections that could say more, with the command.
+    """
+
+    path: Path
+    bytes: int
+    sha256: str
+    sections: tuple[str, ...]
+    missing: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "path": str(self.path),
+            "bytes": self.bytes,
+            "sha256": self.sha256,
+            "sections": list(self.sections),
+            "missing": dict(self.missing),
+        }
+
+
+def report(
+    out: str | os.PathLike[str],
+    *,
+    output: str | os.PathLike[str] | None = None,
+    bench: str | os.PathLike[str] | None = None,
+    evaluation: str | os.PathLike[str] | None = None,
+    artifacts: str | os.PathLike[str] | None = None,
+    force: bool = False,
+) -> ReportResult:
+    """Write a page on an export's directory or on a plan; no weights are read.
+
+    `output` defaults to a file beside `out` with its name and `.html`. `bench` is what `spp bench
+    -o` wrote, `evaluation` what `spp eval -o` did; `artifacts`, for scores of heads, default to the
+    shipped ones where the plan is for the default model. Equal inputs give equal bytes.
+
+    Raises UsageError for what is neither, or measures something else, and OutputError where the
+    page cannot be written or, without `force`, exists.
+    """
+    place = open_place(Path(out))
+    target = Path(output) if output is not None else place.page
+    _check_target(target, place, force)
+    record = report_record(
+        place,
+        bench=None if bench is None else Path(bench),
+        evaluation=None if evaluation is None else Path(evaluation),
+        artifacts=None if artifacts is None else os.fspath(artifacts),
+    )
+    data = render(record).encode()
+    _write(target, data)
+    digest = hashlib.sha256(data).hexdigest()
+    return ReportResult(target, len(data), digest, _sections(record), _missing(record))
+
+
+def _sections(record: Report) -> tuple[str, ...]:
+    names = ("mixture", "savings", "heads", "channels", "checks", "quality", "benchmark", "engines")
+    return (*(name for name in names if getattr(record, name)), "provenance")
+
+
+def _missing(record: Report) -> dict[str, str]:
+    parts = {name: getattr(record, name) for name in ("mixture", "savings", "checks", "benchmark")}
+    parts["quality"] = getattr(record.quality, "hint", None) or record.quality
+    return {
+        name: part.command
+        for name, part in parts.items()
+        if isinstance(part, Hint) and part.command
+    }
+
+
+def _check_target(target: Path, place: Place, force: bool) -> None:
+    inside = Path(os.path.realpath(target.parent))
+    own = Path(os.path.realpath(place.directory)) if place.directory else None
+    if own and (inside == own or own in inside.parents):
+        raise UsageError(
+            f"{target}: lies in the export, whose manifest lists every file. Write the page "
+            "elsewhere with -o."
+        )
+    if target.is_dir():
+        raise OutputError(f"{target}: is a directory, expected the name of a file.")
+    if not os.path.lexists(target):
+        return
+    if not force:
+        raise OutputError(f"{target}: already exists. Choose another name or use --force.")
+    if not _ours(target):
+        raise OutputError(
+            f"{target}: is no page of 'spp report', and --force replaces only those. "
+            "Choose another name."
+        )
+
+
+def _ours(target: Path) -> bool:
+    try:
+        with target.open("rb") as file:
+            return _MARK in file.read(_MARK_WITHIN)
+    except OSError:
+        return False
+
+
+def _write(target: Path, data: bytes) -> None:
+    """In one step, so that there is never half a page."""
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written ({error.strerror}).") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)

@@ -1,0 +1,322 @@
+"""`show`: what a plan, artifacts, checkpoint or evaluation is, without running anything."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spp_export.commands.gguf_files import gguf_options
+from spp_export.commands.onnx_files import onnx_options
+from spp_export.common.errors import ArtifactsError, ModelError, PlanError, SppError, UsageError
+from spp_export.common.json_files import read_json
+from spp_export.common.manifest import MANIFEST_NAME, check_manifest, listed_names
+from spp_export.data.artifacts import Artifacts, read_artifacts
+from spp_export.evaluation.harness.records import RESULTS, Results, read_results
+from spp_export.evaluation.harness.table import interval, ranking, units_name
+from spp_export.formats.gguf.header import read_gguf
+from spp_export.formats.gguf.options import GGUF_NAME
+from spp_export.formats.onnx.write import GRAPH_NAME
+from spp_export.models.checkpoint.source import Source, open_source
+from spp_export.planning import Plan, read_plan
+
+_SIZES = ("parameters", "file_bytes", "kv_bytes_per_token")
+# More deviations than this apart, no two domains are.
+_FAR = 1e9
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a path is, the facts about it, and what is wrong with its files.
+
+    kind      "plan", "artifacts", "slim checkpoint", "ONNX export", "GGUF export", "dense model" or
+              "evaluation"
+    facts     JSON values by name, in the order to show them
+    problems  how its files differ from the manifest, one line each: missing, extra, of another size
+              or SHA-256; None where no manifest says what they should be
+    """
+
+    kind: str
+    facts: Mapping[str, Any]
+    problems: tuple[str, ...] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        problems = None if self.problems is None else list(self.problems)
+        return {"kind": self.kind, "facts": dict(self.facts), "problems": problems}
+
+
+def show(path: str | os.PathLike[str]) -> Shown:
+    """What is at `path`; weights are hashed where a manifest lists them, and never loaded.
+
+    Of what was damaged since it was written, what can still be read is shown, with the problems.
+    Raises UsageError where it is nothing we know, and the reader's own error where it is malformed
+    and no manifest tells more.
+    """
+    place = Path(path)
+    if not place.exists():
+        raise UsageError(f"{place}: no such file or directory.")
+    if place.suffix == ".jsonl" and place.is_file():
+        return Shown("evaluation", _evaluation_facts(read_results(place)))
+    if not place.is_dir():
+        return Shown("plan", _plan_facts(read_plan(place)))
+    if (place / RESULTS).is_file():
+        return Shown("evaluation", _evaluation_facts(read_results(place / RESULTS)))
+    names = {path.name for path in place.iterdir()} | listed_names(place)
+    if "artifacts.json" in names:
+        return _artifacts(place)
+    if "plan.json" in names:
+        if GGUF_NAME in names:
+            return _gguf_export(place)
+        return _onnx_export(place) if GRAPH_NAME in names else _slim_checkpoint(place)
+    if "config.json" in names:
+        return Shown("dense model", _model_facts(open_source(place)), _problems(place))
+    raise UsageError(
+        f"{place}: is neither an export, an artifacts directory, a model nor an evaluation; it has "
+        f"no plan.json, artifacts.json, config.json or {RESULTS}."
+    )
+
+
+def _evaluation_facts(results: Results) -> dict[str, Any]:
+    header = results.header
+    facts: dict[str, Any] = {
+        "model": header["model"]["name"],
+        "scenario": header["scenario"]["name"],
+        "texts": {
+            name: f"{found['documents']} documents" for name, found in header["texts"].items()
+        },
+        "rows": len(results.measured),
+        "failed": len(results.failed),
+        "machine": dict(header["machine"]),
+    }
+    for (keep, units), rows in ranking(results).items():
+        best = next((ranked for ranked in rows if ranked.row.kind == "method"), None)
+        if best is not None:
+            found = interval(best.ratio[results.judge])
+            facts[f"best at {keep:g} of {units_name(units)}"] = (
+                f"{best.row.label}, {best.row.compensation}: {found} on {results.judge}"
+            )
+    return facts
+
+
+def _problems(place: Path) -> tuple[str, ...] | None:
+    return tuple(check_manifest(place)) if (place / MANIFEST_NAME).is_file() else None
+
+
+def _artifacts(place: Path) -> Shown:
+    problems = _problems(place)
+    try:
+        return Shown("artifacts", _artifacts_facts(read_artifacts(place)), problems)
+    except ArtifactsError as error:
+        if not problems:
+            raise
+        return Shown("artifacts", {}, (str(error), *problems))
+
+
+def _slim_checkpoint(place: Path) -> Shown:
+    problems = tuple(check_manifest(place))
+    try:
+        facts = _plan_facts(_own_plan(place))
+    except PlanError as error:
+        return Shown("slim checkpoint", {}, (str(error), *problems))
+    return Shown("slim checkpoint", {**facts, "bytes": _size(place), **_verdict(place)}, problems)
+
+
+def _onnx_export(place: Path) -> Shown:
+    problems = tuple(check_manifest(place))
+    try:
+        form = onnx_options(place)
+        plan = _plan_facts(_own_plan(place))
+    except (ModelError, PlanError) as error:
+        return Shown("ONNX export", {}, (str(error), *problems))
+    facts = {
+        "attention": form.attention,
+        "precision": form.precision,
+        "quant": form.quant or "none",
+        **plan,
+        "graph_bytes": sum(file.stat().st_size for file in place.glob("model.onnx*")),
+        "bytes": _size(place),
+    }
+    return Shown("ONNX export", {**facts, **_verdict(place)}, problems)
+
+
+def _own_plan(place: Path) -> Plan:
+    path = place / "plan.json"
+    if path.is_symlink() or not path.is_file():
+        raise PlanError(f"{path}: expected a regular file.")
+    return read_plan(path)
+
+
+def _gguf_export(place: Path) -> Shown:
+    problems = tuple(check_manifest(place))
+    try:
+        form = gguf_options(place)
+        file = read_gguf(place)
+        plan = _plan_facts(read_plan(place / "plan.json"))
+    except (ModelError, PlanError) as error:
+        return Shown("GGUF export", {}, (str(error), *problems))
+    kinds = Counter(tensor.kind for tensor in file.tensors.values())
+    architecture = file.metadata.get("general.architecture")
+    facts = {
+        "architecture": architecture.items if architecture else None,
+        "precision": form.precision or "none",
+        "quant": form.quant or "none",
+        "tensors": ", ".join(f"{count} in {kind}" for kind, count in sorted(kinds.items())),
+        **plan,
+        "bytes": _size(place),
+    }
+    return Shown("GGUF export", {**facts, **_verdict(place)}, problems)
+
+
+def _size(place: Path) -> int:
+    return sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+
+
+def _verdict(place: Path) -> dict[str, Any]:
+    """What verify.json says, as far as it can be read."""
+    path = place / "verify.json"
+    if not path.is_file():
+        return {"verified": "no"}
+    try:
+        report = read_json(path, what="report", error=ModelError)
+    except SppError as error:
+        return {"verified": str(error)}
+    if not isinstance(report, dict) or not isinstance(report.get("passed"), bool):
+        return {"verified": "verify.json is no report"}
+    facts: dict[str, Any] = {"verified": "passed" if report["passed"] else "failed"}
+    if checks := report.get("checks"):
+        facts["checks"] = _checks(checks)
+    quality = report.get("quality")
+    if isinstance(quality, dict) and isinstance(quality.get("ratio"), float):
+        facts["perplexity_ratio"] = quality["ratio"]
+    match report.get("quantisation"):
+        case {"mean_kl": float(kl), "top1": float(share)}:
+            facts["quantisation"] = {"mean_kl": kl, "top1": share}
+    return facts
+
+
+def _checks(checks: Any) -> str:
+    """How many of a report's checks hold, and the names of the others."""
+    if not isinstance(checks, list) or not all(isinstance(check, dict) for check in checks):
+        return "malformed"
+    failed = [str(check.get("name")) for check in checks if check.get("passed") is not True]
+    text = f"{len(checks) - len(failed)} of {len(checks)} hold"
+    return f"{text}, not: {', '.join(failed)}" if failed else text
+
+
+def _plan_facts(plan: Plan) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "model": plan.model_source,
+        "fingerprint": plan.model_fingerprint,
+        "layout": plan.layout,
+        "padded": True if plan.padded else None,
+        "compensation": plan.compensation,
+        "layers": len(plan.layers),
+        "query_heads": [len(layer.query_heads) for layer in plan.layers],
+        "kv_heads": [len(layer.kv_heads) for layer in plan.layers],
+    }
+    if any(layer.channels is not None for layer in plan.layers):
+        kept = [None if layer.channels is None else len(layer.channels) for layer in plan.layers]
+        facts["channels"] = kept
+    realised = plan.budget.get("realised")
+    facts |= {
+        "scenario": plan.scenario.get("name"),
+        "scenario_sha256": plan.scenario.get("sha256"),
+        **{name: plan.diagnosis.get(name) for name in ("mixture", "breadth", "regime")},
+        "asked": plan.budget.get("asked"),
+        "realised_keep": realised.get("keep") if isinstance(realised, Mapping) else None,
+        "criterion": plan.criterion.get("name"),
+        "policy": plan.policy.get("name"),
+        **{name: plan.predicted.get(name) for name in _SIZES},
+        "versions": dict(plan.versions) or None,
+    }
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _artifacts_facts(artifacts: Artifacts) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "model": artifacts.manifest.get("model"),
+        "fingerprint": artifacts.fingerprint or None,
+        "sha256": artifacts.sha256,
+        "domains": list(artifacts.domains),
+        "regimes": list(artifacts.regimes),
+        "layers": artifacts.num_layers,
+        "probed_layers": len(artifacts.probe_layers),
+        "query_heads": artifacts.query_heads,
+        "hidden_size": artifacts.hidden_size,
+        "importance": sorted(artifacts.importance),
+        "whitelisted_heads": len(artifacts.whitelist),
+        "calibration_texts": len(artifacts.calibration),
+    }
+    accuracy = artifacts.manifest.get("validation_accuracy")
+    if isinstance(accuracy, list) and accuracy:
+        facts["validation_accuracy"] = accuracy
+    measured = {
+        "shrinkage": artifacts.shrinkage,
+        "scenario_weight": artifacts.scenario_weight,
+    }
+    facts |= {name: value for name, value in measured.items() if name in artifacts.manifest}
+    for name in ("reliability", "regime_choice"):
+        facts[name] = artifacts.manifest.get(name)
+    facts["axes"] = _axes_facts(artifacts.manifest.get("axes"))
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _axes_facts(axes: Any) -> dict[str, Any] | None:
+    """The manifest's figures on axes with the angles in degrees between all candidates'."""
+    match axes:
+        case {
+            "layer": int(),
+            "dimensions": int(),
+            "variance": variance,
+            "candidates": list(names),
+            "cosines": list(rows),
+            "separation": dict(apart),
+        }:
+            pass
+        case _:
+            return None
+    known = all(isinstance(name, str) for name in names) and _between(variance, 0, 1)
+    distances = [value for value in apart.values() if value is not None]
+    if not known or not all(_between(value, 0, _FAR) for value in distances):
+        return None
+    if not isinstance(axes.get("selected", []), list):
+        return None
+    square = len(rows) == len(names) and all(
+        isinstance(row, list) and len(row) == len(names) and all(_between(c, -1, 1) for c in row)
+        for row in rows
+    )
+    if not square:
+        return None
+    angles = [[round(math.degrees(math.acos(c)), 1) for c in row] for row in rows]
+    return {**axes, "angles": angles}
+
+
+def _between(value: Any, low: float, high: float) -> bool:
+    """Whether a JSON value is a number in a range."""
+    return type(value) in (int, float) and low <= value <= high
+
+
+def _model_facts(source: Source) -> dict[str, Any]:
+    shape = source.shape
+    return {
+        "model": source.name,
+        "fingerprint": source.fingerprint,
+        "family": shape.model_type,
+        "dtype": source.dtype_name,
+        "layers": shape.num_layers,
+        "query_heads": shape.query_heads,
+        "kv_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "hidden_size": shape.hidden_size,
+        "channels": shape.channels,
+        "vocabulary": shape.vocab_size,
+        "tied_embeddings": shape.tied_embeddings,
+        "parameters": shape.parameters(shape.layers),
+        "head_parameters": shape.head_parameters(shape.layers),
+        "kv_bytes_per_token": shape.kv_bytes_per_token(shape.layers),
+    }

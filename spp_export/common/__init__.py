@@ -1,0 +1,4 @@
+"""What every room uses: errors, JSON files, disk and publishing, progress, versions.
+
+Nothing here knows what a model is.
+"""

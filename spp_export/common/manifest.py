@@ -1,0 +1,194 @@
+"""manifest.json: size and SHA-256 of every file of an output, and the mark that we wrote it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spp_export.common.errors import CheckpointError, OutputError
+from spp_export.common.json_files import (
+    MAX_JSON_BYTES,
+    check_keys,
+    decode_utf8,
+    dump_json,
+    json_object,
+    parse_json,
+    read_bytes,
+    shown,
+)
+
+MANIFEST_NAME = "manifest.json"
+_TOOL = "spp"
+_SCHEMA_VERSION = 1
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """Size in bytes and SHA-256 (hexadecimal) of a file."""
+
+    size: int
+    sha256: str
+
+
+def hash_file(path: Path) -> FileRecord:
+    """Size and hash of a file's content."""
+    with path.open("rb") as handle:
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        return FileRecord(handle.tell(), digest)
+
+
+def write_manifest(directory: Path, known: Mapping[str, FileRecord] | None = None) -> None:
+    """Write manifest.json over every other file of `directory`, the last file to be written.
+
+    `known` has records that were made while writing, by relative name; those files are not read
+    again. Raises OutputError where a file cannot be read, and for what is neither a file nor a
+    directory with files in it.
+    """
+    given = dict(known or {})
+    records: dict[str, FileRecord] = {}
+    try:
+        for name in _names(directory):
+            path = directory / name
+            if path.is_symlink() or not path.is_file():
+                raise OutputError(f"{path}: only regular files belong in an output. Remove it.")
+            record = given.get(name) or hash_file(path)
+            assert record.size == path.stat().st_size, f"{name}: changed after it was hashed"
+            records[name] = record
+        (directory / MANIFEST_NAME).write_text(_text(records), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(
+            f"{directory}: cannot write {MANIFEST_NAME} ({error.strerror})."
+        ) from error
+
+
+def check_manifest(directory: Path) -> list[str]:
+    """What is wrong with a directory's files, one line each; empty when all is as written.
+
+    No byte of it can change unnoticed: every file is hashed, and the manifest itself must be the
+    text that `write_manifest` gives for what it says. Modes and times do not count.
+    """
+    try:
+        listed = _listed(directory)
+        present = set(_names(directory))
+    except CheckpointError as error:
+        return [str(error)]
+    except OSError as error:
+        return [f"{error.filename}: cannot be read ({error.strerror})"]
+    problems = [f"{name}: missing" for name in sorted(listed.keys() - present)]
+    problems += [f"{name}: not in the manifest" for name in sorted(present - listed.keys())]
+    for name in sorted(present & listed.keys()):
+        problem = _compare(directory / name, listed[name])
+        problems += [f"{name}: {problem}"] if problem else []
+    return problems
+
+
+def wrote(directory: Path) -> bool:
+    """Whether a directory carries our manifest, of whatever version: it is ours to replace."""
+    try:
+        _read(directory)
+    except CheckpointError:
+        return False
+    return True
+
+
+def listed_names(directory: Path) -> frozenset[str]:
+    """The files that a directory should have by its manifest; none without a readable one."""
+    try:
+        return frozenset(_listed(directory))
+    except CheckpointError:
+        return frozenset()
+
+
+def _text(records: Mapping[str, FileRecord]) -> str:
+    """The one text that says this."""
+    files = {
+        name: {"bytes": record.size, "sha256": record.sha256}
+        for name, record in sorted(records.items())
+    }
+    return dump_json({"tool": _TOOL, "schema_version": _SCHEMA_VERSION, "files": files})
+
+
+def _read(directory: Path) -> tuple[bytes, dict[str, Any]]:
+    """The manifest's bytes, and the object in them."""
+    path = directory / MANIFEST_NAME
+    if path.is_symlink():
+        raise CheckpointError(f"{path}: expected a regular file, got a link.")
+    data = read_bytes(
+        path, what="manifest", max_bytes=MAX_JSON_BYTES, error=CheckpointError, pipe=False
+    )
+    label = f"manifest {path}"
+    text = decode_utf8(data, what=label, error=CheckpointError)
+    content = parse_json(text, what=label, error=CheckpointError)
+    if not isinstance(content, dict) or content.get("tool") != _TOOL:
+        raise CheckpointError(f"{path}: was not written by {_TOOL}.")
+    return data, content
+
+
+def _listed(directory: Path) -> dict[str, FileRecord]:
+    """What the manifest says. Raises CheckpointError unless it is as `write_manifest` writes it."""
+    path = directory / MANIFEST_NAME
+    data, content = _read(directory)
+    version = content.get("schema_version")
+    if version != _SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{path}: schema_version is {shown(version)}, expected {_SCHEMA_VERSION}. "
+            f"Use the version of {_TOOL} that wrote it."
+        )
+    check_keys(content, ("tool", "schema_version", "files"), (), str(path), CheckpointError)
+    files = json_object(content["files"], f"{path}: files", CheckpointError)
+    records = {name: _record(entry, f"{path}: {shown(name)}") for name, entry in files.items()}
+    if data != _text(records).encode():
+        raise CheckpointError(
+            f"{path}: has other spaces, another order or another spelling than {_TOOL} writes, "
+            "so it was changed. Write the directory again."
+        )
+    return records
+
+
+def _record(entry: Any, place: str) -> FileRecord:
+    found = json_object(entry, place, CheckpointError)
+    check_keys(found, ("bytes", "sha256"), (), place, CheckpointError)
+    size, sha256 = found["bytes"], found["sha256"]
+    if type(size) is not int or size < 0:
+        raise CheckpointError(f"{place}: bytes is {shown(size)}, expected a whole number.")
+    if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
+        raise CheckpointError(f"{place}: sha256 is {shown(sha256)}, expected 64 hex digits.")
+    return FileRecord(size, sha256)
+
+
+def _names(directory: Path) -> Iterator[str]:
+    """Relative names of everything but directories, without following links; a directory that
+    holds nothing is named too, with a slash at the end. Raises OSError."""
+    for root, folders, files in os.walk(directory, onerror=_refuse):
+        place = Path(root).relative_to(directory)
+        if not folders and not files:
+            yield f"{place.as_posix()}/"
+        links = [name for name in folders if os.path.islink(os.path.join(root, name))]
+        for name in [*files, *links]:
+            if (relative := (place / name).as_posix()) != MANIFEST_NAME:
+                yield relative
+
+
+def _refuse(error: OSError) -> None:
+    raise error
+
+
+def _compare(path: Path, expected: FileRecord) -> str | None:
+    if path.is_symlink() or not path.is_file():
+        return "is not a regular file"
+    try:
+        size = path.stat().st_size
+        if size != expected.size:
+            return f"has {size} bytes, the manifest says {expected.size}"
+        sha256 = hash_file(path).sha256
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if sha256 != expected.sha256:
+        return f"its content has changed, SHA-256 {sha256}, the manifest says {expected.sha256}"
+    return None

@@ -1,0 +1,150 @@
+"""What a scenario is about: pooled activations and the model's probes to a domain mixture."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from spp_export.common.errors import ArtifactsError, UsageError
+from spp_export.data.artifacts import KNOWN, SHARE, Artifacts
+
+FloatArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
+
+IN_DOMAIN = "in-domain"
+CROSS_DOMAIN = "cross-domain"
+OUT_OF_DOMAIN = "out-of-domain"
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """A scenario seen through the probes.
+
+    probabilities [P,K]  one-vs-rest probabilities per probed layer, averaged over prompts
+    layers [P]           those layers; imported artifacts may not have a probe in every one
+    q [K]                their mean over layers (SubspacePath Pruner, Eq. 6)
+    mixture [K]          q / sum(q): the weights that importance is mixed with
+    breadth              c = H(mixture) / log K in [0,1]; 0 for a single domain
+    """
+
+    domains: tuple[str, ...]
+    probabilities: FloatArray
+    regime: str
+    prompts: int
+    layers: tuple[int, ...]
+
+    @property
+    def q(self) -> FloatArray:
+        """Mean probability per domain [K]."""
+        mean: FloatArray = self.probabilities.mean(axis=0)
+        return mean
+
+    @property
+    def mixture(self) -> FloatArray:
+        """Weights per domain [K], summing to one."""
+        q = self.q
+        weights: FloatArray = q / q.sum()
+        return weights
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The mixture by domain, as it is recorded and as it weighs calibration text."""
+        return _named(self.domains, self.mixture)
+
+    @property
+    def breadth(self) -> float:
+        """Normalised entropy of the mixture."""
+        if len(self.domains) < 2:
+            return 0.0
+        weights = self.mixture[self.mixture > 0]
+        entropy = float(-(weights * np.log(weights)).sum())
+        return min(max(0.0, entropy / math.log(len(self.domains))), 1.0)
+
+    def to_dict(self, *, layers: bool = False) -> dict[str, Any]:
+        """For plan.json and `--json`; `layers` adds the per-layer probabilities."""
+        report: dict[str, Any] = {
+            "prompts": self.prompts,
+            "mixture": self.shares,
+            "probability": _named(self.domains, self.q),
+            "breadth": round(self.breadth, 6),
+            "regime": self.regime,
+        }
+        if layers:
+            rows = zip(self.layers, self.probabilities, strict=True)
+            # A list, as the keys of a JSON object would make strings of the layers.
+            report["layers"] = [
+                {"layer": i, "probability": _named(self.domains, row)} for i, row in rows
+            ]
+        return report
+
+
+def _named(domains: tuple[str, ...], values: FloatArray) -> dict[str, float]:
+    # Six digits: what decided the plan, without the noise of another machine's last bits.
+    return {d: round(float(v), 6) for d, v in zip(domains, values, strict=True)}
+
+
+def probe_probabilities(
+    pooled_NLd: FloatArray, artifacts: Artifacts, regime: str = IN_DOMAIN
+) -> FloatArray:
+    """Calibrated one-vs-rest probabilities [N,P,K] of N pooled texts at the P probed layers.
+
+    `p_{l,k} = sigmoid((w_{l,k} . pooled_l + b_{l,k}) / T_l)` with the regime's temperatures.
+    """
+    if regime not in artifacts.regimes:
+        raise UsageError(
+            f"regime {regime!r} is not in these artifacts; they have "
+            f"{', '.join(artifacts.regimes)}."
+        )
+    if pooled_NLd.shape[1:] != (artifacts.weight.shape[0], artifacts.weight.shape[2]):
+        raise ArtifactsError(
+            f"the probes expect activations of {artifacts.weight.shape[0]} layers x "
+            f"{artifacts.weight.shape[2]}, got {pooled_NLd.shape[1]} x {pooled_NLd.shape[2]}. "
+            "Run 'spp probe' for this model."
+        )
+    temperature_L = artifacts.temperature[artifacts.regimes.index(regime)].astype(np.float64)
+    logits = np.einsum("nld,lkd->nlk", pooled_NLd, artifacts.weight, dtype=np.float64)
+    logits = (logits + artifacts.bias) / temperature_L[None, :, None]
+    # Neither overflows for large |logit| nor rounds to 0, of which no mixture can be made.
+    probabilities: FloatArray = np.exp(-np.logaddexp(0.0, -logits))
+    return probabilities[:, list(artifacts.probe_layers)]
+
+
+def diagnose_activations(
+    pooled_NLd: FloatArray, artifacts: Artifacts, regime: str | None = None
+) -> Diagnosis:
+    """Diagnosis of a scenario from its prompts' pooled residual stream.
+
+    Without `regime` it is chosen from the in-domain probabilities: out-of-domain when the prompts'
+    likeliest domains are, on average, less likely than the artifacts' threshold; else cross-domain
+    when two or more domains have at least their threshold's share of the mixture. The temperatures
+    of cross-domain text are for prompts that mix domains: a prompt plainly of one domain, in a
+    scenario of several, is still read at those of in-domain text.
+    """
+    probabilities_NPK = probe_probabilities(pooled_NLd, artifacts, regime or IN_DOMAIN)
+    if regime is None:
+        alone_NK = probabilities_NPK.mean(axis=1)
+        regime = choose_regime(alone_NK, *artifacts.regime_rule)
+        if regime != IN_DOMAIN and regime in artifacts.regimes:
+            plain_N = np.array(
+                [choose_regime(p_K[None], *artifacts.regime_rule) == IN_DOMAIN for p_K in alone_NK]
+            ) & (regime == CROSS_DOMAIN)
+            theirs_NPK = probe_probabilities(pooled_NLd, artifacts, regime)
+            probabilities_NPK = np.where(plain_N[:, None, None], probabilities_NPK, theirs_NPK)
+    layers = tuple(artifacts.probe_layers)
+    probabilities = probabilities_NPK.mean(axis=0)
+    return Diagnosis(artifacts.domains, probabilities, regime, len(pooled_NLd), layers)
+
+
+def choose_regime(probabilities_NK: FloatArray, known: float = KNOWN, share: float = SHARE) -> str:
+    """Regime of N prompts from their mean probability over layers [N,K].
+
+    `known`: the mean probability of the prompts' likeliest domains from which they are of one.
+    `share`: the part of the mixture from which a domain counts.
+    """
+    # Per prompt: a scenario of pure chemistry and pure history prompts is half of each, and known.
+    if probabilities_NK.max(axis=1).mean() < known:
+        return OUT_OF_DOMAIN
+    mean_K = probabilities_NK.mean(axis=0)
+    return CROSS_DOMAIN if (mean_K >= share * mean_K.sum()).sum() > 1 else IN_DOMAIN

@@ -1,0 +1,284 @@
+"""The offline stage, once per model: pools of domain text to artifacts, the model frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from spp_export.calibration.activations import input_device
+from spp_export.calibration.moments import Collection, gather
+from spp_export.common.errors import UsageError
+from spp_export.common.progress import Progress, no_progress
+from spp_export.common.versions import library_versions
+from spp_export.data.artifacts import Artifacts
+from spp_export.data.pools import Pools
+from spp_export.domains.axes import FloatArray, choose_space
+from spp_export.domains.diagnosis import CROSS_DOMAIN, IN_DOMAIN, OUT_OF_DOMAIN
+from spp_export.domains.group_seconds import GroupSeconds
+from spp_export.domains.head_writes import AxisShares
+from spp_export.domains.probes import fit_probes
+from spp_export.domains.regime_rule import PROMPTS
+from spp_export.domains.regimes import RegimeText, calibrate, join_texts
+from spp_export.domains.scores import (
+    DEFAULT_CRITERIA,
+    UNITS,
+    criteria_named,
+    kinds_needed,
+    score_units,
+)
+from spp_export.domains.selection import COVERAGE_WEIGHT, check_count, select_domains
+from spp_export.domains.shrinkage import LayerCase, choose_shrinkage, sampled_layers, strongest
+from spp_export.domains.stream import Dense, Labelled, labelled
+from spp_export.domains.whitelist import choose_whitelist
+from spp_export.importance import CRITERIA, Criterion
+from spp_export.models.checkpoint.reader import read_float
+from spp_export.models.checkpoint.source import Source
+
+
+@dataclass(frozen=True)
+class ProbeRequest:
+    """What the user may ask of the offline stage.
+
+    select: how many of the candidate domains to take, greedily; None takes all. criteria: names
+    of importance; units: "heads", or "both" heads and MLP channels. seed: of all that is drawn.
+    """
+
+    select: int | None = None
+    criteria: Sequence[str] = DEFAULT_CRITERIA
+    units: str = "both"
+    seed: int = 0
+
+    def check(self, candidates: int) -> tuple[Criterion, ...]:
+        """The criteria; UsageError for what cannot be."""
+        if self.select is not None:
+            check_count(self.select, candidates)
+        if self.units not in UNITS:
+            raise UsageError(f"--units {self.units}: expected one of {', '.join(UNITS)}.")
+        return criteria_named(self.criteria)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What is pooled of the candidates, and of domains that nothing was asked of."""
+
+    train: Labelled
+    held_out: Labelled
+    unknown: Labelled
+
+
+def probe_model(
+    model: nn.Module,
+    tokenizer: Any,
+    source: Source,
+    candidates: Pools,
+    *,
+    left_out: Pools | None = None,
+    request: ProbeRequest | None = None,
+    progress: Progress = no_progress,
+) -> Artifacts:
+    """Artifacts of a model from pools; the statistics of their training text go to the cache.
+
+    `candidates` are the domains to take, or to select from. Of `left_out`, and of candidates not
+    selected, only validation text counts, as text of unknown domains. Passes over: all that text
+    and the candidates' training text, joined texts, the validation text for second moments, and
+    the training text again, domain by domain, for statistics.
+    """
+    request = request or ProbeRequest()
+    left_out = left_out or Pools((), (), (), {})
+    criteria = request.check(len(candidates.domains))
+    dense = Dense(model, tokenizer, source, progress)
+    text = _Text(*labelled(dense, [candidates.train, candidates.val, left_out.val]))
+    axes_Cd, taken, axes_record = _axes(text, candidates, request)
+    pools = candidates.take([candidates.domains[k] for k in taken])
+    train, held_out = text.train.of(taken), text.held_out.of(taken)
+    with progress("fitting probes", None):
+        weight, bias = fit_probes(train.pooled, train.labels, len(taken))
+    regimes = {
+        IN_DOMAIN: (held_out, np.eye(len(taken))[held_out.labels]),
+        CROSS_DOMAIN: _joined(dense, pools, request.seed),
+        OUT_OF_DOMAIN: _unknown(text, taken),
+    }
+    asked = {
+        name: RegimeText(
+            np.einsum("nld,lkd->nlk", part.pooled, weight) + bias, targets, part.labels
+        )
+        for name, (part, targets) in regimes.items()
+    }
+    calibration = calibrate(asked, request.seed)
+    accuracy = (asked[IN_DOMAIN].logits.argmax(axis=2) == held_out.labels[:, None]).mean(axis=0)
+    writes = AxisShares(source, input_device(model), weight)
+    collections = _gather(dense, pools, kinds_needed(criteria, request.units), writes)
+    with progress("scoring units", None):
+        scores, energy_KLH = _scores(source, collections, criteria, request, writes)
+        whitelist = choose_whitelist(energy_KLH, request.seed)
+    manifest = {
+        "model": source.name,
+        "seed": request.seed,
+        **_pools_record(candidates, left_out, pools, writes.tokens),
+        "validation_accuracy": [round(float(a), 6) for a in accuracy],
+        "axes": axes_record,
+        **calibration.manifest,
+        "whitelist": whitelist.as_json(),
+        **_shrinkage(dense, pools, collections, energy_KLH),
+        "versions": library_versions(),
+    }
+    return Artifacts(
+        fingerprint=source.fingerprint,
+        domains=pools.domains,
+        regimes=calibration.regimes,
+        weight=weight,
+        bias=bias,
+        temperature=calibration.temperature,
+        axes=axes_Cd[list(taken)],
+        importance=scores,
+        whitelist=whitelist.heads,
+        calibration=tuple(
+            (name, one)
+            for name, texts in zip(pools.domains, pools.train, strict=True)
+            for one in texts
+        ),
+        manifest=manifest,
+        sha256="",
+    )
+
+
+def _axes(
+    text: _Text, candidates: Pools, request: ProbeRequest
+) -> tuple[FloatArray, tuple[int, ...], dict[str, Any]]:
+    """Axes of the candidates [C,d], those taken in the order of candidates, and the record."""
+    names = candidates.domains
+    train, held_out = text.train, text.held_out
+    space, tried = choose_space(
+        train.pooled, train.labels, held_out.pooled, held_out.labels, len(names)
+    )
+    record = space.as_json(names)
+    record["layers_tried"] = [
+        {"layer": layer, "accuracy": round(share, 6)} for layer, share in tried.items()
+    ]
+    if request.select is None:
+        taken = tuple(range(len(names)))
+        record["selected"] = list(names)
+    else:
+        steps = select_domains(space, request.select)
+        taken = tuple(sorted(step.candidate for step in steps))
+        record["selected"] = [names[k] for k in taken]
+        record["coverage_weight"] = COVERAGE_WEIGHT
+        record["steps"] = [step.as_json(names[step.candidate]) for step in steps]
+    return space.residual_axes(), taken, record
+
+
+def _joined(dense: Dense, pools: Pools, seed: int) -> tuple[Labelled, FloatArray]:
+    """Joined texts, labelled by the run of texts of the same domains."""
+    joined = join_texts(pools.val, seed)
+    pooled = dense.pooled(joined.texts, "pooling joined texts")
+    return Labelled(pooled, np.arange(len(pooled)) // PROMPTS), joined.targets
+
+
+def _unknown(text: _Text, taken: Sequence[int]) -> tuple[Labelled, FloatArray]:
+    """Held-out text of candidates not taken and of domains left out, which is of no domain."""
+    apart = np.flatnonzero(~np.isin(text.held_out.labels, taken))
+    pooled = np.concatenate([text.held_out.pooled[apart], text.unknown.pooled])
+    after = text.held_out.labels.max() + 1
+    labels = np.concatenate([text.held_out.labels[apart], text.unknown.labels + after])
+    return Labelled(pooled, labels), np.zeros((len(pooled), len(taken)))
+
+
+def _gather(
+    dense: Dense, pools: Pools, kinds: Sequence[str], writes: AxisShares
+) -> list[Collection]:
+    """Statistics of each domain's training text, kept in the cache for the exports to come."""
+    collections = []
+    for k, domain in enumerate(pools.domains):
+        writes.domain = k
+        collections.append(
+            gather(
+                dense.source,
+                pools.train[k],
+                kinds,
+                lambda: (dense.model, dense.tokenizer),
+                dtype=dense.dtype,
+                also=[writes],
+                progress=dense.progress,
+                description=f"gathering statistics: {domain}",
+            )
+        )
+    return collections
+
+
+def _scores(
+    source: Source,
+    collections: Sequence[Collection],
+    criteria: Sequence[Criterion],
+    request: ProbeRequest,
+    writes: AxisShares,
+) -> tuple[Mapping[str, Any], FloatArray]:
+    """Importance by every criterion, and energy of the heads, which is needed in any case."""
+
+    def scored(asked: Sequence[Criterion], units: str) -> Mapping[str, Any]:
+        axes = (writes.directions, writes.shares())
+        return score_units(source, collections, asked, units, *axes, request.seed)
+
+    scores = scored(criteria, request.units)
+    if "head/energy" in scores:
+        return scores, scores["head/energy"]
+    return scores, scored([CRITERIA["energy"]], "heads")["head/energy"]
+
+
+def _shrinkage(
+    dense: Dense, pools: Pools, collections: Sequence[Collection], energy_KLH: FloatArray
+) -> dict[str, Any]:
+    """What the manifest says of shrinkage and the scenario's weight.
+
+    Nothing, and so the defaults, where there is one domain or too little text to choose by.
+    """
+    domains = len(pools.domains)
+    if domains < 2 or min(len(texts) for texts in pools.val) < 2:
+        return {}
+    shape, family = dense.source.shape, dense.source.family
+    width = shape.query_heads * shape.head_dim
+    layers = sampled_layers(shape.num_layers, width)
+    halves = [
+        (2 * k + (2 * n >= len(t)), t[n]) for k, t in enumerate(pools.val) for n in range(len(t))
+    ]
+    seconds = GroupSeconds(layers, width, [group for group, _ in halves])
+    dense.watch([text for _, text in halves], seconds, "moments of validation text")
+
+    def case(layer: int) -> LayerCase:
+        weight = dense.source.tensors[f"{family.layer_name(layer, family.output)}.weight"]
+        held_out = seconds.second(layer)
+        return LayerCase(
+            weight=read_float(weight),
+            train=np.stack([collection.second(layer) for collection in collections]),
+            own=held_out[0::2],
+            judged=held_out[1::2],
+            kept=strongest(energy_KLH, layer, shape.head_dim),
+        )
+
+    with dense.progress("choosing the shrinkage", 2 * len(layers)) as advance_to:
+        return choose_shrinkage(case, layers, advance_to)
+
+
+def _pools_record(
+    candidates: Pools, left_out: Pools, pools: Pools, tokens: Sequence[int]
+) -> dict[str, Any]:
+    """Hashes of the files that took part, and how many texts each domain has."""
+    unused = {f"{name}/train.txt" for name in left_out.domains}
+    counts = zip(pools.domains, pools.train, pools.val, tokens, strict=True)
+    texts = {
+        name: len(val)
+        for part in (candidates, left_out)
+        for name, val in zip(part.domains, part.val, strict=True)
+    }
+    hashes = {**candidates.sha256, **left_out.sha256}
+    return {
+        "pools": {file: digest for file, digest in sorted(hashes.items()) if file not in unused},
+        "counts": {
+            name: {"train": len(train), "val": len(val), "tokens": count}
+            for name, train, val, count in counts
+        },
+        "left_out": {name: {"val": n} for name, n in texts.items() if name not in pools.domains},
+    }

@@ -1,0 +1,89 @@
+"""Intervals by resampling documents: they, not tokens, are what was drawn independently."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from spp_export.evaluation.harness.documents import DocumentScores
+
+FloatArray = np.ndarray[Any, np.dtype[np.float64]]
+RESAMPLES = 2000
+_COVERED = (2.5, 97.5)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure and the 95 % percentile interval of its bootstrap; nan for a single document."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def excludes_one(self) -> bool:
+        """Whether a ratio differs from one beyond the interval."""
+        return self.high < 1 or self.low > 1
+
+    def as_json(self) -> list[float]:
+        """[value, low, high]."""
+        return [self.value, self.low, self.high]
+
+
+def perplexity(scores: DocumentScores) -> float:
+    """exp of the mean negative log-likelihood; infinite where a float cannot hold it."""
+    with np.errstate(all="ignore"):
+        return float(np.exp(scores.nll.sum() / scores.tokens.sum()))
+
+
+def perplexity_ratio(scores: DocumentScores, seed: int = 0) -> Interval:
+    """exp(sum(nll - dense nll) / sum tokens): perplexity over the dense model's."""
+    return _log_ratio(scores.nll - scores.dense_nll, scores.tokens, seed)
+
+
+def paired_ratio(ours: DocumentScores, theirs: DocumentScores, seed: int = 0) -> Interval:
+    """Perplexity of one row over another's on the same documents, resampled together."""
+    return _log_ratio(ours.nll - theirs.nll, ours.tokens, seed)
+
+
+def mean_kl(scores: DocumentScores, seed: int = 0) -> Interval:
+    """KL(dense || row) per token, in nats."""
+    return weighted_mean(scores.kl, scores.tokens, seed)
+
+
+def agreement(scores: DocumentScores, seed: int = 0) -> Interval:
+    """Share of tokens where both models rank the same token first."""
+    return weighted_mean(scores.agreed, scores.tokens, seed)
+
+
+def weighted_mean(sums: FloatArray, counts: FloatArray, seed: int = 0) -> Interval:
+    """sum of `sums` [N] over sum of `counts` [N], documents resampled."""
+    return _interval(sums, counts, seed, lambda mean: mean)
+
+
+def _log_ratio(sums: FloatArray, counts: FloatArray, seed: int) -> Interval:
+    return _interval(sums, counts, seed, np.exp)
+
+
+def _interval(
+    sums: FloatArray, counts: FloatArray, seed: int, of: Callable[[FloatArray], FloatArray]
+) -> Interval:
+    predicted = counts > 0
+    sums, counts = sums[predicted], counts[predicted]
+    documents = len(sums)
+    if documents == 0:
+        return Interval(np.nan, np.nan, np.nan)
+    # A model may be broken beyond what a float holds; its record then says so.
+    with np.errstate(over="ignore", invalid="ignore"):
+        value = float(of(np.asarray(sums.sum() / counts.sum())))
+        if documents == 1 or not np.isfinite(sums).all():
+            return Interval(value, np.nan, np.nan)
+        # How often each document is drawn: equal seeds pair the resamples of two rows.
+        drawn = np.random.default_rng(seed).multinomial(
+            documents, np.full(documents, 1 / documents), size=RESAMPLES
+        )
+        low, high = np.percentile(of((drawn @ sums) / (drawn @ counts)), _COVERED)
+    return Interval(value, float(low), float(high))

@@ -1,0 +1,160 @@
+"""The oracle: the dense model with the inputs of o_proj and down_proj zeroed for removed units.
+
+Removing a unit is exactly this. (Zeroing after o_proj would zero coordinates of the residual
+stream, to which every head writes: a different function.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spp_export.models.families import Family, Role
+from spp_export.models.layerwise import stream_of
+from spp_export.models.shape import ModelShape
+from spp_export.planning import LayerPlan, Plan
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Another weight of a projection: of o_proj and down_proj [d, kept inputs] in order, and maybe
+    a bias [d]; of the others [kept outputs, d] in order, and their biases stay."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+# (layer, role) -> what stands in that projection's place.
+Projections = Mapping[tuple[int, Role], Projection]
+
+
+class ProjectionsOnDisk(Projections):
+    """Projections that are read each time they are asked for: together they are as large as a
+    good part of the model."""
+
+    def __init__(self, read: Mapping[tuple[int, Role], Callable[[], Projection]]) -> None:
+        self._read = read
+
+    def __getitem__(self, key: tuple[int, Role]) -> Projection:
+        return self._read[key]()
+
+    def __iter__(self) -> Iterator[tuple[int, Role]]:
+        return iter(self._read)
+
+    def __len__(self) -> int:
+        return len(self._read)
+
+
+@contextmanager
+def masked_dense(
+    model: nn.Module,
+    family: Family,
+    shape: ModelShape,
+    plan: Plan,
+    compensated: Projections | None = None,
+) -> Iterator[nn.Module]:
+    """The dense `model` computing what the plan's slim model must compute; undone on exit.
+
+    `compensated` puts other projections in place, their columns at the kept inputs or their rows at
+    the kept outputs.
+    """
+    stream = stream_of(model)
+    handles: list[Any] = []
+    saved: list[tuple[nn.Linear, Any, Any]] = []
+
+    def put_in_place(index: int) -> None:
+        layer = plan.layers[index]
+        inputs, outputs = _kept_inputs(layer, shape), _kept_outputs(layer, shape)
+        for role, kept in (*inputs.items(), *outputs.items()):
+            if compensated and (index, role) in compensated:
+                module = _linear(model, family.layer_name(index, family.projection(role)))
+                if stream is None:
+                    saved.append((module, module.weight, module.bias))
+                columns = slice(None) if role in outputs else kept
+                rows = kept if role in outputs else slice(None)
+                _replace(module, rows, columns, compensated[index, role])
+
+    with ExitStack() as stack:
+        stack.callback(_restore, handles, saved)
+        for index, layer in enumerate(plan.layers):
+            for role, inputs in _kept_inputs(layer, shape).items():
+                module = _linear(model, family.layer_name(index, family.consumer(role)))
+                if len(inputs) < module.in_features:
+                    handles.append(_mask_input(module, inputs))
+            if stream is None:
+                put_in_place(index)
+        if stream is not None:
+            stack.enter_context(stream.editing(put_in_place))
+        yield model
+
+
+def _restore(handles: list[Any], saved: list[tuple[nn.Linear, Any, Any]]) -> None:
+    for handle in handles:
+        handle.remove()
+    for module, weight, bias in saved:
+        module.weight = weight
+        module.bias = bias
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    module = model.get_submodule(name)
+    assert isinstance(module, nn.Linear), name
+    return module
+
+
+def _kept_inputs(layer: LayerPlan, shape: ModelShape) -> dict[Role, Tensor]:
+    """The inputs of o_proj and of down_proj that stay."""
+    channels = range(shape.channels) if layer.channels is None else layer.channels
+    heads, within = torch.tensor(layer.query_heads), torch.arange(shape.head_dim)
+    return {
+        Role.OUTPUT: (heads[:, None] * shape.head_dim + within).flatten(),
+        Role.DOWN: torch.tensor(channels),
+    }
+
+
+def _kept_outputs(layer: LayerPlan, shape: ModelShape) -> dict[Role, Tensor]:
+    """The outputs of the other projections that stay."""
+    channels = range(shape.channels) if layer.channels is None else layer.channels
+    within = torch.arange(shape.head_dim)
+    query, kv = (
+        (torch.tensor(heads)[:, None] * shape.head_dim + within).flatten()
+        for heads in (layer.query_heads, layer.kv_heads)
+    )
+    width = torch.tensor(channels)
+    return {
+        Role.QUERY: query,
+        Role.KEY: kv,
+        Role.VALUE: kv,
+        Role.GATE: width,
+        Role.UP: width,
+    }
+
+
+def _mask_input(module: nn.Linear, kept: Tensor) -> Any:
+    gone = torch.ones(module.in_features, dtype=torch.bool)
+    gone[kept] = False
+
+    def zero_removed(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        nonlocal gone
+        values = args[0]
+        gone = gone.to(values.device)  # copies at the first call at most
+        # filling, not multiplication: a removed unit's infinity must not become NaN
+        return (values.masked_fill(gone, 0), *args[1:])
+
+    return module.register_forward_pre_hook(zero_removed)
+
+
+def _replace(
+    module: nn.Linear, rows: Tensor | slice, columns: Tensor | slice, projection: Projection
+) -> None:
+    """What is not replaced is of units that are masked."""
+    weight = torch.zeros_like(module.weight)
+    weight[rows, columns] = projection.weight.to(weight)
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    if projection.bias is not None:
+        module.bias = nn.Parameter(projection.bias.to(weight), requires_grad=False)

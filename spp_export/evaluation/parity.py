@@ -1,0 +1,255 @@
+"""Whether a slim checkpoint is what was promised: the checks, their figures and their limits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spp_export.calibration.activations import TokenBatch, input_device, model_inputs
+from spp_export.evaluation.oracle import Projections, masked_dense
+from spp_export.models.families import Family
+from spp_export.models.layerwise import each_logits
+from spp_export.models.shape import ModelShape
+from spp_export.planning import Plan
+
+# Room for rounding in units of eps(dtype) x largest |logit|: above the oracle's own error; where a
+# model is compared with itself on other shapes, and so other kernels; and on the same shapes, where
+# no number should change at all.
+_ROOM_ABOVE_ORACLE = 16.0
+_ROOM_ON_OTHER_SHAPES = 64.0
+_ROOM_ON_THE_SAME = 4.0
+# What rounding does to the oracle, decoding can do several times: it rounds anew at every step.
+_ROUNDINGS_OF_DECODING = 4.0
+# Two computations of the same logits round apart: what one loses, the other may lose twice.
+_ROUNDINGS_OF_PARITY = 2.0
+_DECODED = 16
+
+
+def rounded(record: dict[str, Any]) -> dict[str, Any]:
+    """Floats to four significant digits: the last bits of a measurement say nothing, and a file
+    that has them would differ from run to run on another number of threads."""
+    return {k: _rounded(v) if isinstance(v, float) else v for k, v in record.items()}
+
+
+def _rounded(value: float) -> float | None:
+    # JSON has no infinity; a check that found one says so by failing.
+    return float(f"{value:.4g}") if math.isfinite(value) else None
+
+
+@dataclass(frozen=True)
+class Check:
+    """One promise: what was found, the limit it had to keep, and whether it did."""
+
+    name: str
+    passed: bool
+    found: float | None = None
+    limit: float | None = None
+    detail: str = ""
+
+    def describe(self) -> str:
+        """What was found against what was allowed, in one phrase."""
+        figures = "" if self.found is None else f"found {self.found:.3g}, at most {self.limit:.3g}"
+        return "; ".join(part for part in (figures, self.detail) if part) + "."
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without the fields that say nothing, figures rounded."""
+        full = {
+            "name": self.name,
+            "passed": self.passed,
+            "found": self.found,
+            "limit": self.limit,
+            "detail": self.detail or None,
+        }
+        return rounded({key: value for key, value in full.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """All checks of one export."""
+
+    checks: tuple[Check, ...]
+    context: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check held."""
+        return all(check.passed for check in self.checks)
+
+    @property
+    def failures(self) -> tuple[Check, ...]:
+        """The checks that did not hold."""
+        return tuple(check for check in self.checks if not check.passed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For verify.json and `--json`."""
+        return {
+            "schema_version": 1,
+            "passed": self.passed,
+            "checks": [check.to_dict() for check in self.checks],
+            **self.context,
+        }
+
+
+@dataclass(frozen=True)
+class ReferenceLogits:
+    """Logits [T,V] of the masked dense model at the real tokens of some batches.
+
+    exact  in the reference dtype (wider than the slim model's where memory allows)
+    same   in the slim model's own dtype: how far rounding alone takes the oracle
+    """
+
+    batches: tuple[TokenBatch, ...]
+    exact: tuple[Tensor, ...]
+    same: tuple[Tensor, ...]
+
+    @property
+    def rounding(self) -> float:
+        """How far rounding takes any logit of the oracle in the slim model's dtype."""
+        pairs = zip(self.same, self.exact, strict=True)
+        return max((_distance(same, exact) for same, exact in pairs), default=0.0)
+
+
+def real_logits(model: nn.Module, batches: Sequence[TokenBatch]) -> Iterator[Tensor]:
+    """Logits [T,V] at the T real tokens of each batch, in the model's dtype, on the CPU."""
+    calls = [model_inputs(model, batch) for batch in batches]
+    for batch, logits in zip(batches, each_logits(model, calls), strict=True):
+        yield logits[batch.attention_mask.bool().to(logits.device)].cpu()
+
+
+def reference_logits(
+    dense: nn.Module,
+    family: Family,
+    shape: ModelShape,
+    plan: Plan,
+    batches: Sequence[TokenBatch],
+    compensated: Projections | None,
+    *,
+    exact_dtype: torch.dtype = torch.float64,
+) -> ReferenceLogits:
+    """What the slim model must give on these batches, by the oracle in two precisions.
+
+    The dense model is cast to `exact_dtype` on the way and back to its own dtype after.
+    """
+    own = next(dense.parameters()).dtype
+    with masked_dense(dense, family, shape, plan, compensated):
+        same = tuple(real_logits(dense, batches))
+    with (
+        _in_dtype(dense, exact_dtype, own),
+        masked_dense(dense, family, shape, plan, compensated),
+    ):
+        exact = tuple(real_logits(dense, batches))
+    return ReferenceLogits(tuple(batches), exact, same)
+
+
+@contextmanager
+def _in_dtype(model: nn.Module, dtype: torch.dtype, back: torch.dtype) -> Iterator[None]:
+    # Rotary tables are buffers in fp32 whatever the weights: casting them down and up would lose
+    # bits, so they are put back as they were.
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        model.to(dtype)
+        yield
+    finally:
+        model.to(back)
+        for name, buffer in buffers.items():
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, buffer)
+
+
+def check_parity(slim: nn.Module, reference: ReferenceLogits) -> Check:
+    """`err(slim) <= 2 err(masked dense, same dtype) + rounding`, both against the exact oracle."""
+    slim_error = largest = between = 0.0
+    found = real_logits(slim, reference.batches)
+    for logits, exact, same in zip(found, reference.exact, reference.same, strict=True):
+        slim_error = max(slim_error, _distance(logits, exact))
+        between = max(between, _distance(logits, same))
+        largest = max(largest, float(exact.abs().max()))
+    limit = _ROUNDINGS_OF_PARITY * reference.rounding
+    limit += _room(slim, largest, _ROOM_ABOVE_ORACLE)
+    tokens = sum(batch.real_tokens for batch in reference.batches)
+    return Check(
+        "logits parity with the masked dense model",
+        _holds(slim_error, limit),
+        slim_error,
+        limit,
+        f"max |slim - masked dense| {between:.2e} in the same dtype, {tokens} tokens, "
+        f"largest |logit| {largest:.1f}",
+    )
+
+
+def check_causality(slim: nn.Module, batch: TokenBatch) -> Check:
+    """A prefix's logits must not depend on what follows it."""
+    ids = _first_row(slim, batch)
+    half = max(ids.shape[1] // 2, 1)
+    changed = ids.clone()
+    vocabulary: Any = slim.config
+    changed[:, half:] = (ids[:, half:] + 1) % vocabulary.vocab_size
+    whole, other = (
+        logits[:, :half]
+        for logits in each_logits(
+            slim, [{"input_ids": row, "use_cache": False} for row in (ids, changed)]
+        )
+    )
+    found = _distance(whole, other)
+    limit = _room(slim, float(whole.abs().max()), _ROOM_ON_THE_SAME)
+    detail = f"prefix of {half} tokens, {ids.shape[1] - half} after it changed"
+    return Check("prefix causality", _holds(found, limit), found, limit, detail)
+
+
+def check_cache(slim: nn.Module, batch: TokenBatch, rounding: float = 0.0) -> Check:
+    """Token-by-token decoding with a cache must give the logits of one uncached pass.
+
+    The tokens are the text's own, over again where it is short, so that all steps can go through a
+    model together. The two ways take other kernels. `rounding`, of `ReferenceLogits`, is what that
+    can cost: models that lost much amplify it.
+    """
+    from transformers import DynamicCache
+
+    ids = _first_row(slim, batch)
+    prompt = max(ids.shape[1] // 2, 1)
+    ids = ids.repeat(1, 1 + _DECODED)[:, : prompt + _DECODED - 1]
+    settings: Any = slim.config
+    cache = DynamicCache(config=settings)
+    steps = [ids[:, :prompt], *ids[:, prompt:].split(1, dim=1)]
+    calls: list[dict[str, Any]] = [
+        {"input_ids": step, "past_key_values": cache, "use_cache": True} for step in steps
+    ]
+    *decoded, whole = each_logits(slim, [*calls, {"input_ids": ids, "use_cache": False}])
+    cached = torch.stack([logits[:, -1] for logits in decoded], dim=1)
+    uncached = whole[:, -_DECODED:]
+    found = _distance(cached, uncached)
+    limit = _room(slim, float(uncached.abs().max()), _ROOM_ON_OTHER_SHAPES)
+    limit += _ROUNDINGS_OF_DECODING * rounding
+    return Check(
+        "cached against uncached decoding",
+        _holds(found, limit),
+        found,
+        limit,
+        f"{_DECODED} tokens",
+    )
+
+
+def _first_row(model: nn.Module, batch: TokenBatch) -> Tensor:
+    return batch.input_ids[:1, : int(batch.attention_mask[0].sum())].to(input_device(model))
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    difference = float((a.double().cpu() - b.double().cpu()).abs().max())
+    # NaN compares false with every limit only if it stays NaN; make the failure explicit.
+    return difference if difference == difference else float("inf")
+
+
+def _holds(found: float, limit: float) -> bool:
+    # Where the oracle itself is not finite there is no limit to keep.
+    return math.isfinite(limit) and found <= limit
+
+
+def _room(model: nn.Module, largest: float, units: float) -> float:
+    dtype = next(model.parameters()).dtype
+    return units * torch.finfo(dtype).eps * max(largest, 1.0)

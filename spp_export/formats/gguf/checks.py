@@ -1,0 +1,199 @@
+"""Whether a GGUF file is what was promised: header, weights, and what llama.cpp makes of them.
+
+Header and weights need no llama.cpp. Where there is one, it continues a few texts, and at every
+step its likeliest tokens must be as much likelier than one another as the oracle's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from spp_export.calibration.activations import TokenBatch
+from spp_export.evaluation.parity import Check, ReferenceLogits, rounded
+from spp_export.formats.gguf.contents import Contents
+from spp_export.formats.gguf.encode import allowed_error, plain_values
+from spp_export.formats.gguf.header import GgufFile
+from spp_export.formats.gguf.llama_cpp import LlamaCpp, Step, engine_name, is_installed
+from spp_export.formats.gguf.options import GGUF_NAME, QUANTS
+from spp_export.formats.gguf.weights import GgufWeights
+from spp_export.formats.gguf.write import stored_bytes
+
+# Other kernels, other orders of summation, as for ONNX.
+_ROUNDINGS, _ROOM = 4.0, 64.0
+_TEXTS, _READ, _GENERATED, _LIKELIEST = 4, 48, 8, 64
+
+Reference = Callable[[Sequence[TokenBatch]], ReferenceLogits]
+
+
+@dataclass(frozen=True)
+class EngineResult:
+    """What llama.cpp said. `agreement`, of a file in fewer bits than the oracle, is the mean KL in
+    nats over the likeliest tokens, and how often both chose the same token."""
+
+    check: Check | None
+    engine: str | None
+    agreement: tuple[float, float] | None = None
+
+    def context(self) -> dict[str, Any]:
+        """For verify.json."""
+        found: dict[str, Any] = {"engine": self.engine or "none: xllamacpp is not installed"}
+        if self.agreement:
+            kl, share = self.agreement
+            found["quantisation"] = rounded({"mean_kl": kl, "top1": share})
+        return found
+
+
+def check_header(file: GgufFile, contents: Contents) -> Check:
+    """Metadata, tokenizer and the list of tensors are those that spp writes for the plan."""
+    name = "metadata, tokenizer and tensors as the plan makes them"
+    for key in [*contents.metadata, *file.metadata]:
+        if file.metadata.get(key) != contents.metadata.get(key):
+            return Check(name, False, detail=f"{key!r:.80} differs from the plan")
+    wanted = {t.name: (t.kind, tuple(t.shape), stored_bytes(t)) for t in contents.tensors}
+    found = {n: (p.kind, p.shape, p.nbytes) for n, p in file.tensors.items()}
+    for tensor in [*wanted, *found]:
+        if wanted.get(tensor) != found.get(tensor):
+            return Check(name, False, detail=f"tensor {tensor!r:.80} differs from the plan")
+    counted = f"{len(wanted)} tensors, architecture {contents.architecture.name}"
+    unlike = len(contents.fallbacks)
+    more = f", {unlike} in f16 for their rows are no multiple of 32" if unlike else ""
+    return Check(name, True, detail=counted + more)
+
+
+def check_weights(
+    name: str,
+    weights: GgufWeights,
+    contents: Contents,
+    kept: Callable[[str], NDArray[Any] | None],
+) -> Check:
+    """A file's weights are those that `kept` gives by name, rounded or quantised.
+
+    `kept` gives None for a tensor that nothing is known of: it has to be finite then.
+    """
+    compared, worst = 0, 0.0
+    for tensor in contents.tensors:
+        if tensor.values is not None and not np.array_equal(weights.plain(tensor), tensor.values):
+            return Check(name, False, detail=f"{tensor.name} is not what the plan makes it")
+    for source in weights.names:
+        found = weights.read(source)
+        if not np.isfinite(found).all():
+            return Check(name, False, detail=f"{source}: holds a value that is not finite")
+        wanted = kept(source)
+        if wanted is None:
+            continue
+        kind = weights.kind(source)
+        if found.shape != wanted.shape:
+            return Check(name, False, detail=f"{source}: has shape {list(found.shape)}")
+        if kind in QUANTS:
+            share = float((np.abs(found - wanted) / allowed_error(wanted, kind)).max())
+        else:
+            share = 0.0 if np.array_equal(found, plain_values(wanted, kind)) else math.inf
+        if not share <= 1:
+            detail = f"{source} is not what it was made from"
+            return Check(name, False, share if math.isfinite(share) else None, 1.0, detail)
+        compared, worst = compared + 1, max(worst, share)
+    detail = f"{compared} of {len(weights.names)} tensors"
+    if any(weights.kind(source) in QUANTS for source in weights.names):
+        detail += f", at most {worst:.0%} of what {contents.options.quant} may lose"
+    return Check(name, True, detail=detail)
+
+
+def check_engine(
+    directory: Path,
+    contents: Contents,
+    batches: Sequence[TokenBatch],
+    reference: Reference,
+) -> EngineResult:
+    """What llama.cpp continues texts with, against the oracle's logits at every step.
+
+    Where there is no llama.cpp, nothing is checked. Raises ModelError where it does not load the
+    file.
+    """
+    if not is_installed():
+        return EngineResult(None, None)
+    texts = list(_rows(batches))
+    path = directory / GGUF_NAME
+    with contextlib.closing(
+        LlamaCpp(path, _READ + _GENERATED + 1, torch.get_num_threads())
+    ) as model:
+        steps = [model.generate(ids, _GENERATED, _LIKELIEST) for ids in texts]
+    oracle = reference([_batch(texts, steps)])
+    compare = _Comparison()
+    whole = oracle.exact[0].split([len(ids) + _GENERATED - 1 for ids in texts])
+    for logits, found in zip(whole, steps, strict=True):
+        compare(found, logits[-_GENERATED:].double().numpy())
+    detail = f"{compare.tokens} tokens, {compare.agreed} of them the oracle's choice"
+    name = "llama.cpp against the oracle"
+    if contents.options.kind == "f32":
+        epsilon = float(np.finfo(np.float32).eps)
+        room = _ROUNDINGS * oracle.rounding + _ROOM * epsilon * max(compare.largest, 1.0)
+        limit = 2 * room
+        holds = compare.worst <= limit < math.inf
+        check = Check(name, holds, compare.worst, limit, f"{detail}, differences of two logits")
+        return EngineResult(check, engine_name())
+    mean, limit = compare.kl / compare.tokens, compare.uniform / compare.tokens
+    check = Check(name, mean < limit, mean, limit, f"{detail}, mean KL in nats")
+    return EngineResult(check, engine_name(), (mean, compare.agreed / compare.tokens))
+
+
+class _Comparison:
+    """Log-probabilities of likeliest tokens, step by step.
+
+    The normaliser drops out: a sum over all tokens in single precision is far less exact than any
+    one logit.
+    """
+
+    def __init__(self) -> None:
+        self.worst = self.largest = self.kl = self.uniform = 0.0
+        self.tokens = self.agreed = 0
+
+    def __call__(self, steps: Sequence[Step], oracle: NDArray[np.float64]) -> None:
+        for step, wanted in zip(steps, oracle, strict=True):
+            which = [token for token, _ in step.likeliest]
+            found = np.array([value for _, value in step.likeliest])
+            there = wanted[which]
+            difference = float(np.abs((found - found[0]) - (there - there[0])).max())
+            self.worst = max(self.worst, difference if difference == difference else math.inf)
+            self.largest = max(self.largest, float(np.abs(wanted).max()))
+            p, q = _normalised(there), _normalised(found)
+            self.kl += float((np.exp(p) * (p - q)).sum())
+            self.uniform += float((np.exp(p) * (p + math.log(len(p)))).sum())
+            self.tokens += 1
+            self.agreed += int(wanted.argmax() == step.token)
+
+
+def _normalised(logits: NDArray[Any]) -> NDArray[Any]:
+    shifted = logits - logits.max()
+    normalised: NDArray[Any] = shifted - math.log(float(np.exp(shifted).sum()))
+    return normalised
+
+
+def _rows(batches: Sequence[TokenBatch]) -> Iterator[list[int]]:
+    """The beginnings of the first texts."""
+    rows = (
+        ids[mask.bool()].tolist()[:_READ]
+        for batch in batches
+        for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
+    )
+    yield from islice(rows, _TEXTS)
+
+
+def _batch(texts: Sequence[Sequence[int]], steps: Sequence[Sequence[Step]]) -> TokenBatch:
+    """Texts with all that was added but the last token, of which nobody asks what follows."""
+    whole = [
+        torch.tensor([*ids, *(step.token for step in found[:-1])])
+        for ids, found in zip(texts, steps, strict=True)
+    ]
+    mask = [torch.ones_like(ids) for ids in whole]
+    padded = [torch.nn.utils.rnn.pad_sequence(part, batch_first=True) for part in (whole, mask)]
+    return TokenBatch(padded[0], padded[1], tuple(range(len(whole))))

@@ -1,0 +1,120 @@
+"""A GGUF file in llama.cpp: greedy tokens and log-probabilities, by the package xllamacpp."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Any
+
+from spp_export.common.errors import ModelError
+from spp_export.formats.gguf.header import read_gguf
+from spp_export.formats.gguf.values import Metadata
+
+_PACKAGE = "xllamacpp"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One token that was generated, and the log-probabilities of the likeliest, best first."""
+
+    token: int
+    likeliest: tuple[tuple[int, float], ...]
+
+
+def is_installed() -> bool:
+    """Whether there is a llama.cpp to run files with."""
+    return importlib.util.find_spec(_PACKAGE) is not None
+
+
+def engine_name() -> str:
+    """The package and its version."""
+    return f"{_PACKAGE} {version(_PACKAGE)}"
+
+
+class LlamaCpp:
+    """A file that is loaded, in a process that may die without taking this one along.
+
+    To be closed; at the latest it is when nobody has it any more.
+    """
+
+    def __init__(self, path: Path, context: int, threads: int | None = None) -> None:
+        """With room for `context` tokens. ModelError where llama.cpp does not take the file."""
+        metadata = read_gguf(path.parent).metadata
+        self._path = path
+        self._harmless = _harmless(metadata)
+        self._asked = 0
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  it is closed with the rest
+        # By its path: it needs nothing of this package, and starts the faster.
+        child = Path(__file__).with_name("llama_child.py")
+        command = [sys.executable, "-P", str(child), str(path), str(context), str(threads or 0)]
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            start_new_session=True,  # Ctrl-C ends an answer, and not what gives it
+        )
+        self.close = weakref.finalize(self, _end, self._process, self._log)
+        self._answer()
+
+    def generate(self, ids: Sequence[int], new_tokens: int, top: int) -> tuple[Step, ...]:
+        """Greedy continuation of a sequence that is read as it is; the token that ends a text does
+        not end it. `top` is how many tokens are told of at each step."""
+        assert self._process.stdin is not None
+        self._asked += 1
+        request = {
+            "number": self._asked,
+            "ids": list(ids),
+            "new": new_tokens,
+            "top": top,
+            "harmless": self._harmless,
+        }
+        with contextlib.suppress(BrokenPipeError):  # then there will be no answer
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        found = self._answer()
+        if "error" in found:
+            raise ModelError(f"{self._path}: llama.cpp refuses these tokens: {found['error']}.")
+        steps = [tuple((int(i), float(p)) for i, p in step) for step in found["steps"]]
+        return tuple(Step(step[0][0], step) for step in steps)
+
+    def _answer(self) -> dict[str, Any]:
+        """The answer to the last question: one may have been left behind by an interruption.
+
+        ModelError, with the last words of llama.cpp, where none comes.
+        """
+        assert self._process.stdout is not None
+        while line := self._process.stdout.readline():
+            answer: dict[str, Any] = json.loads(line)
+            if answer["number"] == self._asked:
+                return answer
+        status = self._process.wait()
+        self._log.seek(0)
+        said = [line.strip() for line in self._log.read().decode(errors="replace").splitlines()]
+        errors = [line for line in said if "error" in line.lower() or "ASSERT" in line]
+        last = (errors or said or ["no reason given"])[-1]
+        raise ModelError(f"{self._path}: llama.cpp ended with status {status}: {last:.200}")
+
+
+def _end(process: subprocess.Popen[str], log: IO[bytes]) -> None:
+    process.kill()
+    process.communicate()
+    log.close()
+
+
+def _harmless(metadata: Metadata) -> int:
+    """A token that is whole characters by itself."""
+    found = metadata.get("tokenizer.ggml.tokens")
+    tokens = found.items if found and isinstance(found.items, tuple) else ()
+    words = (i for i, token in enumerate(tokens) if str(token).isascii() and str(token).isalnum())
+    return next(words, 0)

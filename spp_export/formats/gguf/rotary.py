@@ -1,0 +1,105 @@
+"""Rotary scaling as llama.cpp has it, accepted only where it equals what transformers computes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spp_export.common.errors import ModelError
+from spp_export.formats.decoder import Decoder
+from spp_export.formats.gguf.architecture import Architecture
+from spp_export.formats.gguf.values import Metadata, count, real, text
+from spp_export.formats.onnx.settings import rotary_frequencies
+from spp_export.slicing.config import portable_config
+
+Floats = NDArray[np.float64]
+
+# llama.cpp's, where the file says nothing.
+_BETA_FAST, _BETA_SLOW = 32.0, 1.0
+# The single precision that both compute frequencies in.
+_TOLERANCE = 1e-5
+
+
+def rotary_metadata(decoder: Decoder, architecture: Architecture) -> Metadata:
+    """The keys of the rotary embedding. Raises ModelError for a scaling llama.cpp has not."""
+    name, dim = architecture.name, decoder.shape.head_dim
+    config = portable_config(decoder.config)
+    theta, scaling = float(config["rope_theta"]), config["rope_scaling"] or {}
+    metadata = {
+        f"{name}.rope.dimension_count": count(dim),
+        f"{name}.rope.freq_base": real(theta),
+    }
+    kind = decoder.settings.rotary_type
+    plain = theta ** (-np.arange(0, dim, 2) / dim)
+    if kind == "default":
+        _compare(decoder, plain, 1.0)
+    elif kind == "linear":
+        factor = float(scaling["factor"])
+        _compare(decoder, plain / factor, 1.0)
+        metadata |= _scaling(name, kind, factor)
+    elif kind == "yarn":
+        factor = float(scaling["factor"])
+        original = int(
+            scaling.get("original_max_position_embeddings") or decoder.settings.context_length
+        )
+        frequencies = _yarn(plain, theta, factor, original)
+        _compare(decoder, frequencies, 1 + 0.1 * math.log(factor))
+        metadata |= _scaling(name, kind, factor)
+        metadata[f"{name}.rope.scaling.original_context_length"] = count(original)
+    elif not (kind == "llama3" and architecture.frequencies):
+        raise ModelError(
+            f"GGUF: llama.cpp's {name} has no rotary scaling {kind!r:.40}. "
+            "Export safetensors or ONNX."
+        )
+    return metadata
+
+
+def frequency_factors(decoder: Decoder) -> NDArray[np.float32] | None:
+    """What the plain frequencies are divided by [head_dim / 2], for a scaling given that way."""
+    if decoder.settings.rotary_type != "llama3":
+        return None
+    config, dim = portable_config(decoder.config), decoder.shape.head_dim
+    plain = float(config["rope_theta"]) ** (-np.arange(0, dim, 2) / dim)
+    found, attention = rotary_frequencies(decoder.settings, decoder.family)
+    if attention != 1.0:
+        raise ModelError(f"GGUF: llama3 scaling with attention factor {attention} is not known.")
+    factors: NDArray[np.float32] = (plain / found).astype(np.float32)
+    return factors
+
+
+def _scaling(name: str, kind: str, factor: float) -> Mapping[str, Any]:
+    return {
+        f"{name}.rope.scaling.type": text(kind),
+        f"{name}.rope.scaling.factor": real(factor),
+    }
+
+
+def _yarn(plain: Floats, theta: float, factor: float, original: int) -> Floats:
+    """Frequencies between plain and divided by `factor`, by how often each turns in the original
+    context."""
+    dim = 2 * len(plain)
+
+    def position(turns: float) -> float:
+        return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(0, math.floor(position(_BETA_FAST)))
+    high = min(dim - 1, math.ceil(position(_BETA_SLOW)))
+    ramp = np.clip((np.arange(len(plain)) - low) / max(0.001, high - low), 0, 1)
+    blended: Floats = plain * (1 - ramp) + plain / factor * ramp
+    return blended
+
+
+def _compare(decoder: Decoder, frequencies: Floats, attention: float) -> None:
+    found, scale = rotary_frequencies(decoder.settings, decoder.family)
+    same = found.shape == frequencies.shape and np.allclose(
+        found, frequencies, rtol=_TOLERANCE, atol=0
+    )
+    if not same or not math.isclose(scale, attention, rel_tol=_TOLERANCE):
+        raise ModelError(
+            f"GGUF: rotary scaling {decoder.settings.rotary_type!r:.40} has settings that "
+            "llama.cpp takes otherwise than transformers does. Export safetensors or ONNX."
+        )

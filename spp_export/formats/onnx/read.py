@@ -1,0 +1,135 @@
+"""The weights that a written graph holds, under the names of the checkpoint they came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spp_export.common.errors import CheckpointError
+from spp_export.formats.onnx.options import require
+from spp_export.formats.onnx.projection import EMBEDDING
+from spp_export.formats.onnx.quantise import Quantised, dequantise
+from spp_export.formats.onnx.untrusted import read_graph
+from spp_export.formats.onnx.write import GRAPH_NAME
+from spp_export.models.families import Family, TensorSpec
+from spp_export.models.shape import LayerShape, ModelShape
+
+Floats = NDArray[np.floating[Any]]
+
+
+class GraphWeights:
+    """Reads one tensor at a time, as float32 in PyTorch's layout; quantised ones as they multiply.
+
+    shape   as of `Family.tensors`: which biases there are
+    layers  what each layer has
+    """
+
+    def __init__(
+        self, directory: Path, family: Family, shape: ModelShape, layers: Sequence[LayerShape]
+    ) -> None:
+        graph = _graph(directory)
+        self._initializers: Mapping[str, Any] = graph.initializers
+        self._bits = {
+            node.inputs[1].name: node.attributes["bits"].as_int()
+            for node in graph
+            if node.op_type == "MatMulNBits"
+        }
+        self._family, self._shape, self._layers = family, shape, layers
+
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """The tensors that the checkpoint had."""
+        return tuple(self._family.tensors(self._shape, self._layers))
+
+    def in_few_bits(self, spec: TensorSpec) -> bool:
+        """Whether a quantised graph holds a tensor in few bits."""
+        if spec.name == f"{self._family.embedding}.weight":
+            return self._shape.tied_embeddings  # else rows are read as they are
+        return len(spec.shape) > 1
+
+    def read(self, name: str) -> Floats:
+        """A tensor by its name in the checkpoint. CheckpointError where the graph lacks it."""
+        family = self._family
+        module, _, kind = name.rpartition(".")
+        if module == family.embedding:
+            return self._embedding()
+        if module == family.head:
+            return self._matrix("lm_head").T
+        if module == family.final_norm:
+            return self._plain(f"{family.final_norm}.weight")
+        index, role = module.removeprefix(f"{family.layers}.").split(".", 1)
+        layer = f"layers.{index}"
+        part = self._part(role, int(index))
+        if part is None:
+            return self._plain(f"{layer}.{role}.{kind}")
+        packed, columns = part
+        if kind == "bias":
+            return self._plain(f"{layer}.{packed}.bias")[columns]
+        return self._matrix(f"{layer}.{packed}")[:, columns].T
+
+    def _part(self, role: str, layer: int) -> tuple[str, slice] | None:
+        """The product that a projection is part of, and its columns; None for a norm."""
+        family, shape = self._family, self._layers[layer]
+        query, kv = (n * self._shape.head_dim for n in (shape.query_heads, shape.kv_heads))
+        return {
+            family.query: ("qkv_proj", slice(0, query)),
+            family.key: ("qkv_proj", slice(query, query + kv)),
+            family.value: ("qkv_proj", slice(query + kv, query + 2 * kv)),
+            family.output: ("o_proj", slice(None)),
+            family.gate: ("gate_proj", slice(None)),
+            family.up: ("up_proj", slice(None)),
+            family.down: ("down_proj", slice(None)),
+        }.get(role)
+
+    def _embedding(self) -> Floats:
+        if f"{EMBEDDING}.weight" in self._initializers:
+            return self._plain(f"{EMBEDDING}.weight")
+        return self._matrix(EMBEDDING).T
+
+    def _matrix(self, name: str) -> Floats:
+        """A product's weight [in, out]."""
+        if f"{name}.weight" in self._initializers:
+            return self._plain(f"{name}.weight")
+        if f"{name}.int8" in self._initializers:
+            return self._plain(f"{name}.int8") * self._plain(f"{name}.scales")
+        blocks = self._array(f"{name}.quantised")
+        scales = self._plain(f"{name}.scales")
+        zeros = self._array(f"{name}.zero_points")
+        sizes = {"K": self._depth(name), "bits": self._bits[f"{name}.quantised"]}
+        return dequantise(Quantised(blocks, scales, zeros, sizes))
+
+    def _depth(self, name: str) -> int:
+        """Inputs of a product."""
+        index, _, role = name.removeprefix("layers.").partition(".")
+        if role == "o_proj":
+            return self._layers[int(index)].query_heads * self._shape.head_dim
+        if role == "down_proj":
+            return self._layers[int(index)].channels
+        return self._shape.hidden_size
+
+    def _plain(self, name: str) -> Floats:
+        return self._array(name).astype(np.float32)
+
+    def _array(self, name: str) -> NDArray[Any]:
+        if name not in self._initializers:
+            raise CheckpointError(
+                f"{GRAPH_NAME}: has no weight {name!r}. It was not written by this version of spp."
+            )
+        array: NDArray[Any] = self._initializers[name].const_value.numpy()
+        return array
+
+
+def _graph(directory: Path) -> Any:
+    onnx_ir = require("onnx_ir")
+    read_graph(directory)  # which refuses data outside the directory
+    path = directory / GRAPH_NAME
+    try:
+        model = onnx_ir.load(path)
+    except Exception as error:  # protobuf's own kinds among them
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path}: cannot be read as ONNX: {first}") from error
+    return model.graph

@@ -1,0 +1,114 @@
+"""What a plan promises of a converted export, and what only the export can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spp_export.formats.decoder import Decoder
+from spp_export.formats.onnx.settings import stock_settings
+from spp_export.models.checkpoint.header import StoredTensor
+from spp_export.models.checkpoint.reader import read_float
+from spp_export.models.checkpoint.source import Source
+from spp_export.models.families import TensorSpec
+from spp_export.planning import Plan
+from spp_export.slicing.compensation import (
+    CONSUMERS,
+    loses,
+    real_columns,
+    written_config,
+    written_shape,
+)
+from spp_export.slicing.cut import written_tensor
+
+if TYPE_CHECKING:
+    from spp_export.evaluation.oracle import Projections
+
+
+def promised_decoder(directory: Path, source: Source, compiled: Plan) -> Decoder:
+    """The slim checkpoint that a plan makes of the source, without its weights.
+
+    Errors name `directory`.
+    """
+    layers = compiled.written_shapes(source.shape)
+    config = written_config(source, compiled)
+    counts = source.shape.layer if compiled.written_layout == "per-layer" else layers[0]
+    shape = written_shape(source, compiled)
+    nowhere = source.path / "model.safetensors"
+    tensors = {
+        spec.name: StoredTensor(spec.name, nowhere, source.dtype, spec.shape, 0, 0)
+        for spec in source.family.tensors(shape, layers)
+    }
+    return Decoder(
+        config=config,
+        family=source.family,
+        shape=replace(shape, query_heads=counts.query_heads, kv_heads=counts.kv_heads),
+        layers=layers,
+        layout=compiled.written_layout,
+        settings=stock_settings(config, source.family, source.shape, directory),
+        tensors=tensors,
+    )
+
+
+def kept_of(source: Source, compiled: Plan) -> Callable[[TensorSpec], NDArray[Any] | None]:
+    """Reader of what the plan keeps of a tensor; None for one that compensation made."""
+    dense = {spec.name: spec for spec in source.family.tensors(source.shape, source.shape.layers)}
+
+    def kept(spec: TensorSpec) -> NDArray[Any] | None:
+        if spec.name not in dense or _refitted(source, compiled, spec):
+            return None
+        whole = read_float(source.tensors[spec.name])
+        return written_tensor(whole, dense[spec.name], compiled, source.shape)
+
+    return kept
+
+
+def _refitted(source: Source, compiled: Plan, spec: TensorSpec) -> bool:
+    """Whether a tensor belongs to a projection that compensation changed."""
+    if spec.layer is None or compiled.compensation == "none":
+        return False
+    family, layer = source.family, compiled.layers[spec.layer]
+    return any(
+        spec.name.startswith(f"{family.layer_name(spec.layer, family.consumer(role))}.")
+        and loses(layer, role, source.shape)
+        for role in CONSUMERS
+    )
+
+
+def compensated_projections(
+    source: Source, compiled: Plan, read: Callable[[str], NDArray[Any]]
+) -> Projections:
+    """The compensated projections as an export has them, for the oracle to put in place.
+
+    `read` gives a tensor of the export by its name in the checkpoint.
+    """
+    import torch
+
+    from spp_export.evaluation.oracle import Projection
+
+    has_bias = {
+        spec.name
+        for spec in source.family.tensors(
+            written_shape(source, compiled), compiled.written_shapes(source.shape)
+        )
+        if spec.name.endswith(".bias")
+    }
+    found = {}
+    for index, layer in enumerate(compiled.layers):
+        for role in CONSUMERS:
+            if compiled.compensation == "none" or not loses(layer, role, source.shape):
+                continue
+            module = source.family.layer_name(index, source.family.consumer(role))
+            real = real_columns(compiled, index, role, source.shape)
+            found_weight = read(f"{module}.weight")[:, real]
+            weight = torch.from_numpy(np.ascontiguousarray(found_weight))
+            bias = None
+            if f"{module}.bias" in has_bias:
+                bias = torch.from_numpy(np.array(read(f"{module}.bias")))
+            found[index, role] = Projection(weight, bias)
+    return found

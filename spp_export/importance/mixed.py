@@ -1,0 +1,109 @@
+"""Scores of heads or channels by a criterion, mixed over the text that speaks for a scenario."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Literal
+
+import numpy as np
+
+from spp_export.calibration.mixture import Part, gather_part
+from spp_export.calibration.moments import Collection, layer_weights
+from spp_export.common.errors import UsageError
+from spp_export.data.artifacts import Artifacts
+from spp_export.importance import Criterion, FloatArray, LayerStatistics, LayerWeights, Need
+from spp_export.models.session import Session
+
+Kind = Literal["head", "channel"]
+# Scores of one layer by one part of the text. The layer's weights are read once for all parts, and
+# not at all where the artifacts hold every score.
+_Score = Callable[[int, Callable[[], LayerWeights]], FloatArray]
+
+
+def mixed_scores(
+    session: Session,
+    artifacts: Artifacts,
+    parts: Sequence[Part],
+    criterion: Criterion,
+    kind: Kind,
+    *,
+    seed: int = 0,
+) -> FloatArray:
+    """`score(l,u) = sum_k s_k I(l,u,k)`, s the weights of the parts: [L,H] or [L,I] float64.
+
+    A domain's scores are the artifacts' where they hold them; the rest is computed from statistics
+    that are gathered once. Raises UsageError for a criterion of domains where there are none.
+    """
+    source = session.source
+    weighted = [
+        (part.weight, _part_score(session, artifacts, part, criterion, kind, seed))
+        for part in _asked(parts, criterion)
+    ]
+    total = sum(weight for weight, _ in weighted)
+    rows = []
+    for layer in range(source.shape.num_layers):
+        weights = cache(partial(layer_weights, source, layer))
+        shares = [weight / total * score(layer, weights) for weight, score in weighted]
+        rows.append(np.sum(shares, axis=0))
+    return np.stack(rows)
+
+
+def _asked(parts: Sequence[Part], criterion: Criterion) -> Sequence[Part]:
+    if not criterion.needs:  # of text: the weights say the same to all of it
+        return [Part((), 1.0)]
+    # A probe axis belongs to a domain; the scenario's own prompts have none.
+    asked = [part for part in parts if part.domain or Need.AXIS not in criterion.needs]
+    if not asked:
+        raise UsageError(
+            f"--criterion {criterion.name}: it is defined for domains, and the artifacts hold none "
+            "with text. Use another criterion."
+        )
+    return asked
+
+
+def _part_score(
+    session: Session,
+    artifacts: Artifacts,
+    part: Part,
+    criterion: Criterion,
+    kind: Kind,
+    seed: int,
+) -> _Score:
+    name = f"{kind}/{criterion.name}"
+    cached = artifacts.importance.get(name)
+    if part.domain is not None and cached is not None:
+        scores = cached[artifacts.domains.index(part.domain)].astype(np.float64)
+        return lambda layer, _weights: scores[layer]
+    if Need.AXIS in criterion.needs:
+        raise UsageError(
+            f"--criterion {criterion.name}: the artifacts hold no {name}. Make them again with "
+            f"'spp probe --criteria {criterion.name}'."
+        )
+    kinds = _statistics(criterion, kind)
+    found = gather_part(session, part, kinds) if kinds else Collection({})
+    return partial(_computed, session, criterion, kind, found, seed)
+
+
+def _computed(
+    session: Session,
+    criterion: Criterion,
+    kind: Kind,
+    found: Collection,
+    seed: int,
+    layer: int,
+    weights: Callable[[], LayerWeights],
+) -> FloatArray:
+    score: Callable[[LayerStatistics], FloatArray]
+    score = criterion.heads if kind == "head" else criterion.channels
+    return score(found.layer_statistics(session.source, layer, weights=weights(), seed=seed))
+
+
+def _statistics(criterion: Criterion, kind: Kind) -> tuple[str, ...]:
+    """Kinds of statistics that scores of `kind` read."""
+    needed: list[str] = []
+    if Need.ACTIVATIONS in criterion.needs:
+        needed.append("attention" if kind == "head" else "mlp")
+    if Need.GRADIENTS in criterion.needs:
+        needed.append("gradients")
+    return tuple(needed)

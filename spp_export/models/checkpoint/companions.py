@@ -1,0 +1,87 @@
+"""The files beside a model's weights and config, which other libraries read as they are."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from spp_export.common.errors import ModelError
+from spp_export.common.json_files import json_object, read_json
+from spp_export.models.checkpoint.reader import model_file
+from spp_export.models.checkpoint.source import TOKENIZER_FILES
+
+# The largest tokenizers have some thirty megabytes.
+MAX_COMPANION_BYTES = 64 << 20
+_GENERATION = "generation_config.json"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+# Read by Python's own parser, in which deep nesting ends a process. tokenizer.json is not: it has
+# a million items where a vocabulary is large, and its own reader has limits.
+_OBJECTS = (
+    _GENERATION,
+    _TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+)
+# Old models carry it, and nothing opens it.
+_UNUSED = "special_tokens_map_file"
+_TEMPLATES = "additional_chat_templates"
+
+
+def companion(directory: Path, name: str) -> Path | None:
+    """The file `name` of a model directory; None where there is none.
+
+    Raises ModelError for what is no regular file of the directory, or larger than 64 MiB.
+    """
+    if not os.path.lexists(directory / name):
+        return None
+    path = model_file(directory, name)
+    if (size := path.stat().st_size) > MAX_COMPANION_BYTES:
+        raise ModelError(
+            f"{directory / name}: has {size} bytes, at most {MAX_COMPANION_BYTES} are read. "
+            "Fetch the model again."
+        )
+    return path
+
+
+def copy_companions(directory: Path, names: Iterable[str], target: Path) -> None:
+    """Copy those of the files that there are to the directory `target`. Errors as of `companion`;
+    OSError where they cannot be written."""
+    for name in names:
+        if found := companion(directory, name):
+            shutil.copyfile(found, target / name)
+
+
+def check_companions(directory: Path) -> None:
+    """ModelError unless all that transformers reads beside weights and config can be given to it:
+    files of the directory itself, of sane size, and JSON that its parser survives."""
+    for name in (*_OBJECTS, *TOKENIZER_FILES):
+        path = companion(directory, name)
+        if path and name in _OBJECTS:
+            content = read_json(path, what=name, error=ModelError)
+            place = f"{directory / name}: the document"
+            settings = json_object(content, place, ModelError)
+            if name == _TOKENIZER_CONFIG:
+                _check_settings(settings, directory)
+    templates = directory / _TEMPLATES
+    if os.path.lexists(templates):
+        if templates.is_symlink() or not templates.is_dir():
+            raise ModelError(f"{templates}: expected a directory. Remove it.")
+        for name in os.listdir(templates):
+            companion(templates, name)
+
+
+def _check_settings(settings: dict[str, object], directory: Path) -> None:
+    """Nothing in a tokenizer's settings may name a file: older transformers opens it wherever it
+    is."""
+    for key in settings:
+        names = key.endswith(("_file", "_files")) and key != _UNUSED
+        if names and settings[key] is not None:
+            raise ModelError(
+                f"{directory / _TOKENIZER_CONFIG}: names a file in {key!r:.60}, and a tokenizer's "
+                "files are those beside it. Remove the key."
+            )

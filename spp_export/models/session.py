@@ -1,0 +1,139 @@
+"""One model as a command uses it: its files, and its weights once something needs them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spp_export.common.errors import UsageError
+from spp_export.common.memory import free_memory
+from spp_export.common.progress import Progress, no_progress
+from spp_export.data.artifacts import Artifacts, check_model, read_artifacts
+from spp_export.models.checkpoint.reader import require_unchanged
+from spp_export.models.checkpoint.source import Source, open_source
+from spp_export.models.hub import DEMO, locate_model
+from spp_export.models.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+# Of the free memory, what weights may take; activations and logits need some as well.
+_MEMORY_SHARE = 0.8
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+@dataclass
+class Session:
+    """A source model; the dense weights and the tokenizer are loaded on first use.
+
+    layerwise: run models layer by layer, their weights staying on disk; None decides by the memory
+    that is free.
+    remembered: what was read off the model and may be asked for again, by what decided it.
+    """
+
+    source: Source
+    device: str
+    dtype: str
+    progress: Progress
+    layerwise: bool | None = False
+    remembered: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The dense causal LM, in evaluation mode."""
+        from spp_export.models.loader import load_dense
+
+        if self.from_disk:
+            model = self._open_layerwise(self.source.path)
+        else:
+            with self.progress("loading the dense model", None):
+                model = load_dense(self.source.path, dtype=self.torch_dtype, device=self.device)
+        require_unchanged(self.source.tensors.values())
+        return model
+
+    def slim_model(self, directory: Path) -> nn.Module:
+        """A slim checkpoint of this model, to run beside it."""
+        from spp_export.models.loader import load_slim
+
+        if self.from_disk:
+            return self._open_layerwise(directory)
+        return load_slim(directory, dtype=self.torch_dtype, device=self.device)
+
+    @cached_property
+    def from_disk(self) -> bool:
+        """Whether models run layer by layer: where the dense and the slim one do not fit in memory
+        together, unless it was said. `device` "auto" spreads them by itself."""
+        if self.layerwise is not None or self.device == "auto":
+            return bool(self.layerwise)
+        shape = self.source.shape
+        both = 2 * self.torch_dtype.itemsize * shape.parameters(shape.layers)
+        return both > _MEMORY_SHARE * free_memory(self.device)
+
+    def _open_layerwise(self, directory: Path) -> nn.Module:
+        from spp_export.models.layerwise import open_layerwise
+
+        return open_layerwise(directory, self.torch_dtype, self.device, self.progress)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's own tokenizer."""
+        return load_tokenizer(self.source.path, name=self.source.name)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of every computation with this model."""
+        import torch
+
+        result: torch.dtype = getattr(torch, self.dtype)
+        return result
+
+
+def open_session(
+    model: str = DEMO,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    layerwise: bool | None = False,
+    progress: Progress = no_progress,
+) -> Session:
+    """Find a model and read its config and headers; no weights yet.
+
+    `dtype` defaults to float32 on the CPU, whose results every check can rely on, and to the
+    stored dtype elsewhere. `layerwise` is as in `Session`.
+    """
+    if layerwise and device == "auto":
+        raise UsageError(
+            "--layerwise runs on one device, and --device auto spreads the model over several. "
+            "Give one of the two."
+        )
+    location = locate_model(model, progress=progress)
+    source = open_source(location.path, location.name)
+    if dtype is None:
+        dtype = "float32" if device == "cpu" else source.dtype_name
+    if dtype not in _DTYPES:
+        raise UsageError(f"--dtype {dtype}: expected one of {', '.join(_DTYPES)}.")
+    return Session(source, device, dtype, progress, layerwise)
+
+
+def bundled_artifacts() -> Path:
+    """The demo model's artifacts, shipped in the package."""
+    return Path(__file__).parent / "assets" / "smollm2-135m-instruct"
+
+
+def open_artifacts(
+    artifacts: str | os.PathLike[str] | None, model: str, source: Source
+) -> Artifacts:
+    """Artifacts for a model: the given directory, or the shipped ones for the demo model."""
+    if artifacts is None and model != DEMO:
+        raise UsageError(
+            "--artifacts is missing: only the demo model's ship with spp. "
+            f"Make them once with 'spp probe --model {model} --pools DIR -o ARTIFACTS'."
+        )
+    found = read_artifacts(Path(artifacts) if artifacts is not None else bundled_artifacts())
+    check_model(found, source.fingerprint, source.shape)
+    return found

@@ -1,0 +1,339 @@
+"""Scores to layers: the sizes that keep the most score within a budget, and what they come to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from spp_export.common.errors import BudgetError, PlanError
+from spp_export.models.shape import LayerShape, ModelShape
+from spp_export.planning.allocate import (
+    BoolArray,
+    Candidates,
+    ChannelOptions,
+    IntArray,
+    Options,
+    UniformChoice,
+    allocate,
+    choose_uniform,
+    head_costs,
+    layer_options,
+    ragged_options,
+    splittable_channels,
+    splittable_heads,
+    uniform_sizes,
+    width_costs,
+)
+from spp_export.planning.budget import Budget, Limit, Units, unit_cost, unit_parameters
+from spp_export.planning.infeasible import infeasible, uniform_infeasible
+from spp_export.planning.latency import LatencyTable
+from spp_export.planning.plan import LAYOUTS, LayerPlan, Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Realised:
+    """What a compiled plan comes to, against what was asked.
+
+    limit and cost are in parameters of the units that may go, in KV bytes per token or in
+    nanoseconds of the units' blocks, as `kind` says; keep is the share of the units' parameters;
+    parameters are the whole model's. score is what is kept of dense_score; no plan of this layout
+    and budget keeps more than score_bound.
+    For a uniform layout, accepted_query_heads are the counts that the stock config takes and the
+    whitelist allows, and next_larger (query heads, KV heads) and next_larger_channels are the next
+    size above the budget.
+    Where channels may go: units, and the kept shares of the parameters of q, k, v and o
+    (head_keep) and of gate, up and down (channel_keep).
+    """
+
+    kind: str
+    limit: int
+    cost: int
+    keep: float
+    parameters: int
+    kv_bytes_per_token: int
+    score: float
+    dense_score: float
+    score_bound: float
+    accepted_query_heads: tuple[int, ...] | None = None
+    next_larger: tuple[int, int] | None = None
+    next_larger_channels: int | None = None
+    units: str | None = None
+    head_keep: float | None = None
+    channel_keep: float | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The record for plan.json, without what does not apply."""
+        record = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return {name: value for name, value in record.items() if value is not None}
+
+
+def compile_plan(
+    scores_LH: ArrayLike,
+    shape: ModelShape,
+    budget: Budget,
+    layout: Layout = "per-layer",
+    whitelist: Iterable[tuple[int, int]] = (),
+    accepts: Callable[[int], bool] = lambda query_heads: True,
+    *,
+    breadth: float | None = None,
+) -> tuple[tuple[LayerPlan, ...], Realised]:
+    """The layers that keep the most score within the budget: exact, no heuristics.
+
+    They are regular but for layout `ragged`. scores_LH: [L,H], finite, one score per query head; a
+    layer's score is the sum over its kept heads, so negative scores are dropped where a shape
+    allows. whitelist: (layer, query head) pairs
+    that must stay. accepts: for layout `uniform`, whether the stock config takes a count of query
+    heads. breadth: of the scenario, needed where the budget is a strength.
+
+    Raises BudgetError, naming the nearest budgets that can be met, and PlanError for scores or
+    whitelist entries of another model.
+    """
+    forced = forced_heads(whitelist, shape)
+    options = options_of(layout)(scores_LH, shape, forced)
+    return compile_options(options, shape, budget, layout, accepts, breadth=breadth)
+
+
+def options_of(layout: Layout) -> Callable[[ArrayLike, ModelShape, BoolArray | None], Options]:
+    """What turns scores into the sizes that layers of this layout may have."""
+    return ragged_options if layout == "ragged" else layer_options
+
+
+def compile_options(
+    options: Options,
+    shape: ModelShape,
+    budget: Budget,
+    layout: Layout = "per-layer",
+    accepts: Callable[[int], bool] = lambda query_heads: True,
+    *,
+    breadth: float | None = None,
+) -> tuple[tuple[LayerPlan, ...], Realised]:
+    """As `compile_plan`, from what every size of every layer is worth rather than from scores.
+
+    Layers are ragged only where the sizes are.
+    """
+    return compile_units(options, None, shape, budget, layout, accepts, breadth=breadth)
+
+
+def compile_units(
+    heads: Options | None,
+    channels: ChannelOptions | None,
+    shape: ModelShape,
+    budget: Budget,
+    layout: Layout = "per-layer",
+    accepts: Callable[[int], bool] = lambda query_heads: True,
+    *,
+    breadth: float | None = None,
+    latency: LatencyTable | None = None,
+    tensor_parallel: int = 1,
+) -> tuple[tuple[LayerPlan, ...], Realised]:
+    """As `compile_options`, for heads, for channels, or for both in competition.
+
+    None means that all of those units stay; it must agree with the units of the budget. latency:
+    the table, needed where the budget's cost is that; a table of another model is a ProfileError,
+    and layout `ragged`, whose shapes no table has, a PlanError. tensor_parallel: the cards that
+    every layer must divide among (`LayerShape.splits`), which no ragged layer does.
+    """
+    given = (heads is not None, channels is not None)
+    assert given == (budget.units != "channels", budget.units != "heads"), "options of other units"
+    if layout not in LAYOUTS:
+        raise PlanError(f"layout is {layout!r}, expected {' or '.join(LAYOUTS)}.")
+    if layout == "ragged" and budget.cost == "latency":
+        raise PlanError("layout is ragged, and tables of latency have regular layers only.")
+    dense_score = _score(heads, channels, shape.layers)
+    heads, channels = _splittable(heads, channels, shape, layout, tensor_parallel)
+    limit = budget.limit(shape, breadth, latency)
+    uniform: UniformChoice | None = None
+    bound: float | None = None
+    if layout == "uniform":
+        uniform = _uniform(heads, channels, shape, budget, limit, accepts)
+        shapes = (uniform.layer,) * shape.num_layers
+    else:
+        shapes, bound = _per_layer(heads, channels, shape, budget, limit)
+    layers = layer_plans(_kept_heads(heads, shape, shapes), _kept_channels(channels, shapes))
+    score = _score(heads, channels, shapes)
+    realised = Realised(
+        **_figures(shape, budget, limit, shapes),
+        score=score,
+        dense_score=dense_score,
+        score_bound=score if bound is None else bound,
+        **({} if uniform is None else _alternatives(uniform, budget)),
+    )
+    return layers, realised
+
+
+def _splittable(
+    heads: Options | None,
+    channels: ChannelOptions | None,
+    shape: ModelShape,
+    layout: Layout,
+    ways: int,
+) -> tuple[Options | None, ChannelOptions | None]:
+    """What may be chosen of both kinds of units; PlanError where units that stay do not divide."""
+    if ways == 1:
+        return heads, channels
+    if layout == "ragged":
+        raise PlanError("layout is ragged, whose layers divide among no cards. Use per-layer.")
+    if heads is None and not LayerShape(shape.query_heads, shape.kv_heads, ways).splits(ways):
+        raise PlanError(
+            f"{shape.query_heads} query heads in {shape.kv_heads} KV groups stay in every layer "
+            f"and do not divide among {ways} cards. Let heads go, too: --units both."
+        )
+    if channels is None and shape.channels % ways:
+        raise PlanError(
+            f"{shape.channels} channels stay in every layer and do not divide among {ways} cards. "
+            "Let channels go, too: --units both."
+        )
+    return (
+        None if heads is None else splittable_heads(heads, ways),
+        None if channels is None else splittable_channels(channels, ways),
+    )
+
+
+def layer_plans(kept_LGg: BoolArray, kept_LI: BoolArray | None = None) -> tuple[LayerPlan, ...]:
+    """One LayerPlan per layer of masks of kept query heads [L,G,g] and kept channels [L,I].
+
+    Without a mask, or where a layer's is full, all its channels stay and none is listed.
+    """
+    rows = [None] * len(kept_LGg) if kept_LI is None else kept_LI
+    return tuple(
+        LayerPlan(
+            tuple(np.flatnonzero(mask.any(axis=1)).tolist()),
+            tuple(np.flatnonzero(mask).tolist()),
+            None if row is None or row.all() else tuple(np.flatnonzero(row).tolist()),
+        )
+        for mask, row in zip(kept_LGg, rows, strict=True)
+    )
+
+
+def forced_heads(whitelist: Iterable[tuple[int, int]], shape: ModelShape) -> BoolArray:
+    """A whitelist of (layer, query head) as a mask [L,H]; PlanError for a head out of range."""
+    forced = np.zeros((shape.num_layers, shape.query_heads), dtype=bool)
+    for layer, head in whitelist:
+        if not (0 <= layer < shape.num_layers and 0 <= head < shape.query_heads):
+            raise PlanError(
+                f"layer {layer}: the whitelist holds query head {head} but the model has "
+                f"{shape.num_layers} layers of {shape.query_heads}. Use artifacts of this model."
+            )
+        forced[layer, head] = True
+    return forced
+
+
+def _uniform(
+    heads: Options | None,
+    channels: ChannelOptions | None,
+    shape: ModelShape,
+    budget: Budget,
+    limit: Limit,
+    accepts: Callable[[int], bool],
+) -> UniformChoice:
+    sizes = uniform_sizes(heads, channels, shape, limit.kind, accepts, limit.latency)
+    try:
+        return choose_uniform(sizes, limit.cost)
+    except BudgetError:
+        raise uniform_infeasible(shape, budget, limit, sizes) from None
+
+
+def _per_layer(
+    heads: Options | None,
+    channels: ChannelOptions | None,
+    shape: ModelShape,
+    budget: Budget,
+    limit: Limit,
+) -> tuple[tuple[LayerShape, ...], float | None]:
+    """The best size of every layer, and the proven bound where it is not proven best."""
+    candidates = []
+    if heads is not None:
+        costs = head_costs(shape, limit.kind, heads.query_heads, limit.latency)
+        candidates.append(Candidates.of_heads(heads, costs))
+    if channels is not None:
+        costs = width_costs(shape, channels.widths, limit.latency)
+        candidates.append(Candidates.of_channels(channels, costs))
+    try:
+        picks, choice = allocate(candidates, limit.cost)
+    except BudgetError:
+        raise infeasible(shape, budget, limit, candidates, channels) from None
+    groups = np.full(shape.num_layers, shape.kv_heads)
+    query = np.full(shape.num_layers, shape.query_heads)
+    widths = np.full(shape.num_layers, shape.channels)
+    if heads is not None:
+        groups = picks[0] // heads.query_heads.shape[1] + 1
+        query = heads.query_heads.ravel()[picks[0]]
+    if channels is not None:
+        widths = np.array(channels.widths)[picks[-1]]
+    rows = zip(query.tolist(), groups.tolist(), widths.tolist(), strict=True)
+    return tuple(LayerShape(*row) for row in rows), None if choice.exact else choice.bound
+
+
+def _kept_heads(
+    heads: Options | None, shape: ModelShape, shapes: Sequence[LayerShape]
+) -> BoolArray:
+    if heads is None:
+        return np.ones((shape.num_layers, shape.kv_heads, shape.group_size), dtype=bool)
+    return heads.kept(*_counts(heads, shapes))
+
+
+def _counts(heads: Options, shapes: Sequence[LayerShape]) -> tuple[IntArray, IntArray]:
+    """KV groups and count of heads [L] by which `heads` knows the sizes of these layers."""
+    groups = np.array([layer.kv_heads for layer in shapes])
+    query = np.array([layer.query_heads for layer in shapes])
+    return groups, (heads.query_heads[groups - 1] == query[:, None]).argmax(axis=1) + 1
+
+
+def _kept_channels(
+    channels: ChannelOptions | None, shapes: Sequence[LayerShape]
+) -> BoolArray | None:
+    return None if channels is None else channels.kept([layer.channels for layer in shapes])
+
+
+def _score(
+    heads: Options | None, channels: ChannelOptions | None, shapes: Sequence[LayerShape]
+) -> float:
+    """Worth of layers of these sizes, of the units that may go."""
+    layers, total = np.arange(len(shapes)), 0.0
+    if heads is not None:
+        groups, count = _counts(heads, shapes)
+        total += float(heads.value[layers, groups - 1, count - 1].sum())
+    if channels is not None:
+        at = np.searchsorted(channels.widths, [layer.channels for layer in shapes])
+        total += float(channels.value[layers, at].sum())
+    return total
+
+
+def _figures(
+    shape: ModelShape, budget: Budget, limit: Limit, shapes: Sequence[LayerShape]
+) -> dict[str, Any]:
+    """The entries of `Realised` that follow from the sizes alone."""
+    figures: dict[str, Any] = {
+        "kind": limit.kind,
+        "limit": limit.cost,
+        "cost": unit_cost(shape, shapes, budget.units, limit.kind, limit.latency),
+        "keep": _share(shape, shapes, budget.units),
+        "parameters": shape.parameters(shapes),
+        "kv_bytes_per_token": shape.kv_bytes_per_token(shapes),
+    }
+    if budget.units != "heads":
+        figures["units"] = budget.units
+        figures["head_keep"] = _share(shape, shapes, "heads")
+        figures["channel_keep"] = _share(shape, shapes, "channels")
+    return figures
+
+
+def _share(shape: ModelShape, shapes: Sequence[LayerShape], units: Units) -> float:
+    """Share of the units' parameters that layers of these sizes keep."""
+    return unit_parameters(shape, shapes, units) / unit_parameters(shape, shape.layers, units)
+
+
+def _alternatives(uniform: UniformChoice, budget: Budget) -> dict[str, Any]:
+    """The entries of `Realised` about other uniform sizes, of the units that may go."""
+    larger = uniform.next_larger
+    entries: dict[str, Any] = {}
+    if budget.units != "channels":
+        entries["accepted_query_heads"] = uniform.accepted
+        entries["next_larger"] = larger and (larger.query_heads, larger.kv_heads)
+    if budget.units != "heads":
+        entries["next_larger_channels"] = larger and larger.channels
+    return entries

@@ -1,0 +1,151 @@
+"""The plan: which units of which layer stay, and where that decision came from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from spp_export.common.errors import PlanError
+from spp_export.common.json_files import dump_json
+from spp_export.models.shape import LayerShape, ModelShape
+
+SCHEMA_VERSION = 1
+
+Layout = Literal["uniform", "per-layer", "ragged"]
+Compensation = Literal["none", "bias", "lstsq"]
+LAYOUTS: tuple[Layout, ...] = ("uniform", "per-layer", "ragged")
+COMPENSATIONS: tuple[Compensation, ...] = ("none", "bias", "lstsq")
+PROVENANCE = (
+    "scenario",
+    "artifacts",
+    "diagnosis",
+    "calibration",
+    "criterion",
+    "policy",
+    "budget",
+    "predicted",
+    "versions",
+)
+# Among the query heads of a padded layer: one whose weights are zero.
+FILL = -1
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """What one layer keeps, as ascending indices in the source; `channels` None keeps them all."""
+
+    kv_heads: tuple[int, ...]
+    query_heads: tuple[int, ...]
+    channels: tuple[int, ...] | None = None
+
+    def shape(self, model: ModelShape) -> LayerShape:
+        """Size of the layer after slicing."""
+        channels = model.channels if self.channels is None else len(self.channels)
+        groups = tuple(len(heads) for heads in self._heads_by_group(model.group_size))
+        groups = groups if len(set(groups)) > 1 else ()
+        return LayerShape(len(self.query_heads), len(self.kv_heads), channels, groups)
+
+    def padded_heads(self, group_size: int) -> tuple[int, ...]:
+        """The query heads, each group followed by as many `FILL`s as the largest has more.
+
+        group_size: query heads per KV head of the source.
+        """
+        groups = self._heads_by_group(group_size)
+        widest = max(len(heads) for heads in groups)
+        return tuple(head for heads in groups for head in (*heads, *[FILL] * (widest - len(heads))))
+
+    def _heads_by_group(self, group_size: int) -> list[list[int]]:
+        """Kept query heads of every kept KV group."""
+        heads: dict[int, list[int]] = {group: [] for group in self.kv_heads}
+        for head in self.query_heads:
+            heads.setdefault(head // group_size, []).append(head)
+        return list(heads.values())
+
+    def as_json(self) -> dict[str, Any]:
+        """The layer's object in plan.json."""
+        return {
+            "kv_heads": list(self.kv_heads),
+            "query_heads": list(self.query_heads),
+            "channels": None if self.channels is None else list(self.channels),
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The compiled decision. Slicing reads the first five fields and `padded`; the rest is
+    provenance.
+
+    `model_source` is a hub id or a directory name, never an absolute path: users publish plans.
+    The provenance fields are JSON objects and may be empty. `padded`: the groups of a ragged layer
+    are filled with heads of zeros and written as a regular one; a budget counts none of these.
+    """
+
+    model_fingerprint: str
+    model_source: str
+    layout: Layout
+    compensation: Compensation
+    layers: tuple[LayerPlan, ...]
+    scenario: Mapping[str, Any] = field(default_factory=dict)
+    artifacts: Mapping[str, Any] = field(default_factory=dict)
+    diagnosis: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    criterion: Mapping[str, Any] = field(default_factory=dict)
+    policy: Mapping[str, Any] = field(default_factory=dict)
+    budget: Mapping[str, Any] = field(default_factory=dict)
+    predicted: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, Any] = field(default_factory=dict)
+    padded: bool = False
+
+    def __post_init__(self) -> None:
+        if self.padded and self.layout != "ragged":
+            raise PlanError(
+                f"plan: padded is true but layout is {self.layout}; only ragged layers are padded."
+            )
+        drive = self.model_source[1:3] in (":\\", ":/")
+        if drive or self.model_source.startswith(("/", "~", "\\")):
+            raise PlanError(
+                f"plan: model.source is the path {self.model_source!r:.80}, expected a hub id or "
+                "the name of a directory."
+            )
+
+    def layer_shapes(self, model: ModelShape) -> tuple[LayerShape, ...]:
+        """Size of every layer after slicing, of what is kept alone."""
+        return tuple(layer.shape(model) for layer in self.layers)
+
+    def written_shapes(self, model: ModelShape) -> tuple[LayerShape, ...]:
+        """Size of every layer as it is written: with what pads it."""
+        shapes = self.layer_shapes(model)
+        return tuple(shape.padded for shape in shapes) if self.padded else shapes
+
+    @property
+    def written_layout(self) -> Layout:
+        """The layout of the files: ragged layers that were padded are regular."""
+        return "per-layer" if self.padded else self.layout
+
+    def to_json(self) -> str:
+        """plan.json: keys in a fixed order, one layer per line, provenance as given."""
+        head = {
+            "schema_version": SCHEMA_VERSION,
+            "model": {"fingerprint": self.model_fingerprint, "source": self.model_source},
+            "layout": self.layout,
+            **({"padded": True} if self.padded else {}),
+            "compensation": self.compensation,
+        }
+        tail = {name: value for name in PROVENANCE if (value := getattr(self, name))}
+        rows = ",\n    ".join(json.dumps(layer.as_json()) for layer in self.layers)
+        entries = [_entry(name, value) for name, value in head.items()]
+        entries.append(f'"layers": [\n    {rows}\n  ]')
+        entries += [_entry(name, value) for name, value in tail.items()]
+        return "{\n  " + ",\n  ".join(entries) + "\n}\n"
+
+
+def dense_plan(shape: ModelShape, fingerprint: str, source: str) -> Plan:
+    """The plan that keeps everything."""
+    layer = LayerPlan(tuple(range(shape.kv_heads)), tuple(range(shape.query_heads)))
+    return Plan(fingerprint, source, "uniform", "none", (layer,) * shape.num_layers)
+
+
+def _entry(name: str, value: Any) -> str:
+    return f'"{name}": ' + dump_json(value).rstrip("\n").replace("\n", "\n  ")

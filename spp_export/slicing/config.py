@@ -1,0 +1,195 @@
+"""config.json of a slim checkpoint, from the source's. Plain dictionaries: no torch, no files."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spp_export.common.errors import ModelError, PlanError
+from spp_export.models.families import Family, Role
+from spp_export.models.shape import LayerShape, ModelShape
+
+# What travels in a per-layer or ragged checkpoint, beside its config.json.
+MODELING_FILES: tuple[Path, ...] = tuple(
+    Path(__file__).parent / "modeling" / name
+    for name in ("configuration_spp.py", "modeling_spp.py")
+)
+
+# Keys of a source that are about where it came from, or name code that we replace or refuse: who
+# trusts the code of an export must not run another's.
+_DROPPED = (
+    "_name_or_path",
+    "_commit_hash",
+    "_attn_implementation",
+    "attn_implementation",
+    "experts_implementation",
+    "auto_map",
+    "custom_pipelines",
+)
+# All four families have this default, in transformers 4.57 and 5.x.
+_DEFAULT_ROPE_THETA = 10000.0
+
+
+def slim_config(
+    source_config: Mapping[str, Any],
+    family: Family,
+    shape: ModelShape,
+    layers: Sequence[LayerShape],
+    layout: str,
+    biased: Collection[Role] = (),
+) -> dict[str, Any]:
+    """The parsed config.json of a checkpoint whose layers have the shapes `layers`.
+
+    `uniform` gives a stock config. `per-layer` gives one for the classes in `MODELING_FILES`: the
+    global counts stay those of the dense model `shape`, every layer's own are listed. `ragged` also
+    lists how many consecutive query heads each KV head of a layer serves. The projections `biased`
+    (OUTPUT, DOWN) have a bias (bias compensation): in `uniform` by the family's switch, which also
+    gives biases to q, k and v, or to gate and up; in the others they are named, and no others get
+    one. Keys are sorted, so equal arguments give equal JSON.
+
+    Raises PlanError for layers or biases the layout cannot express, ModelError for a source config
+    that contradicts itself.
+    """
+    _check_layers(shape, layers, ragged=layout == "ragged")
+    config = portable_config(source_config)
+    config |= {"head_dim": shape.head_dim, "tie_word_embeddings": shape.tied_embeddings}
+    has_bias = {Role.OUTPUT: shape.output_bias, Role.DOWN: shape.mlp_bias}
+    new = sorted(role for role in biased if not has_bias[role])
+    if layout == "uniform":
+        config |= _uniform(family, shape, layers)
+        config |= {family.bias_switch(role): True for role in new}
+    elif layout in ("per-layer", "ragged"):
+        config |= _per_layer(family, shape, layers, ragged=layout == "ragged")
+        if new:
+            config["biased_projections"] = [family.consumer(role) for role in new]
+    else:
+        raise PlanError(
+            f"layout {layout!r} has no config; expected 'uniform', 'per-layer' or 'ragged'."
+        )
+    return dict(sorted(config.items()))
+
+
+def portable_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json that transformers 4.57 and 5.x read alike, from one that either wrote.
+
+    5.x writes `rope_parameters`, which 4.57 ignores without a word and then rotates by the default
+    theta; 4.57 writes `rope_theta` and `rope_scaling`. Both forms are given, as are `dtype` and
+    `torch_dtype`. Paths and names of foreign code are left out.
+
+    Raises ModelError where the two forms of the source disagree.
+    """
+    result = {key: value for key, value in config.items() if key not in _DROPPED}
+    result |= _rope(config)
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    if dtype is not None:
+        result |= {"dtype": dtype, "torch_dtype": dtype}
+    return result
+
+
+def _check_layers(shape: ModelShape, layers: Sequence[LayerShape], *, ragged: bool) -> None:
+    if len(layers) != shape.num_layers:
+        raise PlanError(
+            f"the plan has {len(layers)} layers and the model {shape.num_layers}. "
+            "Make the plan for this checkpoint."
+        )
+    for index, layer in enumerate(layers):
+        if not (layer.regular or (ragged and layer.groups)):
+            raise PlanError(
+                f"layer {index}: {layer.query_heads} query heads over {layer.kv_heads} KV heads is "
+                "not a regular layer; every kept KV group must keep as many query heads. "
+                "Use layout 'ragged'."
+            )
+
+
+def _uniform(family: Family, shape: ModelShape, layers: Sequence[LayerShape]) -> dict[str, Any]:
+    first = layers[0]
+    odd = next((index for index, layer in enumerate(layers) if layer != first), None)
+    if odd is not None:
+        raise PlanError(
+            f"layer {odd} has {_sizes(layers[odd])}, layer 0 has {_sizes(first)}; layout 'uniform' "
+            "needs all layers alike. Use layout 'per-layer'."
+        )
+    if family.heads_divide_hidden and shape.hidden_size % first.query_heads:
+        raise PlanError(
+            f"layout 'uniform': {family.architecture} wants a number of query heads that divides "
+            f"hidden_size {shape.hidden_size}, the plan keeps {first.query_heads}. "
+            "Keep another number, or use layout 'per-layer'."
+        )
+    return {"architectures": [family.architecture], **_counts(first)}
+
+
+def _per_layer(
+    family: Family, shape: ModelShape, layers: Sequence[LayerShape], *, ragged: bool
+) -> dict[str, Any]:
+    architecture = f"Spp{family.architecture}"
+    prefix = architecture.removesuffix("ForCausalLM")
+    digits = len(str(len(layers) - 1))
+    return {
+        "model_type": f"spp_{family.model_type}",
+        "architectures": [architecture],
+        "base_architecture": family.architecture,
+        "auto_map": {
+            "AutoConfig": f"configuration_spp.{prefix}Config",
+            "AutoModel": f"modeling_spp.{prefix}Model",
+            "AutoModelForCausalLM": f"modeling_spp.{architecture}",
+        },
+        **_counts(shape.layer),
+        "per_layer_config": {
+            str(index).zfill(digits): _counts(layer)
+            | ({"query_groups": list(layer.query_groups)} if ragged else {})
+            for index, layer in enumerate(layers)
+        },
+        "serialize_explicit_per_layer_config": True,
+        # The same once more, for readers that know lists only.
+        "num_attention_heads_per_layer": [layer.query_heads for layer in layers],
+        "num_key_value_heads_per_layer": [layer.kv_heads for layer in layers],
+    }
+
+
+def _counts(layer: LayerShape) -> dict[str, int]:
+    return {
+        "num_attention_heads": layer.query_heads,
+        "num_key_value_heads": layer.kv_heads,
+        "intermediate_size": layer.channels,
+    }
+
+
+def _sizes(layer: LayerShape) -> str:
+    return f"({layer.query_heads} query, {layer.kv_heads} KV, {layer.channels} channels)"
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Both forms of the rotary settings, `default` where the source names none."""
+    new = _rope_settings(config, "rope_parameters")
+    old = _rope_settings(config, "rope_scaling")
+    if config.get("rope_theta") is not None:
+        old["rope_theta"] = config["rope_theta"]
+    for key in new.keys() & old.keys():
+        if new[key] != old[key]:
+            raise ModelError(
+                f"config.json: {key} is {new[key]!r:.40} in rope_parameters and {old[key]!r:.40} "
+                "in rope_scaling or rope_theta. Keep the one the model was trained with."
+            )
+    settings = {"rope_theta": _DEFAULT_ROPE_THETA, "rope_type": "default", **new, **old}
+    scaling = {key: value for key, value in settings.items() if key != "rope_theta"}
+    return {
+        "rope_parameters": settings,
+        "rope_theta": settings["rope_theta"],
+        "rope_scaling": None if settings["rope_type"] == "default" else scaling,
+    }
+
+
+def _rope_settings(config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = config.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or any(isinstance(v, Mapping) for v in value.values()):
+        raise ModelError(
+            f"config.json: {key} must be null or one flat object, got {value!r:.60}. "
+            "Rotary settings per layer type are not supported."
+        )
+    settings = dict(value)
+    if "type" in settings:  # the name before 4.43
+        settings["rope_type"] = settings.pop("type")
+    return settings

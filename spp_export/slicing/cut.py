@@ -1,0 +1,134 @@
+"""Cuts the rows or columns of removed units out of one tensor. Pure: arrays in, arrays out.
+
+Nothing is converted, so a caller may pass raw bits. What is cut is a copy: a view would keep the
+whole tensor alive, in memory and in some file formats. Where a plan pads its layers, a `FILL` among
+the units stands for one of zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spp_export.common.errors import PlanError
+from spp_export.models.families import TensorSpec, Unit
+from spp_export.planning.plan import FILL
+
+if TYPE_CHECKING:
+    from spp_export.models.shape import ModelShape
+    from spp_export.planning import LayerPlan, Plan
+
+Indices = NDArray[np.intp]
+
+
+def kept_units(spec: TensorSpec, layer_plan: LayerPlan) -> tuple[int, ...] | None:
+    """Source indices of the units of `spec` that stay; None where nothing is cut."""
+    if spec.unit is None or spec.axis is None:
+        return None
+    kept = {
+        Unit.QUERY: layer_plan.query_heads,
+        Unit.KV: layer_plan.kv_heads,
+        Unit.CHANNEL: layer_plan.channels,
+    }[spec.unit]
+    count = spec.shape[spec.axis] // spec.step
+    if kept is None or tuple(kept) == tuple(range(count)):
+        return None
+    _check_units(spec, kept, count)
+    return tuple(kept)
+
+
+def written_units(spec: TensorSpec, plan: Plan, shape: ModelShape) -> tuple[int, ...] | None:
+    """Units of `spec`, a tensor of the source, in the order in which they are written: `FILL` for
+    zeros; None where nothing is cut. `shape` is of the source."""
+    if spec.layer is None:
+        return None
+    layer = plan.layers[spec.layer]
+    units = kept_units(spec, layer)
+    if units is None or not plan.padded or spec.unit is not Unit.QUERY:
+        return units
+    return layer.padded_heads(shape.group_size)
+
+
+def real_elements(units: Sequence[int], step: int) -> Indices:
+    """Elements along an axis that are not `FILL`, of `units` of `step` consecutive ones."""
+    return kept_indices(np.flatnonzero(np.asarray(units) != FILL).tolist(), step)
+
+
+def kept_indices(units: Sequence[int], step: int) -> Indices:
+    """Indices along an axis, [len(units) * step], of units of `step` consecutive elements."""
+    first = np.asarray(units, dtype=np.intp) * step
+    return (first[:, None] + np.arange(step, dtype=np.intp)).reshape(-1)
+
+
+def cut_shape(spec: TensorSpec, units: Sequence[int]) -> tuple[int, ...]:
+    """Shape of `spec` once only `units` are left on its axis."""
+    assert spec.axis is not None
+    before, after = spec.shape[: spec.axis], spec.shape[spec.axis + 1 :]
+    return (*before, len(units) * spec.step, *after)
+
+
+def slice_tensor(array: NDArray[Any], spec: TensorSpec, layer_plan: LayerPlan) -> NDArray[Any]:
+    """What `layer_plan` keeps of a whole tensor, of shape `spec.shape`: a contiguous copy.
+
+    Returns `array` itself where nothing is cut. Raises PlanError for a unit that the tensor does
+    not have, or units that are not ascending.
+    """
+    return _sliced(array, spec, kept_units(spec, layer_plan))
+
+
+def written_tensor(
+    array: NDArray[Any], spec: TensorSpec, plan: Plan, shape: ModelShape
+) -> NDArray[Any]:
+    """As `slice_tensor`, with the zeros that a plan pads layers with; `shape` is the source's."""
+    return _sliced(array, spec, written_units(spec, plan, shape))
+
+
+def _sliced(array: NDArray[Any], spec: TensorSpec, units: Sequence[int] | None) -> NDArray[Any]:
+    assert array.shape == spec.shape, f"{spec.name}: {array.shape} is not {spec.shape}"
+    return array if units is None else slice_rows(array, spec, units, 0)
+
+
+def slice_rows(
+    rows: NDArray[Any], spec: TensorSpec, units: Sequence[int], first_row: int
+) -> NDArray[Any]:
+    """What stays of the rows of a tensor from `first_row` on, if only `units` are kept.
+
+    With the rows in blocks, the results one after another are the sliced tensor; so a tensor can
+    be sliced without ever being in memory as a whole. A `FILL` must follow a unit that is kept.
+    """
+    listed = np.asarray(units, dtype=np.intp)
+    filled = listed == FILL
+    # Zeros are written over a copy of what they follow, with whose last row they come.
+    source = np.maximum.accumulate(listed)
+    if spec.axis == 0:
+        within = np.where(filled[:, None], spec.step - 1, np.arange(spec.step))
+        kept = (source[:, None] * spec.step + within).reshape(-1)
+        begin, end = np.searchsorted(kept, (first_row, first_row + len(rows)))
+        taken: NDArray[Any] = rows[kept[begin:end] - first_row]
+        taken[np.repeat(filled, spec.step)[begin:end]] = 0
+        return taken
+    assert spec.axis == 1
+    # Whole units rather than single elements: memory moves in runs of `step`.
+    grouped = rows.reshape(len(rows), -1, spec.step)
+    taken = np.take(grouped, source, axis=1)
+    taken[:, filled] = 0
+    return taken.reshape(len(rows), -1)
+
+
+def _check_units(spec: TensorSpec, kept: Sequence[int], count: int) -> None:
+    if not kept:
+        raise PlanError(
+            f"layer {spec.layer}: the plan keeps no {spec.unit} unit. Keep at least one."
+        )
+    if any(one >= other for one, other in pairwise(kept)):
+        raise PlanError(f"layer {spec.layer}: kept {spec.unit} units are not ascending.")
+    if kept[0] < 0 or kept[-1] >= count:
+        wrong = kept[0] if kept[0] < 0 else kept[-1]
+        raise PlanError(
+            f"layer {spec.layer}: the plan keeps {spec.unit} unit {wrong}, the model has "
+            f"{count} (0 to {count - 1}). Make the plan for this model."
+        )
