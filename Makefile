@@ -71,7 +71,7 @@ demo: $(INSTALLED)
 artifacts: $(INSTALLED)
 	$(BIN)/spp probe --pools benchmarks/data/pools \
 		--domains chemistry,finance,history,math,philosophy,technology \
-		-o spp_export/assets/smollm2-135m-instruct --force
+		-o spp_export/data/assets/smollm2-135m-instruct --force
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

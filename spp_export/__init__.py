@@ -8,12 +8,19 @@ with its Auto classes.
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spp_export.models.modeling.registration import install as _install
+from spp_export.models.registration import install as _install
 
 if TYPE_CHECKING:
-    from spp_export.commands.chat.chat import Answer, Chat, open_chat
+    from spp_export.commands.chat.chat import (
+        Answer,
+        Chat,
+        ScenarioChat,
+        open_chat,
+        open_scenario_chat,
+    )
     from spp_export.commands.convert import ConvertResult, convert
     from spp_export.commands.diagnose import diagnose
     from spp_export.commands.doctor import Examination, doctor
@@ -23,12 +30,11 @@ if TYPE_CHECKING:
     from spp_export.commands.import_artifacts import import_artifacts
     from spp_export.commands.load import ScenarioModels, load, load_many
     from spp_export.commands.lora import RecoverSettings
-    from spp_export.commands.plan import PlanRequest, PlanResult, plan
+    from spp_export.commands.plan import plan
     from spp_export.commands.probe import probe
     from spp_export.commands.push import PushResult, push_to_hub
     from spp_export.commands.recover import RecoverResult, recover
     from spp_export.commands.report.report import ReportResult, report
-    from spp_export.commands.scenario_chat import ScenarioChat, open_scenario_chat
     from spp_export.commands.show import show
     from spp_export.commands.verify import verify
     from spp_export.common.errors import SppError
@@ -36,6 +42,7 @@ if TYPE_CHECKING:
     from spp_export.formats.onnx import OnnxOptions
     from spp_export.models.loader import load_dense, load_slim
     from spp_export.planning import Plan, read_plan
+    from spp_export.planning.request import PlanRequest, PlanResult
 
 _WHERE = {
     "Answer": "spp_export.commands.chat.chat",
@@ -49,13 +56,13 @@ _WHERE = {
     "GgufOptions": "spp_export.formats.gguf",
     "OnnxOptions": "spp_export.formats.onnx",
     "Plan": "spp_export.planning",
-    "PlanRequest": "spp_export.commands.plan",
-    "PlanResult": "spp_export.commands.plan",
+    "PlanRequest": "spp_export.planning.request",
+    "PlanResult": "spp_export.planning.request",
     "PushResult": "spp_export.commands.push",
     "RecoverResult": "spp_export.commands.recover",
     "RecoverSettings": "spp_export.commands.lora",
     "ReportResult": "spp_export.commands.report.report",
-    "ScenarioChat": "spp_export.commands.scenario_chat",
+    "ScenarioChat": "spp_export.commands.chat.chat",
     "ScenarioModels": "spp_export.commands.load",
     "SppError": "spp_export.common.errors",
     "convert": "spp_export.commands.convert",
@@ -70,7 +77,7 @@ _WHERE = {
     "load_many": "spp_export.commands.load",
     "load_slim": "spp_export.models.loader",
     "open_chat": "spp_export.commands.chat.chat",
-    "open_scenario_chat": "spp_export.commands.scenario_chat",
+    "open_scenario_chat": "spp_export.commands.chat.chat",
     "plan": "spp_export.commands.plan",
     "probe": "spp_export.commands.probe",
     "push_to_hub": "spp_export.commands.push",
@@ -128,6 +135,8 @@ __all__ = [
     "verify",
 ]
 
+# Modules that users may have written down: spp_export.ort, .transformers_cli, .vllm_plugin.
+__path__.append(str(Path(__file__).parent / "commands" / "public_paths"))
 _install()
 
 

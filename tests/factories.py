@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from spp_export.common.progress import quiet_transformers
 from spp_export.models.families import FAMILIES, Role
 from spp_export.models.shape import ModelShape
 from spp_export.planning import LayerPlan, Layout
-from spp_export.quiet import quiet_transformers
 from spp_export.slicing.config import MODELING_FILES, slim_config
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<s>", "</s>", "<|endoftext|>"

@@ -1,110 +1,71 @@
-"""Imports go one way: a module may import those before it in ORDER, or beside it, never after."""
+"""Imports go down the rooms of the house, and nowhere in a circle."""
 
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = {
-    "spp_export": ROOT / "spp_export",
-    "spp_cli": ROOT / "cli" / "spp_cli",
-    "spp_kernels": ROOT / "kernels" / "spp_kernels",
-    "spp_bench": ROOT / "benchmarks" / "spp_bench",
+FOLDERS = {
+    "spp_export": ROOT,
+    "spp_cli": ROOT / "cli",
+    "spp_kernels": ROOT / "kernels",
+    "spp_bench": ROOT / "benchmarks",
 }
-# One line is one step of the flow. A name stands for a module or a whole package.
-ORDER = [
-    ["errors", "shape", "progress", "versions", "quiet", "memory"],
-    ["jsonio", "working_place"],
-    ["scenario", "pools", "artifacts", "artifacts_checks", "artifacts_import"],
-    ["diagnosis"],
-    ["importance"],
-    ["latency", "latency_file"],
-    ["knapsack", "allocate", "budget", "bound", "published"],
-    ["plans"],
-    ["families"],
-    ["slicing", "compensate", "slim_config", "engines", "report_page"],
-    ["checkpoint", "card"],
-    ["modeling", "loader_registration", "vllm_plugin", "models", "tokenization", "preflight"],
-    ["onnx_graph", "gguf_file"],
-    ["loader", "transformers_cli", "weights_on_disk", "layerwise", "activations"],
-    ["gradients", "statistics_pass", "statistics_cache"],
-    ["moments", "probing", "reference", "probe_pruning"],
-    ["ort"],
-    ["quality", "verification", "onnx_checks", "gguf_checks"],
-    ["recovery"],
-    ["session"],
-    ["evaluation"],
-    ["pipeline"],
-]
-RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-# Everything up to here plans, slices and writes with numpy alone.
-TORCH_FREE = {name for names in ORDER[: ORDER.index(["checkpoint", "card"]) + 1] for name in names}
+# From the top down: a room imports itself and those after it.
+DOWN = (
+    "commands formats evaluation slicing planning domains importance calibration data models common"
+)
+ROOMS = DOWN.split()
+PACKAGES = {"spp_cli": 3, "spp_bench": 2, "spp_export": 1, "spp_kernels": 0}
 
 
-def modules(package: str) -> list[Path]:
-    return sorted(SOURCES[package].rglob("*.py"))
+def sources() -> dict[str, Path]:
+    """Dotted name and file of every module."""
+    found = {}
+    for package, root in FOLDERS.items():
+        for path in (root / package).rglob("*.py"):
+            found[".".join(path.relative_to(root).with_suffix("").parts)] = path
+    return {name.removesuffix(".__init__"): path for name, path in found.items()}
+
+
+SOURCES = sources()
 
 
 def imported(path: Path) -> set[str]:
-    """Dotted names a file imports anywhere in it, also lazily and for type checkers."""
+    """Our modules that a file imports anywhere in it, also lazily and for type checkers."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.add(node.module)
-    return names
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= (inside & SOURCES.keys()) or {node.module}
+    return names & SOURCES.keys()
 
 
-def place(path: Path) -> str:
-    relative = path.relative_to(SOURCES["spp_export"])
-    return relative.parts[0].removesuffix(".py")
+IMPORTED = {name: imported(path) for name, path in SOURCES.items()}
 
 
-@pytest.mark.parametrize(
-    "path", modules("spp_export"), ids=lambda p: str(p.relative_to(SOURCES["spp_export"]))
-)
-def test_library_imports_one_way(path: Path) -> None:
-    own = place(path)
-    if own == "__init__":  # the table of contents names everything
-        return
-    assert own in RANK, f"{own} has no place in ORDER"
-    for name in imported(path):
-        root, _, rest = name.partition(".")
-        if root == "spp_export" and rest:
-            other = rest.partition(".")[0]
-            assert RANK[other] <= RANK[own], f"{own} imports {other}, which comes later"
-        assert root not in {"spp_cli", "spp_bench"}, f"the library imports {name}"
+def test_rooms_are_the_entries_at_the_root() -> None:
+    entries = {path.name for path in (ROOT / "spp_export").iterdir() if path.name != "__pycache__"}
+    assert entries == {*ROOMS, "__init__.py"}
 
 
-@pytest.mark.parametrize("package", ["spp_kernels", "spp_bench", "spp_cli"])
-def test_packages_import_one_way(package: str) -> None:
-    forbidden = {
-        "spp_kernels": {"spp_export", "spp_bench", "spp_cli", "transformers"},
-        "spp_bench": {"spp_cli"},
-        "spp_cli": set[str](),
-    }[package]
-    for path in modules(package):
-        roots = {name.partition(".")[0] for name in imported(path)}
-        assert not roots & forbidden, f"{path.name} imports {roots & forbidden}"
+def test_imports_go_down() -> None:
+    rank = {room: place for place, room in enumerate(ROOMS)}
+    for name, others in IMPORTED.items():
+        package, _, rest = name.partition(".")
+        for other in others:
+            where, _, inside = other.partition(".")
+            assert PACKAGES[where] <= PACKAGES[package], f"{name} imports {other}"
+            if package == where == "spp_export" and rest:
+                own, below = rest.split(".")[0], inside.split(".")[0]
+                assert inside, f"{name} imports the whole of spp_export"
+                assert rank[below] >= rank[own], f"{name} imports {other}, a room above"
 
 
-def test_planning_and_slicing_import_no_torch() -> None:
-    names = []
-    for path in modules("spp_export"):
-        if place(path) in TORCH_FREE and path.name != "__init__.py":
-            dotted = path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
-            names.append(dotted)
-    code = f"import sys\nfor n in {names!r}: __import__(n)\nassert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-
-
-def test_no_package_takes_a_generic_name() -> None:
-    """`kernels` at the top level would shadow the package that transformers looks for."""
-    for folder in ("cli", "kernels", "benchmarks", "tests"):
-        assert not (ROOT / folder / "__init__.py").exists()
+def test_no_circle() -> None:
+    """Modules, the table of contents aside, can be sorted by what they import."""
+    TopologicalSorter({n: IMPORTED[n] for n in IMPORTED if n != "spp_export"}).prepare()

@@ -34,7 +34,7 @@ def test_wheel_ships_only_our_packages(tmp_path: Path) -> None:
     assert {"spp_export/report_page/style.css", "spp_export/commands/report/page/script.js"} <= set(
         names
     )
-    assert "spp_export/assets/smollm2-135m-instruct/artifacts.json" in names
+    assert "spp_export/data/assets/smollm2-135m-instruct/artifacts.json" in names
     assert not [name for name in names if name.endswith((".pyc", ".pt", ".bin", ".gguf"))]
     entry_points = zipfile.ZipFile(wheel).read(f"{info}/entry_points.txt").decode()
     assert "spp = spp_cli.main:main" in entry_points

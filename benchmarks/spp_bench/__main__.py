@@ -14,7 +14,7 @@ from spp_bench.report import plain
 from spp_bench.shapes.bench import bench_shape
 from spp_bench.shapes.plans import LAYOUTS, variants
 from spp_export.common.errors import SppError, UsageError
-from spp_export.planning.budget import UNITS
+from spp_export.models.shape import UNITS
 
 
 def parser() -> argparse.ArgumentParser:

@@ -24,7 +24,8 @@ from spp_bench.candidates import (
 from spp_bench.cases import Cell, grid, tokens
 from spp_bench.claims import claim_rows
 from spp_bench.device_rates import measure_rates
-from spp_bench.engines.open import Runner, genai_installed, open_runner
+from spp_bench.engines.open import genai_installed, open_runner
+from spp_bench.engines.runner import Runner
 from spp_bench.gate import check_agreement, check_outs, same_files
 from spp_bench.measure import in_turn, measure_cell
 from spp_bench.memory import measure_memory

@@ -19,8 +19,9 @@ from spp_bench.machine import machine
 from spp_export.calibration.mixture import Mixing, calibration_parts, gather_parts
 from spp_export.calibration.moments import layer_weights
 from spp_export.calibration.refit import refit_blocks, residual
+from spp_export.data.artifacts import open_artifacts
 from spp_export.importance import FloatArray
-from spp_export.models.session import open_artifacts, open_session
+from spp_export.models.session import open_session
 
 BLOCKS = (1536, 768, 384, 192, 96, 48)
 _KEEP = 0.8

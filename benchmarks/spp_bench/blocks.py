@@ -18,10 +18,10 @@ from torch import Tensor
 
 import spp_export.models.modeling  # noqa: F401  registers the per-layer classes
 from spp_bench.graphs import cuda_graph, on_device
+from spp_export.common.progress import quiet_transformers
 from spp_export.models.families import Family
 from spp_export.models.shape import LayerShape, ModelShape
 from spp_export.planning.latency import Phase
-from spp_export.quiet import quiet_transformers
 from spp_export.slicing.config import slim_config
 
 # More than the caches of a processor or a card hold.

@@ -7,19 +7,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from spp_export.commands.onnx_files import is_onnx, onnx_options
-from spp_export.formats.onnx.settings import stock_settings
-
 from spp_bench.bounds import Sizes
 from spp_bench.onnx.weights import stored_weights
 from spp_export.common.errors import OutputError
 from spp_export.common.json_files import read_json
 from spp_export.common.manifest import hash_file
+from spp_export.formats.decoder import stock_settings
+from spp_export.formats.onnx.format import is_onnx, onnx_options
 from spp_export.formats.onnx.options import OnnxOptions
 from spp_export.models.checkpoint.source import Source
 from spp_export.models.shape import LayerShape, ModelShape
 from spp_export.planning import read_plan, validate_plan
-from spp_export.slicing.compensation import written_shape
+from spp_export.planning.written import written_shape
 
 Engine = Literal["torch", "graph", "onnx", "genai"]
 DENSE = "dense"

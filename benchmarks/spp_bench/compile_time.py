@@ -18,10 +18,10 @@ import numpy as np
 
 from spp_bench.machine import machine
 from spp_bench.timing import quantiles
-from spp_export.models.shape import ModelShape
+from spp_export.models.shape import ModelShape, Units
 from spp_export.planning import compile_units
 from spp_export.planning.allocate import channel_options, layer_options, per_parameter
-from spp_export.planning.budget import Budget, Units
+from spp_export.planning.budget import Budget
 
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
 CASES = {

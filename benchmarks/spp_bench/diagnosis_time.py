@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spp_bench.clocks import no_collection
-from spp_export.commands.diagnose import diagnose_prompts
-from spp_export.commands.plan import PlanRequest, plan_scenario
+from spp_export.data.artifacts import open_artifacts
 from spp_export.data.scenario import read_scenario
+from spp_export.domains.diagnosis import diagnose_prompts
 from spp_export.models.hub import DEMO
-from spp_export.models.session import open_artifacts, open_session
+from spp_export.models.session import open_session
+from spp_export.planning.planner import plan_scenario
+from spp_export.planning.request import PlanRequest
 
 # Only in a clone: no data travels with the package.
 SCENARIO = Path(__file__).resolve().parents[1] / "data" / "scenarios" / "chemistry.txt"

@@ -11,7 +11,7 @@ import numpy as np
 import spp_export
 from spp_bench.candidates import Candidate, Out
 from spp_bench.cases import Cell, tokens
-from spp_bench.engines.open import Logits, Runner
+from spp_bench.engines.runner import Logits, Runner
 from spp_export.common.errors import ParityError
 from spp_export.common.manifest import MANIFEST_NAME, hash_file
 from spp_export.common.progress import Progress

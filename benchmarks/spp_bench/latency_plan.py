@@ -22,7 +22,7 @@ import spp_export
 from spp_bench import provenance
 from spp_bench.candidates import torch_candidate, windows_of
 from spp_bench.cases import Cell, tokens
-from spp_bench.engines.open import Runner
+from spp_bench.engines.runner import Runner
 from spp_bench.engines.torch import TorchRunner
 from spp_bench.measure import measure_cell, speedup
 from spp_bench.profile import ProfileRequest, Target, profile
@@ -30,17 +30,18 @@ from spp_bench.results import write_document
 from spp_bench.threads import torch_threads
 from spp_bench.timing import quantiles
 from spp_export.calibration.mixture import calibration_parts
-from spp_export.commands.diagnose import diagnose_prompts
-from spp_export.commands.plan import PlanRequest, requested_mixing, scoring_for
 from spp_export.common.errors import BudgetError, SppError, UsageError
+from spp_export.data.artifacts import open_artifacts
 from spp_export.data.scenario import read_scenario
-from spp_export.latency_file import read_latency_table
+from spp_export.domains.diagnosis import diagnose_prompts
 from spp_export.models.hub import DEMO
-from spp_export.models.session import Session, open_artifacts, open_session
-from spp_export.models.shape import ModelShape
+from spp_export.models.session import Session, open_session
+from spp_export.models.shape import ModelShape, Units
 from spp_export.planning import LayerPlan, Plan, Realised, compile_units
-from spp_export.planning.budget import Budget, Units
-from spp_export.planning.latency import LatencyTable
+from spp_export.planning.budget import Budget
+from spp_export.planning.latency import LatencyTable, read_latency_table
+from spp_export.planning.planner import requested_mixing, scoring_for
+from spp_export.planning.request import PlanRequest
 from spp_export.planning.scoring import UnitOptions
 
 _SCENARIO = Path(__file__).resolve().parents[1] / "data" / "scenarios" / "chemistry.txt"

@@ -27,10 +27,10 @@ from spp_bench.big_checkpoints import SHARD_BYTES, build, plan_for
 from spp_bench.machine import machine
 from spp_bench.scale_child import status_bytes, watching_memory
 from spp_export.common.json_files import dump_json
-from spp_export.common.memory import resident_parameters
 from spp_export.models.checkpoint.source import Source
 from spp_export.models.checkpoint.writer import Entry, header_of, plan_shards, shard_index
 from spp_export.models.families import Role, TensorSpec, family_of
+from spp_export.models.shape import resident_parameters
 from spp_export.planning import LayerPlan, Plan
 
 FIXED_BYTES = 300_000_000
@@ -106,7 +106,7 @@ def run(model: Path, out: Path, tokens: int, narrow: bool) -> dict[str, Any]:
     import spp_export
     import spp_export.models.layerwise
     from spp_export.calibration.activations import TokenBatch
-    from spp_export.commands.verify import check_directory
+    from spp_export.formats.safetensors.verify import check_directory
     from spp_export.models.session import open_session
 
     session = open_session(str(model), layerwise=True)

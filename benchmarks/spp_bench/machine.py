@@ -6,9 +6,7 @@ import os
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from spp_export.evaluation.harness.machine import cpu_name
-
-from spp_export.common.versions import library_versions
+from spp_export.common.versions import cpu_name, library_versions
 
 # What only some measurements rest on, where it is installed.
 _OTHERS = ("onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai", "triton")

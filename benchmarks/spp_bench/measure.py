@@ -13,7 +13,7 @@ import numpy as np
 
 from spp_bench.cases import Cell, Tokens
 from spp_bench.clocks import no_collection
-from spp_bench.engines.open import Runner
+from spp_bench.engines.runner import Runner
 from spp_export.common.progress import Progress
 
 Phase = Literal["prefill", "decode"]

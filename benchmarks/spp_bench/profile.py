@@ -26,13 +26,12 @@ from spp_bench.shapes.shapes import published
 from spp_bench.threads import torch_threads
 from spp_export.common.errors import SppError, UsageError
 from spp_export.common.progress import Progress, no_progress
-from spp_export.latency_file import SCHEMA_VERSION, read_latency_table
 from spp_export.models.checkpoint.source import open_source
 from spp_export.models.families import Family
 from spp_export.models.hub import DEMO, locate_model
 from spp_export.models.shape import ModelShape, channel_widths
 from spp_export.planning import check_plan_target
-from spp_export.planning.latency import PHASES, SIZES, Phase
+from spp_export.planning.latency import PHASES, SCHEMA_VERSION, SIZES, Phase, read_latency_table
 
 if TYPE_CHECKING:
     from spp_bench.blocks import Kind, Pass
@@ -143,7 +142,7 @@ def shapes(shape: ModelShape) -> list[tuple[int, int]]:
 
 
 def _check_windows(target: Target, context: int) -> None:
-    from spp_export.formats.onnx.settings import stock_settings
+    from spp_export.formats.decoder import stock_settings
 
     settings = stock_settings(target.config, target.family, target.shape, Path(target.name))
     window = min((size for size in settings.windows if size is not None), default=None)

@@ -8,9 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from spp_export.evaluation.harness.machine import machine as machine_used
-
 from spp_export.common.versions import library_versions
+from spp_export.common.versions import machine as machine_used
 
 _OPTIONAL = ("onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "triton")
 

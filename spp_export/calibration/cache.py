@@ -19,12 +19,14 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from spp_export.calibration.statistics import FloatArray
-from spp_export.common.disk import clear_leftovers, working_place
+from spp_export.common.disk import clear_leftovers, free_space, working_place
 from spp_export.common.errors import OutputError
 from spp_export.models.checkpoint.reader import as_bytes, blocks
 from spp_export.models.checkpoint.source import Source
 from spp_export.models.checkpoint.writer import Entry, Shard, header_of
 from spp_export.models.hub import cache_directory
+from spp_export.models.session import Session
+from spp_export.models.shape import ModelShape
 
 # A change of what is gathered, or how, must not meet files of the old kind.
 _VERSIONS = {
@@ -142,3 +144,33 @@ def read(path: Path, name: str) -> FloatArray:
     with safe_open(path, framework="numpy") as file:
         tensor: FloatArray = file.get_tensor(name)
     return tensor
+
+
+def require_cache_space(
+    session: Session, texts: Sequence[Sequence[str]], kinds: Sequence[str]
+) -> None:
+    """OutputError unless the user's cache has room for the statistics of these collections of texts
+    that are not in it yet."""
+    missing = {
+        path: _statistics_bytes(session.source.shape, kind)
+        for each in texts
+        for kind, path in cache_paths(session.source, each, kinds, session.dtype).items()
+        if not path.exists()
+    }
+    count, free = sum(missing.values()), free_space(cache_directory())
+    if free < count:
+        raise OutputError(
+            f"{cache_directory()}: statistics of the dense model need {count / 1e9:.1f} GB in the "
+            f"cache, {free / 1e9:.1f} GB are free. Make room, set SPP_CACHE to another disk, or "
+            "use --compensate none."
+        )
+
+
+def _statistics_bytes(shape: ModelShape, kind: str) -> int:
+    """Bytes of a file of statistics; those of gradients are small."""
+    from spp_export.calibration.activations import channel_block
+
+    heads = shape.query_heads * shape.head_dim
+    block = channel_block(shape.channels)
+    second = {"attention": heads**2, "mlp": -(-shape.channels // block) * block**2}
+    return 4 * shape.num_layers * second.get(kind, 0)

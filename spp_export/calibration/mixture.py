@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from spp_export.calibration.cache import require_cache_space
 from spp_export.calibration.moments import Collection, Moments, gather
-from spp_export.commands.needs import require_cache_space
 from spp_export.common.errors import PlanError, UsageError
 from spp_export.data.artifacts import Artifacts
 from spp_export.models.session import Session

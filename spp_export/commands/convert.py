@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spp_export.commands.converters import ConvertOptions, Job, converter, require_for
-from spp_export.commands.gguf_files import is_gguf
-from spp_export.commands.needs import convert_needs
-from spp_export.commands.onnx_files import is_onnx
-from spp_export.commands.verify import RECOVERY_NAME
+from spp_export.commands.needs import (
+    check_disk,
+    check_memory,
+    check_place,
+    check_readable,
+    convert_needs,
+)
 from spp_export.common.errors import CheckFailed, ModelError, OutputError
 from spp_export.common.json_files import dump_json
 from spp_export.common.manifest import check_manifest, write_manifest, wrote
@@ -20,14 +22,18 @@ from spp_export.common.progress import Progress, no_progress
 from spp_export.common.publish import check_target, publish
 from spp_export.data.scenario import read_scenario
 from spp_export.formats.decoder import Decoder, read_decoder
+from spp_export.formats.format import Job
+from spp_export.formats.gguf.format import is_gguf
 from spp_export.formats.gguf.options import GgufOptions
+from spp_export.formats.onnx.format import is_onnx
 from spp_export.formats.onnx.options import OnnxOptions
+from spp_export.formats.registry import ConvertOptions, converter, require_for
+from spp_export.formats.safetensors.verify import RECOVERY_NAME
 from spp_export.models.checkpoint.companions import companion, copy_companions
 from spp_export.models.checkpoint.source import TOKENIZER_FILES, open_source
 from spp_export.models.engines import Engine
 from spp_export.models.hub import DEMO, ModelLocation, locate_model
 from spp_export.planning import LayerPlan, Plan, read_plan
-from spp_export.preflight import check_disk, check_memory, check_place, check_readable
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from spp_export.common.disk import nearest
-from spp_export.common.versions import library_versions
-from spp_export.evaluation.harness.machine import cpu_name
+from spp_export.common.versions import cpu_name, library_versions
 from spp_export.models.hub import cache_directory
 
 

@@ -10,18 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spp_export.commands.plan import scenario_record
 from spp_export.common.disk import publish_file
 from spp_export.common.errors import OutputError, UsageError
 from spp_export.common.progress import Progress, no_progress
-from spp_export.common.versions import library_versions
-from spp_export.data.artifacts import Artifacts
+from spp_export.common.versions import device_type, library_versions, machine
+from spp_export.data.artifacts import Artifacts, open_artifacts
 from spp_export.evaluation.harness import DYNAMIC, Row, row_key, standard_rows
 from spp_export.evaluation.harness.answers import DEFAULT_NEW_TOKENS
 from spp_export.evaluation.harness.bootstrap import RESAMPLES
 from spp_export.evaluation.harness.curves import check_plots, write_curves
 from spp_export.evaluation.harness.inputs import Inputs, read_inputs
-from spp_export.evaluation.harness.machine import device_type, machine
 from spp_export.evaluation.harness.planner import Planner
 from spp_export.evaluation.harness.records import (
     RESULTS,
@@ -34,9 +32,11 @@ from spp_export.evaluation.harness.records import (
 from spp_export.evaluation.harness.table import comparisons, markdown, ranking
 from spp_export.importance import COMPARABLE
 from spp_export.models.hub import DEMO
-from spp_export.models.session import Session, open_artifacts, open_session
+from spp_export.models.session import Session, open_session
+from spp_export.models.shape import UNITS, Units
 from spp_export.planning import COMPENSATIONS, Compensation
-from spp_export.planning.budget import UNITS, Budget, Units
+from spp_export.planning.budget import Budget
+from spp_export.planning.planner import scenario_record
 from spp_export.planning.scoring import CRITERION_NAMES, DEFAULT_CRITERION
 
 if TYPE_CHECKING:

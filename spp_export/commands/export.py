@@ -10,20 +10,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from spp_export.commands.export_checks import check_export
-from spp_export.commands.export_formats import as_gguf, as_onnx, export_card
+from spp_export.commands.export_checks import as_gguf, as_onnx, check_export, export_card
 from spp_export.commands.export_request import ExportRequest, ExportResult
-from spp_export.commands.needs import export_needs
-from spp_export.commands.plan import (
-    PlanRequest,
-    PlanResult,
-    artifacts_record,
-    plan_scenario,
-    plan_tensors,
-    scenario_record,
+from spp_export.commands.needs import (
+    Needs,
+    check_disk,
+    check_memory,
+    check_place,
+    check_readable,
+    export_needs,
+    least_slim_bytes,
 )
 from spp_export.commands.push import PushResult, check_hub, push_to_hub
-from spp_export.commands.refit import plan_compensation
 from spp_export.common.errors import (
     CheckFailed,
     OutputError,
@@ -33,7 +31,7 @@ from spp_export.common.json_files import dump_json
 from spp_export.common.manifest import write_manifest
 from spp_export.common.progress import Progress, no_progress
 from spp_export.common.publish import check_target, publish
-from spp_export.data.artifacts import Artifacts
+from spp_export.data.artifacts import Artifacts, open_artifacts
 from spp_export.data.scenario import Scenario, read_scenario
 from spp_export.formats.gguf.format import (
     write_gguf_files,
@@ -46,22 +44,19 @@ from spp_export.formats.onnx.format import (
 from spp_export.formats.onnx.options import require_all
 from spp_export.formats.safetensors.write import COMPANIONS, write_slim
 from spp_export.models.hub import DEMO
-from spp_export.models.session import Session, open_artifacts, open_session
+from spp_export.models.session import Session, open_session
 from spp_export.planning import Plan, read_plan, validate_plan
 from spp_export.planning.bound import predicted
 from spp_export.planning.budget import DEFAULT_KEEP
-from spp_export.preflight import (
-    Needs,
-    check_disk,
-    check_memory,
-    check_place,
-    check_readable,
-    least_slim_bytes,
+from spp_export.planning.planner import (
+    artifacts_record,
+    plan_scenario,
+    plan_tensors,
+    scenario_record,
 )
-from spp_export.slicing.compensation import (
-    Compensation,
-    written_shape,
-)
+from spp_export.planning.request import PlanRequest, PlanResult
+from spp_export.planning.written import written_shape
+from spp_export.slicing.compensation import Compensation, plan_compensation
 from spp_export.slicing.weights import WrittenWeights
 
 

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from spp_export.commands.export_request import ExportRequest, ExportResult
-from spp_export.commands.verify import Checked, check_directory, exact_dtype
 from spp_export.common.errors import (
     CheckFailed,
     ParityError,
     QualityError,
 )
 from spp_export.data.scenario import Scenario
+from spp_export.evaluation.batches import exact_dtype, slim_reference
+from spp_export.formats.card import gguf_card, model_card, onnx_card
 from spp_export.formats.gguf.format import (
     check_exported_file,
+    promised_contents,
 )
-from spp_export.formats.onnx.format import (
-    GraphChecks,
-    check_graph_files,
-    slim_reference,
-)
+from spp_export.formats.gguf.options import GgufOptions
+from spp_export.formats.gguf.write import stored_bytes
+from spp_export.formats.onnx.format import GraphChecks, check_graph_files
 from spp_export.formats.onnx.options import OnnxOptions
+from spp_export.formats.safetensors.verify import Checked, check_directory
+from spp_export.models.engines import gguf_engines, onnx_engines
+from spp_export.models.hub import model_license
 from spp_export.models.session import Session
+from spp_export.planning.bound import predicted
+from spp_export.planning.written import written_shape
 from spp_export.slicing.compensation import (
     Compensation,
 )
@@ -119,3 +126,51 @@ def _check_graph(
         scratch=slim,
         progress=session.progress,
     )
+
+
+def as_onnx(result: ExportResult, session: Session, options: OnnxOptions) -> ExportResult:
+    """Engines of a graph, and sizes in its precision."""
+    source, compiled = session.source, result.plan
+    size = options.element_bytes
+    dense = replace(source.shape, element_bytes=size)
+    written = replace(written_shape(source, compiled), element_bytes=size)
+    return replace(
+        result,
+        onnx=options,
+        predicted=predicted(dense, compiled.written_shapes(source.shape), written),
+        engines=onnx_engines(compiled.written_layout, **options.to_dict()),
+    )
+
+
+def as_gguf(result: ExportResult, session: Session, options: GgufOptions) -> ExportResult:
+    """What the file is to hold, which engines take it, and sizes in its precision."""
+    source, compiled = session.source, result.plan
+    contents = promised_contents(source, compiled, options)
+    assert result.needs
+    file = sum(stored_bytes(tensor) for tensor in contents.tensors)
+    needs = replace(result.needs, disk={**result.needs.disk, "GGUF file": file})
+    size = contents.options.element_bytes
+    dense = replace(source.shape, element_bytes=size)
+    written = replace(written_shape(source, compiled), element_bytes=size)
+    return replace(
+        result,
+        gguf=contents,
+        needs=needs,
+        predicted=predicted(dense, compiled.written_shapes(source.shape), written),
+        engines=gguf_engines(contents.architecture.name),
+    )
+
+
+def export_card(
+    name: str, session: Session, result: ExportResult, report: Mapping[str, Any] | None
+) -> str:
+    license_name = model_license(session.source.path)
+    sizes = result.plan, result.shape, result.predicted
+    base = result.plan.model_source
+    if result.gguf:
+        said = result.gguf.summary()
+        return gguf_card(name, base, said, report, result.engines, license_name, sizes)
+    if result.onnx is None:
+        return model_card(name, *sizes, report, result.engines, license_name)
+    form = result.onnx.attention
+    return onnx_card(name, base, form, report, result.engines, license_name, sizes)

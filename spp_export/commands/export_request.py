@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from spp_export.commands.needs import Needs
 from spp_export.commands.push import PushResult
 from spp_export.domains.diagnosis import Diagnosis
 from spp_export.formats.gguf.contents import Contents
@@ -16,9 +17,6 @@ from spp_export.models.engines import Engine
 from spp_export.models.shape import ModelShape
 from spp_export.planning import Plan
 from spp_export.planning.bound import Predicted
-from spp_export.preflight import (
-    Needs,
-)
 
 
 @dataclass(frozen=True)

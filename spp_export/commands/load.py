@@ -16,19 +16,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from spp_export.commands.diagnose import diagnose_prompts
-from spp_export.commands.refit import plan_compensation
 from spp_export.common.errors import ModelError, PlanError, UsageError
 from spp_export.common.json_files import dump_json, read_json
 from spp_export.common.progress import Progress, no_progress
-from spp_export.data.artifacts import Artifacts
+from spp_export.data.artifacts import Artifacts, open_artifacts
 from spp_export.data.scenario import Scenario, read_scenario
+from spp_export.domains.diagnosis import diagnose_prompts
 from spp_export.models.checkpoint.companions import companion
 from spp_export.models.hub import DEMO
-from spp_export.models.session import Session, open_artifacts, open_session
+from spp_export.models.session import Session, open_session
 from spp_export.models.weights_on_disk import empty_model, stored_as_tensor, torch_bits
 from spp_export.planning import Plan, dense_plan, read_plan, validate_plan
-from spp_export.slicing.compensation import Compensation, written_config
+from spp_export.slicing.compensation import Compensation, plan_compensation, written_config
 from spp_export.slicing.weights import SlimTensors
 
 if TYPE_CHECKING:
@@ -214,7 +213,7 @@ class SharedWeights:
 def _compensation(
     session: Session, artifacts: Artifacts | None, plan: Plan, scenario: Scenario | None
 ) -> Compensation:
-    from spp_export.commands.plan import PlanRequest
+    from spp_export.planning.request import PlanRequest
 
     return plan_compensation(session, artifacts, plan, scenario, PlanRequest())
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from spp_export.calibration.cache import cache_paths
-from spp_export.common.disk import free_space
-from spp_export.common.errors import OutputError
-from spp_export.common.memory import resident_parameters
+from spp_export.common.disk import free_space, nearest
+from spp_export.common.errors import ModelError, OutputError, ResourceError
+from spp_export.common.memory import free_memory
 from spp_export.formats.decoder import Decoder
 from spp_export.formats.gguf.encode import row_bytes
 from spp_export.formats.gguf.options import BLOCK, GgufOptions
@@ -19,10 +21,8 @@ from spp_export.formats.onnx.quantise import BLOCK_SIZES
 from spp_export.models.checkpoint.companions import companion
 from spp_export.models.checkpoint.dtypes import ELEMENT_BYTES, FLOAT_DTYPES
 from spp_export.models.checkpoint.source import TOKENIZER_FILES
-from spp_export.models.hub import cache_directory
 from spp_export.models.session import Session
-from spp_export.models.shape import ModelShape
-from spp_export.preflight import Needs
+from spp_export.models.shape import ModelShape, resident_parameters
 
 _ELEMENT_BYTES = {name: ELEMENT_BYTES[stored] for stored, name in FLOAT_DTYPES.items()}
 # What an interpreter with torch takes, and what is computed with the weights.
@@ -105,26 +105,6 @@ def probe_needs(session: Session, target: Path, domains: int) -> Needs:
     return replace(needs, disk={"artifacts": 4 * domains * shape.num_layers * units})
 
 
-def require_cache_space(
-    session: Session, texts: Sequence[Sequence[str]], kinds: Sequence[str]
-) -> None:
-    """OutputError unless the user's cache has room for the statistics of these collections of texts
-    that are not in it yet."""
-    missing = {
-        path: _statistics_bytes(session.source.shape, kind)
-        for each in texts
-        for kind, path in cache_paths(session.source, each, kinds, session.dtype).items()
-        if not path.exists()
-    }
-    count, free = sum(missing.values()), free_space(cache_directory())
-    if free < count:
-        raise OutputError(
-            f"{cache_directory()}: statistics of the dense model need {count / 1e9:.1f} GB in the "
-            f"cache, {free / 1e9:.1f} GB are free. Make room, set SPP_CACHE to another disk, or "
-            "use --compensate none."
-        )
-
-
 def graph_bytes(options: OnnxOptions, parameters: int, verify: bool) -> dict[str, int]:
     """Bytes of a graph, and of the unquantised one that a quantised one is compared with."""
     plain = options.element_bytes * parameters
@@ -150,11 +130,119 @@ def _other_files(directory: Path) -> int:
     return _SMALL_FILES + sum(path.stat().st_size for path in paths if path)
 
 
-def _statistics_bytes(shape: ModelShape, kind: str) -> int:
-    """Bytes of a file of statistics; those of gradients are small."""
-    from spp_export.calibration.activations import channel_block
+_log = logging.getLogger(__name__)
 
-    heads = shape.query_heads * shape.head_dim
-    block = channel_block(shape.channels)
-    second = {"attention": heads**2, "mlp": -(-shape.channels // block) * block**2}
-    return 4 * shape.num_layers * second.get(kind, 0)
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that a command takes, by what takes them.
+
+    disk          on the file system of `target`, all at once
+    memory        of the machine, where everything is held that is worth holding
+    least_memory  of weights alone, without which it cannot be done
+    from_disk     weights stay on disk and are read layer by layer
+    """
+
+    target: Path
+    disk: Mapping[str, int]
+    memory: Mapping[str, int]
+    least_memory: int
+    from_disk: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`, beside what is free."""
+        return {
+            "disk": {"bytes": dict(self.disk), "free": free_space(self.target)},
+            "memory": {
+                "bytes": dict(self.memory),
+                "least": self.least_memory,
+                "free": _memory(),
+            },
+        }
+
+
+def check_disk(needs: Needs) -> None:
+    """OutputError where the disk is too small."""
+    total, free = sum(needs.disk.values()), free_space(needs.target)
+    if free < total:
+        raise OutputError(
+            f"{needs.target}: needs {_size(total)} ({_listed(needs.disk)}), {_size(free)} are "
+            "free. Make room or choose another -o."
+        )
+
+
+def check_memory(needs: Needs) -> None:
+    """Refuse what cannot succeed, and warn of what will be slow.
+
+    Raises ResourceError where memory and swap together have less than the least that is needed.
+    """
+    held, free = sum(needs.memory.values()), _memory()
+    if free < needs.least_memory:
+        raise ResourceError(
+            f"memory: needs at least {_size(needs.least_memory)}, {_size(free)} are free, swap "
+            "included. Close other programs, or use a larger machine."
+        )
+    if free < held:
+        _log.warning(
+            "memory: all at once takes %s (%s), %s are free, swap included; %s.",
+            _size(held),
+            _listed(needs.memory),
+            _size(free),
+            "models run layer by layer from disk" if needs.from_disk else "it will be slow",
+        )
+
+
+def check_place(target: Path) -> None:
+    """OutputError where nothing can be made beside `target`, before anything is."""
+    place = nearest(target.parent)
+    if not place.is_dir():
+        raise OutputError(f"{target}: {place} is not a directory. Choose another -o.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise OutputError(f"{target}: {place} cannot be written. Choose another -o.")
+
+
+def check_readable(directory: Path, names: Iterable[str]) -> None:
+    """ModelError unless those of a model's files that there are can be opened.
+
+    Of weights, headers and sizes have been read by whoever opened the model.
+    """
+    for name in names:
+        try:
+            if path := companion(directory, name):
+                path.open("rb").close()
+        except OSError as error:
+            raise ModelError(
+                f"{directory / name}: cannot be read ({error.strerror}). Correct its permissions."
+            ) from error
+
+
+def least_slim_bytes(shape: ModelShape, keep: float | None, units: str) -> int:
+    """Bytes of tensors that no plan for this budget goes far below, before there is one.
+
+    `keep` None, a budget of another kind, may take any of the units: "heads" or "both".
+    """
+    heads = shape.head_parameters(shape.layers)
+    channels = shape.num_layers * shape.channels * shape.channel_parameters
+    removable = heads + (channels if units == "both" else 0)
+    # Rounding to whole groups and widths can end below the budget.
+    stays = 0.9 * (keep or 0.0)
+    return round(shape.element_bytes * (shape.parameters(shape.layers) - (1 - stays) * removable))
+
+
+def _memory() -> int:
+    import psutil
+
+    swap: int = psutil.swap_memory().free
+    return free_memory() + swap
+
+
+def _size(count: float) -> str:
+    for unit in ("kB", "MB"):
+        count /= 1000
+        if count < 999.95:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1000:.1f} GB"
+
+
+def _listed(parts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {_size(count)}" for name, count in parts.items() if count)

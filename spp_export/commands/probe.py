@@ -6,7 +6,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from spp_export.commands.needs import probe_needs
+from spp_export.commands.needs import (
+    check_disk,
+    check_memory,
+    check_place,
+    check_readable,
+    probe_needs,
+)
 from spp_export.common.manifest import write_manifest
 from spp_export.common.progress import Progress, no_progress
 from spp_export.common.publish import check_target, publish
@@ -15,7 +21,6 @@ from spp_export.data.pools import other_domains, read_pools
 from spp_export.models.checkpoint.source import TOKENIZER_FILES
 from spp_export.models.hub import DEMO
 from spp_export.models.session import open_session
-from spp_export.preflight import check_disk, check_memory, check_place, check_readable
 
 
 def probe(
@@ -47,7 +52,8 @@ def probe(
     others = other_domains(pools, named)
     texts = read_pools(pools, (*named, *others))
 
-    from spp_export.domains import DEFAULT_CRITERIA, ProbeRequest, probe_model
+    from spp_export.domains.probe_model import ProbeRequest, probe_model
+    from spp_export.domains.scores import DEFAULT_CRITERIA
 
     request = ProbeRequest(select, criteria or DEFAULT_CRITERIA, units, seed)
     request.check(len(named))

@@ -11,10 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spp_export.commands.gguf_files import is_gguf
 from spp_export.commands.lora import RecoverSettings
-from spp_export.commands.onnx_files import is_onnx
-from spp_export.commands.verify import RECOVERY_NAME, check_directory
 from spp_export.common.errors import (
     CheckFailed,
     CheckpointError,
@@ -28,6 +25,9 @@ from spp_export.common.progress import Progress, no_progress
 from spp_export.common.publish import check_target, publish
 from spp_export.data.scenario import Scenario, read_scenario
 from spp_export.formats.card import model_card, recovery_section
+from spp_export.formats.gguf.format import is_gguf
+from spp_export.formats.onnx.format import is_onnx
+from spp_export.formats.safetensors.verify import RECOVERY_NAME, check_directory
 from spp_export.models.checkpoint.header import StoredTensor
 from spp_export.models.checkpoint.reader import INDEX_NAME, blocks, stored_tensors
 from spp_export.models.checkpoint.writer import Entry, ShardWriter, plan_shards
@@ -37,7 +37,7 @@ from spp_export.models.session import Session, open_session
 from spp_export.models.tokenizer import load_tokenizer
 from spp_export.planning import Plan, read_plan, validate_plan
 from spp_export.planning.bound import predicted
-from spp_export.slicing.compensation import written_shape
+from spp_export.planning.written import written_shape
 from spp_export.slicing.weights import encoded
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ class _Job:
         """
         import torch
 
-        from spp_export.commands.verify import session_batches, wide_dtype
+        from spp_export.evaluation.batches import session_batches, wide_dtype
         from spp_export.evaluation.parity import ReferenceLogits, real_logits
 
         session = self._session

@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spp_export.commands.gguf_files import gguf_options
-from spp_export.commands.onnx_files import onnx_options
 from spp_export.common.errors import ArtifactsError, ModelError, PlanError, SppError, UsageError
 from spp_export.common.json_files import read_json
 from spp_export.common.manifest import MANIFEST_NAME, check_manifest, listed_names
 from spp_export.data.artifacts import Artifacts, read_artifacts
 from spp_export.evaluation.harness.records import RESULTS, Results, read_results
 from spp_export.evaluation.harness.table import interval, ranking, units_name
+from spp_export.formats.gguf.format import gguf_options
 from spp_export.formats.gguf.header import read_gguf
 from spp_export.formats.gguf.options import GGUF_NAME
+from spp_export.formats.onnx.format import onnx_options
 from spp_export.formats.onnx.write import GRAPH_NAME
 from spp_export.models.checkpoint.source import Source, open_source
 from spp_export.planning import Plan, read_plan

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from spp_export.models.shape import ModelShape
-
 _GROUPS = Path("/sys/fs/cgroup")
 _MEMBERSHIP = Path("/proc/self/cgroup")
 
@@ -22,14 +20,6 @@ def free_memory(device: str = "cpu") -> int:
 
     available: int = psutil.virtual_memory().available
     return min([available, *_left_by_groups()])
-
-
-def resident_parameters(shape: ModelShape) -> int:
-    """Most parameters in memory at once of a model that runs layer by layer: two layers, or one
-    and the head."""
-    outside = shape.parameters(())
-    layer = max(shape.parameters((layer,)) - outside for layer in shape.layers)
-    return layer + max(layer, shape.vocab_size * shape.hidden_size)
 
 
 def _left_by_groups() -> Iterator[int]:

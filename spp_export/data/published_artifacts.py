@@ -17,10 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from spp_export.artifacts_checks import check_artifacts, whitelist_pairs
 from spp_export.common.errors import ArtifactsError
 from spp_export.common.json_files import MAX_JSON_BYTES, decode_utf8, parse_json, read_bytes
-from spp_export.data.artifacts import Array, Artifacts
+from spp_export.data.artifacts import Array, Artifacts, check_artifacts, whitelist_pairs
 
 # No published file stores the names; this is the order its scripts default to.
 PUBLISHED_DOMAINS = ("chemistry", "finance", "history", "math", "philosophy", "technology")

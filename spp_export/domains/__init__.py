@@ -1,8 +1,4 @@
-"""The offline stage: domain axes, probes, temperatures, importance, whitelist. One file each."""
+"""Which knowledge domains a model tells apart, and which of them a scenario draws on.
 
-from __future__ import annotations
-
-from spp_export.domains.probe_model import ProbeRequest, probe_model
-from spp_export.domains.scores import DEFAULT_CRITERIA
-
-__all__ = ["DEFAULT_CRITERIA", "ProbeRequest", "probe_model"]
+`probe_model` is the offline stage, made once per model; `diagnosis` reads a scenario with it.
+"""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from spp_export.common.errors import ArtifactsError, UsageError
+from spp_export.common.errors import ArtifactsError, ScenarioError, UsageError
 from spp_export.data.artifacts import KNOWN, SHARE, Artifacts
+from spp_export.models.session import Session
 
 FloatArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
@@ -148,3 +150,29 @@ def choose_regime(probabilities_NK: FloatArray, known: float = KNOWN, share: flo
         return OUT_OF_DOMAIN
     mean_K = probabilities_NK.mean(axis=0)
     return CROSS_DOMAIN if (mean_K >= share * mean_K.sum()).sum() > 1 else IN_DOMAIN
+
+
+def diagnose_prompts(
+    session: Session, artifacts: Artifacts, prompts: Sequence[str], regime: str | None = None
+) -> Diagnosis:
+    """Forward the prompts once through the dense model and ask the probes.
+
+    Raises ScenarioError where the tokenizer leaves nothing of them.
+    """
+    from spp_export.calibration.activations import TextMeans, observe, token_batches
+
+    shape = session.source.shape
+    batches = token_batches(session.tokenizer, prompts)
+    if not batches:
+        raise ScenarioError("the scenario has no tokens for this model. Give it some text.")
+    means = TextMeans("residual", len(prompts), shape.num_layers, shape.hidden_size)
+    observe(
+        session.model,
+        session.source.family,
+        batches,
+        [means],
+        progress=session.progress,
+        description="diagnosing the scenario",
+    )
+    seen = sorted(index for batch in batches for index in batch.texts)
+    return diagnose_activations(means.values[seen], artifacts, regime)

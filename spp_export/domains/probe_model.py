@@ -9,30 +9,39 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from spp_export.calibration.activations import input_device
+from spp_export.calibration.activations import (
+    Observer,
+    TextMeans,
+    input_device,
+    observe,
+    token_batches,
+)
 from spp_export.calibration.moments import Collection, gather
 from spp_export.common.errors import UsageError
 from spp_export.common.progress import Progress, no_progress
 from spp_export.common.versions import library_versions
 from spp_export.data.artifacts import Artifacts
 from spp_export.data.pools import Pools
-from spp_export.domains.axes import FloatArray, choose_space
+from spp_export.domains.axes import FloatArray, IntArray, choose_space
 from spp_export.domains.diagnosis import CROSS_DOMAIN, IN_DOMAIN, OUT_OF_DOMAIN
-from spp_export.domains.group_seconds import GroupSeconds
-from spp_export.domains.head_writes import AxisShares
 from spp_export.domains.probes import fit_probes
-from spp_export.domains.regime_rule import PROMPTS
-from spp_export.domains.regimes import RegimeText, calibrate, join_texts
+from spp_export.domains.regimes import PROMPTS, RegimeText, calibrate, join_texts
 from spp_export.domains.scores import (
     DEFAULT_CRITERIA,
     UNITS,
+    AxisShares,
     criteria_named,
     kinds_needed,
     score_units,
 )
 from spp_export.domains.selection import COVERAGE_WEIGHT, check_count, select_domains
-from spp_export.domains.shrinkage import LayerCase, choose_shrinkage, sampled_layers, strongest
-from spp_export.domains.stream import Dense, Labelled, labelled
+from spp_export.domains.shrinkage import (
+    GroupSeconds,
+    LayerCase,
+    choose_shrinkage,
+    sampled_layers,
+    strongest,
+)
 from spp_export.domains.whitelist import choose_whitelist
 from spp_export.importance import CRITERIA, Criterion
 from spp_export.models.checkpoint.reader import read_float
@@ -282,3 +291,65 @@ def _pools_record(
         },
         "left_out": {name: {"val": n} for name, n in texts.items() if name not in pools.domains},
     }
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The frozen dense model, its tokenizer and its files."""
+
+    model: nn.Module
+    tokenizer: Any
+    source: Source
+    progress: Progress
+
+    @property
+    def dtype(self) -> str:
+        """What it computes in."""
+        return str(next(self.model.parameters()).dtype).removeprefix("torch.")
+
+    def watch(self, texts: Sequence[str], observer: Observer, description: str) -> None:
+        """One forward pass over texts."""
+        observe(
+            self.model,
+            self.source.family,
+            token_batches(self.tokenizer, texts),
+            [observer],
+            progress=self.progress,
+            description=description,
+        )
+
+    def pooled(self, texts: Sequence[str], description: str) -> FloatArray:
+        """The residual stream after attention, averaged over each text's tokens [N,L,d]."""
+        shape = self.source.shape
+        means = TextMeans("residual", len(texts), shape.num_layers, shape.hidden_size)
+        if texts:
+            self.watch(texts, means, description)
+        return means.values
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Pooled texts [N,L,d] and the domain that each is of [N]."""
+
+    pooled: FloatArray
+    labels: IntArray
+
+    def of(self, domains: Sequence[int]) -> Labelled:
+        """Texts of these domains, numbered in this order."""
+        number = {k: i for i, k in enumerate(domains)}
+        kept = [n for n, k in enumerate(self.labels) if int(k) in number]
+        labels = [number[int(self.labels[n])] for n in kept]
+        return Labelled(self.pooled[kept], np.asarray(labels, dtype=np.int64))
+
+
+def labelled(dense: Dense, parts: Sequence[Sequence[Sequence[str]]]) -> list[Labelled]:
+    """Each part, which is a list of texts per domain, pooled; one pass for all."""
+    texts = [text for part in parts for group in part for text in group]
+    pooled = dense.pooled(texts, "pooling the stream")
+    result, start = [], 0
+    for part in parts:
+        labels = [k for k, group in enumerate(part) for _ in group]
+        stop = start + len(labels)
+        result.append(Labelled(pooled[start:stop], np.asarray(labels, dtype=np.int64)))
+        start = stop
+    return result

@@ -7,21 +7,14 @@ rule that chooses a regime is `regime_rule`'s.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from spp_export.domains.diagnosis import CROSS_DOMAIN, OUT_OF_DOMAIN
-from spp_export.domains.regime_rule import PROMPTS, fit_rule
-from spp_export.domains.temperatures import (
-    BINS,
-    FloatArray,
-    IntArray,
-    fit_temperatures,
-    reliability,
-)
+from spp_export.data.artifacts import KNOWN, SHARE
+from spp_export.domains.diagnosis import CROSS_DOMAIN, IN_DOMAIN, OUT_OF_DOMAIN, choose_regime
 
 # Joined texts per domain, and in all; a joined text is as long as its parts together.
 _PER_DOMAIN, _MOST = 16, 96
@@ -109,3 +102,217 @@ def calibrate(text: Mapping[str, RegimeText], seed: int = 0) -> Calibration:
     how = f"one-vs-rest, {BINS} bins of equal width, cross-fitted halves, mean over layers"
     manifest = {"reliability": {"measure": how, **found}, "regime_choice": rule.as_json()}
     return Calibration(tuple(present), temperature, manifest)
+
+
+FloatArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
+
+
+IntArray = np.ndarray[Any, np.dtype[np.int64]]
+
+
+BINS = 10
+
+
+_LOWEST, _HIGHEST, _STEPS = 0.05, 20.0, 60
+
+
+def fit_temperatures(logits_NLK: FloatArray, targets_NK: FloatArray) -> FloatArray:
+    """One temperature per layer [L] that minimises the one-vs-rest loss on held-out text.
+
+    `targets_NK` holds 1 where a text is of a domain; any number of them in a row, or none. After
+    Guo et al., "On Calibration of Modern Neural Networks", arXiv 1706.04599. The loss is convex in
+    1/T, so a golden-section search over log T from 0.05 to 20 finds its minimum.
+    """
+    logits = logits_NLK.astype(np.float64)
+
+    def loss(log_t_L: FloatArray) -> FloatArray:
+        scaled = logits / np.exp(log_t_L)[None, :, None]
+        value = np.logaddexp(0.0, scaled) - targets_NK[:, None, :] * scaled
+        result: FloatArray = value.mean(axis=(0, 2))
+        return result
+
+    ratio = (5**0.5 - 1) / 2
+    low = np.full(logits.shape[1], np.log(_LOWEST))
+    high = np.full(logits.shape[1], np.log(_HIGHEST))
+    for _ in range(_STEPS):
+        left, right = high - ratio * (high - low), low + ratio * (high - low)
+        lower = loss(left) <= loss(right)
+        low, high = np.where(lower, low, left), np.where(lower, right, high)
+    return np.exp((low + high) / 2).astype(np.float32)
+
+
+def calibration_error(probabilities_N: FloatArray, outcomes_N: FloatArray) -> float:
+    """Expected calibration error of probabilities against outcomes of 0 or 1.
+
+    Ten bins of equal width over [0,1]; the mean over all values of |mean probability - share of
+    ones| in its bin (Naeini et al. 2015; arXiv 1706.04599, Eq. 3).
+    """
+    bins = np.minimum((probabilities_N * BINS).astype(np.intp), BINS - 1)
+    gap = np.bincount(bins, weights=probabilities_N - outcomes_N, minlength=BINS)
+    return float(np.abs(gap).sum() / len(probabilities_N))
+
+
+def reliability(logits_NLK: FloatArray, targets_NK: FloatArray) -> dict[str, Any]:
+    """Calibration error before (T = 1) and after scaling, the mean over layers.
+
+    All one-vs-rest probabilities of a layer count alike. Cross-fitted: a temperature fitted on
+    every second text is judged on the others, and the other way round.
+    """
+    fold_N = np.arange(len(logits_NLK)) % 2
+    if len(logits_NLK) < 2:
+        return {"texts": len(logits_NLK)}
+    before: list[float] = []
+    after: list[float] = []
+    for fold in (0, 1):
+        judged = fold_N == fold
+        temperature_L = fit_temperatures(logits_NLK[~judged], targets_NK[~judged])
+        for errors, scale_L in ((before, np.ones_like(temperature_L)), (after, temperature_L)):
+            errors.append(_mean_error(logits_NLK[judged], targets_NK[judged], scale_L))
+    return {
+        "texts": len(logits_NLK),
+        "ece_before": round(float(np.mean(before)), 6),
+        "ece_after": round(float(np.mean(after)), 6),
+    }
+
+
+def _mean_error(logits_NLK: FloatArray, targets_NK: FloatArray, scale_L: FloatArray) -> float:
+    scaled = logits_NLK.astype(np.float64) / scale_L[None, :, None]
+    probabilities = np.exp(-np.logaddexp(0.0, -scaled))
+    outcomes = targets_NK.reshape(-1)
+    errors = [
+        calibration_error(probabilities[:, layer].reshape(-1), outcomes)
+        for layer in range(len(scale_L))
+    ]
+    return float(np.mean(errors))
+
+
+PROMPTS = 4
+
+
+_JOINED = "cross-domain, joined prompts"
+
+
+_REGIME = {
+    IN_DOMAIN: IN_DOMAIN,
+    CROSS_DOMAIN: CROSS_DOMAIN,
+    _JOINED: CROSS_DOMAIN,
+    OUT_OF_DOMAIN: OUT_OF_DOMAIN,
+}
+
+
+_GRID_KNOWN = np.round(np.arange(0.05, 0.951, 0.05), 2)
+
+
+_GRID_SHARE = np.round(np.arange(0.05, 0.451, 0.05), 2)
+
+
+Scenarios = Sequence[FloatArray]
+
+
+@dataclass(frozen=True)
+class RegimeRule:
+    """Thresholds of `choose_regime`, and what it answers on scenarios of held-out text.
+
+    counts[kind of scenario][regime chosen]; cross-fitted: every second scenario is judged by
+    thresholds fitted on the others, and the other way round.
+    """
+
+    known: float
+    share: float
+    counts: Mapping[str, Mapping[str, int]]
+
+    def as_json(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {
+            "known": self.known,
+            "share": self.share,
+            "prompts_per_scenario": PROMPTS,
+            "counts": self.counts,
+        }
+
+
+def fit_rule(text: Mapping[str, tuple[FloatArray, IntArray]], seed: int = 0) -> RegimeRule:
+    """Thresholds with the highest mean recall over regimes.
+
+    `text` has the probabilities [N,K] of the texts of each regime and the groups [N] that they
+    form scenarios within. A threshold that no text speaks for keeps its default; among equals the
+    nearest to it wins.
+    """
+    kinds = _scenarios(text, seed)
+    counts = {kind: dict.fromkeys((IN_DOMAIN, CROSS_DOMAIN, OUT_OF_DOMAIN), 0) for kind in kinds}
+    for fold in (0, 1):
+        known, share = _thresholds({kind: made[1 - fold :: 2] for kind, made in kinds.items()})
+        for kind, made in kinds.items():
+            for scenario in made[fold::2]:
+                counts[kind][choose_regime(scenario, known, share)] += 1
+    return RegimeRule(*_thresholds(kinds), counts)
+
+
+def _scenarios(text: Mapping[str, tuple[FloatArray, IntArray]], seed: int) -> dict[str, Scenarios]:
+    """Scenarios [P,K] of every kind that there is text for."""
+    kinds: dict[str, Scenarios] = {}
+    for regime, (probabilities, groups) in text.items():
+        made = list(_runs(probabilities, groups))
+        kinds[_JOINED if regime == CROSS_DOMAIN else regime] = made
+        if regime == IN_DOMAIN and len(np.unique(groups)) > 1:
+            kinds[CROSS_DOMAIN] = list(_mixed(probabilities, groups, len(made), seed))
+    return kinds
+
+
+def _runs(probabilities_NK: FloatArray, groups_N: IntArray) -> Iterator[FloatArray]:
+    """PROMPTS texts of a group at a time; the last of a group may be fewer."""
+    for group in np.unique(groups_N):
+        members = probabilities_NK[groups_N == group]
+        for start in range(0, len(members), PROMPTS):
+            yield members[start : start + PROMPTS]
+
+
+def _mixed(
+    probabilities_NK: FloatArray, groups_N: IntArray, count: int, seed: int
+) -> Iterator[FloatArray]:
+    """PROMPTS texts of two or three groups, from each at least one."""
+    generator = np.random.default_rng(seed)
+    groups = np.unique(groups_N)
+    for number in range(count):
+        size = min(2 + number % 2, len(groups))
+        chosen = generator.choice(groups, size, replace=False)
+        of = [*chosen, *generator.choice(chosen, PROMPTS - size)]
+        rows = [int(generator.choice(np.flatnonzero(groups_N == group))) for group in of]
+        yield probabilities_NK[rows]
+
+
+def _thresholds(kinds: Mapping[str, Scenarios]) -> tuple[float, float]:
+    seen: dict[str, list[FloatArray]] = {}
+    for kind, made in kinds.items():
+        seen.setdefault(_REGIME[kind], []).extend(_evidence(scenario) for scenario in made)
+    evidence = {regime: np.array(rows) for regime, rows in seen.items() if rows}
+    knowns = _GRID_KNOWN if OUT_OF_DOMAIN in evidence else np.array([KNOWN])
+    shares = _GRID_SHARE if CROSS_DOMAIN in evidence else np.array([SHARE])
+    best, reached = (KNOWN, SHARE), (-1.0, 0.0)
+    for known in knowns if evidence else ():
+        for share in shares:
+            recall = np.mean([_recall(r, rows, known, share) for r, rows in evidence.items()])
+            # Rounded, so that recalls that are equal but for the order of a sum stay equal.
+            value = (round(float(recall), 9), -abs(known - KNOWN) - abs(share - SHARE))
+            if value > reached:
+                best, reached = (float(known), float(share)), value
+    return best
+
+
+def _evidence(scenario_PK: FloatArray) -> FloatArray:
+    """What `choose_regime` compares with its thresholds: the mean of the prompts' highest
+    probabilities, and the second largest share of the mixture."""
+    mean_K = scenario_PK.mean(axis=0)
+    second = np.sort(mean_K)[-2] / mean_K.sum() if len(mean_K) > 1 else 0.0
+    return np.array([scenario_PK.max(axis=1).mean(), second])
+
+
+def _recall(regime: str, evidence_S2: FloatArray, known: float, share: float) -> float:
+    """Share of scenarios whose regime is found."""
+    known_S, several_S = evidence_S2[:, 0] >= known, evidence_S2[:, 1] >= share
+    found = {
+        OUT_OF_DOMAIN: ~known_S,
+        CROSS_DOMAIN: known_S & several_S,
+        IN_DOMAIN: known_S & ~several_S,
+    }
+    return float(found[regime].mean())

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from spp_export.calibration.activations import TokenBatch, input_device, model_inputs
-from spp_export.evaluation.oracle import Projections, masked_dense
+from spp_export.evaluation.oracle import masked_dense
 from spp_export.models.families import Family
 from spp_export.models.layerwise import each_logits
 from spp_export.models.shape import ModelShape
 from spp_export.planning import Plan
+from spp_export.slicing.projections import Projections
 
 # Room for rounding in units of eps(dtype) x largest |logit|: above the oracle's own error; where a
 # model is compared with itself on other shapes, and so other kernels; and on the same shapes, where

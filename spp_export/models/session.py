@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from spp_export.common.errors import UsageError
 from spp_export.common.memory import free_memory
 from spp_export.common.progress import Progress, no_progress
-from spp_export.data.artifacts import Artifacts, check_model, read_artifacts
 from spp_export.models.checkpoint.reader import require_unchanged
 from spp_export.models.checkpoint.source import Source, open_source
 from spp_export.models.hub import DEMO, locate_model
@@ -118,22 +116,3 @@ def open_session(
     if dtype not in _DTYPES:
         raise UsageError(f"--dtype {dtype}: expected one of {', '.join(_DTYPES)}.")
     return Session(source, device, dtype, progress, layerwise)
-
-
-def bundled_artifacts() -> Path:
-    """The demo model's artifacts, shipped in the package."""
-    return Path(__file__).parent / "assets" / "smollm2-135m-instruct"
-
-
-def open_artifacts(
-    artifacts: str | os.PathLike[str] | None, model: str, source: Source
-) -> Artifacts:
-    """Artifacts for a model: the given directory, or the shipped ones for the demo model."""
-    if artifacts is None and model != DEMO:
-        raise UsageError(
-            "--artifacts is missing: only the demo model's ship with spp. "
-            f"Make them once with 'spp probe --model {model} --pools DIR -o ARTIFACTS'."
-        )
-    found = read_artifacts(Path(artifacts) if artifacts is not None else bundled_artifacts())
-    check_model(found, source.fingerprint, source.shape)
-    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -131,3 +132,30 @@ def channel_widths(channels: int, multiple: int) -> tuple[int, ...]:
     """Widths that an MLP of `channels` may be cut to, ascending: the multiples of `multiple`, which
     must be positive, and all of it."""
     return (*range(multiple, channels, multiple), channels)
+
+
+def resident_parameters(shape: ModelShape) -> int:
+    """Most parameters in memory at once of a model that runs layer by layer: two layers, or one
+    and the head."""
+    outside = shape.parameters(())
+    layer = max(shape.parameters((layer,)) - outside for layer in shape.layers)
+    return layer + max(layer, shape.vocab_size * shape.hidden_size)
+
+
+Units = Literal["heads", "channels", "both"]
+
+
+UNITS: tuple[Units, ...] = ("heads", "channels", "both")
+
+
+def unit_parameters(shape: ModelShape, layers: Sequence[LayerShape], units: Units) -> int:
+    """Parameters of these layers that belong to heads, to channels or to both."""
+    heads = shape.head_parameters(layers) if units != "channels" else 0
+    channels = sum(layer.channels for layer in layers) if units != "heads" else 0
+    return heads + channels * shape.channel_parameters
+
+
+Layout = Literal["uniform", "per-layer", "ragged"]
+
+
+LAYOUTS: tuple[Layout, ...] = ("uniform", "per-layer", "ragged")

@@ -13,11 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import spp_export.models.modeling  # noqa: F401  registers the per-layer classes
 from spp_export.common.errors import CheckpointError
+from spp_export.common.progress import quiet_transformers
 from spp_export.models.checkpoint.dtypes import FLOAT_DTYPES, Bits
 from spp_export.models.checkpoint.header import StoredTensor, show
 from spp_export.models.checkpoint.layered import Layered
 from spp_export.models.checkpoint.reader import blocks
-from spp_export.quiet import quiet_transformers
 
 # torch has no unsigned integers in all the versions that we work with.
 _SIGNED = {2: np.int16, 4: np.int32, 8: np.int64}

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
+from spp_export.models.shape import LAYOUTS, Layout
 from spp_export.planning.budget import DEFAULT_KEEP, Budget
 from spp_export.planning.compile import (
     Realised,
     compile_options,
     compile_plan,
     compile_units,
+    cover,
+    exactly,
     forced_heads,
 )
-from spp_export.planning.cover import cover, exactly
-from spp_export.planning.plan import (
-    COMPENSATIONS,
-    FILL,
-    LAYOUTS,
-    Compensation,
-    LayerPlan,
-    Layout,
-    Plan,
-    dense_plan,
+from spp_export.planning.plan import COMPENSATIONS, FILL, Compensation, LayerPlan, Plan, dense_plan
+from spp_export.planning.plan_file import (
+    check_plan_target,
+    parse_plan,
+    read_plan,
+    validate_plan,
+    write_plan,
 )
-from spp_export.planning.plan_file import check_plan_target, parse_plan, read_plan, write_plan
-from spp_export.planning.validate import validate_plan
 
 __all__ = [
     "COMPENSATIONS",

@@ -9,12 +9,10 @@ from decimal import Decimal
 from typing import Any, Literal
 
 from spp_export.common.errors import UsageError
-from spp_export.models.shape import LayerShape, ModelShape
+from spp_export.models.shape import UNITS, LayerShape, ModelShape, Units, unit_parameters
 from spp_export.planning.allocate import CostKind
 from spp_export.planning.latency import LatencyTable
 
-Units = Literal["heads", "channels", "both"]
-UNITS: tuple[Units, ...] = ("heads", "channels", "both")
 Cost = Literal["params", "kv-bytes", "latency"]
 COSTS: tuple[Cost, ...] = ("params", "kv-bytes", "latency")
 DEFAULT_KEEP = 0.8
@@ -144,13 +142,6 @@ class Limit:
     cost: int
     keep: float | None = None
     latency: LatencyTable | None = None
-
-
-def unit_parameters(shape: ModelShape, layers: Sequence[LayerShape], units: Units) -> int:
-    """Parameters of these layers that belong to heads, to channels or to both."""
-    heads = shape.head_parameters(layers) if units != "channels" else 0
-    channels = sum(layer.channels for layer in layers) if units != "heads" else 0
-    return heads + channels * shape.channel_parameters
 
 
 def unit_cost(

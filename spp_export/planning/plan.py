@@ -9,13 +9,11 @@ from typing import Any, Literal
 
 from spp_export.common.errors import PlanError
 from spp_export.common.json_files import dump_json
-from spp_export.models.shape import LayerShape, ModelShape
+from spp_export.models.shape import LayerShape, Layout, ModelShape
 
 SCHEMA_VERSION = 1
 
-Layout = Literal["uniform", "per-layer", "ragged"]
 Compensation = Literal["none", "bias", "lstsq"]
-LAYOUTS: tuple[Layout, ...] = ("uniform", "per-layer", "ragged")
 COMPENSATIONS: tuple[Compensation, ...] = ("none", "bias", "lstsq")
 PROVENANCE = (
     "scenario",

@@ -11,16 +11,16 @@ import numpy as np
 
 from spp_export.calibration.mixture import Part, gather_parts
 from spp_export.calibration.moments import Moments
-from spp_export.commands.history import history_of
 from spp_export.common.errors import UsageError
 from spp_export.data.artifacts import Artifacts
 from spp_export.importance import CRITERIA, LOSSES, FloatArray, comparable_kinds
 from spp_export.importance.mixed import mixed_scores
 from spp_export.importance.obs import removal_losses, single_removal_losses
 from spp_export.importance.obs_channels import channel_removal
+from spp_export.importance.probe_pruning.history import history_of
 from spp_export.models.checkpoint.reader import read_float
 from spp_export.models.session import Session
-from spp_export.models.shape import channel_widths
+from spp_export.models.shape import Units, channel_widths
 from spp_export.planning.allocate import (
     BoolArray,
     ChannelOptions,
@@ -31,7 +31,6 @@ from spp_export.planning.allocate import (
     per_parameter,
     ragged_options,
 )
-from spp_export.planning.budget import Units
 
 OBS = "obs"
 # Their scores come from a pass over the scenario through layers already pruned.

@@ -2,70 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from spp_export.calibration.mixture import Mixing, calibration_parts, gather_parts
 from spp_export.calibration.moments import Moments
 from spp_export.calibration.refit import bias, refit_blocks, residual_blocks
+from spp_export.common.errors import PlanError
+from spp_export.data.artifacts import Artifacts
+from spp_export.data.scenario import Scenario
 from spp_export.domains.diagnosis import FloatArray
 from spp_export.models.checkpoint.reader import read_float, stored_tensors
 from spp_export.models.checkpoint.source import Source
 from spp_export.models.families import Role, TensorSpec
+from spp_export.models.session import Session
 from spp_export.models.shape import ModelShape
-from spp_export.planning import Compensation as Kind
-from spp_export.planning import LayerPlan, Layout, Plan
+from spp_export.planning import Plan
+from spp_export.planning.planner import requested_mixing
+from spp_export.planning.request import PlanRequest
+from spp_export.planning.written import CONSUMERS, biased_roles, loses, moment_kinds
 from spp_export.slicing.config import slim_config
 from spp_export.slicing.cut import kept_indices, real_elements
-from spp_export.slicing.weights import Refit, slim_shape
+from spp_export.slicing.weights import Refit
 
 if TYPE_CHECKING:
-    from spp_export.evaluation.oracle import Projection
+    from spp_export.slicing.projections import Projection
 
 # lambda as a share of the mean variance of the kept inputs: small against what text determines,
 # large against directions that the calibration text never excites.
 RIDGE = 0.01
 
-CONSUMERS = (Role.OUTPUT, Role.DOWN)
 Indices = np.ndarray[Any, np.dtype[np.intp]]
-
-
-def loses(layer: LayerPlan, role: Role, shape: ModelShape) -> bool:
-    """Whether a layer's o_proj (OUTPUT) or down_proj (DOWN) loses inputs."""
-    kept = layer.shape(shape)
-    if role is Role.OUTPUT:
-        return kept.query_heads < shape.query_heads
-    return role is Role.DOWN and kept.channels < shape.channels
-
-
-def losing_roles(layers: Iterable[LayerPlan], shape: ModelShape) -> frozenset[Role]:
-    """The consumers that lose inputs in some layer."""
-    return frozenset(role for layer in layers for role in CONSUMERS if loses(layer, role, shape))
-
-
-def biased_roles(compiled: Plan, shape: ModelShape) -> frozenset[Role]:
-    """The consumers that a plan's compensation adds biases to, in every layer."""
-    if compiled.compensation != "bias":
-        return frozenset()
-    return losing_roles(compiled.layers, shape)
-
-
-def compensated_shape(
-    source: Source, layout: Layout, compensation: Kind, losing: Collection[Role]
-) -> ModelShape:
-    """The source's shape with the biases that a compensation adds where the consumers `losing`
-    (OUTPUT, DOWN) lose inputs.
-
-    Raises PlanError for `bias` where the layout cannot hold one in this family.
-    """
-    return slim_shape(source, layout, losing if compensation == "bias" else ())
-
-
-def written_shape(source: Source, compiled: Plan) -> ModelShape:
-    """`compensated_shape` of a plan."""
-    return slim_shape(source, compiled.layout, biased_roles(compiled, source.shape))
 
 
 def written_config(source: Source, compiled: Plan) -> dict[str, Any]:
@@ -78,12 +48,6 @@ def written_config(source: Source, compiled: Plan) -> dict[str, Any]:
         compiled.written_layout,
         biased_roles(compiled, source.shape),
     )
-
-
-def moment_kinds(compiled: Plan, shape: ModelShape) -> tuple[str, ...]:
-    """Kinds of statistics, see `moments.gather`, that a plan's compensation reads."""
-    kinds = {Role.OUTPUT: "attention", Role.DOWN: "mlp"}
-    return tuple(sorted(kinds[role] for role in losing_roles(compiled.layers, shape)))
 
 
 def real_columns(compiled: Plan, layer: int, role: Role, shape: ModelShape) -> Indices | slice:
@@ -130,7 +94,7 @@ class Compensation:
         """
         import torch
 
-        from spp_export.evaluation.oracle import Projection
+        from spp_export.slicing.projections import Projection
 
         tensors, biases = self._source.tensors, self.biases()
         found = {}
@@ -197,3 +161,41 @@ class Compensation:
         if spec.role is Role.DOWN:
             return np.asarray(layer.channels)
         return kept_indices(layer.query_heads, self._source.shape.head_dim)
+
+
+def plan_compensation(
+    session: Session,
+    artifacts: Artifacts | None,
+    compiled: Plan,
+    scenario: Scenario | None,
+    request: PlanRequest,
+) -> Compensation:
+    """The re-fit or the biases of a plan, on the text that its provenance names.
+
+    Statistics of text that were not gathered before take a pass of the dense model. Raises
+    UsageError where there is no text at all, PlanError for a malformed mixture.
+    """
+    if compiled.compensation == "none":
+        return Compensation(session.source, compiled, None)
+    prompts = scenario.split()[0] if scenario else ()
+    mixing = _mixing(compiled) or requested_mixing(artifacts, request)
+    parts = calibration_parts(artifacts, compiled.diagnosis.get("mixture"), prompts, mixing)
+    moments = gather_parts(session, parts, moment_kinds(compiled, session.source.shape))
+    return Compensation(session.source, compiled, moments)
+
+
+def _mixing(compiled: Plan) -> Mixing | None:
+    """How the text that decided the plan was mixed, if the plan says so."""
+    if not compiled.calibration:
+        return None
+    values: list[float] = []
+    for key in ("shrinkage", "scenario_weight"):
+        value: Any = compiled.calibration.get(key)
+        # A plan's provenance may be edited by hand like the rest of it.
+        if type(value) not in (int, float) or not 0 <= value <= 1:
+            raise PlanError(
+                f"plan: calibration.{key} must be a number from 0 to 1, got {value!r:.40}. "
+                "Leave out calibration for the usual mixture."
+            )
+        values.append(float(value))
+    return Mixing(*values)

@@ -12,7 +12,7 @@ from spp_export.models.shape import LayerShape, ModelShape
 
 # What travels in a per-layer or ragged checkpoint, beside its config.json.
 MODELING_FILES: tuple[Path, ...] = tuple(
-    Path(__file__).parent / "modeling" / name
+    Path(__file__).parents[1] / "models" / "modeling" / name
     for name in ("configuration_spp.py", "modeling_spp.py")
 )
 

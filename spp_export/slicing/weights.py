@@ -5,8 +5,7 @@ One thread reads, checks and slices, one writes, one hashes and one flushes.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -17,15 +16,20 @@ import numpy as np
 from spp_export.common.errors import CheckpointError
 from spp_export.common.manifest import FileRecord
 from spp_export.common.publish import require_free_space
-from spp_export.models.checkpoint.ahead import ahead
 from spp_export.models.checkpoint.dtypes import Bits, Floats, all_finite, from_float
 from spp_export.models.checkpoint.header import show
 from spp_export.models.checkpoint.reader import BLOCK_BYTES, blocks, read_float
 from spp_export.models.checkpoint.source import Source
-from spp_export.models.checkpoint.writer import DEFAULT_SHARD_BYTES, Entry, ShardWriter, plan_shards
+from spp_export.models.checkpoint.writer import (
+    DEFAULT_SHARD_BYTES,
+    Entry,
+    ShardWriter,
+    ahead,
+    plan_shards,
+)
 from spp_export.models.families import Role, TensorSpec
-from spp_export.models.shape import ModelShape
-from spp_export.planning import Layout, Plan, validate_plan
+from spp_export.planning import Plan, validate_plan
+from spp_export.planning.written import slim_shape
 from spp_export.slicing.cut import Indices, real_elements, slice_rows, written_units
 
 # The whole dense tensor as floats -> the slim tensor as floats.
@@ -89,34 +93,6 @@ def write_slim_weights(
             writer.write(entry.name, counted(block for _, block in pairs))
     parameters = sum(int(np.prod(entry.shape)) for entry in writer.order)
     return WrittenWeights(writer.records, parameters, total)
-
-
-def slim_shape(source: Source, layout: Layout, biased: Collection[Role]) -> ModelShape:
-    """The source's shape with biases on the projections `biased` (OUTPUT, DOWN) as well.
-
-    Layouts of our own classes give these and no others one. In `uniform` the switch of the
-    family's config does, which covers more projections: q, k and v, or gate and up.
-
-    Raises PlanError where that config has no switch for one that the source lacks.
-    """
-    family, shape = source.family, source.shape
-    if layout != "uniform":
-        return dataclasses.replace(
-            shape,
-            output_bias=shape.output_bias or Role.OUTPUT in biased,
-            down_bias=shape.down_bias or Role.DOWN in biased,
-        )
-    for role in sorted(biased):
-        if {Role.OUTPUT: shape.output_bias, Role.DOWN: shape.mlp_bias}[role]:
-            continue
-        switch = family.bias_switch(role)
-        shape = dataclasses.replace(
-            shape,
-            qkv_bias=shape.qkv_bias or family.qkv_bias == switch,
-            output_bias=shape.output_bias or family.output_bias == switch,
-            mlp_bias=shape.mlp_bias or family.mlp_bias == switch,
-        )
-    return shape
 
 
 class SlimTensors:

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from spp_bench.peers import __main__ as command
 from spp_bench.peers import by_spp, by_transformers, check, measure, oracle, report
-from spp_bench.peers.candidates import CANDIDATES, PICKLE, TORCH_PRUNING, Candidate
+from spp_bench.peers.candidates import CANDIDATES, TORCH_PRUNING, Candidate
+from spp_bench.peers.pickles import PICKLE
 from spp_bench.peers.plans import PLANS, plans_for
 from spp_export.models.checkpoint.source import Source, open_source
 from spp_export.planning import LayerPlan, Plan, validate_plan

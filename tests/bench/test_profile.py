@@ -17,9 +17,9 @@ from spp_bench.latency_plan import choose_both, verdict
 from spp_bench.profile import ProfileRequest, Target, grid, in_turns, profile, shapes
 from spp_cli.main import app
 from spp_export.common.errors import OutputError, UsageError
-from spp_export.latency_file import read_latency_table
 from spp_export.models.checkpoint.source import open_source
 from spp_export.planning.allocate import channel_options, layer_options
+from spp_export.planning.latency import read_latency_table
 from spp_export.planning.scoring import UnitOptions
 
 CASE = {case.name: case for case in CASES}

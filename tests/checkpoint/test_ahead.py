@@ -6,7 +6,8 @@ import threading
 import time
 
 import pytest
-from spp_export.models.checkpoint.ahead import ahead
+
+from spp_export.models.checkpoint.writer import ahead
 
 
 def threads():

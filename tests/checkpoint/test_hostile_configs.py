@@ -9,10 +9,9 @@ import torch
 from bounded import refused
 from dense_models import CONFIGS, config_of, random_tensors, write_model
 from factories import CASES, make_checkpoint, ragged_layers, random_layers, shape_of, write_slim
-from spp_export.formats.onnx.settings import rotary_tables
 
 from spp_export.common.errors import CheckpointError, ModelError, SppError
-from spp_export.formats.decoder import read_decoder
+from spp_export.formats.decoder import read_decoder, rotary_tables
 from spp_export.models.checkpoint.layered import open_layered
 from spp_export.models.checkpoint.source import open_source
 

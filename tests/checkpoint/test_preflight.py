@@ -9,11 +9,7 @@ from collections import namedtuple
 import pytest
 
 from spp_export import preflight
-from spp_export.common import disk as working_place
-from spp_export.common.disk import free_space
-from spp_export.common.errors import ModelError, OutputError, ResourceError
-from spp_export.models.shape import ModelShape
-from spp_export.preflight import (
+from spp_export.commands.needs import (
     Needs,
     check_disk,
     check_memory,
@@ -21,6 +17,10 @@ from spp_export.preflight import (
     check_readable,
     least_slim_bytes,
 )
+from spp_export.common import disk as working_place
+from spp_export.common.disk import free_space
+from spp_export.common.errors import ModelError, OutputError, ResourceError
+from spp_export.models.shape import ModelShape
 
 Usage = namedtuple("Usage", "total used free")
 SHAPE = ModelShape("llama", 3, 64, 8, 4, 8, 96, 100, False, 2)

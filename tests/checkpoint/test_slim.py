@@ -21,8 +21,9 @@ from spp_export.models.checkpoint.reader import blocks
 from spp_export.models.checkpoint.source import open_source
 from spp_export.models.families import Role
 from spp_export.planning import LayerPlan, Plan
+from spp_export.planning.written import slim_shape
 from spp_export.slicing import weights as slim
-from spp_export.slicing.weights import slim_shape, write_slim_weights
+from spp_export.slicing.weights import write_slim_weights
 
 # Groups of two query heads. One head per group, whole groups, everything, channels too.
 PER_LAYER = (

@@ -8,10 +8,11 @@ from typing import Any, get_args
 import pytest
 
 from spp_cli import options
-from spp_export.commands.plan import POLICIES
 from spp_export.importance import COMPARABLE
+from spp_export.models.shape import UNITS
 from spp_export.planning import COMPENSATIONS, LAYOUTS
-from spp_export.planning.budget import COSTS, UNITS
+from spp_export.planning.budget import COSTS
+from spp_export.planning.request import POLICIES
 
 
 def words(alias: Any) -> Iterator[str]:

@@ -33,12 +33,12 @@ from spp_export.common.errors import (
 from spp_export.common.json_files import dump_json, parse_json
 from spp_export.data.artifacts import read_artifacts, write_artifacts
 from spp_export.data.scenario import paragraphs, read_scenario
-from spp_export.latency_file import read_latency_table
 from spp_export.models.checkpoint.dtypes import ELEMENT_BYTES
 from spp_export.models.checkpoint.header import read_header
 from spp_export.models.checkpoint.reader import INDEX_NAME, model_file, stored_tensors
 from spp_export.models.families import FAMILIES
 from spp_export.planning import COMPENSATIONS, LayerPlan, Plan, parse_plan, validate_plan
+from spp_export.planning.latency import read_latency_table
 from spp_export.planning.plan import PROVENANCE
 from spp_export.slicing.config import slim_config
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import gguf
 import pytest
 from gguf_cases import make
-from spp_export.formats.gguf.pretokenizer import pre_tokenizer_name
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from spp_export.common.errors import ModelError
 from spp_export.formats.decoder import read_decoder
 from spp_export.formats.gguf import GgufOptions, gguf_contents, write_gguf
+from spp_export.formats.gguf.tokenizer import pre_tokenizer_name
 
 TEXTS = [
     "The other mother's 1234 brothers, and 56 more.",

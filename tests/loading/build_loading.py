@@ -29,9 +29,9 @@ from factories import (
     write_slim,
 )
 
+from spp_export.common.progress import quiet_transformers
 from spp_export.models.shape import ModelShape
 from spp_export.planning import LayerPlan, Layout
-from spp_export.quiet import quiet_transformers
 
 PROMPTS = ("Sulfuric acid is", "The treaty of 1648 ended a war that")
 NEW_TOKENS = 6

@@ -28,9 +28,9 @@ from factories import (
 )
 from transformers import AutoModel, PreTrainedModel
 
+from spp_export.common.progress import quiet_transformers
 from spp_export.models.loader import load_dense, load_slim
 from spp_export.planning import LayerPlan, Layout
-from spp_export.quiet import quiet_transformers
 
 
 @dataclass(frozen=True)

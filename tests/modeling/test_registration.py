@@ -22,7 +22,7 @@ ORDERS = {
 }
 PREAMBLE = """
 import sys
-from spp_export.models.modeling.registration import install
+from spp_export.models.registration import install
 assert not {"torch", "transformers"} & set(sys.modules)
 """
 LOAD = """

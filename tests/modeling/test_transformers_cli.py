@@ -30,7 +30,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_it_is_the_command_line_of_transformers():
-    result = run("-m", "spp_export.models.modeling.transformers_cli", "version")
+    result = run("-m", "spp_export.transformers_cli", "version")
     if transformers.__version__.startswith("4."):
         assert result.returncode == 2
         assert result.stderr.startswith("error: transformers has no command line here")

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from factories import CASES, random_layers, shape_of, write_slim
-from spp_export.commands.text_stream import TextStream
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from spp_export import load_slim, open_chat
+from spp_export.commands.chat.chat import TextStream
 from spp_export.common.errors import ModelError, UsageError
 from spp_export.formats.onnx.options import OnnxOptions
 from spp_export.formats.onnx.write import write_onnx

@@ -17,8 +17,8 @@ import spp_export
 from spp_export import ExportRequest, GgufOptions, OnnxOptions
 from spp_export.common.errors import CheckpointError, ModelError, ParityError, UsageError
 from spp_export.common.manifest import write_manifest
+from spp_export.common.progress import quiet_transformers
 from spp_export.formats.gguf import llama_cpp
-from spp_export.quiet import quiet_transformers
 
 FILES = {
     "README.md",

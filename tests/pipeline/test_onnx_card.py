@@ -39,7 +39,7 @@ def test_engines_of_a_graph(layout, attention):
     single = {name for name in engines if "one text at a time" in engines[name].how}
     expected = {"onnxruntime", "transformers.js", "optimum"} if attention == "gqa" else set()
     assert single == expected
-    assert ("spp_export.formats.onnx.runtime" in engines["optimum"].how) == (layout == "per-layer")
+    assert ("spp_export.ort" in engines["optimum"].how) == (layout == "per-layer")
 
 
 @pytest.mark.parametrize("options", [{"precision": "fp16"}, {"quant": "int4"}])

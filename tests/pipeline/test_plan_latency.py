@@ -11,8 +11,8 @@ from exporting import refused, tree
 
 from spp_bench.profile import ProfileRequest, Target, profile
 from spp_export.common.errors import BudgetError, ProfileError, UsageError
-from spp_export.latency_file import read_latency_table
 from spp_export.planning import read_plan
+from spp_export.planning.latency import read_latency_table
 
 NAME = "llama-gqa-bias"
 QUICK = ProfileRequest(context=9, rounds=1, threads=1, width_multiple=16)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from spp_export.latency_file import read_latency_table
-from spp_export.planning.latency import SIZES
+from spp_export.planning.latency import SIZES, read_latency_table
 
 
 def times(seconds):

@@ -12,11 +12,10 @@ from latency_tables import document, table, times, write
 from planning import mask_of, model_shape, regular_masks
 
 from spp_export.common.errors import BudgetError, PlanError, ProfileError, UsageError
-from spp_export.latency_file import read_latency_table
 from spp_export.planning import compile_units
 from spp_export.planning.allocate import channel_options, layer_options, ragged_options
 from spp_export.planning.budget import Budget
-from spp_export.planning.latency import ascending
+from spp_export.planning.latency import ascending, read_latency_table
 
 CASES = [(2, 4, 2, 6, 2), (2, 2, 2, 7, 3), (1, 4, 1, 5, 8), (3, 2, 1, 4, 2)]
 

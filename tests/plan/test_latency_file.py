@@ -13,7 +13,7 @@ from latency_tables import document, times, write
 from planning import model_shape
 
 from spp_export.common.errors import ProfileError
-from spp_export.latency_file import read_latency_table
+from spp_export.planning.latency import read_latency_table
 
 SHAPE = model_shape(2, 4, 2, channels=12)
 

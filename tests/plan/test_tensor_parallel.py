@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spp_export.commands.plan import PlanRequest
 from spp_export.common.errors import BudgetError, PlanError, UsageError
 from spp_export.models.engines import engines_for
 from spp_export.models.shape import LayerShape, ModelShape
 from spp_export.planning import compile_units
 from spp_export.planning.allocate import channel_options, layer_options
 from spp_export.planning.budget import Budget
+from spp_export.planning.request import PlanRequest
 
 SHAPE = ModelShape("llama", 6, 64, 16, 4, 8, 96, 100, False, 4)
 RNG = np.random.default_rng(5)

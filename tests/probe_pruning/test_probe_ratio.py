@@ -4,8 +4,7 @@ import pytest
 
 from spp_export.importance.probe_pruning import ratio_for
 from spp_export.importance.probe_pruning.score import Targets
-from spp_export.models.shape import LayerShape, ModelShape
-from spp_export.planning.budget import UNITS, Units, unit_parameters
+from spp_export.models.shape import UNITS, LayerShape, ModelShape, Units, unit_parameters
 
 SHAPE = ModelShape("llama", 32, 4096, 32, 8, 128, 14336, 128256, False, 2)
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from factories import CASES
-from spp_export.domains.head_writes import AxisShares
 from transformers import AutoTokenizer
 
 from spp_export.calibration.activations import observe, token_batches
+from spp_export.domains.scores import AxisShares
 from spp_export.models.checkpoint.source import open_source
 from spp_export.models.loader import load_dense
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from spp_export.domains.regime_rule import PROMPTS, fit_rule
 
 from spp_export.domains.diagnosis import CROSS_DOMAIN, IN_DOMAIN, OUT_OF_DOMAIN, choose_regime
+from spp_export.domains.regimes import PROMPTS, fit_rule
 
 JOINED = "cross-domain, joined prompts"
 GROUPS = np.arange(48) % 3

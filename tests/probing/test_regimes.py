@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from spp_export.domains.regime_rule import PROMPTS
 
 from spp_export.domains.diagnosis import CROSS_DOMAIN, IN_DOMAIN, OUT_OF_DOMAIN
-from spp_export.domains.regimes import RegimeText, calibrate, join_texts
+from spp_export.domains.regimes import PROMPTS, RegimeText, calibrate, join_texts
 
 HELD_OUT = (("a1", "a2", "a3"), ("b1", "b2"), ("c1",), ("d1", "d2"))
 

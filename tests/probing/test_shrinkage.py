@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from spp_export.domains.group_seconds import GroupSeconds
 
 from spp_export.domains.shrinkage import (
     SCENARIO_WEIGHTS,
     SHRINKAGES,
+    GroupSeconds,
     LayerCase,
     choose_shrinkage,
     sampled_layers,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from pooled_classes import clusters, sigmoid
-from spp_export.domains.temperatures import calibration_error, fit_temperatures, reliability
 
 from spp_export.domains.probes import fit_probes
+from spp_export.domains.regimes import calibration_error, fit_temperatures, reliability
 
 
 @pytest.mark.parametrize("known", [0.4, 1.0, 3.0])

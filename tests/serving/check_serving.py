@@ -5,7 +5,7 @@
 
 A script, not a test module: `make test-all` runs it in an environment without this project. Every
 uniform checkpoint is served by `transformers serve` as it is installed, every other one by
-`python -m spp_export.models.modeling.transformers_cli serve`, found in this source tree. `/v1/chat/completions`
+`python -m spp_export.transformers_cli serve`, found in this source tree. `/v1/chat/completions`
 must answer, at once and streamed, what `generate` gives, and so must `transformers chat`, driven
 through its standard input. Exit status 1 if anything differs.
 """
@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SOURCES = Path(__file__).resolve().parents[2]
 STOCK = ("-m", "transformers.cli.transformers")
-OURS = ("-m", "spp_export.models.modeling.transformers_cli")
+OURS = ("-m", "spp_export.transformers_cli")
 # As of Qwen's models, in whose answers the server looks for marks of its own.
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -172,9 +172,7 @@ def refuses(url: str, model: Path) -> str:
         ask(url, model, stream=False).close()
     except urllib.error.HTTPError as error:
         return f"status {error.code}, as expected, for a model that is not uniform"
-    raise WrongResultError(
-        "transformers serves it without spp_export.models.modeling.transformers_cli"
-    )
+    raise WrongResultError("transformers serves it without spp_export.transformers_cli")
 
 
 def chats(url: str, model: Path, scratch: Path) -> str:

@@ -33,10 +33,10 @@ from factories import CASES, Case, random_layers, shape_of, uniform_layers, writ
 from greedy import clear_prompt
 
 from spp_export import load_slim
+from spp_export.common.progress import quiet_transformers
 from spp_export.formats.card import onnx_card
 from spp_export.formats.onnx import Attention, OnnxOptions
 from spp_export.formats.onnx.write import write_onnx
-from spp_export.quiet import quiet_transformers
 
 NEW_TOKENS = 12
 # Of different lengths, and longer than the sliding windows of the factories.

@@ -30,7 +30,6 @@ from spp_export.calibration.activations import (
 )
 from spp_export.calibration.moments import KINDS, gather
 from spp_export.common.errors import CheckpointError, ModelError, UsageError
-from spp_export.common.memory import resident_parameters
 from spp_export.evaluation.oracle import masked_dense
 from spp_export.evaluation.parity import (
     check_cache,
@@ -44,6 +43,7 @@ from spp_export.models.checkpoint.source import open_source
 from spp_export.models.families import FAMILIES, Role
 from spp_export.models.layerwise import each_logits, open_layerwise, stream_of
 from spp_export.models.loader import load_dense, load_slim
+from spp_export.models.shape import resident_parameters
 
 TEXTS = ("Gold melts at 1064 degrees.", "", "Why?", "Iron rusts in damp air, gold does not.")
 OWN = [torch.float64, torch.bfloat16]

@@ -10,9 +10,10 @@ import torch
 from factories import CASES, make_checkpoint, mask_in_torch, random_layers, shape_of
 from untouched import assert_untouched, compensation, hooks, logits, plan_of, state
 
-from spp_export.evaluation.oracle import Projection, masked_dense
+from spp_export.evaluation.oracle import masked_dense
 from spp_export.models.families import FAMILIES, Role
 from spp_export.models.loader import load_dense
+from spp_export.slicing.projections import Projection
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

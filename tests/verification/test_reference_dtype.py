@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from spp_export.commands.verify import exact_dtype, wide_dtype
+from spp_export.evaluation.batches import exact_dtype, wide_dtype
 from spp_export.models.families import Role
 from spp_export.models.shape import ModelShape
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from spp_export.evaluation.oracle import Projection
 from spp_export.models.families import Role
 from spp_export.planning import Plan
+from spp_export.slicing.projections import Projection
 
 IDS = torch.arange(3, 40)[None]
 

@@ -11,7 +11,7 @@ import onnxruntime_genai as og
 from spp_bench.candidates import Candidate
 from spp_bench.cases import Ids
 from spp_bench.clocks import wall_clock
-from spp_bench.engines.open import Logits
+from spp_bench.engines.runner import Logits
 from spp_bench.onnx.weights import stored_weights
 from spp_export.common.errors import UsageError
 

@@ -24,7 +24,7 @@ from spp_bench.bounds import Sizes
 from spp_bench.candidates import Candidate
 from spp_bench.cases import Ids
 from spp_bench.clocks import clock_for
-from spp_bench.engines.open import Logits
+from spp_bench.engines.runner import Logits
 from spp_bench.graphs import cuda_graph, on_device
 from spp_bench.shapes.random_models import random_model
 from spp_bench.shapes.shapes import published

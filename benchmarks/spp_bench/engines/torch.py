@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from spp_bench.candidates import Candidate
 from spp_bench.cases import Ids
 from spp_bench.clocks import clock_for
-from spp_bench.engines.open import Logits
+from spp_bench.engines.runner import Logits
 from spp_export.models.loader import load_dense, load_slim
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch_pruning as tp  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
-from spp_bench.peers.candidates import PICKLE
 from spp_bench.peers.dense import elements, load, note_sizes, removed
+from spp_bench.peers.pickles import PICKLE
 from spp_export.planning import Plan
 
 

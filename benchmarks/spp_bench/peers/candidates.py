@@ -12,7 +12,6 @@ from spp_export.planning import Plan
 
 # (dense model, plan, empty directory)
 Export = Callable[[Path, Plan, Path], None]
-PICKLE = "model.pth"
 
 
 @dataclass(frozen=True)

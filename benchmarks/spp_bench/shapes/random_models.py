@@ -16,10 +16,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import spp_export.models.modeling  # noqa: F401  registers the per-layer classes
 from spp_bench.shapes.shapes import Published
+from spp_export.common.progress import quiet_transformers
 from spp_export.models.families import TensorSpec
 from spp_export.models.shape import LayerShape
 from spp_export.planning import Plan
-from spp_export.quiet import quiet_transformers
 from spp_export.slicing.cut import kept_indices, kept_units
 
 UNMASKED = "spp_unmasked"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -12,8 +12,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from spp_export.commands.chat.models import ChatModel, Reader, gguf_refused, load_chat_model
-from spp_export.commands.text_stream import TextStream
+from spp_export.commands.chat.models import (
+    ChatModel,
+    Reader,
+    TorchModel,
+    gguf_refused,
+    load_chat_model,
+)
+from spp_export.commands.load import ScenarioModels, load_many
 from spp_export.common.errors import ModelError, UsageError
 from spp_export.common.json_files import read_json
 from spp_export.common.progress import Progress, no_progress
@@ -242,3 +248,122 @@ def _stop_tokens(path: Path, tokenizer: Any) -> frozenset[int]:
 
 def _chosen(choose: Chooser, logits: NDArray[Any]) -> int:
     return int(choose(np.asarray(logits, dtype=np.float32)[None])[0])
+
+
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+
+
+class TextStream:
+    """The text of a growing list of tokens, in pieces that join to the text of the whole.
+
+    What a token adds depends on those before it (decoders drop the space that begins a text, and
+    spread characters over tokens). So the tokens since the last whole piece are decoded with and
+    without the new one, and the difference is told once it ends in no half character.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._context = 0
+        self._told = 0
+        self.text = ""
+
+    def add(self, token: int) -> str:
+        """The text that this token completes; empty while there is none."""
+        self._ids.append(token)
+        return self._tell(unfinished=False)
+
+    def rest(self) -> str:
+        """What is left at the end, replacement characters for half ones included."""
+        return self._tell(unfinished=True)
+
+    def _tell(self, *, unfinished: bool) -> str:
+        before = self._decode(self._ids[self._context : self._told])
+        now = self._decode(self._ids[self._context :])
+        if len(now) <= len(before) or (now.endswith(_INCOMPLETE) and not unfinished):
+            return ""
+        self._context, self._told = self._told, len(self._ids)
+        piece = now[len(before) :]
+        self.text += piece
+        return piece
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+
+class ScenarioChat:
+    """A chat per scenario over one set of weights.
+
+    chosen  the scenario that answers; None before the first turn
+    """
+
+    def __init__(self, models: ScenarioModels, open_one: Callable[[str], Chat]) -> None:
+        self.chosen: str | None = None
+        self._models, self._open_one = models, open_one
+        # Any will do to see what all have in common.
+        self._chat = open_one(next(iter(models)))
+
+    @property
+    def model(self) -> TorchModel:
+        """The runtime behind the answers."""
+        assert isinstance(self._chat.model, TorchModel)
+        return self._chat.model
+
+    @property
+    def raw(self) -> bool:
+        """Whether prompts are continued as they are."""
+        return self._chat.raw
+
+    def reset(self) -> None:
+        """Forget what was said; the next turn chooses anew."""
+        self.chosen = None
+
+    def ask(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        choose: Chooser = greedy,
+        show: Callable[[str], object] = lambda piece: None,
+    ) -> Answer:
+        """As `Chat.ask`; the first turn sets `chosen`."""
+        if self.chosen is None:
+            self.chosen = self._models.pick(prompt)
+            self._chat = self._open_one(self.chosen)
+        return self._chat.ask(prompt, max_new_tokens=max_new_tokens, choose=choose, show=show)
+
+
+def open_scenario_chat(
+    plans: Sequence[str | os.PathLike[str]],
+    *,
+    model: str = DEMO,
+    artifacts: str | os.PathLike[str] | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    threads: int | None = None,
+    system: str | None = None,
+    raw: bool = False,
+    progress: Progress = no_progress,
+) -> ScenarioChat:
+    """A chat with the slim models of plans, or of exports' plans, made of one dense model.
+
+    Arguments and errors as of `load_many` and `open_chat`.
+    """
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    if dtype is None and device == "cpu":
+        dtype = "float32"
+    models = load_many(
+        model, plans, artifacts=artifacts, device=device, dtype=dtype, progress=progress
+    )
+
+    def open_one(name: str) -> Chat:
+        runs = TorchModel(models[name])
+        return open_chat(models.session.source.path, model=runs, system=system, raw=raw)
+
+    return ScenarioChat(models, open_one)

@@ -220,7 +220,7 @@ def gguf_refused(path: Path) -> UsageError:
 
 
 def _load_gguf(path: Path, device: str, dtype: str | None, threads: int | None) -> ChatModel:
-    from spp_export.commands.gguf_files import gguf_options
+    from spp_export.formats.gguf.format import gguf_options
     from spp_export.formats.gguf.llama_cpp import is_installed
     from spp_export.formats.gguf.options import INSTALL
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spp_export.commands.report.files import mapping, number, text
 from spp_export.commands.report.page import Benchmark, Chart, Point, Series, Spread, Table
 from spp_export.commands.report.page.figures import TIMES, byte_size, count, figure, percent, times
-from spp_export.commands.report_values import mapping, number, text
 from spp_export.common.errors import UsageError
 from spp_export.common.json_files import read_json
 

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from spp_export.commands.report.files import mapping, number, text
 from spp_export.commands.report.page import Chart, Point, Series, Style
 from spp_export.commands.report.page.figures import TIMES
-from spp_export.commands.report_values import mapping, number, text
 from spp_export.common.errors import UsageError
 from spp_export.evaluation.harness.curves import Curve, curves
 from spp_export.evaluation.harness.records import RESULTS, Results, read_results

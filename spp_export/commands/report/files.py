@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any, Literal
 
 from spp_export.commands.report.page import Table
 from spp_export.commands.report.page.figures import byte_size
-from spp_export.commands.report_values import mapping, number, text
 from spp_export.common.errors import ModelError, SppError, UsageError
 from spp_export.common.json_files import read_json
 from spp_export.common.manifest import MANIFEST_NAME, hash_file
@@ -108,3 +108,38 @@ def _files(path: Path) -> Table | None:
 def _size(value: Any) -> str:
     found = number(value)
     return "" if found is None else byte_size(found)
+
+
+def number(value: Any) -> float | None:
+    """A finite number; a flag is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        found = float(value)
+    except OverflowError:
+        return None
+    return found if math.isfinite(found) else None
+
+
+def text(value: Any) -> str:
+    """A string, or a number as one; else nothing."""
+    if isinstance(value, str):
+        return value
+    found = number(value)
+    return "" if found is None else f"{found:g}"
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """A JSON object; an empty one for anything else."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def objects(value: Any) -> list[Mapping[str, Any]]:
+    """The JSON objects of a list."""
+    return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
+
+
+def pairs(value: Any) -> str:
+    """An object's scalars in a line: keep 0.8, kind parameters."""
+    found = ((name, text(item)) for name, item in mapping(value).items())
+    return ", ".join(f"{name} {item}" for name, item in found if item)

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from spp_export.commands.report.files import mapping, number, text
 from spp_export.commands.report.page import Heads, Scores
-from spp_export.commands.report_values import mapping, number, text
 from spp_export.common.errors import ArtifactsError, PlanError
-from spp_export.data.artifacts import Artifacts, read_artifacts
-from spp_export.models.session import bundled_artifacts
+from spp_export.data.artifacts import Artifacts, bundled_artifacts, read_artifacts
 from spp_export.planning import Plan
 
 # Far more than any model has; a page of more cells would help nobody.

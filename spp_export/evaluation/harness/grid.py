@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from spp_export.evaluation.harness.rows import DENSE, Row
+from spp_export.models.shape import Units
 from spp_export.planning import Compensation
-from spp_export.planning.budget import Units
 
 RANDOM_SEEDS = (0, 1, 2)
 # They mask the dense model batch by batch; nothing of them can be compensated or exported.

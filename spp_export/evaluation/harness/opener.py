@@ -12,17 +12,17 @@ from typing import Any
 
 from torch import nn
 
-from spp_export.commands.history import history_of
 from spp_export.evaluation.harness import PlannedRow, Row, RowPlanner
 from spp_export.evaluation.harness.grid import FULL_BATCH
 from spp_export.evaluation.harness.runner import OpenedRow
 from spp_export.evaluation.oracle import masked_dense
 from spp_export.importance.probe_pruning import probe_pruning, ratio_for
+from spp_export.importance.probe_pruning.history import history_of
 from spp_export.models.families import Role
 from spp_export.models.session import Session
+from spp_export.models.shape import Units, unit_parameters
 from spp_export.planning import Plan, dense_plan, read_plan, validate_plan
-from spp_export.planning.budget import Units, unit_parameters
-from spp_export.slicing.compensation import loses
+from spp_export.planning.written import loses
 
 
 def given_plans(session: Session, paths: Sequence[str | os.PathLike[str]]) -> dict[Row, Plan]:

@@ -12,17 +12,20 @@ from spp_export.calibration.mixture import (
     calibration_parts,
     gather_parts,
 )
-from spp_export.commands.diagnose import diagnose_prompts
-from spp_export.commands.plan import PlanRequest, requested_mixing, scoring_for
 from spp_export.common.errors import UsageError
 from spp_export.data.artifacts import Artifacts
 from spp_export.data.scenario import Scenario
+from spp_export.domains.diagnosis import diagnose_prompts
 from spp_export.evaluation.harness.rows import PlannedRow, Row, Text
 from spp_export.models.session import Session
+from spp_export.models.shape import unit_parameters
 from spp_export.planning import LayerPlan, Plan, compile_units, dense_plan
-from spp_export.planning.budget import Budget, unit_parameters
+from spp_export.planning.budget import Budget
+from spp_export.planning.planner import requested_mixing, scoring_for
+from spp_export.planning.request import PlanRequest
 from spp_export.planning.scoring import SEQUENTIAL, UnitOptions
-from spp_export.slicing.compensation import Compensation, moment_kinds
+from spp_export.planning.written import moment_kinds
+from spp_export.slicing.compensation import Compensation
 
 # Enough for every way of choosing in a grid, which goes budget by budget and asks for each again.
 _REMEMBERED = 64

@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from spp_export.models.families import Role
+from spp_export.models.shape import Units
 from spp_export.planning import Compensation, LayerPlan, Plan
-from spp_export.planning.budget import Units
 
 if TYPE_CHECKING:
-    from spp_export.evaluation.oracle import Projection
+    from spp_export.slicing.projections import Projection
 
 Text = Literal["scenario", "mean", "wrong", "single", "own"]
 Kind = Literal["method", "control", "ablation", "dense", "dynamic"]

@@ -10,10 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spp_export.common.errors import ModelError
-from spp_export.formats.decoder import Decoder
+from spp_export.formats.decoder import Decoder, rotary_frequencies
 from spp_export.formats.gguf.architecture import Architecture
 from spp_export.formats.gguf.values import Metadata, count, real, text
-from spp_export.formats.onnx.settings import rotary_frequencies
 from spp_export.slicing.config import portable_config
 
 Floats = NDArray[np.float64]

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spp_export.common.errors import ModelError, UsageError
 from spp_export.common.progress import Progress, no_progress
-from spp_export.formats.decoder import read_decoder
-from spp_export.formats.onnx.options import OnnxOptions
+from spp_export.formats.card import onnx_card
+from spp_export.formats.decoder import Decoder, read_decoder
+from spp_export.formats.format import Job, Verdict, _verdict
+from spp_export.formats.onnx.companions import genai_config, onnx_config
+from spp_export.formats.onnx.options import GRAPH_VERSION, OnnxOptions
 from spp_export.formats.onnx.read import GraphWeights
-from spp_export.formats.onnx.write import write_onnx
+from spp_export.formats.onnx.structure import difference
+from spp_export.formats.onnx.write import GRAPH_NAME, optional_json, write_onnx
+from spp_export.formats.promised import compensated_projections, kept_of, promised_decoder
 from spp_export.models.checkpoint.reader import read_float
+from spp_export.models.checkpoint.source import Source, read_config
+from spp_export.models.engines import onnx_engines
+from spp_export.models.hub import model_license
+from spp_export.models.session import Session
+from spp_export.planning import Plan
 
 if TYPE_CHECKING:
-    import torch
-
-    from spp_export.calibration.activations import TokenBatch
-    from spp_export.evaluation.parity import Check, ReferenceLogits
+    from spp_export.evaluation.parity import Check, ReferenceLogits, VerifyReport
     from spp_export.formats.onnx.runtime.model import OrtModel
 
 
@@ -118,22 +126,176 @@ def _check_weights(directory: Path, checkpoint: Path, options: OnnxOptions) -> C
     )
 
 
-def slim_reference(
-    checkpoint: Path,
-    batches: Sequence[TokenBatch],
-    exact: torch.dtype,
-    same: torch.dtype,
-    *,
-    layerwise: bool = False,
-) -> ReferenceLogits:
-    """Logits of the PyTorch model of a checkpoint, in `exact` and in what a graph computes in."""
-    from spp_export.evaluation.parity import ReferenceLogits, real_logits
-    from spp_export.models.layerwise import open_layerwise
-    from spp_export.models.loader import load_slim
+class _Onnx:
+    files = ("model.onnx*",)
 
-    def logits(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        load = open_layerwise if layerwise else load_slim
-        model = load(checkpoint, dtype)
-        return tuple(real_logits(model, batches))
+    def __init__(self, options: OnnxOptions, job: Job) -> None:
+        self._options, self._job = options, job
+        self.engines = onnx_engines(job.decoder.layout, **options.to_dict())
+        self.form = options.to_dict()
 
-    return ReferenceLogits(tuple(batches), logits(exact), logits(same))
+    def write(self, work: Path) -> None:
+        write_graph(self._job.checkpoint, work, self._options, self._job.progress)
+
+    def verify(self, work: Path, prompts: Sequence[str]) -> Verdict:
+        import torch
+
+        job = self._job
+        own = getattr(torch, self._options.torch_dtype)
+        scratch = work / "scratch"
+        scratch.mkdir()
+        found = check_graph_files(
+            work,
+            job.checkpoint,
+            job.reference(job.batches(prompts), own),
+            self._options,
+            device=job.device,
+            scratch=scratch,
+            progress=job.progress,
+        )
+        shutil.rmtree(scratch)
+        said = {"onnx": self._options.to_dict(), **found.quantisation()}
+        return _verdict(found.checks, said)
+
+    def card(self, name: str, report: Mapping[str, Any] | None) -> str:
+        job = self._job
+        base, form = job.plan.model_source, self._options.attention
+        license_name = model_license(job.checkpoint)
+        return onnx_card(
+            name, base, form, report, self.engines, license_name, converted=job.slim_plan
+        )
+
+
+def is_onnx(directory: Path) -> bool:
+    """Whether a directory holds a graph of ours, or something of that name."""
+    return (directory / GRAPH_NAME).exists()
+
+
+def onnx_options(directory: Path) -> OnnxOptions:
+    """The form of a directory's graph, from its config.json. Raises ModelError."""
+    said = read_config(directory).get("spp_onnx")
+    keys = ("attention", "precision", "quant")
+    if not isinstance(said, dict) or not said.keys() >= set(keys):
+        raise ModelError(
+            f"{directory}: config.json has no spp_onnx, so the graph was not written by spp."
+        )
+    options = OnnxOptions(**{key: said[key] for key in keys})
+    try:
+        options.check()
+    except UsageError as error:
+        raise ModelError(f"{directory}: spp_onnx of config.json is malformed: {error}") from error
+    return options
+
+
+def check_version(directory: Path) -> None:
+    """ModelError for a graph that another version of spp would have written otherwise."""
+    said = read_config(directory).get("spp_onnx")
+    version = said.get("version") if isinstance(said, dict) else None
+    if version != GRAPH_VERSION:
+        raise ModelError(
+            f"{directory}: its graph is of version {version!r:.20}, this spp checks version "
+            f"{GRAPH_VERSION}. Write it again, or verify it with the spp that wrote it."
+        )
+
+
+def graph_dtype(directory: Path) -> str:
+    """The dtype in which PyTorch must compute to be compared with a graph."""
+    return onnx_options(directory).torch_dtype
+
+
+def check_onnx_directory(
+    directory: Path, session: Session, compiled: Plan, prompts: Sequence[str], seed: int = 0
+) -> VerifyReport:
+    """Every check on a published graph, against the dense model and the plan."""
+    from spp_export.evaluation.batches import exact_dtype, oracle_logits, session_batches
+    from spp_export.evaluation.parity import VerifyReport
+    from spp_export.formats.onnx.checks import (
+        check_agreement,
+        check_graph,
+        check_logits,
+        row_logits,
+    )
+    from spp_export.formats.onnx.runtime.model import OrtModel
+    from spp_export.formats.safetensors.verify import check_tokenizer
+
+    source, options = session.source, onnx_options(directory)
+    check_version(directory)
+    valid = check_graph(directory)
+    if not valid.passed:
+        return VerifyReport((valid,))
+    promised = promised_decoder(directory, source, compiled)
+    form = _check_form(directory, promised, options)
+    if not form.passed:
+        return VerifyReport((valid, form))
+    weights = GraphWeights(directory, source.family, promised.shape, promised.layers)
+    held = _check_kept_weights(source, compiled, weights, options)
+    if not held.passed:
+        return VerifyReport((valid, form, held))
+    compensated = compensated_projections(source, compiled, weights.read)
+    exact = exact_dtype(session, compensated)
+    batches = session_batches(session, prompts, seed)
+    with session.progress("checking against the masked dense model", None):
+        reference = oracle_logits(session, compiled, batches, compensated, exact)
+        model = OrtModel.load(directory, device=session.device)
+        if options.quant is None:
+            checks = check_logits(model, reference, options.precision)
+        else:
+            oracle = (
+                logits.double().numpy()
+                for batch, found in zip(batches, reference.exact, strict=True)
+                for logits in found.split(batch.attention_mask.sum(1).tolist())
+            )
+            pairs = zip(oracle, row_logits(model, batches), strict=True)
+            checks = (check_agreement(f"{options.quant} graph against the oracle", pairs)[0],)
+    if prompts:
+        checks = (*checks, check_tokenizer(directory, session, prompts))
+    context = {
+        "reference": str(exact).removeprefix("torch."),
+        "computed_in": session.dtype,
+        "layerwise": session.from_disk,
+        "onnx": options.to_dict(),
+    }
+    return VerifyReport((valid, form, held, *checks), context)
+
+
+def _check_form(directory: Path, promised: Decoder, options: OnnxOptions) -> Check:
+    """Configs and graph are those that spp writes for the plan."""
+    from spp_export.evaluation.parity import Check
+
+    name = "configs and graph as the plan makes them"
+    if differs := _different_key(directory, promised, options):
+        return Check(name, False, detail=f"{differs} differs from the plan")
+    if differs := difference(directory, promised, options):
+        return Check(name, False, detail=f"{GRAPH_NAME} differs from the plan in {differs}")
+    return Check(name, True)
+
+
+def _different_key(directory: Path, promised: Decoder, options: OnnxOptions) -> str | None:
+    config = onnx_config(
+        promised.config,
+        promised.family,
+        promised.shape,
+        promised.layers,
+        promised.layout,
+        options,
+        promised.settings.context_length,
+    )
+    generation = optional_json(directory, "generation_config.json")
+    head_dim = promised.shape.head_dim
+    genai = genai_config(config, generation, promised.layers, head_dim, options)
+    for name, wanted in (("config.json", config), ("genai_config.json", genai)):
+        found = optional_json(directory, name)
+        for key in sorted(found.keys() | wanted.keys()):
+            if found.get(key) != wanted.get(key):
+                return f"{key!r:.60} of {name}"
+    return None
+
+
+def _check_kept_weights(
+    source: Source, compiled: Plan, weights: GraphWeights, options: OnnxOptions
+) -> Check:
+    """Weights are what the plan keeps of the source, but for what was compensated."""
+    from spp_export.formats.onnx.checks import check_weights
+
+    kept = kept_of(source, compiled)
+    return check_weights("weights as the plan keeps them", weights, kept, options)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from spp_export.formats.decoder import Decoder
+from spp_export.formats.decoder import Decoder, rotary_tables
 from spp_export.formats.onnx.attention import AttentionInputs, Shared, attention_form
 from spp_export.formats.onnx.options import OnnxOptions
 from spp_export.formats.onnx.projection import Projections
 from spp_export.formats.onnx.recorder import BATCH, MICROSOFT, PAST, SEQUENCE, TOTAL, Recorder
-from spp_export.formats.onnx.settings import rotary_tables
 from spp_export.formats.onnx.weights import rounded, table
 from spp_export.models.checkpoint.header import StoredTensor
 

@@ -26,8 +26,7 @@ from spp_export.importance.probe_pruning.history import History
 from spp_export.importance.probe_pruning.probe import PositionMoments, choose, whole
 from spp_export.importance.probe_pruning.score import Targets, fuse, ppsp
 from spp_export.models.families import Family
-from spp_export.models.shape import ModelShape
-from spp_export.planning.budget import Units
+from spp_export.models.shape import ModelShape, Units
 
 _MOMENTUM = 0.99
 

@@ -16,6 +16,7 @@ from spp_export.common.progress import Progress, no_progress
 from spp_export.importance.probe_pruning.blocks import AttentionBlock, Block, layer_blocks
 from spp_export.importance.probe_pruning.probe import PositionMoments, whole
 from spp_export.models.families import Family
+from spp_export.models.session import Session
 from spp_export.models.shape import ModelShape
 
 MAX_POSITIONS = 512
@@ -96,3 +97,20 @@ def gather_history(
 
 def _finished(moments: Sequence[PositionMoments]) -> tuple[Tensor, ...]:
     return tuple(layer.values.float().cpu() for layer in moments)
+
+
+def history_of(session: Session, texts: Sequence[str]) -> History:
+    """Position-resolved moments of `texts` on the dense model."""
+    from spp_export.calibration.activations import token_batches
+
+    key = ("history", tuple(sorted(texts)))
+    if key not in session.remembered:
+        session.remembered[key] = gather_history(
+            session.model,
+            session.source.family,
+            session.source.shape,
+            token_batches(session.tokenizer, sorted(texts)),
+            progress=session.progress,
+        )
+    found: History = session.remembered[key]
+    return found

@@ -24,8 +24,7 @@ from spp_export.importance.probe_pruning.history import History
 from spp_export.importance.probe_pruning.probe import PositionMoments, Probe, choose, whole
 from spp_export.importance.probe_pruning.score import Targets, fuse, ppsp
 from spp_export.models.families import Family
-from spp_export.models.shape import ModelShape
-from spp_export.planning.budget import Units
+from spp_export.models.shape import ModelShape, Units
 
 
 @dataclass

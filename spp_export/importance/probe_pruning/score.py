@@ -16,8 +16,7 @@ from spp_export.common.errors import UsageError
 from spp_export.importance.probe_counts import channels_kept, depth_corrected, heads_dropped
 from spp_export.importance.probe_pruning.blocks import AttentionBlock, Block
 from spp_export.importance.probe_pruning.probe import wide
-from spp_export.models.shape import ModelShape
-from spp_export.planning.budget import Units, unit_parameters
+from spp_export.models.shape import ModelShape, Units, unit_parameters
 
 _EPSILON = 1e-6
 _PROTECTED = 3

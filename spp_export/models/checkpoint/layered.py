@@ -15,8 +15,7 @@ from spp_export.models.checkpoint.header import StoredTensor, show
 from spp_export.models.checkpoint.reader import stored_tensors
 from spp_export.models.checkpoint.source import open_source, read_config
 from spp_export.models.families import FAMILIES, Family
-from spp_export.models.shape import LayerShape, ModelShape
-from spp_export.planning import Layout
+from spp_export.models.shape import LayerShape, Layout, ModelShape
 
 _OWN = "spp_"
 _MAX_DIGITS = 9

@@ -10,15 +10,17 @@ import hashlib
 import json
 import os
 import struct
+import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from spp_export.common.errors import OutputError, UsageError
 from spp_export.common.manifest import FileRecord, hash_file
@@ -268,3 +270,47 @@ def _reporting(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror}).") from error
+
+
+Item = TypeVar("Item")
+
+
+@contextmanager
+def ahead(items: Generator[Item], depth: int) -> Iterator[Iterator[Item]]:
+    """Yield `items` in order, up to `depth` of them made before they are asked for.
+
+    What making one raises is raised where it would have been taken. On exit, early or not, `items`
+    is closed and its thread has ended.
+    """
+    # An item stands in a tuple of its own, None for the end.
+    made: SimpleQueue[tuple[Item] | BaseException | None] = SimpleQueue()
+    room = threading.Semaphore(depth)
+    stopped = threading.Event()
+
+    def make() -> None:
+        try:
+            with closing(items):
+                for item in items:
+                    room.acquire()
+                    if stopped.is_set():
+                        return
+                    made.put((item,))
+            made.put(None)
+        except BaseException as error:
+            made.put(error)
+
+    def take() -> Iterator[Item]:
+        while (found := made.get()) is not None:
+            if isinstance(found, BaseException):
+                raise found
+            room.release()
+            yield found[0]
+
+    thread = threading.Thread(target=make, name="spp-ahead")
+    thread.start()
+    try:
+        yield take()
+    finally:
+        stopped.set()
+        room.release()
+        thread.join()

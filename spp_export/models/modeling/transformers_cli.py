@@ -1,6 +1,6 @@
 """transformers' own command line, for per-layer models too.
 
-    python -m spp_export.models.modeling.transformers_cli serve out/chemistry
+    python -m spp_export.transformers_cli serve out/chemistry
 
 `transformers serve` (5.23) takes a model's class from the package `transformers` by its name, with
 `--trust-remote-code` too, and so never finds one that a checkpoint brings along. Here ours are put

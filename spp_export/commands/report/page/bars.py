@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from spp_export.commands.report.page.figures import byte_size, change, count, percent
-from spp_export.commands.report.page.layer_axis import LEFT, TOP, LayerAxis
+from spp_export.commands.report.page.heads import LEFT, TOP, LayerAxis
 from spp_export.commands.report.page.markup import Html, joined, tag
 from spp_export.commands.report.page.record import Channels, Saving
 

@@ -7,7 +7,7 @@ import hashlib
 from importlib.resources import files
 
 from spp_export.commands.report.page import sections
-from spp_export.commands.report.page.layer_axis import LayerAxis
+from spp_export.commands.report.page.heads import LayerAxis
 from spp_export.commands.report.page.markup import Html, joined, tag, void
 from spp_export.commands.report.page.record import Report
 

@@ -15,6 +15,7 @@ from spp_export.commands.report.page.record import (
     Chart,
     Check,
     Checks,
+    Fact,
     Heads,
     Hint,
     Mixture,
@@ -25,7 +26,6 @@ from spp_export.commands.report.page.record import (
     Tile,
 )
 from spp_export.commands.report.page.spreads import spread_figure, spread_legend
-from spp_export.commands.report.page.tables import fact_list, figures_table, unfolding
 
 
 def section(name: str, title: str, *inner: str) -> Html:
@@ -195,3 +195,42 @@ def _notes(notes: Sequence[str]) -> list[Html]:
 def _hint(hint: Hint) -> Html:
     command = tag("pre", tag("code", hint.command)) if hint.command else ""
     return tag("div", tag("p", hint.text), command, class_="hint")
+
+
+def figures_table(table: Table, label: str) -> Html:
+    """A table that scrolls inside its own box where it is wider than the page."""
+    head = [
+        tag("th", name, scope="col", class_=_class(table, index))
+        for index, name in enumerate(table.head)
+    ]
+    rows = [tag("tr", *(_cell(table, i, cell) for i, cell in enumerate(row))) for row in table.rows]
+    body = tag("table", tag("thead", tag("tr", *head)), tag("tbody", *rows), class_="figures")
+    return tag("div", body, class_="scroll", tabindex="0", role="region", aria_label=label)
+
+
+def fact_list(facts: Sequence[Fact]) -> Html:
+    """Names and values, one pair a line."""
+    pairs = [
+        tag(
+            "div",
+            tag("dt", fact.name),
+            tag("dd", tag("code", fact.value) if fact.code else fact.value),
+        )
+        for fact in facts
+    ]
+    return tag("dl", *pairs, class_="facts")
+
+
+def unfolding(title: str, *inner: Html) -> Html:
+    """What is shown when asked for."""
+    return tag("details", tag("summary", title), *inner)
+
+
+def _cell(table: Table, index: int, text: str) -> Html:
+    if index == 0:
+        return tag("th", text, scope="row", class_=_class(table, index))
+    return tag("td", text, class_=_class(table, index))
+
+
+def _class(table: Table, index: int) -> str | None:
+    return "text" if index in table.text else None

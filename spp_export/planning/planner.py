@@ -1,0 +1,235 @@
+"""From a request and scores to a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from spp_export.calibration.mixture import Mixing, Part, calibration_parts
+from spp_export.common.errors import UsageError
+from spp_export.common.versions import library_versions
+from spp_export.data.artifacts import DOMAIN_SHRINKAGE, SCENARIO_WEIGHT, Artifacts
+from spp_export.data.scenario import Scenario
+from spp_export.domains.diagnosis import FloatArray, diagnose_prompts
+from spp_export.models.families import Role
+from spp_export.models.session import Session
+from spp_export.models.shape import ModelShape
+from spp_export.planning import LayerPlan, Plan, compile_units, cover, exactly, forced_heads
+from spp_export.planning.bound import predicted
+from spp_export.planning.budget import Budget, unit_cost
+from spp_export.planning.latency import LatencyTable
+from spp_export.planning.published import published_mask, published_text
+from spp_export.planning.request import PlanRequest, PlanResult, _compensation, _layout, _units
+from spp_export.planning.scoring import Scoring
+from spp_export.planning.written import compensated_shape, losing_roles
+
+# A consumer loses inputs unless only the units of the other one may go.
+_LOSING = {Role.OUTPUT: "channels", Role.DOWN: "heads"}
+
+
+_PUBLISHED_IMPORTANCE = "head/published"
+
+
+def plan_scenario(
+    session: Session, artifacts: Artifacts, scenario: Scenario, request: PlanRequest
+) -> PlanResult:
+    """Compile the plan from the scenario's calibration prompts; the held-out ones are not seen."""
+    request.check()
+    shape = session.source.shape
+    latency = request.latency()
+    if latency:
+        latency.check_model(shape)
+    losing = frozenset(role for role, units in _LOSING.items() if request.units != units)
+    written = compensated_shape(session.source, _layout(request), _compensation(request), losing)
+    calibration, _ = scenario.split()
+    diagnosis = diagnose_prompts(session, artifacts, calibration, request.regime)
+    mixing = requested_mixing(artifacts, request)
+    if request.policy == "published":
+        layers, provenance = _published(session, artifacts, scenario, request)
+    else:
+        parts = calibration_parts(artifacts, diagnosis.shares, calibration, mixing)
+        scoring = scoring_for(session, artifacts, parts, request, diagnosis.breadth, latency)
+        options = scoring.options()
+        layers, realised = compile_units(
+            options.heads,
+            options.channels,
+            # Biases that compensation adds are no share of the heads, but parameters all the same.
+            shape if request.max_params is None else written,
+            request.budget,
+            _layout(request),
+            session.source.family.stock_accepts(shape),
+            breadth=diagnosis.breadth,
+            latency=latency,
+            tensor_parallel=request.tp,
+        )
+        # What lost nothing after all gets no bias.
+        losing = losing_roles(layers, shape)
+        written = compensated_shape(
+            session.source, _layout(request), _compensation(request), losing
+        )
+        whole = written.parameters([layer.shape(shape) for layer in layers])
+        realised = replace(realised, parameters=whole)
+        provenance = {
+            "criterion": scoring.record(),
+            "policy": {"name": "exact", "whitelist": len(artifacts.whitelist)},
+            "budget": {
+                "asked": {
+                    **request.budget.as_json(),
+                    **({"tensor_parallel": request.tp} if request.tp > 1 else {}),
+                },
+                "realised": realised.as_json(),
+                **({"profile": latency.as_json()} if latency else {}),
+            },
+        }
+    sizes = predicted(shape, [layer.shape(shape) for layer in layers], written, latency)
+    compiled = Plan(
+        session.source.fingerprint,
+        session.source.name,
+        _layout(request),
+        _compensation(request),
+        layers,
+        scenario=scenario_record(scenario),
+        artifacts=artifacts_record(artifacts),
+        diagnosis=diagnosis.to_dict(),
+        calibration={
+            "shrinkage": mixing.shrinkage,
+            "scenario_weight": mixing.scenario_weight,
+        },
+        predicted=sizes.as_json(),
+        versions=library_versions(),
+        **provenance,
+    )
+    return PlanResult(compiled, shape, diagnosis, sizes)
+
+
+def scenario_record(scenario: Scenario) -> dict[str, Any]:
+    """Which scenario decided, for plan.json."""
+    _, held_out = scenario.split()
+    return {
+        "name": scenario.name,
+        "sha256": scenario.sha256,
+        "prompts": len(scenario.prompts),
+        "held_out": len(held_out),
+    }
+
+
+def artifacts_record(artifacts: Artifacts) -> dict[str, Any]:
+    """Which artifacts decided, for plan.json."""
+    return {"sha256": artifacts.sha256, "domains": list(artifacts.domains)}
+
+
+def requested_mixing(artifacts: Artifacts | None, request: PlanRequest) -> Mixing:
+    """How domains and the scenario's own text are mixed: as asked, else as the artifacts found
+    best on validation text; without either, as was found for the default model."""
+    shrinkage = DOMAIN_SHRINKAGE if artifacts is None else artifacts.shrinkage
+    weight = SCENARIO_WEIGHT if artifacts is None else artifacts.scenario_weight
+    return Mixing(
+        shrinkage if request.shrinkage is None else request.shrinkage,
+        weight if request.adapt else 0.0,
+    )
+
+
+def scoring_for(
+    session: Session,
+    artifacts: Artifacts,
+    parts: Sequence[Part],
+    request: PlanRequest,
+    breadth: float | None = None,
+    latency: LatencyTable | None = None,
+    *,
+    whitelist: bool = True,
+) -> Scoring:
+    """How the request wants units scored for the text of `parts`."""
+    shape = session.source.shape
+    return Scoring(
+        session,
+        artifacts,
+        tuple(parts),
+        request.criterion_name,
+        _units(request),
+        forced_heads(artifacts.whitelist if whitelist else (), shape),
+        request.comparable,
+        1 - _kept_share(request.budget, shape, breadth, latency),
+        request.width_multiple,
+        request.seed,
+        ragged=request.layout == "ragged",
+    )
+
+
+def _kept_share(
+    budget: Budget, shape: ModelShape, breadth: float | None, latency: LatencyTable | None
+) -> float:
+    """The share of what the budget limits that may stay."""
+    limit = budget.limit(shape, breadth, latency)
+    dense = unit_cost(shape, shape.layers, budget.units, limit.kind, limit.latency)
+    return min(max(limit.cost / dense, 0.0), 1.0)
+
+
+def _published(
+    session: Session, artifacts: Artifacts, scenario: Scenario, request: PlanRequest
+) -> tuple[tuple[LayerPlan, ...], dict[str, Any]]:
+    """SubspacePath Pruner's released online algorithm, and the layers around its mask."""
+    shape = session.source.shape
+    if request.strength is None or request.layout == "uniform":
+        raise UsageError(
+            "--policy published takes its own budget, --strength ETA, and the per-layer layout or "
+            "the ragged one."
+        )
+    if _PUBLISHED_IMPORTANCE not in artifacts.importance:
+        raise UsageError(
+            "--policy published needs imported artifacts. Make them with 'spp artifacts import'."
+        )
+    probed = artifacts.probe_layers
+    probabilities = _attention_probabilities(session, artifacts, published_text(scenario))
+    importance = artifacts.importance[_PUBLISHED_IMPORTANCE].transpose(1, 2, 0)
+    result = published_mask(
+        probabilities[list(probed)], importance, artifacts.whitelist, request.strength
+    )
+    ragged = request.layout == "ragged"
+    layers = (exactly if ragged else cover)(result.mask, shape, importance.max(axis=2))
+    kept = sum(len(layer.query_heads) for layer in layers)
+    heads = shape.num_layers * shape.query_heads
+    provenance = {
+        "criterion": {"name": "published"},
+        "policy": {
+            "name": "published",
+            "note": "the published mask zeroes blocks of the residual stream after o_proj; here "
+            "its heads are removed"
+            + ("" if ragged else ", and every layer is completed to a regular shape"),
+            "inferred": [artifacts.domains[k] for k in result.inferred],
+            "mask_pruning_ratio": round(result.ratio, 6),
+        },
+        "budget": {
+            "asked": {"strength": request.strength},
+            "realised": {"query_heads": kept, "of": heads},
+        },
+    }
+    return layers, provenance
+
+
+def _attention_probabilities(session: Session, artifacts: Artifacts, text: str) -> FloatArray:
+    """Uncalibrated probe outputs [L,K] on the attention output alone, as the release computes
+    them: its hook never sees the residual stream."""
+    from spp_export.calibration.activations import TextMeans, observe, token_batches
+
+    shape = session.source.shape
+    means = TextMeans("attention", 1, shape.num_layers, shape.hidden_size)
+    observe(session.model, session.source.family, token_batches(session.tokenizer, [text]), [means])
+    logits = np.einsum("ld,lkd->lk", means.values[0], artifacts.weight) + artifacts.bias
+    probabilities: FloatArray = 1.0 / (1.0 + np.exp(-logits.astype(np.float64)))
+    return probabilities
+
+
+def plan_tensors(session: Session, compiled: Plan) -> list[dict[str, Sequence[Any]]]:
+    """Every tensor that slicing changes: name, old and new shape."""
+    shape, family = session.source.shape, session.source.family
+    before = family.tensors(shape, shape.layers)
+    after = family.tensors(shape, compiled.written_shapes(shape))
+    return [
+        {"name": old.name, "dense": old.shape, "slim": new.shape}
+        for old, new in zip(before, after, strict=True)
+        if old.shape != new.shape
+    ]
