@@ -8,7 +8,7 @@ from collections import namedtuple
 
 import pytest
 
-from spp_export import preflight
+from spp_export.commands import needs as preflight
 from spp_export.commands.needs import (
     Needs,
     check_disk,

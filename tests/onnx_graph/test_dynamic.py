@@ -13,7 +13,7 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from spp_export.formats.onnx import dynamic
+from spp_export.formats.onnx import projection as dynamic
 from spp_export.formats.onnx.projection import quantise_dynamic_weight
 from spp_export.formats.onnx.quantise import quantiser
 

@@ -136,7 +136,7 @@ def test_refitted_weights_must_be_finite_too(workshop, tmp_path):
         (OnnxOptions(quant="int8"), ("embed_tokens.quantised", lambda w: np.roll(w, 1, 0))),
         (OnnxOptions(quant="int8-dynamic"), ("layers.1.o_proj.int8", lambda w: -w)),
     ],
-    ids=str,
+    ids=lambda value: value[0] if isinstance(value, tuple) else str(value),
 )
 def test_changed_weights_are_found_in_other_forms(workshop, tmp_path, good, options, change):
     copy = of_form(workshop, tmp_path, options)
