@@ -34,7 +34,7 @@ from spp_bench.requests import check_counts, check_device
 from spp_bench.results import cell_record, earlier, header, problems, write_document
 from spp_bench.threads import torch_threads
 from spp_export.common.errors import OutputError, UsageError
-from spp_export.common.progress import Progress, no_progress
+from spp_export.common.progress import progress
 from spp_export.formats.onnx.options import OnnxOptions
 from spp_export.models.checkpoint.source import Source, open_source
 from spp_export.models.hub import DEMO, cache_directory, locate_model
@@ -83,7 +83,6 @@ def bench(
     results: Path | None = None,
     plots: Path | None = None,
     force: bool = False,
-    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Measure directories beside the dense model; the document of `spp_bench.schema`.
 
@@ -95,16 +94,16 @@ def bench(
     cells = request.check()
     if plots:
         check_plots()
-    location = locate_model(model, progress=progress)
+    location = locate_model(model)
     source = open_source(location.path, location.name)
     found = _read_outs(outs, source)
     dtype = request.dtype or ("float32" if request.device == "cpu" else source.dtype_name)
     threads = request.threads or provenance.physical_cores()
     with (
         torch_threads(threads),
-        _candidates(found, source, dtype, request.genai, progress) as candidates,
+        _candidates(found, source, dtype, request.genai) as candidates,
     ):
-        run = _Run(request, source, found, candidates, dtype, threads, results, progress)
+        run = _Run(request, source, found, candidates, dtype, threads, results)
         document = run.measure(cells, model, force)
     if plots:
         write_plots(document, plots)
@@ -121,7 +120,7 @@ def _read_outs(outs: Sequence[str | os.PathLike[str]], source: Source) -> list[O
 
 @contextmanager
 def _candidates(
-    outs: Sequence[Out], source: Source, dtype: str, genai: bool, progress: Progress
+    outs: Sequence[Out], source: Source, dtype: str, genai: bool
 ) -> Iterator[list[Candidate]]:
     """All rows, dense ones first; dense graphs exist as long as the context is open."""
     windows = windows_of(source)
@@ -137,7 +136,7 @@ def _candidates(
         exported = []
         for index, options in enumerate(dict.fromkeys(options for _, options in graphs)):
             directory = Path(scratch) / str(index)
-            _export_dense(source, directory, options, progress)
+            _export_dense(source, directory, options)
             exported.append(onnx_candidate(source, None, options, directory, windows))
         exported += [
             onnx_candidate(source, out, options, out.directory, windows) for out, options in graphs
@@ -147,9 +146,7 @@ def _candidates(
         yield rows + exported
 
 
-def _export_dense(
-    source: Source, directory: Path, options: OnnxOptions, progress: Progress
-) -> None:
+def _export_dense(source: Source, directory: Path, options: OnnxOptions) -> None:
     from spp_export.formats.onnx.write import write_onnx
 
     directory.mkdir()
@@ -171,7 +168,6 @@ class _Run:
         dtype: str,
         threads: int,
         results: Path | None,
-        progress: Progress,
     ) -> None:
         self.request = request
         self.source = source
@@ -179,7 +175,6 @@ class _Run:
         self.candidates = candidates
         self.threads = threads
         self.results = results
-        self.progress = progress
         model = {
             "name": source.name,
             "fingerprint": source.fingerprint,
@@ -208,8 +203,8 @@ class _Run:
 
     def _begin(self, model: str) -> dict[str, Any]:
         options = self.header["options"]
-        gate = check_outs(self.outs, model, self.request.device, self.request.dtype, self.progress)
-        with self.progress("measuring the device", None):
+        gate = check_outs(self.outs, model, self.request.device, self.request.dtype)
+        with progress("measuring the device", None):
             rates = measure_rates(self.request.device, options["dtype"])
         return {
             **self.header,
@@ -229,7 +224,7 @@ class _Run:
             if candidate.name not in done
             or not all(_has(done[candidate.name]["cells"], cell) for cell in cells)
         ]
-        with self.progress("memory, a process each", float(len(todo) or 1)) as advance_to:
+        with progress("memory, a process each", float(len(todo) or 1)) as advance_to:
             for index, candidate in enumerate(todo):
                 earlier_cells = done.get(candidate.name, {}).get("cells", ())
                 wanted = {*cells, *(Cell(c["batch"], c["context"]) for c in earlier_cells)}
@@ -249,10 +244,10 @@ class _Run:
         runners = self._open()
         by_name = {candidate.name: candidate for candidate in self.candidates}
         vocab = self.source.shape.vocab_size
-        with self.progress("comparing logits", None):
+        with progress("comparing logits", None):
             document["agreement"] = check_agreement(runners, by_name, vocab)
         new_tokens, rounds = self.request.new_tokens, self.request.rounds
-        turns = in_turn(cells, new_tokens, rounds, len(runners), self.progress)
+        turns = in_turn(cells, new_tokens, rounds, len(runners))
         for cell, advance in turns:
             fed = tokens(cell, new_tokens, vocab, self.request.seed)
             samples = measure_cell(runners, fed, rounds, advance)
@@ -262,7 +257,7 @@ class _Run:
 
     def _open(self) -> list[Runner]:
         runners = []
-        with self.progress("loading the models", float(len(self.candidates))) as advance_to:
+        with progress("loading the models", float(len(self.candidates))) as advance_to:
             for index, candidate in enumerate(self.candidates):
                 runners.append(open_runner(candidate, self.request.device, self.threads))
                 advance_to(index + 1.0)

@@ -14,7 +14,6 @@ from spp_bench.cases import Cell, tokens
 from spp_bench.engines.runner import Logits, Runner
 from spp_export.common.errors import ParityError
 from spp_export.common.manifest import MANIFEST_NAME, hash_file
-from spp_export.common.progress import Progress
 
 # A runner that feeds other tokens, positions or weights is wrong by about 1; rounding by this.
 _ROOM = {"fp32": 1e-3, "float32": 1e-3, "float64": 1e-6}
@@ -30,7 +29,7 @@ def manifest_hash(out: Out) -> str | None:
 
 
 def check_outs(
-    outs: Sequence[Out], model: str, device: str, dtype: str | None, progress: Progress
+    outs: Sequence[Out], model: str, device: str, dtype: str | None
 ) -> list[dict[str, Any]]:
     """`spp verify` on every directory: files as in the manifest, logits of the masked dense model.
 
@@ -43,7 +42,6 @@ def check_outs(
             model=model,
             device=device,
             dtype=None if out.onnx else dtype,  # a graph has its own
-            progress=progress,
         )
         if not report.passed:
             failed = report.failures[0]

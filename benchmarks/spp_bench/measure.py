@@ -14,7 +14,7 @@ import numpy as np
 from spp_bench.cases import Cell, Tokens
 from spp_bench.clocks import no_collection
 from spp_bench.engines.runner import Runner
-from spp_export.common.progress import Progress
+from spp_export.common.progress import progress
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -38,7 +38,7 @@ class Samples:
 
 
 def in_turn(
-    cells: Sequence[Cell], new_tokens: int, rounds: int, runners: int, progress: Progress
+    cells: Sequence[Cell], new_tokens: int, rounds: int, runners: int
 ) -> Iterator[tuple[Cell, Callable[[], None]]]:
     """Cells, each with what is to be called after every runner's turn, warm-up included.
 

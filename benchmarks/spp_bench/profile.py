@@ -25,7 +25,7 @@ from spp_bench.results import write_document
 from spp_bench.shapes.shapes import published
 from spp_bench.threads import torch_threads
 from spp_export.common.errors import SppError, UsageError
-from spp_export.common.progress import Progress, no_progress
+from spp_export.common.progress import progress
 from spp_export.models.checkpoint.source import open_source
 from spp_export.models.families import Family
 from spp_export.models.hub import DEMO, locate_model
@@ -79,9 +79,9 @@ class Target:
     dtype: str
 
     @classmethod
-    def of_model(cls, model: str, progress: Progress = no_progress) -> Target:
+    def of_model(cls, model: str) -> Target:
         """A model on disk, or one that can be fetched; its weights are not read."""
-        location = locate_model(model, progress=progress)
+        location = locate_model(model)
         source = open_source(location.path, location.name)
         return cls(source.name, source.config, source.family, source.shape, source.dtype_name)
 
@@ -98,7 +98,6 @@ def profile(
     *,
     request: ProfileRequest | None = None,
     force: bool = False,
-    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Measure the blocks of a model, and write the table. Returns the document."""
     request = request or ProfileRequest()
@@ -117,7 +116,7 @@ def profile(
             "machine": provenance.machine(request.device),
             "versions": provenance.versions(),
             "git": provenance.revision(),
-            **_measure(target, request, phase, dtype, threads, progress),
+            **_measure(target, request, phase, dtype, threads),
         }
     write_document(document, output)
     read_latency_table(output)
@@ -159,7 +158,6 @@ def _measure(
     phase: Phase,
     dtype: str,
     threads: int,
-    progress: Progress,
 ) -> dict[str, Any]:
     import torch
 

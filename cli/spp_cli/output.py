@@ -7,12 +7,11 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from spp_cli.render.look import ASCII, FAINT, UNICODE, WIDTH, Look
 from spp_cli.units import one_line
-from spp_export.common.progress import Progress, no_progress
+from spp_export.common.progress import report_to
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -29,15 +28,11 @@ class Output:
         self.json = json
         self.quiet = quiet
         self._stderr = sys.stderr
+        report_to(None)
+        if not quiet and self._stderr.isatty():
+            from spp_cli.progress import Bars
 
-    @cached_property
-    def progress(self) -> Progress:
-        """Bars where someone watches a terminal, else nothing."""
-        if self.quiet or not self._stderr.isatty():
-            return no_progress
-        from spp_cli.progress import Bars
-
-        return Bars(self._stderr)
+            report_to(Bars(self._stderr))
 
     def result(
         self,

@@ -34,13 +34,12 @@ def write_profile(
         raise UsageError("-o is missing: say where the table goes.")
     from spp_bench.profile import ProfileRequest, Target, profile
 
-    target = Target.of_shape(shape) if shape else Target.of_model(model, shown.progress)
+    target = Target.of_shape(shape) if shape else Target.of_model(model)
     document = profile(
         target,
         output,
         request=ProfileRequest(**request),
         force=force,
-        progress=shown.progress,
     )
 
     from spp_cli.render.benchmark import profile_report

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spp_export.common.progress import Progress, no_progress
+from spp_export.common.progress import progress
 from spp_export.models.families import Family
 from spp_export.models.layerwise import stream_of
 
@@ -111,7 +111,6 @@ def observe(
     batches: Sequence[TokenBatch],
     observers: Sequence[Observer],
     *,
-    progress: Progress = no_progress,
     description: str = "reading activations",
     layer_done: Callable[[int], None] = lambda layer: None,
 ) -> None:

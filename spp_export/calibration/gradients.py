@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 from spp_export.calibration.activations import TokenBatch, input_device
 from spp_export.calibration.statistics import FloatArray
 from spp_export.common.errors import UsageError
-from spp_export.common.progress import Progress, no_progress
+from spp_export.common.progress import progress
 from spp_export.models.families import Family
 from spp_export.models.shape import ModelShape
 
@@ -45,7 +45,6 @@ def gradient_reductions(
     shape: ModelShape,
     batches: Sequence[TokenBatch],
     *,
-    progress: Progress = no_progress,
     description: str = "reading gradients",
 ) -> dict[str, list[FloatArray]]:
     """Every field of `importance.Gradients` by name: one float32 vector per layer.

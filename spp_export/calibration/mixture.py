@@ -72,7 +72,6 @@ def gather_part(session: Session, part: Part, kinds: Sequence[str]) -> Collectio
         kinds,
         lambda: (session.model, session.tokenizer),
         dtype=session.dtype,
-        progress=session.progress,
         description=f"gathering statistics: {part.name}",
     )
 

@@ -32,7 +32,6 @@ from spp_export.calibration.statistics import (
     LayerWeights,
     MlpInputs,
 )
-from spp_export.common.progress import Progress, no_progress
 from spp_export.models.checkpoint.reader import read_float
 from spp_export.models.checkpoint.source import Source
 from spp_export.models.shape import ModelShape
@@ -200,7 +199,6 @@ def gather(
     *,
     dtype: str = "float32",
     also: Sequence[Observer] = (),
-    progress: Progress = no_progress,
     description: str = "gathering statistics",
 ) -> Collection:
     """Statistics of `texts`, some of `KINDS`, from the cache or by passes of the dense model.
@@ -220,9 +218,9 @@ def gather(
     forward = sorted(missing - {"gradients"})
     if forward or also:
         written = {kind: paths[kind] for kind in forward}
-        _forward(source, texts, written, dense, also, progress, description)
+        _forward(source, texts, written, dense, also, description)
     if "gradients" in missing:
-        found = _backward(source, texts, dense, progress, f"{description}, gradients")
+        found = _backward(source, texts, dense, f"{description}, gradients")
         write(paths["gradients"], found)
     return Collection(paths)
 
@@ -251,7 +249,6 @@ def _forward(
     paths: Mapping[str, Path],
     dense: Callable[[], tuple[nn.Module, Any]],
     also: Sequence[Observer],
-    progress: Progress,
     description: str,
 ) -> None:
     """One pass that writes the cache files of these kinds, a layer at a time."""
@@ -277,7 +274,6 @@ def _forward(
             source.family,
             batches,
             observers,
-            progress=progress,
             description=description,
             layer_done=keep,
         )
@@ -287,7 +283,6 @@ def _backward(
     source: Source,
     texts: Sequence[str],
     dense: Callable[[], tuple[nn.Module, Any]],
-    progress: Progress,
     description: str,
 ) -> dict[str, FloatArray]:
     from spp_export.calibration.activations import token_batches
@@ -299,7 +294,6 @@ def _backward(
         source.family,
         source.shape,
         token_batches(tokenizer, texts, batch_tokens=BATCH_TOKENS),
-        progress=progress,
         description=description,
     )
     return {f"{name}/{i}": row for name, rows in found.items() for i, row in enumerate(rows)}

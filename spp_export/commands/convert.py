@@ -18,7 +18,6 @@ from spp_export.commands.needs import (
 from spp_export.common.errors import CheckFailed, ModelError, OutputError
 from spp_export.common.json_files import dump_json
 from spp_export.common.manifest import check_manifest, write_manifest, wrote
-from spp_export.common.progress import Progress, no_progress
 from spp_export.common.publish import check_target, publish
 from spp_export.data.scenario import read_scenario
 from spp_export.formats.decoder import Decoder, read_decoder
@@ -76,7 +75,6 @@ def convert(
     keep_failed: bool = False,
     device: str = "cpu",
     seed: int = 0,
-    progress: Progress = no_progress,
 ) -> ConvertResult:
     """Write an export of ours, or a dense model, as ONNX or GGUF; checked and published whole.
 
@@ -90,11 +88,11 @@ def convert(
     target = Path(output)
     check_target(target, force)
     check_place(target)
-    place = locate_model(os.fspath(checkpoint), progress=progress)
+    place = locate_model(os.fspath(checkpoint))
     _check_source(place.path, target)
     decoder = read_decoder(place.path)
     plan = _plan(place, decoder.layout)
-    made = converter(options, Job(place.path, decoder, plan, device, seed, progress))
+    made = converter(options, Job(place.path, decoder, plan, device, seed))
     _preflight(target, place.path, decoder, options, verify)
     failure: CheckFailed | None = None
     report: dict[str, Any] | None = None

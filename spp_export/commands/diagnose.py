@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-from spp_export.common.progress import Progress, no_progress
 from spp_export.data.artifacts import open_artifacts
 from spp_export.data.scenario import read_scenario
 from spp_export.domains.diagnosis import Diagnosis, diagnose_prompts
@@ -21,7 +20,6 @@ def diagnose(
     device: str = "cpu",
     dtype: str | None = None,
     layerwise: bool | None = None,
-    progress: Progress = no_progress,
 ) -> Diagnosis:
     """Diagnosis of a scenario file (or "-") by the probes of a model's artifacts.
 
@@ -29,8 +27,6 @@ def diagnose(
     as of `verify`.
     """
     text = read_scenario(scenario)
-    session = open_session(
-        model, device=device, dtype=dtype, layerwise=layerwise, progress=progress
-    )
+    session = open_session(model, device=device, dtype=dtype, layerwise=layerwise)
     found = open_artifacts(artifacts, model, session.source)
     return diagnose_prompts(session, found, text.prompts, regime)

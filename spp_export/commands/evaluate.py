@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from spp_export.common.disk import publish_file
 from spp_export.common.errors import OutputError, UsageError
-from spp_export.common.progress import Progress, no_progress
 from spp_export.common.versions import device_type, library_versions, machine
 from spp_export.data.artifacts import Artifacts, open_artifacts
 from spp_export.evaluation.harness import DYNAMIC, Row, row_key, standard_rows
@@ -161,7 +160,6 @@ def evaluate(
     force: bool = False,
     device: str = "cpu",
     dtype: str | None = None,
-    progress: Progress = no_progress,
 ) -> EvalResult:
     """Measure rows on a scenario's held-out prompts, on `pools` and on `eval_sets`, and write
     results.jsonl, table.md and curves.png to the directory `output`.
@@ -181,7 +179,7 @@ def evaluate(
     inputs = read_inputs(scenario, wrong, eval_sets, pools, request.domains)
     if request.generate:
         inputs.check_answers()
-    session = open_session(model, device=device, dtype=dtype, progress=progress)
+    session = open_session(model, device=device, dtype=dtype)
     found = open_artifacts(artifacts, model, session.source)
     others = {
         name: open_artifacts(path, model, session.source)
@@ -265,7 +263,6 @@ def _measure(
         _hash(context),
         questions=questions,
         seed=request.seed,
-        progress=session.progress,
     )
 
 

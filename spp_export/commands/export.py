@@ -29,7 +29,6 @@ from spp_export.common.errors import (
 )
 from spp_export.common.json_files import dump_json
 from spp_export.common.manifest import write_manifest
-from spp_export.common.progress import Progress, no_progress
 from spp_export.common.publish import check_target, publish
 from spp_export.data.artifacts import Artifacts, open_artifacts
 from spp_export.data.scenario import Scenario, read_scenario
@@ -72,7 +71,6 @@ def export(
     device: str = "cpu",
     dtype: str | None = None,
     layerwise: bool | None = None,
-    progress: Progress = no_progress,
 ) -> ExportResult:
     """Write the slim checkpoint of a scenario, or of a given plan, checked and published whole.
 
@@ -88,9 +86,7 @@ def export(
     if not request.dry_run:
         check_target(target, request.force)
         check_place(target)
-    session = open_session(
-        model, device=device, dtype=dtype, layerwise=layerwise, progress=progress
-    )
+    session = open_session(model, device=device, dtype=dtype, layerwise=layerwise)
     found = _artifacts(artifacts, model, session, needed=plan is None)
     _preflight(session, target, request, plan_request if plan is None else None)
     job = _Job(session, found, text, plan_request, request, _Clock())
@@ -107,7 +103,7 @@ def export(
     if request.push_to_hub is None:
         return result
     with job.clock("push"):
-        return replace(result, pushed=_push(target, request, request.push_to_hub, progress))
+        return replace(result, pushed=_push(target, request, request.push_to_hub))
 
 
 @dataclass(frozen=True)
@@ -198,10 +194,10 @@ class _Job:
             written = write_slim(session, result.plan, compensation, slim)
         if self.request.onnx:
             with clock("graph"):
-                write_graph(slim, work, self.request.onnx, session.progress)
+                write_graph(slim, work, self.request.onnx)
         if result.gguf:
             with clock("gguf"):
-                write_gguf_files(slim, work, result.gguf, session.progress)
+                write_gguf_files(slim, work, result.gguf)
         return written, compensation
 
 
@@ -246,9 +242,9 @@ def _check_push(request: ExportRequest, repo_id: str) -> None:
     check_hub(repo_id)
 
 
-def _push(target: Path, request: ExportRequest, repo_id: str, progress: Progress) -> PushResult:
+def _push(target: Path, request: ExportRequest, repo_id: str) -> PushResult:
     try:
-        return push_to_hub(target, repo_id, private=request.private, progress=progress)
+        return push_to_hub(target, repo_id, private=request.private)
     except OutputError as error:
         raise OutputError(f"{error} The export is in {target}: push it with 'spp push'.") from error
 

@@ -76,11 +76,7 @@ def check_export(
         )
     held_out = scenario.split()[1] if scenario else ()
     quality = (
-        measure_quality(
-            session.model, model, session.tokenizer, held_out, progress=session.progress
-        )
-        if held_out
-        else None
+        measure_quality(session.model, model, session.tokenizer, held_out) if held_out else None
     )
     content["quality"] = rounded(quality.to_dict()) if quality else None
     limit = request.max_perplexity_ratio
@@ -124,7 +120,6 @@ def _check_graph(
         options,
         device=session.device,
         scratch=slim,
-        progress=session.progress,
     )
 
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from spp_export.common.errors import ModelError, PlanError, UsageError
 from spp_export.common.json_files import dump_json, read_json
-from spp_export.common.progress import Progress, no_progress
 from spp_export.data.artifacts import Artifacts, open_artifacts
 from spp_export.data.scenario import Scenario, read_scenario
 from spp_export.domains.diagnosis import diagnose_prompts
@@ -44,7 +43,6 @@ def load(
     scenario: str | os.PathLike[str] | None = None,
     device: str = "cpu",
     dtype: str | None = None,
-    progress: Progress = no_progress,
 ) -> PreTrainedModel:
     """The slim model that `export(plan=...)` would write, in evaluation mode, without writing it.
 
@@ -62,7 +60,6 @@ def load(
         scenarios={} if scenario is None else {"slim": scenario},
         device=device,
         dtype=dtype,
-        progress=progress,
     )
     return models["slim"]
 
@@ -75,7 +72,6 @@ def load_many(
     scenarios: Mapping[str, str | os.PathLike[str]] | None = None,
     device: str = "cpu",
     dtype: str | None = None,
-    progress: Progress = no_progress,
 ) -> ScenarioModels:
     """Slim models of one checkpoint, by name, that share every tensor their plans leave untouched.
 
@@ -83,7 +79,7 @@ def load_many(
     errors are those of `load`.
     """
     read = _named(plans)
-    session = open_session(model, device=device, dtype=dtype, progress=progress)
+    session = open_session(model, device=device, dtype=dtype)
     own = session.source.dtype_name if dtype is None else dtype
     weights = SharedWeights(session, getattr(torch, own))
     refitting = any(plan.compensation != "none" for plan in read.values())

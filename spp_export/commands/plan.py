@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-from spp_export.common.progress import Progress, no_progress
 from spp_export.data.artifacts import open_artifacts
 from spp_export.data.scenario import read_scenario
 from spp_export.models.hub import DEMO
@@ -22,7 +21,6 @@ def plan(
     device: str = "cpu",
     dtype: str | None = None,
     layerwise: bool | None = None,
-    progress: Progress = no_progress,
 ) -> PlanResult:
     """Compile the plan for a scenario file (or "-"); nothing is written.
 
@@ -31,8 +29,6 @@ def plan(
     request = request or PlanRequest()
     request.check()
     text = read_scenario(scenario)
-    session = open_session(
-        model, device=device, dtype=dtype, layerwise=layerwise, progress=progress
-    )
+    session = open_session(model, device=device, dtype=dtype, layerwise=layerwise)
     found = open_artifacts(artifacts, model, session.source)
     return plan_scenario(session, found, text, request)

@@ -14,7 +14,6 @@ from spp_export.commands.needs import (
     probe_needs,
 )
 from spp_export.common.manifest import write_manifest
-from spp_export.common.progress import Progress, no_progress
 from spp_export.common.publish import check_target, publish
 from spp_export.data.artifacts import Artifacts, write_artifacts
 from spp_export.data.pools import other_domains, read_pools
@@ -36,7 +35,6 @@ def probe(
     force: bool = False,
     device: str = "cpu",
     dtype: str | None = None,
-    progress: Progress = no_progress,
 ) -> Artifacts:
     """Make a model's artifacts from `<pools>/<domain>/{train,val}.txt` and write them.
 
@@ -57,7 +55,7 @@ def probe(
 
     request = ProbeRequest(select, criteria or DEFAULT_CRITERIA, units, seed)
     request.check(len(named))
-    session = open_session(model, device=device, dtype=dtype, layerwise=None, progress=progress)
+    session = open_session(model, device=device, dtype=dtype, layerwise=None)
     check_readable(session.source.path, TOKENIZER_FILES)
     needs = probe_needs(session, target, len(named))
     check_disk(needs)
@@ -69,7 +67,6 @@ def probe(
         texts.take(named),
         left_out=texts.take(others),
         request=request,
-        progress=progress,
     )
     with publish(target, force) as work:
         written = write_artifacts(artifacts, work)

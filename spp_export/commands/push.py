@@ -11,7 +11,7 @@ from typing import Any
 from spp_export.common.errors import CheckpointError, OutputError, UsageError
 from spp_export.common.json_files import read_json
 from spp_export.common.manifest import MANIFEST_NAME, check_manifest, listed_names, wrote
-from spp_export.common.progress import Progress, no_progress
+from spp_export.common.progress import progress
 
 # An older export's files of these kinds go in the same commit: transformers would read a leftover
 # model.safetensors rather than new shards. Whatever else the repository has stays.
@@ -50,7 +50,6 @@ def push_to_hub(
     revision: str | None = None,
     token: str | None = None,
     allow_unverified: bool = False,
-    progress: Progress = no_progress,
 ) -> PushResult:
     """Upload a directory that `export`, `convert` or `recover` wrote, as one commit.
 

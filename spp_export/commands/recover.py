@@ -21,7 +21,7 @@ from spp_export.common.errors import (
 )
 from spp_export.common.json_files import dump_json
 from spp_export.common.manifest import MANIFEST_NAME, check_manifest, hash_file, write_manifest
-from spp_export.common.progress import Progress, no_progress
+from spp_export.common.progress import progress
 from spp_export.common.publish import check_target, publish
 from spp_export.data.scenario import Scenario, read_scenario
 from spp_export.formats.card import model_card, recovery_section
@@ -96,7 +96,6 @@ def recover(
     force: bool = False,
     keep_failed: bool = False,
     device: str = "cpu",
-    progress: Progress = no_progress,
 ) -> RecoverResult:
     """Train adapters on the text of `data`, a file like a scenario's, and write the merged model.
 
@@ -119,7 +118,7 @@ def recover(
     check_target(target, force)
     text = read_scenario(data)
     trained, measured = _split(text, validation)
-    session = open_session(model, device=device, dtype="float32", progress=progress)
+    session = open_session(model, device=device, dtype="float32")
     validate_plan(plan, session.source.shape, session.source.fingerprint)
     job = _Job(source_dir, plan, session, settings, trained, measured)
     recovery, resumed, before = job.train()
@@ -175,7 +174,7 @@ class _Job:
         before = self._quality(slim)
         recovery = Recovery(slim, session.source.family, settings)
         resumed = self._resume(recovery)
-        with session.progress("recovering", float(settings.steps)) as advance_to:
+        with progress("recovering", float(settings.steps)) as advance_to:
             for batch in batches[resumed:]:
                 recovery.step(batch)
                 advance_to(recovery.done)
@@ -310,9 +309,7 @@ class _Job:
         from spp_export.evaluation.quality import measure_quality
 
         session = self._session
-        return measure_quality(
-            session.model, slim, self._tokenizer, self._measured, progress=session.progress
-        )
+        return measure_quality(session.model, slim, self._tokenizer, self._measured)
 
     def _keep(self, recovery: Recovery) -> None:
         from spp_export.calibration.cache import write

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from spp_export.common.errors import OutputError, UsageError
 from spp_export.common.manifest import check_manifest, listed_names
-from spp_export.common.progress import Progress, no_progress
 from spp_export.data.scenario import read_scenario
 from spp_export.formats.gguf.format import is_gguf
 from spp_export.formats.onnx.format import graph_dtype, is_onnx
@@ -30,7 +29,6 @@ def verify(
     dtype: str | None = None,
     layerwise: bool | None = None,
     seed: int = 0,
-    progress: Progress = no_progress,
 ) -> VerifyReport:
     """Integrity and parity of an exported directory against the dense model it came from.
 
@@ -58,9 +56,7 @@ def verify(
         )
     if dtype is None and is_onnx(directory):
         dtype = graph_dtype(directory)
-    session = open_session(
-        model, device=device, dtype=dtype, layerwise=layerwise, progress=progress
-    )
+    session = open_session(model, device=device, dtype=dtype, layerwise=layerwise)
     compiled = read_plan(directory / "plan.json")
     validate_plan(compiled, session.source.shape, session.source.fingerprint)
     prompts = read_scenario(scenario).prompts if scenario is not None else ()

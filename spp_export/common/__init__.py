@@ -1,4 +1,4 @@
-"""What every room uses: errors, JSON files, disk and publishing, progress, versions.
+"""What every room uses: errors, JSON files, disk and publishing, versions.
 
 Nothing here knows what a model is.
 """

@@ -1,21 +1,46 @@
-"""How long work reports on itself: a context manager that yields a function `advance_to(done)`.
+"""How long work reports on itself: `with progress("slicing", total) as advance_to`.
 
-The library reports, the caller draws: `no_progress` draws nothing, the CLI passes rich's bars.
+The library reports, the caller draws: nothing by default, rich's bars in the CLI.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 
 # (what is being done, total or None where it is unknown) -> context giving advance_to(done so far)
-Progress = Callable[[str, float | None], AbstractContextManager[Callable[[float], None]]]
+Listener = Callable[[str, float | None], AbstractContextManager[Callable[[float], None]]]
 
 
 @contextmanager
-def no_progress(description: str, total: float | None) -> Iterator[Callable[[float], None]]:
-    """Report nothing."""
+def _silent(description: str, total: float | None) -> Iterator[Callable[[float], None]]:
     yield lambda done: None
+
+
+_LISTENER: ContextVar[Listener] = ContextVar("listener", default=_silent)
+
+
+def report_to(listener: Listener | None) -> None:
+    """Report the stages of all work from here on to `listener`; to nobody with None."""
+    _LISTENER.set(listener or _silent)
+
+
+def progress(
+    description: str, total: float | None
+) -> AbstractContextManager[Callable[[float], None]]:
+    """A stage of `total` units of work; the context gives `advance_to(done so far)`."""
+    return _LISTENER.get()(description, total)
+
+
+@contextmanager
+def show_progress(listener: Listener) -> Iterator[None]:
+    """Report the stages of all work inside to `listener`."""
+    token = _LISTENER.set(listener)
+    try:
+        yield
+    finally:
+        _LISTENER.reset(token)
 
 
 @contextmanager

@@ -171,7 +171,6 @@ def diagnose_prompts(
         session.source.family,
         batches,
         [means],
-        progress=session.progress,
         description="diagnosing the scenario",
     )
     seen = sorted(index for batch in batches for index in batch.texts)

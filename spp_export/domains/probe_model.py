@@ -18,7 +18,7 @@ from spp_export.calibration.activations import (
 )
 from spp_export.calibration.moments import Collection, gather
 from spp_export.common.errors import UsageError
-from spp_export.common.progress import Progress, no_progress
+from spp_export.common.progress import progress
 from spp_export.common.versions import library_versions
 from spp_export.data.artifacts import Artifacts
 from spp_export.data.pools import Pools
@@ -87,7 +87,6 @@ def probe_model(
     *,
     left_out: Pools | None = None,
     request: ProbeRequest | None = None,
-    progress: Progress = no_progress,
 ) -> Artifacts:
     """Artifacts of a model from pools; the statistics of their training text go to the cache.
 
@@ -99,7 +98,7 @@ def probe_model(
     request = request or ProbeRequest()
     left_out = left_out or Pools((), (), (), {})
     criteria = request.check(len(candidates.domains))
-    dense = Dense(model, tokenizer, source, progress)
+    dense = Dense(model, tokenizer, source)
     text = _Text(*labelled(dense, [candidates.train, candidates.val, left_out.val]))
     axes_Cd, taken, axes_record = _axes(text, candidates, request)
     pools = candidates.take([candidates.domains[k] for k in taken])
@@ -211,7 +210,6 @@ def _gather(
                 lambda: (dense.model, dense.tokenizer),
                 dtype=dense.dtype,
                 also=[writes],
-                progress=dense.progress,
                 description=f"gathering statistics: {domain}",
             )
         )
@@ -267,7 +265,7 @@ def _shrinkage(
             kept=strongest(energy_KLH, layer, shape.head_dim),
         )
 
-    with dense.progress("choosing the shrinkage", 2 * len(layers)) as advance_to:
+    with progress("choosing the shrinkage", 2 * len(layers)) as advance_to:
         return choose_shrinkage(case, layers, advance_to)
 
 
@@ -300,7 +298,6 @@ class Dense:
     model: nn.Module
     tokenizer: Any
     source: Source
-    progress: Progress
 
     @property
     def dtype(self) -> str:
@@ -314,7 +311,6 @@ class Dense:
             self.source.family,
             token_batches(self.tokenizer, texts),
             [observer],
-            progress=self.progress,
             description=description,
         )
 

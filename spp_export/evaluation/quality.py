@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spp_export.calibration.activations import TokenBatch, model_inputs, token_batches
-from spp_export.common.progress import Progress, no_progress
+from spp_export.common.progress import progress
 from spp_export.models.layerwise import each_logits
 
 # Logits of a large vocabulary are the memory here: [rows, vocab] in fp32, for two models.
@@ -48,8 +48,6 @@ def measure_quality(
     slim: nn.Module,
     tokenizer: Any,
     texts: Sequence[str],
-    *,
-    progress: Progress = no_progress,
 ) -> Quality | None:
     """Quality of `slim` against `dense` on `texts`; None where no token can be predicted."""
     batches = token_batches(tokenizer, texts, batch_tokens=_BATCH_TOKENS)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from spp_export.common.errors import CheckFailed, ParityError
-from spp_export.common.progress import Progress
 from spp_export.evaluation.batches import slim_reference
 from spp_export.formats.decoder import Decoder
 from spp_export.models.engines import Engine
@@ -35,7 +34,6 @@ class Job:
     plan: Plan
     device: str
     seed: int
-    progress: Progress
 
     @property
     def slim_plan(self) -> Plan | None:

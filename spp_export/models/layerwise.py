@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from spp_export.common.progress import Progress, no_progress
+from spp_export.common.progress import progress
 from spp_export.models.checkpoint.header import StoredTensor
 from spp_export.models.checkpoint.layered import open_layered
 from spp_export.models.families import Family
@@ -39,7 +39,6 @@ def open_layerwise(
     path: str | Path,
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
-    progress: Progress = no_progress,
 ) -> PreTrainedModel:
     """A dense or slim checkpoint as a transformers model that runs from disk, in evaluation mode.
 
@@ -50,7 +49,7 @@ def open_layerwise(
     opened = open_layered(directory)
     model = empty_model(directory, dtype)
     weights = stored_weights(directory, model, opened)
-    stream = LayerStream(model, opened.family, weights, torch.device(device), progress)
+    stream = LayerStream(model, opened.family, weights, torch.device(device))
     object.__setattr__(model, _STREAM, stream)  # not a submodule
     return model
 
@@ -73,7 +72,7 @@ def each_logits(model: nn.Module, calls: Sequence[Call]) -> Iterator[Tensor]:
         for call in calls:
             yield model(**call).logits
         return
-    with stream.progress("layer by layer", 1.0) as advance_to:
+    with progress("layer by layer", 1.0) as advance_to:
         states = stream.hidden_states(calls, advance=advance_to)
     try:
         while states:
@@ -94,9 +93,7 @@ class LayerStream:
         family: Family,
         weights: Mapping[str, StoredTensor],
         device: torch.device,
-        progress: Progress = no_progress,
     ) -> None:
-        self.progress = progress
         self.decoder: Any = model.get_submodule(family.layers.rpartition(".")[0])
         self.head: nn.Module = model.get_submodule(family.head)
         self._config = model.config

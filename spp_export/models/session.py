@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from spp_export.common.errors import UsageError
 from spp_export.common.memory import free_memory
-from spp_export.common.progress import Progress, no_progress
+from spp_export.common.progress import progress
 from spp_export.models.checkpoint.reader import require_unchanged
 from spp_export.models.checkpoint.source import Source, open_source
 from spp_export.models.hub import DEMO, locate_model
@@ -37,7 +37,6 @@ class Session:
     source: Source
     device: str
     dtype: str
-    progress: Progress
     layerwise: bool | None = False
     remembered: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -49,7 +48,7 @@ class Session:
         if self.from_disk:
             model = self._open_layerwise(self.source.path)
         else:
-            with self.progress("loading the dense model", None):
+            with progress("loading the dense model", None):
                 model = load_dense(self.source.path, dtype=self.torch_dtype, device=self.device)
         require_unchanged(self.source.tensors.values())
         return model
@@ -75,7 +74,7 @@ class Session:
     def _open_layerwise(self, directory: Path) -> nn.Module:
         from spp_export.models.layerwise import open_layerwise
 
-        return open_layerwise(directory, self.torch_dtype, self.device, self.progress)
+        return open_layerwise(directory, self.torch_dtype, self.device)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -97,7 +96,6 @@ def open_session(
     device: str = "cpu",
     dtype: str | None = None,
     layerwise: bool | None = False,
-    progress: Progress = no_progress,
 ) -> Session:
     """Find a model and read its config and headers; no weights yet.
 
@@ -109,10 +107,10 @@ def open_session(
             "--layerwise runs on one device, and --device auto spreads the model over several. "
             "Give one of the two."
         )
-    location = locate_model(model, progress=progress)
+    location = locate_model(model)
     source = open_source(location.path, location.name)
     if dtype is None:
         dtype = "float32" if device == "cpu" else source.dtype_name
     if dtype not in _DTYPES:
         raise UsageError(f"--dtype {dtype}: expected one of {', '.join(_DTYPES)}.")
-    return Session(source, device, dtype, progress, layerwise)
+    return Session(source, device, dtype, layerwise)

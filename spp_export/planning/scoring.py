@@ -12,6 +12,7 @@ import numpy as np
 from spp_export.calibration.mixture import Part, gather_parts
 from spp_export.calibration.moments import Moments
 from spp_export.common.errors import UsageError
+from spp_export.common.progress import progress
 from spp_export.data.artifacts import Artifacts
 from spp_export.importance import CRITERIA, LOSSES, FloatArray, comparable_kinds
 from spp_export.importance.mixed import mixed_scores
@@ -207,7 +208,7 @@ class Scoring:
         sets = np.zeros((*value.shape, *groups), dtype=bool)
         removal = single_removal_losses if self.ragged else removal_losses
         sensitivity = moments.sensitivity()
-        with self.session.progress("weighing heads", shape.num_layers) as advance_to:
+        with progress("weighing heads", shape.num_layers) as advance_to:
             for layer in range(shape.num_layers):
                 losses, sets[layer] = removal(
                     self._weight(layer, family.output),
@@ -222,7 +223,7 @@ class Scoring:
         shape, family = self.session.source.shape, self.session.source.family
         values, ranks = [], []
         sensitivity = moments.channel_sensitivity()
-        with self.session.progress("weighing channels", shape.num_layers) as advance_to:
+        with progress("weighing channels", shape.num_layers) as advance_to:
             for layer in range(shape.num_layers):
                 losses, rank = channel_removal(
                     self._weight(layer, family.down), moments.channel_blocks(layer), self.multiple

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from spp_export.calibration.activations import token_batches
 from spp_export.calibration.gradients import gradient_reductions
 from spp_export.common.errors import UsageError
+from spp_export.common.progress import show_progress
 from spp_export.models.families import FAMILIES
 from spp_export.models.loader import load_dense
 
@@ -161,10 +162,11 @@ def test_the_model_is_left_as_it_was_found(small, error):
 
     batches = token_batches(tokenizer, TEXTS, batch_tokens=60)
     if error:
-        with pytest.raises(error):
-            gradient_reductions(model, family, shape, batches, progress=progress)
+        with pytest.raises(error), show_progress(progress):
+            gradient_reductions(model, family, shape, batches)
     else:
-        gradient_reductions(model, family, shape, batches, progress=progress)
+        with show_progress(progress):
+            gradient_reductions(model, family, shape, batches)
     after, hooks_after, on_parameters = state(model)
     assert [flag for flag, _ in after] == [flag for flag, _ in parameters]
     assert all(now is then for (_, now), (_, then) in zip(after, parameters, strict=True))
@@ -184,7 +186,8 @@ def test_only_projections_take_gradients(small):
             {f"{name} grad": p.grad is not None for name, p in model.named_parameters()}
         )
 
-    gradient_reductions(model, family, shape, token_batches(tokenizer, TEXTS), progress=progress)
+    with show_progress(progress):
+        gradient_reductions(model, family, shape, token_batches(tokenizer, TEXTS))
     modules = {module for module, _ in WEIGHTS.values()}
     wanted = {f"model.layers.{i}.{module}.weight" for i in range(2) for module in modules}
     assert {name for name, value in seen.items() if value} == wanted

@@ -21,6 +21,7 @@ from spp_export.calibration.activations import (
     observe,
     token_batches,
 )
+from spp_export.common.progress import show_progress
 from spp_export.models.families import FAMILIES
 from spp_export.models.loader import load_dense
 
@@ -312,7 +313,8 @@ def test_progress_ends_at_the_number_of_real_tokens(small):
         yield reported.append
 
     batches = token_batches(tokenizer, TEXTS, batch_tokens=60)
-    observe(model, FAMILIES["llama"], batches, [], progress=progress, description="looking")
+    with show_progress(progress):
+        observe(model, FAMILIES["llama"], batches, [], description="looking")
     assert reported[0] == ("looking", sum(len(text.encode()) for text in TEXTS))
     assert reported[1:] == sorted(reported[1:])
     assert reported[-1] == reported[0][1]

@@ -19,7 +19,6 @@ import spp_export
 from spp_cli.conversation import show_piece
 from spp_cli.main import app, run
 from spp_export import Chat
-from spp_export.common.progress import no_progress
 
 ROOT = Path(__file__).parents[2]
 STOP = 0
@@ -112,7 +111,6 @@ def test_defaults(library):
         "threads": None,
         "system": None,
         "raw": False,
-        "progress": no_progress,
     }
     ((prompt, options),) = library["asked"]
     assert prompt == "Hello>"

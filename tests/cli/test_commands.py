@@ -92,7 +92,6 @@ def test_plan_passes_every_flag(library):
             "device": "cuda:1",
             "dtype": "bfloat16",
             "layerwise": True,
-            "progress": no_progress,
         },
     )
 

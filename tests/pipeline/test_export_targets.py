@@ -11,6 +11,7 @@ from exporting import refused, tree
 import spp_export
 from spp_export import ExportRequest
 from spp_export.common.errors import OutputError
+from spp_export.common.progress import show_progress
 
 NAME = "llama-gqa-bias"
 
@@ -65,12 +66,11 @@ def test_an_interrupt_leaves_nothing(workshop, tmp_path, stage):
             raise KeyboardInterrupt
         yield lambda done: None
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), show_progress(interrupted):
         spp_export.export(
             workshop.scenario,
             tmp_path / "made" / "slim",
             model=str(workshop.dense(NAME)),
             artifacts=workshop.artifacts(NAME),
-            progress=interrupted,
         )
     assert list(tmp_path.iterdir()) == []

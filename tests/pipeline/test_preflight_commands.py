@@ -10,8 +10,8 @@ from exporting import refused
 
 import spp_export
 from spp_export import ExportRequest
-from spp_export.commands import needs as preflight
 from spp_export.commands import needs as needs_module
+from spp_export.commands import needs as preflight
 from spp_export.commands.needs import export_needs, graph_bytes
 from spp_export.common.errors import OutputError, ResourceError
 from spp_export.formats.onnx import OnnxOptions

@@ -8,6 +8,7 @@ from factories import make_checkpoint
 from probed_models import captured, hooks, opened, padded, some_texts
 
 from spp_export.common.errors import UsageError
+from spp_export.common.progress import show_progress
 from spp_export.importance.probe_pruning import gather_history
 
 
@@ -58,7 +59,8 @@ def test_positions_no_text_reached_are_zero_and_progress_counts_tokens(model_of)
             return None
 
     batches = [padded(some_texts([5])), padded(some_texts([2, 4]))]
-    history = gather_history(model, family, shape, batches, positions=8, progress=Bar)
+    with show_progress(Bar):
+        history = gather_history(model, family, shape, batches, positions=8)
     assert not history.heads[0][5:].any()
     assert history.heads[0][:5].any(dim=1).all()
     assert told == [11, 5, 11]

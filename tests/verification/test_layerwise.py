@@ -30,6 +30,7 @@ from spp_export.calibration.activations import (
 )
 from spp_export.calibration.moments import KINDS, gather
 from spp_export.common.errors import CheckpointError, ModelError, UsageError
+from spp_export.common.progress import show_progress
 from spp_export.evaluation.oracle import masked_dense
 from spp_export.evaluation.parity import (
     check_cache,
@@ -245,14 +246,14 @@ def test_layers_are_done_one_after_the_other(dense):
             pass
 
     progress = Progress()
-    observe(
-        open_layerwise(dense, torch.float32),
-        FAMILIES["llama"],
-        BATCHES,
-        [recorder],
-        progress=progress,
-        layer_done=lambda layer: order.append(f"{layer} done"),
-    )
+    with show_progress(progress):
+        observe(
+            open_layerwise(dense, torch.float32),
+            FAMILIES["llama"],
+            BATCHES,
+            [recorder],
+            layer_done=lambda layer: order.append(f"{layer} done"),
+        )
     assert order == [step for layer in range(4) for step in (layer, layer, f"{layer} done")]
     assert done == sorted(done)
     assert done[-1] == pytest.approx(progress.total) == pytest.approx(38 + 18)

@@ -30,7 +30,7 @@ from spp_bench.shapes.plans import ShapePlan, Variant, shape_plan
 from spp_bench.shapes.shapes import Published, published
 from spp_bench.threads import torch_threads
 from spp_export.common.errors import ParityError, UsageError
-from spp_export.common.progress import Progress, no_progress
+from spp_export.common.progress import progress
 
 if TYPE_CHECKING:
     from spp_bench.engines.static import Room, StaticRunner
@@ -264,7 +264,6 @@ def bench_shape(
     results: Path | None = None,
     plots: Path | None = None,
     force: bool = False,
-    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Measure plans for a shape beside the dense model; the document of `spp_bench.schema`.
 
@@ -280,26 +279,24 @@ def bench_shape(
     plans = [shape_plan(of, variant, request.seed) for variant in asked]
     with torch_threads(request.threads or provenance.physical_cores()):
         run = ShapeRun(of, plans, request, results=results)
-        document = _measured(run, cells, force, progress)
+        document = _measured(run, cells, force)
     if plots:
         write_plots(document, plots)
     return document
 
 
-def _measured(
-    run: ShapeRun, cells: Sequence[Cell], force: bool, progress: Progress
-) -> dict[str, Any]:
+def _measured(run: ShapeRun, cells: Sequence[Cell], force: bool) -> dict[str, Any]:
     with progress("measuring the device", None):
         document = run.open(force, lambda: measure_rates(run.request.device, run.dtype))
     if run.request.memory:
-        _memory(run, document, cells, progress)
+        _memory(run, document, cells)
     todo = [cell for cell in cells if not has_cell(document, cell)]
     if todo:
         with progress("making the models", None):
             models = Models(run.of, run.request.device, run.dtype, run.request.seed)
             slims = [models.slim(plan) for plan in run.plans]
             document |= run.check(models, slims)
-        _cells(run, document, models, slims, todo, progress)
+        _cells(run, document, models, slims, todo)
     document["claims"] = claim_rows(document, run.of.shape)
     run.keep(document)
     return document
@@ -311,19 +308,16 @@ def _cells(
     models: Models,
     slims: Sequence[Any],
     cells: Sequence[Cell],
-    progress: Progress,
 ) -> None:
     models.reserve(cells, run.request.new_tokens)
     runners = run.runners(models, slims)
     new_tokens, rounds = run.request.new_tokens, run.request.rounds
-    for cell, advance in in_turn(cells, new_tokens, rounds, len(runners), progress):
+    for cell, advance in in_turn(cells, new_tokens, rounds, len(runners)):
         run.measure(document, runners, cell, Timed(), advance=advance)
         run.keep(document)
 
 
-def _memory(
-    run: ShapeRun, document: dict[str, Any], cells: Sequence[Cell], progress: Progress
-) -> None:
+def _memory(run: ShapeRun, document: dict[str, Any], cells: Sequence[Cell]) -> None:
     """Of every model in a fresh process; launching kernels as a graph needs no other weights."""
     done = {record["name"]: record for record in document["memory"]}
     rows = [candidate for candidate in run.candidates if candidate.engine == "torch"]

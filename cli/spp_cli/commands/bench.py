@@ -188,7 +188,6 @@ def bench(
         results=output,
         plots=plot,
         force=force,
-        progress=shown.progress,
     )
 
     from spp_cli.render.benchmark import benchmark_report

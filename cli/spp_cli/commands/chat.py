@@ -116,7 +116,6 @@ def chat(
         "threads": threads,
         "system": system,
         "raw": raw,
-        "progress": output.progress,
     }
     opened: spp_export.Chat | spp_export.ScenarioChat
     if len(out) > 1 or out[0].suffix == ".json":

@@ -63,7 +63,6 @@ def convert(
         keep_failed=keep_failed,
         device=device,
         seed=seed,
-        progress=out.progress,
     )
 
     from spp_cli.render.summary import convert_summary

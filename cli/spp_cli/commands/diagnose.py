@@ -42,7 +42,6 @@ def diagnose(
         device=device,
         dtype=dtype,
         layerwise=layerwise,
-        progress=out.progress,
     )
 
     from spp_cli.render.reports import diagnosis_report

@@ -172,7 +172,6 @@ def evaluate(
         "force": force,
         "device": device,
         "dtype": dtype,
-        "progress": out.progress,
     }
 
     from spp_cli.render.evaluation import evaluation_report, evaluation_reports

@@ -174,7 +174,6 @@ def export(
         device=device,
         dtype=dtype,
         layerwise=layerwise,
-        progress=out.progress,
     )
 
     from spp_cli.render.summary import export_summary, save_picture

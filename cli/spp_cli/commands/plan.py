@@ -82,7 +82,6 @@ def plan(
         device=device,
         dtype=dtype,
         layerwise=layerwise,
-        progress=out.progress,
     )
     if output is not None:
         write_plan(result.plan, output, force=force)

@@ -84,7 +84,6 @@ def probe(
         force=force,
         device=device,
         dtype=dtype,
-        progress=out.progress,
     )
     made = spp_export.show(output)
 

@@ -54,7 +54,6 @@ def push(
         private=private,
         revision=revision,
         allow_unverified=unverified,
-        progress=shown.progress,
     )
 
     from rich.text import Text

@@ -101,7 +101,6 @@ def recover(
         force=force,
         keep_failed=keep_failed,
         device=device,
-        progress=show.progress,
     )
 
     from spp_cli.render.summary import recover_summary

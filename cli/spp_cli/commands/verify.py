@@ -42,7 +42,6 @@ def verify(
         dtype=dtype,
         layerwise=layerwise,
         seed=seed,
-        progress=output.progress,
     )
 
     from spp_cli.render.sections import checks

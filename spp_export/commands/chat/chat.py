@@ -22,7 +22,7 @@ from spp_export.commands.chat.models import (
 from spp_export.commands.load import ScenarioModels, load_many
 from spp_export.common.errors import ModelError, UsageError
 from spp_export.common.json_files import read_json
-from spp_export.common.progress import Progress, no_progress
+from spp_export.common.progress import progress
 from spp_export.formats.onnx.runtime.generation import Chooser, greedy
 from spp_export.models.checkpoint.companions import companion
 from spp_export.models.checkpoint.source import read_config
@@ -199,7 +199,6 @@ def open_chat(
     system: str | None = None,
     raw: bool = False,
     model: ChatModel | None = None,
-    progress: Progress = no_progress,
 ) -> Chat:
     """A chat with an export, a dense model's directory, or `demo`.
 
@@ -213,7 +212,7 @@ def open_chat(
     Raises UsageError where the directory holds no model that can be run here, ModelError where it
     has no tokenizer or its weights are damaged.
     """
-    path = _find(directory, progress)
+    path = _find(directory)
     with progress("loading the model", None):
         if model is None:
             model = load_chat_model(path, device=device, dtype=dtype, threads=threads)
@@ -221,9 +220,9 @@ def open_chat(
     return Chat(model, tokenizer, _stop_tokens(path, tokenizer), system=system, raw=raw)
 
 
-def _find(directory: str | os.PathLike[str], progress: Progress) -> Path:
+def _find(directory: str | os.PathLike[str]) -> Path:
     if os.fspath(directory) == DEMO and not Path(DEMO).is_dir():
-        return demo_model(progress=progress)
+        return demo_model()
     path = Path(directory)
     if path.is_dir():
         return path
@@ -346,7 +345,6 @@ def open_scenario_chat(
     threads: int | None = None,
     system: str | None = None,
     raw: bool = False,
-    progress: Progress = no_progress,
 ) -> ScenarioChat:
     """A chat with the slim models of plans, or of exports' plans, made of one dense model.
 
@@ -358,9 +356,7 @@ def open_scenario_chat(
         torch.set_num_threads(threads)
     if dtype is None and device == "cpu":
         dtype = "float32"
-    models = load_many(
-        model, plans, artifacts=artifacts, device=device, dtype=dtype, progress=progress
-    )
+    models = load_many(model, plans, artifacts=artifacts, device=device, dtype=dtype)
 
     def open_one(name: str) -> Chat:
         runs = TorchModel(models[name])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from spp_export.calibration.activations import input_device
-from spp_export.common.progress import Progress, no_progress
+from spp_export.common.progress import progress
 from spp_export.data.scenario import Scenario, Turn
 from spp_export.evaluation.harness.answers import (
     DEFAULT_NEW_TOKENS,
@@ -79,7 +79,6 @@ def answer_row(
     *,
     max_new_tokens: int = DEFAULT_NEW_TOKENS,
     seed: int = 0,
-    progress: Progress = no_progress,
 ) -> dict[str, dict[str, Any]]:
     """Per set, for the record: counts per conversation, and each figure with its interval."""
     found = {}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spp_export.calibration.activations import TokenBatch, input_device, token_batches
 from spp_export.common.errors import UsageError
-from spp_export.common.progress import Progress, no_progress
+from spp_export.common.progress import progress
 from spp_export.evaluation.harness.documents import DocumentScores
 from spp_export.evaluation.harness.texts import EvaluationText
 from spp_export.evaluation.quality import next_token_log_probabilities
@@ -88,9 +88,7 @@ def default_batch_tokens(device_type: str) -> int:
     return _BATCH_TOKENS.get(device_type, _BATCH_TOKENS["cpu"])
 
 
-def measure_row(
-    reference: DenseReference, opened: Opened, *, progress: Progress = no_progress
-) -> list[DocumentScores]:
+def measure_row(reference: DenseReference, opened: Opened) -> list[DocumentScores]:
     """Scores per text of the model that `opened` gives."""
     sums = [torch.zeros((5, len(text.documents)), dtype=torch.float64) for text in reference.texts]
     done = 0

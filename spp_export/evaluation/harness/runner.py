@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spp_export.common.errors import SppError
-from spp_export.common.progress import Progress, no_progress
+from spp_export.common.progress import progress
 from spp_export.evaluation.harness.answers import DEFAULT_NEW_TOKENS
 from spp_export.evaluation.harness.bootstrap import agreement, mean_kl, perplexity, perplexity_ratio
 from spp_export.evaluation.harness.documents import DocumentScores, number, numbers
@@ -52,7 +52,6 @@ def run_rows(
     *,
     questions: Questions | None = None,
     seed: int = 0,
-    progress: Progress = no_progress,
 ) -> None:
     """Measure the rows that `file` does not hold yet. A row that cannot be planned is recorded with
     the reason, and tried again by the next run."""
@@ -66,7 +65,7 @@ def run_rows(
             except SppError as error:
                 file.append(key, row, {"error": str(error)})
                 continue
-            data = _measured(row, opened, reference, questions, seed, progress)
+            data = _measured(row, opened, reference, questions, seed)
             file.append(key, row, {**data, "seconds": round(time.perf_counter() - start, 1)})
 
 
@@ -76,9 +75,8 @@ def _measured(
     reference: DenseReference,
     questions: Questions | None,
     seed: int,
-    progress: Progress,
 ) -> dict[str, Any]:
-    scores = measure_row(reference, opened.opened, progress=progress)
+    scores = measure_row(reference, opened.opened)
     texts = {
         text.name: {**_lists(row, found), "summary": summary(found, seed)}
         for text, found in zip(reference.texts, scores, strict=True)
@@ -91,7 +89,6 @@ def _measured(
             opened.opened,
             max_new_tokens=questions.max_new_tokens,
             seed=seed,
-            progress=progress,
         )
     return data
 

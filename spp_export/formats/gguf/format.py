@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from spp_export.common.errors import ModelError, OutputError, UsageError
 from spp_export.common.json_files import dump_json
-from spp_export.common.progress import Progress, no_progress
+from spp_export.common.progress import progress
 from spp_export.evaluation.batches import slim_reference
 from spp_export.formats.card import gguf_card
 from spp_export.formats.decoder import Decoder, read_decoder
@@ -56,9 +56,7 @@ def promised_contents(source: Source, compiled: Plan, options: GgufOptions) -> C
     return gguf_contents(decoder, source.path, resolved, shown_name(compiled))
 
 
-def write_gguf_files(
-    checkpoint: Path, out: Path, contents: Contents, progress: Progress = no_progress
-) -> None:
+def write_gguf_files(checkpoint: Path, out: Path, contents: Contents) -> None:
     """The file of a checkpoint, and beside it what is needed to talk to it and to check it."""
     decoder = read_decoder(checkpoint)
     with progress("writing the GGUF file", 1.0) as bar:
@@ -77,7 +75,6 @@ def check_gguf_files(
     contents: Contents,
     batches: Sequence[TokenBatch],
     reference: Callable[[Sequence[TokenBatch]], ReferenceLogits],
-    progress: Progress = no_progress,
 ) -> GgufChecks:
     """Every check on a file that was just written from `checkpoint`; `reference` gives the logits
     of its PyTorch model."""
@@ -129,9 +126,7 @@ def check_exported_file(
         disk = session.from_disk
         return slim_reference(slim, batches, exact, torch.float32, layerwise=disk)
 
-    found = check_gguf_files(
-        work, slim, contents, checked.reference.batches, reference, session.progress
-    )
+    found = check_gguf_files(work, slim, contents, checked.reference.batches, reference)
     if found.weights and checked.slim and contents.options.kind != "f32":
         if session.from_disk:
             found.context["gguf"]["quality_of"] = "the checkpoint that the file was made from"
@@ -159,7 +154,7 @@ class _Gguf:
         self.form = self._contents.summary()
 
     def write(self, work: Path) -> None:
-        write_gguf_files(self._job.checkpoint, work, self._contents, self._job.progress)
+        write_gguf_files(self._job.checkpoint, work, self._contents)
 
     def verify(self, work: Path, prompts: Sequence[str]) -> Verdict:
         import torch
@@ -171,7 +166,6 @@ class _Gguf:
             self._contents,
             job.batches(prompts),
             lambda batches: job.reference(batches, torch.float32),
-            job.progress,
         )
         return _verdict(found.checks, found.context)
 
@@ -269,7 +263,7 @@ def check_gguf_directory(
         return oracle_logits(session, compiled, batches, compensated, exact)
 
     batches = session_batches(session, prompts, seed)
-    with session.progress("checking against the masked dense model", None):
+    with progress("checking against the masked dense model", None):
         engine = check_engine(directory, contents, batches, reference)
     checks = [header, held, *([engine.check] if engine.check else [])]
     if prompts:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spp_export.common.errors import ModelError, UsageError
-from spp_export.common.progress import Progress, no_progress
+from spp_export.common.progress import progress
 from spp_export.formats.card import onnx_card
 from spp_export.formats.decoder import Decoder, read_decoder
 from spp_export.formats.format import Job, Verdict, _verdict
@@ -52,9 +52,7 @@ class GraphChecks:
         return {"quantisation": rounded({"mean_kl": kl, "top1": share})}
 
 
-def write_graph(
-    checkpoint: Path, out: Path, options: OnnxOptions, progress: Progress = no_progress
-) -> None:
+def write_graph(checkpoint: Path, out: Path, options: OnnxOptions) -> None:
     """`write_onnx` with a progress bar."""
     with progress("writing the graph", 1.0) as bar:
         write_onnx(checkpoint, out, options, progress=lambda done, total: bar(done / max(total, 1)))
@@ -68,7 +66,6 @@ def check_graph_files(
     *,
     device: str = "cpu",
     scratch: Path,
-    progress: Progress = no_progress,
 ) -> GraphChecks:
     """Every check on a graph that was just written from `checkpoint`.
 
@@ -135,7 +132,7 @@ class _Onnx:
         self.form = options.to_dict()
 
     def write(self, work: Path) -> None:
-        write_graph(self._job.checkpoint, work, self._options, self._job.progress)
+        write_graph(self._job.checkpoint, work, self._options)
 
     def verify(self, work: Path, prompts: Sequence[str]) -> Verdict:
         import torch
@@ -151,7 +148,6 @@ class _Onnx:
             self._options,
             device=job.device,
             scratch=scratch,
-            progress=job.progress,
         )
         shutil.rmtree(scratch)
         said = {"onnx": self._options.to_dict(), **found.quantisation()}
@@ -234,7 +230,7 @@ def check_onnx_directory(
     compensated = compensated_projections(source, compiled, weights.read)
     exact = exact_dtype(session, compensated)
     batches = session_batches(session, prompts, seed)
-    with session.progress("checking against the masked dense model", None):
+    with progress("checking against the masked dense model", None):
         reference = oracle_logits(session, compiled, batches, compensated, exact)
         model = OrtModel.load(directory, device=session.device)
         if options.quant is None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spp_export.common.errors import CheckpointError
+from spp_export.common.progress import progress
 from spp_export.evaluation.batches import _TEXTS, exact_dtype, oracle_logits, session_batches
 from spp_export.models.checkpoint.header import StoredTensor
 from spp_export.models.checkpoint.reader import blocks, read_float, stored_tensors
@@ -73,7 +74,7 @@ def check_directory(
     compensated = _compensated(directory, source, compiled)
     exact = exact_dtype(session, compensated)
     batches = batches or session_batches(session, prompts, seed)
-    with session.progress("checking against the masked dense model", None):
+    with progress("checking against the masked dense model", None):
         reference = oracle_logits(session, compiled, batches, compensated, exact)
         slim = session.slim_model(directory)
         longest = max(batches, key=lambda batch: int(batch.attention_mask[0].sum()))

@@ -9,6 +9,7 @@ from spp_export.common.errors import (
     ModelError,
 )
 from spp_export.common.json_files import dump_json, read_json
+from spp_export.common.progress import progress
 from spp_export.models.checkpoint.companions import companion
 from spp_export.models.checkpoint.source import TOKENIZER_FILES
 from spp_export.models.session import Session
@@ -33,7 +34,7 @@ def write_slim(
     session: Session, compiled: Plan, compensation: Compensation, work: Path
 ) -> WrittenWeights:
     source = session.source
-    with session.progress("slicing", 1.0) as bar:
+    with progress("slicing", 1.0) as bar:
         written = write_slim_weights(
             source,
             compiled,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spp_export.calibration.activations import TokenBatch, input_device
 from spp_export.common.errors import UsageError
-from spp_export.common.progress import Progress, no_progress
+from spp_export.common.progress import progress
 from spp_export.importance.probe_pruning.blocks import AttentionBlock, Block, layer_blocks
 from spp_export.importance.probe_pruning.probe import PositionMoments, whole
 from spp_export.models.families import Family
@@ -49,7 +49,6 @@ def gather_history(
     batches: Sequence[TokenBatch],
     *,
     positions: int = MAX_POSITIONS,
-    progress: Progress = no_progress,
     description: str = "reading the history",
 ) -> History:
     """The history of texts on the dense model: means over the texts that reach a position.
@@ -110,7 +109,6 @@ def history_of(session: Session, texts: Sequence[str]) -> History:
             session.source.family,
             session.source.shape,
             token_batches(session.tokenizer, sorted(texts)),
-            progress=session.progress,
         )
     found: History = session.remembered[key]
     return found

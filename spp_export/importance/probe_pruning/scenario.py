@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from spp_export.calibration.activations import TokenBatch, input_device
 from spp_export.common.errors import ScenarioError
-from spp_export.common.progress import Progress, no_progress
+from spp_export.common.progress import progress
 from spp_export.importance import FloatArray
 from spp_export.importance.probe_pruning.blocks import AttentionBlock, Block, layer_blocks, masked
 from spp_export.importance.probe_pruning.history import History
@@ -47,7 +47,6 @@ def scenario_scores(
     full: bool,
     units: Units,
     multiple: int = 64,
-    progress: Progress = no_progress,
     description: str = "probing the scenario",
 ) -> tuple[FloatArray, FloatArray]:
     """PPsp scores of heads [L,H] and channels [L,I], each layer's on the pruned prefix.
