@@ -148,17 +148,17 @@ $(SERVING)/.installed:
 
 # x86-64 only: the package carries the browser, its libraries and fonts.
 test-report: $(INSTALLED) $(CHROMIUM)/.installed
-	SPP_CHROMIUM=$(CHROMIUM)/browser/chromium.sh $(BIN)/python -m pytest tests/report
+	SPP_CHROMIUM=$(CHROMIUM)/browser/chromium.sh $(BIN)/python -m pytest tests/commands/report
 
-$(CHROMIUM)/.installed: tests/report/package.json tests/report/package-lock.json \
-		tests/report/unpack_chromium.mjs
+$(CHROMIUM)/.installed: tests/commands/report/package.json tests/commands/report/package-lock.json \
+		tests/commands/report/unpack_chromium.mjs
 	mkdir -p $(CHROMIUM)
 	cp $^ $(CHROMIUM)
 	cd $(CHROMIUM) && npm ci --ignore-scripts --no-audit --no-fund && node unpack_chromium.mjs browser
 	@touch $@
 
 test-faults: $(INSTALLED)
-	PYTHONPATH=tests:tests/pipeline $(BIN)/python tests/faults/campaign.py
+	PYTHONPATH=tests:tests/commands $(BIN)/python tests/faults/campaign.py
 
 fuzz: $(INSTALLED)
 	$(BIN)/python -m pytest tests/fuzz -m slow -s

@@ -14,9 +14,8 @@ from spp_cli.main import app, explain
 from spp_export import ExportRequest, PlanRequest
 from spp_export.commands.show import Shown
 from spp_export.common.errors import BudgetError, ParityError, UsageError
-from spp_export.common.progress import no_progress
 
-RUNNING = {"model": "demo", "device": "cpu", "dtype": None, "progress": no_progress}
+RUNNING = {"model": "demo", "device": "cpu", "dtype": None}
 LAYERED = RUNNING | {"layerwise": None}
 
 

@@ -11,7 +11,7 @@ HERE = Path(__file__).parent
 
 
 def test_some_of_every_fault():
-    helpers = os.pathsep.join(map(str, (HERE.parent, HERE.parent / "pipeline")))
+    helpers = os.pathsep.join(map(str, (HERE.parent, HERE.parent / "commands")))
     result = subprocess.run(
         [sys.executable, HERE / "campaign.py", "--small"],
         env={**os.environ, "PYTHONPATH": helpers},

@@ -18,7 +18,7 @@ from spp_cli.main import run
 from spp_export.common.errors import ArtifactsError, OutputError, PlanError, UsageError
 from spp_export.data.artifacts import Artifacts, write_artifacts
 
-RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
 DEMO_FINGERPRINT = json.loads(
     (RESULTS / "eval-chemistry" / "results.jsonl").read_text().partition("\n")[0]
 )["model"]["fingerprint"]
