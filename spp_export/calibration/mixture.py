@@ -22,7 +22,7 @@ class Mixing:
 
 
 @dataclass(frozen=True)
-class Part:
+class WeightedTexts:
     """A text collection that speaks for a scenario, and how much it counts.
 
     domain: the one whose training pool it is, or None for the scenario's own prompts.
@@ -43,7 +43,7 @@ def calibration_parts(
     mixture: Mapping[str, float] | None,
     prompts: Sequence[str],
     mixing: Mixing,
-) -> tuple[Part, ...]:
+) -> tuple[WeightedTexts, ...]:
     """The pools, domains weighted by the diagnosis, and the scenario's own; weights sum to one.
 
     `mixture` is the one of plan.json, so that a plan read again gives the same weights; without
@@ -54,9 +54,9 @@ def calibration_parts(
     own = mixing.scenario_weight if pools else 1.0
     if not prompts:
         own = 0.0
-    parts = [Part(part.texts, part.weight * (1 - own), part.domain) for part in pools]
+    parts = [WeightedTexts(part.texts, part.weight * (1 - own), part.domain) for part in pools]
     if own > 0:
-        parts.append(Part(tuple(prompts), own))
+        parts.append(WeightedTexts(tuple(prompts), own))
     if not parts:
         raise UsageError(
             "compensation needs text: give --scenario or --artifacts, or --compensate none."
@@ -64,7 +64,7 @@ def calibration_parts(
     return tuple(parts)
 
 
-def gather_part(session: Session, part: Part, kinds: Sequence[str]) -> Collection:
+def gather_part(session: Session, part: WeightedTexts, kinds: Sequence[str]) -> Collection:
     """Statistics of one collection, from the cache or by a pass of the dense model."""
     return gather(
         session.source,
@@ -76,7 +76,7 @@ def gather_part(session: Session, part: Part, kinds: Sequence[str]) -> Collectio
     )
 
 
-def gather_parts(session: Session, parts: Sequence[Part], kinds: Sequence[str]) -> Moments:
+def gather_parts(session: Session, parts: Sequence[WeightedTexts], kinds: Sequence[str]) -> Moments:
     """The weighted mixture of the parts' moments.
 
     Raises OutputError where the cache has no room for those that are missing, before any pass.
@@ -87,7 +87,7 @@ def gather_parts(session: Session, parts: Sequence[Part], kinds: Sequence[str]) 
 
 def _pool_parts(
     artifacts: Artifacts, mixture: Mapping[str, float] | None, shrinkage: float
-) -> list[Part]:
+) -> list[WeightedTexts]:
     texts = {
         domain: tuple(text for name, text in artifacts.calibration if name == domain)
         for domain in artifacts.domains
@@ -105,7 +105,11 @@ def _pool_parts(
             + (1 - shrinkage) * (mixture[domain] / total if total else even)
             for domain in present
         }
-    return [Part(texts[domain], weights[domain], domain) for domain in present if weights[domain]]
+    return [
+        WeightedTexts(texts[domain], weights[domain], domain)
+        for domain in present
+        if weights[domain]
+    ]
 
 
 def _check_mixture(mixture: Mapping[str, float], domains: Sequence[str]) -> None:

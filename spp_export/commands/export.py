@@ -55,7 +55,7 @@ from spp_export.planning.planner import (
 )
 from spp_export.planning.request import PlanRequest, PlanResult
 from spp_export.planning.written import written_shape
-from spp_export.slicing.compensation import Compensation, plan_compensation
+from spp_export.slicing.compensation import Compensator, plan_compensation
 from spp_export.slicing.weights import WrittenWeights
 
 
@@ -183,7 +183,7 @@ class _Job:
 
     def _write(
         self, work: Path, slim: Path, result: ExportResult
-    ) -> tuple[WrittenWeights, Compensation]:
+    ) -> tuple[WrittenWeights, Compensator]:
         """The slim checkpoint in `slim`, and what is made of it in `work`."""
         session, clock = self.session, self.clock
         with clock("compensate"):

@@ -31,7 +31,7 @@ from spp_export.models.session import Session
 from spp_export.planning.bound import predicted
 from spp_export.planning.written import written_shape
 from spp_export.slicing.compensation import (
-    Compensation,
+    Compensator,
 )
 
 
@@ -41,7 +41,7 @@ def check_export(
     scenario: Scenario | None,
     work: Path,
     request: ExportRequest,
-    compensation: Compensation,
+    compensation: Compensator,
 ) -> tuple[dict[str, Any], CheckFailed | None]:
     """verify.json's content, and the error if the answer is no."""
     from spp_export.evaluation.parity import rounded

@@ -26,7 +26,7 @@ from spp_export.models.hub import DEMO
 from spp_export.models.session import Session, open_session
 from spp_export.models.weights_on_disk import empty_model, stored_as_tensor, torch_bits
 from spp_export.planning import Plan, dense_plan, read_plan, validate_plan
-from spp_export.slicing.compensation import Compensation, plan_compensation, written_config
+from spp_export.slicing.compensation import Compensator, plan_compensation, written_config
 from spp_export.slicing.weights import SlimTensors
 
 if TYPE_CHECKING:
@@ -165,10 +165,10 @@ class SharedWeights:
         if self._dense is None:
             source = self._session.source
             plan = dense_plan(source.shape, source.fingerprint, source.name)
-            self._dense = self.slim(plan, Compensation(source, plan, None))
+            self._dense = self.slim(plan, Compensator(source, plan, None))
         return self._dense
 
-    def slim(self, plan: Plan, compensation: Compensation) -> PreTrainedModel:
+    def slim(self, plan: Plan, compensation: Compensator) -> PreTrainedModel:
         """The model of a plan, sharing what the plan leaves untouched."""
         source = self._session.source
         made = SlimTensors(source, plan, compensation.refit, compensation.biases())
@@ -208,7 +208,7 @@ class SharedWeights:
 
 def _compensation(
     session: Session, artifacts: Artifacts | None, plan: Plan, scenario: Scenario | None
-) -> Compensation:
+) -> Compensator:
     from spp_export.planning.request import PlanRequest
 
     return plan_compensation(session, artifacts, plan, scenario, PlanRequest())

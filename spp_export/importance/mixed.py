@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from spp_export.calibration.mixture import Part, gather_part
+from spp_export.calibration.mixture import WeightedTexts, gather_part
 from spp_export.calibration.moments import Collection, layer_weights
 from spp_export.common.errors import UsageError
 from spp_export.data.artifacts import Artifacts
@@ -24,7 +24,7 @@ _Score = Callable[[int, Callable[[], LayerWeights]], FloatArray]
 def mixed_scores(
     session: Session,
     artifacts: Artifacts,
-    parts: Sequence[Part],
+    parts: Sequence[WeightedTexts],
     criterion: Criterion,
     kind: Kind,
     *,
@@ -49,9 +49,9 @@ def mixed_scores(
     return np.stack(rows)
 
 
-def _asked(parts: Sequence[Part], criterion: Criterion) -> Sequence[Part]:
+def _asked(parts: Sequence[WeightedTexts], criterion: Criterion) -> Sequence[WeightedTexts]:
     if not criterion.needs:  # of text: the weights say the same to all of it
-        return [Part((), 1.0)]
+        return [WeightedTexts((), 1.0)]
     # A probe axis belongs to a domain; the scenario's own prompts have none.
     asked = [part for part in parts if part.domain or Need.AXIS not in criterion.needs]
     if not asked:
@@ -65,7 +65,7 @@ def _asked(parts: Sequence[Part], criterion: Criterion) -> Sequence[Part]:
 def _part_score(
     session: Session,
     artifacts: Artifacts,
-    part: Part,
+    part: WeightedTexts,
     criterion: Criterion,
     kind: Kind,
     seed: int,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from spp_export.calibration.mixture import Mixing, Part, calibration_parts
+from spp_export.calibration.mixture import Mixing, WeightedTexts, calibration_parts
 from spp_export.common.errors import UsageError
 from spp_export.common.versions import library_versions
 from spp_export.data.artifacts import DOMAIN_SHRINKAGE, SCENARIO_WEIGHT, Artifacts
@@ -135,7 +135,7 @@ def requested_mixing(artifacts: Artifacts | None, request: PlanRequest) -> Mixin
 def scoring_for(
     session: Session,
     artifacts: Artifacts,
-    parts: Sequence[Part],
+    parts: Sequence[WeightedTexts],
     request: PlanRequest,
     breadth: float | None = None,
     latency: LatencyTable | None = None,

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from spp_export.calibration.mixture import Part, gather_parts
+from spp_export.calibration.mixture import WeightedTexts, gather_parts
 from spp_export.calibration.moments import Moments
 from spp_export.common.errors import UsageError
 from spp_export.common.progress import progress
@@ -65,7 +65,7 @@ class Scoring:
 
     session: Session
     artifacts: Artifacts
-    parts: tuple[Part, ...]
+    parts: tuple[WeightedTexts, ...]
     criterion: str
     units: Units
     forced: BoolArray

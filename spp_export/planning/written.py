@@ -8,8 +8,7 @@ from collections.abc import Collection, Iterable
 from spp_export.models.checkpoint.source import Source
 from spp_export.models.families import Role
 from spp_export.models.shape import ModelShape
-from spp_export.planning import Compensation as Kind
-from spp_export.planning import LayerPlan, Layout, Plan
+from spp_export.planning import Compensation, LayerPlan, Layout, Plan
 
 CONSUMERS = (Role.OUTPUT, Role.DOWN)
 
@@ -35,7 +34,7 @@ def biased_roles(compiled: Plan, shape: ModelShape) -> frozenset[Role]:
 
 
 def compensated_shape(
-    source: Source, layout: Layout, compensation: Kind, losing: Collection[Role]
+    source: Source, layout: Layout, compensation: Compensation, losing: Collection[Role]
 ) -> ModelShape:
     """The source's shape with the biases that a compensation adds where the consumers `losing`
     (OUTPUT, DOWN) lose inputs.

@@ -57,7 +57,7 @@ def real_columns(compiled: Plan, layer: int, role: Role, shape: ModelShape) -> I
     return real_elements(compiled.layers[layer].padded_heads(shape.group_size), shape.head_dim)
 
 
-class Compensation:
+class Compensator:
     """What the slicer needs: a re-fit per consumer that loses inputs, and biases to add."""
 
     def __init__(self, source: Source, compiled: Plan, moments: Moments | None) -> None:
@@ -169,19 +169,19 @@ def plan_compensation(
     compiled: Plan,
     scenario: Scenario | None,
     request: PlanRequest,
-) -> Compensation:
+) -> Compensator:
     """The re-fit or the biases of a plan, on the text that its provenance names.
 
     Statistics of text that were not gathered before take a pass of the dense model. Raises
     UsageError where there is no text at all, PlanError for a malformed mixture.
     """
     if compiled.compensation == "none":
-        return Compensation(session.source, compiled, None)
+        return Compensator(session.source, compiled, None)
     prompts = scenario.split()[0] if scenario else ()
     mixing = _mixing(compiled) or requested_mixing(artifacts, request)
     parts = calibration_parts(artifacts, compiled.diagnosis.get("mixture"), prompts, mixing)
     moments = gather_parts(session, parts, moment_kinds(compiled, session.source.shape))
-    return Compensation(session.source, compiled, moments)
+    return Compensator(session.source, compiled, moments)
 
 
 def _mixing(compiled: Plan) -> Mixing | None:

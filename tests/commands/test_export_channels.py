@@ -45,7 +45,7 @@ from spp_export.models.session import open_session
 from spp_export.models.shape import ModelShape
 from spp_export.planning import LayerPlan, Plan
 from spp_export.slicing import compensation
-from spp_export.slicing.compensation import Compensation
+from spp_export.slicing.compensation import Compensator
 
 O_PROJ, DOWN_PROJ = CONSUMERS
 CALIBRATION = [0, 1, 2, 4, 5, 6]  # of eight prompts every fourth is held out
@@ -333,7 +333,7 @@ def test_projections_measure_a_plan_without_writing_it(bench, case, compensate):
     moments = gather(
         source, bench.prompts, ["attention", "mlp"], lambda: (session.model, session.tokenizer)
     )
-    projections = Compensation(source, plan, moments).projections()
+    projections = Compensator(source, plan, moments).projections()
     assert {(layer, str(role)) for layer, role in projections} == {
         (0, "output"),
         (0, "down"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from spp_export.calibration.mixture import (
     Mixing,
-    Part,
+    WeightedTexts,
     calibration_parts,
     gather_parts,
 )
@@ -25,7 +25,7 @@ from spp_export.planning.planner import requested_mixing, scoring_for
 from spp_export.planning.request import PlanRequest
 from spp_export.planning.scoring import SEQUENTIAL, UnitOptions
 from spp_export.planning.written import moment_kinds
-from spp_export.slicing.compensation import Compensation
+from spp_export.slicing.compensation import Compensator
 
 # Enough for every way of choosing in a grid, which goes budget by budget and asks for each again.
 _REMEMBERED = 64
@@ -44,7 +44,7 @@ class Planner:
     scenario: Scenario
     wrong: Scenario | None = None
     others: Mapping[str, Artifacts] = field(default_factory=dict)
-    _parts: dict[tuple[str, Text], tuple[Part, ...]] = field(default_factory=dict)
+    _parts: dict[tuple[str, Text], tuple[WeightedTexts, ...]] = field(default_factory=dict)
     _options: dict[Row, UnitOptions] = field(default_factory=dict)
 
     def plan(self, row: Row) -> PlannedRow:
@@ -84,7 +84,7 @@ class Planner:
             "head_keep": unit_parameters(source.shape, shapes, "heads")
             / unit_parameters(source.shape, source.shape.layers, "heads"),
         }
-        return PlannedRow(layers, realised, Compensation(source, compiled, moments).projections())
+        return PlannedRow(layers, realised, Compensator(source, compiled, moments).projections())
 
     def _scored(self, row: Row) -> UnitOptions:
         """Options are the same for all budgets, but for criteria that prune on their way."""
@@ -112,19 +112,19 @@ class Planner:
             self._options[same] = scoring.options()
         return self._options[same]
 
-    def _speaking(self, row: Row) -> tuple[Part, ...]:
+    def _speaking(self, row: Row) -> tuple[WeightedTexts, ...]:
         key = (row.artifacts, row.text)
         if key not in self._parts:
             self._parts[key] = self._mixed(self._of(row), row.text)
         return self._parts[key]
 
-    def _mixed(self, artifacts: Artifacts, text: Text) -> tuple[Part, ...]:
+    def _mixed(self, artifacts: Artifacts, text: Text) -> tuple[WeightedTexts, ...]:
         mixing = requested_mixing(artifacts, PlanRequest())
         if text == "mean":
             return calibration_parts(artifacts, None, (), mixing)
         prompts, _ = self._scenario(text).split()
         if text == "own":
-            return (Part(tuple(prompts), 1.0),)
+            return (WeightedTexts(tuple(prompts), 1.0),)
         mixture = diagnose_prompts(self.session, artifacts, prompts).shares
         if text == "single":
             likeliest = max(mixture, key=lambda domain: mixture[domain])

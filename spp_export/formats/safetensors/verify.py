@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from spp_export.calibration.activations import TokenBatch
     from spp_export.evaluation.parity import Check, ReferenceLogits, VerifyReport
-    from spp_export.slicing.compensation import Compensation
+    from spp_export.slicing.compensation import Compensator
     from spp_export.slicing.projections import Projection, Projections
 
 
@@ -50,7 +50,7 @@ def check_directory(
     compiled: Plan,
     prompts: Sequence[str],
     seed: int = 0,
-    compensation: Compensation | None = None,
+    compensation: Compensator | None = None,
     *,
     batches: Sequence[TokenBatch] | None = None,
 ) -> Checked:
@@ -96,7 +96,7 @@ def check_directory(
     return Checked(VerifyReport(tuple(checks), context), slim, reference)
 
 
-def _check_refit(directory: Path, source: Source, compensation: Compensation) -> Check:
+def _check_refit(directory: Path, source: Source, compensation: Compensator) -> Check:
     """Re-fitted projections lose no more of their layer's output than plain slices would."""
     import torch
 

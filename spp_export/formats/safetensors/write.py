@@ -15,7 +15,7 @@ from spp_export.models.checkpoint.source import TOKENIZER_FILES
 from spp_export.models.session import Session
 from spp_export.planning import Plan
 from spp_export.slicing.compensation import (
-    Compensation,
+    Compensator,
     written_config,
 )
 from spp_export.slicing.config import MODELING_FILES
@@ -31,7 +31,7 @@ COMPANIONS = (
 
 
 def write_slim(
-    session: Session, compiled: Plan, compensation: Compensation, work: Path
+    session: Session, compiled: Plan, compensation: Compensator, work: Path
 ) -> WrittenWeights:
     source = session.source
     with progress("slicing", 1.0) as bar:
