@@ -31,9 +31,8 @@ def test_wheel_ships_only_our_packages(tmp_path: Path) -> None:
     (info,) = {top for top in tops if top.endswith(".dist-info")}
     assert tops - {info} == {"spp_export", "spp_cli", "spp_kernels", "spp_bench"}
     assert "spp_export/models/modeling/modeling_spp.py" in names
-    assert {"spp_export/report_page/style.css", "spp_export/commands/report/page/script.js"} <= set(
-        names
-    )
+    pages = {f"spp_export/commands/report/page/{name}" for name in ("style.css", "script.js")}
+    assert pages <= set(names)
     assert "spp_export/data/assets/smollm2-135m-instruct/artifacts.json" in names
     assert not [name for name in names if name.endswith((".pyc", ".pt", ".bin", ".gguf"))]
     entry_points = zipfile.ZipFile(wheel).read(f"{info}/entry_points.txt").decode()

@@ -291,16 +291,16 @@ def test_a_failed_check_publishes_nothing(merging: Merging, tmp_path: Path, monk
 def test_llama_cpp_disagrees(merging: Merging, tmp_path: Path, monkeypatch) -> None:
     """Weights that are right in a file that says something else of them."""
     pytest.importorskip("xllamacpp")
-    from spp_export.formats.gguf import metadata
+    from spp_export.formats.gguf import contents
 
-    right = metadata.rotary_metadata
+    right = contents.rotary_metadata
 
     def wrong(decoder, architecture):
-        found = right(decoder, architecture)
+        metadata = right(decoder, architecture)
         key = f"{architecture.name}.rope.freq_base"
-        return found | {key: type(found[key])("f32", 123.0)}
+        return metadata | {key: type(metadata[key])("f32", 123.0)}
 
-    monkeypatch.setattr(metadata, "rotary_metadata", wrong)
+    monkeypatch.setattr(contents, "rotary_metadata", wrong)
     with refused(ParityError, "llama.cpp against the oracle: found"):
         merging.gguf(tmp_path / "out")
 

@@ -10,7 +10,7 @@ from exporting import refused
 
 import spp_export
 from spp_export import ExportRequest
-from spp_export.commands import needs as needs_module
+from spp_export.calibration import cache as calibration_cache
 from spp_export.commands import needs as preflight
 from spp_export.commands.needs import export_needs, graph_bytes
 from spp_export.common.errors import OutputError, ResourceError
@@ -87,7 +87,7 @@ def test_probe(workshop, tmp_path, no_model, full_disk, little_memory):
 
 def test_the_cache_is_asked_before_any_pass(workshop, tmp_path, monkeypatch):
     monkeypatch.setenv("SPP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(needs_module, "free_space", lambda path: 10)
+    monkeypatch.setattr(calibration_cache, "free_space", lambda path: 10)
     with refused(OutputError, r"cache: statistics of the dense model need .* Make room, set SPP_"):
         export(workshop, tmp_path, compensate="lstsq")
 
