@@ -208,7 +208,7 @@ class _Run:
             rates = measure_rates(self.request.device, options["dtype"])
         return {
             **self.header,
-            "rates": rates.as_json(),
+            "rates": rates.to_dict(),
             "gate": gate,
             **{key: [] for key in ("agreement", "memory", "cells", "claims", "problems")},
         }

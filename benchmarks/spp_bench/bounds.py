@@ -34,7 +34,7 @@ class Rates:
         """The least time for some work: its larger term."""
         return max(self.terms(work).values())
 
-    def as_json(self) -> dict[str, int]:
+    def to_dict(self) -> dict[str, int]:
         """For the results file."""
         return {name: round(value) for name, value in asdict(self).items()}
 

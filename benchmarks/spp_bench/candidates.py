@@ -84,7 +84,7 @@ class Candidate:
         """Whether it is a dense model."""
         return self.baseline is None
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """For the results file; no paths, which would name the user's directories."""
         return {
             "name": self.name,

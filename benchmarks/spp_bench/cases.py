@@ -26,7 +26,7 @@ class Cell:
         """For tables and progress."""
         return f"batch {self.batch}, context {self.context}"
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """For the results file."""
         return {"batch": self.batch, "context": self.context}
 

@@ -338,7 +338,7 @@ def _add_memory(
         candidate, weights = by_name[runner.name], runner.weight_bytes
         kv = runner.kv_bytes()
         earlier = records.get(runner.name, {"cells": []})["cells"]
-        new = {**cell.as_json(), "kv_bytes": kv, "peak_bytes": weights + kv + peaks[runner.name]}
+        new = {**cell.to_dict(), "kv_bytes": kv, "peak_bytes": weights + kv + peaks[runner.name]}
         plain = [{key: one[key] for key in new} for one in earlier]
         held = {
             "weight_bytes": weights,

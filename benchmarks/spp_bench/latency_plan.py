@@ -56,7 +56,7 @@ class Chosen:
     realised: Realised
     nanoseconds: int
 
-    def as_json(self, shape: ModelShape) -> dict[str, Any]:
+    def to_dict(self, shape: ModelShape) -> dict[str, Any]:
         """For the results file."""
         sizes = [layer.shape(shape) for layer in self.layers]
         return {
@@ -209,13 +209,13 @@ def run(options: argparse.Namespace, progress: Any) -> dict[str, Any]:
         "git": provenance.revision(),
         "model": session.source.name,
         "options": {
-            **{"device": options.device, "dtype": session.dtype, **cell.as_json()},
+            **{"device": options.device, "dtype": session.dtype, **cell.to_dict()},
             **{"keep": options.keep, "units": options.units, "scenario": options.scenario.name},
             **{"new_tokens": options.new_tokens, "rounds": options.rounds},
         },
-        "profile": table.as_json(),
+        "profile": table.to_dict(),
         "dense": {"predicted_ms": table.step_cost(shape.layers) / 1e6},
-        "plans": {name: each.as_json(shape) for name, each in chosen.items()},
+        "plans": {name: each.to_dict(shape) for name, each in chosen.items()},
         "decode": {
             name: quantiles([1e3 * second for second in seconds], "ms")
             for name, seconds in times.items()

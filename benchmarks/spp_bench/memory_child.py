@@ -48,7 +48,7 @@ def measure(job: Job) -> dict[str, Any]:
         runner.decode(fed.continuation)
         most = peak(job.device)
         # After the peak: some engines tell the sizes of their cache by copying it.
-        cells.append({**cell.as_json(), "kv_bytes": runner.kv_bytes(), "peak_bytes": most})
+        cells.append({**cell.to_dict(), "kv_bytes": runner.kv_bytes(), "peak_bytes": most})
         runner.forget()
     return {
         "weight_bytes": runner.weight_bytes,

@@ -40,7 +40,7 @@ def header(
         "git": provenance.revision(),
         "model": dict(model),
         "options": dict(options),
-        "candidates": [candidate.as_json() for candidate in candidates],
+        "candidates": [candidate.to_dict() for candidate in candidates],
     }
 
 
@@ -54,7 +54,7 @@ def cell_record(
     """All rows of a cell that have samples: times, rates, and speed-ups beside their bounds."""
     figures = _Figures(cell, {c.name: c for c in candidates}, samples, rates, new_tokens)
     timed = (candidate for candidate in candidates if candidate.name in samples)
-    return {**cell.as_json(), "rows": [figures.row(candidate) for candidate in timed]}
+    return {**cell.to_dict(), "rows": [figures.row(candidate) for candidate in timed]}
 
 
 @dataclass(frozen=True)

@@ -112,14 +112,14 @@ class EvalResult:
                 {
                     "rank": ranked.rank,
                     "label": ranked.row.label,
-                    **ranked.row.as_json(),
+                    **ranked.row.to_dict(),
                     "kept": ranked.kept,
                     "perplexity": dict(ranked.perplexity),
-                    "ratio": {name: found.as_json() for name, found in ranked.ratio.items()},
-                    "kl": ranked.kl.as_json(),
-                    "top1": ranked.top1.as_json(),
+                    "ratio": {name: found.to_list() for name, found in ranked.ratio.items()},
+                    "kl": ranked.kl.to_list(),
+                    "top1": ranked.top1.to_list(),
                     "answers": {
-                        name: {figure: found.as_json() for figure, found in figures.items()}
+                        name: {figure: found.to_list() for figure, found in figures.items()}
                         for name, figures in ranked.answers.items()
                     },
                 }
@@ -134,13 +134,13 @@ class EvalResult:
                     "first": each.ours.label,
                     "second": each.theirs.label,
                     "text": each.text,
-                    "ratio": each.ratio.as_json(),
+                    "ratio": each.ratio.to_list(),
                     "verdict": each.verdict,
                 }
                 for each in comparisons(self.results)
             ],
             "failed": [
-                {**record.row.as_json(), "error": record.error} for record in self.results.failed
+                {**record.row.to_dict(), "error": record.error} for record in self.results.failed
             ],
         }
 

@@ -274,7 +274,7 @@ def _padded(decided: PlanResult, session: Session) -> PlanResult:
     source, compiled = session.source, replace(decided.plan, padded=True)
     layers = compiled.written_shapes(source.shape)
     sizes = predicted(source.shape, layers, written_shape(source, compiled))
-    return replace(decided, plan=replace(compiled, predicted=sizes.as_json()), predicted=sizes)
+    return replace(decided, plan=replace(compiled, predicted=sizes.to_dict()), predicted=sizes)
 
 
 def _preflight(

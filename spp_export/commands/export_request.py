@@ -86,7 +86,7 @@ class ExportResult:
             "dense_heads": {"query": self.shape.query_heads, "kv": self.shape.kv_heads},
             "dense_channels": self.shape.channels,
             "budget": dict(self.plan.budget),
-            "predicted": self.predicted.as_json(),
+            "predicted": self.predicted.to_dict(),
             "verify": self.report,
             "engines": [engine.to_dict() for engine in self.engines],
             "tensors": [dict(tensor) for tensor in self.tensors] if self.path is None else None,

@@ -92,19 +92,21 @@ def text_lines(text: str) -> Iterator[str]:
 
 
 def parse_json(
-    text: str,
+    text: str | bytes,
     *,
     what: str,
     max_depth: int = MAX_JSON_DEPTH,
     max_items: int = MAX_JSON_ITEMS,
     error: type[SppError] = SppError,
 ) -> Any:
-    """The value of a JSON text, read strictly.
+    """The value of a JSON text or of its bytes in UTF-8, read strictly.
 
     Raises `error`, in one line that starts with `what`, for bad syntax, more than 16 MiB, nesting
     deeper than `max_depth`, more than `max_items` objects, lists and strings, duplicate keys,
     numbers that are not finite, and strings that are not Unicode.
     """
+    if isinstance(text, bytes):
+        text = decode_utf8(text, what=what, error=error)
     if len(text) > MAX_JSON_BYTES:
         raise _too_large(what, MAX_JSON_BYTES, error)
     try:
@@ -140,9 +142,7 @@ def read_json(
 ) -> Any:
     """The value in a JSON file; `error` as of `read_bytes`, `decode_utf8` and `parse_json`."""
     data = read_bytes(path, what=what, max_bytes=max_bytes, error=error, pipe=pipe)
-    label = f"{what} {os.fspath(path)}"
-    text = decode_utf8(data, what=label, error=error)
-    return parse_json(text, what=label, max_depth=max_depth, error=error)
+    return parse_json(data, what=f"{what} {os.fspath(path)}", max_depth=max_depth, error=error)
 
 
 def dump_json(value: Any) -> str:

@@ -81,7 +81,7 @@ class Space:
                     result[k] = min(result[k], self._distance(k, j))
         return result
 
-    def as_json(self, names: Sequence[str]) -> dict[str, Any]:
+    def to_dict(self, names: Sequence[str]) -> dict[str, Any]:
         """Figures for the manifest. Cosines are of all candidates, in the order of `names`.
 
         Random directions of r dimensions have a mean |cosine| near sqrt(2 / (pi r)); centres that

@@ -130,7 +130,7 @@ def probe_model(
         "validation_accuracy": [round(float(a), 6) for a in accuracy],
         "axes": axes_record,
         **calibration.manifest,
-        "whitelist": whitelist.as_json(),
+        "whitelist": whitelist.to_dict(),
         **_shrinkage(dense, pools, collections, energy_KLH),
         "versions": library_versions(),
     }
@@ -163,7 +163,7 @@ def _axes(
     space, tried = choose_space(
         train.pooled, train.labels, held_out.pooled, held_out.labels, len(names)
     )
-    record = space.as_json(names)
+    record = space.to_dict(names)
     record["layers_tried"] = [
         {"layer": layer, "accuracy": round(share, 6)} for layer, share in tried.items()
     ]
@@ -175,7 +175,7 @@ def _axes(
         taken = tuple(sorted(step.candidate for step in steps))
         record["selected"] = [names[k] for k in taken]
         record["coverage_weight"] = COVERAGE_WEIGHT
-        record["steps"] = [step.as_json(names[step.candidate]) for step in steps]
+        record["steps"] = [step.to_dict(names[step.candidate]) for step in steps]
     return space.residual_axes(), taken, record
 
 

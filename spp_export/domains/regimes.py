@@ -100,7 +100,7 @@ def calibrate(text: Mapping[str, RegimeText], seed: int = 0) -> Calibration:
         for name, one in text.items()
     }
     how = f"one-vs-rest, {BINS} bins of equal width, cross-fitted halves, mean over layers"
-    manifest = {"reliability": {"measure": how, **found}, "regime_choice": rule.as_json()}
+    manifest = {"reliability": {"measure": how, **found}, "regime_choice": rule.to_dict()}
     return Calibration(tuple(present), temperature, manifest)
 
 
@@ -221,7 +221,7 @@ class RegimeRule:
     share: float
     counts: Mapping[str, Mapping[str, int]]
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """For the manifest."""
         return {
             "known": self.known,

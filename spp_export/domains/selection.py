@@ -29,7 +29,7 @@ class Step:
     separation: float
     gain: float
 
-    def as_json(self, name: str) -> dict[str, Any]:
+    def to_dict(self, name: str) -> dict[str, Any]:
         """For the manifest."""
         return {
             "domain": name,

@@ -45,7 +45,7 @@ class Whitelist:
     domains: int
     permutations: int
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """For the manifest."""
         held = len(self.heads)
         report: dict[str, Any] = {

@@ -39,7 +39,7 @@ class Predicted:
     decode: tuple[DecodeBound, ...]
     latency: PredictedLatency | None = None
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The record for plan.json."""
         return {
             "parameters": {"dense": self.dense_parameters, "slim": self.parameters},
@@ -49,7 +49,7 @@ class Predicted:
                 {"batch": case.batch, "context": case.context, "speedup": round(case.speedup, 4)}
                 for case in self.decode
             ],
-            **({"latency": self.latency.as_json()} if self.latency else {}),
+            **({"latency": self.latency.to_dict()} if self.latency else {}),
         }
 
 

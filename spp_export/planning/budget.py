@@ -123,7 +123,7 @@ class Budget:
         _check_share("breadth", breadth, zero=True)
         return self.rho + (1 - self.rho) * (1 - self.strength * (1 - breadth))
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """What was asked, for plan.json."""
         asked = {name: getattr(self, name) for name in _KINDS if getattr(self, name) is not None}
         asked |= {"rho": self.rho} if self.strength is not None else {}

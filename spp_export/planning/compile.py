@@ -65,7 +65,7 @@ class Realised:
     head_keep: float | None = None
     channel_keep: float | None = None
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The record for plan.json, without what does not apply."""
         record = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         return {name: value for name, value in record.items() if value is not None}

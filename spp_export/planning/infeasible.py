@@ -70,7 +70,7 @@ def uniform_infeasible(
 
 
 def _asked(budget: Budget, limit: Limit) -> str:
-    (name, value), *_ = budget.as_json().items()
+    (name, value), *_ = budget.to_dict().items()
     text = f"budget {name} {value}"
     return text + f" (keep {limit.keep:.4f})" if name == "strength" else text
 
@@ -108,5 +108,5 @@ def _figure(shape: ModelShape, budget: Budget, limit: Limit, cost: int) -> str:
 def _advice(shape: ModelShape, budget: Budget, limit: Limit, cost: int) -> str:
     if budget.strength is not None:
         return "Lower the strength."
-    (name, _), *_ = budget.as_json().items()
+    (name, _), *_ = budget.to_dict().items()
     return f"Ask for {name} {_nearest(shape, budget, limit, cost)} or more."

@@ -114,7 +114,7 @@ class LatencyTable:
         """A step of the dense model and of one with these layers."""
         return PredictedLatency(self, self.step_cost(shape.layers), self.step_cost(layers))
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Which table it is, for plan.json."""
         names = ("sha256", "phase", "batch", "context", "device", "dtype")
         return {name: getattr(self, name) for name in names}
@@ -133,7 +133,7 @@ class PredictedLatency:
         """How much faster the slim model is, if the table is right."""
         return self.dense / self.slim
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The record for plan.json."""
         milliseconds = {"dense_ms": self.dense / 1e6, "slim_ms": self.slim / 1e6}
         return {

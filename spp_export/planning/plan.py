@@ -61,7 +61,7 @@ class LayerPlan:
             heads.setdefault(head // group_size, []).append(head)
         return list(heads.values())
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The layer's object in plan.json."""
         return {
             "kv_heads": list(self.kv_heads),
@@ -132,7 +132,7 @@ class Plan:
             "compensation": self.compensation,
         }
         tail = {name: value for name in PROVENANCE if (value := getattr(self, name))}
-        rows = ",\n    ".join(json.dumps(layer.as_json()) for layer in self.layers)
+        rows = ",\n    ".join(json.dumps(layer.to_dict()) for layer in self.layers)
         entries = [_entry(name, value) for name, value in head.items()]
         entries.append(f'"layers": [\n    {rows}\n  ]')
         entries += [_entry(name, value) for name, value in tail.items()]

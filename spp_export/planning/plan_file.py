@@ -6,46 +6,88 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
 
 from spp_export.common.disk import file_exists, publish_file
+from spp_export.common.documents import Document, Rows, printable, validated
 from spp_export.common.errors import PlanError
-from spp_export.common.json_files import (
-    MAX_JSON_BYTES,
-    check_keys,
-    decode_utf8,
-    json_object,
-    parse_json,
-    read_bytes,
-    shown,
-)
-from spp_export.models.shape import LAYOUTS, ModelShape
-from spp_export.planning.plan import COMPENSATIONS, PROVENANCE, SCHEMA_VERSION, LayerPlan, Plan
+from spp_export.common.json_files import MAX_JSON_BYTES, parse_json, read_bytes, shown
+from spp_export.models.shape import Layout, ModelShape
+from spp_export.planning.plan import PROVENANCE, SCHEMA_VERSION, Compensation, LayerPlan, Plan
 
-_REQUIRED = ("schema_version", "model", "layout", "compensation", "layers")
-_LAYER_KEYS = ("kv_heads", "query_heads", "channels")
-_MOST_TEXT = 200
-Word = TypeVar("Word", bound=str)
+
+def _ascending(indices: tuple[int, ...]) -> tuple[int, ...]:
+    if problem := _index_problem(indices):
+        raise ValueError(problem)
+    return indices
+
+
+_Line = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(printable)]
+_Provenance = Annotated[dict[str, Any], Field(default_factory=dict)]
+_Indices = Annotated[Rows[int], AfterValidator(_ascending)]
+
+
+class _ModelDocument(Document):
+    fingerprint: _Line
+    source: _Line
+
+
+class _LayerDocument(Document):
+    kv_heads: _Indices
+    query_heads: _Indices
+    channels: _Indices | None = None
+
+
+class PlanDocument(Document):
+    """plan.json, see `Plan`."""
+
+    version = SCHEMA_VERSION, "Re-run 'spp plan' with this version of spp."
+
+    schema_version: int
+    model: _ModelDocument
+    layout: Layout
+    padded: bool = False
+    compensation: Compensation
+    layers: Annotated[Rows[_LayerDocument], Field(min_length=1)]
+    scenario: _Provenance
+    artifacts: _Provenance
+    diagnosis: _Provenance
+    calibration: _Provenance
+    criterion: _Provenance
+    policy: _Provenance
+    budget: _Provenance
+    predicted: _Provenance
+    versions: _Provenance
 
 
 def read_plan(path: str | os.PathLike[str]) -> Plan:
     """The plan in a file of at most 16 MiB; PlanError names what is wrong with it."""
     data = read_bytes(path, what="plan", max_bytes=MAX_JSON_BYTES, error=PlanError)
-    label = f"plan {os.fspath(path)}"
-    return parse_plan(decode_utf8(data, what=label, error=PlanError), what=label)
+    return parse_plan(data, what=f"plan {os.fspath(path)}")
 
 
-def parse_plan(text: str, *, what: str = "plan") -> Plan:
+def parse_plan(text: str | bytes, *, what: str = "plan") -> Plan:
     """The plan in a JSON text. `validate_plan` then compares it with a model.
 
     Raises PlanError, in one line that starts with `what` and names the layer and value: bad JSON,
     another schema version, unknown or missing keys, indices that are not ascending integers.
     """
     value = parse_json(text, what=what, error=PlanError)
-    try:
-        return _plan(value)
-    except _MalformedError as problem:
-        raise PlanError(f"{what}: {problem}") from None
+    document = validated(PlanDocument, value, what=what, error=PlanError)
+    return Plan(
+        document.model.fingerprint,
+        document.model.source,
+        document.layout,
+        document.compensation,
+        tuple(
+            LayerPlan(layer.kv_heads, layer.query_heads, layer.channels)
+            for layer in document.layers
+        ),
+        **{name: getattr(document, name) for name in PROVENANCE},
+        padded=document.padded,
+    )
 
 
 def write_plan(plan: Plan, path: str | os.PathLike[str], *, force: bool = False) -> None:
@@ -59,98 +101,20 @@ def check_plan_target(path: str | os.PathLike[str], force: bool) -> None:
         raise file_exists(Path(path))
 
 
-def check_indices(name: str, values: Sequence[Any]) -> None:
-    """PlanError unless `values` are ascending non-negative integers, at least one."""
-    if not values:
-        raise _MalformedError(f"{name} is empty; a layer keeps at least one.")
+def _index_problem(indices: Sequence[Any]) -> str | None:
+    """What is wrong with indices that should be ascending, at least one; None if nothing."""
+    if not indices:
+        return "is empty; a layer keeps at least one"
     previous = -1
-    for value in values:
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise _MalformedError(f"{name} holds {shown(value)}, expected an integer.")
-        if value < 0:
-            raise _MalformedError(f"{name} holds {shown(value)}, expected an index from 0 on.")
-        if value == previous:
-            raise _MalformedError(f"{name} holds {shown(value)} twice.")
-        if value < previous:
-            order = f"{shown(value)} after {shown(previous)}"
-            raise _MalformedError(f"{name} holds {order}; indices must be ascending.")
-        previous = value
-
-
-class _MalformedError(PlanError):
-    """A defect that the caller puts a place in front of."""
-
-
-def _plan(value: Any) -> Plan:
-    document = json_object(value, "the document", _MalformedError)
-    version = document.get("schema_version")
-    if isinstance(version, bool) or version != SCHEMA_VERSION or not isinstance(version, int):
-        raise _MalformedError(
-            f"schema_version is {shown(version)}, expected {SCHEMA_VERSION}. "
-            "Re-run 'spp plan' with this version of spp."
-        )
-    check_keys(document, _REQUIRED, (*PROVENANCE, "padded"), "the document", _MalformedError)
-    model = json_object(document["model"], "model", _MalformedError)
-    check_keys(model, ("fingerprint", "source"), (), "model", _MalformedError)
-    layers = document["layers"]
-    if not isinstance(layers, list) or not layers:
-        raise _MalformedError(
-            f"layers is {shown(layers)}, expected a list with one object per layer."
-        )
-    return Plan(
-        _text(model["fingerprint"], "model.fingerprint"),
-        _text(model["source"], "model.source"),
-        _one_of(document["layout"], LAYOUTS, "layout"),
-        _one_of(document["compensation"], COMPENSATIONS, "compensation"),
-        tuple(_layer(index, layer) for index, layer in enumerate(layers)),
-        **{
-            name: json_object(document[name], name, _MalformedError)
-            for name in PROVENANCE
-            if name in document
-        },
-        padded=_flag(document.get("padded", False), "padded"),
-    )
-
-
-def _layer(index: int, value: Any) -> LayerPlan:
-    place = f"layer {index}"
-    layer = json_object(value, place, _MalformedError)
-    check_keys(layer, _LAYER_KEYS[:2], _LAYER_KEYS[2:], place, _MalformedError)
-    channels = layer.get("channels")
-    return LayerPlan(
-        _indices(layer["kv_heads"], f"{place}: kv_heads"),
-        _indices(layer["query_heads"], f"{place}: query_heads"),
-        None if channels is None else _indices(channels, f"{place}: channels"),
-    )
-
-
-def _indices(value: Any, name: str) -> tuple[int, ...]:
-    if not isinstance(value, list):
-        raise _MalformedError(f"{name} is {shown(value)}, expected a list of indices.")
-    check_indices(name, value)
-    return tuple(value)
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str) or not value.isprintable() or not 0 < len(value) <= _MOST_TEXT:
-        raise _MalformedError(
-            f"{name} is {shown(value)}, expected a text of one line, at most {_MOST_TEXT} "
-            "characters."
-        )
-    return value
-
-
-def _flag(value: Any, name: str) -> bool:
-    if not isinstance(value, bool):
-        raise _MalformedError(f"{name} is {shown(value)}, expected true or false.")
-    return value
-
-
-def _one_of(value: Any, known: Sequence[Word], name: str) -> Word:
-    for word in known:
-        if value == word:
-            return word
-    raise _MalformedError(f"{name} is {shown(value)}, expected {' or '.join(known)}.")
+    for index in indices:
+        if type(index) is not int or index < 0:
+            return f"holds {shown(index)}, expected an integer from 0 on"
+        if index == previous:
+            return f"holds {shown(index)} twice"
+        if index < previous:
+            return f"holds {shown(index)} after {shown(previous)}; indices must be ascending"
+        previous = index
+    return None
 
 
 _AGAIN = "Re-run 'spp plan' for this checkpoint."
@@ -212,7 +176,8 @@ def validate_layer(
 
 
 def _check_range(place: str, unit: str, indices: tuple[int, ...], count: int) -> None:
-    check_indices(f"{place}: the list of kept {unit}s", indices)
+    if problem := _index_problem(indices):
+        raise PlanError(f"{place}: the list of kept {unit}s {problem}.")
     if indices[-1] >= count:
         outside = next(index for index in indices if index >= count)
         raise PlanError(

@@ -77,11 +77,11 @@ def plan_scenario(
             "policy": {"name": "exact", "whitelist": len(artifacts.whitelist)},
             "budget": {
                 "asked": {
-                    **request.budget.as_json(),
+                    **request.budget.to_dict(),
                     **({"tensor_parallel": request.tp} if request.tp > 1 else {}),
                 },
-                "realised": realised.as_json(),
-                **({"profile": latency.as_json()} if latency else {}),
+                "realised": realised.to_dict(),
+                **({"profile": latency.to_dict()} if latency else {}),
             },
         }
     sizes = predicted(shape, [layer.shape(shape) for layer in layers], written, latency)
@@ -98,7 +98,7 @@ def plan_scenario(
             "shrinkage": mixing.shrinkage,
             "scenario_weight": mixing.scenario_weight,
         },
-        predicted=sizes.as_json(),
+        predicted=sizes.to_dict(),
         versions=library_versions(),
         **provenance,
     )

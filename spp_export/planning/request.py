@@ -82,7 +82,7 @@ class PlanRequest:
         ):
             if value not in known:
                 raise UsageError(f"{option} {value}: expected one of {', '.join(known)}.")
-        self.budget.as_json()
+        self.budget.to_dict()
         self._check_cost()
         if self.tp < 1:
             raise UsageError(f"--tp {self.tp}: expected 1 or more.")

@@ -72,7 +72,7 @@ def compiled_plan(shape, found, keep=0.8):
         "lstsq",
         layers,
         diagnosis=found.to_dict() if found else {},
-        budget={"asked": {"keep": keep}, "realised": realised.as_json()},
+        budget={"asked": {"keep": keep}, "realised": realised.to_dict()},
     )
 
 

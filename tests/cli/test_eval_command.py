@@ -33,7 +33,7 @@ def record(row: Row, loss: float) -> Record:
     tokens = np.full(30, 20.0)
     dense = np.linspace(50, 70, 30)
     scores = DocumentScores(tokens, dense, dense + loss * tokens, loss * tokens, 0.9 * tokens)
-    lists = {"tokens": tokens.tolist(), **scores.as_json(), "summary": summary(scores)}
+    lists = {"tokens": tokens.tolist(), **scores.to_dict(), "summary": summary(scores)}
     return Record(row.label, row, {"realised": {"keep": row.keep}, "texts": {TEXT: lists}})
 
 

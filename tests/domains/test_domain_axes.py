@@ -92,14 +92,14 @@ def test_the_layer_is_the_one_where_held_out_text_is_told_apart():
 def test_a_single_candidate_has_the_axis_zero_and_figures_that_are_json():
     space = domain_space(np.ones((4, 3)), np.zeros(4, dtype=int), 1)
     assert (space.residual_axes() == 0).all()
-    record = json.loads(json.dumps(space.as_json(["only"]), allow_nan=False))
+    record = json.loads(json.dumps(space.to_dict(["only"]), allow_nan=False))
     assert record["separation"] == {"only": None}
     assert record["max_abs_cosine"] is None
 
 
 def test_two_candidates_lie_opposite_each_other():
     space = domain_space(*texts(candidates=2), 2)
-    record = space.as_json(["a", "b"])
+    record = space.to_dict(["a", "b"])
     assert record["cosines"] == [[1.0, -1.0], [-1.0, 1.0]]
     assert record["mean_abs_cosine"] == record["max_abs_cosine"] == 1.0
     assert record["dimensions"] == 10

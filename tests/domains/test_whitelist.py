@@ -30,7 +30,7 @@ def backbone(domains=6, layers=4, heads=12):
 def test_it_holds_heads_that_matter_alike_in_every_domain():
     found = choose_whitelist(backbone())
     assert found.heads == ((0, 5), (3, 0), (3, 11))
-    report = found.as_json()
+    report = found.to_dict()
     assert report["units"] == report["units_by_rule"] == 3
     assert report["units_confirmed"] >= 3
     assert report["expected_by_chance"] < 0.05
@@ -46,7 +46,7 @@ def test_it_is_a_function_of_scores_and_seed():
 def test_nothing_stands_out():
     found = choose_whitelist(np.ones((6, 3, 4)))
     assert (found.heads, found.by_rule, found.confirmed) == ((), 0, 0)
-    assert found.as_json()["empirical_false_discovery_rate"] is None
+    assert found.to_dict()["empirical_false_discovery_rate"] is None
     # of four heads none can stand 1.5 deviations above the mean with another as high
     importance = np.ones((6, 1, 4))
     importance[:, 0, :2] = 5.0
@@ -59,7 +59,7 @@ def test_two_domains_are_too_few_to_confirm_what_the_rule_finds():
     assert found.heads == ()
     assert (
         "heads of 2 domains agree by chance with a probability of 0.0069"
-        in (found.as_json()["note"])
+        in (found.to_dict()["note"])
     )
 
 

@@ -40,12 +40,12 @@ def record(row, loss, seed=0, **data):
     texts = {}
     for number, text in enumerate(TEXTS):
         scores = document_scores(loss, seed + number)
-        texts[text] = {**scores.as_json(), "summary": summary(scores)}
+        texts[text] = {**scores.to_dict(), "summary": summary(scores)}
         if row.kind == "dense":
             texts[text]["tokens"] = scores.tokens.tolist()
     return {
         "key": row_key(row, "context"),
-        "row": row.as_json(),
+        "row": row.to_dict(),
         "realised": {"keep": row.keep},
         "texts": texts,
         **data,

@@ -68,7 +68,7 @@ def test_pairing_cancels_what_documents_have_in_common():
 def test_a_row_against_itself_is_one_exactly():
     ours = document_scores(0.1)
     found = paired_ratio(ours, ours)
-    assert found.as_json() == [1, 1, 1]
+    assert found.to_list() == [1, 1, 1]
     assert not found.excludes_one
 
 
@@ -89,7 +89,7 @@ def test_documents_without_a_predicted_token_change_nothing():
         *(np.append(v, 0.0) for v in (full.tokens, full.dense_nll, full.nll, full.kl, full.agreed))
     )
     for figure in (perplexity_ratio, mean_kl, agreement):
-        assert figure(added).as_json() == figure(full).as_json()
+        assert figure(added).to_list() == figure(full).to_list()
 
 
 def test_one_document_has_no_interval_and_a_broken_model_no_figure():

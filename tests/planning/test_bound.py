@@ -35,7 +35,7 @@ def test_predicted_sizes(tied):
         dense = 2 * (result.dense_parameters - embedding) + tokens * result.dense_kv_bytes
         slim = 2 * (result.parameters - embedding) + tokens * result.kv_bytes
         assert case.speedup == dense / slim
-    assert result.as_json()["decode_bound"][0]["batch"] == 1
+    assert result.to_dict()["decode_bound"][0]["batch"] == 1
 
 
 def test_bound_limits():

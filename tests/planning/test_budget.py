@@ -57,8 +57,8 @@ def test_limits_of_channels_and_of_both():
 
 
 def test_what_was_asked_names_the_units_where_they_are_not_heads():
-    assert Budget(keep=0.5).as_json() == {"keep": 0.5}
-    assert Budget(keep=0.5, units="both").as_json() == {"keep": 0.5, "units": "both"}
+    assert Budget(keep=0.5).to_dict() == {"keep": 0.5}
+    assert Budget(keep=0.5, units="both").to_dict() == {"keep": 0.5, "units": "both"}
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_what_was_asked_names_the_units_where_they_are_not_heads():
 def test_strength(strength, breadth, rho, keep):
     budget = Budget(strength=strength, rho=rho)
     assert budget.adaptive_keep(breadth) == pytest.approx(keep)
-    assert budget.as_json() == {"strength": strength, "rho": rho}
+    assert budget.to_dict() == {"strength": strength, "rho": rho}
 
 
 def test_strength_needs_a_breadth():

@@ -150,7 +150,7 @@ def test_keep_is_a_share_of_the_units_own_blocks(tmp_path, units):
     budget = Budget(keep=0.9, units=units, cost="latency")
     limit = budget.limit(case.shape, latency=case.table)
     assert limit.cost == 9 * dense // 10
-    assert budget.as_json()["cost"] == "latency"
+    assert budget.to_dict()["cost"] == "latency"
     strong = Budget(strength=0.5, units=units, cost="latency")
     assert strong.limit(case.shape, 0.2, case.table).cost == pytest.approx(0.64 * dense, abs=1)
 

@@ -192,7 +192,7 @@ def test_realised_figures():
     assert realised.keep == shape.head_parameters(shapes) / shape.head_parameters(shape.layers)
     assert realised.keep <= 0.5
     assert realised.dense_score == 2.0
-    assert "next_larger" not in realised.as_json()
+    assert "next_larger" not in realised.to_dict()
 
 
 def test_strength_keeps_more_for_broad_scenarios():

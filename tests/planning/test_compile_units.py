@@ -241,7 +241,7 @@ def test_heads_alone_are_as_before():
     layers, realised = compile_units(options, None, shape, Budget(keep=0.6))
     assert (layers, realised) == compile_options(options, shape, Budget(keep=0.6))
     assert all(layer.channels is None for layer in layers)
-    record = realised.as_json()
+    record = realised.to_dict()
     assert not {"units", "head_keep", "channel_keep", "next_larger_channels"} & set(record)
 
 
@@ -264,7 +264,7 @@ def test_realised_figures(units):
     own = slice(1, 2) if units == "channels" else slice(0, 2)
     assert realised.keep == sum(kept[own]) / sum(dense[own]) <= 0.7
     assert (realised.kind, realised.units) == ("parameters", units)
-    assert realised.as_json()["units"] == units
+    assert realised.to_dict()["units"] == units
 
 
 def test_losses_given_per_width():

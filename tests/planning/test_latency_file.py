@@ -156,4 +156,4 @@ def test_the_slowest_table_still_adds_up_exactly(tmp_path):
     assert table.step_cost(shape.layers) == 2049 * 999_999_999_999
     assert table.step_cost(shape.layers) < 2**53
     assert math.isclose(float(table.step_cost(shape.layers)), 2049e12, rel_tol=1e-9)
-    assert json.dumps(table.predict(shape, shape.layers).as_json())
+    assert json.dumps(table.predict(shape, shape.layers).to_dict())

@@ -141,7 +141,7 @@ class ShapeRun:
             return before
         return {
             **self.header,
-            "rates": rates().as_json(),
+            "rates": rates().to_dict(),
             **{key: [] for key in ("gate", "agreement", "memory", "cells", "claims", "problems")},
         }
 
@@ -225,7 +225,7 @@ class ShapeRun:
             baseline=f"{DENSE} {label}" if plan else None,
             plan_hash=_hash(plan) if plan else None,
             predicted_bytes=size * shape.parameters(layers),
-            made=Made(self.of.name, config, self.request.seed, plan.as_json() if plan else None),
+            made=Made(self.of.name, config, self.request.seed, plan.to_dict() if plan else None),
         )
 
     def _check_masked(self, models: Models, plan: ShapePlan, slim: Any) -> dict[str, Any]:
@@ -340,8 +340,8 @@ def _memory(run: ShapeRun, document: dict[str, Any], cells: Sequence[Cell]) -> N
 
 def has_cell(document: Mapping[str, Any], cell: Cell) -> bool:
     """Whether a document has this cell's figures."""
-    return cell.as_json() in [
-        {key: one[key] for key in cell.as_json()} for one in document["cells"]
+    return cell.to_dict() in [
+        {key: one[key] for key in cell.to_dict()} for one in document["cells"]
     ]
 
 

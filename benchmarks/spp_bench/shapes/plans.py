@@ -49,7 +49,7 @@ class ShapePlan:
     kept: float
     config: dict[str, Any]
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """For the results file."""
         variant = self.variant
         return {

@@ -28,7 +28,7 @@ class Interval:
         """Whether a ratio differs from one beyond the interval."""
         return self.high < 1 or self.low > 1
 
-    def as_json(self) -> list[float]:
+    def to_list(self) -> list[float]:
         """[value, low, high]."""
         return [self.value, self.low, self.high]
 

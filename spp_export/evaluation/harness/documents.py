@@ -31,7 +31,7 @@ class DocumentScores:
     kl: FloatArray
     agreed: FloatArray
 
-    def as_json(self) -> dict[str, list[float | None]]:
+    def to_dict(self) -> dict[str, list[float | None]]:
         """What differs from row to row; tokens and dense_nll stand in the dense row."""
         return {
             "nll": numbers(self.nll),

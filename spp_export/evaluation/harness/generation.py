@@ -245,7 +245,7 @@ def _judged(
     names = ("turns", "choices", "answer_tokens", *FIGURES)
     lists = {name: numbers(array([total[name] for total in counts.values()])) for name in names}
     summary = {
-        figure: numbers(weighted_mean(array(lists[figure]), array(lists[count]), seed).as_json())
+        figure: numbers(weighted_mean(array(lists[figure]), array(lists[count]), seed).to_list())
         for figure, count in FIGURES.items()
     }
     return {**lists, "summary": summary}

@@ -85,7 +85,7 @@ class RecordFile:
 
     def append(self, key: str, row: Row, data: Mapping[str, Any]) -> None:
         """Write a record and wait until the disk has it."""
-        _append(self._descriptor, {"key": key, "row": row.as_json(), **data})
+        _append(self._descriptor, {"key": key, "row": row.to_dict(), **data})
         if "error" not in data:
             self.done.add(key)
 

@@ -76,7 +76,7 @@ class Row:
             details.append(self.comparable)
         return ", ".join([name, *filter(None, details)])
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The row's object in a results file."""
         return asdict(self)
 
@@ -109,5 +109,5 @@ class RowPlanner(Protocol):
 
 def row_key(row: Row, context: str) -> str:
     """SHA-256 of a row within an evaluation; `context` is the hash of what all rows share."""
-    text = json.dumps([row.as_json(), context], sort_keys=True, separators=(",", ":"))
+    text = json.dumps([row.to_dict(), context], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

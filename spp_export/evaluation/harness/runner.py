@@ -103,10 +103,10 @@ def summary(scores: DocumentScores, seed: int = 0) -> dict[str, Any]:
     return {
         "tokens": number(float(scores.tokens.sum())),
         "perplexity": number(perplexity(scores)),
-        **{name: numbers(interval.as_json()) for name, interval in figures.items()},
+        **{name: numbers(interval.to_list()) for name, interval in figures.items()},
     }
 
 
 def _lists(row: Row, scores: DocumentScores) -> dict[str, list[float | None]]:
-    lists = scores.as_json()
+    lists = scores.to_dict()
     return {"tokens": numbers(scores.tokens), **lists} if row.kind == "dense" else lists
