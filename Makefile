@@ -179,7 +179,7 @@ eval: $(INSTALLED)
 	$(EVAL_CHEMISTRY) --criterion energy --comparable standardised --units heads --units both --keep 0.8
 	$(EVAL_CHEMISTRY) --criterion taylor --criterion llm-pruner --comparable raw \
 		--units heads --units both --keep 0.8
-	$(BIN)/python -m spp_bench.quality_tables $(RESULTS)/eval-chemistry
+	$(BIN)/python -m spp_campaigns.quality_tables $(RESULTS)/eval-chemistry
 
 eval-finance: $(INSTALLED)
 	$(EVAL) --scenario $(DATA)/scenarios/finance.txt --wrong $(DATA)/scenarios/history.txt \
@@ -213,7 +213,7 @@ $(LM_EVAL)/.installed:
 	@touch $@
 
 picture: demo $(CHROMIUM)/.installed
-	SPP_CHROMIUM=$(CHROMIUM)/browser/chromium.sh $(BIN)/python -m spp_bench.report_picture \
+	SPP_CHROMIUM=$(CHROMIUM)/browser/chromium.sh $(BIN)/python -m spp_campaigns.report_picture \
 		out/chemistry --bench $(RESULTS)/bench-cpu.json -o $(RESULTS)/summary.png
 
 bench: demo
@@ -232,17 +232,17 @@ bench-onnx: $(INSTALLED)
 # Needs a card and, in its Python, torch, triton, transformers, safetensors and numpy; nothing is
 # installed.
 bench-gpu:
-	PYTHONPATH=.:cli:kernels:benchmarks $(PYTHON) -m spp_bench.gpu --json $(RESULTS)/gpu
+	PYTHONPATH=.:cli:kernels:benchmarks $(PYTHON) -m spp_campaigns.gpu --json $(RESULTS)/gpu
 
 latency-plan: $(INSTALLED)
-	$(BIN)/python -m spp_bench.latency_plan --units heads --context 1024 --keep 0.7 \
+	$(BIN)/python -m spp_campaigns.latency_plan --units heads --context 1024 --keep 0.7 \
 		--json $(RESULTS)/latency-plan-cpu.json
 
 bench-peers: $(INSTALLED)
 	mkdir -p build
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt torch-pruning==1.6.1
-	$(BIN)/python -m spp_bench.peers --model demo --gigabytes 4 --dir build \
+	$(BIN)/python -m spp_campaigns.peers --model demo --gigabytes 4 --dir build \
 		--json $(RESULTS)/peers-cpu.json
 
 gguf-parity: demo
@@ -250,56 +250,56 @@ gguf-parity: demo
 		-o out/uniform --force
 	$(BIN)/spp convert out/chemistry --format gguf -o out/chemistry-gguf --force
 	$(BIN)/spp convert out/uniform --format gguf -o out/uniform-gguf --force
-	$(BIN)/python -m spp_bench.gguf_parity out/chemistry=out/chemistry-gguf \
+	$(BIN)/python -m spp_campaigns.gguf_parity out/chemistry=out/chemistry-gguf \
 		out/uniform=out/uniform-gguf --json $(RESULTS)/gguf-parity.json
 
 many: $(INSTALLED)
 	mkdir -p build
-	$(BIN)/python -m spp_bench.many_scenarios $(DATA)/scenarios/chemistry.txt \
+	$(BIN)/python -m spp_campaigns.many_scenarios $(DATA)/scenarios/chemistry.txt \
 		$(DATA)/scenarios/finance.txt $(DATA)/scenarios/history.txt --dir build \
 		--json $(RESULTS)/many-scenarios-cpu.json
 
 onnx-exporters: demo
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check onnxscript==0.7.2
-	$(BIN)/python -m spp_bench.onnx_exporters out/chemistry --json $(RESULTS)/onnx-exporters.json
+	$(BIN)/python -m spp_campaigns.onnx_exporters out/chemistry --json $(RESULTS)/onnx-exporters.json
 
 onnx-parity: demo
 	$(BIN)/spp convert out/chemistry --force -o out/chemistry-onnx
-	$(BIN)/python -m spp_bench.onnx.parity out/chemistry out/chemistry-onnx
+	$(BIN)/python -m spp_campaigns.onnx_parity out/chemistry out/chemistry-onnx
 
 onnx-memory: $(INSTALLED)
 	mkdir -p build
-	$(BIN)/python -m spp_bench.onnx.memory --gigabytes 4 --dir build \
+	$(BIN)/python -m spp_campaigns.onnx_memory --gigabytes 4 --dir build \
 		--json $(RESULTS)/onnx-memory-4gb.json
 
 ragged: $(INSTALLED)
-	$(BIN)/python -m spp_bench.ragged --json $(RESULTS)/ragged-cpu.json
+	$(BIN)/python -m spp_campaigns.ragged --json $(RESULTS)/ragged-cpu.json
 
 blocked-moments: $(INSTALLED)
-	$(BIN)/python -m spp_bench.blocked_moments --json $(RESULTS)/blocked-moments.json
+	$(BIN)/python -m spp_campaigns.blocked_moments --json $(RESULTS)/blocked-moments.json
 
 scale: $(INSTALLED)
 	mkdir -p build
-	$(BIN)/python -m spp_bench.scale --dir build --json $(RESULTS)/scale-cpu.json
+	$(BIN)/python -m spp_campaigns.scale --dir build --json $(RESULTS)/scale-cpu.json
 
 layerwise: $(INSTALLED)
 	mkdir -p build
-	$(BIN)/python -m spp_bench.layerwise_memory --gigabytes 4 --dir build \
+	$(BIN)/python -m spp_campaigns.layerwise_memory --gigabytes 4 --dir build \
 		--json $(RESULTS)/layerwise-cpu.json
-	$(BIN)/python -m spp_bench.layerwise_memory --qwen2-14b --tokens 16 --dir build \
+	$(BIN)/python -m spp_campaigns.layerwise_memory --qwen2-14b --tokens 16 --dir build \
 		--json $(RESULTS)/layerwise-14b-cpu.json
 
 recovery: $(INSTALLED)
 	mkdir -p build
-	$(BIN)/python -m spp_bench.recovery --scenario $(DATA)/scenarios/chemistry.txt \
+	$(BIN)/python -m spp_campaigns.recovery --scenario $(DATA)/scenarios/chemistry.txt \
 		--data $(DATA)/pools/chemistry/train.txt --validation $(DATA)/pools/chemistry/val.txt \
 		--dir build --json $(RESULTS)/recovery-cpu.json
 
 compile-time: $(INSTALLED)
-	$(BIN)/python -m spp_bench.compile_time
+	$(BIN)/python -m spp_campaigns.compile_time
 
 start-time: $(INSTALLED)
-	$(BIN)/python -m spp_bench.start_time
+	$(BIN)/python -m spp_campaigns.start_time
 
 reference: $(INSTALLED)
 	$(BIN)/python -m spp_cli.reference > cli/README.md

@@ -12,13 +12,14 @@ FOLDERS = {
     "spp_cli": ROOT / "cli",
     "spp_kernels": ROOT / "kernels",
     "spp_bench": ROOT / "benchmarks",
+    "spp_campaigns": ROOT / "benchmarks",
 }
 # From the top down: a room imports itself and those after it.
 DOWN = (
     "commands formats evaluation slicing planning domains importance calibration data models common"
 )
 ROOMS = DOWN.split()
-PACKAGES = {"spp_cli": 3, "spp_bench": 2, "spp_export": 1, "spp_kernels": 0}
+PACKAGES = {"spp_cli": 4, "spp_campaigns": 3, "spp_bench": 2, "spp_export": 1, "spp_kernels": 0}
 
 
 def sources() -> dict[str, Path]:

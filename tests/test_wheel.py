@@ -30,6 +30,13 @@ def test_wheel_ships_only_our_packages(tmp_path: Path) -> None:
     tops = {name.partition("/")[0] for name in names}
     (info,) = {top for top in tops if top.endswith(".dist-info")}
     assert tops - {info} == {"spp_export", "spp_cli", "spp_kernels", "spp_bench"}
+    benchmarks = {name.split("/")[1] for name in names if name.startswith("spp_bench/")}
+    # What `spp bench` runs; peers, browsers and campaigns stay in the repository.
+    assert {"bench.py", "profile.py", "bounds.py", "memory.py", "engines", "shapes"} <= benchmarks
+    campaigns = {path.name for path in (ROOT / "benchmarks" / "spp_campaigns").iterdir()}
+    assert benchmarks & campaigns <= {"__init__.py", "__pycache__"}
+    left_out = ("spp_campaigns", "peers", "chromium", "onnx_exporters", "probe_pruning/dynamic")
+    assert not [name for name in names if any(word in name for word in left_out)]
     assert "spp_export/models/modeling/modeling_spp.py" in names
     pages = {f"spp_export/commands/report/page/{name}" for name in ("style.css", "script.js")}
     assert pages <= set(names)

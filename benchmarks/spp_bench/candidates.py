@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from spp_bench.bounds import Sizes
-from spp_bench.onnx.weights import stored_weights
+from spp_bench.onnx_weights import stored_weights
 from spp_export.common.errors import OutputError
 from spp_export.common.json_files import read_json
 from spp_export.common.manifest import hash_file

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from spp_bench import diagnosis_time
-from spp_bench.compile_time import measure as compile_time
+from spp_bench import plan_time
 from spp_bench.measure import PHASES
 from spp_export.models.shape import ModelShape
 
@@ -53,15 +52,15 @@ def _row(
 
 
 def _compile_row(shape: ModelShape, keep: float) -> dict[str, Any]:
-    times = compile_time(shape, "heads", keep, _SEEDS)
+    times = plan_time.from_scores(shape, "heads", keep, _SEEDS)
     seconds = [round(times[f"{name}_ms"] / 1e3, 6) for name in ("p20", "p80")]
     what = f"scores to plan, {keep:g} of the heads' parameters kept"
     return _row("compile time, s", COMPILE_SECONDS, what, seconds, ())
 
 
 def _diagnosis_row(keep: float) -> Iterator[dict[str, Any]]:
-    if diagnosis_time.SCENARIO.exists():
-        found = diagnosis_time.measure(keep, _TEXTS)
+    if plan_time.SCENARIO.exists():
+        found = plan_time.from_text(keep, _TEXTS)
         what = (
             f"forwarding a scenario's {found.prompts} prompts to plan, {keep:g} of the heads' "
             "parameters kept"

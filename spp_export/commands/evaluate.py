@@ -14,7 +14,7 @@ from spp_export.common.disk import publish_file
 from spp_export.common.errors import OutputError, UsageError
 from spp_export.common.versions import device_type, library_versions, machine
 from spp_export.data.artifacts import Artifacts, open_artifacts
-from spp_export.evaluation.harness import DYNAMIC, Row, row_key, standard_rows
+from spp_export.evaluation.harness import BASELINES, DYNAMIC, Row, row_key, standard_rows
 from spp_export.evaluation.harness.answers import DEFAULT_NEW_TOKENS
 from spp_export.evaluation.harness.bootstrap import RESAMPLES
 from spp_export.evaluation.harness.curves import check_plots, write_curves
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
 DEFAULT_KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
 EVERY_CRITERION = "all"
-EVALUATED = (*CRITERION_NAMES, *DYNAMIC)
 TABLE, CURVES = "table.md", "curves.png"
 
 
@@ -72,8 +71,14 @@ class EvalRequest:
         """UsageError for a word that names nothing, or a budget that is none."""
         for keep in self.keeps:
             Budget(keep=keep)
+        for name in self.criteria:
+            if name in DYNAMIC and name not in BASELINES:
+                raise UsageError(
+                    f"--criterion {name}: a baseline of the repository's benchmarks, which are not "
+                    "importable here. Run it in a clone, with benchmarks on PYTHONPATH."
+                )
         for option, values, known in (
-            ("--criterion", self.criteria, (*EVALUATED, EVERY_CRITERION)),
+            ("--criterion", self.criteria, (*CRITERION_NAMES, *BASELINES, EVERY_CRITERION)),
             ("--units", self.units, UNITS),
             ("--compensate", self.compensations, COMPENSATIONS),
             ("--comparable", (self.comparable or "raw",), COMPARABLE),
@@ -92,7 +97,8 @@ class EvalRequest:
         default = DEFAULT_CRITERION[self.compensations[0]]
         asked = self.criteria or (default,)
         if EVERY_CRITERION in asked:
-            asked = (*(name for name in asked if name != EVERY_CRITERION), default, *EVALUATED)
+            named = (name for name in asked if name != EVERY_CRITERION)
+            asked = (*named, default, *CRITERION_NAMES, *BASELINES)
         return tuple(dict.fromkeys(asked))
 
 

@@ -13,7 +13,7 @@ from spp_bench.candidates import in_genai, onnx_candidate, read_out, torch_candi
 from spp_bench.cases import Cell
 from spp_bench.memory import measure_memory, with_prediction
 from spp_bench.memory_child import Job
-from spp_bench.onnx.weights import stored_weights
+from spp_bench.onnx_weights import stored_weights
 from spp_export.common.errors import ModelError
 from spp_export.formats.onnx.options import OnnxOptions
 from spp_export.models.checkpoint.source import open_source

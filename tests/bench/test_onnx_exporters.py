@@ -14,12 +14,12 @@ from factories import CASES, make_checkpoint, random_layers, shape_of, write_sli
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from spp_bench.onnx_exporters import __main__ as command  # noqa: E402
-from spp_bench.onnx_exporters import compare as comparison  # noqa: E402
-from spp_bench.onnx_exporters import exports  # noqa: E402
-from spp_bench.onnx_exporters.candidates import CANDIDATES, Candidate  # noqa: E402
-from spp_bench.onnx_exporters.compare import REFERENCE, SHARED, Workload  # noqa: E402
-from spp_bench.onnx_exporters.runners import GrowingRunner, open_sessions  # noqa: E402
+from spp_campaigns.onnx_exporters import __main__ as command  # noqa: E402
+from spp_campaigns.onnx_exporters import compare as comparison  # noqa: E402
+from spp_campaigns.onnx_exporters import exports  # noqa: E402
+from spp_campaigns.onnx_exporters.candidates import CANDIDATES, Candidate  # noqa: E402
+from spp_campaigns.onnx_exporters.compare import REFERENCE, SHARED, Workload  # noqa: E402
+from spp_campaigns.onnx_exporters.runners import GrowingRunner, open_sessions  # noqa: E402
 from spp_export import load_slim  # noqa: E402
 from spp_export.formats.onnx import OnnxOptions  # noqa: E402
 from spp_export.formats.onnx.write import write_onnx  # noqa: E402

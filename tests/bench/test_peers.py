@@ -18,11 +18,11 @@ import transformers
 from factories import make_checkpoint, mask_in_torch, slice_in_torch, write_slim
 from transformers import AutoModelForCausalLM
 
-from spp_bench.peers import __main__ as command
-from spp_bench.peers import by_spp, by_transformers, check, measure, oracle, report
-from spp_bench.peers.candidates import CANDIDATES, TORCH_PRUNING, Candidate
-from spp_bench.peers.pickles import PICKLE
-from spp_bench.peers.plans import PLANS, plans_for
+from spp_campaigns.peers import __main__ as command
+from spp_campaigns.peers import by_spp, by_transformers, check, measure, oracle, report
+from spp_campaigns.peers.candidates import CANDIDATES, TORCH_PRUNING, Candidate
+from spp_campaigns.peers.pickles import PICKLE
+from spp_campaigns.peers.plans import PLANS, plans_for
 from spp_export.models.checkpoint.source import Source, open_source
 from spp_export.planning import LayerPlan, Plan, validate_plan
 
@@ -234,7 +234,7 @@ def test_the_check_and_the_candidates_name_one_file():
 
 
 def test_results_are_loaded_without_this_project():
-    script = "import sys, spp_bench.peers.check; sys.exit('spp_export' in sys.modules)"
+    script = "import sys, spp_campaigns.peers.check; sys.exit('spp_export' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 

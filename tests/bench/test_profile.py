@@ -10,11 +10,12 @@ import pytest
 from factories import CASES
 from typer.testing import CliRunner
 
-from spp_bench import blocks, latency_plan
+from spp_bench import blocks
 from spp_bench import profile as profiling
 from spp_bench.blocks import Pass, Setting, make_passes
-from spp_bench.latency_plan import choose_both, verdict
 from spp_bench.profile import ProfileRequest, Target, grid, in_turns, profile, shapes
+from spp_campaigns import latency_plan
+from spp_campaigns.latency_plan import choose_both, verdict
 from spp_cli.main import app
 from spp_export.common.errors import OutputError, UsageError
 from spp_export.models.checkpoint.source import open_source

@@ -12,13 +12,13 @@ import pytest
 from benching import QUICK, small_rates
 from typer.testing import CliRunner
 
-from spp_bench import gpu, results
+from spp_bench import results
 from spp_bench.__main__ import main
 from spp_bench.cases import Cell, tokens
 from spp_bench.claims import claim_rows
-from spp_bench.diagnosis_time import DiagnosisTime
 from spp_bench.gate import check_agreement
 from spp_bench.measure import Samples
+from spp_bench.plan_time import TimeFromText
 from spp_bench.report import plain
 from spp_bench.schema import check
 from spp_bench.shapes import bench as shape_bench
@@ -26,6 +26,7 @@ from spp_bench.shapes.bench import Timed, bench_shape
 from spp_bench.shapes.measure import Part, measure_parts
 from spp_bench.shapes.plans import Variant, shape_plan, variants
 from spp_bench.shapes.shapes import BACKBONES, SHAPES, published
+from spp_campaigns import gpu
 from spp_cli.main import app
 from spp_export.common.errors import OutputError, ParityError, UsageError
 
@@ -304,12 +305,13 @@ BARE = """
 import sys
 for name in %r:
     sys.modules[name] = None  # as if it were not installed
-from spp_bench import device_rates, gpu
+from spp_bench import device_rates
+from spp_campaigns import gpu
 device_rates._BYTES, device_rates._WIDTH = {"cpu": 1 << 16}, {"cpu": 16}
 gpu._SHORT, gpu._LONG, gpu._MANY, gpu._MANY_CONTEXT = 6, 8, 2, 6
 from spp_bench.bounds import Bound
 Bound.exceeded = lambda *_: False
-from spp_bench import ragged
+from spp_campaigns import ragged
 ragged.too_fast = lambda results: ()
 sys.exit(gpu.main(sys.argv[1:]))
 """
@@ -345,7 +347,7 @@ def test_what_fails_on_a_card_is_a_problem_and_stops_nothing_else(tmp_path, monk
         raise RuntimeError("capture failed\nwith a long reason")
 
     monkeypatch.setattr(gpu.ShapeRun, "check", fails)
-    monkeypatch.setattr("spp_bench.ragged.measure", fails)
+    monkeypatch.setattr("spp_campaigns.ragged.measure", fails)
     grid = ["--keep", "0.7", "--units", "heads", "--device", "cpu", "--shape", "tiny"]
     assert gpu.main(["--json", str(tmp_path), *grid]) == 1
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -363,7 +365,7 @@ def test_a_dense_model_for_which_there_is_no_memory_is_left_out(tmp_path, monkey
     def full(*_):
         raise torch.OutOfMemoryError("no")
 
-    monkeypatch.setattr("spp_bench.ragged.too_fast", lambda _: ())
+    monkeypatch.setattr("spp_campaigns.ragged.too_fast", lambda _: ())
     monkeypatch.setattr(gpu, "Models", full)
     grid = ["--keep", "0.7", "--units", "heads", "--device", "cpu", "--shape", "tiny"]
     assert gpu.main(["--json", str(tmp_path), "--layout", "uniform", *grid]) == 0
@@ -403,10 +405,10 @@ def test_the_matrix_needs_little_of_python_and_goes_on_where_it_was(tmp_path):
 
 
 def test_the_way_from_a_text_to_a_plan_is_a_row(measured, monkeypatch):
-    from spp_bench import diagnosis_time
+    from spp_bench import plan_time
 
-    times = DiagnosisTime((0.5, 0.25), 27)
-    monkeypatch.setattr(diagnosis_time, "measure", lambda *_: times)
+    times = TimeFromText((0.5, 0.25), 27)
+    monkeypatch.setattr(plan_time, "from_text", lambda *_: times)
     rows = claim_rows(measured[0], published("tiny").shape, demo=True)
     (row,) = [row for row in rows if "27 prompts" in row["what"]]
     assert row["measured"] == [0.25, 0.5]

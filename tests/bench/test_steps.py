@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from spp_bench import steps
+from spp_campaigns import steps
 
 
 def step(monkeypatch: pytest.MonkeyPatch, script: str) -> None:

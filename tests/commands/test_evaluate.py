@@ -8,9 +8,12 @@ from dataclasses import replace
 import pytest
 from exporting import texts, write_texts
 
+import spp_campaigns.probe_pruning  # noqa: F401  registers its rows
 import spp_export
+from spp_cli.main import run
 from spp_export import EvalRequest
 from spp_export.common.errors import OutputError, UsageError
+from spp_export.evaluation.harness.grid import BASELINES
 
 NAME = "llama-gqa-bias"
 REQUEST = EvalRequest(keeps=(0.7,), criteria=("energy",), compensations=("none",), curves=False)
@@ -195,6 +198,23 @@ def test_all_criteria_begin_with_the_default():
     assert len(names) == len(set(names))
     assert {"obs", "flap", "axis", "probe-pruning", "full-batch-probing", "random"} <= set(names)
     assert EvalRequest(criteria=("flap", "all")).criterion_names[:2] == ("flap", "obs")
+
+
+def test_without_the_benchmarks_their_baselines_are_left_out(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("spp_cli.commands.eval.find_spec", lambda name: None)
+    for name in tuple(BASELINES):
+        monkeypatch.delitem(BASELINES, name)
+    names = EvalRequest(criteria=("all",)).criterion_names
+    assert "pp-scenario" in names
+    assert {"probe-pruning", "full-batch-probing"}.isdisjoint(names)
+    command = ["eval", "--scenario", "nowhere.txt", "-o", str(tmp_path), "--criterion"]
+    assert run([*command, "all"]) == 2
+    left_out, error = capsys.readouterr().err.splitlines()
+    assert left_out.startswith("warning: probe-pruning and full-batch-probing are left out")
+    assert "nowhere.txt" in error
+    assert run([*command, "probe-pruning"]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: --criterion probe-pruning: a baseline of the repository's")
 
 
 def test_eval_is_evaluate():

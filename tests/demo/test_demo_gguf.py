@@ -8,7 +8,7 @@ import pytest
 from factories import random_layers, uniform_layers
 
 import spp_export
-from spp_bench.gguf_parity import compare
+from spp_campaigns.gguf_parity import compare
 from spp_export import ExportRequest, GgufOptions, Plan
 from spp_export.models.checkpoint.source import open_source
 from spp_export.models.hub import locate_model

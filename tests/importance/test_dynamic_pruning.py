@@ -22,9 +22,10 @@ from probed_models import (
     with_kept,
 )
 
+from spp_campaigns.probe_pruning import probe_pruning
 from spp_export.common.errors import UsageError
 from spp_export.evaluation.oracle import masked_dense
-from spp_export.importance.probe_pruning import History, gather_history, probe_pruning
+from spp_export.importance.probe_pruning import History, gather_history
 from spp_export.planning import Plan
 
 COUNTS = {"heads": 5, "channels": 64}

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from spp_export.importance.probe_pruning import ratio_for
+from spp_campaigns.probe_pruning import kept_share, ratio_for
 from spp_export.importance.probe_pruning.score import Targets
 from spp_export.models.shape import UNITS, LayerShape, ModelShape, Units, unit_parameters
 
@@ -14,7 +14,7 @@ SHAPE = ModelShape("llama", 32, 4096, 32, 8, 128, 14336, 128256, False, 2)
 def test_the_ratio_comes_as_close_to_the_budget_as_whole_units_can(
     units: Units, keep: float
 ) -> None:
-    share = Targets.at(SHAPE, ratio_for(keep, SHAPE, units), 64).kept_share(SHAPE, units)
+    share = kept_share(Targets.at(SHAPE, ratio_for(keep, SHAPE, units), 64), SHAPE, units)
     # One head of 29 pruned layers, K and V staying, is 2.3 % of q, k, v and o.
     assert abs(share - keep) <= 0.023 / 2 + 1e-9
 
@@ -26,7 +26,7 @@ def test_the_share_is_that_of_layers_which_keep_k_and_v(units: Units) -> None:
     channels = 14336 if units == "heads" else targets.channels
     layers = [SHAPE.layer] * 3 + [LayerShape(heads, 8, channels)] * 29
     expected = unit_parameters(SHAPE, layers, units) / unit_parameters(SHAPE, SHAPE.layers, units)
-    assert targets.kept_share(SHAPE, units) == pytest.approx(expected)
+    assert kept_share(targets, SHAPE, units) == pytest.approx(expected)
 
 
 def test_nothing_goes_where_everything_may_stay() -> None:

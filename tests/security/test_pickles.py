@@ -15,14 +15,14 @@ import torch
 from spp_cli.main import run
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("spp_export", "cli/spp_cli", "kernels/spp_kernels", "benchmarks/spp_bench")
+PACKAGES = ("spp_export", "cli/spp_cli", "kernels/spp_kernels", "benchmarks")
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 IMPORTER = "spp_export/data/published_artifacts.py"
 # Benchmarks: a job for a child process over its own pipe, and a peer's file just written by it.
 OWN_MAKING = {
     "benchmarks/spp_bench/memory.py": {"import pickle"},
     "benchmarks/spp_bench/memory_child.py": {"import pickle"},
-    "benchmarks/spp_bench/peers/check.py": {"torch.load(weights_only=False)"},
+    "benchmarks/spp_campaigns/peers/check.py": {"torch.load(weights_only=False)"},
 }
 
 
@@ -70,7 +70,7 @@ def test_no_source_unpickles_but_the_import_of_artifacts():
                 found[path.relative_to(ROOT).as_posix()] = calls
     own = {path: calls for path, calls in found.items() if path in OWN_MAKING}
     assert own.keys() <= OWN_MAKING.keys()
-    peers = own.pop("benchmarks/spp_bench/peers/check.py", set())
+    peers = own.pop("benchmarks/spp_campaigns/peers/check.py", set())
     assert peers <= {"torch.load(weights_only=False)", "trust_remote_code"}
     for path, calls in own.items():
         assert calls <= OWN_MAKING[path], path

@@ -12,7 +12,7 @@ from spp_bench.candidates import Candidate
 from spp_bench.cases import Ids
 from spp_bench.clocks import wall_clock
 from spp_bench.engines.runner import Logits
-from spp_bench.onnx.weights import stored_weights
+from spp_bench.onnx_weights import stored_weights
 from spp_export.common.errors import UsageError
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from spp_cli import options
-from spp_cli.output import Output
+from spp_cli.output import Output, write_warning
 
 ROWS, TEXTS = "Rows", "Texts to judge on"
 
@@ -145,6 +147,7 @@ def evaluate(
     import spp_export
 
     out = Output(json=json, quiet=quiet)
+    register_baselines(criterion or ())
     asked: dict[str, Any] = {
         "keeps": keep,
         "criteria": criterion,
@@ -192,6 +195,14 @@ def evaluate(
         lambda look: evaluation_reports(results, look),
         brief=str(output),
     )
+
+
+def register_baselines(criteria: Sequence[str]) -> None:
+    """Let the repository's benchmarks, where they are importable, add theirs to the criteria."""
+    if find_spec("spp_campaigns") is not None:
+        import spp_campaigns.probe_pruning  # noqa: F401
+    elif "all" in criteria:
+        write_warning("probe-pruning and full-batch-probing are left out: they need a clone of spp")
 
 
 def named_directories(values: list[str]) -> dict[str, Path]:

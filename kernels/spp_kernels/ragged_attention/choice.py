@@ -19,8 +19,8 @@ class Region:
     keys: range
 
 
-# Where `python -m spp_bench.ragged` found `triton` the faster in every case of the region. It has
-# not run on a card yet.
+# Where `python -m spp_campaigns.ragged` found `triton` the faster in every case of the region. It
+# has not run on a card yet.
 TRITON_WINS: tuple[Region, ...] = ()
 
 

@@ -4,7 +4,7 @@
 cache is written and read again. `folded` gives small groups heads of zeros and takes the heads of
 a group for queries of one head, so that keys and values are read once. At a few queries, where
 reading the cache is the work, `folded` is the faster on the CPU; above that arithmetic is, and
-`expanded` is. `python -m spp_bench.ragged` measures both, and zero-padding with torch's
+`expanded` is. `python -m spp_campaigns.ragged` measures both, and zero-padding with torch's
 grouped-query attention, which wins in prefill where groups are equal or nearly so. CUDA has not
 been measured and follows the CPU.
 """

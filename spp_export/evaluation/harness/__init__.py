@@ -3,7 +3,7 @@ say no. What a row removes is planned elsewhere; here it is only measured."""
 
 from __future__ import annotations
 
-from spp_export.evaluation.harness.grid import DYNAMIC, standard_rows
+from spp_export.evaluation.harness.grid import BASELINES, DYNAMIC, standard_rows
 from spp_export.evaluation.harness.rows import PlannedRow, Row, RowPlanner, row_key
 
-__all__ = ["DYNAMIC", "PlannedRow", "Row", "RowPlanner", "row_key", "standard_rows"]
+__all__ = ["BASELINES", "DYNAMIC", "PlannedRow", "Row", "RowPlanner", "row_key", "standard_rows"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from spp_export.evaluation.harness.rows import DENSE, Row
 from spp_export.models.shape import Units
@@ -11,8 +12,10 @@ from spp_export.planning import Compensation
 
 RANDOM_SEEDS = (0, 1, 2)
 # They mask the dense model batch by batch; nothing of them can be compensated or exported.
-FULL_BATCH = "full-batch-probing"
-DYNAMIC = ("probe-pruning", FULL_BATCH)
+DYNAMIC = ("probe-pruning", "full-batch-probing")
+# Name -> what opens a row of it, from the session, the row and texts of a history. Whoever has
+# such a baseline registers it, as benchmarks/spp_campaigns/probe_pruning.py does.
+BASELINES: dict[str, Callable[[Any, Row, Sequence[str]], Any]] = {}
 
 
 def standard_rows(

@@ -8,16 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from spp_export.evaluation.harness import PlannedRow, Row, RowPlanner
-from spp_export.evaluation.harness.grid import FULL_BATCH
+from spp_export.evaluation.harness.grid import BASELINES
 from spp_export.evaluation.harness.runner import OpenedRow
 from spp_export.evaluation.oracle import masked_dense
-from spp_export.importance.probe_pruning import probe_pruning, ratio_for
-from spp_export.importance.probe_pruning.history import history_of
 from spp_export.models.families import Role
 from spp_export.models.session import Session
 from spp_export.models.shape import Units, unit_parameters
@@ -68,7 +65,8 @@ class RowOpener:
         if row.kind == "dense":
             return OpenedRow({"keep": 1.0}, lambda: nullcontext(self.session.model))
         if row.kind == "dynamic":
-            return self._dynamic(row)
+            opened: OpenedRow = BASELINES[row.criterion](self.session, row, self.prior)
+            return opened
         if row in self.given:
             planned = self.planner.given(row, self.given[row])
         else:
@@ -84,26 +82,3 @@ class RowOpener:
             self.session.model, source.family, source.shape, plan, planned.projections
         ) as model:
             yield model
-
-    def _dynamic(self, row: Row) -> OpenedRow:
-        full_batch = row.criterion == FULL_BATCH
-        history = None if full_batch else history_of(self.session, self.prior)
-        realised: dict[str, Any] = {}
-
-        @contextmanager
-        def opened() -> Iterator[nn.Module]:
-            source, model = self.session.source, self.session.model
-            with probe_pruning(
-                model,
-                source.family,
-                source.shape,
-                ratio=ratio_for(row.keep, source.shape, row.units),
-                history=history,
-                units=row.units,
-                full_batch=full_batch,
-            ) as pruning:
-                yield model
-            # What the masks come to is known once they have been chosen.
-            realised["keep"] = pruning.achieved_keep(source.shape)
-
-        return OpenedRow(realised, opened, generates=False)

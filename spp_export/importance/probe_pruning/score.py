@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spp_export.common.errors import UsageError
 from spp_export.importance.probe_counts import channels_kept, depth_corrected, heads_dropped
 from spp_export.importance.probe_pruning.blocks import AttentionBlock, Block
 from spp_export.importance.probe_pruning.probe import wide
-from spp_export.models.shape import ModelShape, Units, unit_parameters
+from spp_export.models.shape import ModelShape
 
 _EPSILON = 1e-6
 _PROTECTED = 3
@@ -71,26 +70,3 @@ class Targets:
             count = self.heads if isinstance(block, AttentionBlock) else self.channels
             kept[scores.argsort(stable=True)[: len(scores) - count]] = False
         return kept
-
-    def kept_share(self, shape: ModelShape, units: Units) -> float:
-        """Share of the parameters of `units` that these counts leave; K and V stay whole."""
-        pruned = shape.num_layers - self.skipped
-        gone = 0
-        if units != "channels":
-            gone += pruned * (shape.query_heads - self.heads) * shape.query_head_parameters
-        if units != "heads":
-            gone += pruned * (shape.channels - self.channels) * shape.channel_parameters
-        return 1 - gone / unit_parameters(shape, shape.layers, units)
-
-
-def ratio_for(keep: float, shape: ModelShape, units: Units, multiple: int = 64) -> float:
-    """The pruning ratio, in hundredths, whose counts come closest to leaving `keep` of the units'
-    parameters: the published ratio counts units, whole layers among them, and not parameters."""
-    found = {}
-    for hundredths in range(100):
-        try:
-            targets = Targets.at(shape, hundredths / 100, multiple)
-        except UsageError:  # the other layers cannot pay for the protected ones
-            break
-        found[hundredths / 100] = abs(targets.kept_share(shape, units) - keep)
-    return min(found, key=lambda ratio: found[ratio])

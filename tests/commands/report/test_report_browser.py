@@ -14,8 +14,8 @@ import pytest
 from pages import bench, plan, write_export
 
 import spp_export
-from spp_bench import report_picture
-from spp_bench.chromium import VARIABLE, Page, Screen, chromium, find_chromium
+from spp_campaigns import report_picture
+from spp_campaigns.chromium import VARIABLE, Page, Screen, chromium, find_chromium
 
 pytestmark = pytest.mark.skipif(
     find_chromium() is None, reason=f"no Chromium on the path or in {VARIABLE}"

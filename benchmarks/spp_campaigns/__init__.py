@@ -1,0 +1,1 @@
+"""What only the repository runs, by `make`: each module is `python -m spp_campaigns.<name>`."""

@@ -1,0 +1,104 @@
+"""Greedy tokens of a slim model in llama.cpp: `python -m spp_campaigns.gguf_parity SLIM=GGUF ...`.
+
+Ten prompts through the chat template, 32 tokens each: PyTorch in single precision (the safetensors
+directory SLIM) and llama.cpp (the unquantised GGUF directory made from it). Where two tokens
+differ, the text is the same up to there, so the margin between them tells a near tie, which
+rounding decides, from a defect. Exits with 1 for the latter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from spp_campaigns.machine import machine
+from spp_campaigns.onnx_parity import PROMPTS
+from spp_export.common.json_files import dump_json
+
+_NEW_TOKENS = 32
+# What two such programs may differ by in the difference of two logits: largest seen is 1e-4.
+_NEAR_TIE = 1e-3
+_LIKELIEST = 8
+
+
+def compare(slim: Path, gguf: Path) -> dict[str, Any]:
+    """Every prompt's tokens by both, and where they part."""
+    import torch
+
+    from spp_export.formats.gguf.llama_cpp import LlamaCpp, engine_name
+    from spp_export.models.loader import load_slim
+    from spp_export.models.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(slim)
+    model = load_slim(slim, dtype="float32")
+    config = json.loads((gguf / "config.json").read_text(encoding="utf-8"))["spp_gguf"]
+    texts = [_prompt(tokenizer, prompt) for prompt in PROMPTS]
+    room = max(map(len, texts)) + _NEW_TOKENS + 1
+    rows = []
+    with closing(LlamaCpp(gguf / "model.gguf", room, torch.get_num_threads())) as engine:
+        for prompt, ids in zip(PROMPTS, texts, strict=True):
+            steps = engine.generate(ids, _NEW_TOKENS, _LIKELIEST)
+            rows.append({"prompt": prompt, **_row(model, ids, steps)})
+    return {"gguf": config, "engine": engine_name(), "rows": rows}
+
+
+def _prompt(tokenizer: Any, prompt: str) -> list[int]:
+    messages = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _row(model: Any, ids: list[int], steps: Any) -> dict[str, Any]:
+    """PyTorch's choice at each of llama.cpp's steps, after the same tokens."""
+    import torch
+
+    tokens = [step.token for step in steps]
+    with torch.no_grad():
+        logits = model(torch.tensor([ids + tokens[:-1]])).logits[0, -len(tokens) :].double()
+    best = logits.argmax(-1).tolist()
+    worst = max(
+        abs((value - step.likeliest[0][1]) - float(row[token] - row[step.token]))
+        for step, row in zip(steps, logits, strict=True)
+        for token, value in step.likeliest
+    )
+    apart = next((i for i, token in enumerate(tokens) if best[i] != token), None)
+    margin = None
+    if apart is not None:
+        margin = float(logits[apart, best[apart]] - logits[apart, tokens[apart]])
+    return {
+        "tokens": len(tokens),
+        "same": apart is None,
+        "parts_at": apart,
+        "margin": margin,
+        "largest_difference": worst,
+    }
+
+
+def main() -> int:
+    """Compare, print a line per prompt, and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("pairs", nargs="+", metavar="SLIM=GGUF")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    results, equal = {}, True
+    for pair in arguments.pairs:
+        slim, gguf = map(Path, pair.split("="))
+        found = results[gguf.name] = compare(slim, gguf)
+        print(f"{gguf.name}: architecture {found['gguf']['architecture']}, {found['engine']}")
+        for row in found["rows"]:
+            near = row["margin"] is not None and row["margin"] <= _NEAR_TIE
+            equal = equal and (row["same"] or near)
+            mark = "same" if row["same"] else f"parts at {row['parts_at']}, by {row['margin']:.2g}"
+            print(f"{row['tokens']:3} tokens  {mark}  {row['prompt']}")
+    if arguments.json:
+        content = {**machine(), "near_tie": _NEAR_TIE, "results": results}
+        arguments.json.write_text(dump_json(content), encoding="utf-8")
+    return int(not equal)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""Memory of verifying layer by layer: `python -m spp_campaigns.layerwise_memory --dir TMP`.
+
+Builds a random bf16 checkpoint, `--gigabytes` of the Llama kind or `--qwen2-14b`, exports a plan
+for it in a fresh process and checks it there against the masked dense model, layer by layer, in
+float32 and with a float64 oracle. Of the 14B model only embedding, head, norms and the first two
+layers have values; the rest are zeros that take no disk, and are read and computed with like any.
+Exits with 1 if a check fails, or if the peak exceeds two layers and the embeddings in float64,
+300 MB and what Python has imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spp_campaigns.big_checkpoints import SHARD_BYTES, build, plan_for
+from spp_campaigns.machine import machine
+from spp_campaigns.scale_child import status_bytes, watching_memory
+from spp_export.common.json_files import dump_json
+from spp_export.models.checkpoint.source import Source
+from spp_export.models.checkpoint.writer import Entry, header_of, plan_shards, shard_index
+from spp_export.models.families import Role, TensorSpec, family_of
+from spp_export.models.shape import resident_parameters
+from spp_export.planning import LayerPlan, Plan
+
+FIXED_BYTES = 300_000_000
+ROWS = 4
+# Qwen2.5-14B as published, but for its name.
+QWEN2_14B: dict[str, Any] = {
+    "model_type": "qwen2",
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_size": 5120,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 8,
+    "intermediate_size": 13824,
+    "vocab_size": 152064,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "dtype": "bfloat16",
+}
+_BF16_ONE = 0x3F80
+
+
+def build_sparse(directory: Path, config: dict[str, Any]) -> None:
+    """A checkpoint of holes, but for what is outside the layers, the norms, and two layers."""
+    family = family_of(config)
+    shape = family.read_shape(config, 2)
+    specs = {spec.name: spec for spec in family.tensors(shape, shape.layers)}
+    shards = plan_shards([Entry(s.name, "BF16", s.shape) for s in specs.values()], SHARD_BYTES)
+    random = np.random.default_rng(0)
+    for shard in shards:
+        header = header_of(shard)
+        with (directory / shard.file).open("wb") as file:
+            file.write(header)
+            begin = len(header)
+            for entry in shard.entries:
+                file.seek(begin)
+                _fill(file.write, specs[entry.name], random)
+                begin += entry.nbytes
+            file.truncate(begin)
+    index = directory / "model.safetensors.index.json"
+    index.write_text(shard_index(shards), encoding="utf-8")
+    (directory / "config.json").write_text(dump_json(config), encoding="utf-8")
+
+
+def _fill(write: Callable[[Any], Any], spec: TensorSpec, random: np.random.Generator) -> None:
+    """Ones for norms, noise that keeps activations near one for matrices; nothing for a hole."""
+    if len(spec.shape) == 1 and spec.role is Role.OTHER:
+        write(np.full(spec.shape, _BF16_ONE, np.uint16))
+    elif spec.layer is None or spec.layer < 2:
+        scale = 1 / np.sqrt(spec.shape[-1]) if len(spec.shape) == 2 else 0.1
+        for _ in range(spec.shape[0]):
+            row = random.standard_normal(spec.shape[1:] or 1, np.float32) * np.float32(scale)
+            write((row.view(np.uint32) >> 16).astype(np.uint16))
+
+
+def narrow_plan(source: Source) -> Plan:
+    """Two KV groups and a sixteenth of the channels of every layer: a slim model that is small
+    beside the dense one, of which every byte is read all the same."""
+    shape = source.shape
+    groups = (0, shape.kv_heads - 1)
+    heads = [g * shape.group_size + i for g in groups for i in range(shape.group_size)]
+    layer = LayerPlan(groups, tuple(heads), tuple(range(0, shape.channels, 16)))
+    layers = (layer,) * shape.num_layers
+    return Plan(source.fingerprint, source.name, "per-layer", "none", layers)
+
+
+def run(model: Path, out: Path, tokens: int, narrow: bool) -> dict[str, Any]:
+    """Export and check in this process, and tell seconds and peaks."""
+    import torch
+
+    import spp_export
+    import spp_export.models.layerwise
+    from spp_export.calibration.activations import TokenBatch
+    from spp_export.formats.safetensors.verify import check_directory
+    from spp_export.models.session import open_session
+
+    session = open_session(str(model), layerwise=True)
+    shape = session.source.shape
+    plan = (narrow_plan if narrow else plan_for)(session.source)
+    imports = status_bytes("RssAnon")
+    with watching_memory() as while_exporting:
+        start = time.perf_counter()
+        unchecked = spp_export.ExportRequest(verify=False)
+        spp_export.export(output=out, model=str(model), plan=plan, request=unchecked)
+        exported = time.perf_counter() - start
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(shape.vocab_size, (ROWS, max(tokens // ROWS, 2)), generator=generator)
+    batch = TokenBatch(ids, torch.ones_like(ids), tuple(range(ROWS)))
+    with watching_memory() as while_checking:
+        start = time.perf_counter()
+        report = check_directory(out, session, plan, (), batches=[batch]).report
+        checked = time.perf_counter() - start
+    layer = shape.parameters((shape.layer,)) - shape.parameters(())
+    embeddings = shape.vocab_size * shape.hidden_size * (1 if shape.tied_embeddings else 2)
+    return {
+        "source_bytes": sum(tensor.nbytes for tensor in session.source.tensors.values()),
+        "slim_bytes": sum(path.stat().st_size for path in out.iterdir()),
+        "layers": shape.num_layers,
+        "tokens": ids.numel(),
+        "checks": {check.name: check.passed for check in report.checks},
+        **report.context,
+        "export_seconds": round(exported, 1),
+        "verify_seconds": round(checked, 1),
+        "export_peak_anonymous_bytes": while_exporting["RssAnon"],
+        "verify_peak_anonymous_bytes": while_checking["RssAnon"],
+        "imports_anonymous_bytes": imports,
+        "predicted_weights_bytes": 8 * resident_parameters(shape),
+        "limit_bytes": 8 * (2 * layer + embeddings) + FIXED_BYTES + imports,
+    }
+
+
+def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Build, and run in a fresh process."""
+    model = scratch / "model"
+    model.mkdir()
+    if options.qwen2_14b:
+        build_sparse(model, QWEN2_14B)
+    else:
+        build(model, options.gigabytes)
+    command = [sys.executable, "-m", "spp_campaigns.layerwise_memory"]
+    command += ["--run", str(model), str(scratch / "out"), "--tokens", str(options.tokens)]
+    command += ["--qwen2-14b"] if options.qwen2_14b else []
+    result = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    found: dict[str, Any] = json.loads(result.stdout)
+    found["on_disk_bytes"] = sum(os.stat(path).st_blocks * 512 for path in model.iterdir())
+    found["passed"] = all(found["checks"].values())
+    found["within_limit"] = found["verify_peak_anonymous_bytes"] <= found["limit_bytes"]
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print what was found, with --json also write it; 1 if a check or the limit fails."""
+    parser = argparse.ArgumentParser(prog="spp_campaigns.layerwise_memory", description=__doc__)
+    parser.add_argument("--gigabytes", type=float, default=4.0, help="size of the dense model")
+    parser.add_argument("--qwen2-14b", action="store_true", help="of that shape instead, 29.5 GB")
+    parser.add_argument("--tokens", type=int, default=192, help="tokens that logits are checked on")
+    parser.add_argument("--dir", type=Path, help="where to write; needs 10 GB for the 14B model")
+    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--run", type=Path, nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.run:
+        model, out = options.run
+        print(json.dumps(run(model, out, options.tokens, options.qwen2_14b)))
+        return 0
+    with tempfile.TemporaryDirectory(dir=options.dir, prefix="spp-layerwise-") as scratch:
+        found = measure(options, Path(scratch))
+    if options.json:
+        document = {"machine": machine(), "result": found}
+        options.json.write_text(dump_json(document), encoding="utf-8")
+    for name, value in found.items():
+        shown = f"{value / 1e6:10.1f} MB" if name.endswith("_bytes") else value
+        print(f"{name.removesuffix('_bytes').replace('_', ' '):28} {shown}")
+    return 0 if found["passed"] and found["within_limit"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
