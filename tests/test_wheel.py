@@ -38,8 +38,8 @@ def test_wheel_ships_only_our_packages(tmp_path: Path) -> None:
     left_out = ("spp_campaigns", "peers", "chromium", "onnx_exporters", "probe_pruning/dynamic")
     assert not [name for name in names if any(word in name for word in left_out)]
     assert "spp_export/models/modeling/modeling_spp.py" in names
-    pages = {f"spp_export/commands/report/page/{name}" for name in ("style.css", "script.js")}
-    assert pages <= set(names)
+    page = ("report.html.j2", "style.css", "script.js")
+    assert {f"spp_export/commands/report/page/{name}" for name in page} <= set(names)
     assert "spp_export/data/assets/smollm2-135m-instruct/artifacts.json" in names
     assert not [name for name in names if name.endswith((".pyc", ".pt", ".bin", ".gguf"))]
     entry_points = zipfile.ZipFile(wheel).read(f"{info}/entry_points.txt").decode()

@@ -29,7 +29,7 @@ from spp_bench.engines.runner import Runner
 from spp_bench.gate import check_agreement, check_outs, same_files
 from spp_bench.measure import in_turn, measure_cell
 from spp_bench.memory import measure_memory
-from spp_bench.plots import check_plots, write_plots
+from spp_bench.plots import write_plots
 from spp_bench.requests import check_counts, check_device
 from spp_bench.results import cell_record, earlier, header, problems, write_document
 from spp_bench.threads import torch_threads
@@ -92,8 +92,6 @@ def bench(
     """
     request = request or BenchRequest()
     cells = request.check()
-    if plots:
-        check_plots()
     location = locate_model(model)
     source = open_source(location.path, location.name)
     found = _read_outs(outs, source)

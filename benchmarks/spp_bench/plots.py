@@ -2,113 +2,97 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from spp_bench.measure import PHASES
-from spp_export.common.errors import OutputError, UsageError
+from spp_export.common.errors import OutputError
+from spp_export.common.plots import (
+    Line,
+    Point,
+    context_axis,
+    draw_line,
+    new_figure,
+    ratio_axis,
+    save_png,
+)
 
 _WIDTH, _HEIGHT = 5.5, 4.0
-
-
-def check_plots() -> None:
-    """UsageError where matplotlib, which an extra brings, is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UsageError(
-            "--plot: curves are drawn by matplotlib, which is not installed. "
-            "Install it with: pip install 'spp-export[plots]'."
-        ) from None
 
 
 def write_plots(document: Mapping[str, Any], directory: Path) -> list[Path]:
     """Write speedup.png and, where memory was measured, memory.png; the files written.
 
-    Raises UsageError where matplotlib is missing, OutputError where the disk refuses.
+    Raises OutputError where the disk refuses.
     """
-    check_plots()
     figures = {"speedup.png": _speedups(document)}
     if document["memory"]:
         figures["memory.png"] = _memory(document)
-    written = []
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
-            # Without the version of matplotlib, so that equal results give equal files.
-            figure.savefig(directory / name, format="png", dpi=120, metadata={"Software": None})
-            written.append(directory / name)
+            save_png(figure, directory / name)
     except OSError as error:
         raise OutputError(f"{directory}: cannot be written ({error.strerror}).") from error
-    return written
+    return [directory / name for name in figures]
 
 
-def _panels(document: Mapping[str, Any], columns: list[str]) -> tuple[Any, dict[Any, Any]]:
+def _panels(document: Mapping[str, Any], titles: Sequence[str]) -> tuple[Any, dict[Any, Any]]:
     """A figure of a row per batch size and a column per title; axes by (batch, title)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     batches = sorted({cell["batch"] for cell in document["cells"]})
-    size = (_WIDTH * len(columns), _HEIGHT * len(batches))
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(len(batches), len(columns), squeeze=False)
-    axes = {}
-    for row, batch in enumerate(batches):
-        for column, title in enumerate(columns):
-            each = axes[batch, title] = grid[row][column]
-            each.set_title(f"{title}, batch {batch}")
-            each.set_xlabel("context, tokens")
-            each.set_xscale("log", base=2)
-            each.xaxis.set_major_formatter("{x:g}")
-            each.grid(alpha=0.25)
+    width, height = _WIDTH * len(titles), _HEIGHT * len(batches)
+    figure, grid = new_figure(len(batches), len(titles), width, height)
+    panels = {}
+    for batch, row in zip(batches, grid, strict=True):
+        for title, axes in zip(titles, row, strict=True):
+            panels[batch, title] = axes
+            axes.set_title(f"{title}, batch {batch}")
+            context_axis(axes, (c["context"] for c in document["cells"] if c["batch"] == batch))
     figure.suptitle(document["model"]["name"])
-    return figure, axes
+    return figure, panels
 
 
 def _speedups(document: Mapping[str, Any]) -> Any:
     """Measured speed-ups with their 20th and 80th percentiles, solid; bounds, dashed."""
-    figure, axes = _panels(document, list(PHASES))
+    figure, panels = _panels(document, PHASES)
     slim = [c["name"] for c in document["candidates"] if c["baseline"]]
-    for (batch, phase), each in axes.items():
-        each.axhline(1.0, color="0.6", linewidth=0.8)
-        each.set_ylabel("speed-up over dense")
+    for (batch, phase), axes in panels.items():
+        axes.set_ylabel("speed-up over dense")
+        values = []
         for index, name in enumerate(slim):
-            found = [
+            measured = [
                 (cell["context"], row[phase]["speedup"])
                 for cell in document["cells"]
                 for row in cell["rows"]
                 if cell["batch"] == batch and row["name"] == name and phase in row
             ]
-            if not found:
+            if not measured:
                 continue
-            contexts = [context for context, _ in found]
-            median, low, high, limit = (
-                [over[key] for _, over in found] for key in ("median", "p20", "p80", "bound")
-            )
-            style = {"color": f"C{index % 10}"}
-            each.plot(contexts, median, marker="o", markersize=4, label=name, **style)
-            each.fill_between(contexts, low, high, alpha=0.15, linewidth=0, **style)
-            each.plot(contexts, limit, linestyle="--", marker="_", label=f"{name}: bound", **style)
-        each.legend(fontsize="small")
+            speeds = [Point(x, y["median"], y["p20"], y["p80"]) for x, y in measured]
+            bounds = [Point(x, y["bound"]) for x, y in measured]
+            colour = f"C{index % 10}"
+            draw_line(axes, Line(name, speeds, colour))
+            draw_line(axes, Line(f"{name}: bound", bounds, colour, dash="--", marker="_"))
+            values += [point.y for point in speeds + bounds]
+        ratio_axis(axes, values)
+        axes.legend()
     return figure
 
 
 def _memory(document: Mapping[str, Any]) -> Any:
     """Weights and cache, solid, and what the process held at its peak, dotted."""
-    figure, axes = _panels(document, ["memory"])
-    for (batch, _), each in axes.items():
-        each.set_ylabel("MB")
+    figure, panels = _panels(document, ["memory"])
+    for (batch, _), axes in panels.items():
+        axes.set_ylabel("MB")
         for index, record in enumerate(document["memory"]):
+            weights, before = record["weight_bytes"], record["before_bytes"]
             cells = [cell for cell in record["cells"] if cell["batch"] == batch]
-            contexts = [cell["context"] for cell in cells]
-            held = [(record["weight_bytes"] + cell["kv_bytes"]) / 1e6 for cell in cells]
-            peaks = [(cell["peak_bytes"] - record["before_bytes"]) / 1e6 for cell in cells]
-            style = {"color": f"C{index % 10}"}
-            label = record["name"]
-            each.plot(contexts, held, marker="o", markersize=4, label=label, **style)
-            each.plot(contexts, peaks, linestyle=":", marker=".", label=f"{label}: peak", **style)
-        each.legend(fontsize="small")
-        each.set_ylim(bottom=0)
+            held = [Point(c["context"], (weights + c["kv_bytes"]) / 1e6) for c in cells]
+            peaks = [Point(c["context"], (c["peak_bytes"] - before) / 1e6) for c in cells]
+            name, colour = record["name"], f"C{index % 10}"
+            draw_line(axes, Line(name, held, colour))
+            draw_line(axes, Line(f"{name}: peak", peaks, colour, dash=":", marker="."))
+        axes.legend()
+        axes.set_ylim(bottom=0)
     return figure

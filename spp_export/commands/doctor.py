@@ -55,7 +55,6 @@ PARTS = (
     Part("vllm", "vllm", "a server for many users", "pip install vllm"),
     Part("peft", "peft", "spp recover", "pip install 'spp-export[recover]'"),
     Part("lm-eval", "lm_eval", "lm-evaluation-harness", "pip install lm-eval"),
-    Part("matplotlib", "matplotlib", "curves", "pip install 'spp-export[plots]'"),
     Part("triton", "triton", "kernels on CUDA", "pip install triton"),
 )
 

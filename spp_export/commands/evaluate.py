@@ -17,7 +17,7 @@ from spp_export.data.artifacts import Artifacts, open_artifacts
 from spp_export.evaluation.harness import BASELINES, DYNAMIC, Row, row_key, standard_rows
 from spp_export.evaluation.harness.answers import DEFAULT_NEW_TOKENS
 from spp_export.evaluation.harness.bootstrap import RESAMPLES
-from spp_export.evaluation.harness.curves import check_plots, write_curves
+from spp_export.evaluation.harness.curves import write_curves
 from spp_export.evaluation.harness.inputs import Inputs, read_inputs
 from spp_export.evaluation.harness.planner import Planner
 from spp_export.evaluation.harness.records import (
@@ -178,8 +178,6 @@ def evaluate(
 
     request = request or EvalRequest()
     request.check()
-    if request.curves:
-        check_plots()
     directory = Path(output)
     _prepare(directory, force)
     inputs = read_inputs(scenario, wrong, eval_sets, pools, request.domains)

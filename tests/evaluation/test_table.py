@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import builtins
 import math
 
 import pytest
 from evaluating import HEADER, method, record, write_results
 
-from spp_export.common.errors import UsageError
 from spp_export.evaluation.harness.bootstrap import Interval
 from spp_export.evaluation.harness.curves import curves, write_curves
 from spp_export.evaluation.harness.records import open_records, read_results
@@ -136,7 +134,6 @@ def test_points_of_one_budget_are_drawn_where_there_are_no_curves(tmp_path):
 
 
 def test_curves_are_drawn_and_the_same_every_time(results, tmp_path):
-    pytest.importorskip("matplotlib")
     first, second = tmp_path / "a.png", tmp_path / "b.png"
     assert write_curves(results, first)
     assert write_curves(results, second)
@@ -145,21 +142,7 @@ def test_curves_are_drawn_and_the_same_every_time(results, tmp_path):
 
 
 def test_nothing_to_draw(tmp_path):
-    pytest.importorskip("matplotlib")
     found = read_results(write_results(tmp_path / "results.jsonl", []))
     assert found.records[0].row == DENSE
     assert not write_curves(found, tmp_path / "a.png")
     assert not (tmp_path / "a.png").exists()
-
-
-def test_without_matplotlib_the_error_says_what_to_install(results, tmp_path, monkeypatch):
-    plain = builtins.__import__
-
-    def without(name, *args, **keywords):
-        if name.partition(".")[0] == "matplotlib":
-            raise ImportError(name)
-        return plain(name, *args, **keywords)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UsageError, match=r"spp-export\[plots\]"):
-        write_curves(results, tmp_path / "a.png")

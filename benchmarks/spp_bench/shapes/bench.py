@@ -23,7 +23,7 @@ from spp_bench.device_rates import measure_rates
 from spp_bench.gate import check_agreement, distance, rounding_room
 from spp_bench.measure import PHASES, Phase, in_turn
 from spp_bench.memory import measure_memory
-from spp_bench.plots import check_plots, write_plots
+from spp_bench.plots import write_plots
 from spp_bench.results import cell_record, earlier, header, problems, write_document
 from spp_bench.shapes.measure import Part, Watch, measure_parts
 from spp_bench.shapes.plans import ShapePlan, Variant, shape_plan
@@ -272,8 +272,6 @@ def bench_shape(
     """
     request = request or BenchRequest()
     cells, of = request.check(), published(name)
-    if plots:
-        check_plots()
     if not asked:
         raise UsageError(f"--shape {name}: nothing to measure. Give --keep.")
     plans = [shape_plan(of, variant, request.seed) for variant in asked]

@@ -7,20 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spp_export.commands.report.charts import Chart, Series
 from spp_export.commands.report.files import mapping, number, text
-from spp_export.commands.report.page import Benchmark, Chart, Point, Series, Spread, Table
-from spp_export.commands.report.page.figures import TIMES, byte_size, count, figure, percent, times
+from spp_export.commands.report.page.figures import TIMES, byte_size, figure, percent, times
 from spp_export.common.errors import UsageError
 from spp_export.common.json_files import read_json
+from spp_export.common.plots import Point
 
 PHASES = ("decode", "prefill")
-_TIMES = ("model", "phase", "batch", "context", "dense", "slim", "speed-up", "bound", "of the gain")
-_MEMORY = ("model", "batch", "context", "weights", "KV cache", "peak of the process")
 
 
 @dataclass(frozen=True)
-class _Timing:
-    """One speed-up: of a candidate over its dense baseline, in one phase at one size."""
+class Timing:
+    """One speed-up: of a candidate over its dense baseline, in one phase at one size.
+
+    efficiency: how much of the gain that is possible was reached; None where none is possible.
+    """
 
     name: str
     phase: str
@@ -34,6 +36,102 @@ class _Timing:
     bound: float
     efficiency: float | None
 
+    @property
+    def gain(self) -> str:
+        """How much of the possible gain was reached, in words."""
+        if self.efficiency is None:
+            return "no gain possible"
+        return percent(self.efficiency) if self.efficiency >= 0 else "none"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What one candidate took at one size, in bytes."""
+
+    name: str
+    batch: int
+    context: int
+    weights: float
+    cache: float
+    peak: float
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Speed-ups at one batch and one context on a common axis from `low` to `high`."""
+
+    timings: Sequence[Timing]
+
+    @property
+    def title(self) -> str:
+        """Phase, batch and context."""
+        first = self.timings[0]
+        return f"{first.phase.capitalize()}, batch {first.batch:,}, context {first.context:,}"
+
+    @property
+    def low(self) -> float:
+        """The least value of the axis; 1, the dense model, lies on it."""
+        return min(1.0, *(min(timing.low, timing.bound) for timing in self.timings))
+
+    @property
+    def high(self) -> float:
+        """The greatest value of the axis."""
+        return max(1.0, *(max(timing.high, timing.bound) for timing in self.timings))
+
+    def at(self, value: float) -> str:
+        """Where a value lies between the ends of the axis, as SVG has it."""
+        share = (value - self.low) / ((self.high - self.low) or 1.0)
+        return f"{2 + 96 * share:.2f}%"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Measured speed as `spreads` where there is one context, else as charts over it; memory."""
+
+    timings: Sequence[Timing]
+    memory: Sequence[Memory]
+    spreads: Sequence[Spread]
+    charts: Sequence[Chart]
+    note: str
+    problems: Sequence[str]
+
+    @property
+    def times(self) -> list[tuple[str, ...]]:
+        """Rows of a table: model, phase, batch, context, dense, slim, speed-up, bound, gain."""
+        return [
+            (
+                t.name,
+                t.phase,
+                f"{t.batch:,}",
+                f"{t.context:,}",
+                f"{figure(t.dense_ms)} ms",
+                f"{figure(t.slim_ms)} ms",
+                times(t.median),
+                times(t.bound),
+                t.gain,
+            )
+            for t in self.timings
+        ]
+
+    @property
+    def sizes(self) -> list[tuple[str, ...]]:
+        """Rows of a table: model, batch, context, weights, KV cache, peak of the process."""
+        return [
+            (
+                cell.name,
+                f"{cell.batch:,}",
+                f"{cell.context:,}",
+                *(byte_size(size) for size in (cell.weights, cell.cache, cell.peak)),
+            )
+            for cell in self.memory
+        ]
+
+    def decode_of(self, name: str) -> Timing | None:
+        """The decode speed-up of the export of this name, which a headline may show."""
+        timings = (timing for spread in self.spreads for timing in spread.timings)
+        named = (timing for timing in timings if timing.name.startswith(f"{name} "))
+        return next((timing for timing in named if timing.phase == "decode"), None)
+
 
 def benchmark_part(path: Path, plan_hash: str) -> Benchmark:
     """What a results file measured of this very plan.
@@ -42,190 +140,112 @@ def benchmark_part(path: Path, plan_hash: str) -> Benchmark:
     """
     document = read_json(path, what="results", error=UsageError)
     try:
-        names = _names(document, plan_hash)
-        timings = list(_timings(document, names))
-        part = _part(document, names, timings)
+        baselines = {
+            str(candidate["name"]): str(candidate["baseline"])
+            for candidate in document["candidates"]
+            if candidate["plan_hash"] == plan_hash
+        }
+        timings = list(_timings(document, baselines))
+        memory = list(_memory(document, {*baselines, *baselines.values()}))
+        note, problems = _note(document), [text(problem) for problem in document["problems"]]
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UsageError(f"results {path}: expected what 'spp bench -o FILE' writes.") from None
-    if not names:
+    if not baselines:
         raise UsageError(
             f"results {path}: hold no measurement of this plan, whose SHA-256 begins "
             f"{plan_hash[:16]}. Measure it with 'spp bench OUT -o FILE'."
         )
-    return part
-
-
-def decode_of(part: Benchmark, name: str) -> Spread | None:
-    """The decode speed-up of the export of this name, which a headline may show."""
-    rows = [row for title, spread in part.spreads if title.startswith("Decode") for row in spread]
-    return next((row for row in rows if row.label.startswith(f"{name} ")), None)
-
-
-def _names(document: Mapping[str, Any], plan_hash: str) -> list[str]:
-    """Candidates made from this plan, in order."""
-    return [str(one["name"]) for one in document["candidates"] if one["plan_hash"] == plan_hash]
-
-
-def _timings(document: Mapping[str, Any], names: Sequence[str]) -> Iterator[_Timing]:
-    baselines = {one["name"]: one["baseline"] for one in document["candidates"]}
-    for cell in document["cells"]:
-        rows = {row["name"]: row for row in cell["rows"]}
-        for name in (name for name in names if name in rows):
-            for phase in (phase for phase in PHASES if "speedup" in rows[name].get(phase, {})):
-                slim, dense = rows[name][phase], rows[baselines[name]][phase]
-                over = slim["speedup"]
-                yield _Timing(
-                    name,
-                    phase,
-                    int(cell["batch"]),
-                    int(cell["context"]),
-                    _number(dense["median_ms"]),
-                    _number(slim["median_ms"]),
-                    _number(over["median"]),
-                    _number(over["p20"]),
-                    _number(over["p80"]),
-                    _number(over["bound"]),
-                    number(over["efficiency"]),
-                )
-
-
-def _number(value: Any) -> float:
-    found = number(value)
-    if found is None or found < 0:
-        raise ValueError
-    return found
-
-
-def _part(document: Mapping[str, Any], names: Sequence[str], timings: list[_Timing]) -> Benchmark:
-    baselines = {
-        str(one["name"]): str(one["baseline"])
-        for one in document["candidates"]
-        if one["name"] in names
-    }
-    shown = {*baselines, *baselines.values()}
-    memory = [one for one in document["memory"] if one["name"] in shown]
     charts: list[Chart] = []
-    spreads: list[tuple[str, tuple[Spread, ...]]] = []
+    spreads: list[Spread] = []
     for batch in sorted({timing.batch for timing in timings}):
         for phase in PHASES:
             these = [t for t in timings if (t.batch, t.phase) == (batch, phase)]
             if len({timing.context for timing in these}) > 1:
                 charts.append(_speed_chart(phase, batch, these))
             elif these:
-                spreads.append(_spreads(phase, batch, these))
-        charts += _memory_chart(memory, baselines, batch)
-    tables = [("Times", _times_table(timings)), ("Memory", _memory_table(memory))]
-    return Benchmark(
-        tuple(spreads),
-        tuple(charts),
-        tuple((title, table) for title, table in tables if table.rows),
-        (_note(document),),
-        tuple(text(problem) for problem in document["problems"]),
-    )
+                spreads.append(Spread(these))
+        charts += _memory_chart([cell for cell in memory if cell.batch == batch], baselines, batch)
+    return Benchmark(timings, memory, spreads, charts, note, problems)
 
 
-def _speed_chart(phase: str, batch: int, timings: Sequence[_Timing]) -> Chart:
+def _timings(document: Mapping[str, Any], baselines: Mapping[str, str]) -> Iterator[Timing]:
+    for cell in document["cells"]:
+        rows = {row["name"]: row for row in cell["rows"]}
+        for name in (name for name in baselines if name in rows):
+            for phase in (phase for phase in PHASES if "speedup" in rows[name].get(phase, {})):
+                slim, dense = rows[name][phase], rows[baselines[name]][phase]
+                speedup = slim["speedup"]
+                yield Timing(
+                    name,
+                    phase,
+                    int(cell["batch"]),
+                    int(cell["context"]),
+                    dense_ms=_number(dense["median_ms"]),
+                    slim_ms=_number(slim["median_ms"]),
+                    median=_number(speedup["median"]),
+                    low=_number(speedup["p20"]),
+                    high=_number(speedup["p80"]),
+                    bound=_number(speedup["bound"]),
+                    efficiency=number(speedup["efficiency"]),
+                )
+
+
+def _memory(document: Mapping[str, Any], names: set[str]) -> Iterator[Memory]:
+    for record in document["memory"]:
+        for cell in record["cells"] if record["name"] in names else ():
+            yield Memory(
+                str(record["name"]),
+                int(cell["batch"]),
+                int(cell["context"]),
+                _number(record["weight_bytes"]),
+                _number(cell["kv_bytes"]),
+                max(_number(cell["peak_bytes"]) - _number(record["before_bytes"]), 0.0),
+            )
+
+
+def _number(value: Any) -> float:
+    known = number(value)
+    if known is None or known < 0:
+        raise ValueError
+    return known
+
+
+def _speed_chart(phase: str, batch: int, timings: Sequence[Timing]) -> Chart:
     series = []
     for hue, name in enumerate(dict.fromkeys(timing.name for timing in timings)):
         these = sorted((t for t in timings if t.name == name), key=lambda t: t.context)
-        measured = tuple(Point(t.context, t.median, t.low, t.high) for t in these)
-        limits = tuple(Point(t.context, t.bound) for t in these)
+        measured = [Point(t.context, t.median, t.low, t.high) for t in these]
+        bounds = [Point(t.context, t.bound) for t in these]
         series += [
             Series(name, measured, "main", hue),
-            Series(f"{name}: bound", limits, "bound", hue),
+            Series(f"{name}: bound", bounds, "bound", hue),
         ]
     return Chart(
         f"{phase.capitalize()}, batch {batch}",
-        "context, tokens",
         "speed-up over dense; bands are the 20th to 80th percentile",
-        tuple(series),
-        log_x=True,
-        level=1.0,
-        unit=TIMES,
-        x_unit=" tokens",
+        series,
+        TIMES,
         dashed="bound: the best possible",
     )
 
 
 def _memory_chart(
-    memory: Sequence[Mapping[str, Any]], baselines: Mapping[str, str], batch: int
-) -> list[Chart]:
-    """Weights and cache over context, where there are several contexts."""
-    held = {str(record["name"]): _held(record, batch) for record in memory}
+    memory: Sequence[Memory], baselines: Mapping[str, str], batch: int
+) -> Iterator[Chart]:
+    """Weights and cache in MB over context, where there are several contexts."""
+    points: dict[str, list[Point]] = {}
+    for cell in sorted(memory, key=lambda cell: cell.context):
+        total = (cell.weights + cell.cache) / 1e6
+        points.setdefault(cell.name, []).append(Point(cell.context, total))
     series: list[Series] = []
     for hue, (name, dense) in enumerate(baselines.items()):
-        if len(held.get(name, ())) > 1:
-            series.append(Series(dense, held.get(dense, ()), "bound", hue))
-            series.append(Series(name, held[name], "main", hue))
-    if not series:
-        return []
-    chart = Chart(
-        f"Memory, batch {batch}",
-        "context, tokens",
-        "weights and KV cache, MB",
-        tuple(series),
-        log_x=True,
-        unit=" MB",
-        x_unit=" tokens",
-        dashed="the dense model in the same engine",
-    )
-    return [chart]
-
-
-def _held(record: Mapping[str, Any], batch: int) -> tuple[Point, ...]:
-    """Weights and cache of one candidate in MB, by context."""
-    weights = _number(record["weight_bytes"])
-    cells = (cell for cell in record["cells"] if cell["batch"] == batch)
-    found = [
-        (_number(cell["context"]), (weights + _number(cell["kv_bytes"])) / 1e6) for cell in cells
-    ]
-    return tuple(Point(context, megabytes) for context, megabytes in sorted(found))
-
-
-def _spreads(phase: str, batch: int, timings: Sequence[_Timing]) -> tuple[str, tuple[Spread, ...]]:
-    context = count(timings[0].context)
-    rows = tuple(Spread(t.name, t.median, t.low, t.high, t.bound) for t in timings)
-    return f"{phase.capitalize()}, batch {batch}, context {context}: speed-up over dense", rows
-
-
-def _times_table(timings: Sequence[_Timing]) -> Table:
-    rows = tuple(
-        (
-            t.name,
-            t.phase,
-            count(t.batch),
-            count(t.context),
-            f"{figure(t.dense_ms)} ms",
-            f"{figure(t.slim_ms)} ms",
-            times(t.median),
-            times(t.bound),
-            "no gain possible"
-            if t.efficiency is None
-            else percent(t.efficiency)
-            if t.efficiency >= 0
-            else "none",
-        )
-        for t in timings
-    )
-    return Table(_TIMES, rows, frozenset({0, 1}))
-
-
-def _memory_table(memory: Sequence[Mapping[str, Any]]) -> Table:
-    rows = []
-    for record in memory:
-        before, weights = _number(record["before_bytes"]), _number(record["weight_bytes"])
-        for cell in record["cells"]:
-            rows.append(
-                (
-                    str(record["name"]),
-                    count(_number(cell["batch"])),
-                    count(_number(cell["context"])),
-                    byte_size(weights),
-                    byte_size(_number(cell["kv_bytes"])),
-                    byte_size(max(_number(cell["peak_bytes"]) - before, 0.0)),
-                )
-            )
-    return Table(_MEMORY, tuple(rows), frozenset({0}))
+        if len(points.get(name, ())) > 1:
+            series.append(Series(dense, points.get(dense, ()), "bound", hue))
+            series.append(Series(name, points[name], "main", hue))
+    if series:
+        dashed = "the dense model in the same engine"
+        title = f"Memory, batch {batch}"
+        yield Chart(title, "weights and KV cache, MB", series, " MB", ratio=False, dashed=dashed)
 
 
 def _note(document: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""From files to the record that a page is drawn from: what the plan says, and what was measured."""
+"""From files to what the page shows: what the plan says, and what was measured."""
 
 from __future__ import annotations
 
@@ -7,32 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spp_export.commands.report.bench import benchmark_part, decode_of
-from spp_export.commands.report.curves import quality_charts
+from spp_export.commands.report.bench import Benchmark, benchmark_part
+from spp_export.commands.report.charts import quality_charts
 from spp_export.commands.report.files import Place, mapping, number, objects, pairs, text
-from spp_export.commands.report.heads import (
-    DenseCounts,
-    dense_counts,
-    heads_part,
-    matching_artifacts,
-)
-from spp_export.commands.report.page import (
-    Benchmark,
-    Channels,
-    Check,
-    Checks,
-    Fact,
-    Heads,
-    Hint,
-    Mixture,
-    Quality,
-    Report,
-    Saving,
-    Savings,
-    Table,
-    Tile,
-)
-from spp_export.commands.report.page.figures import byte_size, change, count, figure, percent, times
+from spp_export.commands.report.heads import STATES, Heads, heads_of, matching_artifacts
+from spp_export.commands.report.page.figures import figure, integer, percent, times
 from spp_export.common.errors import ModelError, SppError
 from spp_export.common.json_files import read_json
 from spp_export.common.versions import spp_version
@@ -42,15 +21,17 @@ from spp_export.models.engines import Engine, engines_for, gguf_engines, onnx_en
 from spp_export.models.shape import LayerShape
 from spp_export.planning import Plan
 
+VERIFY = "verify.json"
 _SIZES = {
-    "parameters": ("Parameters", False),
-    "file_bytes": ("Bytes of weights", True),
-    "kv_bytes_per_token": ("KV cache per token", True),
+    "parameters": "Parameters",
+    "file_bytes": "Bytes of weights",
+    "kv_bytes_per_token": "KV cache per token",
 }
+_SAME_WEIGHTS = "the PyTorch model of the same weights"
 _REFERENCES = {
     "safetensors": "the dense model with the same units masked",
-    "onnx": "the PyTorch model of the same weights",
-    "gguf": "the PyTorch model of the same weights",
+    "onnx": _SAME_WEIGHTS,
+    "gguf": _SAME_WEIGHTS,
 }
 _FORMATS = {
     "plan": "Plan for",
@@ -60,225 +41,183 @@ _FORMATS = {
 }
 
 
-def report_record(
+def report_parts(
     place: Place, *, bench: Path | None, evaluation: Path | None, artifacts: str | None
-) -> Report:
-    """Everything that the page shows. Errors are those of the files that were named."""
+) -> dict[str, Any]:
+    """Everything that the templates show, by name. Errors are those of the files that were named.
+
+    A part that is None has no section. Where it is a hint, {"hint": why there is nothing to show,
+    "command": what would change that}.
+    """
     plan = place.plan
-    found = matching_artifacts(plan, artifacts)
-    counts = dense_counts(plan, place.config, found)
-    heads = heads_part(plan, counts, found)
-    channels = _channels(plan, counts)
+    heads = heads_of(plan, place.config, matching_artifacts(plan, artifacts))
     verdict, why = read_verdict(place.directory) if place.directory else (None, "")
-    checks: Checks | Hint | None = (
-        checks_part(verdict, _REFERENCES[place.kind]) if verdict else None
-    )
-    if checks is None and place.directory:
-        checks = unverified(why, _commands(("verify", place.name, *_model(place))))
-    benchmark = _benchmark(place, bench)
-    ratio = _ratio(verdict)
-    return Report(
-        title=place.name,
-        kind=_kind(place),
-        summary=_summary(plan, heads, channels, checks, ratio),
-        heads=heads,
-        savings=_savings(place, heads, channels),
-        generator=spp_version(),
-        tiles=_tiles(place, heads, checks, verdict, benchmark),
-        mixture=_mixture(plan),
-        channels=channels,
-        checks=checks,
-        quality=_quality(place, verdict, evaluation),
-        benchmark=benchmark,
-        engines=_engines(place, counts),
-        provenance=_provenance(place),
-        versions={name: text(value) for name, value in plan.versions.items() if text(value)},
-        files=place.files,
-    )
-
-
-def _kind(place: Place) -> str:
-    quantised = f", {place.quantised}" if place.quantised else ""
-    return f"{_FORMATS[place.kind]} {place.plan.model_source}{quantised}"
+    checks: dict[str, Any] | None = None
+    if verdict:
+        checks = checks_part(verdict, _REFERENCES[place.kind])
+    elif place.directory:
+        command = _commands(("verify", place.name, *_model(place)))
+        checks = {"hint": f"{why} Check it against its dense model:", "command": command}
+    ratio = number(mapping((verdict or {}).get("quality")).get("ratio"))
+    channels = channels_part(heads)
+    benchmark = benchmark_part(bench, place.plan_hash) if bench else _unmeasured(place)
+    return {
+        "title": place.name,
+        "kind": f"{_FORMATS[place.kind]} {plan.model_source}",
+        "plan": plan,
+        "quantised": place.quantised,
+        "scenario": text(plan.scenario.get("name")),
+        "version": spp_version(),
+        "stays": _stays(heads, channels),
+        "saved": _saved(plan),
+        "verdicts": _verdicts(ratio, checks),
+        "sizes": {name: sizes for name in _SIZES if (sizes := _sizes(plan, name))},
+        "size_names": _SIZES,
+        "ratio": ratio,
+        "decode": benchmark.decode_of(place.name) if isinstance(benchmark, Benchmark) else None,
+        "mixture": mixture_part(plan),
+        "bounds": _bounds(plan),
+        "weight_bytes": place.weight_bytes,
+        "heads": heads,
+        "states": STATES,
+        "channels": channels,
+        "checks": checks,
+        "quality": _quality(place, verdict, evaluation),
+        "benchmark": benchmark,
+        "engines": [(e.name, e.loads, e.how) for e in _engines(place, heads)],
+        "provenance": _provenance(place),
+        "versions": {name: text(value) for name, value in plan.versions.items() if text(value)},
+        "files": place.files,
+    }
 
 
 def _sizes(plan: Plan, name: str) -> tuple[float, float] | None:
     """Dense and slim, as the plan predicts them."""
-    found = mapping(plan.predicted.get(name))
-    dense, slim = number(found.get("dense")), number(found.get("slim"))
+    sizes = mapping(plan.predicted.get(name))
+    dense, slim = number(sizes.get("dense")), number(sizes.get("slim"))
     return None if not dense or slim is None or dense < 0 or slim < 0 else (dense, slim)
 
 
-def _ratio(verdict: Mapping[str, Any] | None) -> float | None:
-    return number(mapping((verdict or {}).get("quality")).get("ratio"))
+def _stays(heads: Heads, channels: Mapping[str, Any] | None) -> list[str]:
+    """What stays of the model's units."""
+    whole = heads.query_heads * len(heads.layers)
+    kept = [("query heads", heads.kept, whole if heads.recorded else None)]
+    if channels and channels["total"]:
+        kept.append(("MLP channels", channels["total"], channels["whole"]))
+    return [
+        f"{integer(number)}{f' of {integer(dense)}' if dense else ''} {name}"
+        for name, number, dense in kept
+    ]
 
 
-def _summary(
-    plan: Plan,
-    heads: Heads,
-    channels: Channels | None,
-    checks: Checks | Hint | None,
-    ratio: float | None,
-) -> str:
-    """The whole of it in one sentence."""
-    scenario = text(plan.scenario.get("name"))
-    subject = f"{plan.model_source}, cut for {scenario}" if scenario else plan.model_source
-    stays = f"{count(heads.kept)} of {count(heads.query_heads * len(heads.layers))} query heads"
-    if channels:
-        whole = channels.dense * len(channels.kept)
-        stays += f" and {count(sum(channels.kept))} of {count(whole)} MLP channels"
-    found = f"{subject}: {stays} stay{_saved(plan)}"
+def _saved(plan: Plan) -> list[str]:
+    """What that takes off the model's sizes."""
+    names = (("parameters", "parameters"), ("kv_bytes_per_token", "KV cache"))
+    known = [(what, *sizes) for name, what in names if (sizes := _sizes(plan, name))]
+    return [
+        f"{percent(1 - slim / dense)} off its {what}" for what, dense, slim in known if slim < dense
+    ]
+
+
+def _verdicts(ratio: float | None, checks: Mapping[str, Any] | None) -> list[str]:
+    """How good it is, and whether that was checked."""
     verdicts = []
     if ratio is not None:
         verdicts.append(f"perplexity on held-out text is {times(ratio)} the dense model's")
-    if isinstance(checks, Checks):
-        verdicts.append("every check passed" if checks.passed else "a check FAILED")
-    return f"{'; '.join([found, ', and '.join(verdicts)])}." if verdicts else f"{found}."
+    if checks and "passed" in checks:
+        verdicts.append("every check passed" if checks["passed"] else "a check FAILED")
+    return verdicts
 
 
-def _saved(plan: Plan) -> str:
-    """What that takes off the model's sizes."""
-    words = []
-    for name, what in (("parameters", "parameters"), ("kv_bytes_per_token", "KV cache")):
-        sizes = _sizes(plan, name)
-        if sizes and sizes[1] < sizes[0]:
-            words.append(f"{percent(1 - sizes[1] / sizes[0])} off its {what}")
-    return f", which takes {' and '.join(words)}" if words else ""
-
-
-def _tiles(
-    place: Place,
-    heads: Heads,
-    checks: Checks | Hint | None,
-    verdict: Mapping[str, Any] | None,
-    benchmark: Benchmark | Hint | None,
-) -> tuple[Tile, ...]:
-    plan = place.plan
-    whole = heads.query_heads * len(heads.layers)
-    tiles = [
-        Tile(
-            "Query heads kept",
-            percent(heads.kept / whole),
-            f"{count(heads.kept)} of {count(whole)}",
-        )
-    ]
-    if sizes := _sizes(plan, "parameters"):
-        tiles.append(Tile("Parameters", change(*sizes), f"{count(sizes[1])} stay"))
-    if sizes := _sizes(plan, "kv_bytes_per_token"):
-        note = f"{byte_size(sizes[1])} of {byte_size(sizes[0])} per token"
-        tiles.append(Tile("KV cache", change(*sizes), note))
-    ratio = _ratio(verdict)
-    if ratio is not None:
-        tiles.append(Tile("Perplexity", times(ratio), "of dense, on held-out text"))
-    decode = decode_of(benchmark, place.name) if isinstance(benchmark, Benchmark) else None
-    if decode:
-        note = f"of {times(decode.bound)} possible"
-        tiles.append(Tile("Decode speed", times(decode.value), note))
-    if isinstance(checks, Checks):
-        held = sum(check.passed for check in checks.checks)
-        value = f"{held} of {len(checks.checks)}"
-        tiles.append(Tile("Checks passed", value, "against dense", checks.passed))
-    return tuple(tiles)
-
-
-def _mixture(plan: Plan) -> Mixture | Hint:
-    shares = []
-    for domain, value in mapping(plan.diagnosis.get("mixture")).items():
-        share = number(value)
-        if share is not None and 0 <= share <= 1:
-            shares.append((domain, share))
+def mixture_part(plan: Plan) -> dict[str, Any]:
+    """Domains of the scenario with their shares, largest first, and what follows from them."""
+    known = {d: number(share) for d, share in mapping(plan.diagnosis.get("mixture")).items()}
+    shares = {domain: share for domain, share in known.items() if share is not None}
+    shares = {domain: share for domain, share in shares.items() if 0 <= share <= 1}
     if not shares:
-        return Hint("The plan names no diagnosis: it was not made from a scenario's text.")
-    shares.sort(key=lambda one: -one[1])
+        hint = "The plan names no diagnosis: it was not made from a scenario's text."
+        return {"hint": hint, "command": ""}
     words = []
     if regime := text(plan.diagnosis.get("regime")):
-        words.append(f"Regime {regime}")
-    breadth = number(plan.diagnosis.get("breadth"))
+        words.append(f"regime {regime}")
+    breadth, prompts = (number(plan.diagnosis.get(name)) for name in ("breadth", "prompts"))
     if breadth is not None:
         words.append(f"breadth {figure(breadth, 2)} (0 one domain, 1 all alike)")
-    prompts = number(plan.diagnosis.get("prompts"))
     if prompts is not None:
-        words.append(f"diagnosed from {count(prompts)} prompts")
+        words.append(f"diagnosed from {integer(prompts)} prompts")
     sentence = ", ".join(words)
-    notes = (sentence[:1].upper() + sentence[1:] + ".",) if sentence else ()
-    return Mixture(tuple(shares), notes)
+    return {
+        "shares": sorted(shares.items(), key=lambda item: -item[1]),
+        "note": f"{sentence[:1].upper()}{sentence[1:]}." if sentence else "",
+    }
 
 
-def _channels(plan: Plan, counts: DenseCounts) -> Channels | None:
-    """None where no layer loses a channel."""
-    lists = [layer.channels for layer in plan.layers]
-    removed = [kept for kept in lists if kept is not None]
-    if not removed:
+def channels_part(heads: Heads) -> dict[str, Any] | None:
+    """Channels kept per layer, None where a layer keeps all and the number is not recorded; the
+    part is None where no layer loses a channel."""
+    if all(layer.channels is None for layer in heads.layers):
         return None
-    least = 1 + max(kept[-1] for kept in removed)
-    dense = max(counts.channels or 0, least)
-    return Channels(tuple(dense if kept is None else len(kept) for kept in lists), dense)
+    dense, layers = heads.channels, len(heads.layers)
+    kept = [dense if layer.channels is None else len(layer.channels) for layer in heads.layers]
+    known = [size for size in kept if size is not None]
+    amounts = ["all" if size is None else integer(size) for size in kept]
+    whole = integer(dense) if dense else "not recorded"
+    if dense:
+        note = f"{integer(sum(known))} of {integer(dense * layers)} MLP channels stay."
+        shares = [f" of {integer(dense)} channels, {percent(size / dense)}" for size in known]
+    else:
+        note = "How many MLP channels the dense model has is not recorded in these files."
+        shares = [" channels"] * layers
+    return {
+        "kept": kept,
+        "total": sum(known) if len(known) == layers else None,
+        "whole": dense * layers if dense else None,
+        "most": dense or max(known),
+        "note": note,
+        "titles": [f"Layer {i}\n{amounts[i]}{shares[i]}" for i in range(layers)],
+        "rows": [(i, amount, whole) for i, amount in enumerate(amounts)],
+    }
 
 
-def _savings(place: Place, heads: Heads, channels: Channels | None) -> Savings | Hint:
-    plan, layers = place.plan, len(heads.layers)
-    rows = [
-        Saving(f"{label}{_unquantised(place, name)}", *sizes, is_bytes)
-        for name, (label, is_bytes) in _SIZES.items()
-        if (sizes := _sizes(plan, name))
-    ]
-    rows.append(Saving("Query heads", heads.query_heads * layers, heads.kept))
-    rows.append(Saving("KV heads", heads.kv_heads * layers, heads.kept_groups))
-    if channels:
-        rows.append(Saving("MLP channels", channels.dense * layers, sum(channels.kept)))
-    notes = []
-    if place.weight_bytes:
-        how = f", {place.quantised}" if place.quantised else ""
-        notes.append(f"Files of weights in this export: {byte_size(place.weight_bytes)}{how}.")
-    return Savings(tuple(rows), _bounds(plan), tuple(notes))
-
-
-def _unquantised(place: Place, name: str) -> str:
-    """What a plan predicts of weights knows nothing of a format that quantises them."""
-    return ", unquantised" if place.quantised and name == "file_bytes" else ""
-
-
-def _bounds(plan: Plan) -> Table | None:
+def _bounds(plan: Plan) -> list[tuple[str, str]]:
     """Best possible decode speed-ups, and what a table of latency predicts."""
     rows = []
     for case in objects(plan.predicted.get("decode_bound")):
         batch, context, most = (number(case.get(key)) for key in ("batch", "context", "speedup"))
         if batch is not None and context is not None and most is not None:
-            name = f"Decode at most, batch {count(batch)}, context {count(context)}"
-            rows.append((name, times(most, 4)))
+            at = f"batch {integer(batch)}, context {integer(context)}"
+            rows.append((f"Decode at most, {at}", times(most, 4)))
     measured = mapping(plan.predicted.get("latency"))
     speedup = number(measured.get("speedup"))
     if speedup is not None:
-        name = f"{text(measured.get('phase')).capitalize()} by the table of latency"
-        rows.append((name, times(speedup, 4)))
-    return Table(("bound", "speed-up over dense"), tuple(rows)) if rows else None
+        phase = text(measured.get("phase")).capitalize()
+        rows.append((f"{phase} by the table of latency", times(speedup, 4)))
+    return rows
 
 
 def _quality(
     place: Place, verdict: Mapping[str, Any] | None, evaluation: Path | None
-) -> Quality | Hint | None:
-    facts = quality_facts(verdict) if verdict else ()
-    charts = quality_charts(evaluation, place.plan) if evaluation else None
-    if charts:
-        first, more, notes = charts
-        return Quality(facts, first, more, notes)
+) -> dict[str, Any] | None:
+    facts = quality_facts(verdict) if verdict else []
+    if evaluation:
+        charts, more, note = quality_charts(evaluation, place.plan)
+        return {"facts": facts, "charts": charts, "more": more, "note": note}
     if place.directory is None:
         return None
-    asked = ("eval", "--scenario", "FILE", *_model(place))
+    keeps = ("--keep", "0.9", "--keep", "0.8", "--keep", "0.7")
     command = _commands(
-        (*asked, "--keep", "0.9", "--keep", "0.8", "--keep", "0.7", "-o", "results"),
+        ("eval", "--scenario", "FILE", *_model(place), *keeps, "-o", "results"),
         ("report", place.name, "--eval", "results"),
     )
-    if facts:
-        return Quality(facts, hint=Hint("Curves over budgets come from an evaluation:", command))
-    return Hint(
-        "This export's checks hold no figure of quality. An evaluation adds curves:", command
+    hint = (
+        "Curves over budgets come from an evaluation:"
+        if facts
+        else "This export's checks hold no figure of quality. An evaluation adds curves:"
     )
+    return {"facts": facts, "charts": [], "more": [], "note": "", "hint": hint, "command": command}
 
 
-def _benchmark(place: Place, bench: Path | None) -> Benchmark | Hint | None:
-    if bench:
-        return benchmark_part(bench, place.plan_hash)
+def _unmeasured(place: Place) -> dict[str, Any] | None:
     if place.directory is None:
         return None
     contexts = ("--context", "128", "--context", "1024")
@@ -286,9 +225,8 @@ def _benchmark(place: Place, bench: Path | None) -> Benchmark | Hint | None:
         ("bench", place.name, *_model(place), *contexts, "-o", "bench.json"),
         ("report", place.name, "--bench", "bench.json"),
     )
-    return Hint(
-        "Nothing has been measured for this page. Measure it beside the dense model:", command
-    )
+    hint = "Nothing has been measured for this page. Measure it beside the dense model:"
+    return {"hint": hint, "command": command}
 
 
 def _model(place: Place) -> tuple[str, ...]:
@@ -303,11 +241,11 @@ def _commands(*lines: Sequence[str]) -> str:
     return "\n".join(shlex.join(("spp", *words)) for words in lines)
 
 
-def _engines(place: Place, counts: DenseCounts) -> tuple[Engine, ...]:
+def _engines(place: Place, heads: Heads) -> Sequence[Engine]:
     plan = place.plan
     if place.kind == "onnx":
-        said = mapping(place.config.get("spp_onnx"))
-        attention, precision = said.get("attention"), said.get("precision")
+        graph = mapping(place.config.get("spp_onnx"))
+        attention, precision = graph.get("attention"), graph.get("precision")
         if attention not in ATTENTIONS or precision not in PRECISIONS:
             return ()
         return onnx_engines(plan.written_layout, attention, precision, place.quantised or None)
@@ -317,118 +255,107 @@ def _engines(place: Place, counts: DenseCounts) -> tuple[Engine, ...]:
         LayerShape(
             len(layer.query_heads),
             len(layer.kv_heads),
-            (counts.channels or 0) if layer.channels is None else len(layer.channels),
+            (heads.channels or 0) if layer.channels is None else len(layer.channels),
         )
         for layer in plan.layers
     ]
     return engines_for(plan.written_layout, layers)
 
 
-def _provenance(place: Place) -> tuple[Fact, ...]:
+def _provenance(place: Place) -> dict[str, str]:
+    """Facts by name; those whose name has SHA-256 or fingerprint in it are set in a fixed width."""
     plan = place.plan
-    scenario = plan.scenario
-    facts = [
-        Fact("Model", plan.model_source),
-        Fact("Model fingerprint", plan.model_fingerprint, code=True),
-        Fact("Plan, SHA-256", place.plan_hash, code=True),
-        Fact("Scenario", text(scenario.get("name"))),
-        Fact("Scenario, SHA-256", text(scenario.get("sha256")), code=True),
-        Fact("Artifacts, SHA-256", text(plan.artifacts.get("sha256")), code=True),
-        Fact("Layout", f"{plan.layout}, padded" if plan.padded else plan.layout),
-        Fact("Criterion", pairs(plan.criterion).removeprefix("name ")),
-        Fact("Policy", pairs(plan.policy).removeprefix("name ")),
-        Fact("Compensation", plan.compensation),
-        Fact("Calibration", pairs(plan.calibration)),
-        Fact("Budget asked", pairs(plan.budget.get("asked"))),
-        Fact("Budget realised", _realised(plan)),
-    ]
-    return tuple(fact for fact in facts if fact.value)
+    facts = {
+        "Model": plan.model_source,
+        "Model fingerprint": plan.model_fingerprint,
+        "Plan, SHA-256": place.plan_hash,
+        "Scenario": text(plan.scenario.get("name")),
+        "Scenario, SHA-256": text(plan.scenario.get("sha256")),
+        "Artifacts, SHA-256": text(plan.artifacts.get("sha256")),
+        "Layout": f"{plan.layout}, padded" if plan.padded else plan.layout,
+        "Criterion": pairs(plan.criterion).removeprefix("name "),
+        "Policy": pairs(plan.policy).removeprefix("name "),
+        "Compensation": plan.compensation,
+        "Calibration": pairs(plan.calibration),
+        "Budget asked": pairs(plan.budget.get("asked")),
+        "Budget realised": _realised(plan),
+    }
+    return {name: value for name, value in facts.items() if value}
 
 
 def _realised(plan: Plan) -> str:
     """What the budget came to, in the currency it was asked in."""
-    found = mapping(plan.budget.get("realised"))
-    keep, cost, limit = (number(found.get(key)) for key in ("keep", "cost", "limit"))
+    realised = mapping(plan.budget.get("realised"))
+    keep, cost, limit = (number(realised.get(key)) for key in ("keep", "cost", "limit"))
     words = [] if keep is None else [f"keep {figure(keep, 4)}"]
     if cost is not None and limit is not None:
-        words.append(f"{count(cost)} of at most {count(limit)} {text(found.get('kind'))}".rstrip())
-    return ", ".join(words) or pairs(found)
-
-
-NAME = "verify.json"
+        kind = text(realised.get("kind"))
+        words.append(f"{integer(cost)} of at most {integer(limit)} {kind}".rstrip())
+    return ", ".join(words) or pairs(realised)
 
 
 def read_verdict(directory: Path) -> tuple[Mapping[str, Any] | None, str]:
-    """The report in a directory, or None and why there is none to show."""
-    if not (directory / NAME).is_file():
+    """The report of checks in a directory, or None and why there is none to show."""
+    if not (directory / VERIFY).is_file():
         return None, "This export was not verified when it was written."
     try:
-        found = read_json(directory / NAME, what="report", error=ModelError)
+        verdict = read_json(directory / VERIFY, what="report", error=ModelError)
     except SppError as error:
         return None, str(error)
-    if not isinstance(found, dict) or not isinstance(found.get("passed"), bool):
-        return None, f"{NAME} is no report of checks."
-    return found, ""
+    if not isinstance(verdict, dict) or not isinstance(verdict.get("passed"), bool):
+        return None, f"{VERIFY} is no report of checks."
+    return verdict, ""
 
 
-def checks_part(verdict: Mapping[str, Any], reference: str) -> Checks:
-    """Every check that the report holds. It has passed where all of them have.
+def checks_part(verdict: Mapping[str, Any], reference: str) -> dict[str, Any]:
+    """Every check of verify.json. The report has passed where all of them have.
 
     reference: what the export was compared with.
     """
-    found = tuple(
-        Check(
-            text(check.get("name")),
-            check.get("passed") is True,
-            number(check.get("found")),
-            number(check.get("limit")),
-            text(check.get("detail")),
-        )
+    rows = [
+        {
+            "name": text(check.get("name")),
+            "passed": check.get("passed") is True,
+            "found": number(check.get("found")),
+            "limit": number(check.get("limit")),
+            "detail": text(check.get("detail")),
+        }
         for check in objects(verdict.get("checks"))
-    )
+    ]
     precise, dtype = text(verdict.get("reference")), text(verdict.get("computed_in"))
-    notes = [f"The reference is {reference}."]
+    note = f"The reference is {reference}."
     if precise and dtype:
-        notes = [
+        note = (
             f"The reference is {reference}, in {precise}; the export computed in {dtype}. A limit "
             "is what the masked model itself loses to rounding, and a little more."
-        ]
-    passed = verdict["passed"] and all(check.passed for check in found)
-    return Checks(passed, found, tuple(notes))
+        )
+    passed = verdict["passed"] and all(row["passed"] for row in rows)
+    return {"passed": passed, "rows": rows, "note": note}
 
 
-def unverified(why: str, command: str) -> Hint:
-    """A section without checks, and what makes them."""
-    return Hint(f"{why} Check it against its dense model:", command)
-
-
-def quality_facts(verdict: Mapping[str, Any]) -> tuple[Fact, ...]:
+def quality_facts(verdict: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Figures on text that the plan has not seen, and what quantising cost."""
-    found = mapping(verdict.get("quality"))
-    ratio, dense, slim = (
-        number(found.get(name)) for name in ("ratio", "dense_perplexity", "slim_perplexity")
-    )
+    measured = mapping(verdict.get("quality"))
+    names = ("ratio", "dense_perplexity", "slim_perplexity", "texts", "tokens")
+    ratio, dense, slim, texts, tokens = (number(measured.get(name)) for name in names)
     facts = []
     if ratio is not None:
-        beside = (
-            "" if dense is None or slim is None else f" ({figure(slim, 4)} / {figure(dense, 4)})"
-        )
-        facts.append(Fact("Perplexity over dense", f"{times(ratio, 4)}{beside}"))
-    facts += _distances(found, "dense")
-    if sizes := [number(found.get(name)) for name in ("texts", "tokens")]:
-        texts, tokens = sizes
-        if texts is not None and tokens is not None:
-            held_out = f"{count(texts)} held-out texts of the scenario, {count(tokens)} tokens"
-            facts.append(Fact("Measured on", held_out))
-    facts += _distances(mapping(verdict.get("quantisation")), "unquantised")
-    return tuple(facts)
+        beside = ""
+        if dense is not None and slim is not None:
+            beside = f" ({figure(slim, 4)} / {figure(dense, 4)})"
+        facts.append(("Perplexity over dense", f"{times(ratio, 4)}{beside}"))
+    facts += _distances(measured, "dense")
+    if texts is not None and tokens is not None:
+        held_out = f"{integer(texts)} held-out texts of the scenario, {integer(tokens)} tokens"
+        facts.append(("Measured on", held_out))
+    return facts + _distances(mapping(verdict.get("quantisation")), "unquantised")
 
 
-def _distances(found: Mapping[str, Any], other: str) -> list[Fact]:
-    kl, top1 = number(found.get("mean_kl")), number(found.get("top1"))
+def _distances(measured: Mapping[str, Any], other: str) -> list[tuple[str, str]]:
+    kl, top1 = number(measured.get("mean_kl")), number(measured.get("top1"))
     facts = []
     if kl is not None:
-        facts.append(Fact(f"Mean KL to {other}", f"{figure(kl)} nats per token"))
+        facts.append((f"Mean KL to {other}", f"{figure(kl)} nats per token"))
     if top1 is not None:
-        facts.append(Fact(f"Same first token as {other}", percent(top1)))
+        facts.append((f"Same first token as {other}", percent(top1)))
     return facts

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from spp_export.commands.report.page import Table
 from spp_export.commands.report.page.figures import byte_size
 from spp_export.common.errors import ModelError, SppError, UsageError
 from spp_export.common.json_files import read_json
@@ -27,6 +26,7 @@ class Place:
 
     directory: of an export. page: where its report goes by default. plan_hash: SHA-256 of
     plan.json. config: its config.json, empty where it has none. weight_bytes: of files of weights.
+    files: name, bytes and SHA-256, as the manifest lists them.
     """
 
     name: str
@@ -37,13 +37,13 @@ class Place:
     directory: Path | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     weight_bytes: int = 0
-    files: Table | None = None
+    files: Sequence[tuple[str, str, str]] = ()
 
     @property
     def quantised(self) -> str:
         """How the weights are quantised, in a word; "" where they are not."""
-        found = mapping(self.config.get(f"spp_{self.kind}")).get("quant")
-        return found if isinstance(found, str) else ""
+        quant = mapping(self.config.get(f"spp_{self.kind}")).get("quant")
+        return quant if isinstance(quant, str) else ""
 
 
 def open_place(path: Path) -> Place:
@@ -91,23 +91,19 @@ def _config(path: Path) -> Mapping[str, Any]:
         return {}
 
 
-def _files(path: Path) -> Table | None:
-    """Names, sizes and hashes, as the manifest lists them."""
+def _files(path: Path) -> Sequence[tuple[str, str, str]]:
     try:
         manifest = mapping(read_json(path / MANIFEST_NAME, what="manifest", error=ModelError))
     except SppError:
-        return None
+        return ()
     listed = mapping(manifest.get("files"))
-    rows = tuple(
-        (name, _size(mapping(entry).get("bytes")), text(mapping(entry).get("sha256")))
-        for name, entry in list(listed.items())[:_MOST_FILES]
-    )
-    return Table(("file", "size", "SHA-256"), rows, frozenset({0, 2})) if rows else None
+    entries = [(name, mapping(entry)) for name, entry in list(listed.items())[:_MOST_FILES]]
+    return [(name, _size(entry.get("bytes")), text(entry.get("sha256"))) for name, entry in entries]
 
 
 def _size(value: Any) -> str:
-    found = number(value)
-    return "" if found is None else byte_size(found)
+    known = number(value)
+    return "" if known is None else byte_size(known)
 
 
 def number(value: Any) -> float | None:
@@ -115,18 +111,18 @@ def number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
-        found = float(value)
+        known = float(value)
     except OverflowError:
         return None
-    return found if math.isfinite(found) else None
+    return known if math.isfinite(known) else None
 
 
 def text(value: Any) -> str:
     """A string, or a number as one; else nothing."""
     if isinstance(value, str):
         return value
-    found = number(value)
-    return "" if found is None else f"{found:g}"
+    known = number(value)
+    return "" if known is None else f"{known:g}"
 
 
 def mapping(value: Any) -> Mapping[str, Any]:
@@ -141,5 +137,5 @@ def objects(value: Any) -> list[Mapping[str, Any]]:
 
 def pairs(value: Any) -> str:
     """An object's scalars in a line: keep 0.8, kind parameters."""
-    found = ((name, text(item)) for name, item in mapping(value).items())
-    return ", ".join(f"{name} {item}" for name, item in found if item)
+    scalars = ((name, text(item)) for name, item in mapping(value).items())
+    return ", ".join(f"{name} {item}" for name, item in scalars if item)

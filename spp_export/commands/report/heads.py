@@ -10,139 +10,203 @@ from typing import Any
 import numpy as np
 
 from spp_export.commands.report.files import mapping, number, text
-from spp_export.commands.report.page import Heads, Scores
+from spp_export.commands.report.page.figures import figure, nth, ranges
 from spp_export.common.errors import ArtifactsError, PlanError
 from spp_export.data.artifacts import Artifacts, bundled_artifacts, read_artifacts
-from spp_export.planning import Plan
+from spp_export.planning import LayerPlan, Plan
 
 # Far more than any model has; a page of more cells would help nobody.
 _MOST_HEADS, _MOST_CELLS = 1024, 100_000
 _PREFERRED = "energy"
+# A layer's column in pixels; on narrow screens it shrinks to _LEAST, and then the map scrolls.
+_WIDEST, _NARROWEST, _ROOM, _LEAST = 32, 11, 980, 13
+# Room on the left for numbers of heads and names of KV groups.
+_LEFT = 54
+STATES = {
+    "kept": "kept",
+    "removed": "removed",
+    "gone": "removed with its KV group",
+}
 
 
 @dataclass(frozen=True)
-class DenseCounts:
-    """Query heads, KV heads and MLP channels of a layer of the dense model.
+class Scores:
+    """A figure per query head, `values[layer][head]`, and what it is."""
 
-    channels: None where nothing says so. note: how the heads were inferred, if they were.
+    name: str
+    note: str
+    values: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The head map: which heads of the dense model stay.
+
+    query_heads: of a dense layer; where that is not `recorded`, up to the highest that is kept.
+    kv_heads: of a dense layer; None where that is not recorded. channels: the same of its MLP.
     """
 
+    layers: tuple[LayerPlan, ...]
     query_heads: int
-    kv_heads: int
-    channels: int | None = None
-    note: str = ""
+    recorded: bool
+    kv_heads: int | None
+    channels: int | None
+    scores: Scores | None = None
+
+    @property
+    def group_size(self) -> int | None:
+        """Query heads per KV head of the dense model."""
+        return self.query_heads // self.kv_heads if self.kv_heads else None
+
+    @property
+    def kept(self) -> int:
+        """Query heads of all layers that stay."""
+        return sum(len(layer.query_heads) for layer in self.layers)
+
+    @property
+    def kept_groups(self) -> int:
+        """KV heads of all layers that stay."""
+        return sum(len(layer.kv_heads) for layer in self.layers)
+
+    @property
+    def cell(self) -> int:
+        """Width of a layer's column, and of a head's row: what fits the page, within reason."""
+        return min(max(_ROOM // len(self.layers), _NARROWEST), _WIDEST)
+
+    @property
+    def width(self) -> int:
+        """Of the whole map."""
+        return self.x(len(self.layers)) + 2
+
+    @property
+    def style(self) -> str:
+        """What the page's style says of the map."""
+        narrow = min(self.width, _LEFT + _LEAST * len(self.layers))
+        return f"svg.map{{min-width:{narrow}px;max-width:{self.width}px}}\n"
+
+    @property
+    def rows(self) -> list[tuple[str, ...]]:
+        """Per layer: its number, how many query heads stay, which, and which KV groups."""
+        of = f" of {self.query_heads}" if self.recorded else ""
+        return [
+            (
+                str(index),
+                f"{len(layer.query_heads)}{of}",
+                ranges(layer.query_heads),
+                ranges(layer.kv_heads),
+            )
+            for index, layer in enumerate(self.layers)
+        ]
+
+    def x(self, layer: int) -> int:
+        """Left edge of a layer's column."""
+        return _LEFT + self.cell * layer
+
+    def state(self, layer: int, head: int) -> str:
+        """What became of a head: a key of `STATES`."""
+        kept = self.layers[layer]
+        if head in kept.query_heads:
+            return "kept"
+        size = self.group_size
+        return "removed" if size is None or head // size in kept.kv_heads else "gone"
+
+    def counted(self, state: str) -> int:
+        """Heads of all layers of which that became."""
+        cells = ((i, head) for i in range(len(self.layers)) for head in range(self.query_heads))
+        return sum(self.state(layer, head) == state for layer, head in cells)
+
+    def title(self, layer: int, head: int) -> str:
+        """Where a head is, what became of it, and its score."""
+        state, size = self.state(layer, head), self.group_size
+        lines = [f"Layer {layer}, query head {head}", STATES[state]]
+        if size:
+            words = {
+                "removed": "removed; its KV group stays",
+                "gone": "removed with its whole KV group",
+            }
+            lines[1] = f"KV group {head // size}, {words.get(state, state)}"
+        if self.scores:
+            row = self.scores.values[layer]
+            rank = 1 + sum(score > row[head] for score in row)
+            score = f"{self.scores.name} {figure(row[head])}"
+            lines.append(f"{score}, {nth(rank)} of {len(row)} in its layer")
+        return "\n".join(lines)
 
 
-def dense_counts(plan: Plan, config: Mapping[str, Any], artifacts: Artifacts | None) -> DenseCounts:
-    """What the dense model's layers have: as an export's config.json or the artifacts say, else
-    the least that the plan's indices fit.
+def heads_of(plan: Plan, config: Mapping[str, Any], artifacts: Artifacts | None) -> Heads:
+    """What the head map shows; the dense model's sizes are those in config.json or the artifacts.
 
-    Raises PlanError where no grouping of heads fits them, or there are too many to draw.
+    Raises PlanError where the plan's heads are not among these, or there are too many to draw.
     """
-    # A uniform export's config has the slim model's own counts.
-    said = config if plan.written_layout != "uniform" else {}
-    channels = _count(said.get("intermediate_size"))
-    if channels is None and artifacts:
-        channels = artifacts.channels
-    kv_heads = _count(said.get("num_key_value_heads")) or _kv_heads(plan)
-    query_heads = _count(said.get("num_attention_heads"))
-    if query_heads is None and artifacts:
-        query_heads = artifacts.query_heads
-    if query_heads and kv_heads and _fits(plan, query_heads, kv_heads):
-        return _drawable(plan, DenseCounts(query_heads, kv_heads, channels))
-    least = kv_heads or 1 + max(layer.kv_heads[-1] for layer in plan.layers)
-    size = _group_size(plan)
-    note = (
-        "The plan does not say how many heads the dense model has; the map shows as many as its "
-        "indices need."
+    # A uniform export's config has the slim model's own sizes.
+    sizes = config if plan.written_layout != "uniform" else {}
+    query_heads, kv_heads, channels = (
+        _size(sizes.get(name))
+        for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size")
     )
-    return _drawable(plan, DenseCounts(least * size, least, channels, note))
+    if artifacts:
+        query_heads = query_heads or artifacts.query_heads
+        channels = channels or artifacts.channels
+    shown = query_heads or 1 + max(layer.query_heads[-1] for layer in plan.layers)
+    if shown > _MOST_HEADS or shown * len(plan.layers) > _MOST_CELLS:
+        raise PlanError(
+            f"plan: {len(plan.layers)} layers of {shown} query heads are more than a page shows, "
+            f"{_MOST_CELLS} heads and {_MOST_HEADS} per layer."
+        )
+    if query_heads:
+        _check_heads(plan, query_heads, kv_heads)
+    else:
+        kv_heads = None
+    for index, layer in enumerate(plan.layers):
+        if channels and layer.channels and layer.channels[-1] >= channels:
+            raise PlanError(
+                f"plan: layer {index} keeps channel {layer.channels[-1]} of {channels} channels. "
+                "Make it again with 'spp plan'."
+            )
+    scores = _scores(plan, shown, artifacts) if artifacts else None
+    return Heads(plan.layers, shown, query_heads is not None, kv_heads, channels, scores)
 
 
 def matching_artifacts(plan: Plan, directory: str | None) -> Artifacts | None:
-    """The artifacts given, or the default model's where the plan is for that model.
+    """The artifacts in `directory`, or the default model's where the plan is for that model.
 
-    Raises ArtifactsError for given ones of another model.
+    Raises ArtifactsError for a directory's that are of another model.
     """
-    found = read_artifacts(Path(directory) if directory else bundled_artifacts())
-    same = found.fingerprint == plan.model_fingerprint or (directory and not found.fingerprint)
-    if same and found.num_layers == len(plan.layers):
-        return found
+    artifacts = read_artifacts(Path(directory) if directory else bundled_artifacts())
+    same = artifacts.fingerprint == plan.model_fingerprint or (
+        directory and not artifacts.fingerprint
+    )
+    if same and artifacts.num_layers == len(plan.layers):
+        return artifacts
     if directory:
         raise ArtifactsError(
-            f"artifacts {directory}: made for the model {found.fingerprint[:16]} of "
-            f"{found.num_layers} layers, the plan is for {plan.model_fingerprint[:16]} of "
+            f"artifacts {directory}: made for the model {artifacts.fingerprint[:16]} of "
+            f"{artifacts.num_layers} layers, the plan is for {plan.model_fingerprint[:16]} of "
             f"{len(plan.layers)}. Give those that the plan was made with."
         )
     return None
 
 
-def heads_part(plan: Plan, counts: DenseCounts, artifacts: Artifacts | None) -> Heads:
-    """What the head map shows."""
-    scores = _scores(plan, counts, artifacts) if artifacts else None
-    unscored = (
-        ""
-        if scores
-        else "No score per head is shown: the plan holds none. --artifacts DIR, with the artifacts "
-        "it was made with, adds them."
-    )
-    return Heads(plan.layers, counts.query_heads, counts.kv_heads, counts.note, scores, unscored)
-
-
-def _count(value: Any) -> int | None:
+def _size(value: Any) -> int | None:
     return value if type(value) is int and 0 < value <= 1 << 24 else None
 
 
-def _kv_heads(plan: Plan) -> int | None:
-    """KV heads of a dense layer from the predicted bytes per token, which are proportional."""
-    sizes = mapping(plan.predicted.get("kv_bytes_per_token"))
-    dense, slim = number(sizes.get("dense")), number(sizes.get("slim"))
-    if not dense or not slim:
-        return None
-    kept = sum(len(layer.kv_heads) for layer in plan.layers)
-    found = dense / slim * kept / len(plan.layers)
-    near = round(found)
-    highest = max(layer.kv_heads[-1] for layer in plan.layers)
-    return near if abs(found - near) < 1e-6 and highest < near <= _MOST_HEADS else None
+def _check_heads(plan: Plan, query_heads: int, kv_heads: int | None) -> None:
+    """PlanError where a layer's heads are not among the dense model's, each in a KV group kept."""
+    groups = kv_heads or query_heads
+    size, rest = divmod(query_heads, groups)
+    for index, layer in enumerate(plan.layers):
+        inside = layer.query_heads[-1] < query_heads and layer.kv_heads[-1] < groups
+        grouped = not rest and {head // size for head in layer.query_heads} == set(layer.kv_heads)
+        if not inside or (kv_heads and not grouped):
+            raise PlanError(
+                f"plan: layer {index} keeps query heads that are not those of its KV groups in a "
+                f"model of {query_heads} query heads and {kv_heads or 'unknown'} KV heads. "
+                "Make it again with 'spp plan'."
+            )
 
 
-def _group_size(plan: Plan) -> int:
-    """The fewest query heads per KV head for which every layer's heads lie in its groups."""
-    most = 1 + max(layer.query_heads[-1] for layer in plan.layers)
-    for size in range(1, min(most, _MOST_HEADS) + 1):
-        if _grouped(plan, size):
-            return size
-    raise PlanError(
-        "plan: its query heads are not those of its KV groups, for any number of heads per group. "
-        "Make it again with 'spp plan'."
-    )
-
-
-def _fits(plan: Plan, query_heads: int, kv_heads: int) -> bool:
-    inside = all(
-        layer.query_heads[-1] < query_heads and layer.kv_heads[-1] < kv_heads
-        for layer in plan.layers
-    )
-    return inside and query_heads % kv_heads == 0 and _grouped(plan, query_heads // kv_heads)
-
-
-def _grouped(plan: Plan, size: int) -> bool:
-    return all(
-        {head // size for head in layer.query_heads} == set(layer.kv_heads) for layer in plan.layers
-    )
-
-
-def _drawable(plan: Plan, counts: DenseCounts) -> DenseCounts:
-    cells = counts.query_heads * len(plan.layers)
-    if counts.query_heads > _MOST_HEADS or cells > _MOST_CELLS:
-        raise PlanError(
-            f"plan: {len(plan.layers)} layers of {counts.query_heads} query heads are more than a "
-            f"page shows, {_MOST_CELLS} heads and {_MOST_HEADS} per layer."
-        )
-    return counts
-
-
-def _scores(plan: Plan, counts: DenseCounts, artifacts: Artifacts) -> Scores | None:
+def _scores(plan: Plan, query_heads: int, artifacts: Artifacts) -> Scores | None:
     """Importance per head, mixed over domains as planning mixes it."""
     names = [name for name in artifacts.importance if name.startswith("head/")]
     chosen = f"head/{text(plan.criterion.get('name'))}"
@@ -152,7 +216,7 @@ def _scores(plan: Plan, counts: DenseCounts, artifacts: Artifacts) -> Scores | N
     if name not in names or weights is None:
         return None
     values = np.tensordot(weights, artifacts.importance[name].astype(np.float64), axes=1)
-    if values.shape != (len(plan.layers), counts.query_heads):
+    if values.shape != (len(plan.layers), query_heads):
         return None
     rows = tuple(tuple(float(value) for value in row) for row in values)
     shown = name.removeprefix("head/")
@@ -167,10 +231,9 @@ def _weights(plan: Plan, domains: Sequence[str]) -> np.ndarray[Any, Any] | None:
     if len(known) < len(domains) or sum(known) <= 0:
         return None
     shrinkage = number(plan.calibration.get("shrinkage")) or 0.0
-    found: np.ndarray[Any, Any] = shrinkage / len(domains) + (1 - shrinkage) * (
-        np.array(known) / sum(known)
-    )
-    return found
+    alike = shrinkage / len(domains)
+    weights: np.ndarray[Any, Any] = alike + (1 - shrinkage) * (np.array(known) / sum(known))
+    return weights
 
 
 def _scores_note(plan: Plan, artifacts: Artifacts, shown: str, decided: bool) -> str:

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spp_export.commands.report.facts import report_record
+from spp_export.commands.report.facts import report_parts
 from spp_export.commands.report.files import Place, open_place
-from spp_export.commands.report.page import Hint, Report, render
-from spp_export.commands.report.page.page import GENERATOR
+from spp_export.commands.report.page import GENERATOR, render
 from spp_export.common.errors import OutputError, UsageError
 
 _MARK = f'<meta name="generator" content="{GENERATOR} '.encode()
@@ -65,31 +64,27 @@ def report(
     place = open_place(Path(out))
     target = Path(output) if output is not None else place.page
     _check_target(target, place, force)
-    record = report_record(
+    parts = report_parts(
         place,
         bench=None if bench is None else Path(bench),
         evaluation=None if evaluation is None else Path(evaluation),
         artifacts=None if artifacts is None else os.fspath(artifacts),
     )
-    data = render(record).encode()
+    data = render(parts).encode()
     _write(target, data)
     digest = hashlib.sha256(data).hexdigest()
-    return ReportResult(target, len(data), digest, _sections(record), _missing(record))
+    return ReportResult(target, len(data), digest, _sections(parts), _missing(parts))
 
 
-def _sections(record: Report) -> tuple[str, ...]:
+def _sections(parts: Mapping[str, Any]) -> tuple[str, ...]:
     names = ("mixture", "savings", "heads", "channels", "checks", "quality", "benchmark", "engines")
-    return (*(name for name in names if getattr(record, name)), "provenance")
+    return (*(name for name in names if name == "savings" or parts[name]), "provenance")
 
 
-def _missing(record: Report) -> dict[str, str]:
-    parts = {name: getattr(record, name) for name in ("mixture", "savings", "checks", "benchmark")}
-    parts["quality"] = getattr(record.quality, "hint", None) or record.quality
-    return {
-        name: part.command
-        for name, part in parts.items()
-        if isinstance(part, Hint) and part.command
-    }
+def _missing(parts: Mapping[str, Any]) -> dict[str, str]:
+    sections = {name: parts[name] for name in ("checks", "benchmark", "quality")}
+    hints = {name: part for name, part in sections.items() if isinstance(part, Mapping)}
+    return {name: part["command"] for name, part in hints.items() if part.get("command")}
 
 
 def _check_target(target: Path, place: Place, force: bool) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from spp_export.common.errors import UsageError
+from spp_export.common.plots import Line, Point, draw_line, new_figure, ratio_axis, save_png
 from spp_export.evaluation.harness.bootstrap import Interval
 from spp_export.evaluation.harness.records import Results
 from spp_export.evaluation.harness.rows import Row
@@ -16,8 +14,8 @@ from spp_export.evaluation.harness.table import ranking, units_name
 
 _WIDTH, _HEIGHT = 5.5, 4.2
 _LEGEND_WIDTH = 2.6
-# Ruinous choices would press all others to the bottom: the axis is logarithmic, and ends here.
-_LOG_ABOVE, _CUT = 2.0, 6.0
+# Ruinous choices would press all others to the bottom: the axis ends here.
+HIGHEST = 6.0
 _ORDER = ("method", "dynamic", "ablation", "control")
 _DASHED = {"control": "--", "ablation": ":", "dynamic": "-."}
 
@@ -64,102 +62,59 @@ def curves(results: Results) -> dict[tuple[str, str], list[Curve]]:
 
 
 def write_curves(results: Results, path: Path) -> bool:
-    """Draw the curves to a PNG; False where there is nothing to draw.
-
-    Raises UsageError where matplotlib is not installed.
-    """
-    check_plots()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    """Draw the curves to a PNG; False where there is nothing to draw."""
     panels = curves(results)
     if not panels:
         return False
     units = sorted({key[0] for key in panels}, reverse=True)
     compensations = sorted({key[1] for key in panels})
-    size = (_WIDTH * len(units) + _LEGEND_WIDTH, _HEIGHT * len(compensations))
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(len(compensations), len(units), squeeze=False)
+    width = _WIDTH * len(units) + _LEGEND_WIDTH
+    figure, grid = new_figure(len(compensations), len(units), width, _HEIGHT * len(compensations))
     styles = _styles(panels)
     handles: dict[str, Any] = {}
     for row, compensation in enumerate(compensations):
         for column, unit in enumerate(units):
             axes = grid[row][column]
             axes.set_title(f"{units_name(unit)}, compensation {compensation}")
-            for curve in panels.get((unit, compensation), ()):
-                handles.setdefault(curve.label, _draw(axes, curve, styles[curve.label]))
-            _finish(axes, panels.get((unit, compensation), []))
+            panel = panels.get((unit, compensation), [])
+            for curve in panel:
+                # Bands of a dozen controls hide each other; the table has these.
+                band = curve.kind != "control"
+                line = Line(curve.label, places(curve), band=band, **styles[curve.label])
+                handles.setdefault(curve.label, draw_line(axes, line))
+            axes.set_xticks(sorted({round(100 * x, 1) for curve in panel for x, _ in curve.points}))
+            axes.set_xlabel("parameters of these units removed, %")
+            axes.set_ylabel("perplexity over dense")
+            ratio_axis(axes, (y.value for curve in panel for _, y in curve.points), HIGHEST)
     figure.suptitle(f"{results.header['model']['name']}: {results.judge}")
-    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize="small")
-    # Without the version of matplotlib, so that equal results give equal files.
-    figure.savefig(path, format="png", dpi=120, metadata={"Software": None})
+    figure.legend(handles.values(), handles.keys(), loc="outside right center")
+    save_png(figure, path)
     return True
 
 
-def check_plots() -> None:
-    """UsageError where matplotlib, which an extra brings, is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UsageError(
-            "curves are drawn by matplotlib, which is not installed. "
-            "Install it with: pip install 'spp-export[plots]', or use --no-curves."
-        ) from None
+def places(curve: Curve) -> list[Point]:
+    """The curve's points, by percent removed."""
+    return [Point(100 * share, ratio.value, ratio.low, ratio.high) for share, ratio in curve.points]
 
 
 def _styles(panels: dict[tuple[str, str], list[Curve]]) -> dict[str, dict[str, Any]]:
     """A colour per label, the same in every panel; shades of grey for controls."""
-    methods = dict.fromkeys(c.label for p in panels.values() for c in p if c.kind != "control")
-    controls = dict.fromkeys(c.label for p in panels.values() for c in p if c.kind == "control")
     kinds = {curve.label: curve.kind for panel in panels.values() for curve in panel}
-    colours = {label: f"C{index % 10}" for index, label in enumerate(methods)}
-    colours |= {
-        label: str(0.15 + 0.55 * index / max(len(controls), 1))
-        for index, label in enumerate(controls)
-    }
-    marks = "osD^vP*X"
-    return {
-        label: {
-            "color": colour,
-            "linestyle": _DASHED.get(kinds[label], "-"),
-            "marker": marks[(index // 10 if kinds[label] != "control" else index) % len(marks)],
-            "linewidth": 1.0 if kinds[label] == "control" else 1.6,
+    controls = [label for label, kind in kinds.items() if kind == "control"]
+    methods = [label for label in kinds if label not in controls]
+    markers = "osD^vP*X"
+    styles: dict[str, dict[str, Any]] = {}
+    for index, label in enumerate(methods):
+        styles[label] = {
+            "colour": f"C{index % 10}",
+            "dash": _DASHED.get(kinds[label], "-"),
+            "marker": markers[index // 10 % len(markers)],
         }
-        for index, (label, colour) in enumerate(colours.items())
-    }
-
-
-def _draw(axes: Any, curve: Curve, style: dict[str, Any]) -> Any:
-    points = [(share, found) for share, found in curve.points if math.isfinite(found.value)]
-    shares = [100 * share for share, _ in points]
-    (line,) = axes.plot(shares, [found.value for _, found in points], markersize=4, **style)
-    low, high = [found.low for _, found in points], [found.high for _, found in points]
-    if curve.kind == "control":
-        return line  # bands of a dozen curves hide each other; the table has these
-    if len(points) > 1:
-        axes.fill_between(shares, low, high, color=style["color"], alpha=0.12, linewidth=0)
-    elif points:
-        axes.vlines(shares, low, high, color=style["color"], linewidth=1)
-    return line
-
-
-def _finish(axes: Any, panel: list[Curve]) -> None:
-    shares = {round(100 * share, 1) for curve in panel for share, _ in curve.points}
-    axes.set_xticks(sorted(shares))
-    axes.axhline(1.0, color="0.6", linewidth=0.8)
-    axes.set_xlabel("parameters of these units removed, %")
-    axes.set_ylabel("perplexity over dense")
-    if max(_values(panel), default=1.0) > _LOG_ABOVE:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:.3g}")
-        axes.tick_params(axis="y", which="minor", labelsize="x-small")
-        if max(_values(panel)) > _CUT:
-            axes.set_ylim(0.95 * min(1.0, *_values(panel)), _CUT)
-    axes.grid(alpha=0.25, which="both")
-
-
-def _values(panel: list[Curve]) -> Iterator[float]:
-    for curve in panel:
-        yield from (found.value for _, found in curve.points if math.isfinite(found.value))
+    for index, label in enumerate(controls):
+        styles[label] = {
+            "colour": str(0.15 + 0.55 * index / len(controls)),
+            "dash": _DASHED["control"],
+            "marker": markers[(len(methods) + index) % len(markers)],
+            "width": 1.0,
+        }
+    return styles

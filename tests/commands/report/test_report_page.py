@@ -217,26 +217,62 @@ def test_a_plan_alone_has_the_sections_that_it_can(tmp_path):
     assert sections(read(found.path)) == expected
 
 
-def test_a_plan_written_by_hand_shows_as_many_heads_as_it_names(tmp_path):
+def test_what_a_plan_alone_does_not_record_is_said(tmp_path):
     names = ("schema_version", "model", "layout", "compensation", "layers")
     bare = {name: plan()[name] for name in names}
     page = page_of(written(tmp_path / "plan.json", bare))
-    assert "as many as its indices need" in page.one("section", id="heads").text
-    assert read_legend(page)[-1] == "KV groups kept 6 of 8"
+    heads = page.one("section", id="heads").text
+    assert "How many heads the dense model has is not recorded" in heads
+    assert read_legend(page) == ["kept 9", "removed", "KV groups kept 6"]
+    assert "Query heads kept9of how many is not recorded" in {li.text for li in page.all("li")}
+    rows = {row.text for row in page.all("tr")}
+    assert not [row for row in rows if row.startswith(("Query heads", "KV heads", "MLP"))]
+    assert "13not recorded" in rows  # channels of layer 1
+    assert "is not recorded" in page.one("section", id="channels").text
+    assert page.one("p", class_="lead").text == "org/model: 9 query heads stay."
     assert "names no diagnosis" in page.one("section", id="mixture").text
 
 
-def test_kv_heads_come_from_the_bytes_per_token_where_no_config_says(tmp_path):
-    # 6 of 12 KV heads are left: three groups, though no index is above 1.
-    sizes = {**plan()["predicted"], "kv_bytes_per_token": {"dense": 512, "slim": 256}}
-    page = page_of(written(tmp_path / "plan.json", plan(predicted=sizes)))
-    assert read_legend(page)[-1] == "KV groups kept 6 of 12"
+def test_the_slim_counts_of_a_uniform_export_are_not_taken_for_the_dense_models(tmp_path):
+    layers = [{"kv_heads": [1], "query_heads": [2], "channels": [0, 7]}] * 4
+    config = {"num_attention_heads": 1, "num_key_value_heads": 1, "intermediate_size": 2}
+    said = plan(layers=layers, layout="uniform")
+    page = page_of(write_export(tmp_path / "out", plan=said, config=config))
+    assert read_legend(page) == ["kept 4", "removed", "KV groups kept 4"]
+    assert page.one("p", class_="lead").text.startswith(
+        "org/model, cut for sums.txt: 4 query heads and 8 MLP channels stay, which"
+    )
 
 
-def test_heads_that_are_in_no_group_are_refused(tmp_path):
-    layers = [{"kv_heads": [0, 5], "query_heads": [0, 1], "channels": None}]
-    with pytest.raises(PlanError, match="not those of its KV groups"):
-        page_of(written(tmp_path / "plan.json", plan(layers=layers)))
+def test_artifacts_record_query_heads_and_no_groups(tmp_path):
+    artifacts = write_scores(tmp_path / "artifacts", np.ones((2, 4, 4)))
+    page = page_of(written(tmp_path / "plan.json", plan()), artifacts=artifacts)
+    assert read_legend(page) == ["kept 9", "removed 7", "KV groups kept 6"]
+    heads = page.one("section", id="heads").text
+    assert "How many KV heads the dense model has is not recorded" in heads
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        {"kv_heads": [0, 1], "query_heads": [0, 1]},
+        {"kv_heads": [0], "query_heads": [0, 2]},
+        {"kv_heads": [0], "query_heads": [0, 7]},
+        {"kv_heads": [0, 5], "query_heads": [0, 1]},
+    ],
+)
+def test_heads_that_are_in_no_group_are_refused(tmp_path, layer):
+    out = write_export(
+        tmp_path / "out", plan=plan(layers=[*LAYERS[:3], {**layer, "channels": None}])
+    )
+    with pytest.raises(PlanError, match=r"layer 3 .* not those of its KV groups"):
+        page_of(out)
+
+
+def test_channels_that_the_model_does_not_have_are_refused(tmp_path):
+    layers = [*LAYERS[:3], {**LAYERS[3], "channels": [8]}]
+    with pytest.raises(PlanError, match="keeps channel 8 of 8 channels"):
+        page_of(write_export(tmp_path / "out", plan=plan(layers=layers)))
 
 
 def test_more_heads_than_any_model_has_are_refused(tmp_path):
@@ -313,10 +349,18 @@ def test_measurements_over_context_are_curves_with_their_bound(out, tmp_path):
     assert "out torch: bound\n128 tokens: 1.550\u00d7" in titles
     # Weights and cache: 3 MB and 192 bytes for each of 1024 tokens.
     assert "dense torch\n1024 tokens: 3.197 MB" in titles
-    lines = [line.attributes["class"] for line in page.all("polyline")]
-    assert lines.count("hue0 main") == lines.count("hue0 bound") == 2  # of speed, of memory
+    lines = lines_of(page, "hue0")
+    dashed = [line for line in lines if "stroke-dasharray" in line.attributes]
+    assert len(lines) == 4  # of speed, of memory
+    assert len(dashed) == 2
     legends = [one.text for one in page.all("li")]
     assert {"bound: the best possible", "the dense model in the same engine"} <= set(legends)
+
+
+def lines_of(page, ink: str) -> list:
+    """The lines of a colour in all charts."""
+    drawn = [path for path in page.all("path") if path.attributes.get("fill") == "none"]
+    return [path for path in drawn if path.attributes.get("stroke") == f"var(--{ink})"]
 
 
 def test_problems_of_a_measurement_are_shown(out, tmp_path):
@@ -356,7 +400,7 @@ def test_curves_of_an_evaluation(tmp_path):
     assert "Other units and compensations" in section
     assert "for another scenario, chemistry.txt" in section
     assert "this export" in section
-    assert [line for line in page.all("polyline") if line.attributes["class"] == "hue0 main"]
+    assert lines_of(page, "hue0")
     titles = [one.text for one in page.all("title")]
     assert any(
         re.match(r"obs\n20 % removed: 1\.\d{3}\u00d7 dense\nfrom ", title) for title in titles

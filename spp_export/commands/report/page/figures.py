@@ -11,7 +11,7 @@ _SPACE = "\u00a0"
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
-def count(value: float) -> str:
+def integer(value: float) -> str:
     """A whole number: 134,515,008."""
     return f"{value:,.0f}"
 
