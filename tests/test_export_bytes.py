@@ -18,7 +18,7 @@ from factories import CASES, ragged_layers, random_layers, shape_of, uniform_lay
 
 import spp_export
 from spp_export import ExportRequest, GgufOptions, OnnxOptions
-from spp_export.models.checkpoint.source import open_source
+from spp_export.models.checkpoint.checkpoint import open_source
 from spp_export.planning import Plan
 
 HASHES = Path(__file__).parent / "export_hashes.json"

@@ -36,7 +36,7 @@ from spp_bench.threads import torch_threads
 from spp_export.common.errors import OutputError, UsageError
 from spp_export.common.progress import progress
 from spp_export.formats.onnx.options import OnnxOptions
-from spp_export.models.checkpoint.source import Source, open_source
+from spp_export.models.checkpoint.checkpoint import Checkpoint, open_source
 from spp_export.models.hub import DEMO, cache_directory, locate_model
 
 
@@ -108,7 +108,7 @@ def bench(
     return document
 
 
-def _read_outs(outs: Sequence[str | os.PathLike[str]], source: Source) -> list[Out]:
+def _read_outs(outs: Sequence[str | os.PathLike[str]], source: Checkpoint) -> list[Out]:
     found = [read_out(Path(out), source) for out in outs]
     names = [out.name for out in found]
     if not found or len(set(names)) < len(names):
@@ -118,7 +118,7 @@ def _read_outs(outs: Sequence[str | os.PathLike[str]], source: Source) -> list[O
 
 @contextmanager
 def _candidates(
-    outs: Sequence[Out], source: Source, dtype: str, genai: bool
+    outs: Sequence[Out], source: Checkpoint, dtype: str, genai: bool
 ) -> Iterator[list[Candidate]]:
     """All rows, dense ones first; dense graphs exist as long as the context is open."""
     windows = windows_of(source)
@@ -144,7 +144,7 @@ def _candidates(
         yield rows + exported
 
 
-def _export_dense(source: Source, directory: Path, options: OnnxOptions) -> None:
+def _export_dense(source: Checkpoint, directory: Path, options: OnnxOptions) -> None:
     from spp_export.formats.onnx.write import write_onnx
 
     directory.mkdir()
@@ -160,7 +160,7 @@ class _Run:
     def __init__(
         self,
         request: BenchRequest,
-        source: Source,
+        source: Checkpoint,
         outs: Sequence[Out],
         candidates: Sequence[Candidate],
         dtype: str,

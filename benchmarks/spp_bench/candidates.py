@@ -15,7 +15,7 @@ from spp_export.common.manifest import hash_file
 from spp_export.formats.decoder import stock_settings
 from spp_export.formats.onnx.format import is_onnx, onnx_options
 from spp_export.formats.onnx.options import OnnxOptions
-from spp_export.models.checkpoint.source import Source
+from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.shape import LayerShape, ModelShape
 from spp_export.planning import read_plan, validate_plan
 from spp_export.planning.written import written_shape
@@ -98,7 +98,7 @@ class Candidate:
         }
 
 
-def read_out(directory: Path, source: Source) -> Out:
+def read_out(directory: Path, source: Checkpoint) -> Out:
     """What a directory holds. Raises OutputError or PlanError where it is nothing to measure."""
     plan = directory / "plan.json"
     if not plan.is_file():
@@ -116,7 +116,7 @@ def read_out(directory: Path, source: Source) -> Out:
 
 
 def torch_candidate(
-    source: Source, out: Out | None, dtype: str, windows: Sequence[int | None]
+    source: Checkpoint, out: Out | None, dtype: str, windows: Sequence[int | None]
 ) -> Candidate:
     """The row of transformers: of the dense model, or of a slim safetensors directory."""
     shape = out.shape if out else source.shape
@@ -135,7 +135,7 @@ def torch_candidate(
 
 
 def onnx_candidate(
-    source: Source,
+    source: Checkpoint,
     out: Out | None,
     options: OnnxOptions,
     directory: Path,
@@ -178,6 +178,6 @@ def form(options: OnnxOptions) -> str:
     return " ".join(part for part in (*parts, options.quant) if part)
 
 
-def windows_of(source: Source) -> tuple[int | None, ...]:
+def windows_of(source: Checkpoint) -> tuple[int | None, ...]:
     """Per layer, how many last tokens attention sees."""
     return stock_settings(source.config, source.family, source.shape, source.path).windows

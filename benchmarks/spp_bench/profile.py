@@ -26,7 +26,7 @@ from spp_bench.shapes.shapes import published
 from spp_bench.threads import torch_threads
 from spp_export.common.errors import SppError, UsageError
 from spp_export.common.progress import progress
-from spp_export.models.checkpoint.source import open_source
+from spp_export.models.checkpoint.checkpoint import open_source
 from spp_export.models.families import Family
 from spp_export.models.hub import DEMO, locate_model
 from spp_export.models.shape import ModelShape, channel_widths

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from spp_export.common.json_files import dump_json
+from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.checkpoint.dtypes import Bits
-from spp_export.models.checkpoint.source import Source
 from spp_export.models.checkpoint.writer import Entry, ShardWriter, plan_shards
 from spp_export.models.families import family_of
 from spp_export.planning import LayerPlan, Plan
@@ -60,7 +60,7 @@ def _random_blocks(entry: Entry, random: np.random.Generator) -> Iterator[Bits]:
         left -= count
 
 
-def plan_for(source: Source, channels: float = 1.0) -> Plan:
+def plan_for(source: Checkpoint, channels: float = 1.0) -> Plan:
     """A per-layer plan over regular layers; `channels` is the share of MLP channels kept."""
     shape, random = source.shape, np.random.default_rng(1)
     layers = []

@@ -27,7 +27,7 @@ from spp_campaigns.big_checkpoints import SHARD_BYTES, build, plan_for
 from spp_campaigns.machine import machine
 from spp_campaigns.scale_child import status_bytes, watching_memory
 from spp_export.common.json_files import dump_json
-from spp_export.models.checkpoint.source import Source
+from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.checkpoint.writer import Entry, header_of, plan_shards, shard_index
 from spp_export.models.families import Role, TensorSpec, family_of
 from spp_export.models.shape import resident_parameters
@@ -88,7 +88,7 @@ def _fill(write: Callable[[Any], Any], spec: TensorSpec, random: np.random.Gener
             write((row.view(np.uint32) >> 16).astype(np.uint16))
 
 
-def narrow_plan(source: Source) -> Plan:
+def narrow_plan(source: Checkpoint) -> Plan:
     """Two KV groups and a sixteenth of the channels of every layer: a slim model that is small
     beside the dense one, of which every byte is read all the same."""
     shape = source.shape

@@ -21,7 +21,7 @@ from rich.table import Table
 import spp_export
 from spp_campaigns.machine import machine
 from spp_export.common.json_files import dump_json
-from spp_export.models.checkpoint.source import open_source
+from spp_export.models.checkpoint.checkpoint import open_source
 from spp_export.models.hub import locate_model
 from spp_export.planning import Plan, dense_plan
 

@@ -21,21 +21,21 @@ from spp_campaigns.big_checkpoints import plan_for
 from spp_export.common.json_files import dump_json
 from spp_export.common.manifest import write_manifest
 from spp_export.common.publish import publish
-from spp_export.models.checkpoint.source import Source, open_source
+from spp_export.models.checkpoint.checkpoint import Checkpoint, open_source
 from spp_export.slicing.config import slim_config
 from spp_export.slicing.weights import write_slim_weights
 
 _STATUS = Path("/proc/self/status")
 
 
-def slice_only(source: Source, target: Path) -> None:
+def slice_only(source: Checkpoint, target: Path) -> None:
     """Slice, write, hash, flush and publish."""
     with publish(target) as work:
         written = write_slim_weights(source, plan_for(source), work)
         write_manifest(work, written.records)
 
 
-def as_onnx(source: Source, target: Path) -> None:
+def as_onnx(source: Checkpoint, target: Path) -> None:
     """The same, then a graph in the stored precision instead of the slim checkpoint."""
     from spp_export.formats.onnx import OnnxOptions
     from spp_export.formats.onnx.write import write_onnx
@@ -53,7 +53,7 @@ def as_onnx(source: Source, target: Path) -> None:
         write_manifest(work)
 
 
-def verified(source: Source, target: Path) -> None:
+def verified(source: Checkpoint, target: Path) -> None:
     """The whole of `spp export --plan`, with every check."""
     import spp_export
 
@@ -61,7 +61,7 @@ def verified(source: Source, target: Path) -> None:
 
 
 # Job -> what it does, and the modules whose import is not part of it.
-JOBS: Mapping[str, tuple[Callable[[Source, Path], None], tuple[str, ...]]] = {
+JOBS: Mapping[str, tuple[Callable[[Checkpoint, Path], None], tuple[str, ...]]] = {
     "slice": (slice_only, ()),
     "onnx": (as_onnx, ("spp_export.models.modeling", "onnx", "onnx_ir")),
     "verify": (verified, ("spp_export.models.modeling", "spp_export.models.layerwise")),

@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from spp_export.calibration.statistics import FloatArray
 from spp_export.common.disk import clear_leftovers, free_space, working_place
 from spp_export.common.errors import OutputError
+from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.checkpoint.reader import as_bytes, blocks
-from spp_export.models.checkpoint.source import Source
 from spp_export.models.checkpoint.writer import Entry, Shard, header_of
 from spp_export.models.hub import cache_directory
 from spp_export.models.session import Session
@@ -41,7 +41,7 @@ _DTYPES = {4: "F32", 8: "F64"}
 
 
 def cache_paths(
-    source: Source, texts: Sequence[str], kinds: Iterable[str], dtype: str
+    source: Checkpoint, texts: Sequence[str], kinds: Iterable[str], dtype: str
 ) -> dict[str, Path]:
     """The file of each kind of statistics of `texts`, whether or not it is there.
 
@@ -56,7 +56,7 @@ def cache_paths(
     return paths
 
 
-def _sample(source: Source) -> str:
+def _sample(source: Checkpoint) -> str:
     """SHA-256 of the first rows of every tensor.
 
     The fingerprint does not know a model from its fine-tuned sisters; their statistics differ.

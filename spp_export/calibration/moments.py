@@ -32,8 +32,8 @@ from spp_export.calibration.statistics import (
     LayerWeights,
     MlpInputs,
 )
+from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.checkpoint.reader import read_float
-from spp_export.models.checkpoint.source import Source
 from spp_export.models.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Collection:
 
     def layer_statistics(
         self,
-        source: Source,
+        source: Checkpoint,
         layer: int,
         kinds: Iterable[str] | None = None,
         *,
@@ -192,7 +192,7 @@ class Moments:
 
 
 def gather(
-    source: Source,
+    source: Checkpoint,
     texts: Sequence[str],
     kinds: Iterable[str],
     dense: Callable[[], tuple[nn.Module, Any]],
@@ -225,7 +225,7 @@ def gather(
     return Collection(paths)
 
 
-def layer_weights(source: Source, layer: int) -> LayerWeights:
+def layer_weights(source: Checkpoint, layer: int) -> LayerWeights:
     """The seven projections of one layer, read from the source's files."""
     family = source.family
 
@@ -244,7 +244,7 @@ def layer_weights(source: Source, layer: int) -> LayerWeights:
 
 
 def _forward(
-    source: Source,
+    source: Checkpoint,
     texts: Sequence[str],
     paths: Mapping[str, Path],
     dense: Callable[[], tuple[nn.Module, Any]],
@@ -280,7 +280,7 @@ def _forward(
 
 
 def _backward(
-    source: Source,
+    source: Checkpoint,
     texts: Sequence[str],
     dense: Callable[[], tuple[nn.Module, Any]],
     description: str,

@@ -28,8 +28,8 @@ from spp_export.formats.onnx.format import is_onnx
 from spp_export.formats.onnx.options import OnnxOptions
 from spp_export.formats.registry import ConvertOptions, converter, require_for
 from spp_export.formats.safetensors.verify import RECOVERY_NAME
+from spp_export.models.checkpoint.checkpoint import TOKENIZER_FILES, open_source
 from spp_export.models.checkpoint.companions import companion, copy_companions
-from spp_export.models.checkpoint.source import TOKENIZER_FILES, open_source
 from spp_export.models.engines import Engine
 from spp_export.models.hub import DEMO, ModelLocation, locate_model
 from spp_export.planning import LayerPlan, Plan, read_plan

@@ -18,9 +18,9 @@ from spp_export.formats.gguf.encode import row_bytes
 from spp_export.formats.gguf.options import BLOCK, GgufOptions
 from spp_export.formats.onnx.options import OnnxOptions
 from spp_export.formats.onnx.quantise import BLOCK_SIZES
+from spp_export.models.checkpoint.checkpoint import TOKENIZER_FILES
 from spp_export.models.checkpoint.companions import companion
 from spp_export.models.checkpoint.dtypes import ELEMENT_BYTES, FLOAT_DTYPES
-from spp_export.models.checkpoint.source import TOKENIZER_FILES
 from spp_export.models.session import Session
 from spp_export.models.shape import ModelShape, resident_parameters
 

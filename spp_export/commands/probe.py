@@ -17,7 +17,7 @@ from spp_export.common.manifest import write_manifest
 from spp_export.common.publish import check_target, publish
 from spp_export.data.artifacts import Artifacts, write_artifacts
 from spp_export.data.pools import other_domains, read_pools
-from spp_export.models.checkpoint.source import TOKENIZER_FILES
+from spp_export.models.checkpoint.checkpoint import TOKENIZER_FILES
 from spp_export.models.hub import DEMO
 from spp_export.models.session import open_session
 

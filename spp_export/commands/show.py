@@ -21,7 +21,7 @@ from spp_export.formats.gguf.header import read_gguf
 from spp_export.formats.gguf.options import GGUF_NAME
 from spp_export.formats.onnx.format import onnx_options
 from spp_export.formats.onnx.write import GRAPH_NAME
-from spp_export.models.checkpoint.source import Source, open_source
+from spp_export.models.checkpoint.checkpoint import Checkpoint, open_source
 from spp_export.planning import Plan, read_plan
 
 _SIZES = ("parameters", "file_bytes", "kv_bytes_per_token")
@@ -301,7 +301,7 @@ def _between(value: Any, low: float, high: float) -> bool:
     return type(value) in (int, float) and low <= value <= high
 
 
-def _model_facts(source: Source) -> dict[str, Any]:
+def _model_facts(source: Checkpoint) -> dict[str, Any]:
     shape = source.shape
     return {
         "model": source.name,

@@ -24,7 +24,7 @@ from spp_export.common.json_files import (
     shown,
     text_lines,
 )
-from spp_export.models.checkpoint.source import Source
+from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.hub import DEMO
 from spp_export.models.shape import ModelShape
 
@@ -339,7 +339,7 @@ def bundled_artifacts() -> Path:
 
 
 def open_artifacts(
-    artifacts: str | os.PathLike[str] | None, model: str, source: Source
+    artifacts: str | os.PathLike[str] | None, model: str, source: Checkpoint
 ) -> Artifacts:
     """Artifacts for a model: the given directory, or the shipped ones for the demo model."""
     if artifacts is None and model != DEMO:

@@ -44,8 +44,8 @@ from spp_export.domains.shrinkage import (
 )
 from spp_export.domains.whitelist import choose_whitelist
 from spp_export.importance import CRITERIA, Criterion
+from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.checkpoint.reader import read_float
-from spp_export.models.checkpoint.source import Source
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class _Text:
 def probe_model(
     model: nn.Module,
     tokenizer: Any,
-    source: Source,
+    source: Checkpoint,
     candidates: Pools,
     *,
     left_out: Pools | None = None,
@@ -217,7 +217,7 @@ def _gather(
 
 
 def _scores(
-    source: Source,
+    source: Checkpoint,
     collections: Sequence[Collection],
     criteria: Sequence[Criterion],
     request: ProbeRequest,
@@ -297,7 +297,7 @@ class Dense:
 
     model: nn.Module
     tokenizer: Any
-    source: Source
+    source: Checkpoint
 
     @property
     def dtype(self) -> str:

@@ -12,8 +12,8 @@ from torch import Tensor
 from spp_export.calibration.moments import Collection, layer_weights
 from spp_export.common.errors import UsageError
 from spp_export.importance import CRITERIA, Axis, Criterion, Need
+from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.checkpoint.reader import read_float
-from spp_export.models.checkpoint.source import Source
 
 DEFAULT_CRITERIA = ("energy", "axis")
 UNITS = ("heads", "both")
@@ -41,7 +41,7 @@ def kinds_needed(criteria: Sequence[Criterion], units: str) -> tuple[str, ...]:
 
 
 def score_units(
-    source: Source,
+    source: Checkpoint,
     collections: Sequence[Collection],
     criteria: Sequence[Criterion],
     units: str,
@@ -90,7 +90,7 @@ class AxisShares:
 
     place = "output"
 
-    def __init__(self, source: Source, device: torch.device, axes_LKd: FloatArray) -> None:
+    def __init__(self, source: Checkpoint, device: torch.device, axes_LKd: FloatArray) -> None:
         shape, family = source.shape, source.family
         heads, dim = shape.query_heads, shape.head_dim
         self.domain = 0

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from spp_export.common.errors import ModelError
 from spp_export.common.json_files import shown
+from spp_export.models.checkpoint.checkpoint import open_checkpoint
 from spp_export.models.checkpoint.header import StoredTensor
-from spp_export.models.checkpoint.layered import open_layered
 from spp_export.models.families import Family
 from spp_export.models.shape import LayerShape, ModelShape
 from spp_export.slicing.config import portable_config
@@ -54,7 +54,7 @@ def read_decoder(directory: Path) -> Decoder:
     Raises ModelError for a model we cannot express, CheckpointError for tensors that are not
     exactly those of its config.
     """
-    found = open_layered(directory)
+    found = open_checkpoint(directory)
     for index, layer in enumerate(found.layers):
         if not layer.regular:
             raise ModelError(

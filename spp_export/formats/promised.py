@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spp_export.formats.decoder import Decoder, stock_settings
+from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.checkpoint.header import StoredTensor
 from spp_export.models.checkpoint.reader import read_float
-from spp_export.models.checkpoint.source import Source
 from spp_export.models.families import TensorSpec
 from spp_export.planning import Plan
 from spp_export.planning.written import CONSUMERS, loses, written_shape
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from spp_export.slicing.projections import Projections
 
 
-def promised_decoder(directory: Path, source: Source, compiled: Plan) -> Decoder:
+def promised_decoder(directory: Path, source: Checkpoint, compiled: Plan) -> Decoder:
     """The slim checkpoint that a plan makes of the source, without its weights.
 
     Errors name `directory`.
@@ -49,7 +49,7 @@ def promised_decoder(directory: Path, source: Source, compiled: Plan) -> Decoder
     )
 
 
-def kept_of(source: Source, compiled: Plan) -> Callable[[TensorSpec], NDArray[Any] | None]:
+def kept_of(source: Checkpoint, compiled: Plan) -> Callable[[TensorSpec], NDArray[Any] | None]:
     """Reader of what the plan keeps of a tensor; None for one that compensation made."""
     dense = {spec.name: spec for spec in source.family.tensors(source.shape, source.shape.layers)}
 
@@ -62,7 +62,7 @@ def kept_of(source: Source, compiled: Plan) -> Callable[[TensorSpec], NDArray[An
     return kept
 
 
-def _refitted(source: Source, compiled: Plan, spec: TensorSpec) -> bool:
+def _refitted(source: Checkpoint, compiled: Plan, spec: TensorSpec) -> bool:
     """Whether a tensor belongs to a projection that compensation changed."""
     if spec.layer is None or compiled.compensation == "none":
         return False
@@ -75,7 +75,7 @@ def _refitted(source: Source, compiled: Plan, spec: TensorSpec) -> bool:
 
 
 def compensated_projections(
-    source: Source, compiled: Plan, read: Callable[[str], NDArray[Any]]
+    source: Checkpoint, compiled: Plan, read: Callable[[str], NDArray[Any]]
 ) -> Projections:
     """The compensated projections as an export has them, for the oracle to put in place.
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from spp_export.common.progress import progress
+from spp_export.models.checkpoint.checkpoint import open_checkpoint
 from spp_export.models.checkpoint.header import StoredTensor
-from spp_export.models.checkpoint.layered import open_layered
 from spp_export.models.families import Family
 from spp_export.models.weights_on_disk import (
     Block,
@@ -43,10 +43,10 @@ def open_layerwise(
     """A dense or slim checkpoint as a transformers model that runs from disk, in evaluation mode.
 
     In memory are at most two layers in `dtype`, or the head, and what is computed with them;
-    `model.to(dtype)` makes it compute in a wider one. Errors as of `open_layered`.
+    `model.to(dtype)` makes it compute in a wider one. Errors as of `open_checkpoint`.
     """
     directory = Path(path)
-    opened = open_layered(directory)
+    opened = open_checkpoint(directory)
     model = empty_model(directory, dtype)
     weights = stored_weights(directory, model, opened)
     stream = LayerStream(model, opened.family, weights, torch.device(device))

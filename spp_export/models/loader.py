@@ -16,9 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import spp_export.models.modeling  # noqa: F401  registers the per-layer classes
 from spp_export.common.errors import CheckpointError
 from spp_export.common.progress import quiet_transformers
+from spp_export.models.checkpoint.checkpoint import open_checkpoint, open_source
 from spp_export.models.checkpoint.companions import check_companions
-from spp_export.models.checkpoint.layered import open_layered
-from spp_export.models.checkpoint.source import open_source
 
 
 def load_slim(
@@ -37,7 +36,7 @@ def load_slim(
     Raises ModelError where the directory holds no such model, CheckpointError where its tensors are
     not exactly those of its config.
     """
-    open_layered(Path(path))
+    open_checkpoint(Path(path))
     return _load(path, dtype, device, attn_implementation)
 
 

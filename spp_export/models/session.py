@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from spp_export.common.errors import UsageError
 from spp_export.common.memory import free_memory
 from spp_export.common.progress import progress
+from spp_export.models.checkpoint.checkpoint import Checkpoint, open_source
 from spp_export.models.checkpoint.reader import require_unchanged
-from spp_export.models.checkpoint.source import Source, open_source
 from spp_export.models.hub import DEMO, locate_model
 from spp_export.models.tokenizer import load_tokenizer
 
@@ -34,7 +34,7 @@ class Session:
     remembered: what was read off the model and may be asked for again, by what decided it.
     """
 
-    source: Source
+    source: Checkpoint
     device: str
     dtype: str
     layerwise: bool | None = False

@@ -8,8 +8,8 @@ from typing import Any
 
 from spp_export.common.errors import ModelError
 from spp_export.common.progress import quiet_transformers
+from spp_export.models.checkpoint.checkpoint import read_config
 from spp_export.models.checkpoint.companions import check_companions
-from spp_export.models.checkpoint.source import read_config
 
 # What transformers says of a directory with none of these depends on its version.
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")

@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import spp_export.models.modeling  # noqa: F401  registers the per-layer classes
 from spp_export.common.errors import CheckpointError
 from spp_export.common.progress import quiet_transformers
+from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.checkpoint.dtypes import FLOAT_DTYPES, Bits
 from spp_export.models.checkpoint.header import StoredTensor, show
-from spp_export.models.checkpoint.layered import Layered
 from spp_export.models.checkpoint.reader import blocks
 
 # torch has no unsigned integers in all the versions that we work with.
@@ -98,7 +98,7 @@ def empty_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def stored_weights(
-    directory: Path, model: PreTrainedModel, opened: Layered
+    directory: Path, model: PreTrainedModel, opened: Checkpoint
 ) -> dict[str, StoredTensor]:
     """The stored tensor of each of a model's parameters, by name; all stored ones are in use."""
     family, stored = opened.family, opened.tensors

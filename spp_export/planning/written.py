@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterable
 
-from spp_export.models.checkpoint.source import Source
+from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.families import Role
 from spp_export.models.shape import ModelShape
 from spp_export.planning import Compensation, LayerPlan, Layout, Plan
@@ -34,7 +34,7 @@ def biased_roles(compiled: Plan, shape: ModelShape) -> frozenset[Role]:
 
 
 def compensated_shape(
-    source: Source, layout: Layout, compensation: Compensation, losing: Collection[Role]
+    source: Checkpoint, layout: Layout, compensation: Compensation, losing: Collection[Role]
 ) -> ModelShape:
     """The source's shape with the biases that a compensation adds where the consumers `losing`
     (OUTPUT, DOWN) lose inputs.
@@ -44,7 +44,7 @@ def compensated_shape(
     return slim_shape(source, layout, losing if compensation == "bias" else ())
 
 
-def written_shape(source: Source, compiled: Plan) -> ModelShape:
+def written_shape(source: Checkpoint, compiled: Plan) -> ModelShape:
     """`compensated_shape` of a plan."""
     return slim_shape(source, compiled.layout, biased_roles(compiled, source.shape))
 
@@ -55,7 +55,7 @@ def moment_kinds(compiled: Plan, shape: ModelShape) -> tuple[str, ...]:
     return tuple(sorted(kinds[role] for role in losing_roles(compiled.layers, shape)))
 
 
-def slim_shape(source: Source, layout: Layout, biased: Collection[Role]) -> ModelShape:
+def slim_shape(source: Checkpoint, layout: Layout, biased: Collection[Role]) -> ModelShape:
     """The source's shape with biases on the projections `biased` (OUTPUT, DOWN) as well.
 
     Layouts of our own classes give these and no others one. In `uniform` the switch of the

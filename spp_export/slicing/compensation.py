@@ -15,8 +15,8 @@ from spp_export.common.errors import PlanError
 from spp_export.data.artifacts import Artifacts
 from spp_export.data.scenario import Scenario
 from spp_export.domains.diagnosis import FloatArray
+from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.checkpoint.reader import read_float, stored_tensors
-from spp_export.models.checkpoint.source import Source
 from spp_export.models.families import Role, TensorSpec
 from spp_export.models.session import Session
 from spp_export.models.shape import ModelShape
@@ -38,7 +38,7 @@ RIDGE = 0.01
 Indices = np.ndarray[Any, np.dtype[np.intp]]
 
 
-def written_config(source: Source, compiled: Plan) -> dict[str, Any]:
+def written_config(source: Checkpoint, compiled: Plan) -> dict[str, Any]:
     """config.json of the slim checkpoint that a plan makes of the source."""
     return slim_config(
         source.config,
@@ -60,7 +60,7 @@ def real_columns(compiled: Plan, layer: int, role: Role, shape: ModelShape) -> I
 class Compensator:
     """What the slicer needs: a re-fit per consumer that loses inputs, and biases to add."""
 
-    def __init__(self, source: Source, compiled: Plan, moments: Moments | None) -> None:
+    def __init__(self, source: Checkpoint, compiled: Plan, moments: Moments | None) -> None:
         self._source = source
         self._plan = compiled
         self._moments = moments

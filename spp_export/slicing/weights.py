@@ -16,10 +16,10 @@ import numpy as np
 from spp_export.common.errors import CheckpointError
 from spp_export.common.manifest import FileRecord
 from spp_export.common.publish import require_free_space
+from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.checkpoint.dtypes import Bits, Floats, all_finite, from_float
 from spp_export.models.checkpoint.header import show
 from spp_export.models.checkpoint.reader import BLOCK_BYTES, blocks, read_float
-from spp_export.models.checkpoint.source import Source
 from spp_export.models.checkpoint.writer import (
     DEFAULT_SHARD_BYTES,
     Entry,
@@ -51,7 +51,7 @@ class WrittenWeights:
 
 
 def write_slim_weights(
-    source: Source,
+    source: Checkpoint,
     plan: Plan,
     out_dir: Path,
     *,
@@ -100,7 +100,7 @@ class SlimTensors:
 
     def __init__(
         self,
-        source: Source,
+        source: Checkpoint,
         plan: Plan,
         replaced: Callable[[TensorSpec], Refit | None],
         biases: Biases,

@@ -11,7 +11,7 @@ from factories import CASES, random_layers, shape_of, write_slim
 from spp_bench import device_rates
 from spp_bench.bench import BenchRequest
 from spp_export.common.manifest import write_manifest
-from spp_export.models.checkpoint.source import open_source
+from spp_export.models.checkpoint.checkpoint import open_source
 from spp_export.planning import LayerPlan, Plan
 
 CASE = {case.name: case for case in CASES}

@@ -16,7 +16,7 @@ from spp_bench.memory_child import Job
 from spp_bench.onnx_weights import stored_weights
 from spp_export.common.errors import ModelError
 from spp_export.formats.onnx.options import OnnxOptions
-from spp_export.models.checkpoint.source import open_source
+from spp_export.models.checkpoint.checkpoint import open_source
 
 CELLS = (Cell(1, 6), Cell(2, 11))
 

@@ -23,7 +23,7 @@ from spp_campaigns.peers import by_spp, by_transformers, check, measure, oracle,
 from spp_campaigns.peers.candidates import CANDIDATES, TORCH_PRUNING, Candidate
 from spp_campaigns.peers.pickles import PICKLE
 from spp_campaigns.peers.plans import PLANS, plans_for
-from spp_export.models.checkpoint.source import Source, open_source
+from spp_export.models.checkpoint.checkpoint import Checkpoint, open_source
 from spp_export.planning import LayerPlan, Plan, validate_plan
 
 INSTALLED = find_spec("torch_pruning") is not None
@@ -31,13 +31,13 @@ needs_torch_pruning = pytest.mark.skipif(not INSTALLED, reason="torch-pruning is
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+def source(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     root = tmp_path_factory.mktemp("dense")
     return open_source(make_checkpoint(root, "llama", kv_heads=3, query_heads=9, hidden=72))
 
 
 @pytest.fixture(scope="module")
-def plans(source: Source) -> dict[str, Plan]:
+def plans(source: Checkpoint) -> dict[str, Plan]:
     return plans_for(source)
 
 
@@ -47,13 +47,13 @@ def written(plan: Plan, directory: Path) -> Path:
     return path
 
 
-def exported(export: Callable[..., None], source: Source, plan: Plan, out: Path) -> Path:
+def exported(export: Callable[..., None], source: Checkpoint, plan: Plan, out: Path) -> Path:
     out.mkdir()
     export(source.path, plan, out)
     return out
 
 
-def checked(source: Source, plan: Plan, out: Path, tmp_path: Path) -> dict[str, Any]:
+def checked(source: Checkpoint, plan: Plan, out: Path, tmp_path: Path) -> dict[str, Any]:
     """The answers of the oracle and of the check, run in this process."""
     plan_file, answer = written(plan, tmp_path), tmp_path / "answer.json"
     logits = tmp_path / "logits.npy"

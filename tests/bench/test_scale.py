@@ -7,7 +7,7 @@ import json
 import pytest
 
 from spp_campaigns import big_checkpoints, scale
-from spp_export.models.checkpoint.source import open_source
+from spp_export.models.checkpoint.checkpoint import open_source
 
 TINY = {"hidden_size": 64, "head_dim": 2, "intermediate_size": 96, "vocab_size": 50}
 

@@ -15,7 +15,7 @@ from spp_export.calibration.activations import TextMeans
 from spp_export.calibration.moments import KINDS, Moments, gather, layer_weights
 from spp_export.common.errors import OutputError
 from spp_export.importance import Axis, Gradients
-from spp_export.models.checkpoint.source import open_source
+from spp_export.models.checkpoint.checkpoint import open_source
 from spp_export.models.loader import load_dense
 
 TEXTS = ("Gold melts at 1064 degrees.", "", "Why?", "Iron rusts in damp air, gold does not.")

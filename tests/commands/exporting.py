@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import spp_export
 from spp_export.common.errors import SppError
 from spp_export.common.progress import quiet_transformers
-from spp_export.models.checkpoint.source import open_source
+from spp_export.models.checkpoint.checkpoint import open_source
 from spp_export.planning import LayerPlan, Plan
 
 CASE = {case.name: case for case in CASES}

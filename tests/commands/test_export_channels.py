@@ -40,7 +40,7 @@ from spp_export.common.errors import ParityError, PlanError
 from spp_export.common.manifest import write_manifest
 from spp_export.evaluation.oracle import masked_dense
 from spp_export.evaluation.quality import measure_quality
-from spp_export.models.checkpoint.source import open_source
+from spp_export.models.checkpoint.checkpoint import open_source
 from spp_export.models.session import open_session
 from spp_export.models.shape import ModelShape
 from spp_export.planning import LayerPlan, Plan

@@ -13,7 +13,7 @@ from gathered import EPS, inputs, mean_write, mixed, projection, ridge
 
 import spp_export
 from spp_export.calibration.moments import gather
-from spp_export.models.checkpoint.source import open_source
+from spp_export.models.checkpoint.checkpoint import open_source
 from spp_export.models.session import open_session
 from spp_export.planning import Plan
 

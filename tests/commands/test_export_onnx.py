@@ -204,7 +204,7 @@ def test_checkpoints_in_half_precision(workshop, tmp_path, dtype):
     dense = CASE["qwen3-gqa-tied"].make(tmp_path, dtype=dtype)
     plan = workshop.exported("qwen3-gqa-tied").path / "plan.json"
     document = json.loads(plan.read_text())
-    from spp_export.models.checkpoint.source import open_source
+    from spp_export.models.checkpoint.checkpoint import open_source
 
     document["model"]["fingerprint"] = open_source(dense).fingerprint
     (tmp_path / "plan.json").write_text(json.dumps(document))

@@ -9,7 +9,7 @@ from factories import shape_of
 
 import spp_export
 from spp_export.data.artifacts import read_artifacts
-from spp_export.models.checkpoint.source import open_source
+from spp_export.models.checkpoint.checkpoint import open_source
 from spp_export.planning import LayerPlan, Plan
 
 NAME = "llama-gqa-bias"

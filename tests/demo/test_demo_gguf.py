@@ -10,7 +10,7 @@ from factories import random_layers, uniform_layers
 import spp_export
 from spp_campaigns.gguf_parity import compare
 from spp_export import ExportRequest, GgufOptions, Plan
-from spp_export.models.checkpoint.source import open_source
+from spp_export.models.checkpoint.checkpoint import open_source
 from spp_export.models.hub import locate_model
 
 pytestmark = [pytest.mark.demo, pytest.mark.slow]

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from spp_export.calibration.activations import observe, token_batches
 from spp_export.domains.scores import AxisShares
-from spp_export.models.checkpoint.source import open_source
+from spp_export.models.checkpoint.checkpoint import open_source
 from spp_export.models.loader import load_dense
 
 TEXTS = (

@@ -17,7 +17,7 @@ from spp_export.data.artifacts import read_artifacts, write_artifacts
 from spp_export.data.pools import Pools
 from spp_export.domains.probe_model import ProbeRequest, probe_model
 from spp_export.importance import CRITERIA, Axis
-from spp_export.models.checkpoint.source import open_source
+from spp_export.models.checkpoint.checkpoint import open_source
 from spp_export.models.loader import load_dense
 
 POOLS = Pools(

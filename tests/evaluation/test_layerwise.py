@@ -40,7 +40,7 @@ from spp_export.evaluation.parity import (
 )
 from spp_export.evaluation.quality import measure_quality
 from spp_export.models.checkpoint import reader
-from spp_export.models.checkpoint.source import open_source
+from spp_export.models.checkpoint.checkpoint import open_source
 from spp_export.models.families import FAMILIES, Role
 from spp_export.models.layerwise import each_logits, open_layerwise, stream_of
 from spp_export.models.loader import load_dense, load_slim

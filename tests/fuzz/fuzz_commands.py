@@ -23,7 +23,7 @@ from spp_cli.main import run
 from spp_export.common.manifest import write_manifest
 from spp_export.data.artifacts import write_artifacts
 from spp_export.formats.onnx.options import OnnxOptions
-from spp_export.models.checkpoint.source import open_source
+from spp_export.models.checkpoint.checkpoint import open_source
 
 SECONDS_PER_COMMAND = 30.0
 OUT = "out"

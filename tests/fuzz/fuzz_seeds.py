@@ -21,8 +21,8 @@ from safetensors.numpy import save_file
 
 from spp_export.common.manifest import write_manifest
 from spp_export.data.artifacts import Artifacts, write_artifacts
+from spp_export.models.checkpoint.checkpoint import open_source
 from spp_export.models.checkpoint.dtypes import ELEMENT_BYTES
-from spp_export.models.checkpoint.source import open_source
 from spp_export.models.families import FAMILIES
 from spp_export.models.shape import ModelShape
 from spp_export.planning import LayerPlan, Plan, dense_plan

@@ -34,9 +34,9 @@ from spp_export.common.errors import (
 from spp_export.common.manifest import check_manifest, wrote
 from spp_export.data.artifacts import read_artifacts
 from spp_export.data.scenario import read_scenario
+from spp_export.models.checkpoint.checkpoint import open_source
 from spp_export.models.checkpoint.header import StoredTensor, read_header
 from spp_export.models.checkpoint.reader import stored_tensors
-from spp_export.models.checkpoint.source import open_source
 from spp_export.planning import parse_plan, read_plan, validate_plan
 from spp_export.planning.latency import read_latency_table
 from spp_export.slicing.config import slim_config

@@ -13,7 +13,7 @@ from factories import CASES, random_layers, read_config, shape_of, write_slim
 from transformers import AutoTokenizer
 
 from spp_cli.main import run
-from spp_export.models.checkpoint.source import open_source
+from spp_export.models.checkpoint.checkpoint import open_source
 from spp_export.models.loader import load_dense, load_slim
 
 ALPHABETS = {"figures": "12 + 34 = 46", "letters": "abc def ghi"}

@@ -8,7 +8,7 @@ from pathlib import Path
 from spp_export.common.json_files import dump_json
 from spp_export.common.manifest import write_manifest
 from spp_export.common.publish import publish
-from spp_export.models.checkpoint.source import open_source
+from spp_export.models.checkpoint.checkpoint import open_source
 from spp_export.planning import Plan
 from spp_export.slicing.config import MODELING_FILES, slim_config
 from spp_export.slicing.weights import write_slim_weights

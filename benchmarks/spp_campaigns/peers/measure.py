@@ -17,7 +17,7 @@ from spp_campaigns.big_checkpoints import copy, prepare
 from spp_campaigns.peers.candidates import Candidate
 from spp_campaigns.peers.plans import plans_for
 from spp_campaigns.steps import run_step
-from spp_export.models.checkpoint.source import Source, open_source
+from spp_export.models.checkpoint.checkpoint import Checkpoint, open_source
 from spp_export.planning import Plan
 
 # Of the largest logit: sums in another order differ by less, a wrong head by far more.
@@ -59,7 +59,7 @@ def measure(model: Path, name: str, options: Options, scratch: Path) -> dict[str
 class _Case:
     """One plan of one model."""
 
-    def __init__(self, source: Source, plan: Plan, options: Options, place: Path) -> None:
+    def __init__(self, source: Checkpoint, plan: Plan, options: Options, place: Path) -> None:
         self._source, self._options = source, options
         self._plan = place / "plan.json"
         self._logits = place / "logits.npy"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spp_export.models.checkpoint.source import Source
+from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.shape import ModelShape
 from spp_export.planning import LayerPlan, Layout, Plan
 
@@ -17,12 +17,12 @@ PLANS: dict[str, tuple[Layout, float]] = {
 }
 
 
-def plans_for(source: Source) -> dict[str, Plan]:
+def plans_for(source: Checkpoint) -> dict[str, Plan]:
     """By name: both layouts, heads alone and heads with MLP channels."""
     return {name: _plan(source, layout, channels) for name, (layout, channels) in PLANS.items()}
 
 
-def counts(source: Source, layout: Layout) -> tuple[tuple[int, int], ...]:
+def counts(source: Checkpoint, layout: Layout) -> tuple[tuple[int, int], ...]:
     """(KV heads, query heads of each) that layers keep in turn.
 
     uniform: whole groups go, as few as the stock class allows. per-layer: a query head of every
@@ -37,7 +37,7 @@ def counts(source: Source, layout: Layout) -> tuple[tuple[int, int], ...]:
     return (shape.kv_heads, fewer[1]), (fewer[0], shape.group_size), fewer
 
 
-def _plan(source: Source, layout: Layout, channels: float) -> Plan:
+def _plan(source: Checkpoint, layout: Layout, channels: float) -> Plan:
     shape, random = source.shape, np.random.default_rng(0)
     turns = counts(source, layout)
     layers = tuple(

@@ -24,8 +24,8 @@ from spp_export.common.errors import ModelError, UsageError
 from spp_export.common.json_files import read_json
 from spp_export.common.progress import progress
 from spp_export.formats.onnx.runtime.generation import Chooser, greedy
+from spp_export.models.checkpoint.checkpoint import read_config
 from spp_export.models.checkpoint.companions import companion
-from spp_export.models.checkpoint.source import read_config
 from spp_export.models.hub import DEMO, demo_model
 from spp_export.models.tokenizer import load_tokenizer
 

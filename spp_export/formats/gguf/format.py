@@ -20,9 +20,9 @@ from spp_export.formats.gguf.options import FILE_VERSION, GGUF_NAME, GgufOptions
 from spp_export.formats.gguf.weights import GgufWeights
 from spp_export.formats.gguf.write import write_gguf
 from spp_export.formats.promised import compensated_projections, kept_of, promised_decoder
+from spp_export.models.checkpoint.checkpoint import TOKENIZER_FILES, Checkpoint, read_config
 from spp_export.models.checkpoint.companions import copy_companions
 from spp_export.models.checkpoint.reader import read_float
-from spp_export.models.checkpoint.source import TOKENIZER_FILES, Source, read_config
 from spp_export.models.engines import gguf_engines
 from spp_export.models.hub import model_license
 from spp_export.models.session import Session
@@ -49,7 +49,7 @@ class GgufChecks:
     weights: GgufWeights | None = None
 
 
-def promised_contents(source: Source, compiled: Plan, options: GgufOptions) -> Contents:
+def promised_contents(source: Checkpoint, compiled: Plan, options: GgufOptions) -> Contents:
     """What the file of a plan's slim model holds. ModelError where llama.cpp cannot run it."""
     decoder = promised_decoder(source.path, source, compiled)
     resolved = options.resolved(source.dtype)

@@ -19,8 +19,8 @@ from spp_export.formats.onnx.read import GraphWeights
 from spp_export.formats.onnx.structure import difference
 from spp_export.formats.onnx.write import GRAPH_NAME, optional_json, write_onnx
 from spp_export.formats.promised import compensated_projections, kept_of, promised_decoder
+from spp_export.models.checkpoint.checkpoint import Checkpoint, read_config
 from spp_export.models.checkpoint.reader import read_float
-from spp_export.models.checkpoint.source import Source, read_config
 from spp_export.models.engines import onnx_engines
 from spp_export.models.hub import model_license
 from spp_export.models.session import Session
@@ -288,7 +288,7 @@ def _different_key(directory: Path, promised: Decoder, options: OnnxOptions) -> 
 
 
 def _check_kept_weights(
-    source: Source, compiled: Plan, weights: GraphWeights, options: OnnxOptions
+    source: Checkpoint, compiled: Plan, weights: GraphWeights, options: OnnxOptions
 ) -> Check:
     """Weights are what the plan keeps of the source, but for what was compensated."""
     from spp_export.formats.onnx.checks import check_weights

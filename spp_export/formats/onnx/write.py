@@ -14,8 +14,8 @@ from spp_export.formats.onnx.companions import genai_config, onnx_config, tokeni
 from spp_export.formats.onnx.graph import build_graph
 from spp_export.formats.onnx.options import OnnxOptions
 from spp_export.formats.onnx.recorder import share_aliases
+from spp_export.models.checkpoint.checkpoint import TOKENIZER_FILES
 from spp_export.models.checkpoint.companions import companion, copy_companions
-from spp_export.models.checkpoint.source import TOKENIZER_FILES
 
 GRAPH_NAME = "model.onnx"
 # transformers.js asks for this very name; the others follow what the graph says.

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from spp_export.common.errors import CheckpointError
 from spp_export.common.progress import progress
 from spp_export.evaluation.batches import _TEXTS, exact_dtype, oracle_logits, session_batches
+from spp_export.models.checkpoint.checkpoint import Checkpoint, read_config
 from spp_export.models.checkpoint.header import StoredTensor
 from spp_export.models.checkpoint.reader import blocks, read_float, stored_tensors
-from spp_export.models.checkpoint.source import Source, read_config
 from spp_export.models.families import Role
 from spp_export.models.session import Session
 from spp_export.models.tokenizer import load_tokenizer
@@ -96,7 +96,7 @@ def check_directory(
     return Checked(VerifyReport(tuple(checks), context), slim, reference)
 
 
-def _check_refit(directory: Path, source: Source, compensation: Compensator) -> Check:
+def _check_refit(directory: Path, source: Checkpoint, compensation: Compensator) -> Check:
     """Re-fitted projections lose no more of their layer's output than plain slices would."""
     import torch
 
@@ -125,7 +125,7 @@ def check_tokenizer(directory: Path, session: Session, prompts: Sequence[str]) -
     return Check("token ids as the source's tokenizer gives them", same)
 
 
-def _check_tensors(directory: Path, source: Source, compiled: Plan) -> Check:
+def _check_tensors(directory: Path, source: Checkpoint, compiled: Plan) -> Check:
     """Names, shapes, dtypes and config are those of the plan, and every value is finite."""
     from spp_export.evaluation.parity import Check
 
@@ -165,7 +165,7 @@ def _within(error: CheckpointError, tensor: StoredTensor) -> str:
     return str(error).removeprefix(f"{tensor.file}: ").rstrip(".")
 
 
-def _compensated(directory: Path, source: Source, compiled: Plan) -> Projections:
+def _compensated(directory: Path, source: Checkpoint, compiled: Plan) -> Projections:
     """The projections that no slicing gives, as written, for the oracle to put in place: the
     compensated ones, and all of a model that was trained further."""
     from spp_export.slicing.projections import ProjectionsOnDisk

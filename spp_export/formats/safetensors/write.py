@@ -10,8 +10,8 @@ from spp_export.common.errors import (
 )
 from spp_export.common.json_files import dump_json, read_json
 from spp_export.common.progress import progress
+from spp_export.models.checkpoint.checkpoint import TOKENIZER_FILES
 from spp_export.models.checkpoint.companions import companion
-from spp_export.models.checkpoint.source import TOKENIZER_FILES
 from spp_export.models.session import Session
 from spp_export.planning import Plan
 from spp_export.slicing.compensation import (

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from spp_export.common.errors import ModelError
 from spp_export.common.json_files import json_object, read_json
+from spp_export.models.checkpoint.checkpoint import TOKENIZER_FILES
 from spp_export.models.checkpoint.reader import model_file
-from spp_export.models.checkpoint.source import TOKENIZER_FILES
 
 # The largest tokenizers have some thirty megabytes.
 MAX_COMPANION_BYTES = 64 << 20

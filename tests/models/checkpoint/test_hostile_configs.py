@@ -12,8 +12,7 @@ from factories import CASES, make_checkpoint, ragged_layers, random_layers, shap
 
 from spp_export.common.errors import CheckpointError, ModelError, SppError
 from spp_export.formats.decoder import read_decoder, rotary_tables
-from spp_export.models.checkpoint.layered import open_layered
-from spp_export.models.checkpoint.source import open_source
+from spp_export.models.checkpoint.checkpoint import open_checkpoint, open_source
 
 SIZES = (
     "num_hidden_layers",
@@ -127,8 +126,8 @@ def slims(tmp_path_factory):
 
 
 def test_slim_checkpoints_open(slims):
-    assert open_layered(slims["regular"][0]).layout == "per-layer"
-    assert open_layered(slims["ragged"][0]).layout == "ragged"
+    assert open_checkpoint(slims["regular"][0]).layout == "per-layer"
+    assert open_checkpoint(slims["ragged"][0]).layout == "ragged"
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -137,10 +136,10 @@ def test_every_familys_layers_are_those_that_were_written(tmp_path, case):
     shape = shape_of(dense)
     layers = random_layers(shape, 2)
     slim = write_slim(tmp_path / "slim", dense, layers)
-    found = open_layered(slim)
+    found = open_checkpoint(slim)
     assert found.layers == tuple(layer.shape(shape) for layer in layers)
     assert found.family.model_type == case.family
-    whole = open_layered(dense)
+    whole = open_checkpoint(dense)
     assert (whole.layout, whole.layers) == ("uniform", shape.layers)
 
 
@@ -197,7 +196,7 @@ EDITS = {
 
 @pytest.mark.parametrize("kind", EDITS)
 @pytest.mark.parametrize("slim", ["regular", "ragged"])
-@pytest.mark.parametrize("opened", [open_layered, read_decoder], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("opened", [open_checkpoint, read_decoder], ids=lambda f: f.__name__)
 def test_edited_layers(slims, kind, slim, opened):
     directory, config = slims[slim]
     changed = json.loads(json.dumps(config))

@@ -15,9 +15,9 @@ from dense_models import config_of, random_tensors, write_model
 from safetensors.torch import save_file
 
 from spp_export.common.errors import CheckpointError
+from spp_export.models.checkpoint.checkpoint import open_source
 from spp_export.models.checkpoint.header import MAX_HEADER_BYTES, MAX_TENSORS, read_header
 from spp_export.models.checkpoint.reader import as_array, blocks, require_unchanged, stored_tensors
-from spp_export.models.checkpoint.source import open_source
 
 MEGABYTE = 1 << 20
 WEIGHTS = "model.safetensors"

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from spp_export.common.errors import CheckpointError, OutputError, PlanError
+from spp_export.models.checkpoint.checkpoint import open_source
 from spp_export.models.checkpoint.reader import blocks
-from spp_export.models.checkpoint.source import open_source
 from spp_export.models.families import Role
 from spp_export.planning import LayerPlan, Plan
 from spp_export.planning.written import slim_shape

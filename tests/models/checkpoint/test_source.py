@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from spp_export.common.errors import CheckpointError, ModelError, SppError
-from spp_export.models.checkpoint.source import open_source
+from spp_export.models.checkpoint.checkpoint import open_source
 
 
 def model(directory, family="llama", *, shards=1, dtype=torch.float32, edit=None, **config):

@@ -23,7 +23,7 @@ from spp_export.formats.onnx.runtime.cache import (
 )
 from spp_export.formats.onnx.runtime.providers import cuda_index, runtime_errors, session
 from spp_export.formats.onnx.untrusted import read_graph
-from spp_export.models.checkpoint.source import read_config
+from spp_export.models.checkpoint.checkpoint import read_config
 
 GRAPH = "model.onnx"
 _TABLES = ("cos_cache", "sin_cache")
