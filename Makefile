@@ -15,9 +15,10 @@ OPTIMUM := build/venv-optimum
 TRANSFORMERS_JS := build/transformers-js
 CHROMIUM := build/chromium
 SERVING := build/venv-serving
+DOCS := build/venv-docs
 
 .PHONY: help demo artifacts check test test-all test-loading test-lm-eval test-optimum \
-	test-transformers-js test-vllm test-report test-serving test-faults fuzz eval eval-finance \
+	test-transformers-js test-vllm test-report test-serving test-faults test-examples fuzz docs eval eval-finance \
 	eval-answers eval-ablations lm-eval picture bench bench-onnx bench-gpu bench-peers latency-plan \
 	onnx-exporters onnx-memory onnx-parity gguf-parity ragged many recovery scale layerwise \
 	blocked-moments compile-time start-time reference clean
@@ -33,6 +34,8 @@ help:
 	@echo "make test-vllm     what the plugin for vLLM relies on, in the source of a vLLM wheel"
 	@echo "make test-report   the page of spp report in a headless Chromium from npm; node 20.11 or newer"
 	@echo "make test-faults   exports killed, starved, interrupted and raced; some need root (tmpfs)"
+	@echo "make test-examples the scripts of examples/, with the default model"
+	@echo "make docs          the pages of docs/ as a website in build/site, links checked"
 	@echo "make fuzz          25,000 damaged files, 1,300 commands on damaged files, properties at length"
 	@echo "make check         linters and type checks alone"
 	@echo "make artifacts     probe the default model again"
@@ -91,6 +94,8 @@ test-all: check
 	$(MAKE) test-vllm
 	$(MAKE) test-report
 	$(MAKE) test-faults
+	$(MAKE) test-examples
+	$(MAKE) docs
 
 # Checkpoints written once, loaded by every supported transformers in an environment of its own.
 test-loading: $(INSTALLED)
@@ -159,6 +164,19 @@ $(CHROMIUM)/.installed: tests/commands/report/package.json tests/commands/report
 
 test-faults: $(INSTALLED)
 	PYTHONPATH=tests:tests/commands $(BIN)/python tests/faults/campaign.py
+
+test-examples: $(INSTALLED)
+	$(BIN)/python -m pytest tests/docs/run_examples.py
+
+# The website needs nothing of this package.
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --clean
+
+$(DOCS)/.installed: constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt mkdocs-material
+	@touch $@
 
 fuzz: $(INSTALLED)
 	$(BIN)/python -m pytest tests/fuzz -m slow -s
