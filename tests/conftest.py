@@ -1,4 +1,5 @@
-"""Settings that hold for every test: no network, no trace outside pytest's own directories."""
+"""Settings that hold for every test: no network, no trace outside pytest's own directories, and a
+guard against deadlock in place of every limit of time."""
 
 from __future__ import annotations
 
@@ -6,9 +7,14 @@ import os
 import shutil
 import signal
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 import pytest
+
+# No slow machine takes this long for a test; no test has a limit of its own.
+_DEADLOCK_MINUTES = 60
 
 # transformers copies a checkpoint's own code here before it runs it, and reads the variables once,
 # when it is first imported.
@@ -25,6 +31,26 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 # Without a card the Triton kernels run in triton's interpreter, which is chosen at its import.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def _deadlock(number: int, frame: FrameType | None) -> None:
+    pytest.fail(
+        f"no end after {_DEADLOCK_MINUTES} minutes: a deadlock or a hang, not a slow machine."
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Fail a test that hangs; slow ones repeat something at length, and may take as long."""
+    if item.get_closest_marker("slow"):
+        return (yield)
+    before = signal.signal(signal.SIGALRM, _deadlock)
+    signal.alarm(60 * _DEADLOCK_MINUTES)
+    try:
+        return (yield)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

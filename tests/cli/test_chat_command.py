@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import select
 import subprocess
 import sys
 import time
@@ -46,17 +45,24 @@ class Echo:
     runtime = "echo"
     context_length = 64
 
-    def __init__(self, words="né.", delay=0.0):
+    def __init__(self, words="né.", hangs_after=None, asks=False):
+        """After `hangs_after` tokens it goes on only when interrupted; with `asks` it reads a byte
+        of standard input before every token."""
         self.words = [*words.encode(), STOP]
-        self.delay = delay
+        self.hangs_after = hangs_after
+        self.asks = asks
 
     def start(self, capacity):
-        following = iter(self.words)
+        following = enumerate(self.words)
 
         def feed(ids):
-            time.sleep(self.delay)
+            number, word = next(following)
+            while number == self.hangs_after:
+                time.sleep(0.01)
+            if self.asks:
+                os.read(0, 1)
             logits = np.zeros(256, np.float32)
-            logits[next(following)] = 1
+            logits[word] = 1
             return logits
 
         return feed
@@ -277,11 +283,11 @@ class Terminal:
 
     def expect(self, words):
         """What comes up to these words."""
-        deadline = time.monotonic() + 60
         while words not in self._seen:
-            ready, _, _ = select.select([self._ours], [], [], deadline - time.monotonic())
-            assert ready, f"no {words!r} in {self._seen!r}"
-            self._seen += os.read(self._ours, 1024).decode()
+            try:
+                self._seen += os.read(self._ours, 1024).decode()
+            except OSError:  # the process has ended
+                pytest.fail(f"no {words!r} in {self._seen!r}")
         before, _, self._seen = self._seen.partition(words)
         return before
 
@@ -324,11 +330,11 @@ def test_a_dialogue_on_a_terminal(terminal):
     assert "Shorten the prompt" in shell.expect("/reset.")
     shell.expect("> ")
     shell.type("\x04")
-    assert shell.process.wait(timeout=60) == 0
+    assert shell.process.wait() == 0
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_dialogue(terminal):
-    shell = terminal(words="abcdefghijklmnopqrstuvwxyz", delay=0.3)
+    shell = terminal(words="abcdefghijklmnopqrstuvwxyz", hangs_after=5)
     shell.expect("> ")
     shell.type("Hello\n")
     shell.expect("ab")
@@ -336,27 +342,35 @@ def test_ctrl_c_stops_the_answer_and_not_the_dialogue(terminal):
     assert "z" not in shell.expect("(interrupted)")
     shell.expect("> ")
     shell.type("/quit\n")
-    assert shell.process.wait(timeout=60) == 0
+    assert shell.process.wait() == 0
 
 
 def test_ctrl_c_ends_a_single_answer(terminal):
-    shell = terminal("--prompt", "Hello", words="abcdefghijklmnopqrstuvwxyz", delay=0.3)
+    shell = terminal("--prompt", "Hello", words="abcdefghijklmnopqrstuvwxyz", hangs_after=5)
     shell.expect("ab")
     shell.type("\x03")
     shell.expect("error: interrupted.")
-    assert shell.process.wait(timeout=60) == 130
+    assert shell.process.wait() == 130
 
 
 def test_the_answer_streams():
+    """No token is computed before the words up to the one before it have been read."""
     process = start(
         *("--prompt", "Hello", "--quiet"),
-        options={"words": "one two three", "delay": 0.1},
+        options={"words": "one two three", "asks": True},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
+    seen = b""
     with process:
-        pieces = list(iter(lambda: os.read(process.stdout.fileno(), 1024), b""))
-    assert b"".join(pieces) == b"one two three\n"
-    assert len(pieces) > 5
+        process.stdin.write(b"..")
+        process.stdin.flush()
+        while piece := os.read(process.stdout.fileno(), 1024):
+            seen += piece
+            assert len(piece) <= 2
+            process.stdin.write(b"." * len(piece))
+            process.stdin.flush()
+    assert seen == b"one two three\n"
 
 
 def test_a_reader_that_goes_away_is_no_error():
@@ -364,7 +378,7 @@ def test_a_reader_that_goes_away_is_no_error():
     os.close(reading)
     process = start("--prompt", "Hello", stdout=writing, stderr=subprocess.PIPE)
     os.close(writing)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate()
     assert (process.returncode, error) == (141, b"")
 
 
@@ -372,26 +386,9 @@ def test_input_that_is_not_text():
     process = start(
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, options={}
     )
-    out, error = process.communicate(b"caf\xe9 au lait\n", timeout=60)
+    out, error = process.communicate(b"caf\xe9 au lait\n")
     assert (process.returncode, out) == (2, b"")
     assert error.endswith(b"error: standard input is not UTF-8 text.\n")
-
-
-def test_help_imports_nothing_heavy():
-    heavy = ("torch", "transformers", "numpy", "onnxruntime")
-    script = (
-        "import sys; from spp_cli.main import run; run(['chat', '--help']); "
-        f"print([name for name in {heavy!r} if name in sys.modules])"
-    )
-    path = os.pathsep.join([str(ROOT), str(ROOT / "cli")])
-    result = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": path},
-        timeout=60,
-    )
-    assert result.stdout.splitlines()[-1] == "[]", result.stderr
 
 
 def test_plans_are_for_the_first_turn_to_choose_from(monkeypatch):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -192,10 +191,9 @@ def _loop(path: Path) -> None:
 def test_what_is_no_file_is_neither_waited_for_nor_read(place, capsys, kind, name):
     (place / "dense" / name).unlink()
     kind(place / "dense" / name)
-    began = time.perf_counter()
+    # A pipe that is waited for, or a device that is read, would never end.
     for command in ("export", "chat", "convert"):
         refuses(capsys, *DENSE_COMMANDS[command], match="dense")
-    assert time.perf_counter() - began < 20
 
 
 COMPANIONS = {

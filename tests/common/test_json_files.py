@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 
 import pytest
 
@@ -72,10 +71,9 @@ def test_depth_is_counted_outside_strings_only(tmp_path):
     "text", ['"\\"' * 1_000_000, '"' + "\\" * 3_000_001, '["' + "[" * 3_000_000]
 )
 def test_hostile_strings_take_linear_time(text):
-    start = time.perf_counter()
+    """In quadratic time each of these would take hours, and meet the guard against deadlock."""
     with pytest.raises(SppError, match="not valid JSON"):
         parse_json(text, what="x")
-    assert time.perf_counter() - start < 2
 
 
 def test_size_limit(tmp_path):

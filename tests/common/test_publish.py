@@ -217,13 +217,14 @@ def test_everything_is_flushed_before_the_rename(tmp_path, monkeypatch):
 
 
 CHILD = """
-    import os, sys, time
+    import signal, sys
     from pathlib import Path
     from spp_export.common.publish import publish
     with publish(Path(sys.argv[1]), force=True) as work:
         (work / "half").write_text("half")
         print("ready", flush=True)
-        time.sleep(60)
+        while True:
+            signal.pause()
 """
 
 

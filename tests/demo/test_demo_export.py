@@ -173,9 +173,7 @@ def fresh_process(path, tmp_path, *, trust):
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     command = [sys.executable, "-c", PROCESS, str(path), QUESTION, "trust" if trust else "no"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     answer = json.loads(done.stdout.splitlines()[-1])
     assert not answer["ours"]

@@ -259,5 +259,5 @@ def _fresh(command: list[str | Path]) -> subprocess.Popen[str]:
 
 
 def _end(process: subprocess.Popen[str]) -> Ended:
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate()
     return Ended(process.returncode, out, err)

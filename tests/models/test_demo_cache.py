@@ -241,7 +241,7 @@ def test_two_processes_at_once_convert_once(cache, wheel, tmp_path):
     for process in processes:
         process.stdin.write("go\n")
         process.stdin.flush()
-    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    outputs = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert outputs[0] == outputs[1]
     assert (tmp_path / "log").read_text() == "converted\n"
@@ -250,7 +250,7 @@ def test_two_processes_at_once_convert_once(cache, wheel, tmp_path):
 
 def test_a_killed_process_leaves_no_half_model(cache, wheel, tmp_path):
     process = start(cache, wheel, tmp_path, dies=True)
-    process.communicate("go\n", timeout=60)
+    process.communicate("go\n")
     assert process.returncode == -signal.SIGKILL
     assert not any(models._complete(entry) for entry in cache.path.iterdir())
     assert_whole(demo_model(), cache)
