@@ -55,7 +55,7 @@ def cache(tmp_path, monkeypatch, wheel):
         # what each download gives, the last one for ever
         served = (wheel.read_bytes(),)
 
-        def download(self, folder, progress):
+        def download(self, folder):
             folder.mkdir()
             data = self.served[min(self.downloads, len(self.served) - 1)]
             self.downloads += 1
