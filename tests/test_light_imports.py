@@ -25,7 +25,6 @@ TORCH_FREE = [
     "importance.loraprune",
     "importance.magnitude",
     "importance.obs",
-    "importance.obs_channels",
     "importance.ppsp",
     "importance.probe_counts",
     "importance.random",

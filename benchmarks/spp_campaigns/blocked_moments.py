@@ -19,8 +19,8 @@ from spp_campaigns.machine import machine
 from spp_export.calibration.mixture import Mixing, calibration_parts, gather_parts
 from spp_export.calibration.moments import layer_weights
 from spp_export.calibration.refit import refit_blocks, residual
+from spp_export.common.arrays import FloatArray
 from spp_export.data.artifacts import open_artifacts
-from spp_export.importance import FloatArray
 from spp_export.models.session import open_session
 
 BLOCKS = (1536, 768, 384, 192, 96, 48)
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     moments = gather_parts(session, parts, ("mlp",))
     layers = range(1, session.source.shape.num_layers, 4)
     rows = [
-        lost(layer_weights(session.source, layer).down, moments.channel_blocks(layer)[0])
+        lost(layer_weights(session.source, layer).down, moments.blocks("mlp", layer)[0])
         for layer in layers
     ]
     mean: dict[str, Any] = {

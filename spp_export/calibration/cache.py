@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from spp_export.calibration.statistics import FloatArray
+from spp_export.common.arrays import FloatArray
 from spp_export.common.disk import clear_leftovers, free_space, working_place
 from spp_export.common.errors import OutputError
 from spp_export.models.checkpoint.checkpoint import Checkpoint

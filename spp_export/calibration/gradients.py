@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from spp_export.calibration.activations import TokenBatch, input_device
-from spp_export.calibration.statistics import FloatArray
+from spp_export.common.arrays import FloatArray
 from spp_export.common.errors import UsageError
 from spp_export.common.progress import progress
 from spp_export.models.families import Family

@@ -26,12 +26,12 @@ from spp_export.calibration.cache import KINDS, cache_paths, is_whole, read, wri
 from spp_export.calibration.statistics import (
     AttentionInputs,
     Axis,
-    FloatArray,
     Gradients,
     LayerStatistics,
     LayerWeights,
     MlpInputs,
 )
+from spp_export.common.arrays import FloatArray
 from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.checkpoint.reader import read_float
 from spp_export.models.shape import ModelShape
@@ -55,39 +55,23 @@ class Collection:
 
     parts: Mapping[str, Path]
 
-    def second(self, layer: int) -> FloatArray:
-        """E[a a^T] [m,m] of the input of o_proj (m = H*dh)."""
-        whole: FloatArray = self._read("attention", f"second/{layer}")[0]
-        return whole
+    def blocks(self, kind: str, layer: int) -> FloatArray:
+        """Diagonal blocks [n,b,b] of E[a a^T], a [m] the input of o_proj ("attention") or down_proj
+        ("mlp"): block i is of inputs i*b to (i+1)*b, the last one filled up with zeros. Of o_proj's
+        there is one block (m = H*dh), of down_proj's one for up to 1536 channels."""
+        return self._read(kind, f"second/{layer}")
 
-    def mean(self, layer: int) -> FloatArray:
+    def mean(self, kind: str, layer: int) -> FloatArray:
         """E[a] [m]."""
-        return self._read("attention", f"mean/{layer}")
+        return self._read(kind, f"mean/{layer}")
 
-    def attention_input_square(self, layer: int) -> FloatArray:
-        """E x^2 [d] of the normed stream that q, k and v read."""
-        return self._read("attention", f"input_square/{layer}")
+    def input_square(self, kind: str, layer: int) -> FloatArray:
+        """E x^2 [d] of the normed stream that q, k and v, or gate and up, read."""
+        return self._read(kind, f"input_square/{layer}")
 
-    def sensitivity(self) -> FloatArray:
-        """E 1/||r||^2 [L] of the residual stream after attention."""
-        return self._read("attention", "sensitivity")
-
-    def channel_blocks(self, layer: int) -> FloatArray:
-        """Diagonal blocks [n,b,b] of E[z z^T], z [I] the input of down_proj: block i is of channels
-        i*b to (i+1)*b, the last one filled up with zeros. Up to 1536 channels are one block."""
-        return self._read("mlp", f"second/{layer}")
-
-    def channel_mean(self, layer: int) -> FloatArray:
-        """E[z] [I]."""
-        return self._read("mlp", f"mean/{layer}")
-
-    def mlp_input_square(self, layer: int) -> FloatArray:
-        """E x^2 [d] of the normed stream that gate and up read."""
-        return self._read("mlp", f"input_square/{layer}")
-
-    def channel_sensitivity(self) -> FloatArray:
-        """E 1/||r||^2 [L] of the residual stream after the MLP."""
-        return self._read("mlp", "sensitivity")
+    def sensitivity(self, kind: str) -> FloatArray:
+        """E 1/||r||^2 [L] of the residual stream after attention, or after the MLP."""
+        return self._read(kind, "sensitivity")
 
     def gradients(self, layer: int) -> Gradients:
         """What the loss says about the layer's weights and units."""
@@ -111,34 +95,34 @@ class Collection:
         many collections.
         """
         shape = source.shape
-        asked = set(self.parts if kinds is None else kinds)
+        kinds = set(self.parts if kinds is None else kinds)
         return LayerStatistics(
             layer=layer,
             heads=shape.query_heads,
             groups=shape.kv_heads,
             weights=layer_weights(source, layer) if weights is None else weights,
-            attention=self._attention(layer, shape.query_heads) if "attention" in asked else None,
-            mlp=self._mlp(layer) if "mlp" in asked else None,
-            gradients=self.gradients(layer) if "gradients" in asked else None,
+            attention=self._attention(layer, shape.query_heads) if "attention" in kinds else None,
+            mlp=self._mlp(layer) if "mlp" in kinds else None,
+            gradients=self.gradients(layer) if "gradients" in kinds else None,
             axis=axis,
             seed=seed,
         )
 
     def _attention(self, layer: int, heads: int) -> AttentionInputs:
-        second = self.second(layer)
+        (second,) = self.blocks("attention", layer)
         dim = len(second) // heads
         return AttentionInputs(
-            input_square=self.attention_input_square(layer),
-            mean=self.mean(layer),
+            input_square=self.input_square("attention", layer),
+            mean=self.mean("attention", layer),
             square=np.diagonal(second).copy(),
             second=np.stack([second[i : i + dim, i : i + dim] for i in range(0, len(second), dim)]),
         )
 
     def _mlp(self, layer: int) -> MlpInputs:
-        mean = self.channel_mean(layer)
-        squares = np.diagonal(self.channel_blocks(layer), axis1=1, axis2=2)
+        mean = self.mean("mlp", layer)
+        squares = np.diagonal(self.blocks("mlp", layer), axis1=1, axis2=2)
         return MlpInputs(
-            input_square=self.mlp_input_square(layer),
+            input_square=self.input_square("mlp", layer),
             mean=mean,
             square=squares.reshape(-1)[: len(mean)],
         )
@@ -157,29 +141,17 @@ class Moments:
 
     parts: tuple[tuple[Collection, float], ...]
 
-    def second(self, layer: int) -> FloatArray:
+    def blocks(self, kind: str, layer: int) -> FloatArray:
         """As of `Collection`, mixed."""
-        return self._mixed(lambda part: part.second(layer))
+        return self._mixed(lambda part: part.blocks(kind, layer))
 
-    def mean(self, layer: int) -> FloatArray:
+    def mean(self, kind: str, layer: int) -> FloatArray:
         """As of `Collection`, mixed."""
-        return self._mixed(lambda part: part.mean(layer))
+        return self._mixed(lambda part: part.mean(kind, layer))
 
-    def sensitivity(self) -> FloatArray:
+    def sensitivity(self, kind: str) -> FloatArray:
         """As of `Collection`, mixed."""
-        return self._mixed(Collection.sensitivity)
-
-    def channel_blocks(self, layer: int) -> FloatArray:
-        """As of `Collection`, mixed."""
-        return self._mixed(lambda part: part.channel_blocks(layer))
-
-    def channel_mean(self, layer: int) -> FloatArray:
-        """As of `Collection`, mixed."""
-        return self._mixed(lambda part: part.channel_mean(layer))
-
-    def channel_sensitivity(self) -> FloatArray:
-        """As of `Collection`, mixed."""
-        return self._mixed(Collection.channel_sensitivity)
+        return self._mixed(lambda part: part.sensitivity(kind))
 
     def _mixed(self, of: Callable[[Collection], FloatArray]) -> FloatArray:
         total: FloatArray | None = None

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-
-FloatArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
+from spp_export.common.arrays import FloatArray
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-FloatArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
-IntArray = np.ndarray[Any, np.dtype[np.int64]]
+from spp_export.common.arrays import FloatArray, IntArray
 
 DIMENSIONS = 32
 _TINY = 1e-12

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from spp_export.common.arrays import FloatArray
 from spp_export.common.errors import ArtifactsError, ScenarioError, UsageError
 from spp_export.data.artifacts import KNOWN, SHARE, Artifacts
 from spp_export.models.session import Session
-
-FloatArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
 IN_DOMAIN = "in-domain"
 CROSS_DOMAIN = "cross-domain"

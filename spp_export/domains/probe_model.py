@@ -17,12 +17,13 @@ from spp_export.calibration.activations import (
     token_batches,
 )
 from spp_export.calibration.moments import Collection, gather
+from spp_export.common.arrays import FloatArray, IntArray
 from spp_export.common.errors import UsageError
 from spp_export.common.progress import progress
 from spp_export.common.versions import library_versions
 from spp_export.data.artifacts import Artifacts
 from spp_export.data.pools import Pools
-from spp_export.domains.axes import FloatArray, IntArray, choose_space
+from spp_export.domains.axes import choose_space
 from spp_export.domains.diagnosis import CROSS_DOMAIN, IN_DOMAIN, OUT_OF_DOMAIN
 from spp_export.domains.probes import fit_probes
 from spp_export.domains.regimes import PROMPTS, RegimeText, calibrate, join_texts
@@ -43,7 +44,7 @@ from spp_export.domains.shrinkage import (
     strongest,
 )
 from spp_export.domains.whitelist import choose_whitelist
-from spp_export.importance import CRITERIA, Criterion
+from spp_export.importance import SCORING, Criterion
 from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.checkpoint.reader import read_float
 
@@ -232,7 +233,7 @@ def _scores(
     scores = scored(criteria, request.units)
     if "head/energy" in scores:
         return scores, scores["head/energy"]
-    return scores, scored([CRITERIA["energy"]], "heads")["head/energy"]
+    return scores, scored([SCORING["energy"]], "heads")["head/energy"]
 
 
 def _shrinkage(
@@ -259,7 +260,9 @@ def _shrinkage(
         held_out = seconds.second(layer)
         return LayerCase(
             weight=read_float(weight),
-            train=np.stack([collection.second(layer) for collection in collections]),
+            train=np.stack(
+                [collection.blocks("attention", layer)[0] for collection in collections]
+            ),
             own=held_out[0::2],
             judged=held_out[1::2],
             kept=strongest(energy_KLH, layer, shape.head_dim),

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-FloatArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
-IntArray = np.ndarray[Any, np.dtype[np.int64]]
+from spp_export.common.arrays import FloatArray, IntArray
 
 # L2 penalty of the probes on standardised features: with about 130 texts per domain and hundreds
 # of features the classes are separable, and without it the weights grow without end.

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from spp_export.common.arrays import FloatArray, IntArray
 from spp_export.data.artifacts import KNOWN, SHARE
 from spp_export.domains.diagnosis import CROSS_DOMAIN, IN_DOMAIN, OUT_OF_DOMAIN, choose_regime
 
@@ -104,12 +105,6 @@ def calibrate(text: Mapping[str, RegimeText], seed: int = 0) -> Calibration:
     return Calibration(tuple(present), temperature, manifest)
 
 
-FloatArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
-
-
-IntArray = np.ndarray[Any, np.dtype[np.int64]]
-
-
 BINS = 10
 
 
@@ -138,7 +133,8 @@ def fit_temperatures(logits_NLK: FloatArray, targets_NK: FloatArray) -> FloatArr
         left, right = high - ratio * (high - low), low + ratio * (high - low)
         lower = loss(left) <= loss(right)
         low, high = np.where(lower, low, left), np.where(lower, right, high)
-    return np.exp((low + high) / 2).astype(np.float32)
+    temperature: FloatArray = np.exp((low + high) / 2).astype(np.float32)
+    return temperature
 
 
 def calibration_error(probabilities_N: FloatArray, outcomes_N: FloatArray) -> float:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from spp_export.calibration.moments import Collection, layer_weights
+from spp_export.common.arrays import FloatArray
 from spp_export.common.errors import UsageError
-from spp_export.importance import CRITERIA, Axis, Criterion, Need
+from spp_export.importance import SCORING, Axis, Criterion
+from spp_export.importance.base import statistics_read
 from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.checkpoint.reader import read_float
 
@@ -22,22 +23,18 @@ UNITS = ("heads", "both")
 def criteria_named(names: Sequence[str]) -> tuple[Criterion, ...]:
     """The criteria of these names, each once; UsageError for a name that is none."""
     for name in names:
-        if name not in CRITERIA:
-            raise UsageError(f"--criteria {name}: expected some of {', '.join(CRITERIA)}.")
+        if name not in SCORING:
+            raise UsageError(f"--criteria {name}: expected some of {', '.join(SCORING)}.")
     if not names:
         raise UsageError("--criteria: expected at least one name.")
-    return tuple(CRITERIA[name] for name in dict.fromkeys(names))
+    return tuple(SCORING[name] for name in dict.fromkeys(names))
 
 
 def kinds_needed(criteria: Sequence[Criterion], units: str) -> tuple[str, ...]:
     """Kinds of statistics to gather; those of attention always, as every export re-fits by them."""
     needs = {need for criterion in criteria for need in criterion.needs}
-    kinds = ["attention"]
-    if units == "both" and Need.ACTIVATIONS in needs:
-        kinds.append("mlp")
-    if Need.GRADIENTS in needs:
-        kinds.append("gradients")
-    return tuple(kinds)
+    read = statistics_read(needs, "both" if units == "both" else "heads")
+    return tuple(dict.fromkeys(("attention", *read)))
 
 
 def score_units(
@@ -73,9 +70,6 @@ def score_units(
                 if units == "both":
                     scores[f"channel/{one.name}"][k, layer] = one.channels(seen)
     return scores
-
-
-FloatArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
 
 _EPS = 1e-6

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from spp_export.common.arrays import FloatArray
 from spp_export.common.errors import UsageError
-from spp_export.domains.axes import FloatArray, Space, unit
+from spp_export.domains.axes import Space, unit
 
 COVERAGE_WEIGHT = 0.5
 

@@ -18,9 +18,7 @@ import torch
 from torch import Tensor
 
 from spp_export.calibration.refit import refit, residual
-
-FloatArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
-IndexArray = np.ndarray[Any, np.dtype[np.intp]]
+from spp_export.common.arrays import FloatArray, IndexArray
 
 SHRINKAGES = (0.0, 0.25, 0.5, 0.75, 1.0)
 SCENARIO_WEIGHTS = (0.0, 0.15, 0.3, 0.5)

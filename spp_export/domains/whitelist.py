@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-FloatArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
-BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
+from spp_export.common.arrays import BoolArray, FloatArray
 
 # At least this far above its layer's mean, on average over domains and in standard deviations of
 # the layer, and varying over domains by no more than this.

@@ -1,7 +1,8 @@
-"""Criteria: how much each unit matters to a collection of text. One short file each.
+"""Criteria: how much units matter to a collection of text. One short file each.
 
-A criterion reads the statistics of one layer and gives scores of its heads [H] and channels [I],
-higher means keep. It knows nothing of budgets, other layers or shapes: that is the plan's business.
+A criterion reads one layer and gives scores of its heads [H] and channels [I], higher means keep,
+or losses of whole sets of them. Of budgets, other layers and shapes it knows nothing: these are the
+plan's business.
 Making scores of different layers comparable is `comparable`'s, for the same reason.
 """
 
@@ -13,13 +14,12 @@ from importlib import import_module
 from spp_export.calibration.statistics import (
     AttentionInputs,
     Axis,
-    FloatArray,
     Gradients,
     LayerStatistics,
     LayerWeights,
     MlpInputs,
 )
-from spp_export.importance.base import Convention, Criterion, Need
+from spp_export.importance.base import Convention, Criterion, Need, SetCriterion
 from spp_export.importance.comparable import (
     COMPARABLE,
     LOSSES,
@@ -32,16 +32,17 @@ __all__ = [
     "CRITERIA",
     "FILES",
     "LOSSES",
+    "SCORING",
     "AttentionInputs",
     "Axis",
     "Convention",
     "Criterion",
-    "FloatArray",
     "Gradients",
     "LayerStatistics",
     "LayerWeights",
     "MlpInputs",
     "Need",
+    "SetCriterion",
     "comparable",
     "comparable_kinds",
     "registry",
@@ -62,13 +63,18 @@ FILES = (
     "loraprune",
     "magnitude",
     "random",
+    "obs",
 )
 
 
-def registry(files: Iterable[str]) -> Mapping[str, Criterion]:
+def registry(files: Iterable[str]) -> Mapping[str, Criterion | SetCriterion]:
     """The `CRITERION` of each file of this folder, by its name."""
-    found = [import_module(f"{__name__}.{file}").CRITERION for file in files]
-    return {criterion.name: criterion for criterion in found}
+    criteria = [import_module(f"{__name__}.{file}").CRITERION for file in files]
+    return {criterion.name: criterion for criterion in criteria}
 
 
-CRITERIA: Mapping[str, Criterion] = registry(FILES)
+CRITERIA: Mapping[str, Criterion | SetCriterion] = registry(FILES)
+SCORING: Mapping[str, Criterion] = {
+    name: criterion for name, criterion in CRITERIA.items() if isinstance(criterion, Criterion)
+}
+"""Those that give scores of units, which can be kept per domain and mixed."""

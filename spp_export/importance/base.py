@@ -1,18 +1,22 @@
-"""What a criterion is: two functions of one layer's statistics, and where they come from."""
+"""What a criterion is: two functions of one layer, and where they come from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Protocol
 
-from spp_export.calibration.statistics import FloatArray, LayerStatistics
+from spp_export.calibration.statistics import LayerStatistics
+from spp_export.common.arrays import BoolArray, FloatArray, IndexArray
+from spp_export.models.shape import Units
 
 
 class Need(StrEnum):
     """What has to be gathered before a criterion can be asked; weights are always at hand."""
 
     ACTIVATIONS = "activations"
+    MOMENTS = "moments"
     GRADIENTS = "gradients"
     AXIS = "axis"
 
@@ -42,3 +46,64 @@ class Criterion:
     needs: frozenset[Need] = frozenset()
     comparable: str = "standardised"
     companion: str | None = None
+
+
+def statistics_read(needs: Iterable[Need], units: Units) -> tuple[str, ...]:
+    """Kinds of statistics to gather for criteria with these needs, where these units are scored."""
+    needs = set(needs)
+    kinds: list[str] = []
+    if needs & {Need.ACTIVATIONS, Need.MOMENTS}:
+        kinds += unit_statistics(units)
+    if Need.GRADIENTS in needs:
+        kinds.append("gradients")
+    return tuple(kinds)
+
+
+def unit_statistics(units: Units) -> tuple[str, ...]:
+    """Kinds of statistics of the projections that read these units, and of the stream after."""
+    return tuple(kind for kind, of in (("attention", "channels"), ("mlp", "heads")) if units != of)
+
+
+class HeadLosses(Protocol):
+    """What a layer loses at every size of its attention, and the query heads kept at each.
+
+    weight: o_proj [d,H*dh]; second [H*dh,H*dh]: E[a a^T] of its input; forced [G,g]: query heads
+    that stay. Losses [G,N] are E||W a - W' a_S||^2, at [a-1,n-1] with a KV groups and n query heads
+    in each, or in all where `ragged`; inf where forced heads do not fit. Heads kept [G,N,G,g].
+    """
+
+    def __call__(
+        self, weight: FloatArray, second: FloatArray, forced: BoolArray, *, ragged: bool = False
+    ) -> tuple[FloatArray, BoolArray]:
+        """Losses and the heads kept."""
+
+
+class ChannelLosses(Protocol):
+    """What a layer loses at every width of its MLP, and which channels go first.
+
+    weight: down_proj [d,I]; blocks [n,b,b]: diagonal blocks of E[z z^T] of its input; multiple: of
+    which widths are. Losses [W] as of heads, at each of `channel_widths`; place [I] of the
+    channels, best first: a width w keeps those of place below w.
+    """
+
+    def __call__(
+        self, weight: FloatArray, blocks: FloatArray, multiple: int
+    ) -> tuple[FloatArray, IndexArray]:
+        """Losses and the channels' places."""
+
+
+@dataclass(frozen=True)
+class SetCriterion:
+    """A criterion that weighs sets of units, so that it gives losses of sizes and not scores.
+
+    Its losses are energies of what a layer writes; across layers they go by `stream`, and by no
+    other way. A loss is that of the mixture of all text, not a mixture of losses.
+    """
+
+    name: str
+    source: str
+    convention: Convention
+    heads: HeadLosses
+    channels: ChannelLosses
+    needs: frozenset[Need] = frozenset({Need.MOMENTS})
+    comparable: str = "stream"

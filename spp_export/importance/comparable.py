@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from spp_export.calibration.statistics import FloatArray
+from spp_export.common.arrays import FloatArray
 
 
 def standardised(scores_LU: FloatArray) -> FloatArray:

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from spp_export.calibration.statistics import FloatArray, LayerStatistics
+from spp_export.calibration.statistics import LayerStatistics
+from spp_export.common.arrays import FloatArray
 from spp_export.importance.base import Convention, Criterion, Need
 from spp_export.importance.units import column_squares, per_head
 

@@ -10,12 +10,14 @@ import numpy as np
 
 from spp_export.calibration.mixture import WeightedTexts, gather_part
 from spp_export.calibration.moments import Collection, layer_weights
+from spp_export.common.arrays import FloatArray
 from spp_export.common.errors import UsageError
 from spp_export.data.artifacts import Artifacts
-from spp_export.importance import Criterion, FloatArray, LayerStatistics, LayerWeights, Need
+from spp_export.importance import Criterion, LayerWeights, Need
+from spp_export.importance.base import statistics_read
 from spp_export.models.session import Session
 
-Kind = Literal["head", "channel"]
+ScoredUnit = Literal["head", "channel"]
 # Scores of one layer by one part of the text. The layer's weights are read once for all parts, and
 # not at all where the artifacts hold every score.
 _Score = Callable[[int, Callable[[], LayerWeights]], FloatArray]
@@ -26,7 +28,7 @@ def mixed_scores(
     artifacts: Artifacts,
     parts: Sequence[WeightedTexts],
     criterion: Criterion,
-    kind: Kind,
+    unit: ScoredUnit,
     *,
     seed: int = 0,
 ) -> FloatArray:
@@ -37,8 +39,8 @@ def mixed_scores(
     """
     source = session.source
     weighted = [
-        (part.weight, _part_score(session, artifacts, part, criterion, kind, seed))
-        for part in _asked(parts, criterion)
+        (part.weight, _part_score(session, artifacts, part, criterion, unit, seed))
+        for part in _scored_parts(parts, criterion)
     ]
     total = sum(weight for weight, _ in weighted)
     rows = []
@@ -49,17 +51,17 @@ def mixed_scores(
     return np.stack(rows)
 
 
-def _asked(parts: Sequence[WeightedTexts], criterion: Criterion) -> Sequence[WeightedTexts]:
+def _scored_parts(parts: Sequence[WeightedTexts], criterion: Criterion) -> Sequence[WeightedTexts]:
     if not criterion.needs:  # of text: the weights say the same to all of it
         return [WeightedTexts((), 1.0)]
     # A probe axis belongs to a domain; the scenario's own prompts have none.
-    asked = [part for part in parts if part.domain or Need.AXIS not in criterion.needs]
-    if not asked:
+    scored = [part for part in parts if part.domain or Need.AXIS not in criterion.needs]
+    if not scored:
         raise UsageError(
             f"--criterion {criterion.name}: it is defined for domains, and the artifacts hold none "
             "with text. Use another criterion."
         )
-    return asked
+    return scored
 
 
 def _part_score(
@@ -67,10 +69,10 @@ def _part_score(
     artifacts: Artifacts,
     part: WeightedTexts,
     criterion: Criterion,
-    kind: Kind,
+    unit: ScoredUnit,
     seed: int,
 ) -> _Score:
-    name = f"{kind}/{criterion.name}"
+    name = f"{unit}/{criterion.name}"
     cached = artifacts.importance.get(name)
     if part.domain is not None and cached is not None:
         scores = cached[artifacts.domains.index(part.domain)].astype(np.float64)
@@ -80,30 +82,9 @@ def _part_score(
             f"--criterion {criterion.name}: the artifacts hold no {name}. Make them again with "
             f"'spp probe --criteria {criterion.name}'."
         )
-    kinds = _statistics(criterion, kind)
-    found = gather_part(session, part, kinds) if kinds else Collection({})
-    return partial(_computed, session, criterion, kind, found, seed)
-
-
-def _computed(
-    session: Session,
-    criterion: Criterion,
-    kind: Kind,
-    found: Collection,
-    seed: int,
-    layer: int,
-    weights: Callable[[], LayerWeights],
-) -> FloatArray:
-    score: Callable[[LayerStatistics], FloatArray]
-    score = criterion.heads if kind == "head" else criterion.channels
-    return score(found.layer_statistics(session.source, layer, weights=weights(), seed=seed))
-
-
-def _statistics(criterion: Criterion, kind: Kind) -> tuple[str, ...]:
-    """Kinds of statistics that scores of `kind` read."""
-    needed: list[str] = []
-    if Need.ACTIVATIONS in criterion.needs:
-        needed.append("attention" if kind == "head" else "mlp")
-    if Need.GRADIENTS in criterion.needs:
-        needed.append("gradients")
-    return tuple(needed)
+    kinds = statistics_read(criterion.needs, "heads" if unit == "head" else "channels")
+    collection = gather_part(session, part, kinds) if kinds else Collection({})
+    score_of = criterion.heads if unit == "head" else criterion.channels
+    return lambda layer, weights: score_of(
+        collection.layer_statistics(session.source, layer, weights=weights(), seed=seed)
+    )

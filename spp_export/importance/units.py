@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spp_export.calibration.statistics import FloatArray
+from spp_export.common.arrays import FloatArray
 
 
 def column_squares(matrix: FloatArray) -> FloatArray:

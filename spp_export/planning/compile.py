@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from spp_export.common.arrays import BoolArray, IntArray
 from spp_export.common.errors import BudgetError, PlanError
 from spp_export.models.shape import LAYOUTS, LayerShape, Layout, ModelShape, Units, unit_parameters
 from spp_export.planning.allocate import (
-    BoolArray,
     Candidates,
     ChannelOptions,
-    IntArray,
     Options,
     UniformChoice,
     allocate,

@@ -12,12 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from spp_export.common.arrays import FloatArray, IndexArray
 from spp_export.common.errors import BudgetError
-
-FloatArray = NDArray[np.float64]
-IndexArray = NDArray[np.intp]
 
 # Scores of real models leave some hundred states open; value proportional to cost leaves the most.
 STATE_LIMIT = 1 << 14

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from spp_export.calibration.mixture import Mixing, WeightedTexts, calibration_parts
+from spp_export.common.arrays import FloatArray
 from spp_export.common.errors import UsageError
 from spp_export.common.versions import library_versions
 from spp_export.data.artifacts import DOMAIN_SHRINKAGE, SCENARIO_WEIGHT, Artifacts
 from spp_export.data.scenario import Scenario
-from spp_export.domains.diagnosis import FloatArray, diagnose_prompts
+from spp_export.domains.diagnosis import diagnose_prompts
 from spp_export.models.families import Role
 from spp_export.models.session import Session
 from spp_export.models.shape import ModelShape

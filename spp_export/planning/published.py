@@ -20,11 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from spp_export.common.arrays import BoolArray, FloatArray
 from spp_export.common.errors import ArtifactsError, ScenarioError, UsageError
 from spp_export.data.scenario import Scenario
-
-FloatArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
-BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
 
 _WORDS = """
 a an and are as at be been being but by can could did do does for from had has have he hello hi how

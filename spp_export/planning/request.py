@@ -8,14 +8,14 @@ from typing import Any
 
 from spp_export.common.errors import UsageError
 from spp_export.domains.diagnosis import Diagnosis
-from spp_export.importance import COMPARABLE
+from spp_export.importance import COMPARABLE, CRITERIA, SetCriterion
 from spp_export.models.engines import Engine, engines_for
 from spp_export.models.shape import UNITS, ModelShape, Units
 from spp_export.planning import COMPENSATIONS, LAYOUTS, Compensation, Layout, Plan
 from spp_export.planning.bound import Predicted
 from spp_export.planning.budget import COSTS, DEFAULT_KEEP, Budget, Cost
 from spp_export.planning.latency import LatencyTable, read_latency_table
-from spp_export.planning.scoring import CRITERION_NAMES, DEFAULT_CRITERION, OBS
+from spp_export.planning.scoring import CRITERION_NAMES, DEFAULT_CRITERION
 
 POLICIES = ("exact", "published")
 
@@ -74,7 +74,7 @@ class PlanRequest:
         for option, value, known in (
             ("--units", self.units, UNITS),
             ("--layout", self.layout, LAYOUTS),
-            ("--criterion", self.criterion or OBS, CRITERION_NAMES),
+            ("--criterion", self.criterion or CRITERION_NAMES[0], CRITERION_NAMES),
             ("--comparable", self.comparable or "raw", COMPARABLE),
             ("--policy", self.policy, POLICIES),
             ("--compensate", self.compensate, COMPENSATIONS),
@@ -92,8 +92,11 @@ class PlanRequest:
             raise UsageError(f"--width-multiple {self.width_multiple}: expected 1 or more.")
         if self.shrinkage is not None and not 0 <= self.shrinkage <= 1:
             raise UsageError(f"--shrinkage {self.shrinkage}: expected a number in [0, 1].")
-        if self.criterion_name == OBS and self.comparable is not None:
-            raise UsageError("--comparable: obs weighs losses in one currency; leave it out.")
+        criterion = CRITERIA.get(self.criterion_name)
+        if isinstance(criterion, SetCriterion) and self.comparable is not None:
+            raise UsageError(
+                f"--comparable: {criterion.name} weighs losses in one currency; leave it out."
+            )
 
     def _check_cost(self) -> None:
         if (self.cost == "latency") != (self.profile is not None):

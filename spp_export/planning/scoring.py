@@ -2,48 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from spp_export.calibration.mixture import WeightedTexts, gather_parts
 from spp_export.calibration.moments import Moments
+from spp_export.common.arrays import BoolArray, FloatArray
 from spp_export.common.errors import UsageError
 from spp_export.common.progress import progress
 from spp_export.data.artifacts import Artifacts
-from spp_export.importance import CRITERIA, LOSSES, FloatArray, comparable_kinds
-from spp_export.importance.mixed import mixed_scores
-from spp_export.importance.obs import removal_losses, single_removal_losses
-from spp_export.importance.obs_channels import channel_removal
+from spp_export.importance import CRITERIA, LOSSES, SCORING, SetCriterion, comparable_kinds
+from spp_export.importance.base import statistics_read, unit_statistics
+from spp_export.importance.mixed import ScoredUnit, mixed_scores
 from spp_export.importance.probe_pruning.history import history_of
 from spp_export.models.checkpoint.reader import read_float
 from spp_export.models.session import Session
 from spp_export.models.shape import Units, channel_widths
 from spp_export.planning.allocate import (
-    BoolArray,
     ChannelOptions,
-    GivenOptions,
     Options,
+    SetOptions,
     channel_options,
     layer_options,
     per_parameter,
     ragged_options,
 )
 
-OBS = "obs"
 # Their scores come from a pass over the scenario through layers already pruned.
 SEQUENTIAL = {"pp-scenario": False, "full-batch-probing-scenario": True}
-CRITERION_NAMES = (*CRITERIA, OBS, *SEQUENTIAL)
+CRITERION_NAMES = (*CRITERIA, *SEQUENTIAL)
 # `obs` assumes that what stays is re-fitted; without that, energy is the better guide.
-DEFAULT_CRITERION = {"lstsq": OBS, "bias": "energy", "none": "energy"}
-
-
-def option_kinds(units: Units) -> tuple[str, ...]:
-    """Kinds of statistics whose moments speak of these units."""
-    return tuple(kind for kind, of in (("attention", "channels"), ("mlp", "heads")) if units != of)
+DEFAULT_CRITERION = {"lstsq": "obs", "bias": "energy", "none": "energy"}
 
 
 @dataclass(frozen=True)
@@ -77,40 +69,33 @@ class Scoring:
 
     def options(self) -> UnitOptions:
         """What the allocator chooses from."""
-        if self.criterion == OBS:
-            return self._removal_options()
-        heads, channels = self.scores()
-        shape = self.session.source.shape
-        parameters = (
-            shape.query_head_parameters + shape.kv_head_parameters / shape.group_size,
-            float(shape.channel_parameters),
-        )
-        worth_heads, worth_channels = self._worth((heads, channels), parameters)
+        criterion = CRITERIA.get(self.criterion)
+        if isinstance(criterion, SetCriterion):
+            return self._set_options(criterion)
+        worth, shape = self._worth(), self.session.source.shape
         head_options = ragged_options if self.ragged else layer_options
         return UnitOptions(
-            None if worth_heads is None else head_options(worth_heads, shape, self.forced),
-            None
-            if worth_channels is None
-            else channel_options(worth_channels, shape, self.multiple),
+            head_options(worth["head"], shape, self.forced) if "head" in worth else None,
+            channel_options(worth["channel"], shape, self.multiple) if "channel" in worth else None,
         )
 
-    def _worth(
-        self, kinds: Sequence[FloatArray | None], parameters: Sequence[float]
-    ) -> list[FloatArray | None]:
+    def _worth(self) -> dict[ScoredUnit, FloatArray]:
         """Worth of units [L,U]: a loss is one by itself, other scores weigh a unit's parameters."""
-        given = [kind for kind in kinds if kind is not None]
-        how = self.how_comparable
-        found = iter(
-            comparable_kinds(given, how, self._sensitivities() if how == "stream" else None)
-        )
-        return [
-            None
-            if kind is None
-            else next(found)
-            if how in LOSSES
-            else per_parameter(next(found), each)
-            for kind, each in zip(kinds, parameters, strict=True)
-        ]
+        scores, how, shape = self._scores(), self.how_comparable, self.session.source.shape
+        sensitivities = None
+        if how == "stream":
+            kinds = unit_statistics(self.units)
+            moments = gather_parts(self.session, self.parts, kinds)
+            sensitivities = [moments.sensitivity(kind) for kind in kinds]
+        compared = comparable_kinds(list(scores.values()), how, sensitivities)
+        worth = dict(zip(scores, compared, strict=True))
+        if how in LOSSES:
+            return worth
+        parameters: dict[ScoredUnit, float] = {
+            "head": shape.query_head_parameters + shape.kv_head_parameters / shape.group_size,
+            "channel": float(shape.channel_parameters),
+        }
+        return {unit: per_parameter(of, parameters[unit]) for unit, of in worth.items()}
 
     @property
     def how_comparable(self) -> str:
@@ -119,33 +104,35 @@ class Scoring:
             return self.comparable
         return CRITERIA[self.criterion].comparable if self.criterion in CRITERIA else "standardised"
 
-    def scores(self) -> tuple[FloatArray | None, FloatArray | None]:
-        """Scores [L,H] of heads and [L,I] of channels, None for units that all stay."""
+    def _scores(self) -> dict[ScoredUnit, FloatArray]:
+        """Scores [L,H] of heads and [L,I] of channels, of the units that may go."""
+        units: tuple[ScoredUnit, ...] = ("head", "channel")
+        units = tuple(unit for unit in units if self.units in (f"{unit}s", "both"))
         if self.criterion in SEQUENTIAL:
-            return self._sequential()
-        mixed = partial(
-            mixed_scores,
-            self.session,
-            self.artifacts,
-            self.parts,
-            CRITERIA[self.criterion],
-            seed=self.seed,
-        )
-        return (
-            mixed("head") if self.units != "channels" else None,
-            mixed("channel") if self.units != "heads" else None,
-        )
+            sequential = dict(zip(("head", "channel"), self._sequential(), strict=True))
+            return {unit: sequential[unit] for unit in units}
+        return {
+            unit: mixed_scores(
+                self.session,
+                self.artifacts,
+                self.parts,
+                SCORING[self.criterion],
+                unit,
+                seed=self.seed,
+            )
+            for unit in units
+        }
 
     def record(self) -> dict[str, Any]:
         """What decided, for plan.json."""
         record: dict[str, Any] = {"name": self.criterion}
-        if self.criterion != OBS:
+        if not isinstance(CRITERIA.get(self.criterion), SetCriterion):
             record["comparable"] = self.how_comparable
         if self.criterion == "random":
             record["seed"] = self.seed
         return record
 
-    def _sequential(self) -> tuple[FloatArray | None, FloatArray | None]:
+    def _sequential(self) -> tuple[FloatArray, FloatArray]:
         """Probe Pruning's static builds: the scenario's own prompts as the batch to come."""
         from spp_export.calibration.activations import token_batches
         from spp_export.importance.probe_pruning import scenario_scores
@@ -164,7 +151,7 @@ class Scoring:
         if not full:
             pools = [text for part in self.parts if part.domain for text in part.texts]
             history = history_of(session, pools)
-        heads, channels = scenario_scores(
+        return scenario_scores(
             session.model,
             family,
             shape,
@@ -175,65 +162,51 @@ class Scoring:
             units=self.units,
             multiple=self.multiple,
         )
-        return (
-            heads if self.units != "channels" else None,
-            channels if self.units != "heads" else None,
+
+    def _set_options(self, criterion: SetCriterion) -> UnitOptions:
+        """Minus the loss of every size, in units of the residual stream."""
+        shape = self.session.source.shape
+        moments = gather_parts(
+            self.session, self.parts, statistics_read(criterion.needs, self.units)
         )
-
-    def _sensitivities(self) -> list[FloatArray]:
-        """Of the stream where each kind of unit writes, for the units that may go."""
-        moments = gather_parts(self.session, self.parts, option_kinds(self.units))
-        found = []
-        if self.units != "channels":
-            found.append(moments.sensitivity())
-        if self.units != "heads":
-            found.append(moments.channel_sensitivity())
-        return found
-
-    def _removal_options(self) -> UnitOptions:
-        """`obs`: minus the loss of every size, in units of the residual stream."""
         heads = channels = None
-        moments = gather_parts(self.session, self.parts, option_kinds(self.units))
         if self.units != "channels":
-            heads = self._head_removal(moments)
+            groups = (shape.kv_heads, shape.group_size)
+            worth, sets = self._weighed(
+                "heads",
+                moments,
+                lambda layer, weight, blocks: criterion.heads(
+                    weight, blocks[0], self.forced[layer].reshape(groups), ragged=self.ragged
+                ),
+            )
+            heads = SetOptions(worth, sets, self.ragged)
         if self.units != "heads":
-            channels = self._channel_removal(moments)
+            worth, places = self._weighed(
+                "channels",
+                moments,
+                lambda _, weight, blocks: criterion.channels(weight, blocks, self.multiple),
+            )
+            widths = channel_widths(shape.channels, self.multiple)
+            channels = ChannelOptions(widths, worth, places)
         return UnitOptions(heads, channels)
 
-    def _head_removal(self, moments: Moments) -> Options:
-        shape, family = self.session.source.shape, self.session.source.family
-        groups = (shape.kv_heads, shape.group_size)
-        sizes = (shape.kv_heads, shape.query_heads) if self.ragged else groups
-        value = np.zeros((shape.num_layers, *sizes))
-        sets = np.zeros((*value.shape, *groups), dtype=bool)
-        removal = single_removal_losses if self.ragged else removal_losses
-        sensitivity = moments.sensitivity()
-        with progress("weighing heads", shape.num_layers) as advance_to:
-            for layer in range(shape.num_layers):
-                losses, sets[layer] = removal(
-                    self._weight(layer, family.output),
-                    moments.second(layer),
-                    self.forced[layer].reshape(groups),
-                )
-                value[layer] = -losses * sensitivity[layer]
-                advance_to(layer + 1)
-        return GivenOptions(value, sets, self.ragged)
+    def _weighed(
+        self, units: Units, moments: Moments, weigh: Callable[..., tuple[FloatArray, Any]]
+    ) -> tuple[FloatArray, Any]:
+        """Worth [L,...] of all sizes and what is kept at each, of a consumer of all layers.
 
-    def _channel_removal(self, moments: Moments) -> ChannelOptions:
-        shape, family = self.session.source.shape, self.session.source.family
-        values, ranks = [], []
-        sensitivity = moments.channel_sensitivity()
-        with progress("weighing channels", shape.num_layers) as advance_to:
-            for layer in range(shape.num_layers):
-                losses, rank = channel_removal(
-                    self._weight(layer, family.down), moments.channel_blocks(layer), self.multiple
-                )
-                values.append(-losses * sensitivity[layer])
-                ranks.append(rank)
+        `weigh` gives the losses of one layer from its number, the consumer's weight and the second
+        moments of its input.
+        """
+        source, (kind,) = self.session.source, unit_statistics(units)
+        module = source.family.output if units == "heads" else source.family.down
+        sensitivity = moments.sensitivity(kind)
+        worth, kept = [], []
+        with progress(f"weighing {units}", source.shape.num_layers) as advance_to:
+            for layer in range(source.shape.num_layers):
+                stored = source.tensors[f"{source.family.layer_name(layer, module)}.weight"]
+                losses, units_kept = weigh(layer, read_float(stored), moments.blocks(kind, layer))
+                worth.append(-losses * sensitivity[layer])
+                kept.append(units_kept)
                 advance_to(layer + 1)
-        widths = channel_widths(shape.channels, self.multiple)
-        return ChannelOptions(widths, np.stack(values), np.stack(ranks))
-
-    def _weight(self, layer: int, role: str) -> FloatArray:
-        source = self.session.source
-        return read_float(source.tensors[f"{source.family.layer_name(layer, role)}.weight"])
+        return np.stack(worth), np.stack(kept)

@@ -10,7 +10,8 @@ from spp_export.models.families import Role
 from spp_export.models.shape import ModelShape
 from spp_export.planning import Compensation, LayerPlan, Layout, Plan
 
-CONSUMERS = (Role.OUTPUT, Role.DOWN)
+# What reads heads and channels, and the kind of statistics that knows its input.
+CONSUMERS = {Role.OUTPUT: "attention", Role.DOWN: "mlp"}
 
 
 def loses(layer: LayerPlan, role: Role, shape: ModelShape) -> bool:
@@ -51,8 +52,7 @@ def written_shape(source: Checkpoint, compiled: Plan) -> ModelShape:
 
 def moment_kinds(compiled: Plan, shape: ModelShape) -> tuple[str, ...]:
     """Kinds of statistics, see `moments.gather`, that a plan's compensation reads."""
-    kinds = {Role.OUTPUT: "attention", Role.DOWN: "mlp"}
-    return tuple(sorted(kinds[role] for role in losing_roles(compiled.layers, shape)))
+    return tuple(sorted(CONSUMERS[role] for role in losing_roles(compiled.layers, shape)))
 
 
 def slim_shape(source: Checkpoint, layout: Layout, biased: Collection[Role]) -> ModelShape:

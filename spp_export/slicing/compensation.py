@@ -11,10 +11,10 @@ import numpy as np
 from spp_export.calibration.mixture import Mixing, calibration_parts, gather_parts
 from spp_export.calibration.moments import Moments
 from spp_export.calibration.refit import bias, refit_blocks, residual_blocks
+from spp_export.common.arrays import FloatArray
 from spp_export.common.errors import PlanError
 from spp_export.data.artifacts import Artifacts
 from spp_export.data.scenario import Scenario
-from spp_export.domains.diagnosis import FloatArray
 from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.checkpoint.reader import read_float, stored_tensors
 from spp_export.models.families import Role, TensorSpec
@@ -143,16 +143,12 @@ class Compensator:
         """Second moments [n,b,b] of the input of a consumer: of o_proj's in one block."""
         assert spec.layer is not None
         assert self._moments is not None
-        if spec.role is Role.DOWN:
-            return self._moments.channel_blocks(spec.layer)
-        return self._moments.second(spec.layer)[None]
+        return self._moments.blocks(CONSUMERS[spec.role], spec.layer)
 
     def _mean(self, spec: TensorSpec) -> FloatArray:
         assert spec.layer is not None
         assert self._moments is not None
-        if spec.role is Role.DOWN:
-            return self._moments.channel_mean(spec.layer)
-        return self._moments.mean(spec.layer)
+        return self._moments.mean(CONSUMERS[spec.role], spec.layer)
 
     def _kept(self, spec: TensorSpec) -> Indices:
         """Elements of a losing consumer's input that stay."""

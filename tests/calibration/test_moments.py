@@ -120,17 +120,17 @@ def test_one_collection_equals_direct_averages(dense):
     seen = direct(dense, TEXTS)
     for layer in range(2):
         for of in (found, moments):
-            assert_close(of.second(layer), second(seen["o"][layer]))
-            assert_close(of.mean(layer), seen["o"][layer].mean(0))
-            assert_close(of.channel_blocks(layer), second(seen["down"][layer])[None])
-            assert_close(of.channel_mean(layer), seen["down"][layer].mean(0))
-        assert_close(found.attention_input_square(layer), (seen["q"][layer] ** 2).mean(0))
-        assert_close(found.mlp_input_square(layer), (seen["gate"][layer] ** 2).mean(0))
+            assert_close(of.blocks("attention", layer), second(seen["o"][layer])[None])
+            assert_close(of.mean("attention", layer), seen["o"][layer].mean(0))
+            assert_close(of.blocks("mlp", layer), second(seen["down"][layer])[None])
+            assert_close(of.mean("mlp", layer), seen["down"][layer].mean(0))
+        assert_close(found.input_square("attention", layer), (seen["q"][layer] ** 2).mean(0))
+        assert_close(found.input_square("mlp", layer), (seen["gate"][layer] ** 2).mean(0))
     for of in (found, moments):
         expected = [inverse_square(values) for values in seen["residual"]]
-        np.testing.assert_allclose(of.sensitivity(), expected, rtol=1e-5)
+        np.testing.assert_allclose(of.sensitivity("attention"), expected, rtol=1e-5)
         expected = [inverse_square(values) for values in seen["stream"]]
-        np.testing.assert_allclose(of.channel_sensitivity(), expected, rtol=1e-5)
+        np.testing.assert_allclose(of.sensitivity("mlp"), expected, rtol=1e-5)
 
 
 def test_many_channels_are_kept_in_blocks(dense, monkeypatch):
@@ -141,7 +141,7 @@ def test_many_channels_are_kept_in_blocks(dense, monkeypatch):
         texts = (*TEXTS, *OTHERS[:index])  # another entry of the cache
         seen = direct(dense, texts)
         found = gather(open_source(dense), texts, ["mlp"], loader(dense))
-        blocks = found.channel_blocks(1)
+        blocks = found.blocks("mlp", 1)
         whole = np.zeros((count * size,) * 2)
         whole[:96, :96] = second(seen["down"][1])
         places = [slice(i * size, (i + 1) * size) for i in range(count)]
@@ -164,13 +164,13 @@ def test_a_mixture_weighs_collections_not_tokens(dense):
     def mean(values):
         return values.mean(0)
 
-    assert_close(mixed.second(1), expected(second, "o", 1))
-    assert_close(mixed.mean(0), expected(mean, "o", 0))
-    assert_close(mixed.channel_blocks(0)[0], expected(second, "down", 0))
-    assert_close(mixed.channel_mean(1), expected(mean, "down", 1))
+    assert_close(mixed.blocks("attention", 1)[0], expected(second, "o", 1))
+    assert_close(mixed.mean("attention", 0), expected(mean, "o", 0))
+    assert_close(mixed.blocks("mlp", 0)[0], expected(second, "down", 0))
+    assert_close(mixed.mean("mlp", 1), expected(mean, "down", 1))
     for found, place in (
-        (mixed.sensitivity(), "residual"),
-        (mixed.channel_sensitivity(), "stream"),
+        (mixed.sensitivity("attention"), "residual"),
+        (mixed.sensitivity("mlp"), "stream"),
     ):
         wanted = [expected(inverse_square, place, layer) for layer in range(2)]
         np.testing.assert_allclose(found, wanted, rtol=1e-5)
@@ -297,13 +297,13 @@ def test_another_model_of_the_same_sizes_is_another_entry(dense, tmp_path):
     assert source.fingerprint == open_source(dense).fingerprint
     other = gather(source, TEXTS, KINDS, loader(tuned))
     assert not set(other.parts.values()) & set(found.parts.values())
-    assert_close(other.second(0), second(direct(tuned, TEXTS)["o"][0]))
+    assert_close(other.blocks("attention", 0)[0], second(direct(tuned, TEXTS)["o"][0]))
 
 
 def test_no_text_is_no_division_by_zero(dense):
     found = gather(open_source(dense), [""], KINDS, loader(dense))
-    assert not found.second(0).any()
-    assert not found.channel_blocks(1).any()
+    assert not found.blocks("attention", 0).any()
+    assert not found.blocks("mlp", 1).any()
     assert not found.gradients(1).channel_gates.any()
 
 

@@ -152,10 +152,7 @@ def test_moments_count_real_tokens_alone(workshop, uneven, module):
     kind = {CONSUMERS[0]: "attention", CONSUMERS[1]: "mlp"}[module]
     got = gather(session.source, prompts, [kind], lambda: (session.model, session.tokenizer))
     for index, found in enumerate(inputs(dense, prompts, module)):
-        if kind == "attention":
-            second, mean = got.second(index), got.mean(index)
-        else:
-            second, mean = got.channel_blocks(index)[0], got.channel_mean(index)
+        (second,), mean = got.blocks(kind, index), got.mean(kind, index)
         scale = np.sqrt(found.tokens) * EPS * np.diag(found.second).max()
         assert np.abs(second - found.second).max() < scale
         assert np.abs(mean - found.mean).max() < np.sqrt(found.tokens) * EPS

@@ -16,7 +16,7 @@ from spp_export.common.errors import UsageError
 from spp_export.data.artifacts import read_artifacts, write_artifacts
 from spp_export.data.pools import Pools
 from spp_export.domains.probe_model import ProbeRequest, probe_model
-from spp_export.importance import CRITERIA, Axis
+from spp_export.importance import SCORING, Axis
 from spp_export.models.checkpoint.checkpoint import open_source
 from spp_export.models.loader import load_dense
 
@@ -132,7 +132,7 @@ def test_importance_is_that_of_the_criteria_on_the_gathered_statistics(tiny):
         collection = gather(source, GIVEN.train[k], ("attention",), lambda: None)
         for layer in range(3):
             seen = collection.layer_statistics(source, layer)
-            expected = CRITERIA["wanda-sp"].heads(seen)
+            expected = SCORING["wanda-sp"].heads(seen)
             found = artifacts.importance["head/wanda-sp"][k, layer]
             np.testing.assert_allclose(found, expected, rtol=1e-5)
 
@@ -144,7 +144,7 @@ def test_channels_along_the_axis_are_those_of_the_probes(tiny):
     for layer in range(3):
         direction = artifacts.weight[layer, 1] / np.linalg.norm(artifacts.weight[layer, 1])
         axis = Axis(direction, np.zeros(source.shape.query_heads))
-        expected = CRITERIA["axis"].channels(collection.layer_statistics(source, layer, axis=axis))
+        expected = SCORING["axis"].channels(collection.layer_statistics(source, layer, axis=axis))
         found = artifacts.importance["channel/axis"][1, layer]
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-9)
 

@@ -11,7 +11,7 @@ import itertools
 import numpy as np
 import pytest
 
-from spp_export.importance.obs_channels import channel_removal
+from spp_export.importance.obs import channel_losses
 
 RIDGE = 0.01
 
@@ -62,7 +62,7 @@ def widths(channels, multiple):
 @pytest.mark.parametrize("chunk", [1, 4, 32])
 def test_every_loss_is_the_error_of_its_set(channels, size, multiple, chunk):
     weight, (blocks, second) = weights(channels), cut(moments(channels), size)
-    losses, rank = channel_removal(weight, blocks, multiple, chunk=chunk)
+    losses, rank = channel_losses(weight, blocks, multiple, chunk=chunk)
     assert sorted(rank.tolist()) == list(range(channels))
     scale = np.trace(weight @ second @ weight.T)
     expected = [refit_error(weight, second, rank < width) for width in widths(channels, multiple)]
@@ -75,7 +75,7 @@ def test_every_loss_is_the_error_of_its_set(channels, size, multiple, chunk):
 @pytest.mark.parametrize("seed", range(4))
 def test_one_at_a_time_is_greedy(size, seed):
     weight, (blocks, second) = weights(7, 5, seed), cut(moments(7, seed), size)
-    _, rank = channel_removal(weight, blocks, 1, chunk=1)
+    _, rank = channel_losses(weight, blocks, 1, chunk=1)
     kept = np.ones(7, dtype=bool)
     for place in range(6, 0, -1):
         errors = {}
@@ -93,7 +93,7 @@ def test_greedy_is_not_far_from_the_best_of_all_sets(chunk):
     ratios = []
     for seed in range(4):
         weight, second = weights(8, 5, seed), moments(8, seed)
-        losses, _ = channel_removal(weight, second[None], 1, chunk=chunk)
+        losses, _ = channel_losses(weight, second[None], 1, chunk=chunk)
         for width in range(1, 8):
             sets = itertools.combinations(range(8), width)
             best = min(refit_error(weight, second, list(kept)) for kept in sets)
@@ -111,9 +111,9 @@ def test_several_at_a_time_lose_what_one_at_a_time_does():
     copies += 0.1 * half.std(axis=1, keepdims=True) * random.standard_normal(half.shape)
     inputs = np.concatenate([half, copies])[random.permutation(120)]
     weight, blocks = weights(120), (inputs @ inputs.T / 900)[None]
-    greedy, _ = channel_removal(weight, blocks, 12, chunk=1)
+    greedy, _ = channel_losses(weight, blocks, 12, chunk=1)
     for chunk in (8, 16):
-        losses, _ = channel_removal(weight, blocks, 12, chunk=chunk)
+        losses, _ = channel_losses(weight, blocks, 12, chunk=chunk)
         assert (losses[4:-1] / greedy[4:-1] < 1.01).all()
 
 
@@ -122,14 +122,14 @@ def test_blocks_compete():
     second = moments(16, seed=2)
     weight = weights(16)
     weight[:, 8:] *= 1e-3
-    _, rank = channel_removal(weight, cut(second, 8)[0], 4)
+    _, rank = channel_losses(weight, cut(second, 8)[0], 4)
     assert sorted(rank[8:].tolist()) == list(range(8, 16))
 
 
 def test_units_of_the_input_and_the_output():
     weight, blocks = weights(20), cut(moments(20), 8)[0]
-    losses, rank = channel_removal(weight, blocks, 4)
-    scaled, same = channel_removal(3 * weight, 5 * blocks, 4)
+    losses, rank = channel_losses(weight, blocks, 4)
+    scaled, same = channel_losses(3 * weight, 5 * blocks, 4)
     np.testing.assert_allclose(scaled, 45 * losses, rtol=1e-9)
     np.testing.assert_array_equal(same, rank)
 
@@ -137,13 +137,13 @@ def test_units_of_the_input_and_the_output():
 def test_stored_in_single_precision_with_fewer_directions_than_channels():
     second = moments(30, samples=5)
     weight = weights(30).astype(np.float32)
-    losses, rank = channel_removal(weight, second[None].astype(np.float32), 10)
+    losses, rank = channel_losses(weight, second[None].astype(np.float32), 10)
     expected = [refit_error(weight.astype(float), second, rank < width) for width in (10, 20, 30)]
     assert losses == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_layer_that_reads_zeros_loses_nothing():
-    losses, rank = channel_removal(weights(10), np.zeros((2, 5, 5)), 5)
+    losses, rank = channel_losses(weights(10), np.zeros((2, 5, 5)), 5)
     assert losses.max() < 1e-12
     assert sorted(rank.tolist()) == list(range(10))
 
@@ -151,6 +151,6 @@ def test_a_layer_that_reads_zeros_loses_nothing():
 def test_the_inputs_stay_as_they_are():
     weight, blocks = weights(12), cut(moments(12), 5)[0]
     before = weight.copy(), blocks.copy()
-    channel_removal(weight, blocks, 4)
+    channel_losses(weight, blocks, 4)
     np.testing.assert_array_equal(weight, before[0])
     np.testing.assert_array_equal(blocks, before[1])

@@ -10,6 +10,7 @@ import pytest
 from spp_export.importance import (
     COMPARABLE,
     CRITERIA,
+    SCORING,
     AttentionInputs,
     Axis,
     Gradients,
@@ -17,6 +18,7 @@ from spp_export.importance import (
     LayerWeights,
     MlpInputs,
     Need,
+    SetCriterion,
 )
 
 GROUPS, SIZE, DIM, HIDDEN, CHANNELS = 2, 3, 4, 10, 14
@@ -26,7 +28,7 @@ PARTS = {
     Need.GRADIENTS: ("gradients",),
     Need.AXIS: ("axis",),
 }
-everything = pytest.mark.parametrize("criterion", CRITERIA.values(), ids=CRITERIA)
+everything = pytest.mark.parametrize("criterion", SCORING.values(), ids=SCORING)
 
 
 def make(seed=0, dtype=np.float32, scale=1.0):
@@ -174,9 +176,9 @@ def test_needs_are_what_is_read(criterion):
 
 
 # Random draws belong to places, not to units.
-@pytest.mark.parametrize("name", [name for name in CRITERIA if name != "random"])
+@pytest.mark.parametrize("name", [name for name in SCORING if name != "random"])
 def test_scores_follow_their_units(name):
-    criterion = CRITERIA[name]
+    criterion = SCORING[name]
     layer, random = make(), np.random.default_rng(1)
     for _ in range(3):
         groups = random.permutation(GROUPS)
@@ -191,8 +193,39 @@ def test_scores_follow_their_units(name):
 @everything
 def test_records_name_what_exists(criterion):
     assert criterion.comparable in COMPARABLE
-    assert criterion.companion is None or criterion.companion in CRITERIA
+    assert criterion.companion is None or criterion.companion in SCORING
     assert criterion.source
+
+
+@pytest.mark.parametrize("name", [n for n, c in CRITERIA.items() if isinstance(c, SetCriterion)])
+def test_a_criterion_over_sets_gives_the_loss_of_every_size(name):
+    """Dense layers lose nothing, smaller ones never less; sets are of the sizes they say."""
+    criterion, layer, random = CRITERIA[name], make(), np.random.default_rng(2)
+    assert criterion.source
+    assert criterion.needs == {Need.MOMENTS}
+    assert criterion.comparable in COMPARABLE
+    tokens = random.standard_normal((60, HEADS * DIM))
+    second = tokens.T @ tokens / 60
+    forced = np.zeros((GROUPS, SIZE), dtype=bool)
+    forced[1, 2] = True
+    for ragged, heads in ((False, SIZE), (True, HEADS)):
+        losses, kept = criterion.heads(layer.weights.output, second, forced, ragged=ragged)
+        assert losses.shape == (GROUPS, heads)
+        assert kept.shape == (GROUPS, heads, GROUPS, SIZE)
+        assert losses[-1, -1] == 0
+        assert (losses >= 0).all()
+        for a, n in np.argwhere(np.isfinite(losses)):
+            chosen = kept[a, n]
+            assert chosen[1, 2]
+            assert chosen.any(axis=1).sum() == a + 1
+            counts = chosen.sum(axis=1)[chosen.any(axis=1)]
+            assert (counts.sum() if ragged else counts.max()) == n + 1
+    values = random.standard_normal((60, CHANNELS))
+    losses, places = criterion.channels(layer.weights.down, (values.T @ values / 60)[None], 4)
+    assert losses.shape == (4,)  # 4, 8, 12 and all 14 channels
+    assert losses[-1] == 0
+    assert (np.diff(losses) <= 0).all()
+    assert sorted(places) == list(range(CHANNELS))
 
 
 def test_the_parts_above_are_all_a_layer_has():
@@ -201,7 +234,7 @@ def test_the_parts_above_are_all_a_layer_has():
 
 
 def test_random_knows_seed_layer_and_kind_and_nothing_else():
-    heads, channels = CRITERIA["random"].heads, CRITERIA["random"].channels
+    heads, channels = SCORING["random"].heads, SCORING["random"].channels
     layer = make(seed=0)
     np.testing.assert_array_equal(heads(layer), heads(make(seed=1)))
     np.testing.assert_array_equal(channels(layer), channels(make(seed=1)))

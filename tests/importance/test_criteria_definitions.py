@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from spp_export.importance import (
-    CRITERIA,
+    SCORING,
     AttentionInputs,
     Axis,
     Gradients,
@@ -127,8 +127,8 @@ def layer(request):
 
 def check(name, layer, heads, channels, rtol=1e-9):
     statistics = reduce(layer)
-    np.testing.assert_allclose(CRITERIA[name].heads(statistics), heads, rtol=rtol)
-    np.testing.assert_allclose(CRITERIA[name].channels(statistics), channels, rtol=rtol)
+    np.testing.assert_allclose(SCORING[name].heads(statistics), heads, rtol=rtol)
+    np.testing.assert_allclose(SCORING[name].channels(statistics), channels, rtol=rtol)
 
 
 def norm(inputs, j, per=TOKENS):
@@ -195,7 +195,7 @@ def test_axis_is_the_share_along_the_axis_of_every_tokens_write(layer):
 
 def test_axis_of_a_channel_that_writes_nothing_is_zero(layer):
     layer.weights["down"][:, 2] = 0
-    scores = CRITERIA["axis"].channels(reduce(layer))
+    scores = SCORING["axis"].channels(reduce(layer))
     assert scores[2] == 0
     assert (np.delete(scores, 2) > 0).all()
     assert (scores <= 1).all()
@@ -259,7 +259,7 @@ def test_llm_pruner_is_the_sum_of_single_saliencies(layer):
     check("llm-pruner", layer, heads, [channel_sum(saliency, c) for c in range(CHANNELS)])
     # Whole groups, in the fold [G,g,dh]: all there is of a KV head and of the heads that read it.
     g = HEADS // layer.groups
-    found = CRITERIA["llm-pruner"].heads(reduce(layer)).reshape(layer.groups, g).sum(axis=1)
+    found = SCORING["llm-pruner"].heads(reduce(layer)).reshape(layer.groups, g).sum(axis=1)
     for k in range(layer.groups):
         query, shared = slice(k * g * DIM, (k + 1) * g * DIM), slice(k * DIM, (k + 1) * DIM)
         whole = saliency["query"][query].sum() + saliency["output"][:, query].sum()
@@ -282,7 +282,7 @@ def test_ria_is_the_sum_of_both_shares_times_the_root_of_the_norm(layer):
 def test_ria_gives_nothing_to_columns_of_zeros(layer):
     layer.weights["down"][:, 4] = 0
     layer.weights["down"][3] = 0
-    scores = CRITERIA["ria"].channels(reduce(layer))
+    scores = SCORING["ria"].channels(reduce(layer))
     assert scores[4] == 0
     assert (np.delete(scores, 4) > 0).all()
 
@@ -297,8 +297,8 @@ def test_dass_weighs_channels_and_leaves_heads_to_wanda_sp(layer):
             )
             written[c] += abs(layer.weights["down"][j, c]) * size
     channels = read / (sum(read) / CHANNELS) + written / (sum(written) / CHANNELS)
-    check("dass", layer, CRITERIA["wanda-sp"].heads(reduce(layer)), channels)
-    assert CRITERIA["dass"].companion == "wanda-sp"
+    check("dass", layer, SCORING["wanda-sp"].heads(reduce(layer)), channels)
+    assert SCORING["dass"].companion == "wanda-sp"
 
 
 def test_loraprune_adds_vectors_of_unit_length(layer):
@@ -331,16 +331,16 @@ def test_magnitude_is_the_sum_of_column_norms(layer):
 def test_a_larger_kv_head_counts_for_the_heads_that_read_it(name, part):
     """Heads 0 to 2 read KV head 0 and 3 to 5 KV head 1; read with the wrong fold they alternate."""
     layer = make(2)
-    before = CRITERIA[name].heads(reduce(layer))
+    before = SCORING[name].heads(reduce(layer))
     layer.weights[part][DIM:] *= 5
-    change = CRITERIA[name].heads(reduce(layer)) - before
+    change = SCORING[name].heads(reduce(layer)) - before
     assert (change[3:] > 0.01 * before[3:]).all()
     np.testing.assert_allclose(change[3:], change[3])
     np.testing.assert_allclose(change[:3], change[0], atol=1e-12)
     assert change[0] <= 1e-12
 
 
-@pytest.mark.parametrize("name", [n for n, c in CRITERIA.items() if c.convention != "group-sum"])
+@pytest.mark.parametrize("name", [n for n, c in SCORING.items() if c.convention != "group-sum"])
 def test_output_only_criteria_do_not_read_the_other_matrices(name):
     statistics = reduce(make(2))
     blank = {
@@ -349,5 +349,5 @@ def test_output_only_criteria_do_not_read_the_other_matrices(name):
         if field.name not in {"output", "down"}
     }
     bare = replace(statistics, weights=replace(statistics.weights, **blank))
-    for units in (CRITERIA[name].heads, CRITERIA[name].channels):
+    for units in (SCORING[name].heads, SCORING[name].channels):
         np.testing.assert_array_equal(units(bare), units(statistics))

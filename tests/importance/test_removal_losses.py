@@ -7,11 +7,15 @@ if the inputs carried white noise of that variance.
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
 
-from spp_export.importance.obs import removal_losses, single_removal_losses
+from spp_export.importance import CRITERIA
+
+removal_losses = CRITERIA["obs"].heads
+single_removal_losses = partial(removal_losses, ragged=True)
 
 RIDGE = 0.01
 # Greedy against exhaustive; the worst of the seeds below is 1.35.

@@ -20,7 +20,7 @@ from spp_export.planning import (
     parse_plan,
     validate_plan,
 )
-from spp_export.planning.allocate import GivenOptions, ragged_options
+from spp_export.planning.allocate import SetOptions, ragged_options
 from spp_export.planning.budget import Budget
 
 SHAPES = [(2, 4, 2), (2, 6, 2), (2, 6, 3), (3, 4, 2), (3, 3, 3), (2, 4, 1), (1, 8, 4)]
@@ -133,7 +133,7 @@ def test_a_table_of_losses_is_taken_as_it_is():
     value[0, 1, 3], sets[0, 1, 3] = 0.0, True
     value[0, 1, 2], sets[0, 1, 2] = -1.0, [[False, True], [True, True]]
     layers, realised = compile_options(
-        GivenOptions(value, sets, ragged=True), shape, Budget(keep=0.9), "ragged"
+        SetOptions(value, sets, ragged=True), shape, Budget(keep=0.9), "ragged"
     )
     assert layers == (LayerPlan((0, 1), (1, 2, 3)),)
     assert (realised.score, realised.dense_score) == (-1.0, 0.0)

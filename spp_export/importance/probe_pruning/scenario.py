@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from spp_export.calibration.activations import TokenBatch, input_device
+from spp_export.common.arrays import FloatArray
 from spp_export.common.errors import ScenarioError
 from spp_export.common.progress import progress
-from spp_export.importance import FloatArray
 from spp_export.importance.probe_pruning.blocks import AttentionBlock, Block, layer_blocks, masked
 from spp_export.importance.probe_pruning.history import History
 from spp_export.importance.probe_pruning.probe import PositionMoments, Probe, choose, whole

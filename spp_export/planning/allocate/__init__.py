@@ -8,9 +8,9 @@ another for the channels of every layer, or one size for all layers (`uniform`).
 from __future__ import annotations
 
 from spp_export.planning.allocate.channels import ChannelOptions, channel_options
-from spp_export.planning.allocate.heads import GivenOptions, LayerOptions, Options, layer_options
+from spp_export.planning.allocate.heads import LayerOptions, Options, SetOptions, layer_options
 from spp_export.planning.allocate.ragged import RaggedOptions, ragged_options
-from spp_export.planning.allocate.scores import BoolArray, IntArray, per_parameter
+from spp_export.planning.allocate.scores import per_parameter
 from spp_export.planning.allocate.sizes import (
     Candidates,
     CostKind,
@@ -28,15 +28,13 @@ from spp_export.planning.allocate.uniform import (
 )
 
 __all__ = [
-    "BoolArray",
     "Candidates",
     "ChannelOptions",
     "CostKind",
-    "GivenOptions",
-    "IntArray",
     "LayerOptions",
     "Options",
     "RaggedOptions",
+    "SetOptions",
     "UniformChoice",
     "UniformSizes",
     "allocate",

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+from spp_export.common.arrays import BoolArray, FloatArray, IntArray
 from spp_export.models.shape import ModelShape, channel_widths
-from spp_export.planning.allocate.scores import BoolArray, IntArray, checked, places
-from spp_export.planning.knapsack import FloatArray
+from spp_export.planning.allocate.scores import checked, places
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from spp_export.common.arrays import BoolArray, FloatArray, IntArray
 from spp_export.models.shape import ModelShape
-from spp_export.planning.allocate.scores import BoolArray, IntArray, checked, places
-from spp_export.planning.knapsack import FloatArray
+from spp_export.planning.allocate.scores import checked, places
 
 
 class Options(Protocol):
@@ -37,7 +37,7 @@ class Options(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class GivenOptions:
+class SetOptions:
     """Options from a criterion that weighs whole sets: the best set of every size, as it found.
 
     value: [L,G,N]; sets: [L,G,N,G,g], entry [l,a-1,n-1] the query heads kept. ragged: whether n

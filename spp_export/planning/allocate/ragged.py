@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+from spp_export.common.arrays import BoolArray, FloatArray, IntArray
 from spp_export.models.shape import ModelShape
 from spp_export.planning.allocate.heads import ranked_heads
-from spp_export.planning.allocate.scores import BoolArray, IntArray, places
-from spp_export.planning.knapsack import FloatArray
+from spp_export.planning.allocate.scores import places
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from spp_export.common.arrays import FloatArray, IntArray
 from spp_export.common.errors import PlanError
-from spp_export.planning.knapsack import FloatArray, on_grid
-
-BoolArray = NDArray[np.bool_]
-IntArray = NDArray[np.int64]
+from spp_export.planning.knapsack import on_grid
 
 _LARGEST_SCORE = 1e100
 

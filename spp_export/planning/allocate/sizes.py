@@ -9,11 +9,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from spp_export.common.arrays import FloatArray, IntArray
 from spp_export.models.shape import ModelShape
 from spp_export.planning.allocate.channels import ChannelOptions
 from spp_export.planning.allocate.heads import Options, regular_sizes
-from spp_export.planning.allocate.scores import IntArray
-from spp_export.planning.knapsack import Choice, FloatArray, choose
+from spp_export.planning.knapsack import Choice, choose
 from spp_export.planning.latency import LatencyTable
 
 CostKind = Literal["parameters", "kv-bytes", "latency"]

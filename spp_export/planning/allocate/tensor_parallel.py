@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike
 
+from spp_export.common.arrays import BoolArray, FloatArray, IntArray
 from spp_export.common.errors import PlanError
 from spp_export.models.shape import LayerShape
 from spp_export.planning.allocate.channels import ChannelOptions
 from spp_export.planning.allocate.heads import Options, regular_sizes
-from spp_export.planning.allocate.scores import BoolArray, IntArray
-from spp_export.planning.knapsack import FloatArray
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from spp_export.common.arrays import BoolArray, FloatArray, IntArray
 from spp_export.common.errors import BudgetError
 from spp_export.models.shape import LayerShape, ModelShape
 from spp_export.planning.allocate.channels import ChannelOptions
 from spp_export.planning.allocate.heads import Options, regular_sizes
-from spp_export.planning.allocate.scores import BoolArray, IntArray
 from spp_export.planning.allocate.sizes import CostKind, head_costs, width_costs
-from spp_export.planning.knapsack import FloatArray
 from spp_export.planning.latency import LatencyTable
 
 
