@@ -153,8 +153,8 @@ def require_cache_space(
     that are not in it yet."""
     missing = {
         path: _statistics_bytes(session.source.shape, kind)
-        for each in texts
-        for kind, path in cache_paths(session.source, each, kinds, session.dtype).items()
+        for collection in texts
+        for kind, path in cache_paths(session.source, collection, kinds, session.dtype).items()
         if not path.exists()
     }
     count, free = sum(missing.values()), free_space(cache_directory())

@@ -114,14 +114,14 @@ class _Weights:
     @contextmanager
     def taking_gradients(self, model: nn.Module) -> Iterator[None]:
         """Give these weights, and no others, a gradient; afterwards all are as before."""
-        wanted = {weight for layer in self._layers for weight in layer.values()}
+        projections = {weight for layer in self._layers for weight in layer.values()}
         before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
         handles = []
         try:
             for parameter, _, _ in before:
                 parameter.grad = None
-                parameter.requires_grad_(parameter in wanted)
-            for weight in wanted:
+                parameter.requires_grad_(parameter in projections)
+            for weight in projections:
                 handles.append(weight.register_post_accumulate_grad_hook(self._take))
             yield
         finally:
@@ -143,7 +143,7 @@ class _Weights:
     @torch.no_grad()
     def reduced(self, count: int) -> dict[str, list[FloatArray]]:
         """Sums over rows or columns of |W * gradient / count|, per name and layer."""
-        found: dict[str, list[FloatArray]] = {name: [] for name in _REDUCTIONS}
+        reductions: dict[str, list[FloatArray]] = {name: [] for name in _REDUCTIONS}
         for layer in self._layers:
             for name, weight in layer.items():
                 total = self._sums.pop(weight, None)
@@ -151,8 +151,8 @@ class _Weights:
                     total = torch.zeros_like(weight, dtype=torch.float32)
                 product = total.mul_(weight).abs_()
                 reduced = product.sum(_REDUCTIONS[name][1]) / count
-                found[name].append(reduced.float().cpu().numpy())
-        return found
+                reductions[name].append(reduced.float().cpu().numpy())
+        return reductions
 
 
 @contextmanager

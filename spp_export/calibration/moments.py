@@ -192,8 +192,8 @@ def gather(
         written = {kind: paths[kind] for kind in forward}
         _forward(source, texts, written, dense, also, description)
     if "gradients" in missing:
-        found = _backward(source, texts, dense, f"{description}, gradients")
-        write(paths["gradients"], found)
+        reductions = _backward(source, texts, dense, f"{description}, gradients")
+        write(paths["gradients"], reductions)
     return Collection(paths)
 
 
@@ -204,15 +204,8 @@ def layer_weights(source: Checkpoint, layer: int) -> LayerWeights:
     def weight(role: str) -> FloatArray:
         return read_float(source.tensors[f"{family.layer_name(layer, role)}.weight"])
 
-    return LayerWeights(
-        query=weight(family.query),
-        key=weight(family.key),
-        value=weight(family.value),
-        output=weight(family.output),
-        gate=weight(family.gate),
-        up=weight(family.up),
-        down=weight(family.down),
-    )
+    names = (field.name for field in fields(LayerWeights))
+    return LayerWeights(**{name: weight(getattr(family, name)) for name in names})
 
 
 def _forward(
@@ -228,7 +221,7 @@ def _forward(
 
     model, tokenizer = dense()
     sums = {kind: BlockSums(kind, source.shape) for kind in paths}
-    observers = [*also, *(one for each in sums.values() for one in each.observers)]
+    observers = [*also, *(observer for of_kind in sums.values() for observer in of_kind.observers)]
     batches = token_batches(tokenizer, texts)
     with ExitStack() as stack:
         files = {
@@ -261,14 +254,14 @@ def _backward(
     from spp_export.calibration.gradients import BATCH_TOKENS, gradient_reductions
 
     model, tokenizer = dense()
-    found = gradient_reductions(
+    reductions = gradient_reductions(
         model,
         source.family,
         source.shape,
         token_batches(tokenizer, texts, batch_tokens=BATCH_TOKENS),
         description=description,
     )
-    return {f"{name}/{i}": row for name, rows in found.items() for i, row in enumerate(rows)}
+    return {f"{name}/{i}": row for name, rows in reductions.items() for i, row in enumerate(rows)}
 
 
 def _names(kind: str, layers: int) -> set[str]:
@@ -309,15 +302,15 @@ class BlockSums:
     def sizes(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
         """Dtype and shape of each of the averages: of every layer's, and of `sensitivity`."""
         single, (read, width) = np.dtype(np.float32), self._widths
-        found: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
+        sizes: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
             "sensitivity": (np.dtype(np.float64), (self._layers,))
         }
         for layer in range(self._layers):
             count = -(-width // self._block)
-            found[f"second/{layer}"] = single, (count, self._block, self._block)
-            found[f"mean/{layer}"] = single, (width,)
-            found[f"input_square/{layer}"] = single, (read,)
-        return found
+            sizes[f"second/{layer}"] = single, (count, self._block, self._block)
+            sizes[f"mean/{layer}"] = single, (width,)
+            sizes[f"input_square/{layer}"] = single, (read,)
+        return sizes
 
     def averages(self, layer: int) -> dict[str, FloatArray]:
         """One layer's, per token: `second/l` [n,b,b], `mean/l`, `input_square/l`; and with the last
@@ -326,12 +319,12 @@ class BlockSums:
         The layer's sums are given up for it, so that a large model's are not in memory together.
         """
         tokens = max(self._second.tokens, 1)
-        found: dict[str, FloatArray] = {
+        averages: dict[str, FloatArray] = {
             f"second/{layer}": self._second.products(layer).div_(tokens).numpy(),
             f"mean/{layer}": (self._second.sums[layer] / tokens).numpy(),
             f"input_square/{layer}": (self._reads.sums[layer] / tokens).numpy(),
         }
         self._second.release(layer)
         if layer == self._layers - 1:
-            found["sensitivity"] = (self._stream.sums / tokens).numpy()
-        return found
+            averages["sensitivity"] = (self._stream.sums / tokens).numpy()
+        return averages

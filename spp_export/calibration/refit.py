@@ -19,22 +19,18 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from scipy.linalg import cho_factor, cho_solve
 
+from spp_export.common.arrays import BoolArray, FloatArray, IndexArray
 from spp_export.common.errors import ArtifactsError, UsageError
-
-Floats = NDArray[np.floating[Any]]
-Double = NDArray[np.float64]
-Indices = NDArray[np.intp]
 
 _BLOCK = 256
 _log = logging.getLogger(__name__)
 
 
-def bias(weight: Floats, mean: Floats, removed: Sequence[int] | Indices) -> Double:
+def bias(weight: FloatArray, mean: FloatArray, removed: Sequence[int] | IndexArray) -> FloatArray:
     """Mean output of the removed inputs, W[:,P] mean[P], to be added as a bias: [d] float64.
 
     `weight` is [d, m], `mean` [m] the inputs' mean, `removed` the indices P of inputs that go.
@@ -52,8 +48,8 @@ def bias(weight: Floats, mean: Floats, removed: Sequence[int] | Indices) -> Doub
 
 
 def refit(
-    weight: Floats, moments: Floats, kept: Sequence[int] | Indices, ridge: float = 0.01
-) -> Double:
+    weight: FloatArray, moments: FloatArray, kept: Sequence[int] | IndexArray, ridge: float = 0.01
+) -> FloatArray:
     """Weights on the kept inputs that best reproduce the whole layer's output: [d, |S|] float64.
 
     `weight` is W [d, m], `moments` C = E[a a^T] [m, m], `kept` the indices S of inputs that stay,
@@ -84,8 +80,8 @@ def refit(
 
 
 def refit_blocks(
-    weight: Floats, blocks: Floats, kept: Sequence[int] | Indices, ridge: float = 0.01
-) -> Double:
+    weight: FloatArray, blocks: FloatArray, kept: Sequence[int] | IndexArray, ridge: float = 0.01
+) -> FloatArray:
     """`refit` of every block of inputs by itself: [d, |S|] float64, columns in the order of `kept`.
 
     `blocks` [n, b, b] are the diagonal blocks of the moments: block i is of the inputs i*b to
@@ -102,7 +98,7 @@ def refit_blocks(
 
 
 def residual_blocks(
-    weight: Floats, blocks: Floats, kept: Sequence[int] | Indices, refitted: Floats
+    weight: FloatArray, blocks: FloatArray, kept: Sequence[int] | IndexArray, refitted: FloatArray
 ) -> float:
     """`residual` with the correlation of inputs of different blocks taken for nil.
 
@@ -122,7 +118,7 @@ def residual_blocks(
 
 
 def residual(
-    weight: Floats, moments: Floats, kept: Sequence[int] | Indices, refitted: Floats
+    weight: FloatArray, moments: FloatArray, kept: Sequence[int] | IndexArray, refitted: FloatArray
 ) -> float:
     """Share of the output's energy that is lost: 0 is none, 1 is as if the layer wrote nothing.
 
@@ -134,8 +130,8 @@ def residual(
 
 
 def _blocks(
-    weight: Floats, blocks: Floats, stay: Indices
-) -> Iterator[tuple[slice, Floats, NDArray[np.bool_]]]:
+    weight: FloatArray, blocks: FloatArray, stay: IndexArray
+) -> Iterator[tuple[slice, FloatArray, BoolArray]]:
     """Per block: its inputs, their moments without padding, and which of `stay` are among them."""
     inputs, size = weight.shape[1], blocks.shape[1]
     for index, block in enumerate(blocks):
@@ -144,7 +140,7 @@ def _blocks(
         yield slice(first, last), moments, (stay >= first) & (stay < last)
 
 
-def _energy(weight: Double, moments: Floats) -> float:
+def _energy(weight: FloatArray, moments: FloatArray) -> float:
     """tr(W C W^T), with C taken to float64 a few columns at a time."""
     total = 0.0
     for start in range(0, len(moments), 4 * _BLOCK):
@@ -154,19 +150,20 @@ def _energy(weight: Double, moments: Floats) -> float:
     return total
 
 
-def _solve(matrix: Double, right: Double) -> Double:
+def _solve(matrix: FloatArray, right: FloatArray) -> FloatArray:
     """X with `matrix` X = `right`, for a symmetric matrix with no negative eigenvalue."""
     try:
-        factor = np.asarray(np.linalg.cholesky(matrix), np.float64)
+        factor, lower = cho_factor(matrix, lower=True)
     except np.linalg.LinAlgError:
         return _solve_singular(matrix, right)
     pivots = np.square(np.diag(factor))
     if pivots.min() <= len(matrix) * np.finfo(np.float64).eps * pivots.max():
         return _solve_singular(matrix, right)
-    return _solve_factored(factor, right)
+    solution: FloatArray = cho_solve((factor, lower), right)
+    return solution
 
 
-def _solve_singular(matrix: Double, right: Double) -> Double:
+def _solve_singular(matrix: FloatArray, right: FloatArray) -> FloatArray:
     """The smallest of the least-squares solutions, by the pseudo-inverse."""
     _log.warning(
         "the moments of %d kept inputs are singular; took the smallest change that fits. "
@@ -184,25 +181,7 @@ def _solve_singular(matrix: Double, right: Double) -> Double:
     return np.asarray(basis @ ((basis.T @ right) / values[significant, None]))
 
 
-def _solve_factored(factor: Double, right: Double) -> Double:
-    """X with L L^T X = `right` for a lower triangular L, by blocks.
-
-    NumPy has no triangular solver, and a general one would factor again at twice the cost.
-    """
-    solution = right.copy()
-    starts = range(0, len(factor), _BLOCK)
-    for start in starts:
-        rows = slice(start, start + _BLOCK)
-        solution[rows] -= factor[rows, :start] @ solution[:start]
-        solution[rows] = np.linalg.solve(factor[rows, rows], solution[rows])
-    for start in reversed(starts):
-        rows = slice(start, start + _BLOCK)
-        solution[rows] -= factor[rows.stop :, rows].T @ solution[rows.stop :]
-        solution[rows] = np.linalg.solve(factor[rows, rows].T, solution[rows])
-    return solution
-
-
-def _check_blocks(weight: Floats, blocks: Floats) -> None:
+def _check_blocks(weight: FloatArray, blocks: FloatArray) -> None:
     inputs = weight.shape[1]
     count, size = blocks.shape[0], blocks.shape[-1]
     if blocks.shape != (count, size, size) or not 0 <= count * size - inputs < size:
@@ -212,7 +191,7 @@ def _check_blocks(weight: Floats, blocks: Floats) -> None:
         )
 
 
-def _check_moments(weight: Floats, moments: Floats) -> None:
+def _check_moments(weight: FloatArray, moments: FloatArray) -> None:
     inputs = weight.shape[1]
     if moments.shape != (inputs, inputs):
         raise ArtifactsError(
@@ -225,7 +204,7 @@ def _check_moments(weight: Floats, moments: Floats) -> None:
         raise ArtifactsError("the moments hold a negative mean square. Make them again.")
 
 
-def _indices(values: Sequence[int] | Indices, count: int) -> Indices:
+def _indices(values: Sequence[int] | IndexArray, count: int) -> IndexArray:
     indices = np.asarray(values, dtype=np.intp)
     assert ((indices >= 0) & (indices < count)).all(), "an index is out of range"
     assert np.unique(indices).size == indices.size, "an index appears twice"

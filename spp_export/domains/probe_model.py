@@ -111,14 +111,15 @@ def probe_model(
         CROSS_DOMAIN: _joined(dense, pools, request.seed),
         OUT_OF_DOMAIN: _unknown(text, taken),
     }
-    asked = {
+    held_out_text = {
         name: RegimeText(
             np.einsum("nld,lkd->nlk", part.pooled, weight) + bias, targets, part.labels
         )
         for name, (part, targets) in regimes.items()
     }
-    calibration = calibrate(asked, request.seed)
-    accuracy = (asked[IN_DOMAIN].logits.argmax(axis=2) == held_out.labels[:, None]).mean(axis=0)
+    calibration = calibrate(held_out_text, request.seed)
+    in_domain = held_out_text[IN_DOMAIN].logits
+    accuracy = (in_domain.argmax(axis=2) == held_out.labels[:, None]).mean(axis=0)
     writes = AxisShares(source, input_device(model), weight)
     collections = _gather(dense, pools, kinds_needed(criteria, request.units), writes)
     with progress("scoring units", None):
@@ -146,9 +147,9 @@ def probe_model(
         importance=scores,
         whitelist=whitelist.heads,
         calibration=tuple(
-            (name, one)
+            (name, sample)
             for name, texts in zip(pools.domains, pools.train, strict=True)
-            for one in texts
+            for sample in texts
         ),
         manifest=manifest,
         sha256="",
@@ -226,9 +227,9 @@ def _scores(
 ) -> tuple[Mapping[str, Any], FloatArray]:
     """Importance by every criterion, and energy of the heads, which is needed in any case."""
 
-    def scored(asked: Sequence[Criterion], units: str) -> Mapping[str, Any]:
+    def scored(criteria: Sequence[Criterion], units: str) -> Mapping[str, Any]:
         axes = (writes.directions, writes.shares())
-        return score_units(source, collections, asked, units, *axes, request.seed)
+        return score_units(source, collections, criteria, units, *axes, request.seed)
 
     scores = scored(criteria, request.units)
     if "head/energy" in scores:

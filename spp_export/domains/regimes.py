@@ -85,23 +85,28 @@ def calibrate(text: Mapping[str, RegimeText], seed: int = 0) -> Calibration:
     """Temperatures, reliability and the rule of the regimes from their held-out text, in-domain
     first. A regime of no text is absent. The rule's scenarios are drawn with `seed`.
     """
-    present = {name: one for name, one in text.items() if len(one.targets)}
+    present = {name: of_regime for name, of_regime in text.items() if len(of_regime.targets)}
     temperature = np.stack([fit_temperatures(t.logits, t.targets) for t in present.values()])
     # The regime is chosen at the temperatures of in-domain text.
     scale = temperature[0].astype(np.float64)[None, :, None]
     rule = fit_rule(
         {
-            name: (np.exp(-np.logaddexp(0.0, -one.logits / scale)).mean(axis=1), one.groups)
-            for name, one in present.items()
+            name: (
+                np.exp(-np.logaddexp(0.0, -of_regime.logits / scale)).mean(axis=1),
+                of_regime.groups,
+            )
+            for name, of_regime in present.items()
         },
         seed,
     )
-    found = {
-        name: reliability(one.logits, one.targets) if name in present else {"absent": _ABSENT[name]}
-        for name, one in text.items()
+    measured = {
+        name: reliability(of_regime.logits, of_regime.targets)
+        if name in present
+        else {"absent": _ABSENT[name]}
+        for name, of_regime in text.items()
     }
     how = f"one-vs-rest, {BINS} bins of equal width, cross-fitted halves, mean over layers"
-    manifest = {"reliability": {"measure": how, **found}, "regime_choice": rule.to_dict()}
+    manifest = {"reliability": {"measure": how, **measured}, "regime_choice": rule.to_dict()}
     return Calibration(tuple(present), temperature, manifest)
 
 
@@ -304,11 +309,11 @@ def _evidence(scenario_PK: FloatArray) -> FloatArray:
 
 
 def _recall(regime: str, evidence_S2: FloatArray, known: float, share: float) -> float:
-    """Share of scenarios whose regime is found."""
+    """Share of scenarios whose regime is recognised."""
     known_S, several_S = evidence_S2[:, 0] >= known, evidence_S2[:, 1] >= share
-    found = {
+    chosen = {
         OUT_OF_DOMAIN: ~known_S,
         CROSS_DOMAIN: known_S & several_S,
         IN_DOMAIN: known_S & ~several_S,
     }
-    return float(found[regime].mean())
+    return float(chosen[regime].mean())

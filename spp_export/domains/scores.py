@@ -54,21 +54,23 @@ def score_units(
     shape = source.shape
     domains, layers = len(collections), shape.num_layers
     scores = {
-        f"head/{one.name}": np.zeros((domains, layers, shape.query_heads), np.float32)
-        for one in criteria
+        f"head/{criterion.name}": np.zeros((domains, layers, shape.query_heads), np.float32)
+        for criterion in criteria
     }
     if units == "both":
         size = (domains, layers, shape.channels)
-        scores |= {f"channel/{one.name}": np.zeros(size, np.float32) for one in criteria}
+        scores |= {
+            f"channel/{criterion.name}": np.zeros(size, np.float32) for criterion in criteria
+        }
     for layer in range(layers):
         weights = layer_weights(source, layer)
         for k, collection in enumerate(collections):
             axis = Axis(directions_LKd[layer, k], shares_KLH[k, layer])
             seen = collection.layer_statistics(source, layer, weights=weights, axis=axis, seed=seed)
-            for one in criteria:
-                scores[f"head/{one.name}"][k, layer] = one.heads(seen)
+            for criterion in criteria:
+                scores[f"head/{criterion.name}"][k, layer] = criterion.heads(seen)
                 if units == "both":
-                    scores[f"channel/{one.name}"][k, layer] = one.channels(seen)
+                    scores[f"channel/{criterion.name}"][k, layer] = criterion.channels(seen)
     return scores
 
 

@@ -62,8 +62,8 @@ def comparable(
 
     `stream` asks for the layers' sensitivities [L].
     """
-    (found,) = comparable_kinds((scores_LU,), how, (sensitivity_L,))
-    return found
+    (result,) = comparable_kinds((scores_LU,), how, (sensitivity_L,))
+    return result
 
 
 def comparable_kinds(
@@ -78,9 +78,9 @@ def comparable_kinds(
     """
     scores = [np.asarray(kind, dtype=np.float64) for kind in kinds]
     if how == "stream":
-        given = [np.asarray(each) for each in sensitivities or () if each is not None]
-        assert len(given) == len(scores), "stream asks for sensitivities"
-        return tuple(stream(kind, each) for kind, each in zip(scores, given, strict=True))
-    found = [_BY_SCORES[how](kind) for kind in scores]
-    lowest = min(float(kind.min()) for kind in found) if how in _MOVED else 0.0
-    return tuple(kind - lowest for kind in found)
+        known = [np.asarray(layers) for layers in sensitivities or () if layers is not None]
+        assert len(known) == len(scores), "stream asks for sensitivities"
+        return tuple(stream(kind, layers) for kind, layers in zip(scores, known, strict=True))
+    compared = [_BY_SCORES[how](kind) for kind in scores]
+    lowest = min(float(kind.min()) for kind in compared) if how in _MOVED else 0.0
+    return tuple(kind - lowest for kind in compared)

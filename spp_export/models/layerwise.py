@@ -56,8 +56,8 @@ def open_layerwise(
 
 def stream_of(model: nn.Module) -> LayerStream | None:
     """What feeds a model of `open_layerwise`; None for any other model."""
-    found: LayerStream | None = getattr(model, _STREAM, None)
-    return found
+    stream: LayerStream | None = getattr(model, _STREAM, None)
+    return stream
 
 
 # As a decorator: a `with` would go on while the generator waits, in whoever asks it next.

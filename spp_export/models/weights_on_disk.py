@@ -63,7 +63,7 @@ class TableOnDisk(nn.Module):
         """Rows [B,S,d] of ids [B,S]."""
         rows, place = ids.unique(return_inverse=True)
         size = self._table.nbytes // self._table.shape[0]
-        found = [
+        stored_rows = [
             replace(
                 self._table,
                 shape=(1, self._table.shape[1]),
@@ -73,9 +73,9 @@ class TableOnDisk(nn.Module):
             for row in rows.tolist()
         ]
         dtype, device = self.weight.dtype, self.weight.device
-        return torch.cat([stored_as_tensor(row, self._own_dtype, dtype, device) for row in found])[
-            place
-        ]
+        return torch.cat(
+            [stored_as_tensor(row, self._own_dtype, dtype, device) for row in stored_rows]
+        )[place]
 
 
 def empty_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -103,7 +103,7 @@ def stored_weights(
     """The stored tensor of each of a model's parameters, by name; all stored ones are in use."""
     family, stored = opened.family, opened.tensors
     head, embedding = f"{family.head}.weight", f"{family.embedding}.weight"
-    found: dict[str, StoredTensor] = {}
+    weights: dict[str, StoredTensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         tied = name == head and opened.shape.tied_embeddings
         tensor = stored.get(embedding if tied else name)
@@ -112,14 +112,14 @@ def stored_weights(
                 f"{directory}: tensor {show(name)} is missing or has another shape than "
                 "transformers gives it. The checkpoint is damaged."
             )
-        found[name] = tensor
-    in_use = {tensor.name for tensor in found.values()}
+        weights[name] = tensor
+    in_use = {tensor.name for tensor in weights.values()}
     if unused := stored.keys() - in_use:
         raise CheckpointError(
             f"{directory}: tensor {show(min(unused))} is unknown to transformers. "
             "The checkpoint is damaged."
         )
-    return found
+    return weights
 
 
 def stored_as_tensor(

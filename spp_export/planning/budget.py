@@ -46,10 +46,9 @@ class Budget:
     max_latency: float | None = None
 
     def __post_init__(self) -> None:
-        given = [name for name in _KINDS if getattr(self, name) is not None]
-        if len(given) != 1:
-            got = " and ".join(given) or "none"
-            raise UsageError(f"budget: expected exactly one of {', '.join(_KINDS)}, got {got}.")
+        if len(self._limits) != 1:
+            got = " and ".join(self._limits) or "none"
+            raise UsageError(f"budget: expected exactly one of {', '.join(_LIMITS)}, got {got}.")
         if self.keep is not None:
             _check_share("keep", self.keep, zero=False)
         if self.strength is not None:
@@ -67,18 +66,18 @@ class Budget:
     def _check_cost(self) -> None:
         if self.cost not in COSTS:
             raise UsageError(f"budget: cost must be one of {', '.join(COSTS)}, got {self.cost!r}.")
-        given = next(name for name in _KINDS if getattr(self, name) is not None)
-        if (given, self.cost) not in _COSTS_OF:
-            fitting = next(cost for name, cost in _COSTS_OF if name == given)
+        (limit,) = self._limits
+        if (limit, self.cost) not in _COSTS_OF:
+            fitting = next(cost for name, cost in _COSTS_OF if name == limit)
             raise UsageError(
-                f"budget: {given} is no limit on cost {self.cost}; use cost {fitting}."
+                f"budget: {limit} is no limit on cost {self.cost}; use cost {fitting}."
             )
         if self.max_latency is not None and not _is_positive(self.max_latency):
             raise UsageError(
                 f"budget: max_latency must be a positive number, got {self.max_latency!r}."
             )
-        if self.units != "heads" and (given == "max_kv_bytes" or self.cost == "kv-bytes"):
-            name = given if given == "max_kv_bytes" else "cost kv-bytes"
+        if self.units != "heads" and (limit == "max_kv_bytes" or self.cost == "kv-bytes"):
+            name = limit if limit == "max_kv_bytes" else "cost kv-bytes"
             raise UsageError(
                 f"budget: {name} limits heads, and units are {self.units}; use units heads."
             )
@@ -123,12 +122,18 @@ class Budget:
         _check_share("breadth", breadth, zero=True)
         return self.rho + (1 - self.rho) * (1 - self.strength * (1 - breadth))
 
+    @property
+    def _limits(self) -> dict[str, Any]:
+        """The limits that are set, by name."""
+        limits = ((name, getattr(self, name)) for name in _LIMITS)
+        return {name: value for name, value in limits if value is not None}
+
     def to_dict(self) -> dict[str, Any]:
-        """What was asked, for plan.json."""
-        asked = {name: getattr(self, name) for name in _KINDS if getattr(self, name) is not None}
-        asked |= {"rho": self.rho} if self.strength is not None else {}
-        asked |= {"cost": self.cost} if self.cost != "params" else {}
-        return asked | ({"units": self.units} if self.units != "heads" else {})
+        """The request, for plan.json."""
+        record = self._limits
+        record |= {"rho": self.rho} if self.strength is not None else {}
+        record |= {"cost": self.cost} if self.cost != "params" else {}
+        return record | ({"units": self.units} if self.units != "heads" else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +165,7 @@ def unit_cost(
     return unit_parameters(shape, layers, units)
 
 
-_KINDS = ("keep", "max_params", "max_kv_bytes", "max_latency", "strength")
+_LIMITS = ("keep", "max_params", "max_kv_bytes", "max_latency", "strength")
 _COST_KINDS: dict[Cost, CostKind] = {
     "params": "parameters",
     "kv-bytes": "kv-bytes",

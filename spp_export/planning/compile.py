@@ -136,8 +136,10 @@ def compile_units(
     and layout `ragged`, whose shapes no table has, a PlanError. tensor_parallel: the cards that
     every layer must divide among (`LayerShape.splits`), which no ragged layer does.
     """
-    given = (heads is not None, channels is not None)
-    assert given == (budget.units != "channels", budget.units != "heads"), "options of other units"
+    present = (heads is not None, channels is not None)
+    assert present == (budget.units != "channels", budget.units != "heads"), (
+        "options of other units"
+    )
     if layout not in LAYOUTS:
         raise PlanError(f"layout is {layout!r}, expected {' or '.join(LAYOUTS)}.")
     if layout == "ragged" and budget.cost == "latency":

@@ -36,7 +36,7 @@ def infeasible(
         }[budget.units]
     )
     return BudgetError(
-        f"{_asked(budget, limit)} is below the smallest plan, "
+        f"{_request(budget, limit)} is below the smallest plan, "
         f"{_figure(shape, budget, limit, smallest)} ({least}). "
         f"{_advice(shape, budget, limit, smallest)}"
     )
@@ -46,10 +46,10 @@ def uniform_infeasible(
     shape: ModelShape, budget: Budget, limit: Limit, sizes: UniformSizes
 ) -> BudgetError:
     """The error for one size in all layers, naming the nearest on both sides of the budget."""
-    asked = _asked(budget, limit)
+    request = _request(budget, limit)
     above = sizes.cheapest(sizes.valid)
     if above is None:
-        return BudgetError(f"{asked}: the stock config accepts no size. Use layout per-layer.")
+        return BudgetError(f"{request}: the stock config accepts no size. Use layout per-layer.")
 
     def describe(index: int) -> str:
         layer = sizes.layer(index)
@@ -58,7 +58,7 @@ def uniform_infeasible(
         size = {"heads": heads, "channels": channels, "both": f"{heads} and {channels}"}
         return f"{size[budget.units]}, {_figure(shape, budget, limit, int(sizes.cost[index]))}"
 
-    text = f"{asked} is below the smallest uniform plan ({describe(above)})"
+    text = f"{request} is below the smallest uniform plan ({describe(above)})"
     within = sizes.stock & (sizes.cost <= limit.cost)
     if within.any():
         below = int(np.flatnonzero(within & (sizes.cost == sizes.cost[within].max()))[-1])
@@ -69,7 +69,7 @@ def uniform_infeasible(
     return BudgetError(f"{text}. {_advice(shape, budget, limit, int(sizes.cost[above]))}")
 
 
-def _asked(budget: Budget, limit: Limit) -> str:
+def _request(budget: Budget, limit: Limit) -> str:
     (name, value), *_ = budget.to_dict().items()
     text = f"budget {name} {value}"
     return text + f" (keep {limit.keep:.4f})" if name == "strength" else text

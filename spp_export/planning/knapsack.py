@@ -210,7 +210,7 @@ def _settle(problem: _Problem, state_limit: int) -> Choice:
     nothing = np.zeros(1, dtype=np.intp)
     states = _States(np.zeros(1), np.zeros(1), problem.tail_bound[:1], nothing, nothing)
     history = [states]
-    best, found, dropped = _best_completion(problem, states, 0), (0, 0), -np.inf
+    best, reached, dropped = _best_completion(problem, states, 0), (0, 0), -np.inf
     for depth in range(1, len(problem.values) + 1):
         gap = problem.tail_bound[0] - best[0] + problem.slack
         if gap <= 2 * problem.slack or problem.contested[depth - 1] > gap >= problem.start_regret:
@@ -222,10 +222,10 @@ def _settle(problem: _Problem, state_limit: int) -> Choice:
         history.append(states)
         complete = _best_completion(problem, states, depth)
         if complete[:2] > best[:2]:
-            best, found = complete, (depth, complete[2])
+            best, reached = complete, (depth, complete[2])
 
     picks = problem.start.copy()
-    depth, state = found
+    depth, state = reached
     for layer in range(depth - 1, -1, -1):
         picks[layer] = history[layer + 1].option[state]
         state = int(history[layer + 1].parent[state])

@@ -179,7 +179,7 @@ class Scoring:
                     weight, blocks[0], self.forced[layer].reshape(groups), ragged=self.ragged
                 ),
             )
-            heads = SetOptions(worth, sets, self.ragged)
+            heads = SetOptions(worth, sets, ragged=self.ragged)
         if self.units != "heads":
             worth, places = self._weighed(
                 "channels",

@@ -97,7 +97,7 @@ class Compensator:
         from spp_export.slicing.projections import Projection
 
         tensors, biases = self._source.tensors, self.biases()
-        found = {}
+        projections = {}
         for spec in self._losing() if self._plan.compensation != "none" else ():
             assert spec.layer is not None
             weight = read_float(tensors[spec.name])
@@ -107,11 +107,11 @@ class Compensator:
             stored = tensors.get(f"{spec.name.removesuffix('.weight')}.bias")
             if added is not None and stored is not None:
                 added = added + read_float(stored)
-            found[spec.layer, spec.role] = Projection(
+            projections[spec.layer, spec.role] = Projection(
                 torch.from_numpy(kept).float(),
                 None if added is None else torch.from_numpy(added).float(),
             )
-        return found
+        return projections
 
     def lost(self, directory: Path) -> Iterator[tuple[float, float]]:
         """Per re-fitted consumer, the share of its output's energy that is lost on the moments: as
@@ -125,9 +125,11 @@ class Compensator:
             blocks, kept = self._blocks(spec), self._kept(spec)
             assert spec.layer is not None
             real = real_columns(self._plan, spec.layer, spec.role, self._source.shape)
-            found = read_float(stored[spec.name])[:, real]
-            written = residual_blocks(weight, blocks, kept, found)
-            yield written, residual_blocks(weight, blocks, kept, weight[:, kept])
+            written = read_float(stored[spec.name])[:, real]
+            yield (
+                residual_blocks(weight, blocks, kept, written),
+                residual_blocks(weight, blocks, kept, weight[:, kept]),
+            )
 
     def _losing(self) -> Iterator[TensorSpec]:
         shape = self._source.shape

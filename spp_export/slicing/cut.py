@@ -64,13 +64,6 @@ def kept_indices(units: Sequence[int], step: int) -> Indices:
     return (first[:, None] + np.arange(step, dtype=np.intp)).reshape(-1)
 
 
-def cut_shape(spec: TensorSpec, units: Sequence[int]) -> tuple[int, ...]:
-    """Shape of `spec` once only `units` are left on its axis."""
-    assert spec.axis is not None
-    before, after = spec.shape[: spec.axis], spec.shape[spec.axis + 1 :]
-    return (*before, len(units) * spec.step, *after)
-
-
 def slice_tensor(array: NDArray[Any], spec: TensorSpec, layer_plan: LayerPlan) -> NDArray[Any]:
     """What `layer_plan` keeps of a whole tensor, of shape `spec.shape`: a contiguous copy.
 
@@ -124,7 +117,7 @@ def _check_units(spec: TensorSpec, kept: Sequence[int], count: int) -> None:
         raise PlanError(
             f"layer {spec.layer}: the plan keeps no {spec.unit} unit. Keep at least one."
         )
-    if any(one >= other for one, other in pairwise(kept)):
+    if any(unit >= following for unit, following in pairwise(kept)):
         raise PlanError(f"layer {spec.layer}: kept {spec.unit} units are not ascending.")
     if kept[0] < 0 or kept[-1] >= count:
         wrong = kept[0] if kept[0] < 0 else kept[-1]

@@ -49,13 +49,13 @@ def attention(
         starts, ends = attention_mask[:, 0, 0].unbind(dim=1)
         attention_mask = None
     if attention_mask is None and not dropout:
-        found = ragged_attention(
+        output = ragged_attention(
             query, key, value, group_of_query, starts=starts, ends=ends, scale=scaling
         )
-        return found.transpose(1, 2).contiguous(), None
+        return output.transpose(1, 2).contiguous(), None
     if starts is not None:
         raise ValueError(f"{NAME} has no dropout on padded rows. Train with sdpa.")
-    found = scaled_dot_product_attention(
+    output = scaled_dot_product_attention(
         query,
         key[:, group_of_query],
         value[:, group_of_query],
@@ -64,32 +64,32 @@ def attention(
         dropout_p=dropout,
         scale=scaling,
     )
-    return found.transpose(1, 2).contiguous(), None
+    return output.transpose(1, 2).contiguous(), None
 
 
-def bounds(**given: Any) -> Tensor | None:
+def bounds(**arguments: Any) -> Tensor | None:
     """Where each row starts and ends: int64 [B,1,1,2], of four axes like any mask that transformers
     passes on as it is. None where all rows are whole; a mask [B,1,S,T] where it takes more to say.
 
-    The arguments are those of transformers' own mask functions.
+    `arguments` are those of transformers' own mask functions.
     """
-    padding, first = given.get("attention_mask"), given.get("q_offset", 0)
-    queries: int = given.get("q_length", 0)
-    positions = given.get("cache_position")  # what transformers 4 has in place of an offset
+    padding, first = arguments.get("attention_mask"), arguments.get("q_offset", 0)
+    queries: int = arguments.get("q_length", 0)
+    positions = arguments.get("cache_position")  # what transformers 4 has in place of an offset
     if positions is not None:
         first, queries = positions[0], len(positions)
-    plain = given["mask_function"] is causal_mask_function and not given.get("kv_offset")
+    plain = arguments["mask_function"] is causal_mask_function and not arguments.get("kv_offset")
     if plain and padding is not None:
-        padding = padding[:, : given["kv_length"]].bool()
+        padding = padding[:, : arguments["kv_length"]].bool()
         padding, plain = (None, True) if padding.all() else (padding, _consecutive(padding))
     if not plain:
-        masked: Tensor | None = sdpa_mask(**{**given, "allow_is_causal_skip": False})
+        masked: Tensor | None = sdpa_mask(**{**arguments, "allow_is_causal_skip": False})
         return masked
-    whole = padding is None and isinstance(first, int) and first + queries == given["kv_length"]
+    whole = padding is None and isinstance(first, int) and first + queries == arguments["kv_length"]
     if whole:
         return None
-    rows = given["batch_size"]
-    device = given.get("device") if positions is None else positions.device
+    rows = arguments["batch_size"]
+    device = arguments.get("device") if positions is None else positions.device
     starts = torch.zeros(rows, dtype=torch.int64, device=device)
     if padding is not None:
         starts = padding.to(torch.int64).argmax(dim=1)
