@@ -2,7 +2,7 @@
 
 In-domain text is one domain's validation text; cross-domain text joins validation texts of two or
 three domains; out-of-domain text is the validation text of candidates left out of the probes. The
-rule that chooses a regime is `regime_rule`'s.
+thresholds of `choose_regime` are `fit_rule`'s.
 """
 
 from __future__ import annotations
@@ -17,6 +17,22 @@ from spp_export.common.arrays import FloatArray, IntArray
 from spp_export.data.artifacts import KNOWN, SHARE
 from spp_export.domains.diagnosis import CROSS_DOMAIN, IN_DOMAIN, OUT_OF_DOMAIN, choose_regime
 
+# Prompts of a scenario.
+PROMPTS = 4
+# Of a measure of calibration.
+BINS = 10
+# Temperatures between which the best is searched for, and the steps of the search.
+_LOWEST, _HIGHEST, _STEPS = 0.05, 20.0, 60
+_GRID_KNOWN = np.round(np.arange(0.05, 0.951, 0.05), 2)
+_GRID_SHARE = np.round(np.arange(0.05, 0.451, 0.05), 2)
+Scenarios = Sequence[FloatArray]
+_JOINED = "cross-domain, joined prompts"
+_REGIME = {
+    IN_DOMAIN: IN_DOMAIN,
+    CROSS_DOMAIN: CROSS_DOMAIN,
+    _JOINED: CROSS_DOMAIN,
+    OUT_OF_DOMAIN: OUT_OF_DOMAIN,
+}
 # Joined texts per domain, and in all; a joined text is as long as its parts together.
 _PER_DOMAIN, _MOST = 16, 96
 _JOINT = "\n\n"
@@ -110,12 +126,6 @@ def calibrate(text: Mapping[str, RegimeText], seed: int = 0) -> Calibration:
     return Calibration(tuple(present), temperature, manifest)
 
 
-BINS = 10
-
-
-_LOWEST, _HIGHEST, _STEPS = 0.05, 20.0, 60
-
-
 def fit_temperatures(logits_NLK: FloatArray, targets_NK: FloatArray) -> FloatArray:
     """One temperature per layer [L] that minimises the one-vs-rest loss on held-out text.
 
@@ -185,29 +195,6 @@ def _mean_error(logits_NLK: FloatArray, targets_NK: FloatArray, scale_L: FloatAr
         for layer in range(len(scale_L))
     ]
     return float(np.mean(errors))
-
-
-PROMPTS = 4
-
-
-_JOINED = "cross-domain, joined prompts"
-
-
-_REGIME = {
-    IN_DOMAIN: IN_DOMAIN,
-    CROSS_DOMAIN: CROSS_DOMAIN,
-    _JOINED: CROSS_DOMAIN,
-    OUT_OF_DOMAIN: OUT_OF_DOMAIN,
-}
-
-
-_GRID_KNOWN = np.round(np.arange(0.05, 0.951, 0.05), 2)
-
-
-_GRID_SHARE = np.round(np.arange(0.05, 0.451, 0.05), 2)
-
-
-Scenarios = Sequence[FloatArray]
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from spp_export.models.checkpoint.reader import read_float
 
 DEFAULT_CRITERIA = ("energy", "axis")
 UNITS = ("heads", "both")
+_EPS = 1e-6
 
 
 def criteria_named(names: Sequence[str]) -> tuple[Criterion, ...]:
@@ -72,9 +73,6 @@ def score_units(
                 if units == "both":
                     scores[f"channel/{criterion.name}"][k, layer] = criterion.channels(seen)
     return scores
-
-
-_EPS = 1e-6
 
 
 class AxisShares:

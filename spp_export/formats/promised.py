@@ -68,7 +68,7 @@ def _refitted(source: Checkpoint, compiled: Plan, spec: TensorSpec) -> bool:
         return False
     family, layer = source.family, compiled.layers[spec.layer]
     return any(
-        spec.name.startswith(f"{family.layer_name(spec.layer, family.consumer(role))}.")
+        spec.name.startswith(f"{family.layer_name(spec.layer, family.projection(role))}.")
         and loses(layer, role, source.shape)
         for role in CONSUMERS
     )
@@ -97,7 +97,7 @@ def compensated_projections(
         for role in CONSUMERS:
             if compiled.compensation == "none" or not loses(layer, role, source.shape):
                 continue
-            module = source.family.layer_name(index, source.family.consumer(role))
+            module = source.family.layer_name(index, source.family.projection(role))
             real = real_columns(compiled, index, role, source.shape)
             found_weight = read(f"{module}.weight")[:, real]
             weight = torch.from_numpy(np.ascontiguousarray(found_weight))

@@ -6,6 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+Units = Literal["heads", "channels", "both"]
+UNITS: tuple[Units, ...] = ("heads", "channels", "both")
+Layout = Literal["uniform", "per-layer", "ragged"]
+LAYOUTS: tuple[Layout, ...] = ("uniform", "per-layer", "ragged")
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class LayerShape:
@@ -142,20 +147,8 @@ def resident_parameters(shape: ModelShape) -> int:
     return layer + max(layer, shape.vocab_size * shape.hidden_size)
 
 
-Units = Literal["heads", "channels", "both"]
-
-
-UNITS: tuple[Units, ...] = ("heads", "channels", "both")
-
-
 def unit_parameters(shape: ModelShape, layers: Sequence[LayerShape], units: Units) -> int:
     """Parameters of these layers that belong to heads, to channels or to both."""
     heads = shape.head_parameters(layers) if units != "channels" else 0
     channels = sum(layer.channels for layer in layers) if units != "heads" else 0
     return heads + channels * shape.channel_parameters
-
-
-Layout = Literal["uniform", "per-layer", "ragged"]
-
-
-LAYOUTS: tuple[Layout, ...] = ("uniform", "per-layer", "ragged")

@@ -62,7 +62,7 @@ def slim_config(
     elif layout in ("per-layer", "ragged"):
         config |= _per_layer(family, shape, layers, ragged=layout == "ragged")
         if new:
-            config["biased_projections"] = [family.consumer(role) for role in new]
+            config["biased_projections"] = [family.projection(role) for role in new]
     else:
         raise PlanError(
             f"layout {layout!r} has no config; expected 'uniform', 'per-layer' or 'ragged'."

@@ -114,7 +114,7 @@ class SlimTensors:
             spec.name: spec for spec in family.tensors(source.shape, source.shape.layers)
         }
         self._biases = {
-            f"{family.layer_name(layer, family.consumer(role))}.bias": value
+            f"{family.layer_name(layer, family.projection(role))}.bias": value
             for (layer, role), value in biases.items()
         }
         assert self._biases.keys() <= self._slim.keys(), "a bias of a layer that does not exist"

@@ -341,7 +341,7 @@ def test_projections_measure_a_plan_without_writing_it(bench, case, compensate):
         (2, "down"),
     }
     for (layer, role), found in projections.items():
-        name = f"model.layers.{layer}.{source.family.consumer(role)}"
+        name = f"model.layers.{layer}.{source.family.projection(role)}"
         assert torch.equal(found.weight, out.tensors[f"{name}.weight"])
         if compensate == "bias":
             assert torch.equal(found.bias, out.tensors[f"{name}.bias"])

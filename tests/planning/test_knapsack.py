@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+from scipy.optimize import Bounds, LinearConstraint, milp
 
 from spp_export.common.errors import BudgetError
 from spp_export.planning.knapsack import choose, on_grid
@@ -91,6 +92,38 @@ def test_many_layers_against_the_textbook(whole):
         assert choice.value == pytest.approx(value, rel=1e-13)
         if whole:
             assert (choice.value, choice.cost) == (value, cost)
+
+
+def integer_programme(values, costs, budget):
+    """The most value, by a general solver: one option of every layer, all within the budget."""
+    layers, options = values.shape
+    one_of_each = LinearConstraint(np.kron(np.eye(layers), np.ones(options)), 1, 1)
+    affordable = LinearConstraint(costs.reshape(1, -1) / budget, ub=1)
+    result = milp(
+        -values.ravel(),
+        integrality=np.ones(values.size),
+        bounds=Bounds(0, 1),
+        constraints=[one_of_each, affordable],
+        options={"mip_rel_gap": 0},
+    )
+    assert result.success
+    return -result.fun
+
+
+def test_sizes_of_real_models_against_an_integer_programme():
+    """Parameters of 30 layers are too many for a table over every cost."""
+    rng = np.random.default_rng(7)
+    for _ in range(12):
+        options = int(rng.integers(4, 12))
+        costs = np.cumsum(rng.integers(10**5, 10**6, (30, options)), axis=1)
+        values = np.cumsum(rng.gamma(0.5, size=costs.shape), axis=1)
+        low, high = costs.min(axis=1).sum(), costs.max(axis=1).sum()
+        budget = int(rng.integers(low, high + 1))
+        choice = choose(values, costs, budget)
+        assert choice.exact
+        assert choice.cost <= budget
+        # The solver's own tolerance is 1e-6 on the constraints and on whole numbers.
+        assert choice.value == pytest.approx(integer_programme(values, costs, budget), rel=1e-6)
 
 
 def test_below_the_cheapest_options_is_an_error():

@@ -1,23 +1,33 @@
-"""The families we can slice. The only package that knows tensor names."""
+"""The families that can be sliced, one short file each. Only this package knows tensor names."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from importlib import import_module
 from typing import Any
 
 from spp_export.common.errors import ModelError
 from spp_export.common.json_files import shown
 from spp_export.models.families.base import Family, Role, TensorSpec, Unit
-from spp_export.models.families.llama import LLAMA
-from spp_export.models.families.mistral import MISTRAL
-from spp_export.models.families.qwen2 import QWEN2
-from spp_export.models.families.qwen3 import QWEN3
 
-__all__ = ["FAMILIES", "Family", "Role", "TensorSpec", "Unit", "family_of"]
+__all__ = ["FAMILIES", "FILES", "Family", "Role", "TensorSpec", "Unit", "family_of", "registry"]
 
-FAMILIES: Mapping[str, Family] = {
-    family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)
-}
+# One line per family: the file of this folder that holds its record.
+FILES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+)
+
+
+def registry(files: Iterable[str]) -> Mapping[str, Family]:
+    """The `FAMILY` of each file of this folder, by its model type."""
+    families = [import_module(f"{__name__}.{file}").FAMILY for file in files]
+    return {family.model_type: family for family in families}
+
+
+FAMILIES: Mapping[str, Family] = registry(FILES)
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

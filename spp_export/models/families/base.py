@@ -1,7 +1,7 @@
 """What a family of decoders must tell us: where the roles live and which axis carries which unit.
 
-A new family is one file with one `Family` record and one line in `families/__init__.py`; the
-contract test in `tests/families` then covers it. Nothing outside this package spells a tensor name.
+A new family is one file with one `Family` record and one line in `families/__init__.py`, as the
+README shows. Nothing outside this package spells a tensor name.
 """
 
 from __future__ import annotations
@@ -107,21 +107,10 @@ class Family:
         """Full module path of `role` in `layer`, e.g. `model.layers.3.self_attn.o_proj`."""
         return f"{self.layers}.{layer}.{role}"
 
-    def consumer(self, role: Role) -> str:
-        """Module, relative to a layer, that reads what heads (OUTPUT) or channels (DOWN) give."""
-        return {Role.OUTPUT: self.output, Role.DOWN: self.down}[role]
-
     def projection(self, role: Role) -> str:
-        """Module, relative to a layer, of a projection."""
-        return {
-            Role.QUERY: self.query,
-            Role.KEY: self.key,
-            Role.VALUE: self.value,
-            Role.OUTPUT: self.output,
-            Role.GATE: self.gate,
-            Role.UP: self.up,
-            Role.DOWN: self.down,
-        }[role]
+        """Module, relative to a layer, of any role but `OTHER`."""
+        module: str = getattr(self, role.value)
+        return module
 
     def bias_switch(self, role: Role) -> str:
         """The switch of the stock config that gives o_proj (OUTPUT) or down_proj (DOWN) a bias.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from spp_export.models.families.base import Family
 
-LLAMA = Family(
+FAMILY = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
     qkv_bias="attention_bias",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from spp_export.models.families.base import Family
 
-MISTRAL = Family(
+FAMILY = Family(
     model_type="mistral",
     architecture="MistralForCausalLM",
     sliding="all",

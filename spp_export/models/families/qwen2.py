@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from spp_export.models.families.base import Family
 
-QWEN2 = Family(
+FAMILY = Family(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
     qkv_bias=True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from spp_export.models.families.base import Family
 
-QWEN3 = Family(
+FAMILY = Family(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
     qkv_bias="attention_bias",
