@@ -12,7 +12,7 @@ from factories import make_checkpoint, mask_in_torch, shape_of, uniform_layers
 
 import spp_export
 import spp_export.models.families as families
-from spp_export.models.checkpoint.source import open_source
+from spp_export.models.checkpoint.checkpoint import open_source
 from spp_export.models.loader import load_dense, load_slim
 from spp_export.planning import Plan, write_plan
 
