@@ -15,13 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spp_export.calibration.activations import (
-    MeanSquares,
-    Observer,
-    SecondMoments,
-    StreamSensitivity,
-    channel_block,
-)
 from spp_export.calibration.cache import KINDS, cache_paths, is_whole, read, write, writing
 from spp_export.calibration.statistics import (
     AttentionInputs,
@@ -277,6 +270,14 @@ class BlockSums:
     reads, and the stream after it. `kind` is "attention" or "mlp"."""
 
     def __init__(self, kind: str, shape: ModelShape) -> None:
+        # Imports torch, which reading what is cached does without.
+        from spp_export.calibration.activations import (
+            MeanSquares,
+            SecondMoments,
+            StreamSensitivity,
+            channel_block,
+        )
+
         layers = shape.num_layers
         reads, consumes, stream = {
             "attention": ("attention_input", "output", "residual"),

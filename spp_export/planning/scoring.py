@@ -17,7 +17,6 @@ from spp_export.data.artifacts import Artifacts
 from spp_export.importance import CRITERIA, LOSSES, SCORING, SetCriterion, comparable_kinds
 from spp_export.importance.base import statistics_read, unit_statistics
 from spp_export.importance.mixed import ScoredUnit, mixed_scores
-from spp_export.importance.probe_pruning.history import history_of
 from spp_export.models.checkpoint.reader import read_float
 from spp_export.models.session import Session
 from spp_export.models.shape import Units, channel_widths
@@ -136,6 +135,7 @@ class Scoring:
         """Probe Pruning's static builds: the scenario's own prompts as the batch to come."""
         from spp_export.calibration.activations import token_batches
         from spp_export.importance.probe_pruning import scenario_scores
+        from spp_export.importance.probe_pruning.history import history_of
 
         own = [part for part in self.parts if part.domain is None]
         if not own:

@@ -88,6 +88,15 @@ def test_usage_and_its_errors_import_nothing_heavy(arguments):
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [["show", "nowhere"], ["plan", "--scenario", "missing.txt"], ["export"], ["diagnose", "-"]],
+)
+def test_what_is_refused_before_a_model_is_read_imports_no_torch(arguments):
+    modules, _ = imported(*arguments)
+    assert not {"torch", "transformers", "scipy.linalg", "matplotlib", "jinja2"} & set(modules)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["frobnicate"], "No such command 'frobnicate'. See 'spp --help'."),
