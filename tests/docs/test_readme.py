@@ -1,4 +1,4 @@
-"""README's "Use" is a script: its lines are understood, and it runs in an empty directory."""
+"""README's "Use" is a script that runs in an empty directory; what pages show is understood."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import re
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer._click.exceptions import MissingParameter
 from typer.main import get_command
 
 from spp_cli.main import app
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 USE = README.partition("\n## Use\n")[2].partition("\n## ")[0]
 SHELL, PYTHON = (
     re.search(rf"^```{kind}\n(.*?)^```", USE, re.M | re.S) for kind in ("bash", "python")
@@ -22,18 +26,39 @@ SHELL, PYTHON = (
 assert SHELL
 assert PYTHON
 COMMANDS = re.findall(r"^spp .*$", SHELL[1], re.MULTILINE)
+PAGES = ["README.md", "CONTRIBUTING.md", "examples/README.md"]
+PAGES += [f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")]
 
 
 def test_readme_is_short() -> None:
     assert len(README.splitlines()) <= 150
 
 
+def understood(line: str) -> None:
+    """Parse a command line with types and choices, as the command would; nothing runs."""
+    _, *words = shlex.split(line, comments=True)
+    command: Any = get_command(app)
+    name = "spp"
+    while hasattr(command, "commands") and words and not words[0].startswith("-"):
+        name, *words = words
+        command = command.commands[name]
+    assert command.make_context(name, words).params is not None
+
+
 @pytest.mark.parametrize("line", COMMANDS)
-def test_a_line_is_understood(line: str) -> None:
-    """Options, types and choices are those of the command; nothing runs."""
-    _, name, *rest = shlex.split(line, comments=True)
-    command = get_command(app).commands[name]  # type: ignore[attr-defined]
-    assert command.make_context(name, rest).params
+def test_a_line_of_use_is_understood(line: str) -> None:
+    understood(line)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_shows_is_understood(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for line in re.findall(r"^\$ (spp [a-z].*)$", text, re.MULTILINE):
+        understood(line)
+    for line in re.findall(r"`(spp [a-z][^`\n]+)`", text):
+        # A sentence may name one option of a command and leave out what the command needs.
+        with suppress(MissingParameter):
+            understood(line)
 
 
 def test_files_are_made_before_they_are_read() -> None:
