@@ -164,6 +164,7 @@ $(CHROMIUM)/.installed: tests/commands/report/package.json tests/commands/report
 
 test-faults: $(INSTALLED)
 	PYTHONPATH=tests:tests/commands $(BIN)/python tests/faults/campaign.py
+	$(BIN)/python tests/faults/every_bytecode.py
 
 test-examples: $(INSTALLED)
 	$(BIN)/python -m pytest tests/docs/run_examples.py

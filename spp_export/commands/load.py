@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from spp_export.common.disk import scratch_folder
 from spp_export.common.errors import ModelError, PlanError, UsageError
 from spp_export.common.json_files import dump_json, read_json
 from spp_export.data.artifacts import Artifacts, open_artifacts
@@ -172,10 +172,10 @@ class SharedWeights:
         """The model of a plan, sharing what the plan leaves untouched."""
         source = self._session.source
         made = SlimTensors(source, plan, compensation.refit, compensation.biases())
-        with tempfile.TemporaryDirectory(prefix="spp-config-") as place:
+        with scratch_folder(prefix="spp-config-") as place:
             config = written_config(source, plan)
-            (Path(place) / "config.json").write_text(dump_json(config), encoding="utf-8")
-            model: Any = empty_model(Path(place), self._dtype)
+            (place / "config.json").write_text(dump_json(config), encoding="utf-8")
+            model: Any = empty_model(place, self._dtype)
         model.config._name_or_path = source.name
         for entry in made.entries():
             value = self._own(made, entry) if made.changes(entry) else self._shared(entry.name)

@@ -2,7 +2,8 @@
 
 A lock file in it is held for as long as its process lives, and the kernel lets go of it however
 that ends. So what a killed process left behind is told from what another one is writing, also
-where the pid has been given to someone else or belongs to another machine.
+where the pid has been given to someone else or belongs to another machine. The process itself
+knows of its places before they exist, and removes them at the latest when it ends.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from spp_export.common.errors import OutputError
+from spp_export.common.signals import Cleanup, held
 
 _LOCK_NAME = "lock"
 # An older output on its way out, where it cannot be swapped with the new one in one step.
@@ -35,13 +38,24 @@ def working_place(target: Path) -> Iterator[Path]:
 
     Raises OSError where it cannot be made.
     """
-    place, lock = _claim(target)
+    place = _Place(target)
     try:
-        yield place
+        place.take()
+        yield place.path
     finally:
-        shutil.rmtree(place, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+        place.removal.run()
+
+
+@contextmanager
+def scratch_folder(parent: Path | None = None, prefix: str = "spp-") -> Iterator[Path]:
+    """Yield a new directory, below `parent` or where temporary files go; afterwards it is gone."""
+    path = Path(parent or tempfile.gettempdir()) / f"{prefix}{secrets.token_hex(8)}"
+    removal = Cleanup(lambda: shutil.rmtree(path, ignore_errors=True))
+    try:
+        path.mkdir(mode=0o700)
+        yield path
+    finally:
+        removal.run()
 
 
 def clear_leftovers(target: Path) -> None:
@@ -122,30 +136,46 @@ def nearest(path: Path) -> Path:
     return place
 
 
-def _claim(target: Path) -> tuple[Path, int | None]:
-    """A new place, and the descriptor of its lock; None where the file system has no locks."""
-    for _ in range(_ATTEMPTS):
-        place = target.parent / f".{target.name}.spp-{os.getpid()}-{secrets.token_hex(4)}"
-        place.mkdir()  # and not mkdtemp, whose mode would ignore the umask
-        try:
-            return place, _lock(place)
-        except OSError as error:
-            if error.errno in _NO_LOCKS:
-                return place, None
-            if error.errno not in (errno.ENOENT, errno.EWOULDBLOCK):
-                shutil.rmtree(place, ignore_errors=True)
-                raise
-    raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(target))
+class _Place:
+    """A directory beside `target` with a lock in it; `removal` knows of it before it exists."""
+
+    def __init__(self, target: Path) -> None:
+        name = f".{target.name}.spp-{os.getpid()}-{secrets.token_hex(4)}"
+        self.path = path = target.parent / name
+        locks = self._locks = list[int]()
+
+        def remove() -> None:
+            shutil.rmtree(path, ignore_errors=True)
+            while locks:
+                os.close(locks.pop())
+
+        self.removal = Cleanup(remove)
+
+    def take(self) -> None:
+        """Make and lock it. Raises OSError where it cannot be made."""
+        with held():
+            for _ in range(_ATTEMPTS):
+                self.path.mkdir(exist_ok=True)  # and not mkdtemp, whose mode would ignore the umask
+                try:
+                    self._locks.append(_lock(self.path))
+                    return
+                except OSError as error:
+                    if error.errno in _NO_LOCKS:
+                        return
+                    if error.errno not in (errno.ENOENT, errno.EWOULDBLOCK):
+                        raise
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(self.path))
 
 
 def _clear(place: Path, target: Path) -> None:
-    lock = _lock(place)  # fails while its process lives
-    try:
-        if os.path.lexists(place / ASIDE_NAME) and not os.path.lexists(target):
-            (place / ASIDE_NAME).rename(target)
-        shutil.rmtree(place, ignore_errors=True)
-    finally:
-        os.close(lock)
+    with held():
+        lock = _lock(place)  # fails while its process lives
+        try:
+            if os.path.lexists(place / ASIDE_NAME) and not os.path.lexists(target):
+                (place / ASIDE_NAME).rename(target)
+            shutil.rmtree(place, ignore_errors=True)
+        finally:
+            os.close(lock)
 
 
 def _lock(place: Path) -> int:

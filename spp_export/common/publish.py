@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import os
@@ -20,6 +19,7 @@ from spp_export.common.disk import (
 )
 from spp_export.common.errors import OutputError
 from spp_export.common.manifest import wrote
+from spp_export.common.signals import Cleanup
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -101,15 +101,28 @@ def _not_empty(target: Path) -> OutputError:
 def _parents_of(target: Path) -> Iterator[None]:
     """Create the missing parents, and take them away again if there is nothing to put there."""
     missing = [folder for folder in target.parents if not folder.exists()]
+
+    def remove() -> bool:
+        if os.path.lexists(target):
+            return True
+        for folder in missing:
+            try:
+                folder.rmdir()
+            except FileNotFoundError:
+                continue
+            except OSError:  # something is in it, perhaps what is about to be removed
+                return False
+        return True
+
+    removal = Cleanup(remove)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for folder in missing:
             sync(folder.parent)
         yield
+        removal.cancel()
     except BaseException:
-        with contextlib.suppress(OSError):
-            for folder in missing:
-                folder.rmdir()
+        removal.run()
         raise
 
 

