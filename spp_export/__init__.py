@@ -1,147 +1,71 @@
 """spp: one big language model in, many small scenario-specific ones out.
 
-Everything a command does is a function here, under the command's name. Importing this package
-imports neither torch nor transformers; once transformers is imported, per-layer checkpoints load
-with its Auto classes.
+Everything a command does is a function here, under the command's name, with the command's options
+as keyword arguments:
+
+    spp_export.export("chemistry.txt", keep=0.8, output="out/chemistry")
+
+Importing this package imports neither torch nor transformers; once transformers is imported,
+per-layer checkpoints load with its Auto classes.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from spp_export.common.contents import contents
 from spp_export.models.registration import install as _install
 
 if TYPE_CHECKING:
-    from spp_export.commands.chat.chat import (
-        Answer,
-        Chat,
-        ScenarioChat,
-        open_chat,
-        open_scenario_chat,
-    )
-    from spp_export.commands.convert import ConvertResult, convert
-    from spp_export.commands.diagnose import diagnose
-    from spp_export.commands.doctor import Examination, doctor
-    from spp_export.commands.evaluate import EvalRequest, EvalResult, evaluate, evaluate_scenarios
-    from spp_export.commands.export import export
-    from spp_export.commands.export_request import ExportRequest, ExportResult
-    from spp_export.commands.import_artifacts import import_artifacts
-    from spp_export.commands.load import ScenarioModels, load, load_many
-    from spp_export.commands.lora import RecoverSettings
-    from spp_export.commands.plan import plan
-    from spp_export.commands.probe import probe
-    from spp_export.commands.push import PushResult, push_to_hub
-    from spp_export.commands.recover import RecoverResult, recover
-    from spp_export.commands.report.report import ReportResult, report
-    from spp_export.commands.show import show
-    from spp_export.commands.verify import verify
-    from spp_export.common.errors import SppError
-    from spp_export.formats.gguf import GgufOptions
-    from spp_export.formats.onnx import OnnxOptions
-    from spp_export.models.loader import load_dense, load_slim
-    from spp_export.planning import Plan, read_plan
-    from spp_export.planning.request import PlanRequest, PlanResult
-
-_WHERE = {
-    "Answer": "spp_export.commands.chat.chat",
-    "Chat": "spp_export.commands.chat.chat",
-    "ConvertResult": "spp_export.commands.convert",
-    "Examination": "spp_export.commands.doctor",
-    "EvalRequest": "spp_export.commands.evaluate",
-    "EvalResult": "spp_export.commands.evaluate",
-    "ExportRequest": "spp_export.commands.export_request",
-    "ExportResult": "spp_export.commands.export_request",
-    "GgufOptions": "spp_export.formats.gguf",
-    "OnnxOptions": "spp_export.formats.onnx",
-    "Plan": "spp_export.planning",
-    "PlanRequest": "spp_export.planning.request",
-    "PlanResult": "spp_export.planning.request",
-    "PushResult": "spp_export.commands.push",
-    "RecoverResult": "spp_export.commands.recover",
-    "RecoverSettings": "spp_export.commands.lora",
-    "ReportResult": "spp_export.commands.report.report",
-    "ScenarioChat": "spp_export.commands.chat.chat",
-    "ScenarioModels": "spp_export.commands.load",
-    "SppError": "spp_export.common.errors",
-    "convert": "spp_export.commands.convert",
-    "diagnose": "spp_export.commands.diagnose",
-    "doctor": "spp_export.commands.doctor",
-    "evaluate": "spp_export.commands.evaluate",
-    "evaluate_scenarios": "spp_export.commands.evaluate",
-    "export": "spp_export.commands.export",
-    "import_artifacts": "spp_export.commands.import_artifacts",
-    "load": "spp_export.commands.load",
-    "load_dense": "spp_export.models.loader",
-    "load_many": "spp_export.commands.load",
-    "load_slim": "spp_export.models.loader",
-    "open_chat": "spp_export.commands.chat.chat",
-    "open_scenario_chat": "spp_export.commands.chat.chat",
-    "plan": "spp_export.commands.plan",
-    "probe": "spp_export.commands.probe",
-    "push_to_hub": "spp_export.commands.push",
-    "read_plan": "spp_export.planning",
-    "recover": "spp_export.commands.recover",
-    "report": "spp_export.commands.report.report",
-    "show": "spp_export.commands.show",
-    "verify": "spp_export.commands.verify",
-}
-
-# The command's name, where the function has one that says more.
-_ALIASES = {"chat": "open_chat", "eval": "evaluate", "push": "push_to_hub"}
-
-__all__ = [
-    "Answer",
-    "Chat",
-    "ConvertResult",
-    "EvalRequest",
-    "EvalResult",
-    "Examination",
-    "ExportRequest",
-    "ExportResult",
-    "GgufOptions",
-    "OnnxOptions",
-    "Plan",
-    "PlanRequest",
-    "PlanResult",
-    "PushResult",
-    "RecoverResult",
-    "RecoverSettings",
-    "ReportResult",
-    "ScenarioChat",
-    "ScenarioModels",
-    "SppError",
-    "convert",
-    "diagnose",
-    "doctor",
-    "evaluate",
-    "evaluate_scenarios",
-    "export",
-    "import_artifacts",
-    "load",
-    "load_dense",
-    "load_many",
-    "load_slim",
-    "open_chat",
-    "open_scenario_chat",
-    "plan",
-    "probe",
-    "push_to_hub",
-    "read_plan",
-    "recover",
-    "report",
-    "show",
-    "verify",
-]
+    from spp_bench.requests import bench as bench
+    from spp_export.commands.chat.chat import Answer as Answer
+    from spp_export.commands.chat.chat import Chat as Chat
+    from spp_export.commands.chat.chat import ScenarioChat as ScenarioChat
+    from spp_export.commands.chat.chat import chat as chat
+    from spp_export.commands.chat.chat import open_chat as open_chat
+    from spp_export.commands.chat.chat import open_scenario_chat as open_scenario_chat
+    from spp_export.commands.convert import ConvertResult as ConvertResult
+    from spp_export.commands.convert import convert as convert
+    from spp_export.commands.diagnose import diagnose as diagnose
+    from spp_export.commands.doctor import Examination as Examination
+    from spp_export.commands.doctor import doctor as doctor
+    from spp_export.commands.evaluate import EvalResult as EvalResult
+    from spp_export.commands.evaluate import eval as eval  # noqa: A004
+    from spp_export.commands.evaluate import evaluate as evaluate
+    from spp_export.commands.evaluate import evaluate_scenarios as evaluate_scenarios
+    from spp_export.commands.export import export as export
+    from spp_export.commands.export_request import ExportResult as ExportResult
+    from spp_export.commands.import_artifacts import import_artifacts as import_artifacts
+    from spp_export.commands.load import ScenarioModels as ScenarioModels
+    from spp_export.commands.load import load as load
+    from spp_export.commands.load import load_many as load_many
+    from spp_export.commands.plan import plan as plan
+    from spp_export.commands.probe import probe as probe
+    from spp_export.commands.push import PushResult as PushResult
+    from spp_export.commands.push import push as push
+    from spp_export.commands.push import push_to_hub as push_to_hub
+    from spp_export.commands.recover import RecoverResult as RecoverResult
+    from spp_export.commands.recover import recover as recover
+    from spp_export.commands.report.report import ReportResult as ReportResult
+    from spp_export.commands.report.report import report as report
+    from spp_export.commands.requests import EvalRequest as EvalRequest
+    from spp_export.commands.requests import ExportRequest as ExportRequest
+    from spp_export.commands.requests import RecoverSettings as RecoverSettings
+    from spp_export.commands.show import show as show
+    from spp_export.commands.verify import verify as verify
+    from spp_export.common.errors import SppError as SppError
+    from spp_export.common.progress import show_progress as show_progress
+    from spp_export.formats.gguf import GgufOptions as GgufOptions
+    from spp_export.formats.onnx import OnnxOptions as OnnxOptions
+    from spp_export.models.loader import load_dense as load_dense
+    from spp_export.models.loader import load_slim as load_slim
+    from spp_export.planning.plan import Plan as Plan
+    from spp_export.planning.plan_file import read_plan as read_plan
+    from spp_export.planning.planner import PlanResult as PlanResult
+    from spp_export.planning.request import PlanRequest as PlanRequest
 
 # Modules that users may have written down: spp_export.ort, .transformers_cli, .vllm_plugin.
 __path__.append(str(Path(__file__).parent / "commands" / "public_paths"))
 _install()
-
-
-def __getattr__(name: str) -> Any:
-    found = _ALIASES.get(name, name)
-    if found not in _WHERE:
-        raise AttributeError(f"module 'spp_export' has no attribute {name!r}")
-    return getattr(import_module(_WHERE[found]), found)
+__getattr__, __dir__, __all__ = contents(__name__, __file__)

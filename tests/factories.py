@@ -222,6 +222,16 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def format_options(options: Any) -> dict[str, Any]:
+    """The options of a format as arguments of `export` and `convert`."""
+    if options is None:
+        return {}
+    given = {"precision": options.precision, "quant": options.quant}
+    if hasattr(options, "attention"):
+        return {"format": "onnx", "onnx_attention": options.attention, **given}
+    return {"format": "gguf", **given}
+
+
 def shape_of(directory: Path) -> ModelShape:
     """Sizes of a dense checkpoint."""
     config = read_config(directory)

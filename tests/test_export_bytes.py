@@ -11,13 +11,14 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import gguf_cases
 import pytest
-from factories import CASES, ragged_layers, random_layers, shape_of, uniform_layers
+from factories import CASES, format_options, ragged_layers, random_layers, shape_of, uniform_layers
 
 import spp_export
-from spp_export import ExportRequest, GgufOptions, OnnxOptions
+from spp_export import GgufOptions, OnnxOptions
 from spp_export.models.checkpoint.checkpoint import open_source
 from spp_export.planning import Plan
 
@@ -38,31 +39,29 @@ def plan_of(dense: Path, layout: str) -> Plan:
     return Plan(open_source(dense).fingerprint, "dense", layout, "none", layers)
 
 
-def forms(name: str) -> Iterator[tuple[str, str, ExportRequest]]:
-    """Label, layout and request of every form that a case can be written in."""
+def forms(name: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Label, layout and options of every form that a case can be written in."""
     for layout in ("per-layer", "uniform", "ragged"):
-        yield layout, layout, ExportRequest()
-    yield "padded", "ragged", ExportRequest(pad=True)
+        yield layout, layout, {}
+    yield "padded", "ragged", {"pad": True}
     for layout in ("per-layer", "uniform"):
         for attention in ("gqa", "gqa-bias", "standard"):
             options = OnnxOptions(attention=attention)
-            yield f"{layout} onnx {attention}", layout, ExportRequest(onnx=options)
-        yield f"{layout} onnx int4", layout, ExportRequest(onnx=OnnxOptions(quant="int4"))
+            yield f"{layout} onnx {attention}", layout, format_options(options)
+        yield f"{layout} onnx int4", layout, format_options(OnnxOptions(quant="int4"))
         if name in gguf_cases.FAMILIES:
             for quant in (None, "q8_0", "q4_0"):
                 options = GgufOptions(quant=quant)
-                yield f"{layout} gguf {quant}", layout, ExportRequest(gguf=options)
+                yield f"{layout} gguf {quant}", layout, format_options(options)
 
 
 def hashes(name: str, root: Path) -> dict[str, dict[str, str]]:
     """SHA-256 of every file of every form of a case, less what was measured."""
     table = {}
     dense = gguf_cases.make(name, root) if name in gguf_cases.FAMILIES else CASE[name].make(root)
-    for label, layout, request in forms(name):
+    for label, layout, options in forms(name):
         target = root / label.replace(" ", "-")
-        spp_export.export(
-            output=target, model=str(dense), plan=plan_of(dense, layout), request=request
-        )
+        spp_export.export(output=target, model=str(dense), plan=plan_of(dense, layout), **options)
         table[label] = {
             str(path.relative_to(target)): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted(target.rglob("*"))

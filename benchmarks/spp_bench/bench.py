@@ -21,7 +21,7 @@ from spp_bench.candidates import (
     torch_candidate,
     windows_of,
 )
-from spp_bench.cases import Cell, grid, tokens
+from spp_bench.cases import Cell, check_counts, check_device, grid, tokens
 from spp_bench.claims import claim_rows
 from spp_bench.device_rates import measure_rates
 from spp_bench.engines.open import genai_installed, open_runner
@@ -30,7 +30,6 @@ from spp_bench.gate import check_agreement, check_outs, same_files
 from spp_bench.measure import in_turn, measure_cell
 from spp_bench.memory import measure_memory
 from spp_bench.plots import write_plots
-from spp_bench.requests import check_counts, check_device
 from spp_bench.results import cell_record, earlier, header, problems, write_document
 from spp_bench.threads import torch_threads
 from spp_export.common.errors import OutputError, UsageError

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from spp_export.common.errors import UsageError
+from spp_export.common.options import DtypeName, check_word
 
 Ids = NDArray[np.int64]
 
@@ -52,3 +53,25 @@ def tokens(cell: Cell, new_tokens: int, vocab_size: int, seed: int = 0) -> Token
     random = np.random.default_rng([seed, cell.batch, cell.context])
     ids = random.integers(0, vocab_size, (cell.batch, cell.context + new_tokens), dtype=np.int64)
     return Tokens(ids[:, : cell.context].copy(), ids[:, cell.context :].copy())
+
+
+def check_counts(counts: Mapping[str, int | None]) -> None:
+    """UsageError for an option below 1; None is one that was left out."""
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise UsageError(f"{name} {value}: expected 1 or more.")
+
+
+def check_device(device: str, dtype: str | None) -> None:
+    """UsageError for what is no device or precision, and for a card that is not there."""
+    if device != "cpu" and not device.startswith("cuda"):
+        raise UsageError(f"--device {device}: expected cpu, cuda or cuda:N.")
+    if dtype is not None:
+        check_word("--dtype", dtype, get_args(DtypeName))
+    if device != "cpu":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UsageError(
+                f"--device {device}: PyTorch finds no CUDA card here. Use --device cpu."
+            )

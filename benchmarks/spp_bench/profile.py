@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spp_bench import provenance
+from spp_bench.cases import check_counts, check_device
 from spp_bench.clocks import Clock, cold_clock_for, no_collection
 from spp_bench.report import Panel, columns
-from spp_bench.requests import check_counts, check_device
 from spp_bench.results import write_document
 from spp_bench.shapes.shapes import published
 from spp_bench.threads import torch_threads

@@ -115,8 +115,7 @@ def run(model: Path, out: Path, tokens: int, narrow: bool) -> dict[str, Any]:
     imports = status_bytes("RssAnon")
     with watching_memory() as while_exporting:
         start = time.perf_counter()
-        unchecked = spp_export.ExportRequest(verify=False)
-        spp_export.export(output=out, model=str(model), plan=plan, request=unchecked)
+        spp_export.export(output=out, model=str(model), plan=plan, verify=False)
         exported = time.perf_counter() - start
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(shape.vocab_size, (ROWS, max(tokens // ROWS, 2)), generator=generator)

@@ -82,8 +82,8 @@ def _job(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             out,
             model=options.model,
             artifacts=options.artifacts,
-            plan_request=spp_export.PlanRequest(keep=options.keep),
-            request=spp_export.ExportRequest(verify=False),
+            keep=options.keep,
+            verify=False,
         )
         exports.append(str(out))
         plans.append(str(out / "plan.json"))

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "scenario": Path(options.scenario).stem,
         "keep": options.keep,
         "units": "heads",
-        "settings": _settings(options).to_dict(),
+        "settings": {"steps": options.steps, "max_tokens": options.max_tokens},
         "rows": rows,
     }
     if options.json:
@@ -61,29 +61,25 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _settings(options: argparse.Namespace) -> spp_export.RecoverSettings:
-    return spp_export.RecoverSettings(steps=options.steps, max_tokens=options.max_tokens)
-
-
 def _row(name: str, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """One model before and after; `name` is its compensation, or dense."""
     slim = scratch / name
     plan: Plan | None = None
-    asked = None
+    decided: dict[str, Any] = {}
     if name == "dense":
         place = locate_model(options.model)
         source = open_source(place.path, place.name)
         plan = dense_plan(source.shape, source.fingerprint, source.name)
     else:
-        asked = spp_export.PlanRequest(keep=options.keep, compensate=name)
+        decided = {"keep": options.keep, "compensate": name}
     spp_export.export(
         None if plan else options.scenario,
         slim,
         model=options.model,
         artifacts=options.artifacts,
         plan=plan,
-        plan_request=asked,
-        request=spp_export.ExportRequest(verify=False),
+        verify=False,
+        **decided,
     )
     began = time.perf_counter()
     found = spp_export.recover(
@@ -92,7 +88,8 @@ def _row(name: str, options: argparse.Namespace, scratch: Path) -> dict[str, Any
         scratch / f"{name}-recovered",
         model=options.model,
         validation=options.validation,
-        settings=_settings(options),
+        steps=options.steps,
+        max_tokens=options.max_tokens,
     )
     assert found.before is not None
     assert found.after is not None

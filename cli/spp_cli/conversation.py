@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from spp_cli.output import Output, write_error, write_text, write_warning
-from spp_cli.units import byte_size, peak_memory
-from spp_cli.units import seconds as duration
+from spp_cli.render.look import byte_size, peak_memory
+from spp_cli.render.look import seconds as duration
 from spp_export.common.errors import UsageError
 
 if TYPE_CHECKING:

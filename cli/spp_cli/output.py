@@ -9,8 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from spp_cli.render.look import ASCII, FAINT, UNICODE, WIDTH, Look
-from spp_cli.units import one_line
+from spp_cli.render.look import ASCII, FAINT, UNICODE, WIDTH, Look, one_line
 from spp_export.common.progress import report_to
 
 if TYPE_CHECKING:

@@ -15,9 +15,11 @@ from spp_export.commands.needs import (
     check_readable,
     convert_needs,
 )
+from spp_export.commands.requests import ConvertRequest
 from spp_export.common.errors import CheckFailed, ModelError, OutputError
 from spp_export.common.json_files import dump_json
 from spp_export.common.manifest import check_manifest, write_manifest, wrote
+from spp_export.common.options import command
 from spp_export.common.publish import check_target, publish
 from spp_export.data.scenario import read_scenario
 from spp_export.formats.decoder import Decoder, read_decoder
@@ -25,13 +27,12 @@ from spp_export.formats.format import Job
 from spp_export.formats.gguf.format import is_gguf
 from spp_export.formats.gguf.options import GgufOptions
 from spp_export.formats.onnx.format import is_onnx
-from spp_export.formats.onnx.options import OnnxOptions
 from spp_export.formats.registry import ConvertOptions, converter, require_for
 from spp_export.formats.safetensors.verify import RECOVERY_NAME
 from spp_export.models.checkpoint.checkpoint import TOKENIZER_FILES, open_source
 from spp_export.models.checkpoint.companions import companion, copy_companions
 from spp_export.models.engines import Engine
-from spp_export.models.hub import DEMO, ModelLocation, locate_model
+from spp_export.models.hub import ModelLocation, locate_model
 from spp_export.planning import LayerPlan, Plan, read_plan
 
 
@@ -64,44 +65,37 @@ class ConvertResult:
         }
 
 
-def convert(
-    checkpoint: str | os.PathLike[str] = DEMO,
-    output: str | os.PathLike[str] = "out/onnx",
-    *,
-    options: ConvertOptions | None = None,
-    scenario: str | os.PathLike[str] | None = None,
-    force: bool = False,
-    verify: bool = True,
-    keep_failed: bool = False,
-    device: str = "cpu",
-    seed: int = 0,
-) -> ConvertResult:
+@command(ConvertRequest)
+def convert(request: ConvertRequest) -> ConvertResult:
     """Write an export of ours, or a dense model, as ONNX or GGUF; checked and published whole.
 
-    `checkpoint` is a directory with safetensors, a hub id or "demo". Logits are compared with the
-    PyTorch model's on the scenario's text, or on random tokens without one. Raises ParityError
-    where they differ: then nothing is published unless `keep_failed`.
+    Logits are compared with the PyTorch model's on the scenario's text, or on random tokens without
+    one. Raises ParityError where they differ: then nothing is published unless `keep_failed`.
+
+        spp_export.convert("out/chemistry", "out/chemistry-onnx", scenario="chemistry.txt")
     """
-    options = options or OnnxOptions()
-    require_for(options, device if verify else None)
-    prompts = read_scenario(scenario).prompts if scenario is not None else ()
-    target = Path(output)
-    check_target(target, force)
+    options = request.onnx or request.gguf
+    assert options
+    verify = request.verify
+    require_for(options, request.device if verify else None)
+    prompts = () if request.scenario is None else read_scenario(request.scenario).prompts
+    target = Path(request.output)
+    check_target(target, request.force)
     check_place(target)
-    place = locate_model(os.fspath(checkpoint))
+    place = locate_model(os.fspath(request.checkpoint))
     _check_source(place.path, target)
     decoder = read_decoder(place.path)
     plan = _plan(place, decoder.layout)
-    made = converter(options, Job(place.path, decoder, plan, device, seed))
+    made = converter(options, Job(place.path, decoder, plan, request.device, request.seed))
     _preflight(target, place.path, decoder, options, verify)
     failure: CheckFailed | None = None
     report: dict[str, Any] | None = None
-    with publish(target, force) as work:
+    with publish(target, request.force) as work:
         made.write(work)
         if verify:
             report, failure = made.verify(work, prompts)
             (work / "verify.json").write_text(dump_json(report), encoding="utf-8")
-            if failure and not keep_failed:
+            if failure and not request.keep_failed:
                 raise failure
         (work / "plan.json").write_text(plan.to_json(), encoding="utf-8")
         copy_companions(place.path, ("LICENSE", RECOVERY_NAME), work)

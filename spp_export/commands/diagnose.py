@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import os
-
+from spp_export.commands.requests import DiagnoseRequest
+from spp_export.common.options import command
 from spp_export.data.artifacts import open_artifacts
 from spp_export.data.scenario import read_scenario
 from spp_export.domains.diagnosis import Diagnosis, diagnose_prompts
-from spp_export.models.hub import DEMO
 from spp_export.models.session import open_session
 
 
-def diagnose(
-    scenario: str | os.PathLike[str],
-    *,
-    model: str = DEMO,
-    artifacts: str | os.PathLike[str] | None = None,
-    regime: str | None = None,
-    device: str = "cpu",
-    dtype: str | None = None,
-    layerwise: bool | None = None,
-) -> Diagnosis:
-    """Diagnosis of a scenario file (or "-") by the probes of a model's artifacts.
+@command(DiagnoseRequest)
+def diagnose(request: DiagnoseRequest) -> Diagnosis:
+    """Diagnose a scenario by the probes of a model's artifacts.
 
-    All prompts take part; `spp export` leaves those out that it measures quality on. `layerwise` is
-    as of `verify`.
+    All prompts take part; `export` leaves those out that it measures quality on.
+
+        print(spp_export.diagnose("chemistry.txt").to_dict()["mixture"])
     """
-    text = read_scenario(scenario)
-    session = open_session(model, device=device, dtype=dtype, layerwise=layerwise)
-    found = open_artifacts(artifacts, model, session.source)
-    return diagnose_prompts(session, found, text.prompts, regime)
+    text = read_scenario(request.scenario)
+    session = open_session(
+        request.model, device=request.device, dtype=request.dtype, layerwise=request.layerwise
+    )
+    artifacts = open_artifacts(request.artifacts, request.model, session.source)
+    return diagnose_prompts(session, artifacts, text.prompts, request.regime)

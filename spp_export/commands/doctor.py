@@ -106,7 +106,10 @@ class Examination:
 
 def doctor() -> Examination:
     """Versions, devices, caches and installed engines; each library is imported to see that it can
-    be. Nothing is downloaded and nothing is written."""
+    be. Nothing is downloaded and nothing is written.
+
+        print(spp_export.doctor().problems)
+    """
     parts = tuple(_examine(part) for part in PARTS)
     caches = tuple(_caches())
     return Examination(

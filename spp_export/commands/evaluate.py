@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spp_export.commands.requests import (
+    EvalRequest,
+    EvalTexts,
+    EvaluateRequest,
+    EvaluateScenariosRequest,
+)
 from spp_export.common.disk import publish_file
 from spp_export.common.errors import OutputError, UsageError
+from spp_export.common.options import asked, command
 from spp_export.common.versions import device_type, library_versions, machine
 from spp_export.data.artifacts import Artifacts, open_artifacts
-from spp_export.evaluation.harness import BASELINES, DYNAMIC, Row, row_key, standard_rows
-from spp_export.evaluation.harness.answers import DEFAULT_NEW_TOKENS
+from spp_export.evaluation.harness import Row, row_key, standard_rows
 from spp_export.evaluation.harness.bootstrap import RESAMPLES
 from spp_export.evaluation.harness.curves import write_curves
 from spp_export.evaluation.harness.inputs import Inputs, read_inputs
@@ -29,77 +34,13 @@ from spp_export.evaluation.harness.records import (
     read_results,
 )
 from spp_export.evaluation.harness.table import comparisons, markdown, ranking
-from spp_export.importance import COMPARABLE
-from spp_export.models.hub import DEMO
 from spp_export.models.session import Session, open_session
-from spp_export.models.shape import UNITS, Units
-from spp_export.planning import COMPENSATIONS, Compensation
-from spp_export.planning.budget import Budget
 from spp_export.planning.planner import scenario_record
-from spp_export.planning.scoring import CRITERION_NAMES, DEFAULT_CRITERION
 
 if TYPE_CHECKING:
     from spp_export.evaluation.harness.opener import RowOpener
 
-DEFAULT_KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
-EVERY_CRITERION = "all"
 TABLE, CURVES = "table.md", "curves.png"
-
-
-@dataclass(frozen=True)
-class EvalRequest:
-    """Which rows to measure, and how. The controls are always among them.
-
-    criteria: names, or "all"; none for the default of the first compensation. The first is the one
-    that controls and ablations vary. domains: of the pools; none for all. generate: also answer
-    the evaluation sets. seed: of the bootstrap.
-    """
-
-    keeps: tuple[float, ...] = DEFAULT_KEEPS
-    criteria: tuple[str, ...] = ()
-    units: tuple[Units, ...] = ("heads",)
-    compensations: tuple[Compensation, ...] = ("lstsq",)
-    comparable: str | None = None
-    ablations: bool = False
-    domains: tuple[str, ...] = ()
-    generate: bool = False
-    max_new_tokens: int = DEFAULT_NEW_TOKENS
-    curves: bool = True
-    seed: int = 0
-
-    def check(self) -> None:
-        """UsageError for a word that names nothing, or a budget that is none."""
-        for keep in self.keeps:
-            Budget(keep=keep)
-        for name in self.criteria:
-            if name in DYNAMIC and name not in BASELINES:
-                raise UsageError(
-                    f"--criterion {name}: a baseline of the repository's benchmarks, which are not "
-                    "importable here. Run it in a clone, with benchmarks on PYTHONPATH."
-                )
-        for option, values, known in (
-            ("--criterion", self.criteria, (*CRITERION_NAMES, *BASELINES, EVERY_CRITERION)),
-            ("--units", self.units, UNITS),
-            ("--compensate", self.compensations, COMPENSATIONS),
-            ("--comparable", (self.comparable or "raw",), COMPARABLE),
-        ):
-            for value in values:
-                if value not in known:
-                    raise UsageError(f"{option} {value}: expected one of {', '.join(known)}.")
-        if not (self.units and self.compensations):
-            raise UsageError("an evaluation needs at least one of --units and of --compensate.")
-        if self.max_new_tokens < 1:
-            raise UsageError(f"--max-new-tokens {self.max_new_tokens}: expected 1 or more.")
-
-    @property
-    def criterion_names(self) -> tuple[str, ...]:
-        """The criteria asked for, each once; the default first where all are."""
-        default = DEFAULT_CRITERION[self.compensations[0]]
-        asked = self.criteria or (default,)
-        if EVERY_CRITERION in asked:
-            named = (name for name in asked if name != EVERY_CRITERION)
-            asked = (*named, default, *CRITERION_NAMES, *BASELINES)
-        return tuple(dict.fromkeys(asked))
 
 
 @dataclass(frozen=True)
@@ -151,62 +92,50 @@ class EvalResult:
         }
 
 
-def evaluate(
-    scenario: str | os.PathLike[str],
-    output: str | os.PathLike[str],
-    *,
-    wrong: str | os.PathLike[str] | None = None,
-    model: str = DEMO,
-    artifacts: str | os.PathLike[str] | None = None,
-    other_artifacts: Mapping[str, str | os.PathLike[str]] | None = None,
-    request: EvalRequest | None = None,
-    pools: str | os.PathLike[str] | None = None,
-    eval_sets: Sequence[str | os.PathLike[str]] = (),
-    plans: Sequence[str | os.PathLike[str]] = (),
-    force: bool = False,
-    device: str = "cpu",
-    dtype: str | None = None,
-) -> EvalResult:
-    """Measure rows on a scenario's held-out prompts, on `pools` and on `eval_sets`, and write
+@command(EvaluateRequest)
+def evaluate(request: EvaluateRequest) -> EvalResult:
+    """Measure rows on a scenario's held-out prompts, on `pools` and on `eval_set`, and write
     results.jsonl, table.md and curves.png to the directory `output`.
 
     An output that holds results of the same evaluation is continued. Raises UsageError where a
     text to judge on is one that was calibrated on, and OutputError where `output` holds something
     else; `force` replaces an evaluation.
+
+        result = spp_export.eval("chemistry.txt", "results", wrong="history.txt", keep=[0.8, 0.6])
     """
     from spp_export.evaluation.harness.opener import RowOpener, given_plans
 
-    request = request or EvalRequest()
-    request.check()
-    directory = Path(output)
-    _prepare(directory, force)
-    inputs = read_inputs(scenario, wrong, eval_sets, pools, request.domains)
+    directory = Path(request.output)
+    _prepare(directory, request.force)
+    inputs = read_inputs(
+        request.scenario, request.wrong, request.eval_set, request.pools, request.domain
+    )
     if request.generate:
         inputs.check_answers()
-    session = open_session(model, device=device, dtype=dtype)
-    found = open_artifacts(artifacts, model, session.source)
+    session = open_session(request.model, device=request.device, dtype=request.dtype)
+    artifacts = open_artifacts(request.artifacts, request.model, session.source)
     others = {
-        name: open_artifacts(path, model, session.source)
-        for name, path in (other_artifacts or {}).items()
+        name: open_artifacts(path, request.model, session.source)
+        for name, path in (request.other_artifacts or {}).items()
     }
-    inputs.check_unseen([found, *others.values()])
-    given = given_plans(session, plans)
+    inputs.check_unseen([artifacts, *others.values()])
+    plans = given_plans(session, request.plan)
     rows = standard_rows(
-        request.keeps,
+        request.keep,
         request.criterion_names,
         request.units,
-        request.compensations,
+        request.compensate,
         comparable=request.comparable,
-        wrong=wrong is not None,
+        wrong=request.wrong is not None,
         ablations=request.ablations,
         other_artifacts=tuple(others),
     )
-    planner = Planner(session, found, inputs.scenario, inputs.wrong, others)
-    opener = RowOpener(session, planner, given, [text for _, text in found.calibration])
-    context = _context(session, request, inputs, found, others)
+    planner = Planner(session, artifacts, inputs.scenario, inputs.wrong, others)
+    opener = RowOpener(session, planner, plans, [text for _, text in artifacts.calibration])
+    context = _context(session, request, inputs, artifacts, others)
     with open_records(directory / RESULTS, _header(session, inputs, context)) as file:
-        if _missing((*rows, *given), file, context):
-            _measure((*rows, *given), opener, file, inputs, request, context)
+        if _missing((*rows, *plans), file, context):
+            _measure((*rows, *plans), opener, file, inputs, request, context)
     result = EvalResult(directory, read_results(directory / RESULTS))
     publish_file(directory / TABLE, markdown(result.results), force=True)
     if request.curves:
@@ -214,28 +143,29 @@ def evaluate(
     return result
 
 
-def evaluate_scenarios(
-    scenarios: Sequence[str | os.PathLike[str]],
-    output: str | os.PathLike[str],
-    *,
-    wrong: str | os.PathLike[str] | None = None,
-    **options: Any,
-) -> tuple[EvalResult, ...]:
+eval = evaluate  # noqa: A001  the command's name
+
+
+@command(EvaluateScenariosRequest)
+def evaluate_scenarios(request: EvaluateScenariosRequest) -> tuple[EvalResult, ...]:
     """`evaluate` for several scenarios, each into the directory of its name below `output`.
 
     Without `wrong` each scenario's wrong one is the next in the list. Raises UsageError for two of
     one name.
+
+        results = spp_export.evaluate_scenarios(["chemistry.txt", "history.txt"], "results")
     """
-    names = [Path(scenario).stem for scenario in scenarios]
+    names = [Path(scenario).stem for scenario in request.scenario]
     if len(set(names)) < len(names):
         raise UsageError(
             f"--scenario: two files have one name, got {', '.join(names)}. Rename one: each "
             "scenario's results lie in the directory of its name."
         )
-    following = [*scenarios[1:], *scenarios[:1]]
+    options = asked(request, EvalTexts)
+    following = [*request.scenario[1:], *request.scenario[:1]]
     return tuple(
-        evaluate(scenario, Path(output) / name, wrong=other if wrong is None else wrong, **options)
-        for scenario, name, other in zip(scenarios, names, following, strict=True)
+        evaluate(scenario, Path(request.output) / name, **{"wrong": other, **options})
+        for scenario, name, other in zip(request.scenario, names, following, strict=True)
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spp_export.commands.export_checks import as_gguf, as_onnx, check_export, export_card
-from spp_export.commands.export_request import ExportRequest, ExportResult
+from spp_export.commands.export_request import ExportResult
 from spp_export.commands.needs import (
     Needs,
     check_disk,
@@ -22,6 +21,7 @@ from spp_export.commands.needs import (
     least_slim_bytes,
 )
 from spp_export.commands.push import PushResult, check_hub, push_to_hub
+from spp_export.commands.requests import ExportRequest
 from spp_export.common.errors import (
     CheckFailed,
     OutputError,
@@ -29,6 +29,7 @@ from spp_export.common.errors import (
 )
 from spp_export.common.json_files import dump_json
 from spp_export.common.manifest import write_manifest
+from spp_export.common.options import command
 from spp_export.common.publish import check_target, publish
 from spp_export.data.artifacts import Artifacts, open_artifacts
 from spp_export.data.scenario import Scenario, read_scenario
@@ -46,51 +47,42 @@ from spp_export.models.hub import DEMO
 from spp_export.models.session import Session, open_session
 from spp_export.planning import Plan, read_plan, validate_plan
 from spp_export.planning.bound import predicted
-from spp_export.planning.budget import DEFAULT_KEEP
 from spp_export.planning.planner import (
+    PlanResult,
     artifacts_record,
     plan_scenario,
     plan_tensors,
     scenario_record,
 )
-from spp_export.planning.request import PlanRequest, PlanResult
 from spp_export.planning.written import written_shape
 from spp_export.slicing.compensation import Compensator, plan_compensation
 from spp_export.slicing.weights import WrittenWeights
 
 
-def export(
-    scenario: str | os.PathLike[str] | None = None,
-    output: str | os.PathLike[str] | None = None,
-    *,
-    model: str = DEMO,
-    artifacts: str | os.PathLike[str] | None = None,
-    plan: str | os.PathLike[str] | Plan | None = None,
-    plan_request: PlanRequest | None = None,
-    request: ExportRequest | None = None,
-    device: str = "cpu",
-    dtype: str | None = None,
-    layerwise: bool | None = None,
-) -> ExportResult:
+@command(ExportRequest)
+def export(request: ExportRequest) -> ExportResult:
     """Write the slim checkpoint of a scenario, or of a given plan, checked and published whole.
 
-    `output` defaults to `out/<scenario name>`. `layerwise` is as of `verify`. Raises ParityError or
-    QualityError when a check does not hold: then nothing is published unless `keep_failed`.
+    Raises ParityError or QualityError when a check does not hold: then nothing is published unless
+    `keep_failed`.
+
+        spp_export.export("chemistry.txt", keep=0.8, output="out/chemistry")
     """
-    request = request or ExportRequest()
-    plan_request = plan_request or PlanRequest()
-    _check_requests(request, plan_request, scenario, plan)
-    _check_format(request, device)
-    text = None if scenario is None else read_scenario(scenario)
-    target = Path(output) if output is not None else default_output(text)
+    if request.push_to_hub is not None:
+        check_hub(request.push_to_hub)
+    _check_format(request)
+    text = None if request.scenario is None else read_scenario(request.scenario)
+    target = Path(request.output) if request.output is not None else default_output(text)
     if not request.dry_run:
         check_target(target, request.force)
         check_place(target)
-    session = open_session(model, device=device, dtype=dtype, layerwise=layerwise)
-    found = _artifacts(artifacts, model, session, needed=plan is None)
-    _preflight(session, target, request, plan_request if plan is None else None)
-    job = _Job(session, found, text, plan_request, request, _Clock())
-    result = job.decide(plan, target)
+    session = open_session(
+        request.model, device=request.device, dtype=request.dtype, layerwise=request.layerwise
+    )
+    artifacts = _artifacts(request, session)
+    _preflight(session, target, request)
+    job = _Job(session, artifacts, text, request, _Clock())
+    result = job.decide(target)
     if request.dry_run:
         return result
     assert result.needs
@@ -113,17 +105,16 @@ class _Job:
     session: Session
     artifacts: Artifacts | None
     text: Scenario | None
-    plan_request: PlanRequest
     request: ExportRequest
     clock: _Clock
 
-    def decide(self, plan: str | os.PathLike[str] | Plan | None, target: Path) -> ExportResult:
+    def decide(self, target: Path) -> ExportResult:
         """The plan, given or compiled, and what it will come to."""
         session, request = self.session, self.request
         with self.clock("plan"):
-            decided = _decide(session, self.artifacts, self.text, plan, self.plan_request)
-            if plan is not None:
-                _check_layout(decided.plan.layout, request.pad or decided.plan.padded, request)
+            decided = _decide(session, self.artifacts, self.text, request)
+            if request.plan is not None:
+                request.check_layout(decided.plan.layout, request.pad or decided.plan.padded)
             if request.pad:
                 decided = _padded(decided, session)
         result = ExportResult(
@@ -140,7 +131,7 @@ class _Job:
                 target,
                 decided.predicted.file_bytes,
                 request,
-                runs_model=plan is None or decided.plan.compensation != "none",
+                runs_model=request.plan is None or decided.plan.compensation != "none",
             ),
         )
         if request.onnx:
@@ -188,7 +179,7 @@ class _Job:
         session, clock = self.session, self.clock
         with clock("compensate"):
             compensation = plan_compensation(
-                session, self.artifacts, result.plan, self.text, self.plan_request
+                session, self.artifacts, result.plan, self.text, self.request
             )
         with clock("slice"):
             written = write_slim(session, result.plan, compensation, slim)
@@ -201,45 +192,15 @@ class _Job:
         return written, compensation
 
 
-def _check_requests(
-    request: ExportRequest,
-    plan_request: PlanRequest,
-    scenario: str | os.PathLike[str] | None,
-    plan: str | os.PathLike[str] | Plan | None,
-) -> None:
-    """UsageError for what cannot be asked together."""
-    plan_request.check()
-    if scenario is None and plan is None:
-        raise UsageError("export needs --scenario FILE or --plan FILE.")
-    if plan is not None and plan_request != PlanRequest():
-        raise UsageError("--plan FILE decides by itself; leave out the options of 'spp plan'.")
-    if request.max_perplexity_ratio is not None and (request.dry_run or not request.verify):
-        raise UsageError("--max-perplexity needs the checks; leave out --dry-run and --no-verify.")
-    if request.push_to_hub is not None:
-        _check_push(request, request.push_to_hub)
-    if plan is None:
-        _check_layout(plan_request.layout, request.pad, request)
-
-
-def _check_format(request: ExportRequest, device: str) -> None:
+def _check_format(request: ExportRequest) -> None:
     """UsageError where the format cannot be, or what it takes is not installed."""
     if request.onnx:
         require_all()
         # What nothing here can run can still be written, where nobody asks for the checks.
-        request.onnx.check(device if request.verify and not request.dry_run else None)
+        request.onnx.check(request.device if request.verify and not request.dry_run else None)
     if request.gguf:
         require_gguf()
         request.gguf.check()
-
-
-def _check_push(request: ExportRequest, repo_id: str) -> None:
-    """UsageError where pushing cannot succeed, before any work is done."""
-    if request.dry_run or not request.verify:
-        raise UsageError(
-            "--push-to-hub takes what was written and checked. Drop --dry-run and --no-verify, or "
-            "push what was not checked with 'spp push --unverified'."
-        )
-    check_hub(repo_id)
 
 
 def _push(target: Path, request: ExportRequest, repo_id: str) -> PushResult:
@@ -256,19 +217,6 @@ def default_output(scenario: Scenario | None) -> Path:
     return Path("out") / Path(scenario.name).stem
 
 
-def _check_layout(layout: str, pad: bool, request: ExportRequest) -> None:
-    """UsageError for zeros that have nowhere to go, or a graph whose groups would differ."""
-    if pad and layout != "ragged":
-        raise UsageError(f"--pad fills the groups of ragged layers; this layout is {layout}.")
-    if request.onnx and request.gguf:
-        raise UsageError("onnx and gguf: one export has one format. Ask for one of them.")
-    if (request.onnx or request.gguf) and layout == "ragged" and not pad:
-        raise UsageError(
-            f"--format {request.format} needs groups of the same size in a layer. Add --pad to "
-            "fill those of a ragged layout with zeros."
-        )
-
-
 def _padded(decided: PlanResult, session: Session) -> PlanResult:
     """The same heads, to be written with zeros beside them."""
     source, compiled = session.source, replace(decided.plan, padded=True)
@@ -277,20 +225,16 @@ def _padded(decided: PlanResult, session: Session) -> PlanResult:
     return replace(decided, plan=replace(compiled, predicted=sizes.to_dict()), predicted=sizes)
 
 
-def _preflight(
-    session: Session, target: Path, request: ExportRequest, asked: PlanRequest | None
-) -> None:
-    """Refuse what cannot succeed before any work is done for it. `asked` None: a plan is given,
-    and says itself how large the result is."""
+def _preflight(session: Session, target: Path, request: ExportRequest) -> None:
+    """Refuse what cannot succeed before any work is done for it; a plan says itself how large the
+    result is."""
     check_readable(session.source.path, COMPANIONS)
     shape, least = session.source.shape, 0
-    if asked is not None:
-        limited = (asked.max_params, asked.max_kv_bytes, asked.strength, asked.max_latency)
-        keep = asked.keep or (DEFAULT_KEEP if limited == (None,) * 4 else None)
-        least = least_slim_bytes(shape, keep, asked.units)
+    if request.plan is None:
+        least = least_slim_bytes(shape, request.budget.keep, request.units)
     if request.dry_run:
         request = replace(request, verify=False)
-    needs = _needs(session, target, least, request, runs_model=asked is not None)
+    needs = _needs(session, target, least, request, runs_model=request.plan is None)
     if not request.dry_run:
         check_disk(needs)
     check_memory(needs)
@@ -310,22 +254,21 @@ def _needs(
     )
 
 
-def _artifacts(
-    artifacts: str | os.PathLike[str] | None, model: str, session: Session, *, needed: bool
-) -> Artifacts | None:
-    if artifacts is None and model != DEMO and not needed:
+def _artifacts(request: ExportRequest, session: Session) -> Artifacts | None:
+    """The artifacts; None where a plan is given and there are none."""
+    if request.artifacts is None and request.model != DEMO and request.plan is not None:
         return None
-    return open_artifacts(artifacts, model, session.source)
+    return open_artifacts(request.artifacts, request.model, session.source)
 
 
 def _decide(
     session: Session,
     artifacts: Artifacts | None,
     scenario: Scenario | None,
-    plan: str | os.PathLike[str] | Plan | None,
-    request: PlanRequest,
+    request: ExportRequest,
 ) -> PlanResult:
     """The plan given, or the one compiled from the scenario."""
+    plan = request.plan
     if plan is None:
         assert artifacts is not None
         assert scenario is not None

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from spp_export.commands.export_request import ExportRequest, ExportResult
+from spp_export.commands.export_request import ExportResult
+from spp_export.commands.requests import ExportRequest
 from spp_export.common.errors import (
     CheckFailed,
     ParityError,
@@ -79,7 +80,7 @@ def check_export(
         measure_quality(session.model, model, session.tokenizer, held_out) if held_out else None
     )
     content["quality"] = rounded(quality.to_dict()) if quality else None
-    limit = request.max_perplexity_ratio
+    limit = request.max_perplexity
     if limit is None:
         return content, None
     within = quality is not None and quality.ratio <= limit

@@ -1,4 +1,4 @@
-"""What is asked of an export, and what became of it."""
+"""What became of an export."""
 
 from __future__ import annotations
 
@@ -11,42 +11,11 @@ from spp_export.commands.needs import Needs
 from spp_export.commands.push import PushResult
 from spp_export.domains.diagnosis import Diagnosis
 from spp_export.formats.gguf.contents import Contents
-from spp_export.formats.gguf.options import GgufOptions
 from spp_export.formats.onnx.options import OnnxOptions
 from spp_export.models.engines import Engine
 from spp_export.models.shape import ModelShape
 from spp_export.planning import Plan
 from spp_export.planning.bound import Predicted
-
-
-@dataclass(frozen=True)
-class ExportRequest:
-    """What the user may ask of an export, beside the plan.
-
-    onnx, gguf: the form of another format; with neither, safetensors are written.
-
-    pad: fill the groups of ragged layers with heads of zeros, so that the layers are regular.
-
-    push_to_hub: repository on the Hugging Face Hub that what was checked is uploaded to; `private`
-    where it is made anew.
-    """
-
-    force: bool = False
-    verify: bool = True
-    keep_failed: bool = False
-    dry_run: bool = False
-    max_perplexity_ratio: float | None = None
-    seed: int = 0
-    onnx: OnnxOptions | None = None
-    pad: bool = False
-    gguf: GgufOptions | None = None
-    push_to_hub: str | None = None
-    private: bool = False
-
-    @property
-    def format(self) -> str:
-        """The format's name."""
-        return "onnx" if self.onnx else "gguf" if self.gguf else "safetensors"
 
 
 @dataclass(frozen=True)

@@ -10,62 +10,19 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from spp_export.calibration.activations import TokenBatch, model_inputs
+from spp_export.commands.requests import RecoverSettings
 from spp_export.common.errors import ModelError, UsageError
 from spp_export.models.families import Family
 
 # Adam's: the usual ones.
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8
 _MOST_NORM = 1.0
-_WARM_UP = 0.1
-
-
-@dataclass(frozen=True)
-class RecoverSettings:
-    """How to train.
-
-    steps          of the optimiser
-    rank, alpha    of the adapters, whose product is scaled by alpha / rank
-    learning_rate  at its highest, after a tenth of the steps; then it falls to zero
-    batch_size     texts per step
-    max_tokens     of a text that are read
-    """
-
-    steps: int = 200
-    rank: int = 8
-    alpha: int = 16
-    learning_rate: float = 5e-4
-    batch_size: int = 4
-    max_tokens: int = 256
-    seed: int = 0
-
-    def check(self) -> None:
-        """UsageError for numbers that cannot be."""
-        for name in ("steps", "rank", "alpha", "batch_size"):
-            if getattr(self, name) < 1:
-                flag = name.replace("_", "-")
-                raise UsageError(f"--{flag} {getattr(self, name)}: expected 1 or more.")
-        if self.max_tokens < 2:
-            raise UsageError(f"--max-tokens {self.max_tokens}: expected 2 or more.")
-        if not 0 < self.learning_rate < 1:
-            raise UsageError(f"--learning-rate {self.learning_rate}: expected between 0 and 1.")
-
-    def to_dict(self) -> dict[str, Any]:
-        """For recovery.json."""
-        return asdict(self)
-
-    def rate(self, step: int) -> float:
-        """Learning rate of a step, counted from 0."""
-        warm = max(1, math.ceil(_WARM_UP * self.steps))
-        if step < warm:
-            return self.learning_rate * (step + 1) / warm
-        return self.learning_rate * (self.steps - step) / max(1, self.steps - warm)
 
 
 class Recovery:

@@ -1,34 +1,31 @@
-"""`plan`: diagnose a scenario, score the heads for it, and choose what stays under a budget."""
+"""`plan`: diagnose a scenario, score the units for it, and choose what stays under a budget."""
 
 from __future__ import annotations
 
-import os
-
+from spp_export.commands.requests import PlanFileRequest
+from spp_export.common.options import command
 from spp_export.data.artifacts import open_artifacts
 from spp_export.data.scenario import read_scenario
-from spp_export.models.hub import DEMO
 from spp_export.models.session import open_session
-from spp_export.planning.planner import plan_scenario
-from spp_export.planning.request import PlanRequest, PlanResult
+from spp_export.planning.plan_file import check_plan_target, write_plan
+from spp_export.planning.planner import PlanResult, plan_scenario
 
 
-def plan(
-    scenario: str | os.PathLike[str],
-    *,
-    model: str = DEMO,
-    artifacts: str | os.PathLike[str] | None = None,
-    request: PlanRequest | None = None,
-    device: str = "cpu",
-    dtype: str | None = None,
-    layerwise: bool | None = None,
-) -> PlanResult:
-    """Compile the plan for a scenario file (or "-"); nothing is written.
+@command(PlanFileRequest)
+def plan(request: PlanFileRequest) -> PlanResult:
+    """Decide what an export of a scenario would keep; nothing is written but the plan, and only
+    where `output` says so.
 
-    `layerwise` is as of `verify`.
+        result = spp_export.plan("chemistry.txt", keep=0.8, output="plan.json")
     """
-    request = request or PlanRequest()
-    request.check()
-    text = read_scenario(scenario)
-    session = open_session(model, device=device, dtype=dtype, layerwise=layerwise)
-    found = open_artifacts(artifacts, model, session.source)
-    return plan_scenario(session, found, text, request)
+    if request.output is not None:
+        check_plan_target(request.output, request.force)
+    text = read_scenario(request.scenario)
+    session = open_session(
+        request.model, device=request.device, dtype=request.dtype, layerwise=request.layerwise
+    )
+    artifacts = open_artifacts(request.artifacts, request.model, session.source)
+    result = plan_scenario(session, artifacts, text, request)
+    if request.output is not None:
+        write_plan(result.plan, request.output, force=request.force)
+    return result

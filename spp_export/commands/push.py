@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from spp_export.commands.requests import PushRequest
 from spp_export.common.errors import CheckpointError, OutputError, UsageError
 from spp_export.common.json_files import read_json
 from spp_export.common.manifest import MANIFEST_NAME, check_manifest, listed_names, wrote
+from spp_export.common.options import command
 from spp_export.common.progress import progress
 
 # An older export's files of these kinds go in the same commit: transformers would read a leftover
@@ -42,28 +43,22 @@ class PushResult:
         return asdict(self)
 
 
-def push_to_hub(
-    out: str | os.PathLike[str],
-    repo_id: str,
-    *,
-    private: bool = False,
-    revision: str | None = None,
-    token: str | None = None,
-    allow_unverified: bool = False,
-) -> PushResult:
+@command(PushRequest)
+def push_to_hub(request: PushRequest) -> PushResult:
     """Upload a directory that `export`, `convert` or `recover` wrote, as one commit.
 
-    The repository is made if there is none, private where asked, and so is the branch `revision`.
-    `token` is the user's own by default, from HF_TOKEN or `hf auth login`. Raises CheckpointError
-    where a file is not as it was written; UsageError where the checks did not pass or were left out
-    (unless `allow_unverified`), or the id or the token is no good; OutputError where the hub does
-    not take it.
+    The repository is made if there is none, and so is the branch. Raises CheckpointError where a
+    file is not as it was written; UsageError where the checks did not pass or were left out (unless
+    `unverified`), or the id or the token is no good; OutputError where the hub does not take it.
+
+        spp_export.push("out/chemistry", "my-name/chemistry", private=True)
     """
-    directory = Path(out)
+    repo_id = request.repo_id
+    directory = Path(request.out)
     _check_written(directory)
-    if not allow_unverified:
+    if not request.unverified:
         _check_verified(directory)
-    token = check_hub(repo_id, token)
+    token = check_hub(repo_id, request.token)
     files = [path for path in directory.rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files)
 
@@ -73,19 +68,22 @@ def push_to_hub(
     try:
         with progress("uploading", None):
             # None leaves it to the organisation, whose own repositories may all be private.
-            api.create_repo(repo_id, private=private or None, exist_ok=True)
-            if revision is not None:
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            api.create_repo(repo_id, private=request.private or None, exist_ok=True)
+            if request.revision is not None:
+                api.create_branch(repo_id, branch=request.revision, exist_ok=True)
             commit = api.upload_folder(
                 repo_id=repo_id,
                 folder_path=directory,
-                revision=revision,
+                revision=request.revision,
                 commit_message=f"Upload {directory.resolve().name}, made by spp",
                 delete_patterns=list(_REPLACED),
             )
     except Exception as error:  # the hub client raises a wide family of network errors
         raise OutputError(f"{repo_id}: {_reason(error)}") from error
     return PushResult(repo_id, commit.commit_url, commit.oid, len(files), size)
+
+
+push = push_to_hub
 
 
 def check_hub(repo_id: str, token: str | None = None) -> str:
@@ -101,10 +99,10 @@ def check_hub(repo_id: str, token: str | None = None) -> str:
         )
     if HF_HUB_OFFLINE:
         raise UsageError("HF_HUB_OFFLINE is set, so nothing can be pushed. Unset it.")
-    found = token or huggingface_hub.get_token()
-    if not found:
+    token = token or huggingface_hub.get_token()
+    if not token:
         raise UsageError("no token of the Hugging Face Hub: run 'hf auth login', or set HF_TOKEN.")
-    return found
+    return token
 
 
 def _check_written(directory: Path) -> None:

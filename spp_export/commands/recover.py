@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spp_export.commands.lora import RecoverSettings
+from spp_export.commands.requests import RecoverRequest, RecoverSettings
 from spp_export.common.errors import (
     CheckFailed,
     CheckpointError,
@@ -21,6 +20,7 @@ from spp_export.common.errors import (
 )
 from spp_export.common.json_files import dump_json
 from spp_export.common.manifest import MANIFEST_NAME, check_manifest, hash_file, write_manifest
+from spp_export.common.options import PathLike, command
 from spp_export.common.progress import progress
 from spp_export.common.publish import check_target, publish
 from spp_export.data.scenario import Scenario, read_scenario
@@ -32,7 +32,7 @@ from spp_export.models.checkpoint.header import StoredTensor
 from spp_export.models.checkpoint.reader import INDEX_NAME, blocks, stored_tensors
 from spp_export.models.checkpoint.writer import Entry, ShardWriter, plan_shards
 from spp_export.models.engines import engines_for
-from spp_export.models.hub import DEMO, cache_directory, model_license
+from spp_export.models.hub import cache_directory, model_license
 from spp_export.models.session import Session, open_session
 from spp_export.models.tokenizer import load_tokenizer
 from spp_export.planning import Plan, read_plan, validate_plan
@@ -85,45 +85,29 @@ class RecoverResult:
         }
 
 
-def recover(
-    out: str | os.PathLike[str],
-    data: str | os.PathLike[str],
-    output: str | os.PathLike[str] | None = None,
-    *,
-    model: str = DEMO,
-    validation: str | os.PathLike[str] | None = None,
-    settings: RecoverSettings | None = None,
-    force: bool = False,
-    keep_failed: bool = False,
-    device: str = "cpu",
-) -> RecoverResult:
-    """Train adapters on the text of `data`, a file like a scenario's, and write the merged model.
-
-    out         an export with safetensors; it stays as it is
-    output      by default `<out>-recovered`
-    model       the dense model, to compare and to check with
-    validation  text to measure on; by default every fourth text of `data`, which is then not
-                trained on
+@command(RecoverRequest)
+def recover(request: RecoverRequest) -> RecoverResult:
+    """Train adapters on text and write the merged model; the export stays as it is.
 
     An interrupted run goes on where it was. Raises ParityError where the written model is not the
     one that was trained, QualityError where it is no better than before: then nothing is published
     unless `keep_failed`.
+
+        spp_export.recover("out/chemistry", "chemistry.jsonl", "out/recovered", steps=200)
     """
-    settings = settings or RecoverSettings()
-    settings.check()
-    source_dir = Path(out)
+    source_dir = Path(request.out)
     plan = _plan(source_dir)
     beside = source_dir.with_name(f"{source_dir.name}-recovered")
-    target = beside if output is None else Path(output)
-    check_target(target, force)
-    text = read_scenario(data)
-    trained, measured = _split(text, validation)
-    session = open_session(model, device=device, dtype="float32")
+    target = beside if request.output is None else Path(request.output)
+    check_target(target, request.force)
+    text = read_scenario(request.data)
+    trained, measured = _split(text, request.validation)
+    session = open_session(request.model, device=request.device, dtype="float32")
     validate_plan(plan, session.source.shape, session.source.fingerprint)
-    job = _Job(source_dir, plan, session, settings, trained, measured)
+    job = _Job(source_dir, plan, session, request, trained, measured)
     recovery, resumed, before = job.train()
     losses = tuple(recovery.losses)
-    with publish(target, force) as work:
+    with publish(target, request.force) as work:
         reference, merged = job.merged(recovery)
         _copy(source_dir, work)
         written = job.write(merged, work)
@@ -131,7 +115,7 @@ def recover(
         (work / RECOVERY_NAME).write_text(dump_json(record), encoding="utf-8")
         report, after, failure = job.verify(work, reference, before)
         (work / "verify.json").write_text(dump_json(report), encoding="utf-8")
-        if failure and not keep_failed:
+        if failure and not request.keep_failed:
             raise failure
         (work / "README.md").write_text(job.card(target.name, report, record), encoding="utf-8")
         write_manifest(work, written)
@@ -347,9 +331,7 @@ def _plan(directory: Path) -> Plan:
     return plan
 
 
-def _split(
-    text: Scenario, validation: str | os.PathLike[str] | None
-) -> tuple[Sequence[str], Sequence[str]]:
+def _split(text: Scenario, validation: PathLike | None) -> tuple[Sequence[str], Sequence[str]]:
     if validation is None:
         return text.split()
     return text.prompts, read_scenario(validation).prompts

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spp_export.commands.requests import ShowRequest
 from spp_export.common.errors import ArtifactsError, ModelError, PlanError, SppError, UsageError
 from spp_export.common.json_files import read_json
 from spp_export.common.manifest import MANIFEST_NAME, check_manifest, listed_names
+from spp_export.common.options import command
 from spp_export.data.artifacts import Artifacts, read_artifacts
 from spp_export.evaluation.harness.records import RESULTS, Results, read_results
 from spp_export.evaluation.harness.table import interval, ranking, units_name
@@ -50,14 +51,17 @@ class Shown:
         return {"kind": self.kind, "facts": dict(self.facts), "problems": problems}
 
 
-def show(path: str | os.PathLike[str]) -> Shown:
-    """What is at `path`; weights are hashed where a manifest lists them, and never loaded.
+@command(ShowRequest)
+def show(request: ShowRequest) -> Shown:
+    """Say what is at a path; weights are hashed where a manifest lists them, and never loaded.
 
     Of what was damaged since it was written, what can still be read is shown, with the problems.
     Raises UsageError where it is nothing we know, and the reader's own error where it is malformed
     and no manifest tells more.
+
+        print(spp_export.show("out/chemistry").facts)
     """
-    place = Path(path)
+    place = Path(request.path)
     if not place.exists():
         raise UsageError(f"{place}: no such file or directory.")
     if place.suffix == ".jsonl" and place.is_file():

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spp_export.commands.requests import VerifyRequest
 from spp_export.common.errors import OutputError, UsageError
 from spp_export.common.manifest import check_manifest, listed_names
+from spp_export.common.options import command
 from spp_export.data.scenario import read_scenario
 from spp_export.formats.gguf.format import is_gguf
 from spp_export.formats.onnx.format import graph_dtype, is_onnx
 from spp_export.formats.safetensors.verify import RECOVERY_NAME, check_directory
-from spp_export.models.hub import DEMO
 from spp_export.models.session import open_session
 from spp_export.planning import read_plan, validate_plan
 
@@ -20,26 +20,18 @@ if TYPE_CHECKING:
     from spp_export.evaluation.parity import VerifyReport
 
 
-def verify(
-    out: str | os.PathLike[str],
-    *,
-    model: str = DEMO,
-    scenario: str | os.PathLike[str] | None = None,
-    device: str = "cpu",
-    dtype: str | None = None,
-    layerwise: bool | None = None,
-    seed: int = 0,
-) -> VerifyReport:
-    """Integrity and parity of an exported directory against the dense model it came from.
+@command(VerifyRequest)
+def verify(request: VerifyRequest) -> VerifyReport:
+    """Check the integrity and parity of an exported directory against its dense model.
 
     Logits are compared on the scenario's text, or on seeded random tokens without one: parity does
-    not depend on the text. `layerwise` runs the models layer by layer, their weights staying on
-    disk; None does so where they do not fit in memory. Raises OutputError where the directory is no
-    export.
+    not depend on the text. Raises OutputError where the directory is no export.
+
+        assert spp_export.verify("out/chemistry", model="org/name").passed
     """
     from spp_export.evaluation.parity import Check, VerifyReport
 
-    directory = Path(out)
+    directory = Path(request.out)
     if not (directory / "plan.json").is_file() and "plan.json" not in listed_names(directory):
         raise OutputError(f"{directory}: no plan.json, so not an export of spp.")
     problems = check_manifest(directory)
@@ -54,12 +46,16 @@ def verify(
             "do not follow from the dense model. They were compared with that export's when it was "
             "converted; its files are as they were written."
         )
+    dtype: str | None = request.dtype
     if dtype is None and is_onnx(directory):
         dtype = graph_dtype(directory)
-    session = open_session(model, device=device, dtype=dtype, layerwise=layerwise)
+    session = open_session(
+        request.model, device=request.device, dtype=dtype, layerwise=request.layerwise
+    )
     compiled = read_plan(directory / "plan.json")
     validate_plan(compiled, session.source.shape, session.source.fingerprint)
-    prompts = read_scenario(scenario).prompts if scenario is not None else ()
+    prompts = () if request.scenario is None else read_scenario(request.scenario).prompts
+    seed = request.seed
     if is_onnx(directory):
         from spp_export.formats.onnx.format import check_onnx_directory
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,16 +15,17 @@ from spp_export.common.errors import UsageError
 from spp_export.common.versions import library_versions
 from spp_export.data.artifacts import DOMAIN_SHRINKAGE, SCENARIO_WEIGHT, Artifacts
 from spp_export.data.scenario import Scenario
-from spp_export.domains.diagnosis import diagnose_prompts
+from spp_export.domains.diagnosis import Diagnosis, diagnose_prompts
+from spp_export.models.engines import Engine, engines_for
 from spp_export.models.families import Role
 from spp_export.models.session import Session
 from spp_export.models.shape import ModelShape
 from spp_export.planning import LayerPlan, Plan, compile_units, cover, exactly, forced_heads
-from spp_export.planning.bound import predicted
+from spp_export.planning.bound import Predicted, predicted
 from spp_export.planning.budget import Budget, unit_cost
 from spp_export.planning.latency import LatencyTable
 from spp_export.planning.published import published_mask, published_text
-from spp_export.planning.request import PlanRequest, PlanResult, _compensation, _layout, _units
+from spp_export.planning.request import PlanRequest
 from spp_export.planning.scoring import Scoring
 from spp_export.planning.written import compensated_shape, losing_roles
 
@@ -32,6 +34,29 @@ _LOSING = {Role.OUTPUT: "channels", Role.DOWN: "heads"}
 
 
 _PUBLISHED_IMPORTANCE = "head/published"
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """A compiled plan, why it is so, and what it will come to."""
+
+    plan: Plan
+    shape: ModelShape
+    diagnosis: Diagnosis | None
+    predicted: Predicted
+
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        """Engines that will, or will not, load what the plan describes."""
+        return engines_for(self.plan.written_layout, self.plan.written_shapes(self.shape))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`: `plan` is the document that `--plan` reads."""
+        return {
+            "plan": json.loads(self.plan.to_json()),
+            "dense_heads": {"query": self.shape.query_heads, "kv": self.shape.kv_heads},
+            "engines": [engine.to_dict() for engine in self.engines],
+        }
 
 
 def plan_scenario(
@@ -44,7 +69,7 @@ def plan_scenario(
     if latency:
         latency.check_model(shape)
     losing = frozenset(role for role, units in _LOSING.items() if request.units != units)
-    written = compensated_shape(session.source, _layout(request), _compensation(request), losing)
+    written = compensated_shape(session.source, request.layout, request.compensate, losing)
     calibration, _ = scenario.split()
     diagnosis = diagnose_prompts(session, artifacts, calibration, request.regime)
     mixing = requested_mixing(artifacts, request)
@@ -60,7 +85,7 @@ def plan_scenario(
             # Biases that compensation adds are no share of the heads, but parameters all the same.
             shape if request.max_params is None else written,
             request.budget,
-            _layout(request),
+            request.layout,
             session.source.family.stock_accepts(shape),
             breadth=diagnosis.breadth,
             latency=latency,
@@ -68,9 +93,7 @@ def plan_scenario(
         )
         # What lost nothing after all gets no bias.
         losing = losing_roles(layers, shape)
-        written = compensated_shape(
-            session.source, _layout(request), _compensation(request), losing
-        )
+        written = compensated_shape(session.source, request.layout, request.compensate, losing)
         whole = written.parameters([layer.shape(shape) for layer in layers])
         realised = replace(realised, parameters=whole)
         provenance = {
@@ -89,8 +112,8 @@ def plan_scenario(
     compiled = Plan(
         session.source.fingerprint,
         session.source.name,
-        _layout(request),
-        _compensation(request),
+        request.layout,
+        request.compensate,
         layers,
         scenario=scenario_record(scenario),
         artifacts=artifacts_record(artifacts),
@@ -150,7 +173,7 @@ def scoring_for(
         artifacts,
         tuple(parts),
         request.criterion_name,
-        _units(request),
+        request.units,
         forced_heads(artifacts.whitelist if whitelist else (), shape),
         request.comparable,
         1 - _kept_share(request.budget, shape, breadth, latency),

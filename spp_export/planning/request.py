@@ -1,95 +1,178 @@
-"""What may be asked of a plan."""
+"""What may be asked of a plan. Imports nothing heavy: help pages are made from it."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Literal, get_args
 
 from spp_export.common.errors import UsageError
-from spp_export.domains.diagnosis import Diagnosis
-from spp_export.importance import COMPARABLE, CRITERIA, SetCriterion
-from spp_export.models.engines import Engine, engines_for
-from spp_export.models.shape import UNITS, ModelShape, Units
-from spp_export.planning import COMPENSATIONS, LAYOUTS, Compensation, Layout, Plan
-from spp_export.planning.bound import Predicted
-from spp_export.planning.budget import COSTS, DEFAULT_KEEP, Budget, Cost
-from spp_export.planning.latency import LatencyTable, read_latency_table
-from spp_export.planning.scoring import CRITERION_NAMES, DEFAULT_CRITERION
+from spp_export.common.options import (
+    BUDGET,
+    PathLike,
+    Seed,
+    check_word,
+    option,
+    parse_count,
+)
+from spp_export.models.shape import Layout, Units
+from spp_export.planning.plan import Compensation
 
-POLICIES = ("exact", "published")
+if TYPE_CHECKING:
+    from spp_export.planning.budget import Budget
+    from spp_export.planning.latency import LatencyTable
 
-
-# Of --keep and --strength where no word is said of units.
-DEFAULT_UNITS: Units = "heads"
-
-
+Policy = Literal["exact", "published"]
+Comparable = Literal["standardised", "share", "raw", "shifted", "stream"]
+Cost = Literal["params", "kv-bytes", "latency"]
+Regime = Literal["in-domain", "cross-domain", "out-of-domain"]
+POLICIES = get_args(Policy)
 DEFAULT_MULTIPLE = 64
 
 
-@dataclass(frozen=True)
-class PlanRequest:
-    """What the user may ask of a plan; `spp plan` and `spp export` take the same.
+@dataclass(frozen=True, kw_only=True)
+class PlanRequest(Seed):
+    """What `spp plan` and `spp export` may be asked of a plan."""
 
-    profile: a file with a table of latency, where that is the cost. tp: the cards that a server
-    will spread every layer over.
-    """
+    units: Units = option(
+        "heads", help="What may be removed: attention heads, MLP channels, or both."
+    )
+    layout: Layout = option(
+        "per-layer",
+        help="uniform: every layer alike, a stock model. per-layer: layers differ, and less is "
+        "lost. ragged: single query heads go, for transformers alone.",
+    )
+    # No choice of words here: a new criterion takes one file, and importing all of them is slow.
+    criterion: str | None = option(
+        None,
+        metavar="NAME",
+        help="Importance of a unit; by default obs where compensation is lstsq, else energy. "
+        "Others are axis, taylor, wanda-sp, flap, ppsp, llm-pruner, ...; a wrong name lists all.",
+    )
+    comparable: str | None = option(
+        None,
+        type=Comparable,
+        help="How scores of different layers are made comparable; the criterion's own way by "
+        "default.",
+    )
+    policy: Policy = option(
+        "exact",
+        help="exact: the best plan under the budget. published: the released algorithm, for "
+        "comparison.",
+    )
+    compensate: Compensation = option(
+        "lstsq", help="How the kept weights make up for what is removed; lstsq by default."
+    )
+    regime: str | None = option(
+        None,
+        type=Regime,
+        help="Probe temperatures to use; chosen from the text by default.",
+    )
+    shrinkage: float | None = option(
+        None,
+        metavar="SHARE",
+        help="How far the diagnosed mixture is shrunk towards all domains alike, 0 to 1; chosen on "
+        "validation text by default.",
+    )
+    adapt: bool = option(True, help="Let the scenario's own text add its statistics to the pools'.")
+    keep: float | None = option(
+        None,
+        panel=BUDGET,
+        metavar="SHARE",
+        help="Share of the parameters of the units that stays: of q, k, v and o for heads; 0.8 "
+        "where no budget is given. Of what --cost says, where that is another.",
+    )
+    max_params: int | None = option(
+        None,
+        panel=BUDGET,
+        metavar="N",
+        parse=parse_count,
+        help="Most parameters of the whole slim model; 12k, 1.5M and 2G are understood.",
+    )
+    max_kv_bytes: int | None = option(
+        None,
+        panel=BUDGET,
+        metavar="N",
+        parse=parse_count,
+        help="Most bytes of KV cache per token, in the stored dtype.",
+    )
+    strength: float | None = option(
+        None,
+        panel=BUDGET,
+        metavar="ETA",
+        help="From 0 to 1; higher removes more, and narrow scenarios lose more than broad ones.",
+    )
+    cost: Cost = option(
+        "params",
+        panel=BUDGET,
+        help="What units compete by, and what --keep is a share of: their parameters, the KV "
+        "cache, or the time of their blocks by --profile.",
+    )
+    profile: PathLike | None = option(
+        None,
+        panel=BUDGET,
+        metavar="FILE",
+        help="Table of latency for --cost latency, written by 'spp bench --profile'.",
+    )
+    max_latency: float | None = option(
+        None,
+        panel=BUDGET,
+        metavar="MS",
+        help="Most milliseconds of a step of the slim model by the profile; with --cost latency.",
+    )
+    width_multiple: int = option(
+        DEFAULT_MULTIPLE,
+        panel=BUDGET,
+        least=1,
+        metavar="N",
+        help="MLP widths are multiples of this many channels.",
+    )
+    tp: int = option(
+        1,
+        panel=BUDGET,
+        least=1,
+        metavar="N",
+        help="Cards that a server will spread every layer over: heads and channels divide by it.",
+    )
 
-    keep: float | None = None
-    max_params: int | None = None
-    max_kv_bytes: int | None = None
-    strength: float | None = None
-    layout: str = "per-layer"
-    criterion: str | None = None
-    policy: str = "exact"
-    compensate: str = "lstsq"
-    regime: str | None = None
-    units: str = DEFAULT_UNITS
-    comparable: str | None = None
-    width_multiple: int = DEFAULT_MULTIPLE
-    shrinkage: float | None = None
-    adapt: bool = True
-    seed: int = 0
-    cost: str = "params"
-    profile: str | None = None
-    max_latency: float | None = None
-    tp: int = 1
+    @property
+    def limits(self) -> tuple[float | None, ...]:
+        """The limits of a budget, of which at most one is set."""
+        return (self.keep, self.max_params, self.max_kv_bytes, self.strength, self.max_latency)
 
     @property
     def budget(self) -> Budget:
-        """The budget asked for; the default share where none was."""
-        asked = (self.keep, self.max_params, self.max_kv_bytes, self.strength)
-        cost: Cost = next((known for known in COSTS if known == self.cost), "params")
-        if all(limit is None for limit in (*asked, self.max_latency)):
-            return Budget(keep=DEFAULT_KEEP, units=_units(self), cost=cost)
-        return Budget(*asked, units=_units(self), cost=cost, max_latency=self.max_latency)
+        """The budget; the default share where there is no limit."""
+        from spp_export.planning.budget import DEFAULT_KEEP, Budget
+
+        return Budget(
+            keep=DEFAULT_KEEP if self.limits == (None,) * 5 else self.keep,
+            max_params=self.max_params,
+            max_kv_bytes=self.max_kv_bytes,
+            strength=self.strength,
+            units=self.units,
+            cost=self.cost,
+            max_latency=self.max_latency,
+        )
 
     @property
     def criterion_name(self) -> str:
-        """The criterion asked for; the default one of the compensation where none was."""
+        """The criterion; the default one of the compensation where none is named."""
+        from spp_export.planning.scoring import DEFAULT_CRITERION
+
         return self.criterion or DEFAULT_CRITERION[self.compensate]
 
     def check(self) -> None:
         """UsageError for a word that names nothing, or a budget that is none."""
-        for option, value, known in (
-            ("--units", self.units, UNITS),
-            ("--layout", self.layout, LAYOUTS),
-            ("--criterion", self.criterion or CRITERION_NAMES[0], CRITERION_NAMES),
-            ("--comparable", self.comparable or "raw", COMPARABLE),
-            ("--policy", self.policy, POLICIES),
-            ("--compensate", self.compensate, COMPENSATIONS),
-            ("--cost", self.cost, COSTS),
-        ):
-            if value not in known:
-                raise UsageError(f"{option} {value}: expected one of {', '.join(known)}.")
+        from spp_export.importance import CRITERIA, SetCriterion
+        from spp_export.planning.scoring import CRITERION_NAMES
+
+        super().check()
+        check_word("--criterion", self.criterion or CRITERION_NAMES[0], CRITERION_NAMES)
+        check_word("--comparable", self.comparable or "raw", get_args(Comparable))
         self.budget.to_dict()
         self._check_cost()
-        if self.tp < 1:
-            raise UsageError(f"--tp {self.tp}: expected 1 or more.")
         if self.tp > 1 and (self.layout == "ragged" or self.policy == "published"):
             raise UsageError("--tp: only regular plans of policy exact divide among cards.")
-        if self.width_multiple < 1:
-            raise UsageError(f"--width-multiple {self.width_multiple}: expected 1 or more.")
         if self.shrinkage is not None and not 0 <= self.shrinkage <= 1:
             raise UsageError(f"--shrinkage {self.shrinkage}: expected a number in [0, 1].")
         criterion = CRITERIA.get(self.criterion_name)
@@ -111,40 +194,7 @@ class PlanRequest:
         self.latency()
 
     def latency(self) -> LatencyTable | None:
-        """The table asked for, if any. Raises ProfileError."""
+        """The table of latency, if any. Raises ProfileError."""
+        from spp_export.planning.latency import read_latency_table
+
         return None if self.profile is None else read_latency_table(self.profile)
-
-
-@dataclass(frozen=True)
-class PlanResult:
-    """A compiled plan, why it is so, and what it will come to."""
-
-    plan: Plan
-    shape: ModelShape
-    diagnosis: Diagnosis | None
-    predicted: Predicted
-
-    @property
-    def engines(self) -> tuple[Engine, ...]:
-        """Engines that will, or will not, load what the plan describes."""
-        return engines_for(self.plan.written_layout, self.plan.written_shapes(self.shape))
-
-    def to_dict(self) -> dict[str, Any]:
-        """For `--json`: `plan` is the document that `--plan` reads."""
-        return {
-            "plan": json.loads(self.plan.to_json()),
-            "dense_heads": {"query": self.shape.query_heads, "kv": self.shape.kv_heads},
-            "engines": [engine.to_dict() for engine in self.engines],
-        }
-
-
-def _units(request: PlanRequest) -> Units:
-    return next((known for known in UNITS if known == request.units), DEFAULT_UNITS)
-
-
-def _layout(request: PlanRequest) -> Layout:
-    return next(known for known in LAYOUTS if known == request.layout)
-
-
-def _compensation(request: PlanRequest) -> Compensation:
-    return next(known for known in COMPENSATIONS if known == request.compensate)

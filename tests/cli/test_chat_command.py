@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-import spp_export
+import spp_export.commands.chat.chat as module
 from spp_cli.conversation import show_piece
 from spp_cli.main import app, run
 from spp_export import Chat
@@ -90,13 +90,14 @@ def library(monkeypatch):
 
         def watched(prompt, **options):
             answer = ask(prompt, **options)
-            calls.setdefault("asked", []).append((bytes(answer.prompt_ids).decode(), options))
+            given = {"choose": opened.choose, "max_new_tokens": opened.max_new_tokens, **options}
+            calls.setdefault("asked", []).append((bytes(answer.prompt_ids).decode(), given))
             return answer
 
         monkeypatch.setattr(opened, "ask", watched)
         return opened
 
-    monkeypatch.setitem(vars(spp_export), "open_chat", open_chat)
+    monkeypatch.setattr(module, "open_chat", open_chat)
     return calls
 
 
@@ -253,7 +254,7 @@ import spp_export
 from test_chat_command import Templated, talker
 from spp_cli.main import run
 opened = talker(Templated(), **{options!r})
-vars(spp_export)["open_chat"] = lambda *_, **__: opened
+vars(spp_export)["chat"] = lambda **_: opened
 sys.exit(run(["chat", "out", *sys.argv[1:]]))
 """
 
@@ -261,7 +262,7 @@ sys.exit(run(["chat", "out", *sys.argv[1:]]))
 def start(*arguments, options=None, **streams):
     script = SESSION.format(tests=str(Path(__file__).parent), options=options or {})
     kept = {k: v for k, v in os.environ.items() if k not in ("SPP_DEBUG", "FORCE_COLOR")}
-    path = os.pathsep.join([str(ROOT), str(ROOT / "cli")])
+    path = os.pathsep.join([str(ROOT / name) for name in ("", "cli", "benchmarks")])
     return subprocess.Popen(
         [sys.executable, "-c", script, *arguments],
         env=kept | {"PYTHONPATH": path, "TERM": "dumb", "PYTHONIOENCODING": "utf-8"},
@@ -407,11 +408,11 @@ def test_plans_are_for_the_first_turn_to_choose_from(monkeypatch):
         chat.ask = chosen
         return chat
 
-    monkeypatch.setitem(vars(spp_export), "open_scenario_chat", opened)
+    monkeypatch.setattr(module, "open_scenario_chat", opened)
     found = invoke("a.json", "b.json", "--model", "m", "--artifacts", "x", "--prompt", "Hello")
     positional, keywords = calls["open"]
-    assert positional == ([Path("a.json"), Path("b.json")],)
+    assert positional == ((Path("a.json"), Path("b.json")),)
     assert (keywords["model"], keywords["artifacts"]) == ("m", Path("x"))
     assert "answered by history" in found.stderr
     invoke("a.json", "--prompt", "Hello")
-    assert calls["open"][0] == ([Path("a.json")],)
+    assert calls["open"][0] == ((Path("a.json"),),)

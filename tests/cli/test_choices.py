@@ -1,37 +1,33 @@
-"""The CLI types the library's choices out again: help must come before their module is loaded."""
+"""Requests type choices out again whose modules are slow to load: help comes before them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, get_args
 
 import pytest
 
-from spp_cli import options
+from spp_export.common.options import DtypeName, field_types
 from spp_export.importance import COMPARABLE
-from spp_export.models.shape import UNITS
-from spp_export.planning import COMPENSATIONS, LAYOUTS
+from spp_export.models.session import _DTYPES
+from spp_export.models.shape import LAYOUTS, UNITS
 from spp_export.planning.budget import COSTS
-from spp_export.planning.request import POLICIES
+from spp_export.planning.plan import COMPENSATIONS
+from spp_export.planning.request import Comparable, PlanRequest
 
-
-def words(alias: Any) -> Iterator[str]:
-    """The words of the Literal inside an option's type."""
-    for part in get_args(get_args(alias)[0]):
-        yield from (part,) if isinstance(part, str) else get_args(part)
+TYPES = field_types(PlanRequest)
 
 
 @pytest.mark.parametrize(
-    ("option", "known"),
+    ("choices", "known"),
     [
-        (options.Units, UNITS),
-        (options.Comparable, tuple(COMPARABLE)),
-        (options.Layout, LAYOUTS),
-        (options.Policy, POLICIES),
-        (options.Compensate, COMPENSATIONS),
-        (options.Cost, COSTS),
+        (Comparable, COMPARABLE),
+        (DtypeName, _DTYPES),
+        (TYPES["units"], UNITS),
+        (TYPES["layout"], LAYOUTS),
+        (TYPES["compensate"], COMPENSATIONS),
+        (TYPES["cost"], COSTS),
     ],
-    ids=["units", "comparable", "layout", "policy", "compensate", "cost"],
+    ids=["comparable", "dtype", "units", "layout", "compensate", "cost"],
 )
-def test_the_choices_are_the_librarys(option: Any, known: tuple[str, ...]) -> None:
-    assert sorted(words(option)) == sorted(known)
+def test_the_choices_are_the_librarys(choices: Any, known: tuple[str, ...]) -> None:
+    assert sorted(get_args(choices)) == sorted(known)

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import spp_export
 from spp_cli.main import app, run
-from spp_export import EvalRequest, EvalResult
+from spp_export import EvalResult
 from spp_export.evaluation.harness.documents import DocumentScores
 from spp_export.evaluation.harness.records import Record, Results
 from spp_export.evaluation.harness.rows import DENSE, Row
@@ -74,28 +74,13 @@ def invoke(*arguments):
 
 def test_defaults(library):
     invoke("--scenario", "s.txt", "-o", "out")
-    positional, keywords = library["evaluate"]
-    assert positional == ("s.txt", Path("out"))
-    assert keywords["request"] == EvalRequest()
-    expected = {
-        "wrong": None,
-        "model": "demo",
-        "artifacts": None,
-        "other_artifacts": {},
-        "pools": None,
-        "eval_sets": [],
-        "plans": [],
-        "force": False,
-        "device": "cpu",
-        "dtype": None,
-    }
-    assert {name: keywords[name] for name in keywords if name != "request"} == expected
+    assert library["evaluate"] == (("s.txt", Path("out")), {})
 
 
 def test_every_flag_is_passed(library):
     invoke(
         *("--scenario", "s.txt", "-o", "out", "--wrong", "w.txt", "--model", "org/m"),
-        *("--artifacts", "art", "--keep", "0.9", "--keep", "0.7", "--criterion", "obs"),
+        *("--artifacts", "art", "--keep", "0.9", "--keep", "0.7", "--criterion", "flap"),
         *("--criterion", "all", "--units", "heads", "--units", "both", "--compensate", "bias"),
         *("--comparable", "share", "--ablations", "--other-artifacts", "plain=dir/a=b"),
         *("--plan", "p.json", "--pools", "pools", "--domain", "law", "--eval-set", "q.json"),
@@ -103,32 +88,36 @@ def test_every_flag_is_passed(library):
         *("--dtype", "bfloat16", "--seed", "3", "--force", "--quiet"),
     )
     _, keywords = library["evaluate"]
-    assert keywords["request"] == EvalRequest(
-        keeps=(0.9, 0.7),
-        criteria=("obs", "all"),
-        units=("heads", "both"),
-        compensations=("bias",),
-        comparable="share",
-        ablations=True,
-        domains=("law",),
-        generate=True,
-        max_new_tokens=9,
-        curves=False,
-        seed=3,
-    )
-    assert keywords["other_artifacts"] == {"plain": Path("dir/a=b")}
-    assert keywords["plans"] == [Path("p.json")]
-    assert keywords["eval_sets"] == [Path("q.json")]
-    assert (keywords["wrong"], keywords["pools"]) == (Path("w.txt"), Path("pools"))
-    assert (keywords["device"], keywords["dtype"]) == ("cuda:1", "bfloat16")
-    assert keywords["force"]
+    assert keywords == {
+        "wrong": Path("w.txt"),
+        "model": "org/m",
+        "artifacts": Path("art"),
+        "keep": (0.9, 0.7),
+        "criterion": ("flap", "all"),
+        "units": ("heads", "both"),
+        "compensate": ("bias",),
+        "comparable": "share",
+        "ablations": True,
+        "other_artifacts": {"plain": "dir/a=b"},
+        "plan": (Path("p.json"),),
+        "pools": Path("pools"),
+        "domain": ("law",),
+        "eval_set": (Path("q.json"),),
+        "generate": True,
+        "max_new_tokens": 9,
+        "curves": False,
+        "device": "cuda:1",
+        "dtype": "bfloat16",
+        "seed": 3,
+        "force": True,
+    }
 
 
 def test_several_scenarios_each_get_a_report(library):
     found = invoke("--scenario", "a.txt", "--scenario", "b.txt", "-o", "out")
     positional, keywords = library["evaluate_scenarios"]
-    assert positional == (["a.txt", "b.txt"], Path("out"))
-    assert keywords["wrong"] is None
+    assert positional == (("a.txt", "b.txt"), Path("out"))
+    assert keywords == {}
     assert found.stdout.index("written to out/a") < found.stdout.index("written to out/b")
     found = invoke("--scenario", "a.txt", "--scenario", "b.txt", "-o", "out", "--json")
     assert [each["output"] for each in json.loads(found.stdout)["evaluations"]] == [

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 import spp_export
 from spp_cli.main import app
 from spp_export import ConvertResult, ExportRequest, GgufOptions
+from spp_export.commands.requests import ConvertRequest
 from spp_export.common.errors import UsageError
 from spp_export.formats.gguf.options import PRECISIONS, QUANTS
 from spp_export.models.engines import gguf_engines
@@ -38,7 +39,7 @@ def library(monkeypatch):
     answers = {"export": export_result(), "convert": converted()}
 
     def recorder(name):
-        def call(*_, **keywords):
+        def call(**keywords):
             calls[name] = keywords
             return answers[name]
 
@@ -68,9 +69,9 @@ def invoke(*arguments):
 )
 def test_the_form_reaches_the_library(library, flags, form):
     invoke("export", "--scenario", "s", "--format", "gguf", *flags)
-    assert library["export"]["request"] == ExportRequest(gguf=form)
+    assert ExportRequest(**library["export"]).gguf == form
     assert invoke("convert", "x", "-o", "y", "--format", "gguf", *flags).exit_code == 0
-    assert library["convert"]["options"] == form
+    assert ConvertRequest(**library["convert"]).gguf == form
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import spp_export
 from spp_cli.main import app
 from spp_export import ConvertResult, ExportRequest, OnnxOptions
+from spp_export.commands.requests import ConvertRequest
 from spp_export.common.errors import ParityError, UsageError
 from spp_export.formats.onnx.options import ATTENTIONS, PRECISIONS, QUANTS
 from spp_export.models.engines import onnx_engines
@@ -43,13 +44,13 @@ def exported(form=FORM, **changes):
 
 @pytest.fixture
 def library(monkeypatch):
-    """Calls as (positional, keywords) by function name; answers can be replaced."""
+    """Arguments of calls by function name; answers can be replaced."""
     answers = {"export": exported(), "convert": converted()}
     calls = {"answers": answers}
 
     def recorder(name):
-        def call(*positional, **keywords):
-            calls[name] = (positional, keywords)
+        def call(**keywords):
+            calls[name] = keywords
             if isinstance(answers[name], Exception):
                 raise answers[name]
             return answers[name]
@@ -86,14 +87,14 @@ def invoke(*arguments):
 def test_the_form_of_a_graph(library, flags, form):
     """Said in the same words to both commands."""
     assert invoke("export", "--scenario", "s", "--format", "onnx", *flags).exit_code == 0
-    assert library["export"][1]["request"] == ExportRequest(onnx=form)
+    assert ExportRequest(**library["export"]).onnx == form
     assert invoke("convert", "out/chemistry", "-o", "x", *flags).exit_code == 0
-    assert library["convert"][1]["options"] == form
+    assert ConvertRequest(**library["convert"]).onnx == form
 
 
 def test_safetensors_have_no_form(library):
     invoke("export", "--scenario", "s")
-    assert library["export"][1]["request"] == ExportRequest(onnx=None)
+    assert library["export"] == {"scenario": "s"}
 
 
 @pytest.mark.parametrize("format", [[], ["--format", "safetensors"]])
@@ -130,25 +131,25 @@ def test_convert_passes_every_flag(library):
         *("--device", "cuda:1", "--seed", "3", "--force", "--no-verify", "--keep-failed"),
     )
     assert result.exit_code == 0
-    assert library["convert"] == (
-        ("out/chemistry", Path("out/x")),
-        {
-            "options": OnnxOptions(precision="fp16"),
-            "scenario": "s.txt",
-            "force": True,
-            "verify": False,
-            "keep_failed": True,
-            "device": "cuda:1",
-            "seed": 3,
-        },
-    )
+    assert library["convert"] == {
+        "checkpoint": "out/chemistry",
+        "output": Path("out/x"),
+        "scenario": "s.txt",
+        "force": True,
+        "verify": False,
+        "keep_failed": True,
+        "device": "cuda:1",
+        "seed": 3,
+    }
+    assert ConvertRequest(**library["convert"]).onnx == OnnxOptions(precision="fp16")
 
 
 def test_convert_defaults(library):
     invoke("convert", "demo", "-o", "out/x")
-    keywords = library["convert"][1]
-    assert (keywords["force"], keywords["verify"], keywords["keep_failed"]) == (False, True, False)
-    assert (keywords["scenario"], keywords["device"], keywords["seed"]) == (None, "cpu", 0)
+    assert library["convert"] == {"checkpoint": "demo", "output": Path("out/x")}
+    request = ConvertRequest(**library["convert"])
+    assert (request.force, request.verify, request.keep_failed) == (False, True, False)
+    assert (request.scenario, request.device, request.seed) == (None, "cpu", 0)
 
 
 @pytest.mark.parametrize(

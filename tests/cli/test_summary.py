@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import xml.etree.ElementTree as ET
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +14,7 @@ from rich.console import Console
 from spp_cli.output import Output
 from spp_cli.render.look import ASCII, UNICODE
 from spp_cli.render.reports import diagnosis_report, shown_report
-from spp_cli.render.summary import export_summary, plan_summary, save_picture, tensor_changes
+from spp_cli.render.summary import export_summary, plan_summary, tensor_changes
 from spp_export.commands.show import Shown
 from spp_export.planning.bound import predicted
 from spp_export.planning.latency import LatencyTable, PredictedLatency
@@ -182,17 +181,6 @@ def test_tensor_changes_collapse_layers():
         "model.layers.2.self_attn.q_proj.weight         8 x 4 -> 2 x 4",
         "model.layers.4.self_attn.q_proj.weight         8 x 4 -> 6 x 4",
     ]
-
-
-def test_the_picture_loads_nothing(tmp_path):
-    path = tmp_path / "export.svg"
-    save_picture(lambda look: export_summary(export_result(), look, 0), path)
-    svg = path.read_text(encoding="utf-8")
-    ET.fromstring(svg)
-    assert "url(http" not in svg
-    assert "src:" not in svg
-    assert svg.count("http") == svg.count('xmlns="http://www.w3.org/2000/svg"')
-    assert "chemistry" in svg
 
 
 def test_layers_of_a_diagnosis():

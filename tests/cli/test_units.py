@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from spp_cli.units import byte_size, one_line, parse_count, ranges, seconds
+from spp_cli.render.look import byte_size, one_line, ranges, seconds
+from spp_export.common.options import parse_count
 
 
 @pytest.mark.parametrize(

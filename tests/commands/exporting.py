@@ -165,37 +165,28 @@ class Workshop:
             path = self.root / name / f"{layout}-{compensate}"
             padded = layout == "padded"
             asked = {"layout": "ragged" if padded else layout, "compensate": compensate}
-            request = spp_export.ExportRequest(pad=padded)
-            result = self.export(name, path, request=request, **asked)
+            result = self.export(name, path, pad=padded, **asked)
             self._exports[key] = Exported(path, self.dense(name), result)
         return self._exports[key]
 
-    def export(
-        self,
-        name: str,
-        path: Path,
-        *,
-        request: spp_export.ExportRequest | None = None,
-        **asked: Any,
-    ) -> spp_export.ExportResult:
-        """Export a case anew; `asked` are fields of PlanRequest."""
+    def export(self, name: str, path: Path | None, **asked: Any) -> spp_export.ExportResult:
+        """Export a case anew; `asked` are options of `export`."""
         return spp_export.export(
             self.scenario,
             path,
             model=str(self.dense(name)),
             artifacts=self.artifacts(name),
-            plan_request=spp_export.PlanRequest(**{"keep": KEEP, **asked}),
-            request=request,
+            **{"keep": KEEP, **asked},
         )
 
     def plan(self, name: str, **asked: Any) -> spp_export.PlanResult:
-        """Plan for a case; `asked` are fields of PlanRequest, and `artifacts` other ones."""
+        """Plan for a case; `asked` are options of `plan`, and `artifacts` other ones."""
         artifacts = asked.pop("artifacts", None) or self.artifacts(name)
         return spp_export.plan(
             self.scenario,
             model=str(self.dense(name)),
             artifacts=artifacts,
-            request=spp_export.PlanRequest(**asked),
+            **asked,
         )
 
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import onnx
 from exporting import Exported, Workshop
+from factories import format_options
 
 import spp_export
-from spp_export import ExportRequest, OnnxOptions
+from spp_export import OnnxOptions
 from spp_export.common.manifest import write_manifest
 
 FORMS = ("gqa", "gqa-bias", "standard")
@@ -42,7 +43,8 @@ def export_onnx(
         model=str(slim.dense),
         artifacts=workshop.artifacts(slim.dense.parent.name),
         plan=slim.path / "plan.json",
-        request=ExportRequest(onnx=options, **request),
+        **format_options(options),
+        **request,
     )
 
 

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 from exporting import CASE, refused, tree
-from factories import CASES, random_layers, read_config, shape_of, write_slim
+from factories import CASES, format_options, random_layers, read_config, shape_of, write_slim
 from onnx_exports import FILES, FORMS, exported_onnx
 
 import spp_export
@@ -48,7 +48,7 @@ def test_a_dense_model(workshop, tmp_path, case):
     """Every family; it is its own reference."""
     dense = workshop.dense(case.name)
     form = FORMS[len(case.name) % 3]
-    result = spp_export.convert(str(dense), tmp_path / "x", options=OnnxOptions(form))
+    result = spp_export.convert(str(dense), tmp_path / "x", **format_options(OnnxOptions(form)))
     assert result.report["passed"]
     assert {path.name for path in (tmp_path / "x").iterdir()} == FILES
     assert read_config(tmp_path / "x")["spp_onnx"]["layout"] == "uniform"
@@ -67,7 +67,7 @@ def test_a_dense_model(workshop, tmp_path, case):
 def test_every_form(workshop, tmp_path, form, precision, quant):
     slim = workshop.exported(NAME, "per-layer", "lstsq")
     options = OnnxOptions(form, precision, quant)
-    result = spp_export.convert(slim.path, tmp_path / "x", options=options)
+    result = spp_export.convert(slim.path, tmp_path / "x", **format_options(options))
     assert result.report["passed"]
     assert ("quantisation" in result.report) == (quant is not None)
     assert {path.name for path in (tmp_path / "x").iterdir()} == FILES
@@ -86,7 +86,7 @@ def test_a_model_in_half_precision(tmp_path, dtype):
 
 def test_the_record(workshop, tmp_path):
     slim = workshop.exported(NAME)
-    result = spp_export.convert(slim.path, tmp_path / "x", options=OnnxOptions(quant="int8"))
+    result = spp_export.convert(slim.path, tmp_path / "x", quant="int8")
     found = result.to_dict()
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     size = sum(path.stat().st_size for path in (tmp_path / "x").glob("model.onnx*"))
@@ -118,7 +118,7 @@ def test_the_same_twice(workshop, tmp_path):
     slim = workshop.exported(NAME)
     for name in "ab":
         (tmp_path / name).mkdir()
-        spp_export.convert(slim.path, tmp_path / name / "x", options=OnnxOptions(quant="int4"))
+        spp_export.convert(slim.path, tmp_path / name / "x", quant="int4")
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
 
 
@@ -173,7 +173,7 @@ def test_what_is_no_model_is_refused(workshop, tmp_path):
 
 def test_targets_are_as_of_export(workshop, tmp_path):
     slim, target = workshop.exported(NAME), tmp_path / "x"
-    spp_export.convert(slim.path, target, options=OnnxOptions("standard"))
+    spp_export.convert(slim.path, target, **format_options(OnnxOptions("standard")))
     with refused(OutputError, "is not empty"):
         spp_export.convert(slim.path, target)
     spp_export.convert(slim.path, target, force=True)
@@ -231,7 +231,7 @@ def test_without_checks(workshop, tmp_path, failing):
     """bf16, which the CPU cannot run, can still be written there."""
     slim = workshop.exported(NAME).path
     with refused(UsageError, "no bf16 kernels on the CPU"):
-        spp_export.convert(slim, tmp_path / "x", options=OnnxOptions(precision="bf16"))
+        spp_export.convert(slim, tmp_path / "x", **format_options(OnnxOptions(precision="bf16")))
     result = spp_export.convert(
         slim, tmp_path / "x", options=OnnxOptions(precision="bf16"), verify=False
     )

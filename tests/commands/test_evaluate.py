@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 from exporting import texts, write_texts
@@ -16,7 +15,7 @@ from spp_export.common.errors import OutputError, UsageError
 from spp_export.evaluation.harness.grid import BASELINES
 
 NAME = "llama-gqa-bias"
-REQUEST = EvalRequest(keeps=(0.7,), criteria=("energy",), compensations=("none",), curves=False)
+REQUEST = {"keep": (0.7,), "criterion": ("energy",), "compensate": ("none",), "curves": False}
 
 
 @pytest.fixture(scope="module")
@@ -37,22 +36,22 @@ def first(workshop, common, tmp_path_factory):
     root = tmp_path_factory.mktemp("evaluated")
     quiz = root / "quiz.jsonl"
     quiz.write_text('{"prompt": "3 + 4 =", "answer": "7"}\n{"prompt": "1 + 1 =", "answer": "2"}\n')
-    request = EvalRequest(
-        keeps=(0.7,),
-        criteria=("energy", "probe-pruning"),
-        compensations=("none", "lstsq"),
-        ablations=True,
-        domains=("figures",),
-        generate=True,
-        max_new_tokens=3,
-    )
+    request = {
+        "keep": (0.7,),
+        "criterion": ("energy", "probe-pruning"),
+        "compensate": ("none", "lstsq"),
+        "ablations": True,
+        "domain": ("figures",),
+        "generate": True,
+        "max_new_tokens": 3,
+    }
     plan = workshop.exported(NAME, "per-layer", "lstsq").path / "plan.json"
     arguments = {
         **common,
-        "request": request,
+        **request,
         "other_artifacts": {"same": common["artifacts"]},
-        "eval_sets": [quiz],
-        "plans": [plan],
+        "eval_set": [quiz],
+        "plan": [plan],
     }
     return spp_export.evaluate(workshop.scenario, root / "out", **arguments), arguments
 
@@ -114,18 +113,18 @@ def test_a_finished_evaluation_is_only_drawn_again(first, workshop, monkeypatch)
 
 def test_another_evaluation_needs_force(workshop, common, tmp_path):
     out = tmp_path / "out"
-    spp_export.evaluate(workshop.scenario, out, request=REQUEST, **common)
+    spp_export.evaluate(workshop.scenario, out, **REQUEST, **common)
     changed = {**common, "pools": None}
     with pytest.raises(OutputError, match="different set of texts"):
-        spp_export.evaluate(workshop.scenario, out, request=REQUEST, **changed)
-    found = spp_export.evaluate(workshop.scenario, out, request=REQUEST, force=True, **changed)
+        spp_export.evaluate(workshop.scenario, out, **REQUEST, **changed)
+    found = spp_export.evaluate(workshop.scenario, out, **REQUEST, force=True, **changed)
     assert found.results.texts == ("scenario, held out",)
 
 
 def test_a_directory_of_something_else_is_left_alone(workshop, common, tmp_path):
     (tmp_path / "table.md").write_text("mine")
     with pytest.raises(OutputError, match=r"no results\.jsonl"):
-        spp_export.evaluate(workshop.scenario, tmp_path, request=REQUEST, force=True, **common)
+        spp_export.evaluate(workshop.scenario, tmp_path, **REQUEST, force=True, **common)
     assert (tmp_path / "table.md").read_text() == "mine"
 
 
@@ -135,14 +134,14 @@ def test_text_that_was_calibrated_on_judges_nothing(workshop, common, tmp_path):
     quiz.write_text(json.dumps({"prompt": trained.strip(), "answer": "7"}))
     with pytest.raises(UsageError, match="figures pool, so it cannot judge"):
         spp_export.evaluate(
-            workshop.scenario, tmp_path / "out", request=REQUEST, eval_sets=[quiz], **common
+            workshop.scenario, tmp_path / "out", **REQUEST, eval_set=[quiz], **common
         )
     with pytest.raises(UsageError, match="scenario's calibration prompts"):
         spp_export.evaluate(
             workshop.scenario,
             tmp_path / "out",
-            request=REQUEST,
-            eval_sets=[workshop.scenario],
+            **REQUEST,
+            eval_set=[workshop.scenario],
             **common,
         )
 
@@ -150,14 +149,14 @@ def test_text_that_was_calibrated_on_judges_nothing(workshop, common, tmp_path):
 @pytest.mark.parametrize(
     ("request_changes", "arguments", "message"),
     [
-        ({"keeps": (1.5,)}, {}, "keep"),
-        ({"criteria": ("best",)}, {}, "--criterion best"),
+        ({"keep": (1.5,)}, {}, "keep"),
+        ({"criterion": ("best",)}, {}, "--criterion best"),
         ({"units": ("rows",)}, {}, "--units rows"),
         ({"units": ()}, {}, "at least one"),
-        ({"compensations": ("magic",)}, {}, "--compensate magic"),
+        ({"compensate": ("magic",)}, {}, "--compensate magic"),
         ({"comparable": "odd"}, {}, "--comparable odd"),
         ({"max_new_tokens": 0}, {}, "--max-new-tokens"),
-        ({"domains": ("figures",)}, {"pools": None}, "--domain needs"),
+        ({"domain": ("figures",)}, {"pools": None}, "--domain needs"),
         ({"generate": True}, {}, "give --eval-set"),
     ],
 )
@@ -166,38 +165,37 @@ def test_refused_before_any_work(workshop, common, tmp_path, request_changes, ar
         spp_export.evaluate(
             workshop.scenario,
             tmp_path / "out",
-            request=replace(REQUEST, **request_changes),
-            **{**common, **arguments},
+            **{**REQUEST, **request_changes, **common, **arguments},
         )
 
 
 def test_texts_that_cannot_judge_are_refused(workshop, common, tmp_path):
     questions = write_texts(tmp_path / "quiz.txt", ["1 + 1 =", "2 + 3 ="])
-    run = {**common, "request": EvalRequest(generate=True, curves=False)}
+    run = {**common, "generate": True, "curves": False}
     with pytest.raises(UsageError, match=r"quiz\.txt: holds no answer"):
-        spp_export.evaluate(workshop.scenario, tmp_path / "o", eval_sets=[questions], **run)
+        spp_export.evaluate(workshop.scenario, tmp_path / "o", eval_set=[questions], **run)
     changed = {**common, "wrong": workshop.scenario}
     with pytest.raises(UsageError, match="is the scenario itself"):
-        spp_export.evaluate(workshop.scenario, tmp_path / "o", request=REQUEST, **changed)
+        spp_export.evaluate(workshop.scenario, tmp_path / "o", **REQUEST, **changed)
     with pytest.raises(UsageError, match=r"named quiz\.txt"):
         spp_export.evaluate(
             workshop.scenario,
             tmp_path / "o",
-            request=REQUEST,
-            eval_sets=[questions, questions],
+            **REQUEST,
+            eval_set=[questions, questions],
             **common,
         )
     short = write_texts(tmp_path / "short.txt", ["1 + 2 ="])
     with pytest.raises(UsageError, match="keep some for judging"):
-        spp_export.evaluate(short, tmp_path / "o", request=REQUEST, **common)
+        spp_export.evaluate(short, tmp_path / "o", **REQUEST, **common)
 
 
 def test_all_criteria_begin_with_the_default():
-    names = EvalRequest(criteria=("all",), compensations=("none",)).criterion_names
+    names = EvalRequest(criterion=("all",), compensate=("none",)).criterion_names
     assert names[0] == "energy"
     assert len(names) == len(set(names))
     assert {"obs", "flap", "axis", "probe-pruning", "full-batch-probing", "random"} <= set(names)
-    assert EvalRequest(criteria=("flap", "all")).criterion_names[:2] == ("flap", "obs")
+    assert EvalRequest(criterion=("flap", "all")).criterion_names[:2] == ("flap", "obs")
 
 
 def test_without_the_benchmarks_their_baselines_are_left_out(monkeypatch, tmp_path, capsys):
@@ -250,8 +248,8 @@ def test_show_tells_what_an_evaluation_is(first):
 
 def test_a_row_that_a_plan_would_refuse_is_refused(workshop, common, tmp_path):
     """`obs` compares layers in one way only: a row that says another must not be measured."""
-    request = replace(REQUEST, criteria=("obs",), comparable="share")
-    result = spp_export.evaluate(workshop.scenario, tmp_path / "out", **common, request=request)
+    request = {**REQUEST, "criterion": ("obs",), "comparable": "share"}
+    result = spp_export.evaluate(workshop.scenario, tmp_path / "out", **common, **request)
     failed = {record.row.criterion: record.error for record in result.results.failed}
     assert set(failed) == {"obs"}
     assert "obs weighs losses in one currency" in failed["obs"]

@@ -263,7 +263,8 @@ def test_the_stored_type_stays(workshop, tmp_path, dtype, compensate):
         tmp_path / "slim",
         model=str(dense),
         artifacts=tmp_path / "artifacts",
-        plan_request=spp_export.PlanRequest(keep=KEEP, compensate=compensate),
+        keep=KEEP,
+        compensate=compensate,
     )
     written = stored(tmp_path / "slim")
     assert {str(tensor.dtype) for tensor in written.values()} == {f"torch.{dtype}"}
@@ -307,7 +308,7 @@ def test_the_license_of_the_source_is_declared(workshop, tmp_path):
         tmp_path / "slim",
         model=str(dense),
         artifacts=workshop.artifacts("llama-mqa"),
-        plan_request=spp_export.PlanRequest(compensate="none"),
+        compensate="none",
     )
     card = (tmp_path / "slim" / "README.md").read_text()
     assert re.search(r'^license: "apache-2.0"$', card, re.MULTILINE)

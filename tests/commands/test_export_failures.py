@@ -11,7 +11,6 @@ from exporting import refused, tree, write_texts
 import spp_export
 import spp_export.slicing.compensation as compensation_module
 import spp_export.slicing.weights as slim_module
-from spp_export import ExportRequest
 from spp_export.common.errors import CheckFailed, ParityError, QualityError, UsageError
 
 NAME = "llama-gqa-bias"
@@ -81,7 +80,7 @@ def test_an_older_export_survives_a_failed_one(workshop, tmp_path, broken):
     older = tree(target)
     broken(*WRONG["o_proj"])
     with pytest.raises(ParityError):
-        workshop.export(NAME, target, request=ExportRequest(force=True), compensate="none")
+        workshop.export(NAME, target, force=True, compensate="none")
     assert tree(target) == older
     assert list(tmp_path.iterdir()) == [target]
 
@@ -90,7 +89,7 @@ def test_keep_failed_publishes_and_still_fails(workshop, tmp_path, broken):
     broken(*WRONG["q_proj"])
     target = tmp_path / "slim"
     with refused(CheckFailed, "Published all the same, by --keep-failed: .*slim") as caught:
-        workshop.export(NAME, target, request=ExportRequest(keep_failed=True), compensate="none")
+        workshop.export(NAME, target, keep_failed=True, compensate="none")
     assert type(caught.value) is ParityError
     assert caught.value.exit_code == 1
     report = json.loads((target / "verify.json").read_text())
@@ -104,7 +103,7 @@ def test_keep_failed_publishes_and_still_fails(workshop, tmp_path, broken):
 def test_unverified_is_published_and_says_so(workshop, tmp_path, broken):
     broken(*WRONG["o_proj"])
     target = tmp_path / "slim"
-    result = workshop.export(NAME, target, request=ExportRequest(verify=False), compensate="none")
+    result = workshop.export(NAME, target, verify=False, compensate="none")
     assert result.report is None
     assert not (target / "verify.json").exists()
     assert "Not verified (`--no-verify`)." in (target / "README.md").read_text()
@@ -116,21 +115,17 @@ def test_the_quality_gate(workshop, tmp_path):
     assert ratio > 0.5
     target = tmp_path / "made" / "slim"
     with refused(QualityError, r"perplexity is .*x dense, the gate allows 0.5x. Keep more") as no:
-        workshop.export(
-            NAME, target, request=ExportRequest(max_perplexity_ratio=0.5), compensate="none"
-        )
+        workshop.export(NAME, target, max_perplexity=0.5, compensate="none")
     assert no.value.exit_code == 1
     assert list(tmp_path.iterdir()) == []
-    result = workshop.export(
-        NAME, target, request=ExportRequest(max_perplexity_ratio=ratio + 0.01), compensate="none"
-    )
+    result = workshop.export(NAME, target, max_perplexity=ratio + 0.01, compensate="none")
     assert result.path == target
 
 
 def test_a_failed_gate_can_be_kept(workshop, tmp_path):
-    request = ExportRequest(max_perplexity_ratio=0.5, keep_failed=True)
+    request = {"max_perplexity": 0.5, "keep_failed": True}
     with refused(QualityError, "Published all the same"):
-        workshop.export(NAME, tmp_path / "slim", request=request, compensate="none")
+        workshop.export(NAME, tmp_path / "slim", **request, compensate="none")
     assert spp_export.verify(tmp_path / "slim", model=str(workshop.dense(NAME))).passed
 
 
@@ -143,12 +138,13 @@ def test_a_gate_needs_held_out_text_and_the_checks(workshop, tmp_path):
             tmp_path / "slim",
             model=str(workshop.dense(NAME)),
             artifacts=workshop.artifacts(NAME),
-            request=ExportRequest(max_perplexity_ratio=9.0, **asked),
+            max_perplexity=9.0,
+            **asked,
         )
 
     with refused(QualityError, "a scenario of at least four prompts"):
         export()
     for asked in ({"verify": False}, {"dry_run": True}):
-        with refused(UsageError, "--max-perplexity needs the checks"):
+        with refused(UsageError, "--max-perplexity: nothing is measured then"):
             export(**asked)
     assert list(tmp_path.iterdir()) == [short]

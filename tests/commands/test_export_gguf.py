@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from exporting import CASE, Workshop, refused
+from factories import format_options
 from gguf_cases import add_merges
 
 import spp_export
-from spp_export import ExportRequest, GgufOptions, OnnxOptions
+from spp_export import GgufOptions, OnnxOptions
 from spp_export.common.errors import CheckpointError, ModelError, ParityError, UsageError
 from spp_export.common.manifest import write_manifest
 from spp_export.common.progress import quiet_transformers
@@ -53,7 +54,8 @@ class Merging(Workshop):
             model=str(slim.dense),
             artifacts=self.artifacts(name),
             plan=slim.path / "plan.json",
-            request=ExportRequest(gguf=form, **options),
+            **format_options(form),
+            **options,
         )
 
 
@@ -207,7 +209,7 @@ def test_what_is_not_quantised_is_said(merging: Merging, tmp_path: Path) -> None
         output=tmp_path / "out",
         model=str(dense),
         plan=plan,
-        request=ExportRequest(gguf=GgufOptions(quant="q4_0")),
+        **format_options(GgufOptions(quant="q4_0")),
     )
     left = result.to_dict()["verify"]["gguf"]["not_quantised"]
     assert left == [f"blk.{i}.attn_output.weight" for i in range(3)]
@@ -229,7 +231,7 @@ def test_ragged_layers_are_refused(merging: Merging, tmp_path: Path) -> None:
     with refused(UsageError, "--format gguf needs groups of the same size .* --pad"):
         merging.gguf(tmp_path / "out", layout="ragged")
     with refused(ModelError, "needs the same number for every KV head"):
-        spp_export.convert(slim.path, tmp_path / "out", options=GgufOptions())
+        spp_export.convert(slim.path, tmp_path / "out", **format_options(GgufOptions()))
     assert not (tmp_path / "out").exists()
 
 
@@ -263,7 +265,7 @@ def test_without_the_package(merging: Merging, tmp_path: Path, monkeypatch) -> N
 def test_convert_of_an_export(made: Path, merging: Merging, tmp_path: Path) -> None:
     """The same file as the export wrote."""
     slim = merging.exported(NAME, "per-layer", "lstsq")
-    result = spp_export.convert(slim.path, tmp_path / "out", options=GgufOptions())
+    result = spp_export.convert(slim.path, tmp_path / "out", **format_options(GgufOptions()))
     assert result.to_dict()["format"] == "gguf"
     assert (tmp_path / "out" / "model.gguf").read_bytes() == (made / "model.gguf").read_bytes()
     assert spp_export.verify(tmp_path / "out", model=str(slim.dense)).passed
@@ -271,11 +273,11 @@ def test_convert_of_an_export(made: Path, merging: Merging, tmp_path: Path) -> N
 
 def test_convert_of_a_dense_model(merging: Merging, tmp_path: Path) -> None:
     dense = merging.dense("qwen3-gqa-tied")
-    result = spp_export.convert(dense, tmp_path / "out", options=GgufOptions("fp16"))
+    result = spp_export.convert(dense, tmp_path / "out", **format_options(GgufOptions("fp16")))
     assert result.report["gguf"]["architecture"] == "qwen3"
     assert spp_export.verify(tmp_path / "out", model=str(dense)).passed
     with refused(ModelError, "is a GGUF directory already"):
-        spp_export.convert(tmp_path / "out", tmp_path / "again", options=GgufOptions())
+        spp_export.convert(tmp_path / "out", tmp_path / "again", **format_options(GgufOptions()))
 
 
 def test_a_failed_check_publishes_nothing(merging: Merging, tmp_path: Path, monkeypatch) -> None:

@@ -10,7 +10,6 @@ from exporting import load, logits, masked, refused, tokens, tree, write_plan
 from factories import random_layers, shape_of
 
 import spp_export
-from spp_export import PlanRequest
 from spp_export.common.errors import PlanError, UsageError
 
 NAME = "llama-gqa-bias"
@@ -128,10 +127,10 @@ def test_provenance_of_a_plan_is_text_from_outside(tmp_path, dense, provenance):
 
 def test_options_of_the_plan_beside_a_plan_are_refused(tmp_path, dense):
     path = write_plan(tmp_path / "my.json", dense, random_layers(shape_of(dense), 0))
-    with refused(UsageError, "leave out the options of 'spp plan'"):
+    with refused(UsageError, "--keep: the plan already decides that"):
         spp_export.export(
             output=tmp_path / "slim",
             model=str(dense),
             plan=path,
-            plan_request=PlanRequest(keep=0.5),
+            keep=0.5,
         )

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
 from exporting import CASE, Exported, load, logits, masked, refused, stored, tokens, tree
-from factories import CASES, read_config
+from factories import CASES, format_options, read_config
 from onnx_exports import FILES, FORMS, export_onnx, exported_onnx
 
 import spp_export
 import spp_export.formats.onnx.checks as onnx_checks
-from spp_export import ExportRequest, OnnxOptions
+from spp_export import OnnxOptions
 from spp_export.common.errors import CheckFailed, OutputError, ParityError, QualityError, UsageError
 from spp_export.evaluation.parity import Check
 from spp_export.formats.onnx.options import QUANTS
@@ -194,7 +194,7 @@ def test_what_is_measured_is_the_graph(workshop):
 def test_the_quality_gate_is_about_the_graph(workshop, tmp_path):
     slim = workshop.exported(NAME, "per-layer", "none")
     with refused(QualityError, "held-out perplexity is .*x dense, the gate allows 0.01x"):
-        export_onnx(workshop, slim, tmp_path / "x", OnnxOptions(), max_perplexity_ratio=0.01)
+        export_onnx(workshop, slim, tmp_path / "x", OnnxOptions(), max_perplexity=0.01)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -215,7 +215,7 @@ def test_checkpoints_in_half_precision(workshop, tmp_path, dtype):
             target,
             model=str(dense),
             plan=tmp_path / "plan.json",
-            request=ExportRequest(onnx=OnnxOptions(precision=precision)),
+            **format_options(OnnxOptions(precision=precision)),
         )
         assert result.report["passed"]
         assert spp_export.verify(target, model=str(dense)).passed
@@ -261,7 +261,7 @@ def test_a_device_without_onnx_runtime_is_refused_before_any_work(workshop, tmp_
                 workshop.scenario,
                 tmp_path / "x",
                 model=str(tmp_path / "none"),
-                request=ExportRequest(onnx=OnnxOptions()),
+                **format_options(OnnxOptions()),
                 device=device,
             )
 
@@ -277,7 +277,7 @@ def test_the_same_request_gives_the_same_bytes(workshop, tmp_path, options):
 def test_from_the_scenario_itself(workshop, tmp_path):
     """Without a plan, as most people will do it."""
     result = workshop.export(
-        NAME, tmp_path / "x", request=ExportRequest(onnx=OnnxOptions()), compensate="lstsq"
+        NAME, tmp_path / "x", **format_options(OnnxOptions()), compensate="lstsq"
     )
     assert result.plan == workshop.exported(NAME, "per-layer", "lstsq").result.plan
     assert result.report["passed"]
@@ -300,7 +300,7 @@ def test_force_replaces_an_older_export_of_any_format(workshop, tmp_path):
         export_onnx(workshop, slim, target, OnnxOptions())
     export_onnx(workshop, slim, target, OnnxOptions(), force=True)
     assert {path.name for path in target.iterdir()} == FILES
-    workshop.export(NAME, target, request=ExportRequest(force=True), compensate="none")
+    workshop.export(NAME, target, force=True, compensate="none")
     assert not list(target.glob("*.onnx*"))
 
 
@@ -387,7 +387,7 @@ def test_a_value_too_large_for_fp16_is_told(workshop, tmp_path):
     tensors["model.layers.0.mlp.up_proj.weight"][3, 4] = 1e6
     save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
     with refused(spp_export.SppError, "up_proj.weight.* has a value too large for fp16"):
-        spp_export.convert(dense, tmp_path / "x", options=OnnxOptions(precision="fp16"))
+        spp_export.convert(dense, tmp_path / "x", **format_options(OnnxOptions(precision="fp16")))
     assert not (tmp_path / "x").exists()
 
 
@@ -438,7 +438,7 @@ def test_a_graph_that_reads_its_padding_is_found(workshop, tmp_path, monkeypatch
             tmp_path / "x",
             model=str(slim.dense),
             plan=slim.path / "plan.json",
-            request=ExportRequest(onnx=OnnxOptions(form)),
+            **format_options(OnnxOptions(form)),
         )
 
 
@@ -455,10 +455,11 @@ def test_a_graph_that_answers_to_padding_on_the_left_is_found(workshop, tmp_path
 def test_ragged_layers_are_filled_with_zeros(workshop, tmp_path, compensate, quant):
     """Every KV head of a graph serves the same number of query heads."""
     asked = {"layout": "ragged", "compensate": compensate}
-    request = ExportRequest(onnx=OnnxOptions(quant=quant), pad=True)
-    result = workshop.export(NAME, tmp_path / "x", request=request, **asked)
-    assert result.engines == exported_onnx(workshop, NAME, options=request.onnx).result.engines
+    form = OnnxOptions(quant=quant)
+    request = {**format_options(form), "pad": True}
+    result = workshop.export(NAME, tmp_path / "x", **request, **asked)
+    assert result.engines == exported_onnx(workshop, NAME, options=form).result.engines
     report = spp_export.verify(tmp_path / "x", model=str(workshop.dense(NAME)))
     assert report.passed, report.failures
     with refused(UsageError, "--format onnx needs groups of the same size in a layer. Add --pad"):
-        workshop.export(NAME, tmp_path / "y", request=replace(request, pad=False), **asked)
+        workshop.export(NAME, tmp_path / "y", **{**request, "pad": False}, **asked)

@@ -20,16 +20,16 @@ from exporting import (
     write_plan,
     written_heads,
 )
-from factories import CASES, ragged_layers, random_layers, read_config, shape_of
+from factories import CASES, format_options, ragged_layers, random_layers, read_config, shape_of
 from onnx_exports import seal
 from safetensors.torch import save_file
 
 import spp_export
-from spp_export import ExportRequest, OnnxOptions
+from spp_export import OnnxOptions
 from spp_export.common.errors import ModelError, PlanError, UsageError
 
 NAME = "qwen2-gqa-tied"
-PAD = ExportRequest(pad=True)
+PAD = {"pad": True}
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
@@ -123,7 +123,7 @@ def test_a_plan_by_hand_can_be_padded(workshop, tmp_path):
     dense = workshop.dense(NAME)
     layers = ragged_layers(shape_of(dense), 3)
     plan = write_plan(tmp_path / "my.json", dense, layers, layout="ragged")
-    result = spp_export.export(output=tmp_path / "slim", model=str(dense), plan=plan, request=PAD)
+    result = spp_export.export(output=tmp_path / "slim", model=str(dense), plan=plan, **PAD)
     assert result.report["passed"]
     slim = load(tmp_path / "slim")
     with masked(dense, layers) as expected:
@@ -150,11 +150,11 @@ def test_a_zero_that_is_none_is_found(workshop, tmp_path):
 @pytest.mark.parametrize("layout", ["per-layer", "uniform"])
 def test_regular_layouts_have_nothing_to_pad(workshop, tmp_path, layout):
     with refused(UsageError, f"--pad fills the groups of ragged layers; this layout is {layout}"):
-        workshop.export(NAME, tmp_path / "slim", request=PAD, layout=layout)
+        workshop.export(NAME, tmp_path / "slim", **PAD, layout=layout)
     dense = workshop.dense(NAME)
     plan = write_plan(tmp_path / "my.json", dense, random_layers(shape_of(dense), 0))
     with refused(UsageError, "--pad fills the groups of ragged layers; this layout is per-layer"):
-        spp_export.export(output=tmp_path / "slim", model=str(dense), plan=plan, request=PAD)
+        spp_export.export(output=tmp_path / "slim", model=str(dense), plan=plan, **PAD)
     plan = write_plan(tmp_path / "my.json", dense, random_layers(shape_of(dense), 0), padded=True)
     with refused(PlanError, "padded is true but layout is per-layer"):
         spp_export.export(output=tmp_path / "slim", model=str(dense), plan=plan)
@@ -164,9 +164,9 @@ def test_regular_layouts_have_nothing_to_pad(workshop, tmp_path, layout):
 @pytest.mark.parametrize("quant", [None, "int8", "int4"])
 @pytest.mark.parametrize("form", ["gqa", "gqa-bias", "standard"])
 def test_padded_layers_go_to_onnx(workshop, tmp_path, form, quant):
-    request = ExportRequest(pad=True, onnx=OnnxOptions(form, quant=quant))
+    request = {"pad": True, **format_options(OnnxOptions(form, quant=quant))}
     out = tmp_path / "onnx"
-    result = workshop.export(NAME, out, request=request, layout="ragged", compensate="lstsq")
+    result = workshop.export(NAME, out, **request, layout="ragged", compensate="lstsq")
     assert result.report["passed"]
     padded = workshop.exported(NAME, "padded", "lstsq")
     config = read_config(out)
@@ -177,9 +177,9 @@ def test_padded_layers_go_to_onnx(workshop, tmp_path, form, quant):
 
 
 def test_ragged_layers_do_not(workshop, tmp_path):
-    request = ExportRequest(onnx=OnnxOptions())
+    request = {**format_options(OnnxOptions())}
     with refused(UsageError, "Add --pad"):
-        workshop.export(NAME, tmp_path / "slim", request=request, layout="ragged")
+        workshop.export(NAME, tmp_path / "slim", **request, layout="ragged")
     slim = workshop.exported(NAME, "ragged", "lstsq")
     with refused(UsageError, "Add --pad"):
         spp_export.export(
@@ -187,7 +187,7 @@ def test_ragged_layers_do_not(workshop, tmp_path):
             tmp_path / "slim",
             model=str(slim.dense),
             plan=slim.path / "plan.json",
-            request=request,
+            **request,
         )
     with refused(ModelError, "Export with --pad, or use layout 'per-layer'"):
         spp_export.convert(slim.path, tmp_path / "slim")

@@ -11,7 +11,6 @@ from exporting import CASE, refused, write_plan, write_texts
 from factories import random_layers, read_config, shape_of
 
 import spp_export
-from spp_export import ExportRequest, PlanRequest
 from spp_export.common.errors import ArtifactsError, ModelError, PlanError, UsageError
 from spp_export.common.progress import show_progress
 
@@ -27,9 +26,9 @@ def dense(workshop) -> Path:
 def test_a_dry_run_writes_nothing(workshop, tmp_path, monkeypatch, compensate):
     workshop.artifacts(NAME)
     monkeypatch.chdir(tmp_path)
-    request = ExportRequest(dry_run=True)
+    request = {"dry_run": True}
     for target in (tmp_path / "slim", None):
-        result = workshop.export(NAME, target, request=request, compensate=compensate)
+        result = workshop.export(NAME, target, **request, compensate=compensate)
         assert result.path is None
         assert result.report is None
     assert list(tmp_path.iterdir()) == []
@@ -41,10 +40,10 @@ def test_a_dry_run_writes_nothing(workshop, tmp_path, monkeypatch, compensate):
 
 def test_a_dry_run_refuses_what_cannot_be_stored(workshop, tmp_path):
     """The answer of a dry run and that of the run must be one."""
-    request = ExportRequest(dry_run=True)
+    request = {"dry_run": True}
     asked = {"layout": "uniform", "compensate": "bias"}
     with refused(PlanError, "has no bias on its output projection"):
-        workshop.export("mistral-gqa", tmp_path / "slim", request=request, **asked)
+        workshop.export("mistral-gqa", tmp_path / "slim", **request, **asked)
     with refused(PlanError, "has no bias on its output projection"):
         workshop.plan("mistral-gqa", **asked)
 
@@ -87,14 +86,14 @@ def test_what_is_missing_is_named(workshop, tmp_path, dense):
     ],
 )
 def test_words_and_budgets_that_mean_nothing(workshop, tmp_path, asked, match):
-    request = PlanRequest(**asked)
+    request = {**asked}
     with refused(UsageError, match):
         spp_export.export(
             workshop.scenario,
             tmp_path / "slim",
             model=str(workshop.dense(NAME)),
             artifacts=workshop.artifacts(NAME),
-            plan_request=request,
+            **request,
         )
     assert list(tmp_path.iterdir()) == []
 

@@ -9,7 +9,6 @@ import pytest
 from exporting import refused, tree
 
 import spp_export
-from spp_export import ExportRequest
 from spp_export.common.errors import OutputError
 from spp_export.common.progress import show_progress
 
@@ -25,7 +24,7 @@ def test_an_existing_directory_is_left_alone(workshop, tmp_path):
     with refused(OutputError, "slim: is not empty"):
         workshop.export(NAME, target)
     with refused(OutputError, "has no manifest.json of spp"):
-        workshop.export(NAME, target, request=ExportRequest(force=True))
+        workshop.export(NAME, target, force=True)
     assert tree(target) == {"thesis.txt": b"mine"}
     assert list(tmp_path.iterdir()) == [target]
 
@@ -37,7 +36,7 @@ def test_force_replaces_an_export_of_ours_whole(workshop, tmp_path):
     with refused(OutputError, "or use --force"):
         workshop.export(NAME, target, layout="uniform")
     assert tree(target) == older
-    workshop.export(NAME, target, request=ExportRequest(force=True), layout="uniform")
+    workshop.export(NAME, target, force=True, layout="uniform")
     workshop.export(NAME, tmp_path / "fresh" / "slim", layout="uniform")
     assert tree(target) == tree(tmp_path / "fresh" / "slim")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fresh", "slim"]
@@ -53,7 +52,7 @@ def test_the_source_is_never_replaced(workshop, tmp_path):
                 dense,
                 model=str(dense),
                 artifacts=workshop.artifacts(NAME),
-                request=ExportRequest(force=force),
+                force=force,
             )
     assert tree(dense) == before
 

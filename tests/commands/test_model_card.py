@@ -42,8 +42,10 @@ def export(workshop, dense, target, **form):
         target,
         model=str(dense),
         artifacts=workshop.artifacts(CASE),
-        plan_request=spp_export.PlanRequest(keep=0.7, units="both", width_multiple=8),
-        request=spp_export.ExportRequest(**form),
+        keep=0.7,
+        units="both",
+        width_multiple=8,
+        **form,
     )
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from exporting import refused
+from factories import format_options
 
 import spp_export
-from spp_export import ExportRequest
 from spp_export.calibration import cache as calibration_cache
 from spp_export.commands import needs as preflight
 from spp_export.commands.needs import export_needs, graph_bytes
@@ -58,7 +58,7 @@ def test_export(workshop, tmp_path, no_model, full_disk):
 
 def test_export_as_onnx_counts_the_graph(workshop, tmp_path, no_model, full_disk):
     with refused(OutputError, r"slim checkpoint .* kB, other files .* MB, graph .* kB\)"):
-        export(workshop, tmp_path, ExportRequest(onnx=OnnxOptions()))
+        export(workshop, tmp_path, format_options(OnnxOptions()))
 
 
 def test_export_of_a_given_plan(workshop, tmp_path, no_model, full_disk):
@@ -93,7 +93,7 @@ def test_the_cache_is_asked_before_any_pass(workshop, tmp_path, monkeypatch):
 
 
 def test_a_dry_run_tells_instead(workshop, tmp_path, full_disk):
-    request = ExportRequest(dry_run=True, onnx=OnnxOptions(quant="int4"))
+    request = {"dry_run": True, **format_options(OnnxOptions(quant="int4"))}
     result = export(workshop, tmp_path, request)
     told = json.loads(json.dumps(result.to_dict()))["needs"]
     assert set(told["disk"]["bytes"]) == {
@@ -120,7 +120,7 @@ def test_what_is_promised_is_what_is_written(workshop):
 def test_graphs_are_about_as_large_as_promised(workshop, tmp_path, quant):
     slim = workshop.exported(NAME).path
     options = OnnxOptions(quant=quant)
-    result = spp_export.convert(slim, tmp_path / "onnx", options=options, verify=False)
+    result = spp_export.convert(slim, tmp_path / "onnx", **format_options(options), verify=False)
     parameters = sum(
         one.nbytes // ELEMENT_BYTES[one.dtype] for one in stored_tensors(slim).values()
     )
@@ -144,4 +144,4 @@ def test_models_that_may_run_from_disk_need_little(workshop):
 
 def export(workshop, tmp_path, request=None, **asked):
     asked = {"compensate": "none", **asked}
-    return workshop.export(NAME, tmp_path / "slim", request=request, **asked)
+    return workshop.export(NAME, tmp_path / "slim", **(request or {}), **asked)

@@ -106,7 +106,8 @@ def test_a_published_plan_exports(workshop, published, tmp_path):
         tmp_path / "slim",
         model=str(workshop.dense(NAME)),
         artifacts=published,
-        plan_request=spp_export.PlanRequest(policy="published", strength=0.3),
+        policy="published",
+        strength=0.3,
     )
     assert result.report["passed"]
     assert result.plan.compensation == "lstsq"

@@ -111,7 +111,8 @@ def test_strength_keeps_more_for_a_broad_scenario(workshop, tmp_path):
                 path,
                 model=str(workshop.dense(NAME)),
                 artifacts=workshop.artifacts(NAME),
-                request=spp_export.PlanRequest(strength=strength, compensate="none"),
+                strength=strength,
+                compensate="none",
             )
             asked = 0.1 + 0.9 * (1 - strength * (1 - result.diagnosis.breadth))
             keep = result.plan.budget["realised"]["keep"]

@@ -109,7 +109,7 @@ def test_private_branch_and_token_are_passed_on(out, hub):
 def test_a_changed_file_is_not_uploaded(out, hub):
     (out / "config.json").write_text("{}")
     with refused(CheckpointError, r"config\.json: has 2 bytes.* Write the export again"):
-        spp_export.push_to_hub(out, ID, allow_unverified=True)
+        spp_export.push_to_hub(out, ID, unverified=True)
     assert hub.calls == []
 
 
@@ -129,14 +129,14 @@ def test_the_unverified_goes_up_only_where_asked(out, hub, report, complaint):
     with refused(UsageError, f"{complaint}.*--unverified"):
         spp_export.push_to_hub(out, ID)
     assert hub.calls == []
-    spp_export.push_to_hub(out, ID, allow_unverified=True)
+    spp_export.push_to_hub(out, ID, unverified=True)
     assert hub.names == ["create_repo", "upload_folder"]
 
 
 def test_only_exports_are_uploaded(tmp_path, workshop, hub):
     for path in (tmp_path, workshop.dense("llama-mqa"), workshop.artifacts("llama-mqa")):
         with refused(UsageError, "not an export of spp"):
-            spp_export.push_to_hub(path, ID, allow_unverified=True)
+            spp_export.push_to_hub(path, ID, unverified=True)
     with refused(UsageError, "no such directory"):
         spp_export.push_to_hub(tmp_path / "none", ID)
     assert hub.calls == []
@@ -199,8 +199,8 @@ def test_what_the_hub_says_is_one_line(out, hub, call, error, said):
 
 
 def test_an_export_is_pushed_once_it_is_published(workshop, hub, tmp_path):
-    request = spp_export.ExportRequest(push_to_hub=ID, private=True)
-    result = workshop.export("llama-mqa", tmp_path / "new", request=request)
+    request = {"push_to_hub": ID, "private": True}
+    result = workshop.export("llama-mqa", tmp_path / "new", **request)
     assert hub.calls[0][1]["private"] is True
     assert hub.calls[1][1]["folder_path"] == result.path == tmp_path / "new"
     assert result.to_dict()["pushed"]["url"] == URL
@@ -208,9 +208,9 @@ def test_an_export_is_pushed_once_it_is_published(workshop, hub, tmp_path):
 
 def test_an_export_that_cannot_be_pushed_stays(workshop, hub, tmp_path):
     hub.failure = ("create_repo", RefusedError(403))
-    request = spp_export.ExportRequest(push_to_hub=ID)
+    request = {"push_to_hub": ID}
     with refused(OutputError, "status 403.*The export is in .*new: push it with 'spp push'"):
-        workshop.export("llama-mqa", tmp_path / "new", request=request)
+        workshop.export("llama-mqa", tmp_path / "new", **request)
     assert (tmp_path / "new" / "manifest.json").exists()
 
 
@@ -219,9 +219,9 @@ def test_an_export_that_fails_its_checks_is_not_pushed(workshop, hub, tmp_path, 
         raise ParityError("they differ")
 
     monkeypatch.setattr("spp_export.commands.export.check_export", failing)
-    request = spp_export.ExportRequest(push_to_hub=ID)
+    request = {"push_to_hub": ID}
     with refused(ParityError, "they differ"):
-        workshop.export("llama-mqa", tmp_path / "new", request=request)
+        workshop.export("llama-mqa", tmp_path / "new", **request)
     assert hub.calls == []
 
 
@@ -234,9 +234,9 @@ def test_an_export_that_fails_its_checks_is_not_pushed(workshop, hub, tmp_path, 
     ],
 )
 def test_what_cannot_be_pushed_is_said_before_the_work(hub, tmp_path, changes, said):
-    request = spp_export.ExportRequest(**{"push_to_hub": ID, **changes})
+    request = {**{"push_to_hub": ID, **changes}}
     with refused(UsageError, said):
-        spp_export.export(tmp_path / "no scenario.txt", tmp_path / "new", request=request)
+        spp_export.export(tmp_path / "no scenario.txt", tmp_path / "new", **request)
     assert hub.calls == []
 
 

@@ -32,7 +32,7 @@ def data(tmp_path):
 def recover(workshop, name, data, target, layout="per-layer", settings=FEW, **options):
     exported = workshop.exported(name, layout, options.pop("compensate", "none"))
     result = spp_export.recover(
-        exported.path, data, target, model=str(exported.dense), settings=settings, **options
+        exported.path, data, target, model=str(exported.dense), **{**settings.to_dict(), **options}
     )
     return exported, result
 

@@ -136,11 +136,9 @@ def test_the_seed_of_the_checks_is_all_that_random_tokens_depend_on(workshop, tm
     dense = str(workshop.dense(NAME))
 
     def report(seed: int, place: str) -> dict:
-        request = spp_export.ExportRequest(seed=seed)
+        request = {"seed": seed}
         target = tmp_path / place
-        return dict(
-            spp_export.export(output=target, model=dense, plan=plan, request=request).report
-        )
+        return dict(spp_export.export(output=target, model=dense, plan=plan, **request).report)
 
     torch.manual_seed(1)
     first = report(0, "a")
@@ -159,6 +157,6 @@ def test_a_scenario_decides_by_its_content_and_name_alone(workshop, tmp_path):
             tmp_path / place / "slim",
             model=str(workshop.dense(NAME)),
             artifacts=workshop.artifacts(NAME),
-            plan_request=spp_export.PlanRequest(keep=KEEP),
+            keep=KEEP,
         )
     assert tree(tmp_path / "here" / "slim") == tree(tmp_path / "there" / "slim")

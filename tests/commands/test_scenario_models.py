@@ -89,7 +89,8 @@ def test_the_model_of_the_closest_mixture_is_picked(workshop, tmp_path):
             path,
             model=dense,
             artifacts=artifacts,
-            request=spp_export.PlanRequest(keep=0.7, compensate="none"),
+            keep=0.7,
+            compensate="none",
         ).plan
         for path in scenarios.values()
     ]
@@ -128,8 +129,8 @@ def test_the_first_turn_of_a_chat_picks_who_answers(workshop, tmp_path):
     plans = []
     for domain in ("capitals", "figures"):
         scenario = write_texts(tmp_path / f"{domain}.txt", texts(domain, 8, 3))
-        request = spp_export.PlanRequest(keep=0.7, compensate="none")
-        made = spp_export.plan(scenario, model=dense, artifacts=artifacts, request=request)
+        request = {"keep": 0.7, "compensate": "none"}
+        made = spp_export.plan(scenario, model=dense, artifacts=artifacts, **request)
         plans.append(tmp_path / f"{domain}.json")
         plans[-1].write_text(made.plan.to_json())
     asked = {"max_new_tokens": 4}

@@ -20,8 +20,7 @@ from factories import mask_in_torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from spp_export import ExportResult, PlanRequest, export
-from spp_export.commands.export_request import ExportRequest
+from spp_export import ExportResult, export
 from spp_export.data.scenario import read_scenario
 from spp_export.models.hub import demo_model
 
@@ -53,7 +52,7 @@ def all_cores():
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     target = tmp_path_factory.mktemp("demo") / "chemistry"
-    result = export(SCENARIO, target, plan_request=PlanRequest(keep=0.8))
+    result = export(SCENARIO, target, keep=0.8)
     dense = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.float32)
     slim = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
     return Demo(dense, AutoTokenizer.from_pretrained(target), result, slim)
@@ -66,8 +65,10 @@ def uniform(tmp_path_factory):
     return export(
         SCENARIO,
         target,
-        plan_request=PlanRequest(keep=0.8, layout="uniform", compensate="none"),
-        request=ExportRequest(verify=False),
+        keep=0.8,
+        layout="uniform",
+        compensate="none",
+        verify=False,
     )
 
 

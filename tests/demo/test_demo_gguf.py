@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from factories import random_layers, uniform_layers
+from factories import format_options, random_layers, uniform_layers
 
 import spp_export
 from spp_campaigns.gguf_parity import compare
-from spp_export import ExportRequest, GgufOptions, Plan
+from spp_export import GgufOptions, Plan
 from spp_export.models.checkpoint.checkpoint import open_source
 from spp_export.models.hub import locate_model
 
@@ -28,8 +28,8 @@ def test_greedy_tokens(layout, tmp_path: Path) -> None:
     )
     plan = Plan(source.fingerprint, source.name, layout, "none", layers)
     slim, file = tmp_path / "slim", tmp_path / "gguf"
-    spp_export.export(output=slim, plan=plan, request=ExportRequest(verify=False))
-    spp_export.convert(slim, file, options=GgufOptions(), verify=False)
+    spp_export.export(output=slim, plan=plan, verify=False)
+    spp_export.convert(slim, file, **format_options(GgufOptions()), verify=False)
     found = compare(slim, file)
     assert found["gguf"]["architecture"] == {"per-layer": "deci", "uniform": "llama"}[layout]
     assert len(found["rows"]) >= 5

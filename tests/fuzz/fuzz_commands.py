@@ -14,7 +14,7 @@ from pathlib import Path
 from random import Random
 
 import fuzz_seeds
-from factories import make_checkpoint, random_layers, shape_of
+from factories import format_options, make_checkpoint, random_layers, shape_of
 from fuzz_campaign import Finding, HangError, Tally, alarm
 from fuzz_targets import check_line, mutation_of
 
@@ -104,10 +104,8 @@ def make_workplace(root: Path) -> None:
     (root / "artifacts").mkdir()
     write_artifacts(fuzz_seeds.artifacts(source.shape, source.fingerprint), root / "artifacts")
     for name, onnx in (("slim", None), ("graph", OnnxOptions())):
-        request = spp_export.ExportRequest(onnx=onnx)
-        spp_export.export(
-            output=root / name, model=str(dense), plan=root / "plan.json", request=request
-        )
+        request = {**format_options(onnx)}
+        spp_export.export(output=root / name, model=str(dense), plan=root / "plan.json", **request)
 
 
 class Workplace:

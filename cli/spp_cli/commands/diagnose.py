@@ -2,52 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import dataclass
 
-import typer
-
-from spp_cli import options
+from spp_cli.options import command
 from spp_cli.output import Output
+from spp_export.commands.requests import DiagnoseRequest
+from spp_export.common.options import asked, option
 
 
-def diagnose(
-    scenario: options.Scenario,
-    model: options.Model = "demo",
-    artifacts: options.Artifacts = None,
-    regime: options.Regime = None,
-    layers: Annotated[
-        bool,
-        typer.Option(
-            "--layers", rich_help_panel=options.MAKE, help="Also the probabilities per layer."
-        ),
-    ] = False,
-    device: options.Device = "cpu",
-    dtype: options.Dtype = None,
-    layerwise: options.Layerwise = None,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ShownDiagnosis(DiagnoseRequest):
+    """A diagnosis, and how much of it is shown."""
+
+    layers: bool = option(False, help="Also the probabilities per layer.")
+
+
+@command(ShownDiagnosis)
+def diagnose(request: ShownDiagnosis, out: Output) -> None:
     """Show which knowledge domains a scenario draws on.
 
     Example: spp diagnose --scenario chemistry.txt --layers
     """
     import spp_export
 
-    out = Output(json=json, quiet=quiet)
-    found = spp_export.diagnose(
-        scenario,
-        model=model,
-        artifacts=artifacts,
-        regime=regime,
-        device=device,
-        dtype=dtype,
-        layerwise=layerwise,
-    )
+    diagnosis = spp_export.diagnose(**asked(request, DiagnoseRequest))
 
     from spp_cli.render.reports import diagnosis_report
 
+    shown = diagnosis.to_dict(layers=request.layers)
     out.result(
-        lambda: found.to_dict(layers=layers),
-        lambda look: diagnosis_report(found.to_dict(layers=layers), look),
-        brief=" ".join(f"{d}={share:.4f}" for d, share in found.to_dict()["mixture"].items()),
+        lambda: shown,
+        lambda look: diagnosis_report(shown, look),
+        brief=" ".join(f"{name}={share:.4f}" for name, share in shown["mixture"].items()),
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import typer
 
-from spp_cli import options
+from spp_cli.options import command
 from spp_cli.output import Output
+from spp_export.common.options import Request
 
 
-def doctor(json: options.Json = False, quiet: options.Quiet = False) -> None:
+@command(Request)
+def doctor(_: Request, out: Output) -> None:
     """Show versions, devices, caches, and which engines are installed.
 
     The exit status is 1 where something would stop spp from working.
@@ -17,15 +19,14 @@ def doctor(json: options.Json = False, quiet: options.Quiet = False) -> None:
     """
     import spp_export
 
-    out = Output(json=json, quiet=quiet)
-    found = spp_export.doctor()
+    examination = spp_export.doctor()
 
     from spp_cli.render.examination import examination_report
 
     out.result(
-        found.to_dict,
-        lambda look: examination_report(found, look),
-        brief="\n".join(found.problems) or "ok",
+        examination.to_dict,
+        lambda look: examination_report(examination, look),
+        brief="\n".join(examination.problems) or "ok",
     )
-    if found.problems:
+    if examination.problems:
         raise typer.Exit(1)

@@ -2,43 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
-from spp_cli import options
+from spp_cli.options import command
 from spp_cli.output import Output
+from spp_export.commands.requests import PushRequest
+from spp_export.common.options import asked
 
 
-def push(
-    out: Annotated[
-        Path,
-        typer.Argument(metavar="OUT", help="A directory written by 'spp export' or 'spp convert'."),
-    ],
-    repo_id: Annotated[
-        str, typer.Argument(metavar="ID", help="Repository, as org/name; made if there is none.")
-    ],
-    private: options.Private = False,
-    revision: Annotated[
-        str | None,
-        typer.Option(
-            metavar="BRANCH",
-            rich_help_panel=options.PUBLISHING,
-            help="Branch to write to, made if there is none; main by default.",
-        ),
-    ] = None,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-    unverified: Annotated[
-        bool,
-        typer.Option(
-            "--unverified",
-            rich_help_panel=options.DANGEROUS,
-            help="Push even what was not checked, or did not pass; its card says so.",
-        ),
-    ] = False,
-) -> None:
+@command(PushRequest)
+def push(request: PushRequest, out: Output) -> None:
     """Upload an export to the Hugging Face Hub, only as it was written and checked.
 
     The token is HF_TOKEN, or that of 'hf auth login'.
@@ -47,18 +18,11 @@ def push(
     """
     import spp_export
 
-    shown = Output(json=json, quiet=quiet)
-    result = spp_export.push_to_hub(
-        out,
-        repo_id,
-        private=private,
-        revision=revision,
-        allow_unverified=unverified,
-    )
+    result = spp_export.push_to_hub(**asked(request))
 
     from rich.text import Text
 
-    from spp_cli.units import byte_size
+    from spp_cli.render.look import byte_size
 
-    said = f"{result.files} files, {byte_size(result.bytes)}, pushed to {result.url}"
-    shown.result(result.to_dict, lambda _: Text(said), brief=result.url)
+    line = f"{result.files} files, {byte_size(result.bytes)}, pushed to {result.url}"
+    out.result(result.to_dict, lambda _: Text(line), brief=result.url)

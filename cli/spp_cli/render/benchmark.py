@@ -11,8 +11,7 @@ from rich.text import Text
 
 from spp_bench import profile
 from spp_bench.report import Panel, panels, summary
-from spp_cli.render.look import BAD, FAINT, STRONG
-from spp_cli.units import one_line
+from spp_cli.render.look import BAD, FAINT, STRONG, one_line
 
 
 def benchmark_report(document: Mapping[str, Any]) -> RenderableType:

@@ -9,8 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from spp_cli.render.look import BAD, FAINT, GOOD, STRONG, Look
-from spp_cli.units import byte_size, one_line
+from spp_cli.render.look import BAD, FAINT, GOOD, STRONG, Look, byte_size, one_line
 
 if TYPE_CHECKING:
     from spp_export.commands.doctor import Examination

@@ -10,8 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from spp_cli.render import sections
-from spp_cli.render.look import BAD, FAINT, GOOD, STRONG, Look
-from spp_cli.units import byte_size, one_line
+from spp_cli.render.look import BAD, FAINT, GOOD, STRONG, Look, byte_size, one_line
 
 if TYPE_CHECKING:
     from spp_export.commands.report.report import ReportResult

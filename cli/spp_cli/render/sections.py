@@ -10,8 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from spp_cli.render.headmap import LABEL_WIDTH, MOST_HEAD_ROWS, head_map
-from spp_cli.render.look import BAD, FAINT, GOOD, KEPT, STRONG, Look
-from spp_cli.units import byte_size, one_line
+from spp_cli.render.look import BAD, FAINT, GOOD, KEPT, STRONG, Look, byte_size, one_line
 
 if TYPE_CHECKING:
     from spp_export.models.engines import Engine

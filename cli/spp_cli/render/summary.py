@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
-import io
 import re
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from spp_cli.render import sections
-from spp_cli.render.look import FAINT, STRONG, UNICODE, WIDTH, Look
-from spp_cli.units import byte_size, ranges, seconds
+from spp_cli.render.look import FAINT, STRONG, Look, byte_size, ranges, seconds
 
 if TYPE_CHECKING:
     from spp_export import ConvertResult, ExportResult, OnnxOptions, PlanResult, RecoverResult
@@ -184,21 +180,3 @@ def recover_summary(result: RecoverResult, look: Look) -> RenderableType:
 
 def _sides(shape: Sequence[int]) -> str:
     return " x ".join(str(side) for side in shape)
-
-
-def save_picture(human: Callable[[Look], RenderableType], path: Path) -> None:
-    """The summary as an SVG that loads nothing from elsewhere."""
-    console = Console(
-        file=io.StringIO(),
-        record=True,
-        width=WIDTH,
-        force_terminal=True,
-        highlight=False,
-        markup=False,
-        emoji=False,
-    )
-    console.print(human(UNICODE))
-    form = inspect.signature(console.export_svg).parameters["code_format"].default
-    # Its @font-face rules would fetch a font from the network; readers have a monospace one.
-    form = re.sub(r"@font-face \{\{.*?\}\}\s*|<!--.*?-->", "", form, flags=re.DOTALL)
-    path.write_text(console.export_svg(title="spp export", code_format=form), encoding="utf-8")

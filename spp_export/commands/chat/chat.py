@@ -20,16 +20,16 @@ from spp_export.commands.chat.models import (
     load_chat_model,
 )
 from spp_export.commands.load import ScenarioModels, load_many
+from spp_export.commands.requests import DEFAULT_NEW_TOKENS, ChatRequest
 from spp_export.common.errors import ModelError, UsageError
 from spp_export.common.json_files import read_json
+from spp_export.common.options import command
 from spp_export.common.progress import progress
-from spp_export.formats.onnx.runtime.generation import Chooser, greedy
+from spp_export.formats.onnx.runtime.generation import Chooser, Sampling, greedy
 from spp_export.models.checkpoint.checkpoint import read_config
 from spp_export.models.checkpoint.companions import companion
 from spp_export.models.hub import DEMO, demo_model
 from spp_export.models.tokenizer import load_tokenizer
-
-DEFAULT_NEW_TOKENS = 256
 
 # Why an answer ended: the model ended it, it has all tokens that were asked for, the context is
 # full, or the user interrupted it.
@@ -83,6 +83,7 @@ class Chat:
     model   the runtime behind it
     stop    ids that end an answer
     raw     prompts are continued as they are, each by itself: asked for, or no chat template
+    choose, max_new_tokens  how tokens are taken, and how many, where `ask` is told nothing else
     """
 
     def __init__(
@@ -98,6 +99,8 @@ class Chat:
         if system is not None and (raw or not templated):
             reason = "--raw leaves it out" if raw else "this model's tokenizer has none"
             raise UsageError(f"--system is written by the chat template, and {reason}. Drop it.")
+        self.choose: Chooser = greedy
+        self.max_new_tokens = DEFAULT_NEW_TOKENS
         self.model = model
         self.stop = stop
         self.raw = raw or not templated
@@ -114,8 +117,8 @@ class Chat:
         self,
         prompt: str,
         *,
-        max_new_tokens: int = DEFAULT_NEW_TOKENS,
-        choose: Chooser = greedy,
+        max_new_tokens: int | None = None,
+        choose: Chooser | None = None,
         show: Callable[[str], object] = lambda piece: None,
     ) -> Answer:
         """The model's answer, told to `show` piece by piece as it comes.
@@ -127,6 +130,8 @@ class Chat:
         in the model's context or cannot be written as tokens.
         """
         began = perf_counter()
+        choose = choose or self.choose
+        most = max_new_tokens or self.max_new_tokens
         ids = self._ids(prompt)
         room = self.model.context_length - len(ids)
         if room < 1:
@@ -134,11 +139,11 @@ class Chat:
                 f"{len(ids)} tokens with what was said before, and the model's context is "
                 f"{self.model.context_length}. Shorten the prompt, or start afresh with /reset."
             )
-        limit = min(max_new_tokens, room)
+        limit = min(most, room)
         stream = TextStream(self._tokenizer)
         made: list[int] = []
         first: float | None = None
-        ending: Ending = "length" if limit == max_new_tokens else "context"
+        ending: Ending = "length" if limit == most else "context"
         try:
             logits = self._reader.prompt(ids, limit)
             while True:
@@ -188,6 +193,34 @@ class Chat:
                 "Leave out --system, or use --raw."
             ) from error
         return text
+
+
+@command(ChatRequest)
+def chat(request: ChatRequest) -> Chat | ScenarioChat:
+    """Open a conversation with an export, a dense model's directory or `demo`, or with whichever
+    of several plans or exports the first turn picks.
+
+    `ask` answers, by the temperature, seed and length that this is given. Raises what `open_chat`
+    and `load_many` do.
+
+        print(spp_export.chat("out/chemistry").ask("What is an acid?").text)
+    """
+    share = 1.0 if request.top_p is None else request.top_p
+    choose = Sampling(request.temperature, request.top_k or 0, share, request.seed)
+    first = Path(request.out[0])
+    opened: Chat | ScenarioChat
+    how: dict[str, Any] = {
+        name: getattr(request, name) for name in ("device", "dtype", "threads", "system", "raw")
+    }
+    if len(request.out) > 1 or first.suffix == ".json":
+        opened = open_scenario_chat(
+            request.out, model=request.model, artifacts=request.artifacts, **how
+        )
+    else:
+        opened = open_chat(first, **how)
+    opened.choose = choose
+    opened.max_new_tokens = request.max_new_tokens
+    return opened
 
 
 def open_chat(
@@ -297,9 +330,12 @@ class ScenarioChat:
     """A chat per scenario over one set of weights.
 
     chosen  the scenario that answers; None before the first turn
+    choose, max_new_tokens  as of `Chat`
     """
 
     def __init__(self, models: ScenarioModels, open_one: Callable[[str], Chat]) -> None:
+        self.choose: Chooser = greedy
+        self.max_new_tokens = DEFAULT_NEW_TOKENS
         self.chosen: str | None = None
         self._models, self._open_one = models, open_one
         # Any will do to see what all have in common.
@@ -324,15 +360,20 @@ class ScenarioChat:
         self,
         prompt: str,
         *,
-        max_new_tokens: int = DEFAULT_NEW_TOKENS,
-        choose: Chooser = greedy,
+        max_new_tokens: int | None = None,
+        choose: Chooser | None = None,
         show: Callable[[str], object] = lambda piece: None,
     ) -> Answer:
         """As `Chat.ask`; the first turn sets `chosen`."""
         if self.chosen is None:
             self.chosen = self._models.pick(prompt)
             self._chat = self._open_one(self.chosen)
-        return self._chat.ask(prompt, max_new_tokens=max_new_tokens, choose=choose, show=show)
+        return self._chat.ask(
+            prompt,
+            max_new_tokens=max_new_tokens or self.max_new_tokens,
+            choose=choose or self.choose,
+            show=show,
+        )
 
 
 def open_scenario_chat(

@@ -13,7 +13,9 @@ from typing import Any
 from spp_export.commands.report.facts import report_parts
 from spp_export.commands.report.files import Place, open_place
 from spp_export.commands.report.page import GENERATOR, render
+from spp_export.commands.requests import ReportRequest
 from spp_export.common.errors import OutputError, UsageError
+from spp_export.common.options import command
 
 _MARK = f'<meta name="generator" content="{GENERATOR} '.encode()
 _MARK_WITHIN = 4096
@@ -43,32 +45,23 @@ class ReportResult:
         }
 
 
-def report(
-    out: str | os.PathLike[str],
-    *,
-    output: str | os.PathLike[str] | None = None,
-    bench: str | os.PathLike[str] | None = None,
-    evaluation: str | os.PathLike[str] | None = None,
-    artifacts: str | os.PathLike[str] | None = None,
-    force: bool = False,
-) -> ReportResult:
+@command(ReportRequest)
+def report(request: ReportRequest) -> ReportResult:
     """Write a page on an export's directory or on a plan; no weights are read.
 
-    `output` defaults to a file beside `out` with its name and `.html`. `bench` is what `spp bench
-    -o` wrote, `evaluation` what `spp eval -o` did; `artifacts`, for scores of heads, default to the
-    shipped ones where the plan is for the default model. Equal inputs give equal bytes.
+    Equal inputs give equal bytes. Raises UsageError for what is neither, or measures something
+    else, and OutputError where the page cannot be written or, without `force`, exists.
 
-    Raises UsageError for what is neither, or measures something else, and OutputError where the
-    page cannot be written or, without `force`, exists.
+        spp_export.report("out/chemistry", "chemistry.html", bench="bench.json", eval="results")
     """
-    place = open_place(Path(out))
-    target = Path(output) if output is not None else place.page
-    _check_target(target, place, force)
+    place = open_place(Path(request.out))
+    target = Path(request.output) if request.output is not None else place.page
+    _check_target(target, place, request.force)
     parts = report_parts(
         place,
-        bench=None if bench is None else Path(bench),
-        evaluation=None if evaluation is None else Path(evaluation),
-        artifacts=None if artifacts is None else os.fspath(artifacts),
+        bench=None if request.bench is None else Path(request.bench),
+        evaluation=None if request.eval is None else Path(request.eval),
+        artifacts=None if request.artifacts is None else os.fspath(request.artifacts),
     )
     data = render(parts).encode()
     _write(target, data)

@@ -393,7 +393,7 @@ def test_speed_ups_that_are_no_numbers_are_refused(out, tmp_path, value):
 def test_curves_of_an_evaluation(tmp_path):
     said = plan(model={"fingerprint": DEMO_FINGERPRINT, "source": "demo"})
     out = write_export(tmp_path / "out", plan=said)
-    page = page_of(out, evaluation=RESULTS / "eval-chemistry")
+    page = page_of(out, eval=RESULTS / "eval-chemistry")
     section = page.one("section", id="quality").text
     # The plan removes channels too: its own panel comes first, and the others can be unfolded.
     assert page.all("h3")[0].text == "Heads and channels, compensation lstsq"
@@ -409,7 +409,7 @@ def test_curves_of_an_evaluation(tmp_path):
 
 def test_an_evaluation_of_another_model_is_refused(out):
     with pytest.raises(UsageError, match="evaluates the model"):
-        page_of(out, evaluation=RESULTS / "eval-chemistry" / "results.jsonl")
+        page_of(out, eval=RESULTS / "eval-chemistry" / "results.jsonl")
 
 
 def test_a_malformed_evaluation_is_refused(out, tmp_path):
@@ -417,7 +417,7 @@ def test_a_malformed_evaluation_is_refused(out, tmp_path):
     lines = written(tmp_path / "results.jsonl", header)
     lines.write_text(lines.read_text() + "\n")
     with pytest.raises(UsageError, match="malformed"):
-        page_of(out, evaluation=lines)
+        page_of(out, eval=lines)
 
 
 def test_equal_files_give_equal_pages_without_a_path_of_this_machine(out, tmp_path):

@@ -1,0 +1,670 @@
+"""What each command may be asked, as Python and the command line both take it.
+
+Imports nothing heavy: help pages are made from these fields.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from spp_export.common.errors import UsageError
+from spp_export.common.options import (
+    CHECKS,
+    CONVERTED,
+    DANGEROUS,
+    PUBLISHING,
+    RUNNING,
+    Artifacts,
+    Device,
+    Dtype,
+    Force,
+    KeepFailed,
+    Layerwise,
+    Model,
+    PathLike,
+    Request,
+    Seed,
+    argument,
+    asked,
+    check_word,
+    comma_list,
+    compared_text,
+    option,
+    output_option,
+    scenario_option,
+)
+from spp_export.models.shape import Units
+from spp_export.planning.plan import Compensation, Plan
+from spp_export.planning.request import Comparable, PlanRequest, Regime
+
+if TYPE_CHECKING:
+    from spp_export.formats.gguf.options import GgufOptions
+    from spp_export.formats.onnx.options import OnnxOptions
+
+ANSWERS, MEASURED, ROWS, TEXTS = "Answers", "Measured before", "Rows", "Texts to judge on"
+TRAINING = "Training"
+DEFAULT_NEW_TOKENS = 256
+DEFAULT_KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
+
+
+def private_option() -> Any:
+    """Whether a repository that is made is private."""
+    words = "Make a private repository, where there is none yet."
+    return option(False, panel=PUBLISHING, help=words)
+
+
+@dataclass(frozen=True)
+class PlanFileRequest(PlanRequest, Force, Layerwise, Dtype, Artifacts, Model):
+    """A plan, and the file it goes to."""
+
+    scenario: PathLike = scenario_option()
+    output: PathLike | None = output_option(
+        None, help="Where to write the plan; without it, only show it."
+    )
+
+
+@dataclass(frozen=True)
+class DiagnoseRequest(Layerwise, Dtype, Artifacts, Model):
+    """A scenario's domains."""
+
+    scenario: PathLike = scenario_option()
+    _: KW_ONLY
+    regime: str | None = option(
+        None, type=Regime, help="Probe temperatures to use; chosen from the text by default."
+    )
+
+
+@dataclass(frozen=True)
+class ProbeRequest(Force, Seed, Dtype, Model):
+    """A model's artifacts."""
+
+    pools: PathLike = option(
+        metavar="DIR", help="Text per domain: <domain>/train.txt and <domain>/val.txt."
+    )
+    output: PathLike = output_option(help="Artifacts directory to write.")
+    _: KW_ONLY
+    domains: tuple[str, ...] | None = option(
+        None,
+        metavar="A,B,C",
+        type=str,
+        parse=comma_list,
+        help="Domains to use, in this order; every sub-directory by default. Text of the "
+        "others stands for unknown domains.",
+    )
+    select: int | None = option(
+        None,
+        least=1,
+        metavar="K",
+        help="Take only K of the domains: those that lie apart and cover the rest best.",
+    )
+    criteria: tuple[str, ...] | None = option(
+        None,
+        metavar="A,B,C",
+        type=str,
+        parse=comma_list,
+        help="Criteria of importance to score units by; energy and axis by default.",
+    )
+    units: Literal["heads", "both"] = option(
+        "both", help="What is scored: heads, or both heads and MLP channels."
+    )
+
+
+@dataclass(frozen=True)
+class ImportRequest(Force):
+    """Artifacts of the published format."""
+
+    directory: PathLike = argument(metavar="DIR", help="Artifacts in the published format.")
+    output: PathLike = output_option(help="Artifacts directory to write.")
+    _: KW_ONLY
+    domains: tuple[str, ...] | None = option(
+        None,
+        metavar="A,B,C",
+        type=str,
+        parse=comma_list,
+        help="Names of the domains, in the order of the files; they do not hold them.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormRequest(Device):
+    """The form of an ONNX graph or a GGUF file."""
+
+    onnx_attention: Literal["gqa", "gqa-bias", "standard"] | None = option(
+        None,
+        panel=CONVERTED,
+        help="gqa (the default) is fastest and pads on the right; gqa-bias pads on either side; "
+        "standard is for other runtimes, and for fp32 on CUDA.",
+    )
+    precision: Literal["fp32", "fp16", "bf16"] | None = option(
+        None,
+        panel=CONVERTED,
+        help="Of an ONNX graph: fp32 on the CPU, fp16 on CUDA. Of a GGUF file: the stored one.",
+    )
+    quant: str | None = option(
+        None,
+        panel=CONVERTED,
+        type=Literal["int8", "int4", "int8-dynamic", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"],
+        help="Round weights in small blocks: int8 and int4 for ONNX, and int8-dynamic, which "
+        "rounds activations too; q8_0 to q4_0 for GGUF.",
+    )
+
+    @property
+    def onnx(self) -> OnnxOptions | None:
+        """The form of a graph, where that is the format."""
+        if self._format != "onnx":
+            return None
+        from spp_export.formats.onnx.options import QUANTS, OnnxOptions
+
+        # The only precision of each device that every form has kernels for.
+        usual: Any = "fp16" if self.device.startswith("cuda") else "fp32"
+        quant: Any = self._quant(QUANTS)
+        return OnnxOptions(self.onnx_attention or "gqa", self.precision or usual, quant)
+
+    @property
+    def gguf(self) -> GgufOptions | None:
+        """The form of a file, where that is the format."""
+        if self._format != "gguf":
+            return None
+        from spp_export.formats.gguf.options import QUANTS, GgufOptions
+
+        quant: Any = self._quant(QUANTS)
+        return GgufOptions(self.precision, quant)
+
+    @property
+    def _format(self) -> str:
+        name: str = getattr(self, "format")  # noqa: B009  of the command
+        return name
+
+    def _quant(self, known: tuple[str, ...]) -> str | None:
+        if self.quant is not None and self.quant not in known:
+            raise UsageError(
+                f"--quant {self.quant}: --format {self._format} has {', '.join(known)}. "
+                "Choose one of them."
+            )
+        return self.quant
+
+    def check(self) -> None:
+        """UsageError for an option of another format."""
+        super().check()
+        if self._format == "gguf" and self.onnx_attention is not None:
+            raise UsageError("--onnx-attention: is for ONNX. Add --format onnx, or drop it.")
+        if self.onnx or self.gguf:
+            return
+        for flag, value in (
+            ("--onnx-attention", self.onnx_attention),
+            ("--precision", self.precision),
+            ("--quant", self.quant),
+        ):
+            if value is not None:
+                also = "" if flag == "--onnx-attention" else " and GGUF"
+                names = "onnx or gguf" if also else "onnx"
+                raise UsageError(
+                    f"{flag}: is for ONNX{also}. Add --format {names}, or drop {flag}."
+                )
+
+
+@dataclass(frozen=True)
+class ExportRequest(
+    PlanRequest, KeepFailed, Force, Layerwise, Dtype, FormRequest, Artifacts, Model
+):
+    """An export, and the plan for it or what to make one by."""
+
+    scenario: PathLike | None = scenario_option(
+        None,
+        help="Text that the deployed model will be asked: .txt, .jsonl or .json; - is standard "
+        "input. With --plan it only serves the checks and the compensation.",
+    )
+    output: PathLike | None = output_option(
+        None, help="Directory to write; out/<scenario> by default."
+    )
+    _: KW_ONLY
+    plan: PathLike | Plan | None = option(
+        None,
+        metavar="FILE",
+        type=Path,
+        help="A plan from 'spp plan', instead of deciding anew.",
+    )
+    format: Literal["safetensors", "onnx", "gguf"] = option(
+        "safetensors",
+        help="safetensors for transformers and vLLM, onnx for ONNX Runtime, gguf for llama.cpp.",
+    )
+    pad: bool = option(
+        False,
+        help="Fill the groups of ragged layers with heads of zeros, and write layers for other "
+        "engines; a budget does not count them.",
+    )
+    max_perplexity: float | None = option(
+        None,
+        panel=CHECKS,
+        metavar="R",
+        help="Publish only if held-out perplexity is at most R times the dense model's.",
+    )
+    dry_run: bool = option(
+        False,
+        panel=CHECKS,
+        help="Decide, list the tensors that would change, and write nothing.",
+    )
+    push_to_hub: str | None = option(
+        None,
+        panel=PUBLISHING,
+        metavar="ID",
+        help="Upload the checked export to this repository of the Hugging Face Hub.",
+    )
+    private: bool = private_option()
+    verify: bool = option(
+        True,
+        panel=DANGEROUS,
+        flags=("--no-verify",),
+        help="Skip the checks against the masked dense model.",
+    )
+
+    def check(self) -> None:
+        """UsageError for what cannot be asked together."""
+        super().check()
+        if self.scenario is None and self.plan is None:
+            raise UsageError("export needs --scenario FILE or --plan FILE.")
+        decided = [name for name in asked(self, PlanRequest) if name != "seed"]
+        if self.plan is not None and decided:
+            flag = "--" + decided[0].replace("_", "-")
+            raise UsageError(f"{flag}: the plan already decides that. Drop {flag}, or --plan.")
+        unchecked = self.dry_run or not self.verify
+        if self.max_perplexity is not None:
+            if unchecked:
+                raise UsageError(
+                    "--max-perplexity: nothing is measured then. Drop --no-verify, --dry-run."
+                )
+            if not self.max_perplexity > 0:
+                raise UsageError(
+                    f"--max-perplexity {self.max_perplexity:g}: expected a ratio above 0."
+                )
+        if self.push_to_hub is not None and unchecked:
+            raise UsageError(
+                "--push-to-hub takes what was written and checked. Drop --dry-run and "
+                "--no-verify, or push what was not checked with 'spp push --unverified'."
+            )
+        if self.private and self.push_to_hub is None:
+            raise UsageError(
+                "--private: nothing is uploaded. Add --push-to-hub ID, or drop --private."
+            )
+        if self.plan is None:
+            self.check_layout(self.layout, self.pad)
+
+    def check_layout(self, layout: str, pad: bool) -> None:
+        """UsageError for zeros that have nowhere to go, or a graph whose groups would differ."""
+        if pad and layout != "ragged":
+            raise UsageError(f"--pad fills the groups of ragged layers; this layout is {layout}.")
+        if self.format != "safetensors" and layout == "ragged" and not pad:
+            raise UsageError(
+                f"--format {self.format} needs groups of the same size in a layer. Add --pad to "
+                "fill those of a ragged layout with zeros."
+            )
+
+
+@dataclass(frozen=True)
+class ConvertRequest(KeepFailed, Force, Seed, FormRequest):
+    """A conversion."""
+
+    checkpoint: str = argument(
+        metavar="DIR",
+        help="An export with safetensors, or a dense model: directory, hub id or demo.",
+    )
+    output: PathLike = output_option(help="Directory to write.")
+    _: KW_ONLY
+    format: Literal["onnx", "gguf"] = option("onnx", help="What to write.")
+    scenario: PathLike | None = compared_text()
+    verify: bool = option(
+        True,
+        panel=DANGEROUS,
+        flags=("--no-verify",),
+        help="Skip the comparison with the PyTorch model.",
+    )
+
+
+@dataclass(frozen=True)
+class VerifyRequest(Seed, Layerwise, Dtype, Model):
+    """The check of a directory."""
+
+    out: PathLike = argument(metavar="OUT", help="A directory written by 'spp export'.")
+    _: KW_ONLY
+    scenario: PathLike | None = compared_text()
+
+
+@dataclass(frozen=True)
+class PushRequest(Request):
+    """An upload."""
+
+    out: PathLike = argument(
+        metavar="OUT", help="A directory written by 'spp export' or 'spp convert'."
+    )
+    repo_id: str = argument(metavar="ID", help="Repository, as org/name; made if there is none.")
+    _: KW_ONLY
+    private: bool = private_option()
+    revision: str | None = option(
+        None,
+        panel=PUBLISHING,
+        metavar="BRANCH",
+        help="Branch to write to, made if there is none; main by default.",
+    )
+    token: str | None = option(
+        None, shell=False, help="HF_TOKEN, or that of 'hf auth login', by default."
+    )
+    unverified: bool = option(
+        False,
+        panel=DANGEROUS,
+        help="Push even what was not checked, or did not pass; its card says so.",
+    )
+
+
+@dataclass(frozen=True)
+class ReportRequest(Force):
+    """A page on an export or a plan."""
+
+    out: PathLike = argument(metavar="OUT", help="A directory written by 'spp export', or a plan.")
+    output: PathLike | None = output_option(
+        None, help="The page; beside OUT, with its name, by default."
+    )
+    _: KW_ONLY
+    bench: PathLike | None = option(
+        None, panel=MEASURED, metavar="FILE", help="Results of 'spp bench -o', to draw."
+    )
+    eval: PathLike | None = option(
+        None,
+        panel=MEASURED,
+        metavar="PATH",
+        help="Results of 'spp eval -o', a directory or its file, to draw.",
+    )
+    artifacts: PathLike | None = option(
+        None,
+        panel=MEASURED,
+        metavar="DIR",
+        help="Artifacts for the scores of heads; the demo model's come with spp.",
+    )
+
+
+@dataclass(frozen=True)
+class ShowRequest(Request):
+    """Something on the disk."""
+
+    path: PathLike = argument(
+        metavar="PATH",
+        help="A plan, artifacts, an export, a dense model, or results of 'spp eval'.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerRequest(Seed):
+    """How tokens of an answer are chosen."""
+
+    system: str | None = option(
+        None, panel=ANSWERS, metavar="TEXT", help="What the model is told to be, first."
+    )
+    raw: bool = option(
+        False,
+        panel=ANSWERS,
+        help="Go on with the text as it is, without the model's chat template.",
+    )
+    max_new_tokens: int = option(
+        DEFAULT_NEW_TOKENS, panel=ANSWERS, least=1, metavar="N", help="Longest answer."
+    )
+    temperature: float = option(
+        0.0,
+        panel=ANSWERS,
+        least=0,
+        metavar="T",
+        help="0 always takes the likeliest token; more draws among the likely ones.",
+    )
+    top_p: float | None = option(
+        None,
+        panel=ANSWERS,
+        metavar="SHARE",
+        help="With --temperature, draw from the likeliest tokens that have this probability "
+        "together, above 0 to 1.",
+    )
+    top_k: int | None = option(
+        None,
+        panel=ANSWERS,
+        least=1,
+        metavar="N",
+        help="With --temperature, draw from the N likeliest tokens.",
+    )
+
+    def check(self) -> None:
+        """UsageError for what would be ignored without a word."""
+        super().check()
+        for name, value in (("--top-p", self.top_p), ("--top-k", self.top_k)):
+            if value is not None and not self.temperature:
+                raise UsageError(
+                    f"{name}: without --temperature the likeliest token is always taken. "
+                    f"Add --temperature 0.7, or drop {name}."
+                )
+
+
+@dataclass(frozen=True)
+class ChatRequest(AnswerRequest, Dtype, Artifacts, Model):
+    """A conversation."""
+
+    out: tuple[PathLike, ...] = argument(
+        metavar="OUT...",
+        help="A directory written by 'spp export', a dense model's directory, or demo. A "
+        "plan.json runs over --model; of several plans or exports the first turn picks one.",
+    )
+    _: KW_ONLY
+    threads: int | None = option(
+        None, panel=RUNNING, least=1, metavar="N", help="Threads of the CPU to use."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoverSettings(Seed):
+    """How adapters are trained: an option each, and part of recovery.json."""
+
+    steps: int = option(200, panel=TRAINING, least=1, metavar="N", help="Optimiser steps.")
+    rank: int = option(8, panel=TRAINING, least=1, metavar="N", help="Of the adapters.")
+    alpha: int = option(
+        16,
+        panel=TRAINING,
+        least=1,
+        metavar="N",
+        help="Adapters count alpha / rank times.",
+    )
+    learning_rate: float = option(5e-4, panel=TRAINING, metavar="RATE", help="At its highest.")
+    batch_size: int = option(4, panel=TRAINING, least=1, metavar="N", help="Texts per step.")
+    max_tokens: int = option(
+        256, panel=TRAINING, least=2, metavar="N", help="Longest part of a text to read."
+    )
+
+    def check(self) -> None:
+        """UsageError for numbers that cannot be."""
+        super().check()
+        if not 0 < self.learning_rate < 1:
+            raise UsageError(f"--learning-rate {self.learning_rate}: expected between 0 and 1.")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step, counted from 0: it rises for a tenth of the steps, then falls
+        to zero."""
+        warm = max(1, math.ceil(0.1 * self.steps))
+        if step < warm:
+            return self.learning_rate * (step + 1) / warm
+        return self.learning_rate * (self.steps - step) / max(1, self.steps - warm)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For recovery.json."""
+        names = ("steps", "rank", "alpha", "learning_rate", "batch_size", "max_tokens", "seed")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class RecoverRequest(KeepFailed, Force, RecoverSettings, Model):
+    """An export to train further."""
+
+    out: PathLike = argument(metavar="OUT", help="A safetensors directory by 'spp export'.")
+    data: PathLike = scenario_option(
+        help="Text to train on: .txt, .jsonl or .json as a scenario, or - for standard input."
+    )
+    output: PathLike | None = output_option(
+        None, help="Directory to write; OUT-recovered by default."
+    )
+    _: KW_ONLY
+    validation: PathLike | None = scenario_option(
+        None,
+        panel=CHECKS,
+        help="Text to measure on; by default every fourth text of --data, which is then not "
+        "trained on.",
+    )
+
+
+def named_directories(values: Any) -> Mapping[str, PathLike]:
+    """NAME=DIR words as a mapping. ValueError for a word that is none, or a name given twice."""
+    directories: dict[str, PathLike] = {}
+    for value in values:
+        name, sign, directory = value.partition("=")
+        if not (name and sign and directory) or name in directories:
+            raise ValueError(f"--other-artifacts {value}: expected NAME=DIR, each name once")
+        directories[name] = directory
+    return directories
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRequest(Seed):
+    """Which rows an evaluation measures, and how. The controls are always among them.
+
+    The first criterion is the one that controls and ablations vary.
+    """
+
+    keep: tuple[float, ...] = option(
+        DEFAULT_KEEPS,
+        panel=ROWS,
+        metavar="SHARE",
+        help="Share of the units' parameters that stays; repeatable, 0.9 to 0.5 by default.",
+    )
+    criterion: tuple[str, ...] = option(
+        (),
+        panel=ROWS,
+        metavar="NAME",
+        help="A criterion of 'spp plan', probe-pruning, full-batch-probing, or all; "
+        "repeatable. Controls and ablations vary the first.",
+    )
+    units: tuple[Units, ...] = option(
+        ("heads",),
+        panel=ROWS,
+        metavar="[heads|channels|both]",
+        help="What may be removed; repeatable, heads by default.",
+    )
+    compensate: tuple[Compensation, ...] = option(
+        ("lstsq",),
+        panel=ROWS,
+        metavar="[none|bias|lstsq]",
+        help="How what stays makes up for what goes; repeatable, lstsq by default.",
+    )
+    comparable: str | None = option(
+        None,
+        type=Comparable,
+        help="How scores of different layers are made comparable; the criterion's own way by "
+        "default.",
+    )
+    ablations: bool = option(
+        False,
+        panel=ROWS,
+        help="Also the first criterion without the whitelist, and with one domain.",
+    )
+    domain: tuple[str, ...] = option(
+        (), panel=TEXTS, metavar="NAME", help="A domain of --pools; repeatable, all by default."
+    )
+    generate: bool = option(
+        False, panel=TEXTS, help="Also let every row answer the evaluation sets."
+    )
+    max_new_tokens: int = option(48, panel=TEXTS, least=1, metavar="N", help="Longest answer.")
+    curves: bool = option(True, help="Draw curves.png.")
+
+    def check(self) -> None:
+        """UsageError for a word that names nothing, or a budget that is none."""
+        from spp_export.evaluation.harness import BASELINES, DYNAMIC
+        from spp_export.planning.budget import Budget
+        from spp_export.planning.scoring import CRITERION_NAMES
+
+        super().check()
+        for keep in self.keep:
+            Budget(keep=keep)
+        for name in self.criterion:
+            if name in DYNAMIC and name not in BASELINES:
+                raise UsageError(
+                    f"--criterion {name}: a baseline of the repository's benchmarks, which are not "
+                    "importable here. Run it in a clone, with benchmarks on PYTHONPATH."
+                )
+            check_word("--criterion", name, (*CRITERION_NAMES, *BASELINES, "all"))
+        check_word("--comparable", self.comparable or "raw", get_args(Comparable))
+        if not (self.units and self.compensate):
+            raise UsageError("an evaluation needs at least one of --units and of --compensate.")
+
+    @property
+    def criterion_names(self) -> tuple[str, ...]:
+        """The criteria, each once; the default first where all are meant."""
+        from spp_export.evaluation.harness import BASELINES
+        from spp_export.planning.scoring import CRITERION_NAMES, DEFAULT_CRITERION
+
+        default = DEFAULT_CRITERION[self.compensate[0]]
+        names = self.criterion or (default,)
+        if "all" in names:
+            first = (name for name in names if name != "all")
+            names = (*first, default, *CRITERION_NAMES, *BASELINES)
+        return tuple(dict.fromkeys(names))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalTexts(EvalRequest, Force, Dtype, Artifacts, Model):
+    """What an evaluation reads, beside its scenario."""
+
+    wrong: PathLike | None = option(
+        None,
+        panel=ROWS,
+        metavar="FILE",
+        help="Another scenario, for the control that chooses by the wrong text; of several "
+        "--scenario the next one by default.",
+    )
+    other_artifacts: Mapping[str, PathLike] | None = option(
+        None,
+        panel=ROWS,
+        metavar="NAME=DIR",
+        type=list[str],
+        parse=named_directories,
+        help="With --ablations, also the first criterion with these artifacts; repeatable.",
+    )
+    plan: tuple[PathLike, ...] = option(
+        (), panel=ROWS, metavar="FILE", help="A plan to measure; repeatable."
+    )
+    pools: PathLike | None = option(
+        None, panel=TEXTS, metavar="DIR", help="Validation pools: <domain>/val.txt."
+    )
+    eval_set: tuple[PathLike, ...] = option(
+        (),
+        panel=TEXTS,
+        metavar="FILE",
+        help="Questions with answers, in the format of a scenario; repeatable.",
+    )
+
+
+EVAL_OUTPUT = "Directory for the results; one begun before is continued."
+
+
+@dataclass(frozen=True)
+class EvaluateRequest(EvalTexts):
+    """The evaluation of one scenario."""
+
+    scenario: PathLike = scenario_option()
+    output: PathLike = output_option(help=EVAL_OUTPUT)
+
+
+@dataclass(frozen=True)
+class EvaluateScenariosRequest(EvalTexts):
+    """The evaluation of several scenarios."""
+
+    scenario: tuple[PathLike, ...] = scenario_option(
+        type=list[str],
+        help="Text that the deployed model will be asked; repeatable, each into a directory of "
+        "its name.",
+    )
+    output: PathLike = output_option(help=EVAL_OUTPUT)
