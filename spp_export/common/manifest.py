@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
+
+from spp_export.common.documents import Document, validated
 from spp_export.common.errors import CheckpointError, OutputError
-from spp_export.common.json_files import (
-    MAX_JSON_BYTES,
-    check_keys,
-    decode_utf8,
-    dump_json,
-    json_object,
-    parse_json,
-    read_bytes,
-    shown,
-)
+from spp_export.common.json_files import MAX_JSON_BYTES, dump_json, parse_json, read_bytes, shown
 
 MANIFEST_NAME = "manifest.json"
 _TOOL = "spp"
 _SCHEMA_VERSION = 1
-_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +26,19 @@ class FileRecord:
 
     size: int
     sha256: str
+
+
+class _FileDocument(Document):
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _ManifestDocument(Document):
+    version = _SCHEMA_VERSION, f"Use the version of {_TOOL} that wrote it."
+
+    tool: str
+    schema_version: int
+    files: dict[str, Any]
 
 
 def hash_file(path: Path) -> FileRecord:
@@ -50,14 +55,14 @@ def write_manifest(directory: Path, known: Mapping[str, FileRecord] | None = Non
     again. Raises OutputError where a file cannot be read, and for what is neither a file nor a
     directory with files in it.
     """
-    given = dict(known or {})
+    known = known or {}
     records: dict[str, FileRecord] = {}
     try:
         for name in _names(directory):
             path = directory / name
             if path.is_symlink() or not path.is_file():
                 raise OutputError(f"{path}: only regular files belong in an output. Remove it.")
-            record = given.get(name) or hash_file(path)
+            record = known.get(name) or hash_file(path)
             assert record.size == path.stat().st_size, f"{name}: changed after it was hashed"
             records[name] = record
         (directory / MANIFEST_NAME).write_text(_text(records), encoding="utf-8")
@@ -122,9 +127,7 @@ def _read(directory: Path) -> tuple[bytes, dict[str, Any]]:
     data = read_bytes(
         path, what="manifest", max_bytes=MAX_JSON_BYTES, error=CheckpointError, pipe=False
     )
-    label = f"manifest {path}"
-    text = decode_utf8(data, what=label, error=CheckpointError)
-    content = parse_json(text, what=label, error=CheckpointError)
+    content = parse_json(data, what=f"manifest {path}", error=CheckpointError)
     if not isinstance(content, dict) or content.get("tool") != _TOOL:
         raise CheckpointError(f"{path}: was not written by {_TOOL}.")
     return data, content
@@ -134,15 +137,12 @@ def _listed(directory: Path) -> dict[str, FileRecord]:
     """What the manifest says. Raises CheckpointError unless it is as `write_manifest` writes it."""
     path = directory / MANIFEST_NAME
     data, content = _read(directory)
-    version = content.get("schema_version")
-    if version != _SCHEMA_VERSION:
-        raise CheckpointError(
-            f"{path}: schema_version is {shown(version)}, expected {_SCHEMA_VERSION}. "
-            f"Use the version of {_TOOL} that wrote it."
-        )
-    check_keys(content, ("tool", "schema_version", "files"), (), str(path), CheckpointError)
-    files = json_object(content["files"], f"{path}: files", CheckpointError)
-    records = {name: _record(entry, f"{path}: {shown(name)}") for name, entry in files.items()}
+    document = validated(_ManifestDocument, content, what=str(path), error=CheckpointError)
+    records = {}
+    for name, entry in document.files.items():  # one by one, so that the first bad one ends it
+        place = f"{path}: {shown(name)}"
+        record = validated(_FileDocument, entry, what=place, error=CheckpointError)
+        records[name] = FileRecord(record.bytes, record.sha256)
     if data != _text(records).encode():
         raise CheckpointError(
             f"{path}: has other spaces, another order or another spelling than {_TOOL} writes, "
@@ -151,21 +151,14 @@ def _listed(directory: Path) -> dict[str, FileRecord]:
     return records
 
 
-def _record(entry: Any, place: str) -> FileRecord:
-    found = json_object(entry, place, CheckpointError)
-    check_keys(found, ("bytes", "sha256"), (), place, CheckpointError)
-    size, sha256 = found["bytes"], found["sha256"]
-    if type(size) is not int or size < 0:
-        raise CheckpointError(f"{place}: bytes is {shown(size)}, expected a whole number.")
-    if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
-        raise CheckpointError(f"{place}: sha256 is {shown(sha256)}, expected 64 hex digits.")
-    return FileRecord(size, sha256)
-
-
 def _names(directory: Path) -> Iterator[str]:
     """Relative names of everything but directories, without following links; a directory that
     holds nothing is named too, with a slash at the end. Raises OSError."""
-    for root, folders, files in os.walk(directory, onerror=_refuse):
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for root, folders, files in os.walk(directory, onerror=refuse):
         place = Path(root).relative_to(directory)
         if not folders and not files:
             yield f"{place.as_posix()}/"
@@ -173,10 +166,6 @@ def _names(directory: Path) -> Iterator[str]:
         for name in [*files, *links]:
             if (relative := (place / name).as_posix()) != MANIFEST_NAME:
                 yield relative
-
-
-def _refuse(error: OSError) -> None:
-    raise error
 
 
 def _compare(path: Path, expected: FileRecord) -> str | None:

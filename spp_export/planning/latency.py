@@ -1,7 +1,7 @@
 """What layers of every size cost in time on one device, as a table that was measured there.
 
 `spp bench --profile` measures attention blocks of every regular shape and MLP blocks of a grid of
-widths; `latency_file` reads the file. Costs are whole nanoseconds, so that sums of them are exact:
+widths; Costs are whole nanoseconds, so that sums of them are exact:
 what is rounded off is at most half a nanosecond per block, and no further rounding follows.
 """
 
@@ -11,36 +11,27 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from pydantic import AfterValidator, Field, model_validator
 
+from spp_export.common.documents import Document, Rows, printable, validated
 from spp_export.common.errors import ProfileError
-from spp_export.common.json_files import (
-    check_keys,
-    decode_utf8,
-    json_object,
-    parse_json,
-    read_bytes,
-    shown,
-)
+from spp_export.common.json_files import parse_json, read_bytes
 from spp_export.models.shape import LayerShape, ModelShape
 
+SCHEMA_VERSION = 1
+MAX_BYTES = 4 << 20
 Phase = Literal["decode", "prefill"]
 PHASES: tuple[Phase, ...] = ("decode", "prefill")
 # The sizes of a model that its blocks' times depend on, as `ModelShape` names them.
-COUNTS = (
-    "num_layers",
-    "hidden_size",
-    "query_heads",
-    "kv_heads",
-    "head_dim",
-    "channels",
-    "vocab_size",
+SIZES = (
+    *("model_type", "num_layers", "hidden_size", "query_heads", "kv_heads", "head_dim"),
+    *("channels", "vocab_size", "tied_embeddings", "qkv_bias", "output_bias", "mlp_bias"),
+    "qk_norm",
 )
-SWITCHES = ("tied_embeddings", "qkv_bias", "output_bias", "mlp_bias", "qk_norm")
-SIZES = ("model_type", *COUNTS, *SWITCHES)
 NANOSECONDS = 1_000_000_000
 
 
@@ -50,7 +41,7 @@ class LatencyTable:
 
     sizes: of the model measured, by the names in `SIZES`. attention: by query heads and KV heads,
     of every regular shape. mlp: by width, ascending to the dense one. rest: of a step outside the
-    blocks, which are embedding, final norm and logits. device and dtype are the file's own words.
+    blocks, which are embedding, final norm and logits. device and dtype are the file's own.
     """
 
     sha256: str
@@ -78,8 +69,8 @@ class LatencyTable:
         """Nanoseconds of an attention block of each regular size; the counts are broadcast."""
         query, groups = np.broadcast_arrays(query_heads, kv_heads)
         counts = zip(query.ravel().tolist(), groups.ravel().tolist(), strict=True)
-        found = [_nanoseconds(self.attention[shape]) for shape in counts]
-        return np.array(found, dtype=np.int64).reshape(query.shape)
+        costs = [_nanoseconds(self.attention[shape]) for shape in counts]
+        return np.array(costs, dtype=np.int64).reshape(query.shape)
 
     def mlp_cost(self, widths: Sequence[int]) -> NDArray[np.int64]:
         """Nanoseconds [W] of an MLP block of each width, never fewer for a wider one.
@@ -162,38 +153,114 @@ def _nanoseconds(seconds: float) -> int:
     return max(1, round(seconds * NANOSECONDS))
 
 
-SCHEMA_VERSION = 1
-
-
-MAX_BYTES = 4 << 20
-
-
-_REQUIRED = (
-    *("schema_version", "model", "phase", "batch", "context", "device", "dtype"),
-    *("attention", "mlp", "rest"),
-)
-
-
-_OPTIONAL = ("machine", "versions", "git", "options")
-
-
-_TIMES = ("seconds", "p20", "p80")
-
-
 # Nanoseconds of this many seconds, a block of each layer of each model, add up exactly.
-_MOST_SECONDS = 1000.0
+_Time = Annotated[float, Field(gt=0, le=1000)]
+_Count = Annotated[int, Field(ge=1, le=1 << 24)]
+_Heads = Annotated[int, Field(ge=1, le=1 << 12)]
+_Line = Annotated[str, Field(min_length=1, max_length=100), AfterValidator(printable)]
 
 
-_MOST = 1 << 24
+class _Sizes(Document):
+    name: _Line
+    model_type: _Line
+    num_layers: Annotated[int, Field(ge=1, le=1 << 10)]
+    hidden_size: _Count
+    query_heads: _Heads
+    kv_heads: _Heads
+    head_dim: _Count
+    channels: _Count
+    vocab_size: _Count
+    tied_embeddings: bool
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> Self:
+        if self.query_heads % self.kv_heads:
+            raise ValueError(
+                f"has {self.query_heads} query_heads, expected a multiple of its "
+                f"{self.kv_heads} kv_heads"
+            )
+        return self
 
 
-_MOST_LAYERS = 1 << 10
+class _Times(Document):
+    seconds: _Time
+    p20: _Time
+    p80: _Time
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if not self.p20 <= self.seconds <= self.p80:
+            raise ValueError(
+                f"has seconds {self.seconds}, expected p20 {self.p20} to p80 {self.p80}"
+            )
+        return self
 
 
-_MOST_HEADS = 1 << 12
+class _AttentionTimes(_Times):
+    query_heads: _Heads
+    kv_heads: _Heads
 
 
-_MOST_TEXT = 100
+class _MlpTimes(_Times):
+    channels: _Count
+
+
+class LatencyDocument(Document):
+    """The file of a latency table."""
+
+    version = SCHEMA_VERSION, "Run 'spp bench --profile' with this version of spp."
+
+    schema_version: int
+    model: _Sizes
+    phase: Phase
+    batch: _Count
+    context: _Count
+    device: _Line
+    dtype: _Line
+    attention: Rows[_AttentionTimes]
+    mlp: Rows[_MlpTimes]
+    rest: _Times
+    machine: Any = None
+    versions: Any = None
+    git: Any = None
+    options: Any = None
+
+    @model_validator(mode="after")
+    def _check_attention(self) -> Self:
+        groups, size = self.model.kv_heads, self.model.query_heads // self.model.kv_heads
+        expected = f"each of 1 to {groups} KV heads with 1 to {size} query heads per KV head once"
+        shapes = {(kv * each, kv) for kv in range(1, groups + 1) for each in range(1, size + 1)}
+        for index, row in enumerate(self.attention):
+            shape = row.query_heads, row.kv_heads
+            if shape not in shapes:
+                raise ValueError(
+                    f"has attention[{index}] of {row.query_heads} query heads and {row.kv_heads} "
+                    f"KV heads, expected {expected}"
+                )
+            shapes.remove(shape)
+        if shapes:
+            raise ValueError(f"has {len(self.attention)} shapes in attention, expected {expected}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_mlp(self) -> Self:
+        previous = 0
+        for index, row in enumerate(self.mlp):
+            if row.channels <= previous:
+                raise ValueError(
+                    f"has mlp[{index}] of {row.channels} channels after {previous}, expected "
+                    "ascending widths"
+                )
+            previous = row.channels
+        if previous != self.model.channels:
+            raise ValueError(
+                f"has an mlp of at most {previous} channels, expected all {self.model.channels}"
+            )
+        return self
 
 
 def read_latency_table(path: str | os.PathLike[str]) -> LatencyTable:
@@ -205,143 +272,17 @@ def read_latency_table(path: str | os.PathLike[str]) -> LatencyTable:
     """
     data = read_bytes(path, what="profile", max_bytes=MAX_BYTES, error=ProfileError)
     label = f"profile {os.fspath(path)}"
-    text = decode_utf8(data, what=label, error=ProfileError)
-    value = parse_json(text, what=label, error=ProfileError)
-    try:
-        return _table(value, hashlib.sha256(data).hexdigest())
-    except _MalformedError as problem:
-        raise ProfileError(f"{label}: {problem}") from None
-
-
-class _MalformedError(ProfileError):
-    """A defect that the caller puts the file's name in front of."""
-
-
-def _table(value: Any, sha256: str) -> LatencyTable:
-    document = json_object(value, "the document", _MalformedError)
-    version = document.get("schema_version")
-    if type(version) is not int or version != SCHEMA_VERSION:
-        raise _MalformedError(
-            f"schema_version is {shown(version)}, expected {SCHEMA_VERSION}. "
-            "Run 'spp bench --profile' with this version of spp."
-        )
-    check_keys(document, _REQUIRED, _OPTIONAL, "the document", _MalformedError)
-    sizes = _sizes(document["model"])
+    value = parse_json(data, what=label, error=ProfileError)
+    document = validated(LatencyDocument, value, what=label, error=ProfileError)
     return LatencyTable(
-        sha256=sha256,
-        sizes=sizes,
-        phase=_phase(document["phase"]),
-        batch=_count(document["batch"], "batch", _MOST),
-        context=_count(document["context"], "context", _MOST),
-        device=_text(document["device"], "device"),
-        dtype=_text(document["dtype"], "dtype"),
-        attention=_attention(document["attention"], sizes["query_heads"], sizes["kv_heads"]),
-        mlp=_mlp(document["mlp"], sizes["channels"]),
-        rest=_times(json_object(document["rest"], "rest", _MalformedError), (), "rest"),
+        sha256=hashlib.sha256(data).hexdigest(),
+        sizes=document.model.model_dump(exclude={"name"}),
+        phase=document.phase,
+        batch=document.batch,
+        context=document.context,
+        device=document.device,
+        dtype=document.dtype,
+        attention={(row.query_heads, row.kv_heads): row.seconds for row in document.attention},
+        mlp={row.channels: row.seconds for row in document.mlp},
+        rest=document.rest.seconds,
     )
-
-
-def _sizes(value: Any) -> dict[str, Any]:
-    model = json_object(value, "model", _MalformedError)
-    check_keys(model, ("name", *SIZES), (), "model", _MalformedError)
-    most = {"num_layers": _MOST_LAYERS, "query_heads": _MOST_HEADS, "kv_heads": _MOST_HEADS}
-    sizes: dict[str, Any] = {"model_type": _text(model["model_type"], "model.model_type")}
-    _text(model["name"], "model.name")
-    for name in COUNTS:
-        sizes[name] = _count(model[name], f"model.{name}", most.get(name, _MOST))
-    for name in SWITCHES:
-        if not isinstance(model[name], bool):
-            raise _MalformedError(f"model.{name} is {shown(model[name])}, expected true or false.")
-        sizes[name] = model[name]
-    if sizes["query_heads"] % sizes["kv_heads"]:
-        raise _MalformedError(
-            f"model.query_heads is {sizes['query_heads']}, expected a multiple of model.kv_heads "
-            f"{sizes['kv_heads']}."
-        )
-    return sizes
-
-
-def _attention(value: Any, query_heads: int, kv_heads: int) -> dict[tuple[int, int], float]:
-    rows, size = _rows(value, "attention"), query_heads // kv_heads
-    if len(rows) != query_heads:
-        raise _MalformedError(
-            f"attention has {len(rows)} shapes, expected {query_heads}: each of 1 to {kv_heads} KV "
-            f"heads with 1 to {size} query heads per KV head."
-        )
-    found: dict[tuple[int, int], float] = {}
-    for index, row in enumerate(rows):
-        place = f"attention {index}"
-        seconds = _times(row, ("query_heads", "kv_heads"), place)
-        groups = _count(row["kv_heads"], f"{place}: kv_heads", kv_heads)
-        query = _count(row["query_heads"], f"{place}: query_heads", size * groups)
-        if query % groups:
-            raise _MalformedError(
-                f"{place}: query_heads is {query}, expected a multiple of its kv_heads {groups}."
-            )
-        if (query, groups) in found:
-            raise _MalformedError(f"{place}: {query} query heads of {groups} KV heads come twice.")
-        found[query, groups] = seconds
-    return found
-
-
-def _mlp(value: Any, channels: int) -> dict[int, float]:
-    found: dict[int, float] = {}
-    previous = 0
-    for index, row in enumerate(_rows(value, "mlp")):
-        place = f"mlp {index}"
-        seconds = _times(row, ("channels",), place)
-        width = _count(row["channels"], f"{place}: channels", channels)
-        if width <= previous:
-            raise _MalformedError(
-                f"{place}: channels is {width} after {previous}; widths must be ascending."
-            )
-        found[width] = seconds
-        previous = width
-    if previous != channels:
-        raise _MalformedError(f"mlp ends at {previous} channels, expected all {channels}.")
-    return found
-
-
-def _rows(value: Any, name: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not value:
-        raise _MalformedError(f"{name} is {shown(value)}, expected a list of records.")
-    return [json_object(row, f"{name} {index}", _MalformedError) for index, row in enumerate(value)]
-
-
-def _times(row: Mapping[str, Any], keys: Sequence[str], place: str) -> float:
-    """The median of a record, all of whose times are checked."""
-    check_keys(row, (*keys, *_TIMES), (), place, _MalformedError)
-    for name in _TIMES:
-        time = row[name]
-        if type(time) not in (int, float) or not 0 < time <= _MOST_SECONDS:
-            raise _MalformedError(
-                f"{place}: {name} is {shown(time)}, expected a number above 0 and at most "
-                f"{_MOST_SECONDS:g}."
-            )
-    if not row["p20"] <= row["seconds"] <= row["p80"]:
-        raise _MalformedError(
-            f"{place}: seconds is {row['seconds']}, expected it between p20 {row['p20']} and p80 "
-            f"{row['p80']}."
-        )
-    return float(row["seconds"])
-
-
-def _phase(value: Any) -> Phase:
-    for phase in PHASES:
-        if value == phase:
-            return phase
-    raise _MalformedError(f"phase is {shown(value)}, expected {' or '.join(PHASES)}.")
-
-
-def _count(value: Any, name: str, most: int) -> int:
-    if type(value) is not int or not 1 <= value <= most:
-        raise _MalformedError(f"{name} is {shown(value)}, expected an integer from 1 to {most}.")
-    return value
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str) or not value.isprintable() or not 0 < len(value) <= _MOST_TEXT:
-        raise _MalformedError(
-            f"{name} is {shown(value)}, expected one line of at most {_MOST_TEXT} characters."
-        )
-    return value

@@ -67,7 +67,8 @@ def changed(path, value):
     return apply
 
 
-NO_NUMBER = "expected a number above 0"
+NO_NUMBER = "expected a number greater than 0"
+TOO_MUCH = "expected a number less than or equal to 1000"
 
 
 @pytest.mark.parametrize(
@@ -79,34 +80,54 @@ NO_NUMBER = "expected a number above 0"
         (["rest"], None, "the document has no rest"),
         (["model"], [1], "model is a list of 1, expected a JSON object"),
         (["model", "head_dim"], None, "model has no head_dim"),
-        (["model", "head_dim"], 0, "model.head_dim is 0, expected an integer from 1"),
+        (
+            ["model", "head_dim"],
+            0,
+            "model.head_dim is 0, expected a number greater than or equal to 1",
+        ),
         (["model", "head_dim"], 1.0, r"model.head_dim is 1\.0, expected an integer"),
-        (["model", "channels"], 1 << 60, "model.channels is .*, expected an integer from 1"),
-        (["model", "kv_heads"], 3, "model.query_heads is 4, expected a multiple of .* 3"),
+        (["model", "channels"], 1 << 60, "model.channels is .*, expected a number less than"),
+        (["model", "kv_heads"], 3, "model has 4 query_heads, expected a multiple of its 3 kv"),
         (["model", "qkv_bias"], 1, "model.qkv_bias is 1, expected true or false"),
         (["model", "name"], "a\nb", "model.name is 'a.*', expected one line"),
-        (["phase"], "both", "phase is 'both', expected decode or prefill"),
+        (["phase"], "both", "phase is 'both', expected 'decode' or 'prefill'"),
         (["batch"], True, "batch is True, expected an integer"),
-        (["context"], -1, "context is -1, expected an integer"),
-        (["device"], "x" * 101, "device is 'xxx.*, expected one line of at most 100"),
+        (["context"], -1, "context is -1, expected a number greater than or equal to 1"),
+        (["device"], "x" * 101, "device is 'xxx.*, expected at most 100 characters"),
         (["dtype"], "\x1b[2J", "dtype is .*, expected one line"),
-        (["attention"], [], "attention is a list of 0, expected a list of records"),
-        (["attention", 0], None, "attention has 3 shapes, expected 4"),
-        (["attention", 0], 7, "attention 0 is 7, expected a JSON object"),
-        (["attention", 0, "query_heads"], 2, "attention 1: 2 query heads of 1 KV heads come twice"),
-        (["attention", 0, "query_heads"], 3, "query_heads is 3, expected an integer from 1 to 2"),
-        (["attention", 2, "query_heads"], 3, "is 3, expected a multiple of its kv_heads 2"),
-        (["attention", 3, "kv_heads"], 3, "kv_heads is 3, expected an integer from 1 to 2"),
-        (["attention", 3, "extra"], 1, "attention 3 has the unknown key 'extra'"),
-        (["attention", 1, "seconds"], 0, f"attention 1: seconds is 0, {NO_NUMBER}"),
-        (["attention", 1, "seconds"], "1", f"seconds is '1', {NO_NUMBER}"),
-        (["attention", 1, "seconds"], 1001, f"seconds is 1001, {NO_NUMBER}"),
-        (["attention", 1, "seconds"], 10**400, f"seconds is 1000.*, {NO_NUMBER}"),
-        (["attention", 1, "p80"], True, f"p80 is True, {NO_NUMBER}"),
-        (["attention", 1, "p20"], 1, "attention 1: seconds is .*, expected it between p20 1 and"),
-        (["mlp", 1, "channels"], 4, "mlp 1: channels is 4 after 4; widths must be ascending"),
-        (["mlp", 2, "channels"], 13, "channels is 13, expected an integer from 1 to 12"),
-        (["mlp", 2], None, "mlp ends at 8 channels, expected all 12"),
+        (["attention"], [], "0 shapes in attention, expected each of 1 to 2 KV"),
+        (["attention", 0], None, "has 3 shapes in attention, expected each of 1 to 2 KV heads"),
+        (["attention", 0], 7, r"attention\[0\] is 7, expected a JSON object"),
+        (
+            ["attention", 0, "query_heads"],
+            2,
+            r"attention\[1\] of 2 query heads and 1 KV heads, .* once",
+        ),
+        (
+            ["attention", 0, "query_heads"],
+            3,
+            r"attention\[0\] of 3 query heads and 1 KV heads, expected",
+        ),
+        (
+            ["attention", 2, "query_heads"],
+            3,
+            r"attention\[2\] of 3 query heads and 2 KV heads, expected",
+        ),
+        (
+            ["attention", 3, "kv_heads"],
+            3,
+            r"attention\[3\] of 4 query heads and 3 KV heads, expected",
+        ),
+        (["attention", 3, "extra"], 1, r"attention\[3\] has the unknown key 'extra'"),
+        (["attention", 1, "seconds"], 0, rf"attention\[1\].seconds is 0, {NO_NUMBER}"),
+        (["attention", 1, "seconds"], "1", "seconds is '1', expected a number"),
+        (["attention", 1, "seconds"], 1001, f"seconds is 1001, {TOO_MUCH}"),
+        (["attention", 1, "seconds"], 10**400, "seconds is 1000.*, expected a number"),
+        (["attention", 1, "p80"], True, "p80 is True, expected a number"),
+        (["attention", 1, "p20"], 1, r"attention\[1\] has seconds .*, expected p20 1.0 to p80"),
+        (["mlp", 1, "channels"], 4, r"mlp\[1\] of 4 channels after 4, expected ascending widths"),
+        (["mlp", 2, "channels"], 13, "mlp of at most 13 channels, expected all 12"),
+        (["mlp", 2], None, "mlp of at most 8 channels, expected all 12"),
         (["rest"], {"seconds": 1}, "rest has no p20"),
     ],
 )
