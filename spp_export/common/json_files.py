@@ -179,7 +179,7 @@ def check_keys(
 
 def shown(value: Any) -> str:
     """A JSON value as an error message shows it: never more than some words."""
-    if isinstance(value, (dict, list)):
+    if isinstance(value, (dict, list, tuple)):
         return "a JSON object" if isinstance(value, dict) else f"a list of {len(value)}"
     text = "null" if value is None else repr(value)
     return text if len(text) <= 40 else text[:37] + "..."

@@ -9,12 +9,14 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import AfterValidator, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from spp_export.common.documents import Document, Rows, printable, validated
 from spp_export.common.errors import ArtifactsError, UsageError
 from spp_export.common.json_files import (
     decode_utf8,
@@ -49,7 +51,88 @@ _PROBE_TENSORS = ("weight", "bias", "temperature", "axes")
 KNOWN, SHARE = 0.5, 0.15
 DOMAIN_SHRINKAGE, SCENARIO_WEIGHT = 0.5, 0.3
 
+# Larger ones would leave the range of float32 once they are squared and summed.
+_LARGEST = 1e15
+_SMALLEST_TEMPERATURE = 1e-6
+_CRITERION = re.compile(r"(head|channel)/[a-z0-9][a-z0-9_-]*")
+
 Array = np.ndarray[Any, np.dtype[np.float32]]
+
+
+def _name(text: str) -> str:
+    if not text.strip():
+        raise ValueError(f"is {shown(text)}, expected text that is not blank")
+    return printable(text)
+
+
+def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError(f"holds {', '.join(names):.300}, expected distinct names")
+    return names
+
+
+_Name = Annotated[str, Field(max_length=80), AfterValidator(_name)]
+_Names = Annotated[Rows[_Name], Field(min_length=1, max_length=256), AfterValidator(_distinct)]
+_Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+_OTHERS_TOO = ConfigDict(extra="ignore")
+
+
+class _RegimeChoice(Document):
+    model_config = _OTHERS_TOO
+    known: _Share = KNOWN
+    share: _Share = SHARE
+
+
+class _Shrinkage(Document):
+    model_config = _OTHERS_TOO
+    chosen: _Share = DOMAIN_SHRINKAGE
+
+
+class _ScenarioWeight(Document):
+    model_config = _OTHERS_TOO
+    chosen: _Share = SCENARIO_WEIGHT
+
+
+class _Manifest(Document):
+    """What is read of `Artifacts.manifest` in order to plan."""
+
+    model_config = _OTHERS_TOO
+    probe_layers: Rows[int] | None = None
+    regime_choice: _RegimeChoice = _RegimeChoice()
+    shrinkage: _Shrinkage = _Shrinkage()
+    scenario_weight: _ScenarioWeight = _ScenarioWeight()
+
+
+class _Contents(Document):
+    domains: _Names
+    regimes: _Names
+    manifest: _Manifest
+
+
+class _ModelDocument(Document):
+    fingerprint: Annotated[str, AfterValidator(printable)]
+    num_layers: int
+    query_heads: int
+    hidden_size: int
+    channels: int | None
+
+
+class ArtifactsDocument(_Contents):
+    """artifacts.json; what its values mean is checked with the tensors."""
+
+    version = (
+        SCHEMA_VERSION,
+        "Artifacts of the published format are converted by 'spp artifacts import'.",
+    )
+
+    schema_version: int
+    model: _ModelDocument
+
+
+class _CalibrationText(Document):
+    model_config = _OTHERS_TOO
+    domain: str
+    text: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,29 +189,28 @@ class Artifacts:
     def probe_layers(self) -> tuple[int, ...]:
         """Layers that have a probe. Ours all have; imported artifacts may not, and a layer without
         one has zero weights, which would answer 0.5 for every domain."""
-        layers = self.manifest.get("probe_layers")
-        return tuple(range(self.num_layers)) if layers is None else tuple(layers)
+        layers = self._settings.probe_layers
+        return tuple(range(self.num_layers)) if layers is None else layers
 
     @property
     def regime_rule(self) -> tuple[float, float]:
         """Thresholds of the regime: how likely a known domain is, and the share that counts."""
-        return (
-            self._setting("regime_choice", "known", KNOWN),
-            self._setting("regime_choice", "share", SHARE),
-        )
+        rule = self._settings.regime_choice
+        return rule.known, rule.share
 
     @property
     def shrinkage(self) -> float:
         """How far a diagnosed mixture is best shrunk towards all domains alike, 0 to 1."""
-        return self._setting("shrinkage", "chosen", DOMAIN_SHRINKAGE)
+        return self._settings.shrinkage.chosen
 
     @property
     def scenario_weight(self) -> float:
         """Weight of a scenario's own text against the pools', 0 to 1."""
-        return self._setting("scenario_weight", "chosen", SCENARIO_WEIGHT)
+        return self._settings.scenario_weight.chosen
 
-    def _setting(self, section: str, name: str, default: float) -> float:
-        return float(self.manifest.get(section, {}).get(name, default))
+    @property
+    def _settings(self) -> _Manifest:
+        return _Manifest.model_validate(dict(self.manifest))
 
     def _units(self, kind: str) -> list[int]:
         scores = self.importance.items()
@@ -144,8 +226,9 @@ def read_artifacts(directory: str | os.PathLike[str]) -> Artifacts:
     if not root.is_dir():
         raise ArtifactsError(f"artifacts {root}: no such directory. Make it with 'spp probe'.")
     data = {name: _read(root / name) for name in FILES}
-    header = _parse(root / "artifacts.json", data["artifacts.json"])
-    _check_header(header, root)
+    label = f"artifacts {root}/artifacts.json"
+    value = parse_json(data["artifacts.json"], what=label, error=ArtifactsError)
+    header = validated(ArtifactsDocument, value, what=label, error=ArtifactsError)
     probes = _tensors(root / "probes.safetensors", data["probes.safetensors"])
     if set(probes) != set(_PROBE_TENSORS):
         raise ArtifactsError(
@@ -153,21 +236,20 @@ def read_artifacts(directory: str | os.PathLike[str]) -> Artifacts:
             f"{', '.join(_PROBE_TENSORS)}, got {_names(probes)}."
         )
     artifacts = Artifacts(
-        fingerprint=header["model"]["fingerprint"],
-        domains=tuple(header["domains"]),
-        regimes=tuple(header["regimes"]),
+        fingerprint=header.model.fingerprint,
+        domains=header.domains,
+        regimes=header.regimes,
         **probes,
         importance=_tensors(root / "importance.safetensors", data["importance.safetensors"]),
-        whitelist=whitelist_pairs(
-            _parse(root / "whitelist.json", data["whitelist.json"]),
-            f"artifacts {root}/whitelist.json",
-        ),
+        whitelist=whitelist_pairs(data["whitelist.json"], f"artifacts {root}/whitelist.json"),
         calibration=tuple(_calibration(root / "calibration.jsonl", data["calibration.jsonl"])),
-        manifest=header["manifest"],
+        manifest=value["manifest"],
         sha256=_digest(data),
     )
     check_artifacts(artifacts, f"artifacts {root}")
-    _check_sizes(artifacts, header["model"], root)
+    for key, size in _model_sizes(artifacts).items():
+        if (stated := getattr(header.model, key)) != size:
+            raise ArtifactsError(f"{label} says {key} = {stated}, the tensors have {size}.")
     return artifacts
 
 
@@ -259,12 +341,6 @@ def _read(path: Path) -> bytes:
     return read_bytes(path, what="artifacts", max_bytes=limit, error=ArtifactsError, pipe=False)
 
 
-def _parse(path: Path, data: bytes) -> Any:
-    label = f"artifacts {path}"
-    text = decode_utf8(data, what=label, error=ArtifactsError)
-    return parse_json(text, what=label, error=ArtifactsError)
-
-
 def _tensors(path: Path, data: bytes) -> dict[str, Array]:
     if (length := int.from_bytes(data[:8], "little")) > _MAX_HEADER_BYTES:
         raise ArtifactsError(
@@ -280,35 +356,6 @@ def _tensors(path: Path, data: bytes) -> dict[str, Array]:
     return tensors
 
 
-def _check_header(header: Any, root: Path) -> None:
-    """Types of artifacts.json; what the values mean is checked with the tensors."""
-    label = f"artifacts {root}/artifacts.json"
-    version = header.get("schema_version") if isinstance(header, dict) else None
-    if type(version) is not int or version != SCHEMA_VERSION:
-        raise ArtifactsError(
-            f"{label}: expected schema_version {SCHEMA_VERSION}, got {version!r:.40}. "
-            "Artifacts of the published format are converted by 'spp artifacts import'."
-        )
-    kinds = {"model": dict, "domains": list, "regimes": list, "manifest": dict}
-    for key, kind in kinds.items():
-        if not isinstance(header.get(key), kind):
-            raise ArtifactsError(f"{label}: {key!r} is missing or not a JSON {kind.__name__}.")
-    if unknown := set(header) - set(kinds) - {"schema_version"}:
-        raise ArtifactsError(f"{label}: unknown key {_names(unknown)}.")
-    fingerprint = header["model"].get("fingerprint")
-    if not isinstance(fingerprint, str) or not fingerprint.isprintable():
-        raise ArtifactsError(f"{label}: 'model.fingerprint' is missing or no line of text.")
-
-
-def _check_sizes(artifacts: Artifacts, model: Mapping[str, Any], root: Path) -> None:
-    for key, found in _model_sizes(artifacts).items():
-        if key not in model or type(model[key]) is not type(found) or model[key] != found:
-            raise ArtifactsError(
-                f"artifacts {root}: artifacts.json says {key} = {model.get(key)!r:.40}, "
-                f"the tensors have {found}."
-            )
-
-
 def _calibration(path: Path, data: bytes) -> Iterable[tuple[str, str]]:
     text = decode_utf8(data, what=f"artifacts {path}", error=ArtifactsError)
     for number, line in enumerate(text_lines(text), start=1):
@@ -316,13 +363,8 @@ def _calibration(path: Path, data: bytes) -> Iterable[tuple[str, str]]:
             continue
         where = f"artifacts {path}: line {number}"
         entry = parse_json(line, what=where, error=ArtifactsError)
-        match entry:
-            case {"domain": str(domain), "text": str(content)}:
-                yield domain, content
-            case _:
-                raise ArtifactsError(
-                    f"{where}: expected an object with the strings 'domain' and 'text'."
-                )
+        found = validated(_CalibrationText, entry, what=where, error=ArtifactsError)
+        yield found.domain, found.text
 
 
 def _names(names: Iterable[str]) -> str:
@@ -352,33 +394,10 @@ def open_artifacts(
     return found
 
 
-_SETTINGS = {
-    "regime_choice": ("known", "share"),
-    "shrinkage": ("chosen",),
-    "scenario_weight": ("chosen",),
-}
-
-
-# Larger ones would leave the range of float32 once they are squared and summed.
-_LARGEST = 1e15
-
-
-_SMALLEST_TEMPERATURE = 1e-6
-
-
-_SHOWN = 12
-
-
-_MOST_NAMES, _LONGEST_NAME = 256, 80
-
-
-_CRITERION = re.compile(r"(head|channel)/[a-z0-9][a-z0-9_-]*")
-
-
 def check_artifacts(artifacts: Artifacts, label: str) -> None:
     """Raise ArtifactsError unless everything in the record agrees."""
-    _check_names(artifacts.domains, f"{label}: domain")
-    _check_names(artifacts.regimes, f"{label}: regime")
+    contents = {name: getattr(artifacts, name) for name in ("domains", "regimes", "manifest")}
+    settings = validated(_Contents, contents, what=label, error=ArtifactsError).manifest
     weight = artifacts.weight
     if weight.ndim != 3 or 0 in weight.shape:
         raise ArtifactsError(
@@ -397,33 +416,14 @@ def check_artifacts(artifacts: Artifacts, label: str) -> None:
         )
     _check_importance(artifacts.importance, count, layers, label)
     _check_whitelist(artifacts, label)
-    _check_probe_layers(artifacts, label)
-    _check_settings(artifacts, label)
+    if settings.probe_layers is not None:
+        _check_probe_layers(settings.probe_layers, layers, label)
     for number, (domain, _) in enumerate(artifacts.calibration, start=1):
         if domain not in artifacts.domains:
             raise ArtifactsError(
                 f"{label}: calibration text {number} is of the domain {domain!r:.60}, "
                 f"known are {', '.join(artifacts.domains):.300}."
             )
-
-
-def _check_names(names: tuple[str, ...], label: str) -> None:
-    if not names:
-        raise ArtifactsError(f"{label}s: expected at least one name, got none.")
-    if len(names) > _MOST_NAMES:
-        raise ArtifactsError(f"{label}s: expected at most {_MOST_NAMES} names, got {len(names)}.")
-    for name in names:
-        if not isinstance(name, str) or not name.strip() or not name.isprintable():
-            raise ArtifactsError(
-                f"{label} {shown(name)}: expected printable text that is not empty."
-            )
-        if len(name) > _LONGEST_NAME:
-            raise ArtifactsError(
-                f"{label} {shown(name)}: expected at most {_LONGEST_NAME} characters, got "
-                f"{len(name)}."
-            )
-    if len(set(names)) < len(names):
-        raise ArtifactsError(f"{label}s: expected distinct names, got {', '.join(names):.300}.")
 
 
 def _check_array(array: Array, shape: tuple[int, ...], label: str) -> None:
@@ -470,38 +470,19 @@ def _check_whitelist(artifacts: Artifacts, label: str) -> None:
         raise ArtifactsError(f"{label}: whitelist: a head is listed twice.")
 
 
-def _check_probe_layers(artifacts: Artifacts, label: str) -> None:
-    layers = artifacts.manifest.get("probe_layers")
-    if layers is None:
-        return
-    if not isinstance(layers, (list, tuple)) or any(type(layer) is not int for layer in layers):
-        raise ArtifactsError(f"{label}: manifest: probe_layers: expected a list of integers.")
-    inside = all(0 <= layer < artifacts.num_layers for layer in layers)
-    if not layers or not inside or list(layers) != sorted(set(layers)):
-        first = ", ".join(shown(layer) for layer in layers[:_SHOWN])
+def _check_probe_layers(probed: tuple[int, ...], layers: int, label: str) -> None:
+    inside = all(0 <= layer < layers for layer in probed)
+    if not probed or not inside or list(probed) != sorted(set(probed)):
+        first = ", ".join(shown(layer) for layer in probed[:12])
         raise ArtifactsError(
-            f"{label}: manifest: probe_layers: expected ascending layers below "
-            f"{artifacts.num_layers}, got {first or 'none'}."
+            f"{label}: manifest.probe_layers: expected ascending layers below {layers}, got "
+            f"{first or 'none'}."
         )
 
 
-def _check_settings(artifacts: Artifacts, label: str) -> None:
-    """What the manifest says of how a scenario is to be read: all shares."""
-    for section, names in _SETTINGS.items():
-        value = artifacts.manifest.get(section, {})
-        if not isinstance(value, Mapping):
-            raise ArtifactsError(f"{label}: manifest: {section}: expected a JSON object.")
-        for name in names:
-            number = value.get(name, 0)
-            if type(number) not in (int, float) or not 0 <= number <= 1:
-                raise ArtifactsError(
-                    f"{label}: manifest: {section}.{name}: expected a number from 0 to 1, "
-                    f"got {number!r:.40}."
-                )
-
-
-def whitelist_pairs(value: Any, label: str) -> tuple[tuple[int, int], ...]:
+def whitelist_pairs(data: bytes, label: str) -> tuple[tuple[int, int], ...]:
     """`[[layer, head], ...]` of a whitelist.json as pairs; ArtifactsError for anything else."""
+    value = parse_json(data, what=label, error=ArtifactsError)
     pairs: list[tuple[int, int]] = []
     for pair in value if isinstance(value, list) else [value]:
         # type(), since JSON's true is an int to isinstance

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from spp_export.common.errors import ArtifactsError
-from spp_export.common.json_files import MAX_JSON_BYTES, decode_utf8, parse_json, read_bytes
+from spp_export.common.json_files import MAX_JSON_BYTES, json_object, parse_json, read_bytes
 from spp_export.data.artifacts import Array, Artifacts, check_artifacts, whitelist_pairs
 
 # No published file stores the names; this is the order its scripts default to.
@@ -54,17 +54,10 @@ class _Folder:
         self.sha256[name] = hashlib.sha256(data).hexdigest()
         return data
 
-    def json(self, name: str) -> Any:
-        text = decode_utf8(
-            self.read(name, MAX_JSON_BYTES), what=self.label(name), error=ArtifactsError
-        )
-        return parse_json(text, what=self.label(name), error=ArtifactsError)
-
     def mapping(self, name: str) -> dict[str, Any]:
-        value = self.json(name)
-        if not isinstance(value, dict):
-            raise ArtifactsError(f"{self.label(name)}: expected a JSON object.")
-        return value
+        data = self.read(name, MAX_JSON_BYTES)
+        value = parse_json(data, what=self.label(name), error=ArtifactsError)
+        return json_object(value, f"{self.label(name)}: the document", ArtifactsError)
 
 
 def import_published(
@@ -93,7 +86,9 @@ def import_published(
         temperature=temperature,
         axes=np.zeros((count, weight.shape[2]), dtype=np.float32),
         importance={PUBLISHED_CRITERION: importance},
-        whitelist=whitelist_pairs(folder.json("whitelist.json"), folder.label("whitelist.json")),
+        whitelist=whitelist_pairs(
+            folder.read("whitelist.json", MAX_JSON_BYTES), folder.label("whitelist.json")
+        ),
         calibration=(),
         manifest={
             "format": "published",
