@@ -1,126 +1,157 @@
-"""The schema of a results file, as a function that refuses everything else."""
+"""The schema of a results file; `benchmarks/README.md` says what every field means."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
-NUMBER, TEXT, FLAG, COUNT = (int, float), (str,), (bool,), (int,)
-NOTHING = type(None)
+from pydantic import Field, ValidationError
 
-
-class Maybe:
-    """A field that may be missing."""
-
-    def __init__(self, shape: Any) -> None:
-        self.shape = shape
+from spp_export.common.documents import Document, Rows, explained
 
 
-_SPEEDUP = {
-    **dict.fromkeys(("median", "p20", "p80", "low", "bound", "ceiling"), NUMBER),
-    "term": TEXT,
-    "efficiency": (*NUMBER, NOTHING),
-    "above_bound": FLAG,
-}
-_PHASE = {
-    **dict.fromkeys(("median_ms", "p20_ms", "p80_ms", "tokens_per_second"), NUMBER),
-    **dict.fromkeys(("bytes_per_second", "operations_per_second"), NUMBER),
-    **dict.fromkeys(("of_bandwidth", "of_rate"), NUMBER),
-    "samples_ms": [NUMBER],
-    "speedup": Maybe(_SPEEDUP),
-    "over_dense_torch": Maybe(NUMBER),
-}
-_MEMORY = {
-    "name": TEXT,
-    **dict.fromkeys(("weight_bytes", "before_bytes", "loaded_bytes"), COUNT),
-    "loading_peak_bytes": COUNT,
-    "predicted_weight_bytes": (int, NOTHING),
-    "problems": [TEXT],
-    "cells": [
-        dict.fromkeys(("batch", "context", "kv_bytes", "peak_bytes", "predicted_kv_bytes"), COUNT)
-    ],
-}
-DOCUMENT: dict[str, Any] = {
-    "schema_version": COUNT,
-    "machine": {...: (str, int, NOTHING)},
-    "versions": {...: TEXT},
-    "git": Maybe({"commit": TEXT, "modified": FLAG}),
-    "model": {"name": TEXT, "fingerprint": TEXT, "parameters": COUNT},
-    "options": {
-        "device": TEXT,
-        "dtype": TEXT,
-        **dict.fromkeys(("threads", "rounds", "new_tokens", "seed"), COUNT),
-    },
-    "candidates": [
-        {
-            "name": TEXT,
-            "engine": TEXT,
-            "precision": TEXT,
-            "baseline": (str, NOTHING),
-            "plan_hash": (str, NOTHING),
-            "parameters": COUNT,
-            "read_bytes_per_step": COUNT,
-            "plan": Maybe({"layout": TEXT, "units": TEXT, "keep": NUMBER, "kept": NUMBER}),
-        }
-    ],
-    "rates": {"bytes_per_second": NUMBER, "operations_per_second": NUMBER},
-    "gate": [{"name": TEXT, "manifest": (str, NOTHING), "checks": [{...: object}]}],
-    "agreement": [{"name": TEXT, "as": TEXT, "distance": NUMBER, "limit": NUMBER}],
-    "memory": [_MEMORY],
-    "cells": [
-        {
-            "batch": COUNT,
-            "context": COUNT,
-            "rows": [{"name": TEXT, "prefill": Maybe(_PHASE), "decode": Maybe(_PHASE)}],
-        }
-    ],
-    "claims": [
-        {
-            "claim": TEXT,
-            "published": [NUMBER],
-            "what": TEXT,
-            "measured": [NUMBER],
-            "bound": Maybe([NUMBER]),
-        }
-    ],
-    "problems": [TEXT],
-}
+class _Speedup(Document):
+    median: float
+    p20: float
+    p80: float
+    low: float
+    bound: float
+    ceiling: float
+    term: str
+    efficiency: float | None
+    above_bound: bool
 
 
-def check(value: Any, shape: Any = DOCUMENT, place: str = "results") -> None:
+class _Phase(Document):
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    samples_ms: Rows[float]
+    tokens_per_second: float
+    bytes_per_second: float
+    operations_per_second: float
+    of_bandwidth: float
+    of_rate: float
+    speedup: _Speedup | None = None
+    over_dense_torch: float | None = None
+
+
+class _MemoryCell(Document):
+    batch: int
+    context: int
+    kv_bytes: int
+    peak_bytes: int
+    predicted_kv_bytes: int
+
+
+class _Memory(Document):
+    name: str
+    weight_bytes: int
+    before_bytes: int
+    loaded_bytes: int
+    loading_peak_bytes: int
+    predicted_weight_bytes: int | None
+    problems: Rows[str]
+    cells: Rows[_MemoryCell]
+
+
+class _Git(Document):
+    commit: str
+    modified: bool
+
+
+class _Model(Document):
+    name: str
+    fingerprint: str
+    parameters: int
+
+
+class _Options(Document):
+    device: str
+    dtype: str
+    threads: int
+    rounds: int
+    new_tokens: int
+    seed: int
+
+
+class _Plan(Document):
+    layout: str
+    units: str
+    keep: float
+    kept: float
+
+
+class _Candidate(Document):
+    name: str
+    engine: str
+    precision: str
+    baseline: str | None
+    plan_hash: str | None
+    parameters: int
+    read_bytes_per_step: int
+    plan: _Plan | None = None
+
+
+class _Rates(Document):
+    bytes_per_second: float
+    operations_per_second: float
+
+
+class _Gate(Document):
+    name: str
+    manifest: str | None
+    checks: Rows[dict[str, Any]]
+
+
+class _Agreement(Document):
+    name: str
+    reference: Annotated[str, Field(alias="as")]
+    distance: float
+    limit: float
+
+
+class _Row(Document):
+    name: str
+    prefill: _Phase | None = None
+    decode: _Phase | None = None
+
+
+class _Cell(Document):
+    batch: int
+    context: int
+    rows: Rows[_Row]
+
+
+class _Claim(Document):
+    claim: str
+    published: Rows[float]
+    what: str
+    measured: Rows[float]
+    bound: Rows[float] | None = None
+
+
+class ResultsDocument(Document):
+    """What a run measured."""
+
+    schema_version: int
+    machine: dict[str, str | int | None]
+    versions: dict[str, str]
+    git: _Git | None = None
+    model: _Model
+    options: _Options
+    candidates: Rows[_Candidate]
+    rates: _Rates
+    gate: Rows[_Gate]
+    agreement: Rows[_Agreement]
+    memory: Rows[_Memory]
+    cells: Rows[_Cell]
+    claims: Rows[_Claim]
+    problems: Rows[str]
+
+
+def check(value: Any) -> None:
     """ValueError, with the place, where a document is not of the schema."""
-    if isinstance(shape, Maybe):
-        if value is not None:
-            check(value, shape.shape, place)
-    elif isinstance(shape, list):
-        _require(value, (list,), place)
-        for index, item in enumerate(value):
-            check(item, shape[0], f"{place}[{index}]")
-    elif isinstance(shape, Mapping):
-        _require(value, (dict,), place)
-        _check_object(value, shape, place)
-    else:
-        _require(value, shape, place)
-
-
-def _check_object(value: Mapping[str, Any], shape: Mapping[Any, Any], place: str) -> None:
-    if ... in shape:
-        for key, item in value.items():
-            check(item, shape[...], f"{place}.{key}")
-        return
-    if unknown := value.keys() - shape.keys():
-        raise ValueError(f"{place}: unknown field {min(unknown)}")
-    for key, wanted in shape.items():
-        if key in value:
-            check(value[key], wanted, f"{place}.{key}")
-        elif not isinstance(wanted, Maybe):
-            raise ValueError(f"{place}: {key} is missing")
-
-
-def _require(value: Any, kinds: Any, place: str) -> None:
-    wanted = kinds if isinstance(kinds, tuple) else (kinds,)
-    # A flag is an int to Python, and none to us.
-    misplaced = isinstance(value, bool) and bool not in wanted and object not in wanted
-    if misplaced or not isinstance(value, wanted):
-        names = " or ".join(kind.__name__ for kind in wanted)
-        raise ValueError(f"{place}: expected {names}, got {type(value).__name__}")
+    try:
+        ResultsDocument.model_validate(value)
+    except ValidationError as problem:
+        raise ValueError(explained(problem)) from None

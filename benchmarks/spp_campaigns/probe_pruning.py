@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from spp_export.common.errors import UsageError
-from spp_export.evaluation.harness.grid import BASELINES
-from spp_export.evaluation.harness.rows import Row
+from spp_export.evaluation.harness.rows import BASELINES, Row
 from spp_export.evaluation.harness.runner import OpenedRow
 from spp_export.importance.probe_pruning.blocks import (
     AttentionBlock,

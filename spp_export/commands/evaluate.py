@@ -20,11 +20,9 @@ from spp_export.common.errors import OutputError, UsageError
 from spp_export.common.options import asked, command
 from spp_export.common.versions import device_type, library_versions, machine
 from spp_export.data.artifacts import Artifacts, open_artifacts
-from spp_export.evaluation.harness import Row, row_key, standard_rows
 from spp_export.evaluation.harness.bootstrap import RESAMPLES
 from spp_export.evaluation.harness.curves import write_curves
 from spp_export.evaluation.harness.inputs import Inputs, read_inputs
-from spp_export.evaluation.harness.planner import Planner
 from spp_export.evaluation.harness.records import (
     RESULTS,
     SCHEMA_VERSION,
@@ -33,12 +31,13 @@ from spp_export.evaluation.harness.records import (
     open_records,
     read_results,
 )
+from spp_export.evaluation.harness.rows import Row, row_key, standard_rows
 from spp_export.evaluation.harness.table import comparisons, markdown, ranking
 from spp_export.models.session import Session, open_session
 from spp_export.planning.planner import scenario_record
 
 if TYPE_CHECKING:
-    from spp_export.evaluation.harness.opener import RowOpener
+    from spp_export.evaluation.harness.planner import RowOpener
 
 TABLE, CURVES = "table.md", "curves.png"
 
@@ -103,7 +102,7 @@ def evaluate(request: EvaluateRequest) -> EvalResult:
 
         result = spp_export.eval("chemistry.txt", "results", wrong="history.txt", keep=[0.8, 0.6])
     """
-    from spp_export.evaluation.harness.opener import RowOpener, given_plans
+    from spp_export.evaluation.harness.planner import Planner, RowOpener, given_plans
 
     directory = Path(request.output)
     _prepare(directory, request.force)

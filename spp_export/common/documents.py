@@ -44,10 +44,12 @@ class Document(BaseModel):
     def _refuse_unknown_keys(cls, value: Any) -> Any:
         """The first unknown key: pydantic would make a record of each of a million."""
         if isinstance(value, dict) and cls.model_config["extra"] == "forbid":
+            known = [field.alias or name for name, field in cls.model_fields.items()]
             for key in value:
-                if key not in cls.model_fields:
-                    known = ", ".join(cls.model_fields)
-                    raise ValueError(f"has the unknown key {shown(key)}; known are {known}")
+                if key not in known:
+                    raise ValueError(
+                        f"has the unknown key {shown(key)}; known are {', '.join(known)}"
+                    )
         return value
 
 
@@ -90,6 +92,8 @@ def explained(problem: ValidationError) -> str:
     place, kind, message = _dotted(first["loc"]), first["type"], first["msg"]
     if kind == "missing":
         return f"{_dotted(tuple(parents))} has no {last}"
+    if kind == "unexpected_keyword_argument":
+        return f"{_dotted(tuple(parents))} has the unknown key {shown(last)}"
     if kind == "value_error":  # of our own validators, which say what is wrong with the place
         return f"{place} {first['ctx']['error']}"
     expected = message.removeprefix("Input should be ").partition(" should have ")[2] or message

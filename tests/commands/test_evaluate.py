@@ -12,7 +12,7 @@ import spp_export
 from spp_cli.main import run
 from spp_export import EvalRequest
 from spp_export.common.errors import OutputError, UsageError
-from spp_export.evaluation.harness.grid import BASELINES
+from spp_export.evaluation.harness.rows import BASELINES
 
 NAME = "llama-gqa-bias"
 REQUEST = {"keep": (0.7,), "criterion": ("energy",), "compensate": ("none",), "curves": False}

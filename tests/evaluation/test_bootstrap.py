@@ -10,6 +10,7 @@ from evaluating import document_scores
 
 from spp_export.evaluation.harness.bootstrap import (
     RESAMPLES,
+    DocumentScores,
     agreement,
     mean_kl,
     paired_ratio,
@@ -17,7 +18,6 @@ from spp_export.evaluation.harness.bootstrap import (
     perplexity_ratio,
     weighted_mean,
 )
-from spp_export.evaluation.harness.documents import DocumentScores
 
 
 def scores(nll, dense, tokens):

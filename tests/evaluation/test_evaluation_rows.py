@@ -9,8 +9,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from spp_export.evaluation.harness import Row, row_key, standard_rows
-from spp_export.evaluation.harness.rows import DENSE
+from spp_export.evaluation.harness.rows import DENSE, Row, row_key, standard_rows
 
 ROW = Row(0.8, "heads", "obs")
 
@@ -74,7 +73,7 @@ def test_every_field_is_in_the_key(name):
 
 def test_keys_are_the_same_in_every_process():
     code = (
-        "from spp_export.evaluation.harness import Row, row_key;"
+        "from spp_export.evaluation.harness.rows import Row, row_key;"
         "print(row_key(Row(0.8, 'heads', 'obs'), 'context'))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

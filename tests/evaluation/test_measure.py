@@ -11,8 +11,8 @@ from factories import VOCAB, mask_in_torch
 from tiny import TEXTS, make_tiny
 
 from spp_export.common.errors import UsageError
+from spp_export.evaluation.harness.inputs import EvaluationText
 from spp_export.evaluation.harness.measure import DenseReference, measure_row
-from spp_export.evaluation.harness.texts import EvaluationText
 
 
 @pytest.fixture(scope="module")

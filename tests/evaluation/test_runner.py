@@ -12,13 +12,14 @@ from tiny import TEXTS, make_tiny
 
 from spp_export.common.errors import BudgetError
 from spp_export.data.scenario import read_scenario
-from spp_export.evaluation.harness import standard_rows
 from spp_export.evaluation.harness.generation import question_set
+from spp_export.evaluation.harness.inputs import EvaluationText
 from spp_export.evaluation.harness.measure import DenseReference, measure_row
 from spp_export.evaluation.harness.records import open_records, read_results
+from spp_export.evaluation.harness.rows import standard_rows
 from spp_export.evaluation.harness.runner import OpenedRow, Questions, run_rows
-from spp_export.evaluation.harness.texts import EvaluationText
 
+TEXT = {"documents": 3, "sha256": "0"}
 NAMES = ("one", "two")
 ROWS = standard_rows([0.8], ["energy", "flap"])
 
@@ -46,7 +47,7 @@ def run(tiny, tmp_path):
 
     def go(rows=ROWS, context="c", questions=None, **stop):
         path = tmp_path / "results.jsonl"
-        with open_records(path, {**HEADER, "texts": dict.fromkeys(NAMES)}) as file:
+        with open_records(path, {**HEADER, "texts": dict.fromkeys(NAMES, TEXT)}) as file:
             run_rows(
                 rows,
                 lambda row: open_row(row, **stop),

@@ -26,8 +26,7 @@ from spp_export.evaluation.harness.answers import (
     keyword_recall,
     option_match,
 )
-from spp_export.evaluation.harness.bootstrap import weighted_mean
-from spp_export.evaluation.harness.documents import array, numbers
+from spp_export.evaluation.harness.bootstrap import array, numbers, weighted_mean
 from spp_export.evaluation.harness.measure import Opened, default_batch_tokens
 
 MAX_PROMPT_TOKENS = 768

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from spp_export.calibration.activations import TokenBatch, input_device, token_batches
 from spp_export.common.errors import UsageError
 from spp_export.common.progress import progress
-from spp_export.evaluation.harness.documents import DocumentScores
-from spp_export.evaluation.harness.texts import EvaluationText
+from spp_export.evaluation.harness.bootstrap import DocumentScores
+from spp_export.evaluation.harness.inputs import EvaluationText
 from spp_export.evaluation.quality import next_token_log_probabilities
 
 # A context that gives the row's model. It may be entered several times, one after the other.

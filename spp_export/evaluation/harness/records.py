@@ -9,17 +9,67 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from spp_export.common.documents import Document, Rows, explained, validated
 from spp_export.common.errors import OutputError
 from spp_export.common.json_files import decode_utf8, parse_json, read_bytes
-from spp_export.evaluation.harness.documents import DocumentScores, scores_from_json
+from spp_export.evaluation.harness.bootstrap import DocumentScores, scores_from_json
 from spp_export.evaluation.harness.rows import Row
 
 RESULTS = "results.jsonl"
 SCHEMA_VERSION = 1
 MAX_RESULTS_BYTES = 1 << 30
 _WHAT = "evaluation results"
+_ROW = TypeAdapter(Row)
+
+
+_Numbers = Rows[float | None]
+_Object = Annotated[dict[str, Any], Field(default_factory=dict)]
+
+
+class _Text(Document):
+    documents: int
+    sha256: str
+
+
+class _Header(Document):
+    model_config = ConfigDict(extra="ignore")
+    version = SCHEMA_VERSION, "Run the evaluation again, into another directory."
+
+    schema_version: int
+    texts: dict[str, _Text]
+    context: dict[str, Any]
+
+
+class _Summary(Document):
+    tokens: float | None
+    perplexity: float | None
+    ratio: _Numbers
+    kl: _Numbers
+    top1: _Numbers
+
+
+class _Scores(Document):
+    tokens: _Numbers = ()
+    nll: _Numbers
+    kl: _Numbers
+    agreed: _Numbers
+    summary: _Summary
+
+
+class _RecordDocument(Document):
+    """A line of the results, after the header; the runner writes it."""
+
+    key: str
+    row: dict[str, Any]
+    realised: _Object
+    texts: Annotated[dict[str, _Scores], Field(default_factory=dict)]
+    answers: _Object
+    seconds: float = 0
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -109,9 +159,9 @@ def open_records(path: Path, header: Mapping[str, Any]) -> Iterator[RecordFile]:
         if os.fstat(descriptor).st_size == 0:
             _append(descriptor, header)
         else:
-            found = read_results(path)
-            _check_context(found.header, header, path)
-            records = {record.key: record for record in found.records}
+            earlier = read_results(path)
+            _check_context(earlier.header["context"], header["context"], path)
+            records = {record.key: record for record in earlier.records}
         yield RecordFile(descriptor, records)
     finally:
         os.close(descriptor)
@@ -124,31 +174,29 @@ def read_results(path: str | os.PathLike[str]) -> Results:
     text = decode_utf8(data, what=label, error=OutputError)
     # A line without its end is still being written, or never will be.
     lines = text[: text.rfind("\n") + 1].split("\n")[:-1]
-    values = [
+    if not lines:
+        raise OutputError(f"{label}: expected a header of 'spp eval' in the first line.")
+    header, *values = [
         parse_json(line, what=f"{label}: line {number}", error=OutputError)
         for number, line in enumerate(lines, start=1)
     ]
-    if not values or not isinstance(values[0], dict) or "context" not in values[0]:
-        raise OutputError(f"{label}: expected a header of 'spp eval' in the first line.")
-    if values[0].get("schema_version") != SCHEMA_VERSION:
-        version = values[0].get("schema_version")
-        raise OutputError(f"{label}: schema_version is {version!r}, expected {SCHEMA_VERSION}.")
+    validated(_Header, header, what=f"{label}: line 1, the header", error=OutputError)
     records: dict[str, Record] = {}
-    for number, value in enumerate(values[1:], start=2):
-        record = _record(value, f"{label}: line {number}")
-        records[record.key] = record
-    return Results(values[0], tuple(records.values()))
+    for number, value in enumerate(values, start=2):
+        where = f"{label}: line {number}"
+        document = validated(_RecordDocument, value, what=where, error=OutputError)
+        records[document.key] = Record(document.key, _row(document.row, where), value)
+    return Results(header, tuple(records.values()))
 
 
-def _record(value: Any, where: str) -> Record:
+def _row(value: Mapping[str, Any], where: str) -> Row:
     try:
-        return Record(value["key"], Row(**value["row"]), value)
-    except (KeyError, TypeError):
-        raise OutputError(f"{where}: expected a record with 'key' and 'row'.") from None
+        return _ROW.validate_json(json.dumps(value))  # strict dataclasses are read from text only
+    except ValidationError as problem:
+        raise OutputError(f"{where}: row: {explained(problem)}.") from None
 
 
-def _check_context(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
-    before, now = found["context"], wanted["context"]
+def _check_context(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
     different = sorted(name for name in before.keys() | now if before.get(name) != now.get(name))
     if different:
         raise OutputError(

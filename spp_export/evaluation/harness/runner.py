@@ -10,8 +10,15 @@ from typing import Any
 from spp_export.common.errors import SppError
 from spp_export.common.progress import progress
 from spp_export.evaluation.harness.answers import DEFAULT_NEW_TOKENS
-from spp_export.evaluation.harness.bootstrap import agreement, mean_kl, perplexity, perplexity_ratio
-from spp_export.evaluation.harness.documents import DocumentScores, number, numbers
+from spp_export.evaluation.harness.bootstrap import (
+    DocumentScores,
+    agreement,
+    mean_kl,
+    number,
+    numbers,
+    perplexity,
+    perplexity_ratio,
+)
 from spp_export.evaluation.harness.generation import QuestionSet, answer_row
 from spp_export.evaluation.harness.measure import DenseReference, Opened, measure_row
 from spp_export.evaluation.harness.records import RecordFile
