@@ -79,8 +79,8 @@ class _Figures:
         }
 
     def _timed(self, candidate: Candidate, phase: Phase) -> bool:
-        found = self.samples.get(candidate.name)
-        return found is not None and bool(found.of(phase))
+        samples = self.samples.get(candidate.name)
+        return samples is not None and bool(samples.of(phase))
 
     def _phase(self, candidate: Candidate, phase: Phase) -> dict[str, Any]:
         record = self._times(candidate, phase)
@@ -110,20 +110,20 @@ class _Figures:
         }
 
     def _speedup(self, dense: Candidate, slim: Candidate, phase: Phase) -> dict[str, Any]:
-        found = self._over(dense, slim, phase)
+        ratio = self._over(dense, slim, phase)
         limit: Bound = bound(self._work(dense, phase), self._work(slim, phase), self.rates)
-        efficiency = limit.efficiency(found.median)
+        efficiency = limit.efficiency(ratio.median)
         return {
-            **{name: round(value, 4) for name, value in asdict(found).items()},
+            **{name: round(value, 4) for name, value in asdict(ratio).items()},
             "bound": round(limit.value, 4),
             "ceiling": round(limit.ceiling, 4),
             "term": limit.term,
             "efficiency": None if efficiency is None else round(efficiency, 3),
-            "above_bound": limit.exceeded(found.low),
+            "above_bound": limit.exceeded(ratio.low),
         }
 
     def _over(self, slow: Candidate, fast: Candidate, phase: Phase) -> Speedup:
-        pair = [self.samples[one.name].of(phase) for one in (slow, fast)]
+        pair = [self.samples[candidate.name].of(phase) for candidate in (slow, fast)]
         # Both began in the first round; one may have been timed in fewer.
         rounds = min(map(len, pair))
         return speedup(*(samples[:rounds] for samples in pair))
@@ -136,20 +136,20 @@ class _Figures:
 
 def problems(document: Mapping[str, Any]) -> list[str]:
     """Why a run failed, one line each: speed-ups above the bound, memory that was not promised."""
-    found = []
+    lines = []
     for cell in document["cells"]:
         for row in cell["rows"]:
             for phase in PHASES:
                 over = row.get(phase, {}).get("speedup")
                 if over and over["above_bound"]:
-                    found.append(
+                    lines.append(
                         f"{row['name']}, {phase}, batch {cell['batch']}, context "
                         f"{cell['context']}: {over['median']:.3f}x (at least {over['low']:.3f}x) "
                         f"is above the bound of {over['ceiling']:.3f}x, a measurement error"
                     )
     for record in document["memory"]:
-        found += [f"{record['name']}: {problem}" for problem in record["problems"]]
-    return found
+        lines += [f"{record['name']}: {problem}" for problem in record["problems"]]
+    return lines
 
 
 def earlier(path: Path, header: Mapping[str, Any], force: bool) -> dict[str, Any] | None:

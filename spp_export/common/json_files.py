@@ -9,7 +9,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from spp_export.common.errors import SppError
@@ -158,23 +158,6 @@ def json_object(value: Any, place: str, error: type[SppError]) -> dict[str, Any]
     if not isinstance(value, dict):
         raise error(f"{place} is {shown(value)}, expected a JSON object.")
     return value
-
-
-def check_keys(
-    value: Mapping[str, Any],
-    required: Sequence[str],
-    optional: Sequence[str],
-    place: str,
-    error: type[SppError],
-) -> None:
-    """`error` for a key of an object that is unknown, or one that is required and missing."""
-    for name in value:
-        if name not in required and name not in optional:
-            known = ", ".join((*required, *optional))
-            raise error(f"{place} has the unknown key {shown(name)}; known are {known}.")
-    for name in required:
-        if name not in value:
-            raise error(f"{place} has no {name}.")
 
 
 def shown(value: Any) -> str:

@@ -21,13 +21,13 @@ def spp_version() -> str:
 
 def library_versions() -> dict[str, str]:
     """Versions of Python, ourselves and the libraries whose arithmetic or bytes we rely on."""
-    found = {"python": platform.python_version(), "spp-export": spp_version()}
+    versions = {"python": platform.python_version(), "spp-export": spp_version()}
     for name in _LIBRARIES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 _CPUINFO = Path("/proc/cpuinfo")
@@ -37,14 +37,14 @@ def machine(device: str) -> dict[str, Any]:
     """Processor, its cores and the threads used, and the accelerator's name where one is used."""
     import torch
 
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
     if device_type(device) == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(None if device == "auto" else device)
-    return found
+        facts["gpu"] = torch.cuda.get_device_name(None if device == "auto" else device)
+    return facts
 
 
 def device_type(device: str) -> str:

@@ -363,8 +363,8 @@ def _calibration(path: Path, data: bytes) -> Iterable[tuple[str, str]]:
             continue
         where = f"artifacts {path}: line {number}"
         entry = parse_json(line, what=where, error=ArtifactsError)
-        found = validated(_CalibrationText, entry, what=where, error=ArtifactsError)
-        yield found.domain, found.text
+        document = validated(_CalibrationText, entry, what=where, error=ArtifactsError)
+        yield document.domain, document.text
 
 
 def _names(names: Iterable[str]) -> str:
@@ -389,9 +389,9 @@ def open_artifacts(
             "--artifacts is missing: only the demo model's ship with spp. "
             f"Make them once with 'spp probe --model {model} --pools DIR -o ARTIFACTS'."
         )
-    found = read_artifacts(Path(artifacts) if artifacts is not None else bundled_artifacts())
-    check_model(found, source.fingerprint, source.shape)
-    return found
+    opened = read_artifacts(Path(artifacts) if artifacts is not None else bundled_artifacts())
+    check_model(opened, source.fingerprint, source.shape)
+    return opened
 
 
 def check_artifacts(artifacts: Artifacts, label: str) -> None:

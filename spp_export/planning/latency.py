@@ -233,7 +233,7 @@ class LatencyDocument(Document):
     def _check_attention(self) -> Self:
         groups, size = self.model.kv_heads, self.model.query_heads // self.model.kv_heads
         expected = f"each of 1 to {groups} KV heads with 1 to {size} query heads per KV head once"
-        shapes = {(kv * each, kv) for kv in range(1, groups + 1) for each in range(1, size + 1)}
+        shapes = {(kv * heads, kv) for kv in range(1, groups + 1) for heads in range(1, size + 1)}
         for index, row in enumerate(self.attention):
             shape = row.query_heads, row.kv_heads
             if shape not in shapes:

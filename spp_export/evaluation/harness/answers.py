@@ -41,16 +41,16 @@ def keywords(text: str) -> frozenset[str]:
 
 def keyword_recall(answer: str, response: str) -> float:
     """Share of the answer's keywords in the response; 0 for an answer without a word."""
-    wanted = keywords(answer)
-    if not wanted:
+    expected = keywords(answer)
+    if not expected:
         return 0.0
-    return len(wanted & frozenset(_WORD.findall(response.lower()))) / len(wanted)
+    return len(expected & frozenset(_WORD.findall(response.lower()))) / len(expected)
 
 
 def options(prompt: str) -> dict[str, str]:
     """Letter to text of the options that a prompt offers; empty for fewer than two."""
-    found = {letter: text.strip(" .;,") for letter, text in _OPTION.findall(prompt)}
-    return found if len(found) > 1 else {}
+    offered = {letter: text.strip(" .;,") for letter, text in _OPTION.findall(prompt)}
+    return offered if len(offered) > 1 else {}
 
 
 def right_option(answer: str, offered: Mapping[str, str]) -> str | None:
@@ -64,7 +64,7 @@ def right_option(answer: str, offered: Mapping[str, str]) -> str | None:
 
 def chosen_options(response: str, offered: Mapping[str, str]) -> frozenset[str]:
     """Letters that a response states or, where it states none, options whose text it holds."""
-    stated = {letter for found in _STATED_LETTER.findall(response) for letter in found}
+    stated = {letter for groups in _STATED_LETTER.findall(response) for letter in groups}
     if letters := stated & offered.keys():
         return frozenset(letters)
     chosen = set()

@@ -80,12 +80,12 @@ def answer_row(
     seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
     """Per set, for the record: counts per conversation, and each figure with its interval."""
-    found = {}
-    total = sum(len(each.questions) for each in sets)
+    answers = {}
+    total = sum(len(questions.questions) for questions in sets)
     done = 0
     with opened() as model, progress("answering", total) as advance_to:
-        for each in sets:
-            prompts = [question.prompt_ids for question in each.questions]
+        for questions in sets:
+            prompts = [question.prompt_ids for question in questions.questions]
             responses = generate(
                 model,
                 prompts,
@@ -94,9 +94,11 @@ def answer_row(
                 advance_to=partial(_advance, advance_to, done),
             )
             texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-            found[each.name] = _judged(each, texts, answer_nll(model, each.questions), seed)
-            done += len(each.questions)
-    return found
+            answers[questions.name] = _judged(
+                questions, texts, answer_nll(model, questions.questions), seed
+            )
+            done += len(questions.questions)
+    return answers
 
 
 def _advance(advance_to: Callable[[float], None], before: float, done: float) -> None:
@@ -107,8 +109,8 @@ def stop_tokens(model: nn.Module, tokenizer: Any) -> frozenset[int]:
     """Ids that end an answer, by the model's generation config and the tokenizer."""
     config: Any = getattr(model, "generation_config", None)
     ids = getattr(config, "eos_token_id", None)
-    found = {ids} if isinstance(ids, int) else set(ids or ())
-    return frozenset(found | {tokenizer.eos_token_id}) - {None}
+    stop = {ids} if isinstance(ids, int) else set(ids or ())
+    return frozenset(stop | {tokenizer.eos_token_id}) - {None}
 
 
 def generate(
@@ -122,16 +124,16 @@ def generate(
 ) -> list[list[int]]:
     """The greedy continuation of each prompt, without the token that ended it."""
     size = 4 * default_batch_tokens(input_device(model).type)
-    found: list[list[int]] = [[] for _ in prompts]
+    continuations: list[list[int]] = [[] for _ in prompts]
     done = 0
     lengths = [len(prompt) + max_new_tokens for prompt in prompts]
     for rows in _batches(lengths, batch_tokens or size):
         batch = _greedy(model, [prompts[row] for row in rows], max_new_tokens, stop)
         for row, ids in zip(rows, batch, strict=True):
-            found[row] = ids
+            continuations[row] = ids
         done += len(rows)
         advance_to(done)
-    return found
+    return continuations
 
 
 @torch.no_grad()
@@ -173,7 +175,7 @@ def answer_nll(model: nn.Module, questions: Sequence[Question]) -> list[float]:
     """Negative log-likelihood of each reference answer after its prompt, in nats."""
     device = input_device(model)
     rows = [(*question.prompt_ids, *question.answer_ids) for question in questions]
-    found = [0.0] * len(rows)
+    losses = [0.0] * len(rows)
     for batch in _batches([len(row) for row in rows], default_batch_tokens(device.type)):
         ids, mask = _padded([rows[index] for index in batch], left=False)
         ids, mask = ids.to(device), mask.to(device)
@@ -181,8 +183,8 @@ def answer_nll(model: nn.Module, questions: Sequence[Question]) -> list[float]:
         for row, index in enumerate(batch):
             first, last = len(questions[index].prompt_ids), len(rows[index])
             log_p = logits[row, first - 1 : last - 1].float().log_softmax(-1)
-            found[index] = -float(log_p.gather(1, ids[row, first:last, None]).double().sum())
-    return found
+            losses[index] = -float(log_p.gather(1, ids[row, first:last, None]).double().sum())
+    return losses
 
 
 def _questions(tokenizer: Any, scenario: Scenario) -> Iterator[Question]:
@@ -209,11 +211,11 @@ def _prompt_ids(tokenizer: Any, history: Sequence[tuple[str, str]], prompt: str)
 
 def _written(tokenizer: Any, history: Sequence[tuple[str, str]], prompt: str) -> list[int]:
     if not getattr(tokenizer, "chat_template", None):
-        lines = [f"{asked}\n{answer}\n\n" for asked, answer in history]
+        lines = [f"{question}\n{answer}\n\n" for question, answer in history]
         return list(tokenizer("".join(lines) + prompt + "\n")["input_ids"])
     messages = []
-    for asked, answer in history:
-        messages.append({"role": "user", "content": asked})
+    for question, answer in history:
+        messages.append({"role": "user", "content": question})
         messages.append({"role": "assistant", "content": answer})
     messages.append({"role": "user", "content": prompt})
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -221,10 +223,10 @@ def _written(tokenizer: Any, history: Sequence[tuple[str, str]], prompt: str) ->
 
 
 def _judged(
-    asked: QuestionSet, responses: Sequence[str], nll: Sequence[float], seed: int
+    questions: QuestionSet, responses: Sequence[str], nll: Sequence[float], seed: int
 ) -> dict[str, Any]:
     counts: dict[int, dict[str, float]] = {}
-    for question, response, loss in zip(asked.questions, responses, nll, strict=True):
+    for question, response, loss in zip(questions.questions, responses, nll, strict=True):
         recall = keyword_recall(question.answer, response)
         choice = None
         if question.turn.task_type == MULTIPLE_CHOICE:

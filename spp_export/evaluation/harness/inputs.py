@@ -86,8 +86,10 @@ class Inputs:
         """UsageError where a document is one that calibrated the scenario's rows."""
         calibration, _ = self.scenario.split()
         seen = {_words(prompt): "the scenario's calibration prompts" for prompt in calibration}
-        for each in artifacts:
-            seen |= {_words(text): f"the artifacts' {name} pool" for name, text in each.calibration}
+        for source in artifacts:
+            seen |= {
+                _words(text): f"the artifacts' {name} pool" for name, text in source.calibration
+            }
         for text in self.texts:
             for document in self._pieces(text):
                 if place := seen.get(_words(document)):
@@ -100,19 +102,19 @@ class Inputs:
         """UsageError unless there are evaluation sets and each holds answers."""
         if not self.eval_sets:
             raise UsageError("--generate answers evaluation sets: give --eval-set FILE.")
-        for each in self.eval_sets:
-            if all(turn.answer is None for turn in each.turns):
+        for evaluation_set in self.eval_sets:
+            if all(turn.answer is None for turn in evaluation_set.turns):
                 raise UsageError(
-                    f"--eval-set {each.name}: holds no answer, so --generate has none "
+                    f"--eval-set {evaluation_set.name}: holds no answer, so --generate has none "
                     "to compare with."
                 )
 
     def _pieces(self, text: EvaluationText) -> Iterable[str]:
         """Documents, and of conversations the prompts that they are made of."""
         yield from text.documents
-        for each in self.eval_sets:
-            if each.name == text.name:
-                yield from each.prompts
+        for evaluation_set in self.eval_sets:
+            if evaluation_set.name == text.name:
+                yield from evaluation_set.prompts
 
 
 def read_inputs(
@@ -125,20 +127,20 @@ def read_inputs(
     """Read every text; UsageError where names collide or domains have no pools."""
     if domains and pools is None:
         raise UsageError("--domain needs the directory that holds its pool: give --pools DIR.")
-    found = read_scenario(scenario)
+    own = read_scenario(scenario)
     sets = tuple(read_scenario(path) for path in eval_sets)
-    texts = [held_out_text(found)]
+    texts = [held_out_text(own)]
     if pools is not None:
         texts += pool_texts(pools, domains or None)
-    texts += [conversation_text(each) for each in sets]
+    texts += [conversation_text(evaluation_set) for evaluation_set in sets]
     names = [text.name for text in texts]
     for name in names:
         if names.count(name) > 1:
             raise UsageError(f"two texts to judge on are named {name}. Rename a file.")
     other = None if wrong is None else read_scenario(wrong)
-    if other is not None and other.sha256 == found.sha256:
+    if other is not None and other.sha256 == own.sha256:
         raise UsageError(f"--wrong {other.name}: is the scenario itself. Give another one.")
-    return Inputs(found, other, sets, tuple(texts))
+    return Inputs(own, other, sets, tuple(texts))
 
 
 def _words(text: str) -> str:

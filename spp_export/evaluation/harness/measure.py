@@ -100,7 +100,7 @@ def measure_row(reference: DenseReference, opened: Opened) -> list[DocumentScore
                     _add(sums[expected.text], expected, log_q)
                     done += expected.batch.real_tokens
                     advance_to(done)
-    return [DocumentScores(*(row.numpy() for row in found)) for found in sums]
+    return [DocumentScores(*(row.numpy() for row in text_sums)) for text_sums in sums]
 
 
 def _add(sums: Tensor, expected: Expected, log_q: Tensor) -> None:

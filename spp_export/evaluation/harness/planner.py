@@ -65,7 +65,7 @@ class Planner:
         )
         return self._planned(row, layers, {"keep": realised.keep})
 
-    def given(self, row: Row, plan: Plan) -> PlannedRow:
+    def take(self, row: Row, plan: Plan) -> PlannedRow:
         """Take the units of a plan as they are, and re-fit as the plan says."""
         shape = self.session.source.shape
         share = unit_parameters(shape, plan.layer_shapes(shape), row.units)
@@ -157,13 +157,13 @@ def given_plans(session: Session, paths: Sequence[str | os.PathLike[str]]) -> di
 
     Raises PlanError for a plan that does not fit the model.
     """
-    found = {}
+    plans = {}
     for path in map(Path, paths):
         plan = read_plan(path)
         validate_plan(plan, session.source.shape, session.source.fingerprint)
         name = path.stem if path.name != "plan.json" else path.absolute().parent.name
-        found[_plan_row(session, plan, name)] = plan
-    return found
+        plans[_plan_row(session, plan, name)] = plan
+    return plans
 
 
 def _plan_row(session: Session, plan: Plan, name: str) -> Row:
@@ -182,12 +182,12 @@ def _plan_row(session: Session, plan: Plan, name: str) -> Row:
 class RowOpener:
     """Opens rows for the runner.
 
-    given: plans of the rows that name one. prior: texts that dynamic rows take their history from.
+    plans: of the rows that name one. prior: texts that dynamic rows take their history from.
     """
 
     session: Session
     planner: Planner
-    given: Mapping[Row, Plan]
+    plans: Mapping[Row, Plan]
     prior: Sequence[str]
 
     def open(self, row: Row) -> OpenedRow:
@@ -197,8 +197,8 @@ class RowOpener:
         if row.kind == "dynamic":
             opened: OpenedRow = BASELINES[row.criterion](self.session, row, self.prior)
             return opened
-        if row in self.given:
-            planned = self.planner.given(row, self.given[row])
+        if row in self.plans:
+            planned = self.planner.take(row, self.plans[row])
         else:
             planned = self.planner.plan(row)
         return OpenedRow(planned.realised, lambda: self._masked(row, planned))

@@ -85,8 +85,8 @@ def _measured(
 ) -> dict[str, Any]:
     scores = measure_row(reference, opened.opened)
     texts = {
-        text.name: {**_lists(row, found), "summary": summary(found, seed)}
-        for text, found in zip(reference.texts, scores, strict=True)
+        text.name: {**_lists(row, text_scores), "summary": summary(text_scores, seed)}
+        for text, text_scores in zip(reference.texts, scores, strict=True)
     }
     data: dict[str, Any] = {"realised": dict(opened.realised), "texts": texts}
     if questions is not None and opened.generates:

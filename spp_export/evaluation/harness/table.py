@@ -76,7 +76,7 @@ def comparisons(results: Results, seed: int = 0) -> list[Comparison]:
     """Per budget, units and compensation, on every text: the criteria that have a domain-mean
     control, each against every other row, paired."""
     main = {record.row.criterion for record in results.measured if record.row.text == "mean"}
-    found = []
+    pairs = []
     for ours in results.measured:
         if ours.row.kind != "method" or ours.row.plan or ours.row.criterion not in main:
             continue
@@ -85,8 +85,8 @@ def comparisons(results: Results, seed: int = 0) -> list[Comparison]:
                 continue
             for text in results.texts:
                 scores = results.scores(ours, text), results.scores(theirs, text)
-                found.append(Comparison(ours.row, theirs.row, text, paired_ratio(*scores, seed)))
-    return found
+                pairs.append(Comparison(ours.row, theirs.row, text, paired_ratio(*scores, seed)))
+    return pairs
 
 
 def markdown(results: Results) -> str:
@@ -97,8 +97,8 @@ def markdown(results: Results) -> str:
         parts.append(f"## {title}\n\n{_ranked_table(rows, results.texts)}")
         if rows[0].answers:
             parts.append(_answers_table(rows))
-    if found := comparisons(results):
-        parts.append(f"## Paired comparisons\n\n{_comparison_table(found)}")
+    if pairs := comparisons(results):
+        parts.append(f"## Paired comparisons\n\n{_comparison_table(pairs)}")
     if results.failed:
         lines = [
             f"- {record.row.label}, keep {record.row.keep:g}: {record.error}"
@@ -113,12 +113,12 @@ def units_name(units: str) -> str:
     return "heads and channels" if units == "both" else units
 
 
-def interval(found: Interval, digits: int = 3) -> str:
+def interval(figure: Interval, digits: int = 3) -> str:
     """value [low, high]; a dash for what is not known."""
-    value = _figure(found.value, digits)
-    if math.isnan(found.low) or found.low == found.high:
+    value = _figure(figure.value, digits)
+    if math.isnan(figure.low) or figure.low == figure.high:
         return value
-    return f"{value} [{_figure(found.low, digits)}, {_figure(found.high, digits)}]"
+    return f"{value} [{_figure(figure.low, digits)}, {_figure(figure.high, digits)}]"
 
 
 def _ratio_order(record: Record, text: str) -> float:
@@ -133,13 +133,13 @@ def _ranked(rank: int, record: Record, results: Results) -> Ranked:
         rank,
         record.row,
         record.data["realised"].get("keep"),
-        {text: float(array([found["perplexity"]])[0]) for text, found in summaries.items()},
-        {text: _read(found["ratio"]) for text, found in summaries.items()},
+        {text: float(array([summary["perplexity"]])[0]) for text, summary in summaries.items()},
+        {text: _read(summary["ratio"]) for text, summary in summaries.items()},
         _read(judged["kl"]),
         _read(judged["top1"]),
         {
-            name: {figure: _read(values) for figure, values in found["summary"].items()}
-            for name, found in record.data.get("answers", {}).items()
+            name: {figure: _read(values) for figure, values in summary["summary"].items()}
+            for name, summary in record.data.get("answers", {}).items()
         },
     )
 
@@ -151,8 +151,8 @@ def _read(values: Sequence[float | None]) -> Interval:
 def _comparable(ours: Row, theirs: Row) -> bool:
     """The same budget; and the same compensation, unless the other can have none."""
     same = replace(theirs, compensation=ours.compensation) if theirs.kind == "dynamic" else theirs
-    wanted = (ours.keep, ours.units, ours.compensation)
-    return (same.keep, same.units, same.compensation) == wanted
+    expected = (ours.keep, ours.units, ours.compensation)
+    return (same.keep, same.units, same.compensation) == expected
 
 
 def _header(results: Results) -> str:
@@ -165,9 +165,7 @@ def _header(results: Results) -> str:
         f"{results.judge}.",
         "",
     ]
-    lines += [
-        f"- {name}: {found['documents']} documents" for name, found in header["texts"].items()
-    ]
+    lines += [f"- {name}: {text['documents']} documents" for name, text in header["texts"].items()]
     machine = ", ".join(f"{name} {value}" for name, value in header["machine"].items())
     return "\n".join([*lines, f"- machine: {machine}", f"- dtype: {header['settings']['dtype']}"])
 
@@ -196,27 +194,27 @@ def _answers_table(rows: Sequence[Ranked]) -> str:
 
 
 def _answer_cells(row: Ranked) -> Iterator[list[str]]:
-    for name, found in row.answers.items():
-        figures = [interval(found[key]) for key in ("recall", "match", "option", "answer_nll")]
+    for name, figures_of in row.answers.items():
+        figures = [interval(figures_of[key]) for key in ("recall", "match", "option", "answer_nll")]
         yield [row.row.label, row.row.compensation, name, *figures]
 
 
-def _comparison_table(found: Sequence[Comparison]) -> str:
+def _comparison_table(pairs: Sequence[Comparison]) -> str:
     head = ["keep", "units", "compensation", "first", "second", "text", "ratio", ""]
     return _table(
         head,
         (
             [
-                f"{each.ours.keep:g}",
-                each.ours.units,
-                each.ours.compensation,
-                each.ours.label,
-                each.theirs.label,
-                each.text,
-                interval(each.ratio, digits=4),
-                each.verdict,
+                f"{pair.ours.keep:g}",
+                pair.ours.units,
+                pair.ours.compensation,
+                pair.ours.label,
+                pair.theirs.label,
+                pair.text,
+                interval(pair.ratio, digits=4),
+                pair.verdict,
             ]
-            for each in found
+            for pair in pairs
         ),
     )
 
