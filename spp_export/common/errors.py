@@ -16,7 +16,7 @@ SppError                 exit 2: bad usage or input
     ├── ParityError      the slim model differs from the masked dense model
     └── QualityError     the quality gate was not met
 
-A message is one line: what is wrong, what was expected and found, what to do.
+A message is one line: what is wrong, what was expected and what is there, what to do.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def scores_from_json(
 
 
 def number(value: float) -> float | None:
-    """A float of few digits for JSON, which has no word for infinity or nan."""
+    """A float of few digits for JSON, which cannot hold infinity or nan."""
     if not math.isfinite(value):
         return None
     return int(value) if value == int(value) else float(f"{value:.{_DIGITS}g}")

@@ -1,4 +1,4 @@
-"""The texts of an evaluation, and the check that none of them had a say in what is judged."""
+"""The texts of an evaluation, and the check that nothing was calibrated on them."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class Planner:
         moments = None
         if row.compensation != "none":
             kinds = moment_kinds(compiled, source.shape)
-            moments = gather_parts(self.session, self._speaking(row), kinds)
+            moments = gather_parts(self.session, self._calibration(row), kinds)
         shapes = compiled.layer_shapes(source.shape)
         realised |= {
             "parameters": source.shape.parameters(shapes),
@@ -114,14 +114,14 @@ class Planner:
             scoring = scoring_for(
                 self.session,
                 self._of(row),
-                self._speaking(row),
+                self._calibration(row),
                 request,
                 whitelist=row.whitelist,
             )
             self._options[same] = scoring.options()
         return self._options[same]
 
-    def _speaking(self, row: Row) -> tuple[WeightedTexts, ...]:
+    def _calibration(self, row: Row) -> tuple[WeightedTexts, ...]:
         key = (row.artifacts, row.text)
         if key not in self._parts:
             self._parts[key] = self._mixed(self._of(row), row.text)

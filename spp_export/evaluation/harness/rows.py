@@ -32,17 +32,17 @@ class Row:
     """How units are chosen and made up for, at one budget.
 
     keep         share of the parameters of `units` that may stay
-    criterion    its name, or that of a given plan
+    criterion    its name, or that of a plan file
     comparable   how scores of layers are put beside each other; None for the criterion's own way
-    text         what speaks for the scenario, in choosing and in compensating: the domains as
-                 diagnosed with the scenario's own prompts, all domains alike, another scenario,
-                 the likeliest domain alone, or the scenario's prompts alone
+    text         what is calibrated on, to choose and to compensate: the domains as diagnosed with
+                 the scenario's own prompts, all domains alike, another scenario, the likeliest
+                 domain alone, or the scenario's prompts alone
     seed         of everything random about the row
     whitelist    whether the artifacts' whitelist is forced in
     kind         control: what a method has to beat; ablation: a method less one of its parts;
                  dynamic: masks chosen anew for every batch, which no checkpoint can hold
     artifacts    name of other artifacts that replace the evaluation's own; "" for none
-    plan         SHA-256 of a given plan; "" where the planner decides
+    plan         SHA-256 of a plan file; "" where the planner decides
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"strict": True, "extra": "forbid"}
