@@ -70,7 +70,6 @@ def array(values: Sequence[float | None]) -> FloatArray:
     return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
 
 
-FloatArray = np.ndarray[Any, np.dtype[np.float64]]
 RESAMPLES = 2000
 _COVERED = (2.5, 97.5)
 
