@@ -582,7 +582,7 @@ class EvalRequest(Seed):
 
     def check(self) -> None:
         """UsageError for a word that names nothing, or a budget that is none."""
-        from spp_export.evaluation.harness import BASELINES, DYNAMIC
+        from spp_export.evaluation.harness.rows import BASELINES, DYNAMIC
         from spp_export.planning.budget import Budget
         from spp_export.planning.scoring import CRITERION_NAMES
 
@@ -603,7 +603,7 @@ class EvalRequest(Seed):
     @property
     def criterion_names(self) -> tuple[str, ...]:
         """The criteria, each once; the default first where all are meant."""
-        from spp_export.evaluation.harness import BASELINES
+        from spp_export.evaluation.harness.rows import BASELINES
         from spp_export.planning.scoring import CRITERION_NAMES, DEFAULT_CRITERION
 
         default = DEFAULT_CRITERION[self.compensate[0]]
