@@ -27,7 +27,7 @@ assert SHELL
 assert PYTHON
 COMMANDS = re.findall(r"^spp .*$", SHELL[1], re.MULTILINE)
 PAGES = ["README.md", "CONTRIBUTING.md", "examples/README.md"]
-PAGES += [f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")]
+PAGES += [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_readme_is_short() -> None:
