@@ -68,8 +68,8 @@ def closing_line(answer: Answer) -> str:
         parts.append(f"{answer.tokens_per_second:.1f} tokens/s")
     first = answer.first_token_seconds
     if first is not None:
-        told = duration(first) if first >= 1 else f"{1000 * first:.0f} ms"
-        parts.append(f"first token after {told}")
+        wait = duration(first) if first >= 1 else f"{1000 * first:.0f} ms"
+        parts.append(f"first token after {wait}")
     parts.append(f"peak memory {byte_size(peak_memory())}")
     return ", ".join(parts)
 

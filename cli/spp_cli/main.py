@@ -77,8 +77,8 @@ app.command(name="eval")(evaluate)
 app.add_typer(artifacts_app, name="artifacts")
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(show: bool) -> None:
+    if show:
         from spp_export.common.versions import spp_version
 
         print(f"spp {spp_version()}")

@@ -61,11 +61,11 @@ class EvalResult:
                     **ranked.row.to_dict(),
                     "kept": ranked.kept,
                     "perplexity": dict(ranked.perplexity),
-                    "ratio": {name: found.to_list() for name, found in ranked.ratio.items()},
+                    "ratio": {name: interval.to_list() for name, interval in ranked.ratio.items()},
                     "kl": ranked.kl.to_list(),
                     "top1": ranked.top1.to_list(),
                     "answers": {
-                        name: {figure: found.to_list() for figure, found in figures.items()}
+                        name: {figure: value.to_list() for figure, value in figures.items()}
                         for name, figures in ranked.answers.items()
                     },
                 }
@@ -74,16 +74,16 @@ class EvalResult:
             ],
             "comparisons": [
                 {
-                    "keep": each.ours.keep,
-                    "units": each.ours.units,
-                    "compensation": each.ours.compensation,
-                    "first": each.ours.label,
-                    "second": each.theirs.label,
-                    "text": each.text,
-                    "ratio": each.ratio.to_list(),
-                    "verdict": each.verdict,
+                    "keep": pair.ours.keep,
+                    "units": pair.ours.units,
+                    "compensation": pair.ours.compensation,
+                    "first": pair.ours.label,
+                    "second": pair.theirs.label,
+                    "text": pair.text,
+                    "ratio": pair.ratio.to_list(),
+                    "verdict": pair.verdict,
                 }
-                for each in comparisons(self.results)
+                for pair in comparisons(self.results)
             ],
             "failed": [
                 {**record.row.to_dict(), "error": record.error} for record in self.results.failed
@@ -186,7 +186,7 @@ def _measure(
     )
     questions = None
     if request.generate:
-        sets = tuple(question_set(session.tokenizer, each) for each in inputs.eval_sets)
+        sets = tuple(question_set(session.tokenizer, texts) for texts in inputs.eval_sets)
         questions = Questions(sets, session.tokenizer, request.max_new_tokens)
     run_rows(
         rows,
@@ -224,10 +224,10 @@ def _context(
         "seed": request.seed,
     }
     if others:
-        context["set of other artifacts"] = {name: each.sha256 for name, each in others.items()}
+        context["set of other artifacts"] = {name: other.sha256 for name, other in others.items()}
     if request.generate:
         context["way of answering"] = {
-            "sets": {each.name: each.sha256 for each in inputs.eval_sets},
+            "sets": {texts.name: texts.sha256 for texts in inputs.eval_sets},
             "max_new_tokens": request.max_new_tokens,
         }
     return context

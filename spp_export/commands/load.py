@@ -83,18 +83,18 @@ def load_many(
     own = session.source.dtype_name if dtype is None else dtype
     weights = SharedWeights(session, getattr(torch, own))
     refitting = any(plan.compensation != "none" for plan in read.values())
-    found = None
+    opened = None
     if artifacts is not None or (refitting and model == DEMO):
-        found = open_artifacts(artifacts, model, session.source)
+        opened = open_artifacts(artifacts, model, session.source)
     models = {}
     for name, plan in read.items():
         validate_plan(plan, session.source.shape, session.source.fingerprint)
         text = (scenarios or {}).get(name)
-        given = None if text is None else read_scenario(text)
-        models[name] = weights.slim(plan, _compensation(session, found, plan, given))
+        scenario = None if text is None else read_scenario(text)
+        models[name] = weights.slim(plan, _compensation(session, opened, plan, scenario))
     # Where statistics had to be gathered it was loaded, and is not needed any more.
     session.__dict__.pop("model", None)
-    return ScenarioModels(session, weights, read, models, found)
+    return ScenarioModels(session, weights, read, models, opened)
 
 
 class ScenarioModels(Mapping[str, "PreTrainedModel"]):
@@ -147,8 +147,8 @@ class ScenarioModels(Mapping[str, "PreTrainedModel"]):
         mixtures = {name: _mixture(name, plan) for name, plan in self.plans.items()}
         # The shared tensors, rather than a second dense model beside them.
         self.session.__dict__["model"] = self.dense
-        found = diagnose_prompts(self.session, self._artifacts, [text]).shares
-        return max(mixtures, key=lambda name: _likeness(mixtures[name], found))
+        mixture = diagnose_prompts(self.session, self._artifacts, [text]).shares
+        return max(mixtures, key=lambda name: _likeness(mixtures[name], mixture))
 
 
 class SharedWeights:
@@ -186,8 +186,8 @@ class SharedWeights:
         assert not any(parameter.is_meta for parameter in model.parameters())
         model.generation_config = _generation_config(source.path) or model.generation_config
         model.to(self._device)  # its buffers; the parameters are there
-        found: PreTrainedModel = model.eval()
-        return found
+        slim: PreTrainedModel = model.eval()
+        return slim
 
     def _shared(self, name: str) -> nn.Parameter:
         if name not in self._held:
@@ -218,16 +218,16 @@ def _named(plans: Mapping[str, PlanLike] | Sequence[PlanLike]) -> dict[str, Plan
     """Plans by the names given, or by their scenarios' names or their files'."""
     if isinstance(plans, Mapping):
         return {name: _read(plan) for name, plan in plans.items()}
-    found: dict[str, Plan] = {}
-    for given in plans:
-        plan = _read(given)
-        name = _name(given, plan)
-        if name in found:
+    named: dict[str, Plan] = {}
+    for source in plans:
+        plan = _read(source)
+        name = _name(source, plan)
+        if name in named:
             raise UsageError(
                 f"two plans are called {name!r:.60}. Give plans by name: {{name: plan}}."
             )
-        found[name] = plan
-    return found
+        named[name] = plan
+    return named
 
 
 def _read(plan: PlanLike) -> Plan:
@@ -237,13 +237,13 @@ def _read(plan: PlanLike) -> Plan:
     return read_plan(path / "plan.json" if path.is_dir() else path)
 
 
-def _name(given: PlanLike, plan: Plan) -> str:
+def _name(source: PlanLike, plan: Plan) -> str:
     named = plan.scenario.get("name")
     if isinstance(named, str) and named:
         return Path(named).stem
-    if isinstance(given, Plan):
+    if isinstance(source, Plan):
         raise UsageError("a plan without a scenario has no name. Give plans by name: {name: plan}.")
-    return Path(given).stem
+    return Path(source).stem
 
 
 def _mixture(name: str, plan: Plan) -> Mapping[str, float]:
@@ -258,16 +258,16 @@ def _mixture(name: str, plan: Plan) -> Mapping[str, float]:
     return dict(mixture)
 
 
-def _likeness(one: Mapping[str, float], other: Mapping[str, float]) -> float:
+def _likeness(first: Mapping[str, float], second: Mapping[str, float]) -> float:
     """Bhattacharyya coefficient of two distributions: 1 where they are the same."""
-    return sum(math.sqrt(one.get(name, 0.0) * share) for name, share in other.items())
+    return sum(math.sqrt(first.get(name, 0.0) * share) for name, share in second.items())
 
 
 def _generation_config(directory: Path) -> Any:
     from transformers import GenerationConfig
 
-    found = companion(directory, "generation_config.json")
-    if found is None:
+    path = companion(directory, "generation_config.json")
+    if path is None:
         return None
-    read_json(found, what="generation config", error=ModelError)  # which refuses what is malformed
+    read_json(path, what="generation config", error=ModelError)  # which refuses what is malformed
     return GenerationConfig.from_pretrained(directory, local_files_only=True)

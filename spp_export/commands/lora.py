@@ -130,13 +130,13 @@ def training_batches(
     if not rows:
         raise UsageError("--data has no text of two tokens or more for this model.")
     generator = torch.Generator().manual_seed(settings.seed)
-    wanted = settings.steps * settings.batch_size
+    count = settings.steps * settings.batch_size
     order: list[int] = []
-    while len(order) < wanted:
+    while len(order) < count:
         order += torch.randperm(len(rows), generator=generator).tolist()
     size = settings.batch_size
     return [
-        pad_rows([rows[i] for i in order[start : start + size]]) for start in range(0, wanted, size)
+        pad_rows([rows[i] for i in order[start : start + size]]) for start in range(0, count, size)
     ]
 
 

@@ -110,8 +110,8 @@ def check_word(name: str, value: str, known: Sequence[str]) -> None:
 
 def fact(item: Field[Any]) -> Option:
     """The option of a field."""
-    found: Option = item.metadata["option"]
-    return found
+    known: Option = item.metadata["option"]
+    return known
 
 
 def flag(item: Field[Any]) -> str:
@@ -167,7 +167,7 @@ def command(
 
         call.__signature__ = signature  # type: ignore[attr-defined]
         call.__annotations__ = {
-            **{name: found.annotation for name, found in signature.parameters.items()},
+            **{name: parameter.annotation for name, parameter in signature.parameters.items()},
             "return": result,
         }
         call.__doc__ = f"{inspect.getdoc(function)}\n\nArguments:\n\n{_described(request)}\n"

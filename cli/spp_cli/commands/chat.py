@@ -62,7 +62,7 @@ def chat(request: Talk, out: Output) -> None:
     elif request.prompt is not None:
         answer_once(ask, request.prompt, out)
     else:
-        kept = "/reset forgets what was said"
-        told = "every line is continued as it is" if opened.raw else kept
-        out.note(f"{opened.model.runtime}; {told}, /quit or Ctrl-D ends.")
+        history = "/reset forgets what was said"
+        rule = "every line is continued as it is" if opened.raw else history
+        out.note(f"{opened.model.runtime}; {rule}, /quit or Ctrl-D ends.")
         converse(ask, opened.reset, out)

@@ -24,9 +24,9 @@ def profile_report(document: Mapping[str, Any]) -> RenderableType:
     return _report(profile.title(document), profile.panels(document))
 
 
-def _report(first: str, found: Iterable[Panel]) -> RenderableType:
+def _report(first: str, tables: Iterable[Panel]) -> RenderableType:
     lines: list[RenderableType] = [Text(one_line(first), style=FAINT)]
-    for panel in found:
+    for panel in tables:
         lines += [Text(), Text(panel.title, style=STRONG), _table(panel)]
     return Group(*lines)
 

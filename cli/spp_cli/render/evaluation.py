@@ -37,9 +37,9 @@ def evaluation_report(result: EvalResult, look: Look) -> RenderableType:
         dense = rows[0].row.kind == "dense"
         title = "dense" if dense else f"keep {keep:g} of {units_name(units)}"
         lines += [Text(), Text(title, style=STRONG), _ranked(rows, text)]
-    found = [each for each in comparisons(results) if each.theirs.kind in _SHOWN_AGAINST]
-    if found:
-        lines += [Text(), Text("against controls", style=STRONG), _compared(found)]
+    shown = [pair for pair in comparisons(results) if pair.theirs.kind in _SHOWN_AGAINST]
+    if shown:
+        lines += [Text(), Text("against controls", style=STRONG), _compared(shown)]
     for record in results.failed:
         where = f"{record.row.label}, keep {record.row.keep:g}: "
         lines.append(Text(one_line(f"{where}{record.error}"), style=BAD))
@@ -49,7 +49,9 @@ def evaluation_report(result: EvalResult, look: Look) -> RenderableType:
 
 def evaluation_reports(results: Sequence[EvalResult], look: Look) -> RenderableType:
     """The report of every scenario, one after the other."""
-    return Group(*(part for each in results for part in (evaluation_report(each, look), Text())))
+    return Group(
+        *(part for result in results for part in (evaluation_report(result, look), Text()))
+    )
 
 
 def _title(results: Results, look: Look) -> Text:
@@ -79,12 +81,12 @@ def _ranked(rows: Sequence[Ranked], text: str) -> Table:
     return table
 
 
-def _compared(found: Sequence[Comparison]) -> Table:
+def _compared(shown: Sequence[Comparison]) -> Table:
     table = Table.grid(padding=(0, 2, 0, 0))
-    for each in found:
-        how = f"{each.ours.keep:g} of {units_name(each.ours.units)}, {each.ours.compensation}"
-        pair = f"{each.ours.label} / {each.theirs.label}"
-        verdict = Text(each.verdict, style=_VERDICTS.get(each.verdict, FAINT))
-        text = Text(one_line(each.text), style=FAINT)
-        table.add_row(how, one_line(pair), text, interval(each.ratio), verdict)
+    for pair in shown:
+        how = f"{pair.ours.keep:g} of {units_name(pair.ours.units)}, {pair.ours.compensation}"
+        names = f"{pair.ours.label} / {pair.theirs.label}"
+        verdict = Text(pair.verdict, style=_VERDICTS.get(pair.verdict, FAINT))
+        text = Text(one_line(pair.text), style=FAINT)
+        table.add_row(how, one_line(names), text, interval(pair.ratio), verdict)
     return table

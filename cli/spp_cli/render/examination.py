@@ -15,23 +15,25 @@ if TYPE_CHECKING:
     from spp_export.commands.doctor import Examination
 
 
-def examination_report(found: Examination, look: Look) -> RenderableType:
+def examination_report(examination: Examination, look: Look) -> RenderableType:
     """Versions, devices, caches, engines and what is wrong."""
-    versions = [[name, text] for name, text in found.versions.items()]
+    versions = [[name, text] for name, text in examination.versions.items()]
     devices = [
         [
             device["device"],
             one_line(device["name"]),
             f"{byte_size(device['free_bytes'])} of {byte_size(device['bytes'])} free",
         ]
-        for device in found.devices
+        for device in examination.devices
     ]
-    caches = [[cache.name, byte_size(cache.nbytes), one_line(cache.path)] for cache in found.caches]
+    caches = [
+        [cache.name, byte_size(cache.nbytes), one_line(cache.path)] for cache in examination.caches
+    ]
     parts = [
         [part.part.package, part.version or "-", part.part.use]
         if part.version
         else [part.part.package, "-", f"{part.part.use}: {part.part.install}"]
-        for part in found.parts
+        for part in examination.parts
     ]
     lines: list[RenderableType] = []
     for name, rows in (
@@ -41,9 +43,9 @@ def examination_report(found: Examination, look: Look) -> RenderableType:
         ("engines and extras", parts),
     ):
         lines += [Text(name, style=STRONG), _table(rows), Text()]
-    if not found.problems:
+    if not examination.problems:
         return Group(*lines, Text("nothing stands in the way", style=GOOD))
-    return Group(*lines, *(Text(one_line(problem), style=BAD) for problem in found.problems))
+    return Group(*lines, *(Text(one_line(problem), style=BAD) for problem in examination.problems))
 
 
 def _table(rows: Sequence[Sequence[str]]) -> Table:
