@@ -15,7 +15,7 @@ from factories import format_options
 from gguf_cases import add_merges
 
 import spp_export
-from spp_export import GgufOptions, OnnxOptions
+from spp_export import GgufOptions
 from spp_export.common.errors import CheckpointError, ModelError, ParityError, UsageError
 from spp_export.common.manifest import write_manifest
 from spp_export.common.progress import quiet_transformers
@@ -244,8 +244,10 @@ def test_what_llama_cpp_cannot_run_is_refused_before_any_work(
 
 
 def test_one_format(merging: Merging, tmp_path: Path) -> None:
-    with refused(UsageError, "one export has one format"):
-        merging.gguf(tmp_path / "out", onnx=OnnxOptions())
+    """What is for another format is refused, and nothing is made."""
+    with refused(UsageError, "--onnx-attention: is for ONNX"):
+        merging.gguf(tmp_path / "out", onnx_attention="gqa")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_dry_run_says_what_the_file_would_hold(merging: Merging, tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from spp_export.planning import LayerPlan
 CASE = "llama-gqa-bias"
 FORMS = {
     "safetensors": {},
-    "onnx": {"onnx": spp_export.OnnxOptions()},
-    "gguf": {"gguf": spp_export.GgufOptions()},
+    "onnx": {"format": "onnx"},
+    "gguf": {"format": "gguf"},
 }
 BEFORE = "---\nlicense: llama3\ntags: [x]\n---\n# A base\n"
 
