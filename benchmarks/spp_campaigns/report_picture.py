@@ -7,31 +7,64 @@ colours.
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from spp_campaigns.chromium import Screen, chromium
 from spp_export.commands.report.report import report
-from spp_export.common.errors import SppError
+from spp_export.common.errors import SppError, UsageError
 
-# Two pixels of the picture for one of the page; the page's own margin is the picture's.
-_SCREEN = Screen(width=1088, height=900, scale=2.0)
-_TOP, _END = "main", "#heads"
-# What is read rather than seen.
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+VARIABLE = "SPP_CHROMIUM"
+_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+# The page's own margin is the picture's; what is read rather than seen is left out.
+_WIDTH, _SCALE = 1088, 2
 _LEFT_OUT = "#heads > .note, #heads > details"
+
+
+def find_chromium() -> Path | None:
+    """The browser that `SPP_CHROMIUM` names, or one on the path."""
+    named = os.environ.get(VARIABLE)
+    path = named or next(filter(None, map(shutil.which, _NAMES)), None)
+    return Path(path) if path and Path(path).is_file() else None
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """A headless Chromium, driven by playwright. Raises UsageError without one."""
+    from playwright.sync_api import sync_playwright
+
+    path = find_chromium()
+    if path is None:
+        raise UsageError(f"no Chromium on the path. Install one, or name it in {VARIABLE}.")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path.absolute())
+        yield browser
+        browser.close()
 
 
 def draw(out: Path, target: Path, bench: Path | None = None) -> None:
     """Write the PNG for an export. Raises SppError where there is no browser, or no export."""
     with tempfile.TemporaryDirectory() as folder, chromium() as browser:
         written = report(out, output=Path(folder) / "report.html", bench=bench)
-        page = browser.new_page()
-        page.open(written.path, _SCREEN)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        page.evaluate(f"document.querySelectorAll({_LEFT_OUT!r}).forEach((one) => one.remove())")
-        page.picture(target, _TOP, _END)
+        page = browser.new_page(
+            viewport={"width": _WIDTH, "height": 900}, device_scale_factor=_SCALE
+        )
+        page.goto(written.path.as_uri())
+        page.locator(_LEFT_OUT).evaluate_all("(all) => all.forEach((one) => one.remove())")
+        end = page.locator("#heads").bounding_box()
+        assert end is not None
+        height = end["y"] + end["height"]
+        page.screenshot(
+            path=target, full_page=True, clip={"x": 0, "y": 0, "width": _WIDTH, "height": height}
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,6 +1,6 @@
 """The page in a real browser: drawn without an error in both schemes and widths, and usable.
 
-Wants a Chromium on the path or in SPP_CHROMIUM; `make test-report` fetches one from npm.
+Needs a Chromium on the path or in SPP_CHROMIUM; `make test-report` fetches one from npm.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,19 +16,23 @@ from pages import bench, plan, write_export
 
 import spp_export
 from spp_campaigns import report_picture
-from spp_campaigns.chromium import VARIABLE, Page, Screen, chromium, find_chromium
+from spp_campaigns.report_picture import VARIABLE, chromium, find_chromium
 
 pytestmark = pytest.mark.skipif(
     find_chromium() is None, reason=f"no Chromium on the path or in {VARIABLE}"
 )
 
-DESKTOP, PHONE = Screen(), Screen(390, 844, 2.0, phone=True)
-NARROWEST = Screen(320, 568, 2.0, phone=True)
+TOUCH = {"device_scale_factor": 2, "is_mobile": True, "has_touch": True}
+DESKTOP = {"viewport": {"width": 1280, "height": 900}}
+PHONE = {"viewport": {"width": 390, "height": 844}, **TOUCH}
+NARROWEST = {"viewport": {"width": 320, "height": 568}, **TOUCH}
 SCREENS = [
-    Screen(one.width, one.height, one.scale, scheme, one.phone)
-    for one in (DESKTOP, PHONE)
+    {**screen, "color_scheme": scheme}
+    for screen in (DESKTOP, PHONE)
     for scheme in ("light", "dark")
 ]
+BACKGROUNDS = {"light": "rgb(255, 255, 255)", "dark": "rgb(16, 21, 27)"}
+BACKGROUND = "getComputedStyle(document.body).backgroundColor"
 # Elements that stick out of the window, but for what scrolls in a box of its own.
 OVERFLOWING = """[...document.querySelectorAll("body *")].filter((one) =>
   !one.closest(".scroll") && one.getBoundingClientRect().right > innerWidth + 0.5
@@ -38,6 +43,10 @@ TIP = """(() => {
   const tip = document.getElementById("tip");
   return tip.hidden ? null : tip.textContent;
 })()"""
+
+
+def name(screen) -> str:
+    return f"{screen['viewport']['width']}-{screen.get('color_scheme', 'light')}"
 
 
 @pytest.fixture(scope="module")
@@ -60,72 +69,100 @@ def written(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def page(browser) -> Page:
-    return browser.new_page()
+def opened(browser, written):
+    """Opens the page on a screen; `messages` collect what its console says, `requests` every
+    address that it asks for."""
+    contexts = []
+
+    def on(screen, messages=None, requests=None):
+        contexts.append(browser.new_context(**screen))
+        page = contexts[-1].new_page()
+        if messages is not None:
+            page.on("console", lambda message: messages.append(message.text))
+            page.on("pageerror", lambda error: messages.append(str(error)))
+        if requests is not None:
+            page.on("request", lambda request: requests.append(request.url))
+        page.goto(written.as_uri())
+        page.evaluate("document.fonts.ready.then(() => true)")
+        return page
+
+    yield on
+    for context in contexts:
+        context.close()
 
 
-@pytest.mark.parametrize("screen", SCREENS, ids=lambda s: f"{s.width}-{s.scheme}")
-def test_it_is_drawn_without_an_error(page, written, screen, tmp_path):
-    page.open(written, screen)
-    assert page.messages == []
-    assert page.requests == [written.resolve().as_uri()]
-    assert page.evaluate("document.querySelectorAll('section').length") == 9
-    assert page.evaluate("document.querySelectorAll('#heads [role=gridcell]').length") == 160
-    page.picture(tmp_path / "page.png")
-    data = (tmp_path / "page.png").read_bytes()
+@pytest.mark.parametrize("screen", SCREENS, ids=name)
+def test_it_is_drawn_without_an_error(opened, written, screen):
+    messages, requests = [], []
+    page = opened(screen, messages, requests)
+    data = page.screenshot(full_page=True)
+    assert messages == []
+    assert requests == [written.as_uri()]
+    assert page.locator("section").count() == 9
+    assert page.locator("#heads [role=gridcell]").count() == 160
     width, height = struct.unpack(">II", data[16:24])
-    assert width == screen.width * screen.scale
+    assert width == screen["viewport"]["width"] * screen.get("device_scale_factor", 1)
     assert height > 2000
-    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert background == {"light": "rgb(255, 255, 255)", "dark": "rgb(16, 21, 27)"}[screen.scheme]
+    assert page.evaluate(BACKGROUND) == BACKGROUNDS[screen["color_scheme"]]
 
 
-@pytest.mark.parametrize("screen", [DESKTOP, PHONE, NARROWEST], ids=lambda s: str(s.width))
-def test_nothing_sticks_out_of_the_window(page, written, screen):
-    page.open(written, screen)
+@pytest.mark.parametrize("scheme", BACKGROUNDS)
+def test_charts_have_the_colours_of_the_scheme(opened, scheme):
+    page = opened({**DESKTOP, "color_scheme": scheme})
+    point = page.locator("#benchmark use[role=gridcell]").last
+    colour = point.evaluate("(use) => getComputedStyle(use).fill")
+    assert colour == {"light": "rgb(11, 99, 181)", "dark": "rgb(90, 174, 245)"}[scheme]
+    point.scroll_into_view_if_needed()
+    page.evaluate(SETTLED)
+    point.hover()
+    assert page.evaluate(TIP).startswith("out torch\n4096 tokens: ")
+    assert point.evaluate("(use) => getComputedStyle(use).strokeWidth") == "2px"
+
+
+@pytest.mark.parametrize("screen", [DESKTOP, PHONE, NARROWEST], ids=name)
+def test_nothing_sticks_out_of_the_window(opened, screen):
+    page = opened(screen)
     page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
     assert page.evaluate(OVERFLOWING) == []
-    assert page.evaluate("document.documentElement.scrollWidth") == screen.width
+    assert page.evaluate("document.documentElement.scrollWidth") == screen["viewport"]["width"]
 
 
-def test_the_keyboard_walks_the_head_map(page, written):
-    page.open(written, DESKTOP)
-    page.evaluate("document.querySelector('#heads [role=gridcell]').focus()")
+def test_the_keyboard_walks_the_head_map(opened):
+    page = opened(DESKTOP)
+    page.locator("#heads [role=gridcell]").first.focus()
     assert page.evaluate(TIP) == "Layer 0, query head 0\nKV group 0, kept"
     for key in ("ArrowRight", "ArrowRight", "ArrowDown", "ArrowDown"):
-        page.press(key)
+        page.keyboard.press(key)
     assert page.evaluate(TIP).startswith("Layer 2, query head 2\n")
-    page.press("End")
+    page.keyboard.press("End")
     assert page.evaluate(TIP).startswith("Layer 39, query head 2\n")
     # One stop of the tab key for the whole map.
-    assert page.evaluate("document.querySelectorAll('#heads rect[tabindex=\"0\"]').length") == 1
+    assert page.locator('#heads rect[tabindex="0"]').count() == 1
     assert page.evaluate("document.activeElement.getAttribute('aria-label')").startswith("Layer 39")
-    page.press("Escape")
+    page.keyboard.press("Escape")
     assert page.evaluate(TIP) is None
 
 
-def test_a_pointer_and_a_finger_name_a_head(page, written):
-    cell = "document.querySelectorAll('#heads [role=gridcell]')[3].getBoundingClientRect()"
-    for screen in (DESKTOP, PHONE):
-        page.open(written, screen)
-        page.evaluate("document.getElementById('heads').scrollIntoView()")
-        page.evaluate(SETTLED)
-        x, y = (page.evaluate(f"{cell}.{side} + 4") for side in ("x", "y"))
-        if screen.phone:
-            page.call("Emulation.setTouchEmulationEnabled", enabled=True)
-            points = [{"x": x, "y": y}]
-            page.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=points)
-            page.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
-        else:
-            page.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
-        assert page.evaluate(TIP).startswith("Layer 3, query head 0\n")
-        box = "document.getElementById('tip').getBoundingClientRect()"
-        assert page.evaluate(f"{box}.left") >= 0
-        assert page.evaluate(f"{box}.right") <= screen.width
+@pytest.mark.parametrize("screen", [DESKTOP, PHONE], ids=name)
+def test_a_pointer_and_a_finger_name_a_head(opened, screen):
+    page = opened(screen)
+    page.evaluate("document.getElementById('heads').scrollIntoView()")
+    page.evaluate(SETTLED)
+    cell = page.locator("#heads [role=gridcell]").nth(3).bounding_box()
+    x, y = cell["x"] + 4, cell["y"] + 4
+    if screen is PHONE:
+        page.touchscreen.tap(x, y)
+    else:
+        page.mouse.move(x, y)
+    assert page.evaluate(TIP).startswith("Layer 3, query head 0\n")
+    tip = page.locator("#tip").bounding_box()
+    assert tip["x"] >= 0
+    assert tip["x"] + tip["width"] <= screen["viewport"]["width"]
 
 
-def test_the_policy_stops_what_gets_into_the_page(page, written):
-    page.open(written, DESKTOP)
+def test_the_policy_stops_what_gets_into_the_page(opened):
+    messages = []
+    page = opened(DESKTOP, messages)
     page.evaluate(
         """(() => {
           const script = document.createElement("script");
@@ -137,20 +174,19 @@ def test_the_policy_stops_what_gets_into_the_page(page, written):
         })()"""
     )
     assert page.evaluate("window.ran") is None
-    assert any("Content Security Policy" in message for message in page.messages)
+    assert any("Content Security Policy" in message for message in messages)
 
 
-def test_paper_is_light_and_as_wide_as_it_is(page, written):
-    page.open(written, Screen(scheme="dark"))
-    dark = {"name": "prefers-color-scheme", "value": "dark"}
-    page.call("Emulation.setEmulatedMedia", media="print", features=[dark])
-    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert background == "rgb(255, 255, 255)"
-    found = page.call("Page.printToPDF", printBackground=True)
-    assert len(found["data"]) > 10_000
+def test_paper_is_light_and_as_wide_as_it_is(opened):
+    page = opened({**DESKTOP, "color_scheme": "dark"})
+    page.emulate_media(media="print", color_scheme="dark")
+    assert page.evaluate(BACKGROUND) == BACKGROUNDS["light"]
+    assert len(page.pdf(print_background=True)) > 10_000
 
 
-def test_the_picture_of_the_readme(tmp_path, capsys):
+def test_the_picture_of_the_readme(browser, tmp_path, monkeypatch, capsys):
+    # Playwright runs once per thread.
+    monkeypatch.setattr(report_picture, "chromium", lambda: nullcontext(browser))
     out = write_export(tmp_path / "out")
     target = tmp_path / "pictures" / "summary.png"
     assert report_picture.main([str(out), "-o", str(target)]) == 0
