@@ -38,6 +38,7 @@ def test_wheel_ships_only_our_packages(tmp_path: Path) -> None:
     left_out = ("spp_campaigns", "peers", "report_picture", "exporters", "probe_pruning/dynamic")
     assert not [name for name in names if any(word in name for word in left_out)]
     assert "spp_export/models/modeling/modeling_spp.py" in names
+    assert "spp_export/formats/card.md.j2" in names
     page = ("report.html.j2", "style.css", "script.js")
     assert {f"spp_export/commands/report/page/{name}" for name in page} <= set(names)
     assert "spp_export/data/assets/smollm2-135m-instruct/artifacts.json" in names

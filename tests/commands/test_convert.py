@@ -134,7 +134,7 @@ def test_the_license_travels(workshop, tmp_path):
     (dense / "README.md").write_text('---\nlicense: "apache-2.0"\n---\nText\n')
     (dense / "LICENSE").write_text("Terms\n")
     spp_export.convert(dense, tmp_path / "x")
-    assert '\nlicense: "apache-2.0"\n' in (tmp_path / "x" / "README.md").read_text()
+    assert "\nlicense: apache-2.0\n" in (tmp_path / "x" / "README.md").read_text()
     assert (tmp_path / "x" / "LICENSE").read_text() == "Terms\n"
 
 

@@ -98,7 +98,7 @@ def test_the_directory(made: Path) -> None:
         assert names(report)[-1] == "llama.cpp against the oracle"
         assert report["gguf"]["engine"].startswith("xllamacpp 20")
     card = (made / "README.md").read_text()
-    assert 'library_name: "gguf"' in card
+    assert "library_name: gguf\n" in card
     assert "Architecture `deci`" in card
     assert "llama-cli -m model.gguf" in card
 

@@ -90,11 +90,11 @@ def test_a_converted_export_keeps_its_origin(workshop, tmp_path):
     layers = slim.result.plan.layers
     assert counts(card, "query heads") == [len(layer.query_heads) for layer in layers]
     assert slim.result.plan.scenario["sha256"] in card
-    assert 'tags: ["onnx", "pruned", "spp"]' in card
+    assert "tags:\n- onnx\n- pruned\n- spp\n---\n" in card
     spp_export.convert(slim.dense, tmp_path / "dense", verify=False)
     card = (tmp_path / "dense" / "README.md").read_text()
     assert "Kept by layer" not in card
-    assert 'tags: ["onnx", "spp"]' in card
+    assert "tags:\n- onnx\n- spp\n---\n" in card
 
 
 @pytest.mark.parametrize(
