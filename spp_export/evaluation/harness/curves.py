@@ -43,14 +43,14 @@ def curves(results: Results) -> dict[tuple[str, str], list[Curve]]:
             if ranked.row.kind != "dense":
                 way = replace(ranked.row, keep=1.0)
                 points.setdefault(way, []).append((1 - keep, ranked.ratio[text]))
-    if any(len(found) > 1 for found in points.values()):
-        points = {way: found for way, found in points.items() if len(found) > 1}
+    if any(len(measured) > 1 for measured in points.values()):
+        points = {way: measured for way, measured in points.items() if len(measured) > 1}
     panels: dict[tuple[str, str], list[Curve]] = {}
     for way in points:
         if way.kind != "dynamic":
             panels.setdefault((way.units, way.compensation), [])
-    for way, found in points.items():
-        curve = Curve(way.label, way.kind, tuple(sorted(found, key=lambda point: point[0])))
+    for way, measured in points.items():
+        curve = Curve(way.label, way.kind, tuple(sorted(measured, key=lambda point: point[0])))
         for units, compensation in panels:
             alike = way.compensation == compensation or way.kind == "dynamic"
             if way.units == units and alike:

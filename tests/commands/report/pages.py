@@ -193,17 +193,17 @@ class Reader(HTMLParser):
 
     def all(self, name: str, **attributes: str) -> list[Element]:
         """Elements of this name and with these attributes; class_ for class."""
-        wanted = {key.rstrip("_"): value for key, value in attributes.items()}
+        expected = {key.rstrip("_"): value for key, value in attributes.items()}
         return [
             one
             for one in self.elements
-            if one.name == name and wanted.items() <= one.attributes.items()
+            if one.name == name and expected.items() <= one.attributes.items()
         ]
 
     def one(self, name: str, **attributes: str) -> Element:
         """The only such element."""
-        (found,) = self.all(name, **attributes)
-        return found
+        (element,) = self.all(name, **attributes)
+        return element
 
 
 def read(page: Path | str) -> Reader:

@@ -51,15 +51,15 @@ def sections(page) -> list[str]:
 
 
 def test_an_export_has_all_sections(out):
-    found = spp_export.report(out)
-    assert found.path == out.with_name("out.html")
-    data = found.path.read_bytes()
-    assert (found.bytes, found.sha256) == (len(data), hashlib.sha256(data).hexdigest())
-    page = read(found.path)
+    result = spp_export.report(out)
+    assert result.path == out.with_name("out.html")
+    data = result.path.read_bytes()
+    assert (result.bytes, result.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+    page = read(result.path)
     expected = ["mixture", "savings", "heads", "channels", "checks", "quality", "benchmark"]
     expected += ["engines", "provenance"]
-    assert sections(page) == list(found.sections) == expected
-    assert set(found.missing) == {"quality", "benchmark"}
+    assert sections(page) == list(result.sections) == expected
+    assert set(result.missing) == {"quality", "benchmark"}
     assert page.one("h1").text == "out"
     assert page.one("p", class_="lead").text == (
         "org/model, cut for sums.txt: 9 of 16 query heads and 20 of 32 MLP channels stay, which "
@@ -168,7 +168,7 @@ def test_without_a_report_the_page_says_what_makes_one(tmp_path, content):
 
 
 def test_nothing_in_a_file_becomes_markup(tmp_path):
-    said = plan(
+    document = plan(
         model={"fingerprint": NASTY, "source": NASTY},
         scenario={"name": HOSTILE, "sha256": HOSTILE},
         diagnosis={"mixture": {HOSTILE: 1.0}, "regime": HOSTILE},
@@ -180,7 +180,7 @@ def test_nothing_in_a_file_becomes_markup(tmp_path):
     files = {"files": {HOSTILE: {"bytes": 3, "sha256": HOSTILE}}}
     report = verdict(checks=checks, reference=HOSTILE, computed_in=HOSTILE)
     name = HOSTILE.replace("/", "")
-    out = write_export(tmp_path / name, plan=said, verify=report, manifest=files)
+    out = write_export(tmp_path / name, plan=document, verify=report, manifest=files)
     results = bench(plan_hash(out), (64, 128), name=HOSTILE)
     results["machine"]["cpu"] = HOSTILE
     results["problems"] = [HOSTILE]
@@ -197,9 +197,9 @@ def test_nothing_in_a_file_becomes_markup(tmp_path):
 def test_provenance_of_any_kind_is_survived(tmp_path, value):
     objects = ("scenario", "diagnosis", "calibration", "criterion", "budget", "predicted")
     inner = ("mixture", "breadth", "asked", "realised", "parameters", "kv_bytes_per_token", "name")
-    said = plan(**{name: dict.fromkeys(inner, value) for name in objects})
+    document = plan(**{name: dict.fromkeys(inner, value) for name in objects})
     for name in ("checks", "quality", "quantisation", "reference"):
-        out = write_export(tmp_path / name, plan=said, verify=verdict(**{name: value}))
+        out = write_export(tmp_path / name, plan=document, verify=verdict(**{name: value}))
         assert "provenance" in sections(page_of(out))
 
 
@@ -210,11 +210,11 @@ def test_long_names_are_cut(tmp_path):
 
 
 def test_a_plan_alone_has_the_sections_that_it_can(tmp_path):
-    found = spp_export.report(written(tmp_path / "plan.json", plan()))
-    assert found.path == tmp_path / "plan.html"
-    assert found.missing == {}
+    result = spp_export.report(written(tmp_path / "plan.json", plan()))
+    assert result.path == tmp_path / "plan.html"
+    assert result.missing == {}
     expected = ["mixture", "savings", "heads", "channels", "engines", "provenance"]
-    assert sections(read(found.path)) == expected
+    assert sections(read(result.path)) == expected
 
 
 def test_what_a_plan_alone_does_not_record_is_said(tmp_path):
@@ -236,8 +236,8 @@ def test_what_a_plan_alone_does_not_record_is_said(tmp_path):
 def test_the_slim_counts_of_a_uniform_export_are_not_taken_for_the_dense_models(tmp_path):
     layers = [{"kv_heads": [1], "query_heads": [2], "channels": [0, 7]}] * 4
     config = {"num_attention_heads": 1, "num_key_value_heads": 1, "intermediate_size": 2}
-    said = plan(layers=layers, layout="uniform")
-    page = page_of(write_export(tmp_path / "out", plan=said, config=config))
+    document = plan(layers=layers, layout="uniform")
+    page = page_of(write_export(tmp_path / "out", plan=document, config=config))
     assert read_legend(page) == ["kept 4", "removed", "KV groups kept 4"]
     assert page.one("p", class_="lead").text.startswith(
         "org/model, cut for sums.txt: 4 query heads and 8 MLP channels stay, which"
@@ -311,9 +311,9 @@ def test_scores_are_mixed_as_the_diagnosis_says(out, tmp_path):
     rank = 1 + int((mixed[3] > mixed[3, 1]).sum())
     nth = {1: "1st", 2: "2nd", 3: "3rd", 4: "4th"}[rank]
     assert cell.text.endswith(f"energy {mixed[3, 1]:.3f}, {nth} of 4 in its layer")
-    said = page.one("section", id="heads").text
-    assert "It did not decide: the plan chose by obs" in said
-    assert "not the very artifacts" in said
+    words = page.one("section", id="heads").text
+    assert "It did not decide: the plan chose by obs" in words
+    assert "not the very artifacts" in words
 
 
 def test_without_artifacts_of_the_model_no_score_is_shown(out):
@@ -391,8 +391,8 @@ def test_speed_ups_that_are_no_numbers_are_refused(out, tmp_path, value):
 
 
 def test_curves_of_an_evaluation(tmp_path):
-    said = plan(model={"fingerprint": DEMO_FINGERPRINT, "source": "demo"})
-    out = write_export(tmp_path / "out", plan=said)
+    document = plan(model={"fingerprint": DEMO_FINGERPRINT, "source": "demo"})
+    out = write_export(tmp_path / "out", plan=document)
     page = page_of(out, eval=RESULTS / "eval-chemistry")
     section = page.one("section", id="quality").text
     # The plan removes channels too: its own panel comes first, and the others can be unfolded.
@@ -482,9 +482,9 @@ def test_a_large_model_is_a_page_of_reasonable_size(tmp_path):
 
 def test_the_command_says_where_the_page_is(out, tmp_path, capsys):
     assert run(["report", str(out), "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said["path"] == str(tmp_path / "out.html")
-    assert said["missing"]["benchmark"].startswith("spp bench out --model org/model")
+    result = json.loads(capsys.readouterr().out)
+    assert result["path"] == str(tmp_path / "out.html")
+    assert result["missing"]["benchmark"].startswith("spp bench out --model org/model")
     assert run(["report", str(out)]) == 2
     assert "already exists" in capsys.readouterr().err
     assert run(["report", str(out), "--force"]) == 0
