@@ -59,7 +59,6 @@ def report_parts(
         command = _commands(("verify", place.name, *_model(place)))
         checks = {"hint": f"{why} Check it against its dense model:", "command": command}
     ratio = number(mapping((verdict or {}).get("quality")).get("ratio"))
-    channels = channels_part(heads)
     benchmark = benchmark_part(bench, place.plan_hash) if bench else _unmeasured(place)
     return {
         "title": place.name,
@@ -67,10 +66,9 @@ def report_parts(
         "plan": plan,
         "quantised": place.quantised,
         "scenario": text(plan.scenario.get("name")),
+        "criterion": text(plan.criterion.get("name")),
         "version": spp_version(),
-        "stays": _stays(heads, channels),
         "saved": _saved(plan),
-        "verdicts": _verdicts(ratio, checks),
         "sizes": {name: sizes for name in _SIZES if (sizes := _sizes(plan, name))},
         "size_names": _SIZES,
         "ratio": ratio,
@@ -80,7 +78,7 @@ def report_parts(
         "weight_bytes": place.weight_bytes,
         "heads": heads,
         "states": STATES,
-        "channels": channels,
+        "channels": channels_part(heads),
         "checks": checks,
         "quality": _quality(place, verdict, evaluation),
         "benchmark": benchmark,
@@ -98,35 +96,13 @@ def _sizes(plan: Plan, name: str) -> tuple[float, float] | None:
     return None if not dense or slim is None or dense < 0 or slim < 0 else (dense, slim)
 
 
-def _stays(heads: Heads, channels: Mapping[str, Any] | None) -> list[str]:
-    """What stays of the model's units."""
-    whole = heads.query_heads * len(heads.layers)
-    kept = [("query heads", heads.kept, whole if heads.recorded else None)]
-    if channels and channels["total"]:
-        kept.append(("MLP channels", channels["total"], channels["whole"]))
-    return [
-        f"{integer(number)}{f' of {integer(dense)}' if dense else ''} {name}"
-        for name, number, dense in kept
-    ]
-
-
 def _saved(plan: Plan) -> list[str]:
-    """What that takes off the model's sizes."""
+    """What the plan takes off the model's sizes."""
     names = (("parameters", "parameters"), ("kv_bytes_per_token", "KV cache"))
     known = [(what, *sizes) for name, what in names if (sizes := _sizes(plan, name))]
     return [
         f"{percent(1 - slim / dense)} off its {what}" for what, dense, slim in known if slim < dense
     ]
-
-
-def _verdicts(ratio: float | None, checks: Mapping[str, Any] | None) -> list[str]:
-    """How good it is, and whether that was checked."""
-    verdicts = []
-    if ratio is not None:
-        verdicts.append(f"perplexity on held-out text is {times(ratio)} the dense model's")
-    if checks and "passed" in checks:
-        verdicts.append("every check passed" if checks["passed"] else "a check FAILED")
-    return verdicts
 
 
 def mixture_part(plan: Plan) -> dict[str, Any]:

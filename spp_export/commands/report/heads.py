@@ -31,11 +31,17 @@ STATES = {
 
 @dataclass(frozen=True)
 class Scores:
-    """A figure per query head, `values[layer][head]`, and what it is."""
+    """A figure per query head, `values[layer][head]`.
+
+    decided: whether the plan chose by it, `whole` whether by nothing else. same: whether the
+    artifacts are those that the plan was made with.
+    """
 
     name: str
-    note: str
-    values: tuple[tuple[float, ...], ...]
+    values: list[list[float]]
+    decided: bool
+    whole: bool
+    same: bool
 
 
 @dataclass(frozen=True)
@@ -218,9 +224,13 @@ def _scores(plan: Plan, query_heads: int, artifacts: Artifacts) -> Scores | None
     values = np.tensordot(weights, artifacts.importance[name].astype(np.float64), axes=1)
     if values.shape != (len(plan.layers), query_heads):
         return None
-    rows = tuple(tuple(float(value) for value in row) for row in values)
-    shown = name.removeprefix("head/")
-    return Scores(shown, _scores_note(plan, artifacts, shown, decided), rows)
+    return Scores(
+        name.removeprefix("head/"),
+        values.tolist(),
+        decided=decided,
+        whole=not number(plan.calibration.get("scenario_weight")),
+        same=text(plan.artifacts.get("sha256")) == artifacts.sha256,
+    )
 
 
 def _weights(plan: Plan, domains: Sequence[str]) -> np.ndarray[Any, Any] | None:
@@ -234,23 +244,3 @@ def _weights(plan: Plan, domains: Sequence[str]) -> np.ndarray[Any, Any] | None:
     alike = shrinkage / len(domains)
     weights: np.ndarray[Any, Any] = alike + (1 - shrinkage) * (np.array(known) / sum(known))
     return weights
-
-
-def _scores_note(plan: Plan, artifacts: Artifacts, shown: str, decided: bool) -> str:
-    criterion = text(plan.criterion.get("name")) or "no criterion of ours"
-    sentences = [
-        f"Point at a head, tap it, or move with the arrow keys to read its {shown} score: the "
-        "artifacts' importance, mixed over domains as the diagnosis says."
-    ]
-    if not decided:
-        sentences.append(
-            f"It did not decide: the plan chose by {criterion}, which weighs whole sets of heads "
-            "and leaves no score per head."
-        )
-    elif number(plan.calibration.get("scenario_weight")):
-        sentences.append(
-            "The scenario's own text, which had a part in the decision, is not in the artifacts."
-        )
-    if text(plan.artifacts.get("sha256")) != artifacts.sha256:
-        sentences.append("These are not the very artifacts that the plan was made with.")
-    return " ".join(sentences)
