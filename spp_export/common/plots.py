@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,13 +43,19 @@ class Line:
     group: str | None = None
 
 
+def plot_style(**style: Any) -> AbstractContextManager[None]:
+    """matplotlib's own defaults, whatever a user has set, with `style` over them."""
+    from matplotlib import style as styles
+
+    ours = {"axes.grid": True, "grid.color": "0.9", "legend.fontsize": "small"}
+    return styles.context(["default", ours | style])
+
+
 def new_figure(rows: int, columns: int, width: float, height: float, **style: Any) -> Any:
     """A figure and its axes, [rows, columns]; sizes in inches, `style` as in matplotlib's rc."""
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    settings: Any = {"axes.grid": True, "grid.color": "0.9", "legend.fontsize": "small"} | style
-    with rc_context(settings):
+    with plot_style(**style):
         figure = Figure(figsize=(width, height), layout="constrained")
         return figure, figure.subplots(rows, columns, squeeze=False)
 
@@ -105,4 +112,5 @@ def ratio_axis(axes: Any, values: Iterable[float], highest: float = math.inf) ->
 
 def save_png(figure: Any, path: Path) -> None:
     """Write a figure without the version of matplotlib, which would make equal data differ."""
-    figure.savefig(path, format="png", dpi=120, metadata={"Software": None})
+    with plot_style():
+        figure.savefig(path, format="png", dpi=120, metadata={"Software": None})

@@ -178,8 +178,8 @@ def _timings(document: Mapping[str, Any], baselines: Mapping[str, str]) -> Itera
                 yield Timing(
                     name,
                     phase,
-                    int(cell["batch"]),
-                    int(cell["context"]),
+                    _whole(cell["batch"]),
+                    _whole(cell["context"]),
                     dense_ms=_number(dense["median_ms"]),
                     slim_ms=_number(slim["median_ms"]),
                     median=_number(speedup["median"]),
@@ -195,8 +195,8 @@ def _memory(document: Mapping[str, Any], names: set[str]) -> Iterator[Memory]:
         for cell in record["cells"] if record["name"] in names else ():
             yield Memory(
                 str(record["name"]),
-                int(cell["batch"]),
-                int(cell["context"]),
+                _whole(cell["batch"]),
+                _whole(cell["context"]),
                 _number(record["weight_bytes"]),
                 _number(cell["kv_bytes"]),
                 max(_number(cell["peak_bytes"]) - _number(record["before_bytes"]), 0.0),
@@ -208,6 +208,12 @@ def _number(value: Any) -> float:
     if known is None or known < 0:
         raise ValueError
     return known
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or not 0 < value < 1 << 32:
+        raise ValueError
+    return value
 
 
 def _speed_chart(phase: str, batch: int, timings: Sequence[Timing]) -> Chart:

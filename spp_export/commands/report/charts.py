@@ -22,6 +22,7 @@ from spp_export.common.plots import (
     context_axis,
     draw_line,
     new_figure,
+    plot_style,
     ratio_axis,
 )
 from spp_export.evaluation.harness.curves import HIGHEST, Curve, curves, places
@@ -173,11 +174,9 @@ def _rc(inks: Mapping[str, str]) -> dict[str, Any]:
 def _inline(drawn: Any, name: str, label: str, titles: Mapping[str, Sequence[str]]) -> str:
     """A figure as an <svg> within HTML: without styles of its own, which the page's policy forbids,
     and with the titles of its points, by the id of their group."""
-    from matplotlib import rc_context
-
     file = io.BytesIO()
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+    with plot_style(**{"svg.fonttype": "none", "svg.hashsalt": name}):
         drawn.savefig(file, format="svg", metadata=metadata)
     root = ElementTree.fromstring(file.getvalue())
     variables = {colour: f"var(--{ink})" for ink, colour in _inks().items()}
@@ -299,5 +298,5 @@ def _curves_chart(key: tuple[str, str], panel: Sequence[Curve], plan: Plan, judg
         x_unit=" % removed",
         x_label=_CURVES,
         highest=HIGHEST,
-        mark=(100 * (1 - kept), "this export") if own and kept is not None else None,
+        mark=(100 * (1 - kept), "this export") if own and kept and 0 < kept <= 1 else None,
     )

@@ -357,6 +357,15 @@ def test_measurements_over_context_are_curves_with_their_bound(out, tmp_path):
     assert {"bound: the best possible", "the dense model in the same engine"} <= set(legends)
 
 
+@pytest.mark.parametrize("value", [0, -1, 1.5, "64", None, True, 10**400])
+@pytest.mark.parametrize("name", ["context", "batch"])
+def test_sizes_that_are_no_counts_are_refused(out, tmp_path, name, value):
+    document = bench(plan_hash(out), (64, 128))
+    document["cells"][0][name] = value
+    with pytest.raises(UsageError, match="expected what 'spp bench -o FILE' writes"):
+        page_of(out, bench=written(tmp_path / "bench.json", document))
+
+
 def lines_of(page, ink: str) -> list:
     """The lines of a colour in all charts."""
     drawn = [path for path in page.all("path") if path.attributes.get("fill") == "none"]
