@@ -425,7 +425,7 @@ def test_a_malformed_evaluation_is_refused(out, tmp_path):
     header = {"schema_version": 1, "context": {}, "model": {"fingerprint": FINGERPRINT}}
     lines = written(tmp_path / "results.jsonl", header)
     lines.write_text(lines.read_text() + "\n")
-    with pytest.raises(UsageError, match="malformed"):
+    with pytest.raises(OutputError, match="line 1, the header: the document has no texts"):
         page_of(out, eval=lines)
 
 
