@@ -82,7 +82,7 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n logical --maxprocesses 8 --dist worksteal
 
 test-all: check
 	$(BIN)/python -m pytest

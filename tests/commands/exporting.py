@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pickle
 import random
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,36 +140,57 @@ class Exported:
 
 
 class Workshop:
-    """Makes what tests ask for, once. Nobody changes what it returns; copies may be changed."""
+    """Makes what tests ask for, once, for every process that works in `root`.
+
+    Nobody changes what it returns; copies may be changed.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.pools = write_pools(root / "pools")
-        self.scenario = write_texts(root / "sums.txt", texts("figures", 8, 7))
-        self._exports: dict[tuple[str, ...], Exported] = {}
+        self._results: dict[str, Any] = {}
+        self.pools = self.once("pools", lambda: write_pools(root / "pools"))
+        scenario = texts("figures", 8, 7)
+        self.scenario = self.once("scenario", lambda: write_texts(root / "sums.txt", scenario))
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` returned to the first process that asked; the others wait for it."""
+        if name not in self._results:
+            record = self.root / "made" / name
+            record.parent.mkdir(parents=True, exist_ok=True)
+            with open(f"{record}.lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if record.exists():
+                    self._results[name] = pickle.loads(record.read_bytes())
+                else:
+                    self._results[name] = make()
+                    record.write_bytes(pickle.dumps(self._results[name]))
+        return self._results[name]
 
     def dense(self, name: str) -> Path:
         """The case's checkpoint."""
-        path = self.root / name / "dense"
-        return path if path.exists() else CASE[name].make(path.parent)
+        return self.once(f"{name} dense", lambda: CASE[name].make(self.root / name))
 
     def artifacts(self, name: str) -> Path:
         """What `probe` finds in the pools."""
-        path = self.root / name / "artifacts"
-        if not path.exists():
+
+        def make() -> Path:
+            path = self.root / name / "artifacts"
             spp_export.probe(self.pools, path, model=str(self.dense(name)))
-        return path
+            return path
+
+        return self.once(f"{name} artifacts", make)
 
     def exported(self, name: str, layout: str = "per-layer", compensate: str = "none") -> Exported:
         """The scenario's export of a case at `KEEP`; layout "padded" is ragged, with --pad."""
-        key = (name, layout, compensate)
-        if key not in self._exports:
+
+        def make() -> Exported:
             path = self.root / name / f"{layout}-{compensate}"
             padded = layout == "padded"
-            asked = {"layout": "ragged" if padded else layout, "compensate": compensate}
-            result = self.export(name, path, pad=padded, **asked)
-            self._exports[key] = Exported(path, self.dense(name), result)
-        return self._exports[key]
+            options = {"layout": "ragged" if padded else layout, "compensate": compensate}
+            result = self.export(name, path, pad=padded, **options)
+            return Exported(path, self.dense(name), result)
+
+        return self.once(f"{name} {layout}-{compensate}", make)
 
     def export(self, name: str, path: Path | None, **asked: Any) -> spp_export.ExportResult:
         """Export a case anew; `asked` are options of `export`."""

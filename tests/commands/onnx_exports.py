@@ -59,12 +59,11 @@ def exported_onnx(
     slim = workshop.exported(name, layout, compensate)
     form = "-".join(str(value) for value in options.to_dict().values())
     path = workshop.root / name / f"{layout}-{compensate}-{form}"
-    if path not in _RESULTS:
-        _RESULTS[path] = export_onnx(workshop, slim, path, options)
-    return Exported(path, slim.dense, _RESULTS[path])
 
+    def make() -> Exported:
+        return Exported(path, slim.dense, export_onnx(workshop, slim, path, options))
 
-_RESULTS: dict[Path, spp_export.ExportResult] = {}
+    return workshop.once(f"{name} {path.name}", make)
 
 
 def seal(directory: Path) -> None:

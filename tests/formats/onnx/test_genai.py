@@ -113,6 +113,7 @@ def test_the_tokenizer_is_read(tmp_path):
 
 
 @pytest.mark.demo
+@pytest.mark.slow
 def test_the_default_model(tmp_path):
     source = locate_model("demo").path
     layers = random_layers(shape_of(source), 0, channels=False)
