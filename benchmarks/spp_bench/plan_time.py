@@ -18,7 +18,7 @@ from spp_export.models.hub import DEMO
 from spp_export.models.session import open_session
 from spp_export.models.shape import ModelShape, Units
 from spp_export.planning import compile_units
-from spp_export.planning.allocate import channel_options, layer_options, per_parameter
+from spp_export.planning.allocate.options import channel_options, layer_options, per_parameter
 from spp_export.planning.budget import Budget
 from spp_export.planning.planner import plan_scenario
 from spp_export.planning.request import PlanRequest

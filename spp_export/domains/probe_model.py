@@ -44,7 +44,8 @@ from spp_export.domains.shrinkage import (
     strongest,
 )
 from spp_export.domains.whitelist import choose_whitelist
-from spp_export.importance import SCORING, Criterion
+from spp_export.importance import SCORING
+from spp_export.importance.base import Criterion
 from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.checkpoint.reader import read_float
 

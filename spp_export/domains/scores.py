@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from spp_export.calibration.moments import Collection, layer_weights
+from spp_export.calibration.statistics import Axis
 from spp_export.common.arrays import FloatArray
 from spp_export.common.errors import UsageError
-from spp_export.importance import SCORING, Axis, Criterion
-from spp_export.importance.base import statistics_read
+from spp_export.importance import SCORING
+from spp_export.importance.base import Criterion, statistics_read
 from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.checkpoint.reader import read_float
 

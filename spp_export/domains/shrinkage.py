@@ -66,27 +66,26 @@ def choose_shrinkage(
     """The shrinkage and the scenario's weight that lose least, as the manifest keeps them.
 
     `case` gives a layer's text and weights, and is asked twice. Losses are the share of o_proj's
-    output energy lost (compensate.residual), the mean over domains and layers. A scenario weight
+    output energy lost (`refit.residual`), the mean over domains and layers. A scenario weight
     is chosen at the shrinkage that was. Ties go to the greater shrinkage and the smaller weight,
     which follow the scenario less.
     """
     shrunk = np.zeros(len(SHRINKAGES))
+    weighed = np.zeros(len(SCENARIO_WEIGHTS))
     for done, layer in enumerate(layers, start=1):
         at = case(layer)
         both = (at.own + at.judged) / 2
         for i, shrinkage in enumerate(SHRINKAGES):
-            mixed = _mixtures(at.train, shrinkage)
-            shrunk[i] += _lost(at, mixed, both) / len(layers)
+            shrunk[i] += _lost(at, _mixtures(at.train, shrinkage), both) / len(layers)
         advance_to(done)
     best = SHRINKAGES[len(shrunk) - 1 - int(shrunk[::-1].argmin())]
-    weighed = np.zeros(len(SCENARIO_WEIGHTS))
-    for done, layer in enumerate(layers, start=1):
+    for done, layer in enumerate(layers, start=len(layers) + 1):
         at = case(layer)
         pools = _mixtures(at.train, best)
         for i, weight in enumerate(SCENARIO_WEIGHTS):
             mixed = (1 - weight) * pools + weight * at.own
             weighed[i] += _lost(at, mixed, at.judged) / len(layers)
-        advance_to(len(layers) + done)
+        advance_to(done)
     how = {"layers": list(layers), "keep": KEEP, "measure": "share of o_proj's output energy lost"}
     return {
         "shrinkage": {"chosen": best, "loss": _named(SHRINKAGES, shrunk), **how},

@@ -2,8 +2,7 @@
 
 A criterion reads one layer and gives scores of its heads [H] and channels [I], higher means keep,
 or losses of whole sets of them. Of budgets, other layers and shapes it knows nothing: these are the
-plan's business.
-Making scores of different layers comparable is `comparable`'s, for the same reason.
+plan's business, and scores of different layers are made comparable by `comparable`.
 """
 
 from __future__ import annotations
@@ -11,42 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from importlib import import_module
 
-from spp_export.calibration.statistics import (
-    AttentionInputs,
-    Axis,
-    Gradients,
-    LayerStatistics,
-    LayerWeights,
-    MlpInputs,
-)
-from spp_export.importance.base import Convention, Criterion, Need, SetCriterion
-from spp_export.importance.comparable import (
-    COMPARABLE,
-    LOSSES,
-    comparable,
-    comparable_kinds,
-)
-
-__all__ = [
-    "COMPARABLE",
-    "CRITERIA",
-    "FILES",
-    "LOSSES",
-    "SCORING",
-    "AttentionInputs",
-    "Axis",
-    "Convention",
-    "Criterion",
-    "Gradients",
-    "LayerStatistics",
-    "LayerWeights",
-    "MlpInputs",
-    "Need",
-    "SetCriterion",
-    "comparable",
-    "comparable_kinds",
-    "registry",
-]
+from spp_export.importance.base import Criterion, SetCriterion
 
 # One line per criterion: the file of this folder that holds it.
 FILES = (

@@ -10,11 +10,11 @@ import numpy as np
 
 from spp_export.calibration.mixture import WeightedTexts, gather_part
 from spp_export.calibration.moments import Collection, layer_weights
+from spp_export.calibration.statistics import LayerWeights
 from spp_export.common.arrays import FloatArray
 from spp_export.common.errors import UsageError
 from spp_export.data.artifacts import Artifacts
-from spp_export.importance import Criterion, LayerWeights, Need
-from spp_export.importance.base import statistics_read
+from spp_export.importance.base import Criterion, Need, statistics_read
 from spp_export.models.session import Session
 
 ScoredUnit = Literal["head", "channel"]

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from spp_export.planning.budget import DEFAULT_KEEP as DEFAULT_KEEP
     from spp_export.planning.budget import Budget as Budget
     from spp_export.planning.compile import Realised as Realised
-    from spp_export.planning.compile import compile_options as compile_options
     from spp_export.planning.compile import compile_plan as compile_plan
     from spp_export.planning.compile import compile_units as compile_units
     from spp_export.planning.compile import cover as cover

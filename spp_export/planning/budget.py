@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from spp_export.common.errors import UsageError
 from spp_export.models.shape import UNITS, LayerShape, ModelShape, Units, unit_parameters
-from spp_export.planning.allocate import CostKind
+from spp_export.planning.allocate.sizes import CostKind
 from spp_export.planning.latency import LatencyTable
 
 Cost = Literal["params", "kv-bytes", "latency"]

@@ -12,18 +12,20 @@ from numpy.typing import ArrayLike
 from spp_export.common.arrays import BoolArray, IntArray
 from spp_export.common.errors import BudgetError, PlanError
 from spp_export.models.shape import LAYOUTS, LayerShape, Layout, ModelShape, Units, unit_parameters
-from spp_export.planning.allocate import (
-    Candidates,
+from spp_export.planning.allocate.options import (
     ChannelOptions,
     Options,
-    UniformChoice,
-    allocate,
-    choose_uniform,
-    head_costs,
     layer_options,
     ragged_options,
     splittable_channels,
     splittable_heads,
+)
+from spp_export.planning.allocate.sizes import (
+    Candidates,
+    UniformChoice,
+    allocate,
+    choose_uniform,
+    head_costs,
     uniform_sizes,
     width_costs,
 )
@@ -93,28 +95,12 @@ def compile_plan(
     """
     forced = forced_heads(whitelist, shape)
     options = options_of(layout)(scores_LH, shape, forced)
-    return compile_options(options, shape, budget, layout, accepts, breadth=breadth)
+    return compile_units(options, None, shape, budget, layout, accepts, breadth=breadth)
 
 
 def options_of(layout: Layout) -> Callable[[ArrayLike, ModelShape, BoolArray | None], Options]:
     """What turns scores into the sizes that layers of this layout may have."""
     return ragged_options if layout == "ragged" else layer_options
-
-
-def compile_options(
-    options: Options,
-    shape: ModelShape,
-    budget: Budget,
-    layout: Layout = "per-layer",
-    accepts: Callable[[int], bool] = lambda query_heads: True,
-    *,
-    breadth: float | None = None,
-) -> tuple[tuple[LayerPlan, ...], Realised]:
-    """As `compile_plan`, from what every size of every layer is worth rather than from scores.
-
-    Layers are ragged only where the sizes are.
-    """
-    return compile_units(options, None, shape, budget, layout, accepts, breadth=breadth)
 
 
 def compile_units(
@@ -129,7 +115,8 @@ def compile_units(
     latency: LatencyTable | None = None,
     tensor_parallel: int = 1,
 ) -> tuple[tuple[LayerPlan, ...], Realised]:
-    """As `compile_options`, for heads, for channels, or for both in competition.
+    """As `compile_plan`, from what every size of every layer is worth: of heads, of channels, or of
+    both in competition. Layers are ragged only where the sizes of heads are.
 
     None means that all of those units stay; it must agree with the units of the budget. latency:
     the table, needed where the budget's cost is that; a table of another model is a ProfileError,

@@ -8,7 +8,8 @@ import numpy as np
 
 from spp_export.common.errors import BudgetError
 from spp_export.models.shape import ModelShape, unit_parameters
-from spp_export.planning.allocate import Candidates, ChannelOptions, UniformSizes, smallest_cost
+from spp_export.planning.allocate.options import ChannelOptions
+from spp_export.planning.allocate.sizes import Candidates, UniformSizes, smallest_cost
 from spp_export.planning.budget import Budget, Limit, unit_cost
 
 _WHOSE = {"heads": "head", "channels": "channel", "both": "head and channel"}

@@ -14,13 +14,14 @@ from spp_export.common.arrays import BoolArray, FloatArray
 from spp_export.common.errors import UsageError
 from spp_export.common.progress import progress
 from spp_export.data.artifacts import Artifacts
-from spp_export.importance import CRITERIA, LOSSES, SCORING, SetCriterion, comparable_kinds
-from spp_export.importance.base import statistics_read, unit_statistics
+from spp_export.importance import CRITERIA, SCORING
+from spp_export.importance.base import SetCriterion, statistics_read, unit_statistics
+from spp_export.importance.comparable import LOSSES, comparable_kinds
 from spp_export.importance.mixed import ScoredUnit, mixed_scores
 from spp_export.models.checkpoint.reader import read_float
 from spp_export.models.session import Session
 from spp_export.models.shape import Units, channel_widths
-from spp_export.planning.allocate import (
+from spp_export.planning.allocate.options import (
     ChannelOptions,
     Options,
     SetOptions,

@@ -19,7 +19,7 @@ from spp_campaigns.latency_plan import choose_both, verdict
 from spp_cli.main import app
 from spp_export.common.errors import OutputError, UsageError
 from spp_export.models.checkpoint.checkpoint import open_source
-from spp_export.planning.allocate import channel_options, layer_options
+from spp_export.planning.allocate.options import channel_options, layer_options
 from spp_export.planning.latency import read_latency_table
 from spp_export.planning.scoring import UnitOptions
 

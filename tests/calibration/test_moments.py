@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 
 from spp_export.calibration.activations import TextMeans
 from spp_export.calibration.moments import KINDS, Moments, gather, layer_weights
+from spp_export.calibration.statistics import Axis, Gradients
 from spp_export.common.errors import OutputError
-from spp_export.importance import Axis, Gradients
 from spp_export.models.checkpoint.checkpoint import open_source
 from spp_export.models.loader import load_dense
 

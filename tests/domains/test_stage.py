@@ -11,12 +11,13 @@ from factories import make_checkpoint
 from transformers import AutoTokenizer
 
 from spp_export.calibration.moments import gather
+from spp_export.calibration.statistics import Axis
 from spp_export.commands.probe import probe
 from spp_export.common.errors import UsageError
 from spp_export.data.artifacts import read_artifacts, write_artifacts
 from spp_export.data.pools import Pools
 from spp_export.domains.probe_model import ProbeRequest, probe_model
-from spp_export.importance import SCORING, Axis
+from spp_export.importance import SCORING
 from spp_export.models.checkpoint.checkpoint import open_source
 from spp_export.models.loader import load_dense
 

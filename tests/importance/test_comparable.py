@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spp_export.importance import COMPARABLE, comparable
+from spp_export.importance.comparable import COMPARABLE, comparable
 
 RANDOM = np.random.default_rng(3)
 SENSITIVITY = RANDOM.gamma(2.0, size=6)

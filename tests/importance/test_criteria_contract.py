@@ -7,19 +7,17 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from spp_export.importance import (
-    COMPARABLE,
-    CRITERIA,
-    SCORING,
+from spp_export.calibration.statistics import (
     AttentionInputs,
     Axis,
     Gradients,
     LayerStatistics,
     LayerWeights,
     MlpInputs,
-    Need,
-    SetCriterion,
 )
+from spp_export.importance import CRITERIA, SCORING
+from spp_export.importance.base import Need, SetCriterion
+from spp_export.importance.comparable import COMPARABLE
 
 GROUPS, SIZE, DIM, HIDDEN, CHANNELS = 2, 3, 4, 10, 14
 HEADS = GROUPS * SIZE

@@ -8,8 +8,7 @@ from math import prod
 import numpy as np
 import pytest
 
-from spp_export.importance import (
-    SCORING,
+from spp_export.calibration.statistics import (
     AttentionInputs,
     Axis,
     Gradients,
@@ -17,6 +16,7 @@ from spp_export.importance import (
     LayerWeights,
     MlpInputs,
 )
+from spp_export.importance import SCORING
 
 HEADS, DIM, HIDDEN, CHANNELS = 6, 3, 8, 7
 TEXTS, LENGTH = 4, 5

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 import spp_export.importance as importance
-from spp_export.importance import CRITERIA, LayerStatistics, LayerWeights, Need
+from spp_export.calibration.statistics import LayerStatistics, LayerWeights
+from spp_export.importance import CRITERIA
+from spp_export.importance.base import Need
 
 README = (Path(importance.__file__).parent / "README.md").read_text(encoding="utf-8")
 

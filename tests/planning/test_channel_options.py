@@ -8,7 +8,7 @@ from planning import model_shape
 
 from spp_export.common.errors import PlanError
 from spp_export.models.shape import channel_widths
-from spp_export.planning.allocate import channel_options, per_parameter
+from spp_export.planning.allocate.options import channel_options, per_parameter
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from planning import mask_of, model_shape, regular_masks
 
 from spp_export.common.errors import BudgetError, PlanError, ProfileError, UsageError
 from spp_export.planning import compile_units
-from spp_export.planning.allocate import channel_options, layer_options, ragged_options
+from spp_export.planning.allocate.options import channel_options, layer_options, ragged_options
 from spp_export.planning.budget import Budget
 from spp_export.planning.latency import ascending, read_latency_table
 

@@ -11,7 +11,8 @@ from planning import layer_cost, mask_of, model_shape, regular_masks
 
 from spp_export.common.errors import BudgetError, PlanError
 from spp_export.planning import compile_plan
-from spp_export.planning.allocate import Candidates, allocate, layer_options
+from spp_export.planning.allocate.options import layer_options
+from spp_export.planning.allocate.sizes import Candidates, allocate
 from spp_export.planning.budget import Budget
 
 SHAPES = [(2, 4, 2), (3, 4, 2), (2, 6, 3), (2, 6, 2), (3, 3, 3), (2, 4, 1), (1, 6, 3)]

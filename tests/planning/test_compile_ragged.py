@@ -14,13 +14,13 @@ from spp_export.planning import (
     FILL,
     LayerPlan,
     Plan,
-    compile_options,
     compile_plan,
+    compile_units,
     exactly,
     parse_plan,
     validate_plan,
 )
-from spp_export.planning.allocate import SetOptions, ragged_options
+from spp_export.planning.allocate.options import SetOptions, ragged_options
 from spp_export.planning.budget import Budget
 
 SHAPES = [(2, 4, 2), (2, 6, 2), (2, 6, 3), (3, 4, 2), (3, 3, 3), (2, 4, 1), (1, 8, 4)]
@@ -132,8 +132,8 @@ def test_a_table_of_losses_is_taken_as_it_is():
     sets = np.zeros((1, 2, 4, 2, 2), dtype=bool)
     value[0, 1, 3], sets[0, 1, 3] = 0.0, True
     value[0, 1, 2], sets[0, 1, 2] = -1.0, [[False, True], [True, True]]
-    layers, realised = compile_options(
-        SetOptions(value, sets, ragged=True), shape, Budget(keep=0.9), "ragged"
+    layers, realised = compile_units(
+        SetOptions(value, sets, ragged=True), None, shape, Budget(keep=0.9), "ragged"
     )
     assert layers == (LayerPlan((0, 1), (1, 2, 3)),)
     assert (realised.score, realised.dense_score) == (-1.0, 0.0)

@@ -11,8 +11,8 @@ from planning import layer_cost, mask_of, model_shape, regular_masks
 
 from spp_export.common.errors import BudgetError
 from spp_export.models.shape import ModelShape
-from spp_export.planning import compile_options, compile_units, forced_heads
-from spp_export.planning.allocate import (
+from spp_export.planning import compile_plan, compile_units, forced_heads
+from spp_export.planning.allocate.options import (
     ChannelOptions,
     channel_options,
     layer_options,
@@ -237,9 +237,9 @@ def test_no_plan_for_both_is_worse_than_one_for_either():
 
 def test_heads_alone_are_as_before():
     shape = model_shape(3, 6, 3)
-    options = layer_options(np.random.default_rng(26).random((3, 6)), shape)
-    layers, realised = compile_units(options, None, shape, Budget(keep=0.6))
-    assert (layers, realised) == compile_options(options, shape, Budget(keep=0.6))
+    scores = np.random.default_rng(26).random((3, 6))
+    layers, realised = compile_units(layer_options(scores, shape), None, shape, Budget(keep=0.6))
+    assert (layers, realised) == compile_plan(scores, shape, Budget(keep=0.6))
     assert all(layer.channels is None for layer in layers)
     record = realised.to_dict()
     assert not {"units", "head_keep", "channel_keep", "next_larger_channels"} & set(record)

@@ -9,7 +9,7 @@ from spp_export.common.errors import BudgetError, PlanError, UsageError
 from spp_export.models.engines import engines_for
 from spp_export.models.shape import LayerShape, ModelShape
 from spp_export.planning import compile_units
-from spp_export.planning.allocate import channel_options, layer_options
+from spp_export.planning.allocate.options import channel_options, layer_options
 from spp_export.planning.budget import Budget
 from spp_export.planning.request import PlanRequest
 

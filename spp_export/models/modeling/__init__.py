@@ -7,47 +7,18 @@ from __future__ import annotations
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from spp_export.models.modeling import uneven_attention
-from spp_export.models.modeling.configuration_spp import (
-    SppLlamaConfig,
-    SppMistralConfig,
-    SppQwen2Config,
-    SppQwen3Config,
-)
-from spp_export.models.modeling.modeling_spp import (
-    SppLlamaForCausalLM,
-    SppLlamaModel,
-    SppMistralForCausalLM,
-    SppMistralModel,
-    SppQwen2ForCausalLM,
-    SppQwen2Model,
-    SppQwen3ForCausalLM,
-    SppQwen3Model,
-)
+from spp_export.models.modeling import configuration_spp, modeling_spp, uneven_attention
+from spp_export.models.modeling.configuration_spp import *  # noqa: F403
+from spp_export.models.modeling.modeling_spp import *  # noqa: F403
 
-__all__ = [
-    "SppLlamaConfig",
-    "SppLlamaForCausalLM",
-    "SppLlamaModel",
-    "SppMistralConfig",
-    "SppMistralForCausalLM",
-    "SppMistralModel",
-    "SppQwen2Config",
-    "SppQwen2ForCausalLM",
-    "SppQwen2Model",
-    "SppQwen3Config",
-    "SppQwen3ForCausalLM",
-    "SppQwen3Model",
-]
+__all__ = [*configuration_spp.__all__, *modeling_spp.__all__]
 
-for _config, _model, _causal in (
-    (SppLlamaConfig, SppLlamaModel, SppLlamaForCausalLM),
-    (SppMistralConfig, SppMistralModel, SppMistralForCausalLM),
-    (SppQwen2Config, SppQwen2Model, SppQwen2ForCausalLM),
-    (SppQwen3Config, SppQwen3Model, SppQwen3ForCausalLM),
-):
+for _name in configuration_spp.__all__:
+    _prefix = _name.removesuffix("Config")
+    _config = getattr(configuration_spp, _name)
+    _causal = getattr(modeling_spp, f"{_prefix}ForCausalLM")
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    AutoModel.register(_config, _model, exist_ok=True)
+    AutoModel.register(_config, getattr(modeling_spp, f"{_prefix}Model"), exist_ok=True)
     AutoModelForCausalLM.register(_config, _causal, exist_ok=True)
     # So that save_pretrained writes the two files beside the weights again.
     _config.register_for_auto_class()
