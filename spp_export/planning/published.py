@@ -5,9 +5,9 @@ Kept for comparison, oddities included. Two of them decide what its numbers mean
 * Its mask is not head removal. As released, it multiplies blocks of `d/H` coordinates of what
   attention adds to the residual stream, behind `o_proj`, where every head has already been mixed
   into every coordinate. A "dropped head" thus silences some outputs of all heads, and takes away
-  neither the head's own contribution nor any weight, work or KV cache (12.5 D1). Cutting the heads
+  neither the head's own contribution nor any weight, work or KV cache. Cutting the heads
   that it names is a different function.
-* Its `strength` works against its name: more strength keeps more heads (12.5 D3).
+* Its `strength` works against its name: more strength keeps more heads.
 """
 
 from __future__ import annotations

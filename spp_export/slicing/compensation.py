@@ -75,7 +75,7 @@ class Compensator:
     def biases(self) -> Mapping[tuple[int, Role], FloatArray]:
         """The mean write of what was removed, per layer and consumer that loses some, for `bias`.
 
-        From FLAP, see `compensate.bias`.
+        From FLAP, see `refit.bias`.
         """
         if self._plan.compensation != "bias":
             return {}
