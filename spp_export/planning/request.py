@@ -163,7 +163,8 @@ class PlanRequest(Seed):
 
     def check(self) -> None:
         """UsageError for a word that names nothing, or a budget that is none."""
-        from spp_export.importance import CRITERIA, SetCriterion
+        from spp_export.importance import CRITERIA
+        from spp_export.importance.base import SetCriterion
         from spp_export.planning.scoring import CRITERION_NAMES
 
         super().check()

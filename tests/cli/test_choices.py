@@ -7,7 +7,7 @@ from typing import Any, get_args
 import pytest
 
 from spp_export.common.options import DtypeName, field_types
-from spp_export.importance import COMPARABLE
+from spp_export.importance.comparable import COMPARABLE
 from spp_export.models.session import _DTYPES
 from spp_export.models.shape import LAYOUTS, UNITS
 from spp_export.planning.budget import COSTS
