@@ -207,7 +207,9 @@ def failing(monkeypatch):
 def test_a_wrong_graph_is_not_published(workshop, tmp_path, failing, quant):
     with refused(ParityError, "ONNX prefill against the oracle: found 3") as caught:
         spp_export.convert(
-            workshop.exported(NAME).path, tmp_path / "a" / "x", options=OnnxOptions(quant=quant)
+            workshop.exported(NAME).path,
+            tmp_path / "a" / "x",
+            **format_options(OnnxOptions(quant=quant)),
         )
     assert caught.value.exit_code == 1
     assert list(tmp_path.iterdir()) == []
@@ -219,7 +221,7 @@ def test_keep_failed_publishes_and_still_fails(workshop, tmp_path, failing, quan
         spp_export.convert(
             workshop.exported(NAME).path,
             tmp_path / "x",
-            options=OnnxOptions(quant=quant),
+            **format_options(OnnxOptions(quant=quant)),
             keep_failed=True,
         )
     assert {path.name for path in (tmp_path / "x").iterdir()} == FILES
@@ -233,7 +235,7 @@ def test_without_checks(workshop, tmp_path, failing):
     with refused(UsageError, "no bf16 kernels on the CPU"):
         spp_export.convert(slim, tmp_path / "x", **format_options(OnnxOptions(precision="bf16")))
     result = spp_export.convert(
-        slim, tmp_path / "x", options=OnnxOptions(precision="bf16"), verify=False
+        slim, tmp_path / "x", **format_options(OnnxOptions(precision="bf16")), verify=False
     )
     assert result.report is None
     assert {path.name for path in (tmp_path / "x").iterdir()} == FILES - {"verify.json"}
