@@ -164,9 +164,7 @@ def test_what_is_converted_from_it_says_that_the_dense_model_does_not_know_it(
 ):
     exported, _ = recover(workshop, NAMES[0], data, tmp_path / "r")
     graph = tmp_path / "graph"
-    found = spp_export.convert(
-        str(tmp_path / "r"), graph, **format_options(spp_export.OnnxOptions())
-    )
+    found = spp_export.convert(str(tmp_path / "r"), graph, format="onnx")
     assert found.report["passed"]
     assert (graph / "recovery.json").is_file()
     with refused(UsageError, "was converted from an export that was trained further"):
