@@ -14,6 +14,7 @@ from spp_bench.cases import Cell, grid, tokens
 from spp_bench.clocks import no_collection
 from spp_bench.measure import WARM_UP_ROUNDS, in_turn, measure_cell, speedup
 from spp_export.common.errors import UsageError
+from spp_export.common.progress import show_progress
 
 FED = tokens(Cell(2, 5), 3, 100)
 
@@ -41,8 +42,9 @@ def test_progress_ends_where_the_costs_of_all_cells_are_done():
         yield seen.append
 
     runners = [FakeRunner(name, []) for name in "ab"]
-    for cell, advance in in_turn([Cell(1, 8), Cell(2, 8)], 3, 2, len(runners), progress):
-        measure_cell(runners, tokens(cell, 3, 100), 2, advance, settle=0)
+    with show_progress(progress):
+        for cell, advance in in_turn([Cell(1, 8), Cell(2, 8)], 3, 2, len(runners)):
+            measure_cell(runners, tokens(cell, 3, 100), 2, advance, settle=0)
     assert totals == [20 + 40]
     assert len(seen) == 2 * 2 * (2 + WARM_UP_ROUNDS)
     assert seen == sorted(seen)

@@ -281,7 +281,7 @@ def test_statistics_are_the_same_and_written_layer_by_layer(dense, tmp_path, mon
         model = load(dense, torch.float32)
         collection = gather(source, TEXTS, kinds, lambda model=model: (model, tokenizer))
         files.append({kind: path.read_bytes() for kind, path in collection.parts.items()})
-        assert np.isfinite(collection.second(3)).all()
+        assert np.isfinite(collection.blocks("attention", 3)).all()
     assert files[0] == files[1]
 
 
