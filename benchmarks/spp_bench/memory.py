@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import pickle
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spp_bench.candidates import Candidate
-from spp_bench.cases import Cell
-from spp_bench.memory_child import Job
+from spp_bench.cases import Cell, tokens
+from spp_bench.engines.open import open_runner
+from spp_bench.processes import held, peak, restart_peak, run_fresh
 from spp_export.common.errors import ModelError
 
 # How far weights and KV cache may be from what the plan predicts.
@@ -25,35 +22,73 @@ def measure_memory(
 
     Raises ModelError where the process fails.
     """
-    job = Job(candidate, tuple(cells), new_tokens, device, threads)
-    result = subprocess.run(
-        [sys.executable, "-m", "spp_bench.memory_child"],
-        input=pickle.dumps(job),
-        capture_output=True,
-    )
-    if result.returncode:
-        lines = result.stderr.decode(errors="replace").strip().splitlines()
-        reason = lines[-1] if lines else f"exit status {result.returncode}"
-        raise ModelError(f"{candidate.name}: measuring its memory failed: {reason}")
-    found: dict[str, Any] = json.loads(result.stdout)
-    return with_prediction(candidate, found, new_tokens)
+    measured = run_fresh(hold, candidate, tuple(cells), new_tokens, device, threads)
+    if "error" in measured:
+        raise ModelError(f"{candidate.name}: measuring its memory failed: {measured['error']}")
+    return with_prediction(candidate, measured, new_tokens)
+
+
+def hold(
+    candidate: Candidate, cells: Sequence[Cell], new_tokens: int, device: str, threads: int
+) -> dict[str, Any]:
+    """Load a model in this process, run every cell once, and tell what was held at most."""
+    _import_engine(candidate.engine, device, threads)
+    before = held(device)
+    restart_peak(device)
+    runner = open_runner(candidate, device, threads)
+    loading, after = peak(device), held(device)
+    records = []
+    for cell in sorted(cells):
+        restart_peak(device)
+        fed = tokens(cell, new_tokens, candidate.sizes.shape.vocab_size)
+        runner.reserve(cell.context + new_tokens)
+        runner.prefill(fed.prompt)
+        runner.decode(fed.continuation)
+        most = peak(device)
+        # After the peak: some engines tell the sizes of their cache by copying it.
+        records.append({**cell.to_dict(), "kv_bytes": runner.kv_bytes(), "peak_bytes": most})
+        runner.forget()
+    return {
+        "weight_bytes": runner.weight_bytes,
+        "before_bytes": before,
+        "loaded_bytes": after,
+        "loading_peak_bytes": loading,
+        "cells": records,
+    }
+
+
+def _import_engine(engine: str, device: str, threads: int) -> None:
+    """What every model of this engine needs is no model's memory."""
+    if engine in ("torch", "graph"):
+        import torch
+
+        import spp_bench.engines.static
+        import spp_bench.engines.torch
+
+        torch.set_num_threads(threads)
+        if device.startswith("cuda"):
+            torch.zeros(1, device=device)
+    elif engine == "onnx":
+        import spp_bench.engines.ort
+    else:
+        import spp_bench.engines.genai  # noqa: F401
 
 
 def with_prediction(
-    candidate: Candidate, found: Mapping[str, Any], new_tokens: int
+    candidate: Candidate, measured: Mapping[str, Any], new_tokens: int
 ) -> dict[str, Any]:
-    """The figures of a child beside what the plan says, and what differs by more than 2 %."""
+    """The figures of a process beside what the plan says, and what differs by more than 2 %."""
     weights = candidate.predicted_bytes
     cells = []
-    problems = _problem("weights", found["weight_bytes"], weights)
-    for cell in found["cells"]:
+    problems = _problem("weights", measured["weight_bytes"], weights)
+    for cell in measured["cells"]:
         expected = predicted_kv(candidate, Cell(cell["batch"], cell["context"]), new_tokens)
         cells.append({**cell, "predicted_kv_bytes": expected})
         where = f"KV cache at batch {cell['batch']}, context {cell['context']}"
         problems += _problem(where, cell["kv_bytes"], expected)
     return {
         "name": candidate.name,
-        **found,
+        **measured,
         "predicted_weight_bytes": weights,
         "cells": cells,
         "problems": problems,
@@ -76,7 +111,7 @@ def predicted_kv(candidate: Candidate, cell: Cell, new_tokens: int) -> int:
     return cell.batch * 2 * sizes.shape.head_dim * sizes.kv_element_bytes * heads
 
 
-def _problem(what: str, found: int, expected: int | None) -> list[str]:
-    if expected is None or abs(found - expected) <= AGREE_WITHIN * expected:
+def _problem(what: str, measured: int, expected: int | None) -> list[str]:
+    if expected is None or abs(measured - expected) <= AGREE_WITHIN * expected:
         return []
-    return [f"{what}: {found} bytes, the plan predicts {expected}"]
+    return [f"{what}: {measured} bytes, the plan predicts {expected}"]

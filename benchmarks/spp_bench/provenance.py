@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -45,15 +46,13 @@ def _memory_bytes() -> int | None:
     return int(psutil.virtual_memory().total)
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python, ourselves and everything that ran a model."""
-    found = library_versions()
-    for name in _OPTIONAL:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+def versions(*also: str) -> dict[str, str]:
+    """Versions of Python, ourselves, everything that ran a model, and the packages `also`."""
+    installed = library_versions()
+    for name in (*_OPTIONAL, *also):
+        with suppress(PackageNotFoundError):
+            installed[name] = version(name)
+    return installed
 
 
 def revision() -> dict[str, Any] | None:

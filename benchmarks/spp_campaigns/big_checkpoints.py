@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from spp_bench.processes import status_bytes
 from spp_export.common.json_files import dump_json
 from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.checkpoint.dtypes import Bits
@@ -95,3 +98,22 @@ def prepare(model: Path, cold: bool) -> None:
             else:
                 while file.read(1 << 24):
                     pass
+
+
+@contextmanager
+def watching_memory() -> Iterator[dict[str, int]]:
+    """Yield the most anonymous memory, `peak`, while this lasts: what is mapped from files is not
+    counted."""
+    anonymous, done = {"peak": 0}, threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            anonymous["peak"] = max(anonymous["peak"], status_bytes("RssAnon"))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield anonymous
+    finally:
+        done.set()
+        thread.join()

@@ -7,15 +7,12 @@ down_proj's output energy that is lost with a fifth of the channels gone, those 
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from spp_campaigns.machine import machine
+from spp_campaigns.command import finish, machine, parser
 from spp_export.calibration.mixture import Mixing, calibration_parts, gather_parts
 from spp_export.calibration.moments import layer_weights
 from spp_export.calibration.refit import refit_blocks, residual
@@ -37,18 +34,16 @@ def lost(weight: FloatArray, second: FloatArray) -> dict[str, float]:
     """Share of the output energy lost by plain slicing and by a re-fit on blocks of each width."""
     energy = np.square(weight).sum(axis=0) * np.diagonal(second)
     kept = np.sort(np.argsort(-energy)[: int(_KEEP * len(energy))])
-    found = {"slice": residual(weight, second, kept, weight[:, kept])}
+    shares = {"slice": residual(weight, second, kept, weight[:, kept])}
     for width in BLOCKS:
         refitted = refit_blocks(weight, diagonal_blocks(second, width), kept)
-        found[str(width)] = residual(weight, second, kept, refitted)
-    return found
+        shares[str(width)] = residual(weight, second, kept, refitted)
+    return shares
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the mean over every fourth layer of the default model; `--json FILE` writes it too."""
-    parser = argparse.ArgumentParser(prog="spp_campaigns.blocked_moments", description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    options = parser.parse_args(arguments)
+    """Print the mean over every fourth layer of the default model."""
+    options = parser(__doc__).parse_args(arguments)
     session = open_session()
     parts = calibration_parts(open_artifacts(None, "demo", session.source), None, (), Mixing(1, 0))
     moments = gather_parts(session, parts, ("mlp",))
@@ -60,11 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     mean: dict[str, Any] = {
         name: round(float(np.mean([row[name] for row in rows])), 5) for name in rows[0]
     }
-    for name, share in mean.items():
-        print(f"{name if name == 'slice' else f'blocks of {name}':15} {share:8.4%} lost")
-    if options.json:
-        document = {"machine": machine(), "layers": list(layers), "lost": mean}
-        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    lines = [
+        f"{name if name == 'slice' else f'blocks of {name}':15} {share:8.4%} lost"
+        for name, share in mean.items()
+    ]
+    finish(options, {"machine": machine(), "layers": list(layers), "lost": mean}, *lines)
 
 
 if __name__ == "__main__":

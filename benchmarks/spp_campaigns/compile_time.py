@@ -1,4 +1,4 @@
-"""Time from scores to a compiled plan: `python -m spp_campaigns.compile_time [--json]`.
+"""Time from scores to a compiled plan: `python -m spp_campaigns.compile_time [--json FILE]`.
 
 One sample is scores to plan, for heads or for heads and channels together, on scores drawn from a
 seeded generator, at one keep share. The plans are checked for optimality by their own bound before
@@ -7,13 +7,12 @@ any time is reported.
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 from collections.abc import Sequence
+from typing import Any
 
 from spp_bench.plan_time import from_scores
-from spp_campaigns.machine import machine
+from spp_campaigns.command import finish, machine, parser, table, words
 from spp_export.models.shape import ModelShape, Units
 
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
@@ -31,31 +30,30 @@ CASES = {
 
 
 UNITS: tuple[Units, ...] = ("heads", "both")
+_COLUMNS = {
+    "scores to plan": "{case}",
+    "units": "{units}",
+    "keep": "{keep:.2f}",
+    "median ms": "{median_ms:.2f}",
+    "p20": "{p20_ms:.2f}",
+    "p80": "{p80_ms:.2f}",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print a table, or with --json one JSON object."""
-    parser = argparse.ArgumentParser(prog="spp_campaigns.compile_time", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=40, help="samples per keep share")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options = parser.parse_args(arguments)
+    """Print a table."""
+    made = parser(__doc__)
+    made.add_argument("--seeds", type=int, default=40, help="samples per keep share")
+    options = made.parse_args(arguments)
     gc.freeze()
-    results = [
+    rows = [
         {"case": name} | from_scores(shape, units, keep, options.seeds)
         for name, shape in CASES.items()
         for units in UNITS
         for keep in KEEPS
     ]
-    if options.json:
-        print(json.dumps({"machine": machine(), "results": results}))
-        return
-    print(" ".join(f"{name}: {value}" for name, value in machine().items()))
-    print(f"{'scores to plan':50} {'units':6} {'keep':>5} {'median':>8} {'p20':>8} {'p80':>8}  ms")
-    for row in results:
-        print(
-            f"{row['case']:50} {row['units']:6} {row['keep']:5.2f} {row['median_ms']:8.2f} "
-            f"{row['p20_ms']:8.2f} {row['p80_ms']:8.2f}"
-        )
+    document: dict[str, Any] = {"machine": machine(), "results": rows}
+    finish(options, document, words(document["machine"]), table(_COLUMNS, rows))
 
 
 if __name__ == "__main__":

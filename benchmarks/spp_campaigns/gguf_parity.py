@@ -8,16 +8,14 @@ rounding decides, from a defect. Exits with 1 for the latter.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from spp_campaigns.machine import machine
+from spp_campaigns.command import finish, machine, parser
 from spp_campaigns.onnx_parity import PROMPTS
-from spp_export.common.json_files import dump_json
 
 _NEW_TOKENS = 32
 # What two such programs may differ by in the difference of two logits: largest seen is 1e-4.
@@ -80,23 +78,20 @@ def _row(model: Any, ids: list[int], steps: Any) -> dict[str, Any]:
 
 def main() -> int:
     """Compare, print a line per prompt, and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("pairs", nargs="+", metavar="SLIM=GGUF")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    results, equal = {}, True
-    for pair in arguments.pairs:
+    made = parser(__doc__)
+    made.add_argument("pairs", nargs="+", metavar="SLIM=GGUF")
+    options = made.parse_args()
+    results, lines, equal = {}, list[str](), True
+    for pair in options.pairs:
         slim, gguf = map(Path, pair.split("="))
-        found = results[gguf.name] = compare(slim, gguf)
-        print(f"{gguf.name}: architecture {found['gguf']['architecture']}, {found['engine']}")
-        for row in found["rows"]:
+        result = results[gguf.name] = compare(slim, gguf)
+        lines.append(f"{gguf.name}: {result['gguf']['architecture']}, {result['engine']}")
+        for row in result["rows"]:
             near = row["margin"] is not None and row["margin"] <= _NEAR_TIE
             equal = equal and (row["same"] or near)
             mark = "same" if row["same"] else f"parts at {row['parts_at']}, by {row['margin']:.2g}"
-            print(f"{row['tokens']:3} tokens  {mark}  {row['prompt']}")
-    if arguments.json:
-        content = {**machine(), "near_tie": _NEAR_TIE, "results": results}
-        arguments.json.write_text(dump_json(content), encoding="utf-8")
+            lines.append(f"{row['tokens']:3} tokens  {mark}  {row['prompt']}")
+    finish(options, {**machine(), "near_tie": _NEAR_TIE, "results": results}, *lines)
     return int(not equal)
 
 

@@ -11,11 +11,8 @@ Exits with 1 if a check fails, or if the peak exceeds two layers and the embeddi
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,9 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from spp_campaigns.big_checkpoints import SHARD_BYTES, build, plan_for
-from spp_campaigns.machine import machine
-from spp_campaigns.scale_child import status_bytes, watching_memory
+from spp_bench.processes import run_fresh, status_bytes
+from spp_bench.shapes.shapes import published
+from spp_campaigns.big_checkpoints import SHARD_BYTES, build, plan_for, watching_memory
+from spp_campaigns.command import finish, machine, parser, scratch
 from spp_export.common.json_files import dump_json
 from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.checkpoint.writer import Entry, header_of, plan_shards, shard_index
@@ -35,23 +33,6 @@ from spp_export.planning import LayerPlan, Plan
 
 FIXED_BYTES = 300_000_000
 ROWS = 4
-# Qwen2.5-14B as published, but for its name.
-QWEN2_14B: dict[str, Any] = {
-    "model_type": "qwen2",
-    "architectures": ["Qwen2ForCausalLM"],
-    "hidden_size": 5120,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 40,
-    "num_key_value_heads": 8,
-    "intermediate_size": 13824,
-    "vocab_size": 152064,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 1000000.0,
-    "tie_word_embeddings": False,
-    "use_sliding_window": False,
-    "dtype": "bfloat16",
-}
 _BF16_ONE = 0x3F80
 
 
@@ -135,56 +116,46 @@ def run(model: Path, out: Path, tokens: int, narrow: bool) -> dict[str, Any]:
         **report.context,
         "export_seconds": round(exported, 1),
         "verify_seconds": round(checked, 1),
-        "export_peak_anonymous_bytes": while_exporting["RssAnon"],
-        "verify_peak_anonymous_bytes": while_checking["RssAnon"],
+        "export_peak_anonymous_bytes": while_exporting["peak"],
+        "verify_peak_anonymous_bytes": while_checking["peak"],
         "imports_anonymous_bytes": imports,
         "predicted_weights_bytes": 8 * resident_parameters(shape),
         "limit_bytes": 8 * (2 * layer + embeddings) + FIXED_BYTES + imports,
     }
 
 
-def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+def measure(options: argparse.Namespace, place: Path) -> dict[str, Any]:
     """Build, and run in a fresh process."""
-    model = scratch / "model"
+    model = place / "model"
     model.mkdir()
     if options.qwen2_14b:
-        build_sparse(model, QWEN2_14B)
+        build_sparse(model, {**published("qwen2.5-14b").config, "dtype": "bfloat16"})
     else:
         build(model, options.gigabytes)
-    command = [sys.executable, "-m", "spp_campaigns.layerwise_memory"]
-    command += ["--run", str(model), str(scratch / "out"), "--tokens", str(options.tokens)]
-    command += ["--qwen2-14b"] if options.qwen2_14b else []
-    result = subprocess.run(command, stdout=subprocess.PIPE, check=True)
-    found: dict[str, Any] = json.loads(result.stdout)
-    found["on_disk_bytes"] = sum(os.stat(path).st_blocks * 512 for path in model.iterdir())
-    found["passed"] = all(found["checks"].values())
-    found["within_limit"] = found["verify_peak_anonymous_bytes"] <= found["limit_bytes"]
-    return found
+    result = run_fresh(run, model, place / "out", options.tokens, options.qwen2_14b)
+    if "error" in result:
+        raise SystemExit(result["error"])
+    result["on_disk_bytes"] = sum(os.stat(path).st_blocks * 512 for path in model.iterdir())
+    result["passed"] = all(result["checks"].values())
+    result["within_limit"] = result["verify_peak_anonymous_bytes"] <= result["limit_bytes"]
+    return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print what was found, with --json also write it; 1 if a check or the limit fails."""
-    parser = argparse.ArgumentParser(prog="spp_campaigns.layerwise_memory", description=__doc__)
-    parser.add_argument("--gigabytes", type=float, default=4.0, help="size of the dense model")
-    parser.add_argument("--qwen2-14b", action="store_true", help="of that shape instead, 29.5 GB")
-    parser.add_argument("--tokens", type=int, default=192, help="tokens that logits are checked on")
-    parser.add_argument("--dir", type=Path, help="where to write; needs 10 GB for the 14B model")
-    parser.add_argument("--json", type=Path, help="file to write")
-    parser.add_argument("--run", type=Path, nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.run:
-        model, out = options.run
-        print(json.dumps(run(model, out, options.tokens, options.qwen2_14b)))
-        return 0
-    with tempfile.TemporaryDirectory(dir=options.dir, prefix="spp-layerwise-") as scratch:
-        found = measure(options, Path(scratch))
-    if options.json:
-        document = {"machine": machine(), "result": found}
-        options.json.write_text(dump_json(document), encoding="utf-8")
-    for name, value in found.items():
+    """Print what was measured; 1 if a check or the limit fails."""
+    made = parser(__doc__, writes=True)
+    made.add_argument("--gigabytes", type=float, default=4.0, help="size of the dense model")
+    made.add_argument("--qwen2-14b", action="store_true", help="of that shape instead, 29.5 GB")
+    made.add_argument("--tokens", type=int, default=192, help="tokens that logits are checked on")
+    options = made.parse_args(arguments)
+    with scratch(options) as place:
+        result = measure(options, place)
+    lines = []
+    for name, value in result.items():
         shown = f"{value / 1e6:10.1f} MB" if name.endswith("_bytes") else value
-        print(f"{name.removesuffix('_bytes').replace('_', ' '):28} {shown}")
-    return 0 if found["passed"] and found["within_limit"] else 1
+        lines.append(f"{name.removesuffix('_bytes').replace('_', ' '):28} {shown}")
+    finish(options, {"machine": machine(), "result": result}, *lines)
+    return 0 if result["passed"] and result["within_limit"] else 1
 
 
 if __name__ == "__main__":

@@ -9,74 +9,72 @@ than before, beside one from the same model again.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 import spp_export
-from spp_bench.memory_child import held
-from spp_campaigns.machine import machine
-from spp_campaigns.steps import run_step
-from spp_export.common.json_files import dump_json
+from spp_bench.processes import held, run_fresh
+from spp_campaigns.command import finish, machine, parser, scratch, table
 
 _LIMIT_S = 1800
 _ROUNDS = 15
 _PROMPT = 64
 WAYS = ("dense", "together", "together, picked", "apart")
+_COLUMNS = {
+    "way": "{way}",
+    "MB": "{mb:.0f}",
+    "over dense": "{over_dense:.2f}",
+    "load s": "{load_s:.2f}",
+    "first token s": "{first_token_same_s:.4f}",
+    "after a switch s": "{first_token_switched_s:.4f}",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; 1 where the models together take `--limit` times the dense one or more."""
-    if (arguments or sys.argv[1:])[:1] == ["--child"]:
-        return _child(*(arguments or sys.argv[1:])[1:])
-    options = _parser().parse_args(arguments)
-    with tempfile.TemporaryDirectory(prefix="spp-many-", dir=options.dir) as scratch:
-        job = Path(scratch) / "job.json"
-        job.write_text(json.dumps(_job(options, Path(scratch))), encoding="utf-8")
-        found = {way: _step(way, job) for way in WAYS}
-    dense = found["dense"]["bytes"]
+    made = parser(__doc__, writes=True)
+    made.add_argument("scenarios", nargs="+", help="scenario files")
+    made.add_argument("--model", default="demo", help="directory or demo")
+    made.add_argument("--artifacts", help="of the model; the demo model's come with spp")
+    made.add_argument("--keep", type=float, default=0.5, help="share of head parameters")
+    made.add_argument("--limit", type=float, default=1.5, help="most memory over dense")
+    options = made.parse_args(arguments)
+    ways = {}
+    with scratch(options) as place:
+        job = _job(options, place)
+        for way in WAYS:
+            ways[way] = run_fresh(measure, way, job, limit_s=_LIMIT_S)
+            if "error" in ways[way]:
+                raise SystemExit(f"{way}: {ways[way]['error']}")
+    for row in ways.values():
+        row["over_dense"] = round(row["bytes"] / ways["dense"]["bytes"], 4)
     document = {
         "machine": machine(),
         "model": options.model,
         "keep": options.keep,
         "units": "heads",
         "scenarios": [Path(path).stem for path in options.scenarios],
-        "ways": {
-            way: {**row, "over_dense": round(row["bytes"] / dense, 4)} for way, row in found.items()
-        },
+        "ways": ways,
     }
-    if options.json:
-        options.json.write_text(dump_json(document), encoding="utf-8")
-    Console(width=110).print(_table(document))
-    return int(document["ways"]["together, picked"]["over_dense"] >= options.limit)
+    title = (
+        f"{len(options.scenarios)} scenarios of {options.model}, "
+        f"{1 - options.keep:.0%} of head parameters removed"
+    )
+    rows = [{"way": way, "mb": row["bytes"] / 1e6, **row} for way, row in ways.items()]
+    finish(options, document, title, table(_COLUMNS, rows))
+    return int(ways["together, picked"]["over_dense"] >= options.limit)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="spp_campaigns.many_scenarios", description=__doc__)
-    parser.add_argument("scenarios", nargs="+", help="scenario files")
-    parser.add_argument("--model", default="demo", help="directory or demo")
-    parser.add_argument("--artifacts", help="of the model; the demo model's come with spp")
-    parser.add_argument("--keep", type=float, default=0.5, help="share of head parameters")
-    parser.add_argument("--limit", type=float, default=1.5, help="most memory over dense")
-    parser.add_argument("--dir", type=Path, help="where exports are written and thrown away")
-    parser.add_argument("--json", type=Path, help="file to write")
-    return parser
-
-
-def _job(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+def _job(options: argparse.Namespace, place: Path) -> dict[str, Any]:
     """Plans and exports of every scenario; statistics they need are cached here, not in a child."""
     plans, exports = [], []
     for number, scenario in enumerate(options.scenarios):
-        out = scratch / f"{number}"
+        out = place / f"{number}"
         spp_export.export(
             scenario,
             out,
@@ -96,27 +94,19 @@ def _job(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     }
 
 
-def _step(way: str, job: Path) -> dict[str, Any]:
-    found = run_step("many_scenarios", ["--child", way, str(job)], _LIMIT_S)
-    if "error" in found:
-        raise SystemExit(f"{way}: {found['error']}")
-    return found
-
-
-def _child(way: str, job_file: str, answer: str) -> int:
+def measure(way: str, job: Mapping[str, Any]) -> dict[str, Any]:
     """Measure one way in this process."""
     import torch
 
     from spp_export.models.hub import locate_model
 
-    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     dense = locate_model(job["model"]).path
     # Code is no model's: all of it is imported before.
     import spp_export.commands.load
     import spp_export.models.loader
 
     ids = torch.arange(1, _PROMPT + 1)[None]
-    before = held("cpu")
+    before = held()
     models: dict[str, Any]
     result: dict[str, Any] = {}
     if way == "dense":
@@ -137,17 +127,16 @@ def _child(way: str, job_file: str, answer: str) -> int:
             result["pick_s"] = _median(lambda: many.pick(_first_turn(job["scenarios"][0])))
         models = dict(many)
         result["parameter_bytes"] = many.nbytes
-    result["bytes"] = held("cpu") - before
+    result["bytes"] = held() - before
     if len(models) > 1:
         result |= _switching(list(models.values()), ids)
-    Path(answer).write_text(json.dumps(result), encoding="utf-8")
-    return 0
+    return result
 
 
 def _first_turn(scenario: str) -> str:
     from spp_export.data.scenario import read_scenario
 
-    # One that export holds out, so that no plan saw it.
+    # A prompt that export holds out, so that no plan saw it.
     return read_scenario(scenario).split()[1][0]
 
 
@@ -181,30 +170,6 @@ def _seconds(job: Callable[[], object]) -> float:
 
 def _median(job: Callable[[], object]) -> float:
     return round(statistics.median(_seconds(job) for _ in range(5)), 4)
-
-
-def _table(document: dict[str, Any]) -> Table:
-    title = (
-        f"{len(document['scenarios'])} scenarios of {document['model']}, "
-        f"{1 - document['keep']:.0%} of head parameters removed"
-    )
-    table = Table(title=title, box=None, padding=(0, 2, 0, 0), title_justify="left")
-    for name in ("way", "MB", "over dense", "load s", "first token ms", "after a switch ms"):
-        table.add_column(name, justify="left" if name == "way" else "right")
-    for way, row in document["ways"].items():
-        table.add_row(
-            way,
-            f"{row['bytes'] / 1e6:.0f}",
-            f"{row['over_dense']:.2f}",
-            _number(row, "load_s", 1, "{:.2f}"),
-            _number(row, "first_token_same_s", 1e3, "{:.1f}"),
-            _number(row, "first_token_switched_s", 1e3, "{:.1f}"),
-        )
-    return table
-
-
-def _number(row: dict[str, Any], key: str, scale: float, form: str) -> str:
-    return form.format(row[key] * scale) if key in row else ""
 
 
 if __name__ == "__main__":

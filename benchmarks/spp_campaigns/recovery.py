@@ -9,28 +9,40 @@ plan that keeps everything, and what the text alone is worth stands beside what 
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 import spp_export
-from spp_campaigns.machine import machine
-from spp_export.common.json_files import dump_json
+from spp_campaigns.command import finish, machine, parser, scratch, table
 from spp_export.models.checkpoint.checkpoint import open_source
 from spp_export.models.hub import locate_model
 from spp_export.planning import Plan, dense_plan
 
+_COLUMNS = {
+    "compensation": "{compensation}",
+    "dense": "{dense:.2f}",
+    "slim": "{before:.2f}",
+    "recovered": "{after:.2f}",
+    "s": "{seconds:.0f}",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; with --json also write it. 1 where recovery does not lower perplexity."""
-    options = _parser().parse_args(arguments)
-    with tempfile.TemporaryDirectory(prefix="spp-recovery-", dir=options.dir) as scratch:
-        rows = [_row(name, options, Path(scratch)) for name in ("lstsq", "none", "dense")]
+    """Print the table; 1 where recovery does not lower perplexity."""
+    made = parser(__doc__, writes=True)
+    made.add_argument("--model", default="demo", help="directory or demo")
+    made.add_argument("--artifacts", help="of the model; the demo model's come with spp")
+    made.add_argument("--scenario", required=True, help="scenario file")
+    made.add_argument("--data", required=True, help="text to train on")
+    made.add_argument("--validation", required=True, help="text to measure on")
+    made.add_argument("--keep", type=float, default=0.6, help="share of head parameters")
+    made.add_argument("--steps", type=int, default=60, help="of the optimiser")
+    made.add_argument("--max-tokens", type=int, default=128, help="of a text that are read")
+    options = made.parse_args(arguments)
+    with scratch(options) as place:
+        rows = [_row(name, options, place) for name in ("lstsq", "none", "dense")]
     document = {
         "machine": machine(),
         "model": options.model,
@@ -40,35 +52,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "settings": {"steps": options.steps, "max_tokens": options.max_tokens},
         "rows": rows,
     }
-    if options.json:
-        options.json.write_text(dump_json(document), encoding="utf-8")
-    Console(width=110).print(_table(document))
+    title = (
+        f"{options.model}, {1 - options.keep:.0%} of head parameters removed for "
+        f"{document['scenario']}, {options.steps} steps; dense is the dense model, trained alike"
+    )
+    finish(options, document, title, table(_COLUMNS, rows))
     return int(any(row["after"] >= row["before"] for row in rows))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="spp_campaigns.recovery", description=__doc__)
-    parser.add_argument("--model", default="demo", help="directory or demo")
-    parser.add_argument("--artifacts", help="of the model; the demo model's come with spp")
-    parser.add_argument("--scenario", required=True, help="scenario file")
-    parser.add_argument("--data", required=True, help="text to train on")
-    parser.add_argument("--validation", required=True, help="text to measure on")
-    parser.add_argument("--keep", type=float, default=0.6, help="share of head parameters")
-    parser.add_argument("--steps", type=int, default=60, help="of the optimiser")
-    parser.add_argument("--max-tokens", type=int, default=128, help="of a text that are read")
-    parser.add_argument("--dir", type=Path, help="where exports are written and thrown away")
-    parser.add_argument("--json", type=Path, help="file to write")
-    return parser
-
-
-def _row(name: str, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+def _row(name: str, options: argparse.Namespace, place: Path) -> dict[str, Any]:
     """One model before and after; `name` is its compensation, or dense."""
-    slim = scratch / name
+    slim = place / name
     plan: Plan | None = None
     decided: dict[str, Any] = {}
     if name == "dense":
-        place = locate_model(options.model)
-        source = open_source(place.path, place.name)
+        dense = locate_model(options.model)
+        source = open_source(dense.path, dense.name)
         plan = dense_plan(source.shape, source.fingerprint, source.name)
     else:
         decided = {"keep": options.keep, "compensate": name}
@@ -82,48 +81,26 @@ def _row(name: str, options: argparse.Namespace, scratch: Path) -> dict[str, Any
         **decided,
     )
     began = time.perf_counter()
-    found = spp_export.recover(
+    recovered = spp_export.recover(
         slim,
         options.data,
-        scratch / f"{name}-recovered",
+        place / f"{name}-recovered",
         model=options.model,
         validation=options.validation,
         steps=options.steps,
         max_tokens=options.max_tokens,
     )
-    assert found.before is not None
-    assert found.after is not None
+    assert recovered.before is not None
+    assert recovered.after is not None
     return {
         "compensation": name,
-        "dense": round(found.before.dense_perplexity, 4),
-        "before": round(found.before.slim_perplexity, 4),
-        "after": round(found.after.slim_perplexity, 4),
-        "tokens": found.before.tokens,
-        "verified": found.report["passed"],
+        "dense": round(recovered.before.dense_perplexity, 4),
+        "before": round(recovered.before.slim_perplexity, 4),
+        "after": round(recovered.after.slim_perplexity, 4),
+        "tokens": recovered.before.tokens,
+        "verified": recovered.report["passed"],
         "seconds": round(time.perf_counter() - began, 1),
     }
-
-
-def _table(document: dict[str, Any]) -> Table:
-    title = (
-        f"{document['model']}, {1 - document['keep']:.0%} of head parameters removed for "
-        f"{document['scenario']}, {document['settings']['steps']} steps"
-    )
-    table = Table(title=title, box=None, padding=(0, 2, 0, 0), title_justify="left")
-    for name in ("compensation", "dense", "slim", "recovered", "over dense", "s"):
-        table.add_column(name, justify="left" if name == "compensation" else "right")
-    for row in document["rows"]:
-        table.add_row(
-            "none: the dense model, trained alike"
-            if row["compensation"] == "dense"
-            else row["compensation"],
-            f"{row['dense']:.2f}",
-            f"{row['before']:.2f}",
-            f"{row['after']:.2f}",
-            f"{row['after'] / row['dense']:.3f}",
-            f"{row['seconds']:.0f}",
-        )
-    return table
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Time until the command line answers: `python -m spp_campaigns.start_time [--json]`.
+"""Time until the command line answers: `python -m spp_campaigns.start_time [--json FILE]`.
 
 One sample is a fresh process; help must come before anything heavy is imported, and a sample whose
 process imported it fails the run.
@@ -6,8 +6,6 @@ process imported it fails the run.
 
 from __future__ import annotations
 
-import argparse
-import json
 import subprocess
 import sys
 import time
@@ -15,10 +13,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from spp_bench.timing import quantiles
-from spp_campaigns.machine import machine
+from spp_campaigns.command import finish, machine, parser, table, words
 
 CASES = (("--help",), ("export", "--help"), ("plan", "--help"), ("--version",))
 HEAVY = ("torch", "transformers", "numpy")
+_COLUMNS = {
+    "command": "spp {arguments}",
+    "median s": "{median_s:.3f}",
+    "p20": "{p20_s:.3f}",
+    "p80": "{p80_s:.3f}",
+}
 _SCRIPT = f"""
 import sys
 from spp_cli.main import run
@@ -45,22 +49,13 @@ def measure(arguments: Sequence[str], samples: int) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print a table, or with --json one JSON object."""
-    parser = argparse.ArgumentParser(prog="spp_campaigns.start_time", description=__doc__)
-    parser.add_argument("--samples", type=int, default=9, help="processes per command line")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options = parser.parse_args(arguments)
-    results = [measure(case, options.samples) for case in CASES]
-    if options.json:
-        print(json.dumps({"machine": machine(), "results": results}))
-        return
-    print(" ".join(f"{name}: {value}" for name, value in machine().items()))
-    print(f"{'command':20} {'median':>8} {'p20':>8} {'p80':>8}  s")
-    for row in results:
-        print(
-            f"spp {row['arguments']:16} {row['median_s']:8.3f} {row['p20_s']:8.3f} "
-            f"{row['p80_s']:8.3f}"
-        )
+    """Print a table."""
+    made = parser(__doc__)
+    made.add_argument("--samples", type=int, default=9, help="processes per command line")
+    options = made.parse_args(arguments)
+    rows = [measure(case, options.samples) for case in CASES]
+    document: dict[str, Any] = {"machine": machine(), "results": rows}
+    finish(options, document, words(document["machine"]), table(_COLUMNS, rows))
 
 
 if __name__ == "__main__":

@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 from benching import make_graph, make_pair
 
-from spp_bench import memory_child
 from spp_bench.candidates import in_genai, onnx_candidate, read_out, torch_candidate, windows_of
 from spp_bench.cases import Cell
-from spp_bench.memory import measure_memory, with_prediction
-from spp_bench.memory_child import Job
+from spp_bench.memory import hold, measure_memory, with_prediction
 from spp_bench.onnx_weights import stored_weights
 from spp_export.common.errors import ModelError
 from spp_export.formats.onnx.options import OnnxOptions
@@ -22,8 +20,7 @@ CELLS = (Cell(1, 6), Cell(2, 11))
 
 
 def found(candidate, new_tokens=3):
-    job = Job(candidate, CELLS, new_tokens, "cpu", 1)
-    return with_prediction(candidate, memory_child.measure(job), new_tokens)
+    return with_prediction(candidate, hold(candidate, CELLS, new_tokens, "cpu", 1), new_tokens)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 from spp_campaigns.onnx_exporters import __main__ as command  # noqa: E402
+from spp_campaigns.onnx_exporters import candidates  # noqa: E402
 from spp_campaigns.onnx_exporters import compare as comparison  # noqa: E402
-from spp_campaigns.onnx_exporters import exports  # noqa: E402
 from spp_campaigns.onnx_exporters.candidates import CANDIDATES, Candidate  # noqa: E402
 from spp_campaigns.onnx_exporters.compare import REFERENCE, SHARED, Workload  # noqa: E402
 from spp_campaigns.onnx_exporters.runners import GrowingRunner, open_sessions  # noqa: E402
@@ -51,11 +51,12 @@ def vocab(slim: Path) -> int:
 
 
 def test_cached_decoding_is_the_whole_sequence_at_once(slim, graphs):
-    tokens = TINY.tokens(vocab(slim))
+    fed = TINY.tokens(vocab(slim))
+    tokens = np.concatenate([fed.prompt, fed.continuation], axis=1)
     with torch.no_grad():
         expected = load_slim(slim)(input_ids=torch.from_numpy(tokens)).logits.numpy()
-    runner = GrowingRunner(open_sessions(graphs["gqa"], 1))
-    prompt, steps = comparison._logits(runner, tokens, TINY)
+    runner = GrowingRunner("gqa", open_sessions(graphs["gqa"], 1))
+    prompt, steps = comparison._logits(runner, fed)
     np.testing.assert_allclose(np.concatenate([prompt, steps], 1), expected, atol=1e-4)
 
 
@@ -92,7 +93,7 @@ def test_a_graph_that_does_not_load_is_a_row_with_one_line(slim, tmp_path):
 
 def test_facts_of_a_graph(graphs):
     paths = graphs["gqa"]
-    facts = exports.graph_facts(paths[0].parent, ("model.onnx",))
+    facts = candidates.graph_facts(paths[0].parent, ("model.onnx",))
     model = onnx.load(paths[0])
     kinds = [node.op_type for node in model.graph.node]
     assert facts["nodes"] == len(kinds)
@@ -101,13 +102,13 @@ def test_facts_of_a_graph(graphs):
     files = ("model.onnx", "model.onnx_data")
     size = sum((paths[0].parent / name).stat().st_size for name in files)
     assert facts["file_mb"] == pytest.approx(size / 1e6, abs=0.05)
-    twice = exports.graph_facts(paths[0].parent, ("model.onnx", "model.onnx"))
+    twice = candidates.graph_facts(paths[0].parent, ("model.onnx", "model.onnx"))
     assert twice["nodes"] == 2 * facts["nodes"]
 
 
 def test_a_failing_export_is_one_line(tmp_path):
     candidate = Candidate("unknown to the child", "", lambda: lambda slim, out: None)
-    found = exports.run_export(candidate, tmp_path, tmp_path / "out", 60)
+    found = candidates.run_export(candidate, tmp_path, tmp_path / "out", 60)
     assert found == {"error": "KeyError: 'unknown to the child'"}
 
 
@@ -142,7 +143,7 @@ def test_exporters_of_others_say_what_the_slim_model_says(case, name, tmp_path):
     dense = case.make(tmp_path)
     slim = write_slim(tmp_path / "slim", dense, random_layers(shape_of(dense), 5))
     candidate, out = CANDIDATES[name], tmp_path / "out"
-    facts = exports.run_export(candidate, slim, out, 300)
+    facts = candidates.run_export(candidate, slim, out, 300)
     assert "error" not in facts
     paths = [out / graph for graph in candidate.graphs]
     rows = comparison.compare(slim, vocab(slim), {name: paths}, TINY)

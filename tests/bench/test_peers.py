@@ -19,9 +19,13 @@ from factories import make_checkpoint, mask_in_torch, slice_in_torch, write_slim
 from transformers import AutoModelForCausalLM
 
 from spp_campaigns.peers import __main__ as command
-from spp_campaigns.peers import by_spp, by_transformers, check, measure, oracle, report
-from spp_campaigns.peers.candidates import CANDIDATES, TORCH_PRUNING, Candidate
-from spp_campaigns.peers.pickles import PICKLE
+from spp_campaigns.peers import check, in_memory, measure
+from spp_campaigns.peers.candidates import (
+    CANDIDATES,
+    TORCH_PRUNING,
+    Candidate,
+    export_by_spp,
+)
 from spp_campaigns.peers.plans import PLANS, plans_for
 from spp_export.models.checkpoint.checkpoint import Checkpoint, open_source
 from spp_export.planning import LayerPlan, Plan, validate_plan
@@ -55,13 +59,9 @@ def exported(export: Callable[..., None], source: Checkpoint, plan: Plan, out: P
 
 def checked(source: Checkpoint, plan: Plan, out: Path, tmp_path: Path) -> dict[str, Any]:
     """The answers of the oracle and of the check, run in this process."""
-    plan_file, answer = written(plan, tmp_path), tmp_path / "answer.json"
-    logits = tmp_path / "logits.npy"
-    oracle.main([str(source.path), str(plan_file), str(logits), "float32", str(answer)])
-    reference = json.loads(answer.read_text())
-    words = [out, source.path, plan_file, logits, "float32", answer]
-    check.main([str(word) for word in words])
-    return reference | json.loads(answer.read_text())
+    plan_file, logits = written(plan, tmp_path), tmp_path / "logits.npy"
+    reference = measure.reference(source.path, plan_file, logits, "float32")
+    return reference | check.check(out, source.path, plan_file, logits, "float32")
 
 
 def test_plans_fit_and_differ_as_their_names_say(source, plans):
@@ -78,7 +78,7 @@ def test_plans_fit_and_differ_as_their_names_say(source, plans):
 @pytest.mark.parametrize("name", PLANS)
 def test_ours_loads_and_is_the_masked_model(source, plans, name, tmp_path):
     out = tmp_path / "out"
-    by_spp.export(source.path, plans[name], out)
+    export_by_spp(source.path, plans[name], out)
     found = checked(source, plans[name], out, tmp_path)
     assert found["wrong_tensors"] == 0
     assert found["tensors"] == len(source.tensors)
@@ -87,19 +87,18 @@ def test_ours_loads_and_is_the_masked_model(source, plans, name, tmp_path):
 
 
 def test_the_oracle_is_the_masked_model(source, plans, tmp_path):
-    plan, answer = plans["per-layer, heads and channels"], tmp_path / "answer.json"
-    words = [source.path, written(plan, tmp_path), tmp_path / "logits.npy", "float64", answer]
-    oracle.main([str(word) for word in words])
+    plan, logits = plans["per-layer, heads and channels"], tmp_path / "logits.npy"
+    answer = measure.reference(source.path, written(plan, tmp_path), logits, "float64")
     model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float64)
     with mask_in_torch(model, plan.layers):
         expected = check.logits(model)
-    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, atol=1e-12)
-    assert json.loads(answer.read_text())["largest_logit"] == pytest.approx(np.abs(expected).max())
+    np.testing.assert_allclose(np.load(logits), expected, atol=1e-12)
+    assert answer["largest_logit"] == pytest.approx(np.abs(expected).max())
 
 
 @pytest.mark.parametrize("name", [name for name in PLANS if name.startswith("uniform")])
 def test_the_plain_script_keeps_what_was_asked(source, plans, name, tmp_path):
-    out = exported(by_transformers.export, source, plans[name], tmp_path / "out")
+    out = exported(in_memory.export, source, plans[name], tmp_path / "out")
     found = checked(source, plans[name], out, tmp_path)
     assert found["loads"] == "from_pretrained"
     assert (found["wrong_tensors"], found["difference"] < 1e-4) == (0, True)
@@ -107,7 +106,7 @@ def test_the_plain_script_keeps_what_was_asked(source, plans, name, tmp_path):
 
 def test_layers_that_differ_do_not_load_from_a_stock_config(source, plans, tmp_path):
     plan = plans["per-layer, heads"]
-    out = exported(by_transformers.export, source, plan, tmp_path / "out")
+    out = exported(in_memory.export, source, plan, tmp_path / "out")
     # transformers 4 does not say which shapes the config.json asks for.
     asked = r".*config\.json" if int(transformers.__version__.partition(".")[0]) > 4 else ""
     with pytest.raises(ValueError, match=rf"mismatched keys, such as model\.layers\.{asked}"):
@@ -169,27 +168,27 @@ def test_torch_prunings_graph_of_sdpa_takes_other_kv_heads(source, plans, tmp_pa
 def test_too_little_memory_skips_logits_with_a_reason(source, plans, monkeypatch, tmp_path):
     free = type("Memory", (), {"available": 10})
     monkeypatch.setattr(measure.psutil, "virtual_memory", lambda: free)
-    asked: list[tuple[str, list[str]]] = []
+    steps: list[tuple[str, tuple[Any, ...]]] = []
 
-    def run(module: str, arguments: list[str], *others: Any) -> dict[str, Any]:
-        asked.append((module, arguments))
-        answers = {"child": {"seconds": 1.0}, "check": {"wrong_tensors": 0, "loads": "yes"}}
-        return answers[module.removeprefix("peers.")]
+    def run(step: Callable[..., Any], *arguments: Any, **options: Any) -> dict[str, Any]:
+        steps.append((step.__name__, arguments))
+        answers = {"export": {"seconds": 1.0}, "check": {"wrong_tensors": 0, "loads": "yes"}}
+        return answers[step.__name__]
 
-    monkeypatch.setattr(measure, "run_step", run)
+    monkeypatch.setattr(measure, "run_fresh", run)
     options = measure.Options([CANDIDATES["spp"]], ["uniform, heads"])
     found = measure.measure(source.path, "tiny", options, tmp_path)
     row = found["cases"][0]["rows"][0]
     assert row["skipped"] == "float32 needs about 1 GB, 0 GB are free"
     assert row["as_asked"]
     assert "equal" not in row
-    assert [module for module, _ in asked] == ["peers.child", "peers.check"]
-    assert asked[1][1][3] == "-"
+    assert [name for name, _ in steps] == ["export", "check"]
+    assert steps[1][1][3] is None
 
 
 def test_the_command_writes_rows_and_removes_what_it_wrote(source, tmp_path, monkeypatch, capsys):
-    absent = Candidate("absent", "is not there", lambda model: by_spp.export, "no-such-package")
-    broken = Candidate("broken", "fails", lambda model: by_spp.export)  # unknown to the child
+    absent = Candidate("absent", "is not there", lambda model: export_by_spp, "no-such-package")
+    broken = Candidate("broken", "fails", lambda model: export_by_spp)  # unknown to the child
     for candidate in (absent, broken):
         monkeypatch.setitem(CANDIDATES, candidate.name, candidate)
     scratch, out = tmp_path / "scratch", tmp_path / "result.json"
@@ -223,14 +222,10 @@ def test_the_report_names_what_is_wrong():
         row | {"load_error": "ValueError: no"},
         row | wrong | {"first_wrong": "k_proj", "skipped": "no memory"},
     ]
-    notes = list(report._notes({"rows": rows}))
+    notes = list(command.notes({"rows": rows}))
     assert notes[0] == "peer: does not load: ValueError: no"
     assert notes[1] == "peer: 2 of 9 tensors are not what was asked for: k_proj"
     assert notes[2] == "peer: logits not compared: no memory"
-
-
-def test_the_check_and_the_candidates_name_one_file():
-    assert check.PICKLE == PICKLE
 
 
 def test_results_are_loaded_without_this_project():
@@ -242,10 +237,10 @@ def test_a_result_that_does_not_run_is_a_row(source, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(source.path)
     reference = tmp_path / "logits.npy"
     np.save(reference, check.logits(model))
-    assert check._difference(model, str(reference)) == {"difference": 0}
+    assert check._difference(model, reference) == {"difference": 0}
     with torch.no_grad():
         model.model.norm.weight.fill_(torch.nan)
-    assert check._difference(model, str(reference)) == {"run_error": "logits are not finite"}
+    assert check._difference(model, reference) == {"run_error": "logits are not finite"}
     output = model.model.layers[0].self_attn.o_proj
     output.weight = torch.nn.Parameter(output.weight[:, 1:])
-    assert "Error: " in check._difference(model, str(reference))["run_error"]
+    assert "Error: " in check._difference(model, reference)["run_error"]

@@ -35,7 +35,7 @@ def test_a_child_tells_what_a_slice_took(tiny, tmp_path):
     model, target = tmp_path / "model", tmp_path / "out"
     model.mkdir()
     big_checkpoints.build(model, 0.001)
-    found = scale._in_fresh_process("slice", model, target)
+    found = scale._fresh("slice", model, target)
     assert (target / "manifest.json").exists()
     assert 0 < found["out_bytes"] < found["source_bytes"] + 50_000
     assert found["seconds"] > 0
@@ -92,7 +92,7 @@ def test_runs_alternate_with_copies_and_the_best_counts(monkeypatch, tmp_path):
 
     monkeypatch.setattr(scale, "copy", copy)
     monkeypatch.setattr(scale, "prepare", lambda model, cold: said.append(cold) or said.pop())
-    monkeypatch.setattr(scale, "_in_fresh_process", child)
+    monkeypatch.setattr(scale, "_fresh", child)
     found = scale.measure("slice", tmp_path, tmp_path / "out", 2, True)
     assert said == ["cp", "slice", "cp", "slice"]
     assert (found["seconds"], found["cp_and_flush_seconds"], found["times_cp"]) == (2.0, 1.0, 2.0)

@@ -20,8 +20,7 @@ MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "mars
 IMPORTER = "spp_export/data/published_artifacts.py"
 # Benchmarks: a job for a child process over its own pipe, and a peer's file just written by it.
 OWN_MAKING = {
-    "benchmarks/spp_bench/memory.py": {"import pickle"},
-    "benchmarks/spp_bench/memory_child.py": {"import pickle"},
+    "benchmarks/spp_bench/processes.py": {"import pickle"},
     "benchmarks/spp_campaigns/peers/check.py": {"torch.load(weights_only=False)"},
 }
 

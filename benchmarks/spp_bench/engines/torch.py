@@ -17,10 +17,11 @@ from spp_export.models.loader import load_dense, load_slim
 
 
 class TorchRunner:
-    """Runs as `generate` does: logits of the last token alone, a cache that grows."""
+    """Runs as `generate` does: logits of the last token alone (0: of all), a cache that grows."""
 
-    def __init__(self, name: str, model: PreTrainedModel) -> None:
+    def __init__(self, name: str, model: PreTrainedModel, logits_to_keep: int = 1) -> None:
         self.name = name
+        self._logits_to_keep = logits_to_keep
         self.model = model
         self.clock = clock_for(str(model.device))
         self._output: Any = None
@@ -80,6 +81,6 @@ class TorchRunner:
                 input_ids=ids.to(self.model.device),
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=1,
+                logits_to_keep=self._logits_to_keep,
             )
         return self._output.logits

@@ -2,62 +2,59 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
-import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from spp_campaigns.machine import machine
-from spp_campaigns.onnx_exporters.candidates import CANDIDATES, Candidate
+from spp_campaigns.command import finish, machine, parser, table, words
+from spp_campaigns.onnx_exporters import __doc__ as description
+from spp_campaigns.onnx_exporters.candidates import CANDIDATES, Candidate, run_export
 from spp_campaigns.onnx_exporters.compare import Workload, compare
-from spp_campaigns.onnx_exporters.exports import run_export
-from spp_campaigns.onnx_exporters.report import report
-from spp_export.common.json_files import dump_json
 
-LIBRARIES = ("onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai", "onnxscript")
+_COLUMNS = {
+    "": "{name}",
+    "export s": "{seconds:.1f}",
+    "peak MB": "{peak_mb:.0f}",
+    "file MB": "{file_mb:.0f}",
+    "nodes": "{nodes}",
+    "ms ops": "{microsoft_ops}",
+    "batch": "{batch}",
+    "diff prompt": "{prefill_diff:.1e}",
+    "diff decode": "{decode_diff:.1e}",
+    "prompt ms": "{prefill_median_ms:.0f} ({prefill_p20_ms:.0f}-{prefill_p80_ms:.0f})",
+    "ms/token": "{decode_median_ms:.1f} ({decode_p20_ms:.1f}-{decode_p80_ms:.1f})",
+}
 
 
 def measure(
-    slim: Path, chosen: Sequence[Candidate], work: Workload, scratch: Path, limit_s: float
+    slim: Path, chosen: Sequence[Candidate], work: Workload, directory: Path, limit_s: float
 ) -> dict[str, Any]:
     """Machine, workload and a row for everyone, in the order of `chosen`."""
     vocab = json.loads((slim / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     exports = {}
     for candidate in chosen:
         print(f"exporting: {candidate.name}", file=sys.stderr)
-        exports[candidate.name] = run_export(candidate, slim, _place(scratch, candidate), limit_s)
+        exports[candidate.name] = run_export(candidate, slim, _place(directory, candidate), limit_s)
     graphs = {
-        candidate.name: [_place(scratch, candidate) / name for name in candidate.graphs]
+        candidate.name: [_place(directory, candidate) / name for name in candidate.graphs]
         for candidate in chosen
         if "error" not in exports[candidate.name]
     }
     runs = compare(slim, vocab, graphs, work)
     return {
-        "machine": {**machine(), **_versions()},
+        "machine": machine("onnxscript"),
         "workload": dataclasses.asdict(work),
         "rows": _rows(exports, runs),
     }
 
 
-def _place(scratch: Path, candidate: Candidate) -> Path:
-    return scratch / candidate.name.replace(" ", "-")
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in LIBRARIES:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+def _place(directory: Path, candidate: Candidate) -> Path:
+    return directory / candidate.name.replace(" ", "-")
 
 
 def _rows(
@@ -71,28 +68,34 @@ def _rows(
     return rows
 
 
+def report(document: Mapping[str, Any]) -> Iterator[str]:
+    """Machine, table, and below it a line for everything that failed."""
+    yield words(document["machine"])
+    yield words(document["workload"])
+    yield table(_COLUMNS, document["rows"])
+    for row in document["rows"]:
+        if "error" in row:
+            yield f"{row['name']}: {row['error']}"
+        elif row.get("shared_kv", "yes") != "yes":
+            yield f"{row['name']}: shared KV: {row['shared_kv']}"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the table; with --json also write everything to a file."""
-    parser = argparse.ArgumentParser(prog="spp_campaigns.onnx_exporters", description=__doc__)
-    parser.add_argument("slim", type=Path, help="slim checkpoint, per-layer or uniform")
-    parser.add_argument("--json", type=Path, help="file to write")
-    parser.add_argument("--only", action="append", choices=list(CANDIDATES), help="repeatable")
-    parser.add_argument("--limit", type=float, default=600, help="seconds an export may take")
-    parser.add_argument("--keep", type=Path, help="new directory for the exported graphs")
+    """Print the table."""
+    made = parser(description)
+    made.add_argument("slim", type=Path, help="slim checkpoint, per-layer or uniform")
+    made.add_argument("--only", action="append", choices=list(CANDIDATES), help="repeatable")
+    made.add_argument("--limit", type=float, default=600, help="seconds an export may take")
+    made.add_argument("--keep", type=Path, help="new directory for the exported graphs")
     for field in dataclasses.fields(Workload):
-        parser.add_argument(f"--{field.name}", type=int, default=field.default)
-    options = parser.parse_args(arguments)
+        made.add_argument(f"--{field.name}", type=int, default=field.default)
+    options = made.parse_args(arguments)
     chosen = [CANDIDATES[name] for name in options.only or CANDIDATES]
     work = Workload(options.prompt, options.new, options.rounds, options.threads)
-    scratch = options.keep or Path(tempfile.mkdtemp(prefix="spp-exporters-"))
-    try:
-        document = measure(options.slim, chosen, work, scratch, options.limit)
-    finally:
-        if not options.keep:
-            shutil.rmtree(scratch)
-    if options.json:
-        options.json.write_text(dump_json(document), encoding="utf-8")
-    Console(width=170).print(report(document))
+    kept = nullcontext(options.keep) if options.keep else None
+    with kept or tempfile.TemporaryDirectory(prefix="spp-exporters-") as directory:
+        document = measure(options.slim, chosen, work, Path(directory), options.limit)
+    finish(options, document, *report(document))
 
 
 if __name__ == "__main__":

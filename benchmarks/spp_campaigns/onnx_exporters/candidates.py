@@ -1,11 +1,17 @@
-"""Who exports, and what each of them is asked for. Imports nothing that exports."""
+"""Who exports, and what became of it. Imports an exporter only to run it."""
 
 from __future__ import annotations
 
+import runpy
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+from spp_bench.processes import held, peak, run_fresh
 
 if TYPE_CHECKING:
     from spp_export.formats.onnx.options import Attention
@@ -62,7 +68,17 @@ def _transformers_stages() -> Export:
 
 
 def _genai() -> Export:
-    from spp_campaigns.onnx_exporters.by_genai import export
+    """The model builder of onnxruntime-genai, as its command line: fp32 for the CPU, with the
+    checkpoint's own code allowed."""
+    import onnxruntime_genai  # noqa: F401
+
+    builder = "onnxruntime_genai.models.builder"
+
+    def export(slim: Path, out: Path) -> None:
+        settings = {"-m": slim, "-o": out, "-p": "fp32", "-e": "cpu", "-c": out / "cache"}
+        words = [word for pair in settings.items() for word in map(str, pair)]
+        with patch.object(sys, "argv", [builder, *words, "--extra_options", "hf_remote=true"]):
+            runpy.run_module(builder, run_name="__main__")
 
     return export
 
@@ -99,3 +115,51 @@ _CANDIDATES = (
     Candidate("genai builder", "onnxruntime_genai.models.builder, as it is", _genai),
 )
 CANDIDATES = {candidate.name: candidate for candidate in _CANDIDATES}
+
+
+def export(name: str, slim: Path, out: Path) -> dict[str, float]:
+    """One export in this process: the time after imports, and the largest resident memory above
+    what the imports take."""
+    step = CANDIDATES[name].prepare()
+    before = held()
+    start = time.perf_counter()
+    step(slim, out)
+    seconds = time.perf_counter() - start
+    return {
+        "seconds": round(seconds, 3),
+        "peak_mb": round(max(0, peak() - before) / 1e6, 1),
+    }
+
+
+def run_export(candidate: Candidate, slim: Path, out: Path, limit_s: float) -> dict[str, Any]:
+    """Measurements of the export and its graphs, or {"error"} in one line. `out` is created."""
+    out.mkdir(parents=True)
+    measured = run_fresh(export, candidate.name, slim, out, limit_s=limit_s)
+    return measured if "error" in measured else {**measured, **graph_facts(out, candidate.graphs)}
+
+
+def graph_facts(directory: Path, names: tuple[str, ...]) -> dict[str, Any]:
+    """Sizes of the graphs and their weights, what they are made of, and the batch they take."""
+    import onnx
+
+    facts: dict[str, Any] = {"file_mb": 0.0, "nodes": 0, "microsoft_ops": 0, "opset": 0}
+    for name in names:
+        model = onnx.load(directory / name, load_external_data=False)
+        files = {name, *_data_files(model)}
+        facts["file_mb"] += sum((directory / file).stat().st_size for file in files) / 1e6
+        facts["nodes"] += len(model.graph.node)
+        facts["microsoft_ops"] += sum(node.domain == "com.microsoft" for node in model.graph.node)
+        facts["opset"] = max(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+        batch = model.graph.input[0].type.tensor_type.shape.dim[0]
+        facts["batch"] = batch.dim_value or "any"
+    facts["file_mb"] = round(facts["file_mb"], 1)
+    return facts
+
+
+def _data_files(model: Any) -> set[str]:
+    return {
+        entry.value
+        for tensor in model.graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 
+from spp_bench.cases import Cell, Tokens, tokens
+from spp_bench.engines.torch import TorchRunner
+from spp_bench.measure import PHASES, measure_cell
 from spp_bench.timing import quantiles
 from spp_campaigns.onnx_exporters.runners import (
     GrowingRunner,
-    Runner,
+    Logits,
     SharedRunner,
-    Tokens,
-    TorchRunner,
     open_sessions,
 )
+from spp_export.models.loader import load_slim
 
 REFERENCE = "PyTorch sdpa"
 SHARED = ", shared KV"
@@ -32,7 +33,7 @@ _ENOUGH = 120
 
 @dataclass(frozen=True)
 class Workload:
-    """A prompt of random tokens and random tokens after it, the same for everyone."""
+    """A prompt of random tokens, and random tokens after it."""
 
     prompt: int = 128
     new: int = 32
@@ -40,9 +41,8 @@ class Workload:
     threads: int = 2
 
     def tokens(self, vocab: int) -> Tokens:
-        """[1, prompt + new]."""
-        random = np.random.default_rng(0)
-        return random.integers(0, vocab, (1, self.prompt + self.new), dtype=np.int64)
+        """The same for everyone."""
+        return tokens(Cell(1, self.prompt), self.new, vocab)
 
 
 def compare(
@@ -53,17 +53,19 @@ def compare(
     What cannot run has {"error"}, or {"shared_kv"} with the reason where only that failed. A graph
     whose logits are off by more than rounding is not timed.
     """
-    tokens = work.tokens(vocab)
-    reference = TorchRunner(slim, work.threads)
-    expected = _logits(reference, tokens, work)
-    runners: dict[str, Runner] = {REFERENCE: reference}
+    fed = work.tokens(vocab)
+    torch.set_num_threads(work.threads)
+    model = load_slim(slim, dtype=torch.float32, attn_implementation="sdpa")
+    expected = _reference(model, fed)
+    # All logits of a prompt, as the graphs give them.
+    runners: dict[str, Any] = {REFERENCE: TorchRunner(REFERENCE, model, logits_to_keep=0)}
     rows: dict[str, dict[str, Any]] = {REFERENCE: {}}
     for name, paths in graphs.items():
         sessions: list[Any] = []
         try:
             sessions = open_sessions(list(paths), work.threads)
             rows[name] = {}
-            _admit(name, GrowingRunner(sessions), rows, runners, expected, tokens, work)
+            _admit(GrowingRunner(name, sessions), rows, runners, expected, fed)
         except Exception as error:  # whatever a foreign graph does is a result
             rows[name] = {"error": _first_line(error)}
             continue
@@ -71,90 +73,62 @@ def compare(
             rows[name]["shared_kv"] = "no: the graph of the prompt has no past"
             continue
         try:
-            shared = SharedRunner(sessions[0], work.prompt + work.new)
-            _admit(name + SHARED, shared, rows, runners, expected, tokens, work)
+            shared = SharedRunner(name + SHARED, sessions[0], work.prompt + work.new)
+            _admit(shared, rows, runners, expected, fed)
             rows[name]["shared_kv"] = "yes"
         except Exception as error:
             rows.pop(name + SHARED, None)
             rows[name]["shared_kv"] = f"no: {_first_line(error)}"
-    for name, times in _times(runners, tokens, work).items():
-        rows[name].update(times)
+    for name, samples in measure_cell(list(runners.values()), fed, work.rounds).items():
+        for phase in PHASES:
+            times = quantiles([1e3 * seconds for seconds in samples.of(phase)], "ms")
+            rows[name] |= {f"{phase}_{key}": value for key, value in times.items()}
     return rows
 
 
 def _admit(
-    name: str,
-    runner: Runner,
+    runner: GrowingRunner | SharedRunner,
     rows: dict[str, dict[str, Any]],
-    runners: dict[str, Runner],
-    expected: tuple[NDArray[np.float32], NDArray[np.float32]],
-    tokens: Tokens,
-    work: Workload,
+    runners: dict[str, Any],
+    expected: tuple[Logits, Logits],
+    fed: Tokens,
 ) -> None:
     """Differences into `rows`, and the runner among those to be timed; ValueError if it is off."""
-    got = _logits(runner, tokens, work)
+    computed = _logits(runner, fed)
     largest = float(max(np.abs(part).max() for part in expected))
-    pairs = zip(("prefill", "decode"), got, expected, strict=True)
-    off = {f"{stage}_diff": float(np.abs(ours - theirs).max()) for stage, ours, theirs in pairs}
+    pairs = list(zip(computed, expected, strict=True))
+    off = {
+        f"{phase}_diff": float(np.abs(ours - theirs).max())
+        for phase, (ours, theirs) in zip(PHASES, pairs, strict=True)
+    }
     if not max(off.values()) <= _ROUNDING * largest:
         raise ValueError(
             f"logits differ by {off['prefill_diff']:.3g} (prompt) and {off['decode_diff']:.3g} "
             f"(decoding) from PyTorch's, whose largest is {largest:.3g}"
         )
-    same = [(a.argmax(-1) == b.argmax(-1)).mean() for a, b in zip(got, expected, strict=True)]
-    rows[name] = {**off, "largest_logit": largest, "same_argmax": float(min(same))}
-    runners[name] = runner
+    same = [(ours.argmax(-1) == theirs.argmax(-1)).mean() for ours, theirs in pairs]
+    rows[runner.name] = {**off, "largest_logit": largest, "same_argmax": float(min(same))}
+    runners[runner.name] = runner
 
 
-def _logits(
-    runner: Runner, tokens: Tokens, work: Workload
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Of the prompt [1, prompt, V], and of the tokens after it [1, new, V], one at a time."""
-    runner.prefill(_prompt(tokens, work))
+def _logits(runner: GrowingRunner | SharedRunner, fed: Tokens) -> tuple[Logits, Logits]:
+    """Of the prompt [1,prompt,V], and of the tokens after it [1,new,V], one at a time."""
+    runner.prefill(fed.prompt)
     prompt = runner.logits()
     steps = []
-    for token in _steps(tokens, work):
-        runner.decode(token)
+    for column in fed.continuation.T:
+        runner.decode(column[:, None])
         steps.append(runner.logits())
     return prompt, np.concatenate(steps, axis=1)
 
 
-def _prompt(tokens: Tokens, work: Workload) -> Tokens:
-    return np.ascontiguousarray(tokens[:, : work.prompt])
-
-
-def _steps(tokens: Tokens, work: Workload) -> Iterator[Tokens]:
-    for column in range(work.prompt, work.prompt + work.new):
-        yield np.ascontiguousarray(tokens[:, column : column + 1])
-
-
-def _times(
-    runners: Mapping[str, Runner], tokens: Tokens, work: Workload
-) -> dict[str, dict[str, float]]:
-    """Everyone once a round, starting with another one each; the first round is not counted."""
-    prefill: dict[str, list[float]] = {name: [] for name in runners}
-    decode: dict[str, list[float]] = {name: [] for name in runners}
-    names = list(runners)
-    for turn in range(-1, work.rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            runner = runners[name]
-            start = time.perf_counter()
-            runner.prefill(_prompt(tokens, work))
-            prompted = time.perf_counter()
-            for token in _steps(tokens, work):
-                runner.decode(token)
-            end = time.perf_counter()
-            if turn >= 0:
-                prefill[name].append(1e3 * (prompted - start))
-                decode[name].append(1e3 * (end - prompted) / work.new)
-    return {
-        name: {
-            **{f"prefill_{key}": value for key, value in quantiles(prefill[name], "ms").items()},
-            **{f"decode_{key}": value for key, value in quantiles(decode[name], "ms").items()},
-        }
-        for name in names
-    }
+def _reference(model: Any, fed: Tokens) -> tuple[Logits, Logits]:
+    """The same of PyTorch, in one pass without a cache."""
+    ids = torch.from_numpy(np.concatenate([fed.prompt, fed.continuation], axis=1))
+    with torch.inference_mode():
+        logits: Logits = model(input_ids=ids, use_cache=False).logits.numpy()
+    split = fed.prompt.shape[1]
+    return logits[:, :split], logits[:, split:]
 
 
 def _first_line(error: Exception) -> str:

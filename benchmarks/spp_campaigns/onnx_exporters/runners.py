@@ -1,65 +1,21 @@
-"""Ways to run a prompt and the tokens after it: PyTorch, graphs with growing or shared caches."""
+"""Graphs of any exporter, run by the inputs they name: caches that grow, or that are shared."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-Tokens = NDArray[np.int64]
+from spp_bench.cases import Ids
+from spp_bench.clocks import wall_clock
+
 Logits = NDArray[np.float32]
 LOGITS = "logits"
 _PREFIX = re.compile(r"^(?:input\.|output\.)?(?:past_key_values\.|present\.)")
-
-
-class Runner(Protocol):
-    """Decodes one sequence. `logits` copies what the last call computed, [1, S, V]."""
-
-    def prefill(self, ids: Tokens) -> None:
-        """Forget everything and take a prompt [1, S]."""
-
-    def decode(self, ids: Tokens) -> None:
-        """Take the next token [1, 1]."""
-
-    def logits(self) -> Logits:
-        """Of the tokens taken last."""
-
-
-class TorchRunner:
-    """The slim model in PyTorch, as transformers runs it with scaled_dot_product_attention."""
-
-    def __init__(self, slim: Path, threads: int) -> None:
-        import torch
-
-        from spp_export.models.loader import load_slim
-
-        torch.set_num_threads(threads)
-        self._torch, self._past, self._logits = torch, None, None
-        self._model: Any = load_slim(slim, dtype=torch.float32, attn_implementation="sdpa")
-
-    def prefill(self, ids: Tokens) -> None:
-        """See Runner."""
-        self._past = None
-        self.decode(ids)
-
-    def decode(self, ids: Tokens) -> None:
-        """See Runner."""
-        with self._torch.no_grad():
-            out = self._model(
-                input_ids=self._torch.from_numpy(ids),
-                past_key_values=self._past,
-                use_cache=True,
-            )
-        self._past, self._logits = out.past_key_values, out.logits
-
-    def logits(self) -> Logits:
-        """See Runner."""
-        assert self._logits is not None
-        return np.array(self._logits.numpy())
 
 
 def open_sessions(paths: list[Path], threads: int) -> list[ort.InferenceSession]:
@@ -86,12 +42,21 @@ def caches(values: list[Any]) -> dict[str, Any]:
 class _Graph:
     """What both kinds of cache share: the inputs that are no cache."""
 
-    def __init__(self) -> None:
+    clock = staticmethod(wall_clock)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
         self._length = 0
         self._logits: Any = None
 
+    def reserve(self, length: int) -> None:
+        """Nothing: the cache grows, or has its room."""
+
+    def forget(self) -> None:
+        """Nothing: prefill begins anew."""
+
     def _bind_tokens(
-        self, session: ort.InferenceSession, binding: Any, ids: Tokens, past: int
+        self, session: ort.InferenceSession, binding: Any, ids: Ids, past: int
     ) -> None:
         rows, new = ids.shape
         known = {
@@ -106,7 +71,7 @@ class _Graph:
         self._length = past + new
 
     def logits(self) -> Logits:
-        """See Runner."""
+        """Of the tokens fed by the last call, [1,S,V]."""
         return np.array(self._logits.numpy())
 
 
@@ -116,13 +81,13 @@ class GrowingRunner(_Graph):
     `sessions`: one graph for everything, or the prompt's and the next token's.
     """
 
-    def __init__(self, sessions: list[ort.InferenceSession]) -> None:
-        super().__init__()
+    def __init__(self, name: str, sessions: list[ort.InferenceSession]) -> None:
+        super().__init__(name)
         self._prompt, self._next = sessions[0], sessions[-1]
         self._cache: dict[str, Any] = {}
 
-    def prefill(self, ids: Tokens) -> None:
-        """See Runner."""
+    def prefill(self, ids: Ids) -> None:
+        """Begin anew with a prompt [1,S]."""
         self._cache = {
             name: ort.OrtValue.ortvalue_from_shape_and_type(
                 [1, int(value.shape[1]), 0, int(value.shape[3])], np.float32
@@ -131,11 +96,12 @@ class GrowingRunner(_Graph):
         }
         self._run(self._prompt, ids, 0)
 
-    def decode(self, ids: Tokens) -> None:
-        """See Runner."""
-        self._run(self._next, ids, self._length)
+    def decode(self, ids: Ids) -> None:
+        """A step for each column of [1,N]."""
+        for column in ids.T:
+            self._run(self._next, column[:, None], self._length)
 
-    def _run(self, session: ort.InferenceSession, ids: Tokens, past: int) -> None:
+    def _run(self, session: ort.InferenceSession, ids: Ids, past: int) -> None:
         binding = session.io_binding()
         self._bind_tokens(session, binding, ids, past)
         for name, value in caches(session.get_inputs()).items():
@@ -151,8 +117,8 @@ class GrowingRunner(_Graph):
 class SharedRunner(_Graph):
     """Past and present are the same buffers of `capacity` tokens, bound once."""
 
-    def __init__(self, session: ort.InferenceSession, capacity: int) -> None:
-        super().__init__()
+    def __init__(self, name: str, session: ort.InferenceSession, capacity: int) -> None:
+        super().__init__(name)
         self._session, self._binding = session, session.io_binding()
         presents = caches(session.get_outputs())
         self._buffers = []
@@ -163,15 +129,16 @@ class SharedRunner(_Graph):
             self._binding.bind_ortvalue_output(presents[name].name, buffer)
             self._buffers.append(buffer)
 
-    def prefill(self, ids: Tokens) -> None:
-        """See Runner."""
+    def prefill(self, ids: Ids) -> None:
+        """Begin anew with a prompt [1,S]."""
         self._run(ids, 0)
 
-    def decode(self, ids: Tokens) -> None:
-        """See Runner."""
-        self._run(ids, self._length)
+    def decode(self, ids: Ids) -> None:
+        """A step for each column of [1,N]."""
+        for column in ids.T:
+            self._run(column[:, None], self._length)
 
-    def _run(self, ids: Tokens, past: int) -> None:
+    def _run(self, ids: Ids, past: int) -> None:
         self._bind_tokens(self._session, self._binding, ids, past)
         self._session.run_with_iobinding(self._binding)
         self._logits = self._binding.get_outputs()[-1]

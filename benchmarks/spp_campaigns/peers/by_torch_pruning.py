@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch_pruning as tp  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
-from spp_campaigns.peers.dense import elements, load, note_sizes, removed
-from spp_campaigns.peers.pickles import PICKLE
+from spp_campaigns.peers.check import PICKLE
+from spp_campaigns.peers.in_memory import elements, load, note_sizes, removed
 from spp_export.planning import Plan
 
 

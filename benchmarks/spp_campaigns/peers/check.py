@@ -1,15 +1,12 @@
-"""Whether a result loads and is right:
-`python -m spp_campaigns.peers.check OUT MODEL PLAN LOGITS DTYPE FILE`.
+"""Whether a result loads and is right.
 
 Loads as a user without this project would, who has torch and transformers: nothing of `spp_export`
-is imported. LOGITS is the oracle's file, or "-" where there is none; the model is then loaded as
-stored, otherwise in DTYPE.
+is imported.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,22 +17,24 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from spp_campaigns.steps import one_line
+from spp_bench.processes import one_line
 
 PICKLE = "model.pth"
 TOKENS = 48
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Load, compare every tensor with the asked slice of the source, compare logits."""
-    out, source, plan_file, reference, precision, answer = arguments
-    dtype = "auto" if reference == "-" else getattr(torch, precision)
-    model, how = load(Path(out), dtype)
-    plan = json.loads(Path(plan_file).read_text(encoding="utf-8"))
-    found = {"loads": how, **_tensors(model, Path(source), plan["layers"])}
-    if reference != "-":
-        found |= _difference(model, reference)
-    Path(answer).write_text(json.dumps(found), encoding="utf-8")
+def check(
+    out: Path, source: Path, plan: Path, reference: Path | None, precision: str
+) -> dict[str, Any]:
+    """Load, compare every tensor with the planned slice of the source, compare logits.
+
+    reference: the file of the masked model's logits, computed in `precision`; without one the model
+    is loaded as stored.
+    """
+    model, how = load(out, getattr(torch, precision) if reference else "auto")
+    layers = json.loads(plan.read_text(encoding="utf-8"))["layers"]
+    result = {"loads": how, **_tensors(model, source, layers)}
+    return result | _difference(model, reference) if reference else result
 
 
 def load(out: Path, dtype: Any) -> tuple[Any, str]:
@@ -76,7 +75,7 @@ def _first(keys: Any) -> str:
     return f"{key[0]} {list(key[1])}, by config.json {list(key[2])}"
 
 
-def _difference(model: Any, reference: str) -> dict[str, Any]:
+def _difference(model: Any, reference: Path) -> dict[str, Any]:
     """How far the logits are from the reference's, or why there are none."""
     try:
         difference = float(np.abs(logits(model) - np.load(reference)).max())
@@ -139,7 +138,3 @@ def _kept(
         yield 0, rows
     elif parts[-1] == "weight":
         yield 1, rows
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

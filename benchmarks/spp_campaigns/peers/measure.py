@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
+import torch
 
+from spp_bench.processes import run_fresh
 from spp_campaigns.big_checkpoints import copy, prepare
-from spp_campaigns.peers.candidates import Candidate
+from spp_campaigns.peers.candidates import Candidate, export
+from spp_campaigns.peers.check import check, logits
 from spp_campaigns.peers.plans import plans_for
-from spp_campaigns.steps import run_step
+from spp_export.evaluation.oracle import masked_dense
 from spp_export.models.checkpoint.checkpoint import Checkpoint, open_source
-from spp_export.planning import Plan
+from spp_export.models.families import family_of
+from spp_export.models.loader import load_dense
+from spp_export.planning import Plan, read_plan
 
 # Of the largest logit: sums in another order differ by less, a wrong head by far more.
 EQUAL_WITHIN = {"float32": 1e-3, "float64": 1e-10}
@@ -67,7 +74,7 @@ class _Case:
         self._plan.write_text(plan.to_json(), encoding="utf-8")
 
     def measure(self, title: str) -> dict[str, Any]:
-        reference = self._reference()
+        masked = self._reference()
         rows = []
         for candidate in self._options.candidates:
             print(f"{self._source.name}, {title}: {candidate.name}", file=sys.stderr)
@@ -75,16 +82,16 @@ class _Case:
             if "run_error" in rows[-1]:
                 rows[-1]["equal"] = False
             elif "difference" in rows[-1]:
-                limit = EQUAL_WITHIN[self._options.precision] * reference["largest_logit"]
+                limit = EQUAL_WITHIN[self._options.precision] * masked["largest_logit"]
                 rows[-1]["equal"] = rows[-1]["difference"] <= limit
             shutil.rmtree(self._out, ignore_errors=True)
-        return {"plan": title, "reference": reference, "rows": rows}
+        return {"plan": title, "reference": masked, "rows": rows}
 
     def _reference(self) -> dict[str, Any]:
         if lack := self._lack_of_memory():
             return {"skipped": lack}
-        arguments = [self._source.path, self._plan, self._logits, self._options.precision]
-        return self._step("oracle", arguments)
+        precision = self._options.precision
+        return self._fresh(reference, self._source.path, self._plan, self._logits, precision)
 
     def _row(self, candidate: Candidate) -> dict[str, Any]:
         """The export's measurements and what became of its result, or the error of either."""
@@ -92,24 +99,29 @@ class _Case:
             return {"error": f"{candidate.package} is not installed."}
         self._out.mkdir()
         prepare(self._source.path, cold=False)
-        exported = self._step("child", [candidate.name, self._source.path, self._plan, self._out])
+        exported = self._fresh(export, candidate.name, self._source.path, self._plan, self._out)
         if "error" in exported:
             return exported
         exported["file_bytes"] = sum(path.stat().st_size for path in self._out.iterdir())
         lack = self._lack_of_memory()
         if not lack and not self._logits.exists():
             lack = "there is no reference"
-        checked = self._check("-" if lack else self._logits)
+        checked = self._check(None if lack else self._logits)
         if "error" in checked:
             return {**exported, "load_error": checked["error"]}
         checked["as_asked"] = checked["wrong_tensors"] == 0
         return {**exported, **checked, **({"skipped": lack} if lack else {})}
 
-    def _check(self, logits: Path | str) -> dict[str, Any]:
-        arguments = [self._out, self._source.path, self._plan, logits, self._options.precision]
+    def _check(self, expected: Path | None) -> dict[str, Any]:
         # transformers copies the code beside a checkpoint into this cache.
         cache = {"HF_MODULES_CACHE": str(self._out / "modules"), "HF_HUB_OFFLINE": "1"}
-        return self._step("check", arguments, cache)
+        precision = self._options.precision
+        return self._fresh(
+            check, self._out, self._source.path, self._plan, expected, precision, environment=cache
+        )
+
+    def _fresh(self, step: Callable[..., Any], *arguments: Any, **options: Any) -> dict[str, Any]:
+        return run_fresh(step, *arguments, limit_s=self._options.limit_s, **options)
 
     def _lack_of_memory(self) -> str | None:
         """Why the model cannot run in the precision of the comparison, if it cannot."""
@@ -123,8 +135,18 @@ class _Case:
             return None
         return f"{precision} needs about {need / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
 
-    def _step(
-        self, module: str, arguments: Sequence[Any], environment: Mapping[str, str] | None = None
-    ) -> dict[str, Any]:
-        words = [str(argument) for argument in arguments]
-        return run_step(f"peers.{module}", words, self._options.limit_s, environment)
+
+def reference(model_dir: Path, plan_file: Path, target: Path, precision: str) -> dict[str, Any]:
+    """Write the logits [1,T,V] of the masked dense model; how large they are, and how far the plan
+    moves them from the dense model's: were that nothing, agreeing with them would show nothing."""
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    family, plan = family_of(config), read_plan(plan_file)
+    model = load_dense(model_dir, dtype=getattr(torch, precision))
+    dense = logits(model)
+    with masked_dense(model, family, family.read_shape(config, 4), plan):
+        masked = logits(model)
+    np.save(target, masked)
+    return {
+        "largest_logit": float(np.abs(masked).max()),
+        "moved_by_plan": float(np.abs(masked - dense).max()),
+    }

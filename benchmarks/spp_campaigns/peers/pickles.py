@@ -1,5 +1,0 @@
-"""How a pickled model is loaded."""
-
-from __future__ import annotations
-
-PICKLE = "model.pth"
