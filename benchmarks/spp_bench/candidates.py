@@ -12,9 +12,9 @@ from spp_bench.onnx_weights import stored_weights
 from spp_export.common.errors import OutputError
 from spp_export.common.json_files import read_json
 from spp_export.common.manifest import hash_file
-from spp_export.formats.decoder import stock_settings
-from spp_export.formats.onnx.format import is_onnx, onnx_options
+from spp_export.formats.onnx.files import onnx_options
 from spp_export.formats.onnx.options import OnnxOptions
+from spp_export.formats.settings import stock_settings
 from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.shape import LayerShape, ModelShape
 from spp_export.planning import read_plan, validate_plan
@@ -111,7 +111,7 @@ def read_out(directory: Path, source: Checkpoint) -> Out:
         layers=compiled.written_shapes(source.shape),
         shape=written_shape(source, compiled),
         plan_hash=hash_file(plan).sha256,
-        onnx=onnx_options(directory) if is_onnx(directory) else None,
+        onnx=onnx_options(directory) if (directory / "model.onnx").exists() else None,
     )
 
 

@@ -141,7 +141,7 @@ def shapes(shape: ModelShape) -> list[tuple[int, int]]:
 
 
 def _check_windows(target: Target, context: int) -> None:
-    from spp_export.formats.decoder import stock_settings
+    from spp_export.formats.settings import stock_settings
 
     settings = stock_settings(target.config, target.family, target.shape, Path(target.name))
     window = min((size for size in settings.windows if size is not None), default=None)

@@ -16,9 +16,9 @@ from typing import Any
 from spp_bench.processes import held, peak, run_fresh
 from spp_campaigns.big_checkpoints import build
 from spp_campaigns.command import finish, machine, parser, scratch
-from spp_export.formats.decoder import read_decoder
 from spp_export.formats.onnx import OnnxOptions
 from spp_export.formats.onnx.write import write_onnx
+from spp_export.models.checkpoint.checkpoint import open_checkpoint
 from spp_export.models.checkpoint.dtypes import ELEMENT_BYTES
 
 FIXED_BYTES = 1_000_000_000
@@ -34,7 +34,7 @@ def export(model: Path, out: Path, precision: Any) -> dict[str, Any]:
     options = OnnxOptions(precision=precision)
     write_onnx(model, out, options)
     seconds = time.perf_counter() - start
-    tensors = read_decoder(model).tensors.values()
+    tensors = open_checkpoint(model).tensors.values()
     largest = max(tensor.nbytes // ELEMENT_BYTES[tensor.dtype] for tensor in tensors)
     return {
         "precision": precision,

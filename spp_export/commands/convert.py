@@ -1,9 +1,9 @@
-"""`convert`: a checkpoint that exists, slim or dense, as an ONNX or a GGUF directory."""
+"""`convert`: a checkpoint that exists, slim or dense, in another format."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,23 +16,20 @@ from spp_export.commands.needs import (
     convert_needs,
 )
 from spp_export.commands.requests import ConvertRequest
-from spp_export.common.errors import CheckFailed, ModelError, OutputError
+from spp_export.common.errors import CheckFailed, ModelError, OutputError, ParityError
 from spp_export.common.json_files import dump_json
 from spp_export.common.manifest import check_manifest, write_manifest, wrote
 from spp_export.common.options import command
 from spp_export.common.publish import check_target, publish
 from spp_export.data.scenario import read_scenario
-from spp_export.formats.decoder import Decoder, read_decoder
-from spp_export.formats.format import Job
-from spp_export.formats.gguf.format import is_gguf
-from spp_export.formats.gguf.options import GgufOptions
-from spp_export.formats.onnx.format import is_onnx
-from spp_export.formats.registry import ConvertOptions, converter, require_for
+from spp_export.formats.format import Comparison, FormatOptions, ModelFiles
+from spp_export.formats.registry import FORMATS, detect_format, format_of
 from spp_export.formats.safetensors.verify import RECOVERY_NAME
-from spp_export.models.checkpoint.checkpoint import TOKENIZER_FILES, open_source
+from spp_export.models.checkpoint.checkpoint import TOKENIZER_FILES, Checkpoint, open_checkpoint
 from spp_export.models.checkpoint.companions import companion, copy_companions
 from spp_export.models.engines import Engine
-from spp_export.models.hub import ModelLocation, locate_model
+from spp_export.models.hub import locate_model, model_license
+from spp_export.models.tokenizer import load_tokenizer
 from spp_export.planning import LayerPlan, Plan, read_plan
 
 
@@ -45,7 +42,7 @@ class ConvertResult:
 
     path: Path
     layout: str
-    options: ConvertOptions
+    options: FormatOptions
     engines: tuple[Engine, ...]
     nbytes: int
     report: Mapping[str, Any] | None
@@ -53,7 +50,7 @@ class ConvertResult:
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
-        name = "gguf" if isinstance(self.options, GgufOptions) else "onnx"
+        name = format_of(self.options).name
         return {
             "path": str(self.path),
             "format": name,
@@ -74,45 +71,81 @@ def convert(request: ConvertRequest) -> ConvertResult:
 
         spp_export.convert("out/chemistry", "out/chemistry-onnx", scenario="chemistry.txt")
     """
-    options = request.onnx or request.gguf
-    assert options
-    verify = request.verify
-    require_for(options, request.device if verify else None)
+    made, options, verify = FORMATS[request.format], request.form, request.verify
+    made.require()
+    options.check(request.device if verify else None)
     prompts = () if request.scenario is None else read_scenario(request.scenario).prompts
     target = Path(request.output)
     check_target(target, request.force)
     check_place(target)
     place = locate_model(os.fspath(request.checkpoint))
     _check_source(place.path, target)
-    decoder = read_decoder(place.path)
-    plan = _plan(place, decoder.layout)
-    made = converter(options, Job(place.path, decoder, plan, request.device, request.seed))
-    _preflight(target, place.path, decoder, options, verify)
+    checkpoint = open_checkpoint(place.path, place.name)
+    plan = _plan(checkpoint)
+    files = made.prepare(options, checkpoint, plan)
+    _preflight(target, checkpoint, options, files, verify)
     failure: CheckFailed | None = None
     report: dict[str, Any] | None = None
     with publish(target, request.force) as work:
-        made.write(work)
+        files.write(place.path, work)
         if verify:
-            report, failure = made.verify(work, prompts)
+            report, failure = _check(work, checkpoint, files, prompts, request)
             (work / "verify.json").write_text(dump_json(report), encoding="utf-8")
             if failure and not request.keep_failed:
                 raise failure
         (work / "plan.json").write_text(plan.to_json(), encoding="utf-8")
         copy_companions(place.path, ("LICENSE", RECOVERY_NAME), work)
-        (work / "README.md").write_text(made.card(target.name, report), encoding="utf-8")
+        slim_plan = plan if (place.path / "plan.json").exists() else None
+        license_name = model_license(place.path)
+        card = files.card(target.name, report, license_name, converted=slim_plan)
+        (work / "README.md").write_text(card, encoding="utf-8")
         write_manifest(work)
-        files = (path for pattern in made.files for path in work.glob(pattern))
-        nbytes = sum(path.stat().st_size for path in files)
+        nbytes = sum(path.stat().st_size for path in work.glob(made.weights))
     if failure:
         raise type(failure)(f"{failure} Published all the same, by --keep-failed: {target}")
-    return ConvertResult(target, decoder.layout, options, made.engines, nbytes, report, made.form)
+    return ConvertResult(
+        target, checkpoint.layout, options, files.engines, nbytes, report, files.summary
+    )
+
+
+def _check(
+    work: Path,
+    checkpoint: Checkpoint,
+    files: ModelFiles,
+    prompts: Sequence[str],
+    request: ConvertRequest,
+) -> tuple[dict[str, Any], CheckFailed | None]:
+    """verify.json's content, and the error if the answer is no."""
+    import torch
+
+    from spp_export.evaluation.batches import check_batches, slim_reference, wide_dtype
+    from spp_export.evaluation.parity import VerifyReport
+
+    own = getattr(torch, files.torch_dtype)
+    exact = wide_dtype(own, checkpoint.shape.parameters(checkpoint.layers), "cpu")
+    tokenizer = load_tokenizer(checkpoint.path) if prompts else None
+    found = files.check(
+        work,
+        Comparison(
+            checkpoint.path,
+            check_batches(checkpoint.shape.vocab_size, prompts, tokenizer, request.seed),
+            lambda batches: slim_reference(checkpoint.path, batches, exact, own),
+            request.device,
+        ),
+    )
+    report = VerifyReport(found.checks, found.context)
+    if report.passed:
+        return report.to_dict(), None
+    first = report.failures[0]
+    failure = ParityError(f"{first.name}: {first.describe()} This is a defect of spp.")
+    return report.to_dict(), failure
 
 
 def _preflight(
-    target: Path, checkpoint: Path, decoder: Decoder, options: ConvertOptions, verify: bool
+    target: Path, checkpoint: Checkpoint, options: FormatOptions, files: ModelFiles, verify: bool
 ) -> None:
-    check_readable(checkpoint, (*TOKENIZER_FILES, "LICENSE"))
-    needs = convert_needs(target, checkpoint, decoder, options, verify)
+    check_readable(checkpoint.path, (*TOKENIZER_FILES, "LICENSE"))
+    needs = convert_needs(target, checkpoint, options, files, verify)
     check_disk(needs)
     check_memory(needs)
 
@@ -124,34 +157,31 @@ def _check_source(path: Path, target: Path) -> None:
         raise OutputError(
             f"{target}: holds the checkpoint that is to be read. Choose another directory."
         )
-    for name, converted in (("an ONNX", is_onnx(path)), ("a GGUF", is_gguf(path))):
-        if converted:
-            raise ModelError(
-                f"{path}: is {name} directory already. Give the safetensors it was made from."
-            )
+    if (found := detect_format(path)) and found.converted:
+        raise ModelError(
+            f"{path}: has {found.title} already. Give the safetensors that it was made from."
+        )
     # A plan is the mark of an export whose manifest is gone or can no longer be read.
     ours = wrote(path) or (path / "plan.json").exists()
     if ours and (problems := check_manifest(path)):
         raise ModelError(f"{path}: {problems[0]}. Write the export again.")
 
 
-def _plan(place: ModelLocation, layout: str) -> Plan:
+def _plan(checkpoint: Checkpoint) -> Plan:
     """The export's own plan; for a dense model one that keeps everything."""
-    if stored := companion(place.path, "plan.json"):
+    if stored := companion(checkpoint.path, "plan.json"):
         return read_plan(stored)
-    if layout != "uniform":
+    if checkpoint.layout != "uniform":
         raise ModelError(
-            f"{place.path}: has no plan.json, so not a whole export. Give the directory that "
+            f"{checkpoint.path}: has no plan.json, so not a whole export. Give the directory that "
             "'spp export' wrote."
         )
-    source = open_source(place.path, place.name)
-    everything = LayerPlan(
-        tuple(range(source.shape.kv_heads)), tuple(range(source.shape.query_heads)), None
-    )
+    shape = checkpoint.shape
+    everything = LayerPlan(tuple(range(shape.kv_heads)), tuple(range(shape.query_heads)), None)
     return Plan(
-        model_fingerprint=source.fingerprint,
-        model_source=source.name,
+        model_fingerprint=checkpoint.fingerprint,
+        model_source=checkpoint.name,
         layout="uniform",
         compensation="none",
-        layers=(everything,) * source.shape.num_layers,
+        layers=(everything,) * shape.num_layers,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,50 +12,17 @@ from typing import Any
 
 from spp_export.common.disk import nearest
 from spp_export.common.versions import cpu_name, library_versions
+from spp_export.formats.format import Library
+from spp_export.formats.registry import FORMATS
 from spp_export.models.hub import cache_directory
 
-
-@dataclass(frozen=True)
-class Part:
-    """A library that something of ours needs.
-
-    package  as pip names it
-    module   as Python imports it
-    use      what it is for
-    install  how to get it
-    """
-
-    package: str
-    module: str
-    use: str
-    install: str
-
-
 PARTS = (
-    Part("torch", "torch", "everything that runs a model", "pip install spp-export"),
-    Part("transformers", "transformers", "models and tokenizers", "pip install spp-export"),
-    Part("gguf", "gguf", "the default model, --format gguf", "pip install 'spp-export[gguf]'"),
-    Part("onnx", "onnx", "--format onnx", "pip install 'spp-export[onnx]'"),
-    Part("onnx-ir", "onnx_ir", "--format onnx", "pip install 'spp-export[onnx]'"),
-    Part("onnxruntime", "onnxruntime", "ONNX on the CPU", "pip install 'spp-export[onnx]'"),
-    Part("onnxruntime-gpu", "onnxruntime", "ONNX on CUDA", "pip install 'spp-export[onnx-gpu]'"),
-    Part(
-        "onnxruntime-genai",
-        "onnxruntime_genai",
-        "another engine for ONNX directories",
-        "pip install onnxruntime-genai",
-    ),
-    Part(
-        "optimum-onnx",
-        "optimum.onnxruntime",
-        "ORTModelForCausalLM",
-        "pip install 'spp-export[optimum]'",
-    ),
-    Part("xllamacpp", "xllamacpp", "llama.cpp, for GGUF files", "pip install 'spp-export[gguf]'"),
-    Part("vllm", "vllm", "a server for many users", "pip install vllm"),
-    Part("peft", "peft", "spp recover", "pip install 'spp-export[recover]'"),
-    Part("lm-eval", "lm_eval", "lm-evaluation-harness", "pip install lm-eval"),
-    Part("triton", "triton", "kernels on CUDA", "pip install triton"),
+    Library("torch", "torch", "everything that runs a model", "pip install spp-export"),
+    Library("transformers", "transformers", "models and tokenizers", "pip install spp-export"),
+    *(library for made in FORMATS.values() for library in made.libraries),
+    Library("peft", "peft", "spp recover", "pip install 'spp-export[recover]'"),
+    Library("lm-eval", "lm_eval", "lm-evaluation-harness", "pip install lm-eval"),
+    Library("triton", "triton", "kernels on CUDA", "pip install triton"),
 )
 
 
@@ -63,7 +30,7 @@ PARTS = (
 class FoundPart:
     """One of `PARTS`: its version, None where it is missing, and why it cannot be imported."""
 
-    part: Part
+    part: Library
     version: str | None
     problem: str | None = None
 
@@ -117,7 +84,7 @@ def doctor() -> Examination:
     )
 
 
-def _examine(part: Part) -> FoundPart:
+def _examine(part: Library) -> FoundPart:
     try:
         found = version(part.package)
     except PackageNotFoundError:
@@ -181,6 +148,16 @@ def _size(directory: Path) -> int:
     return total
 
 
+def _same_module(parts: Sequence[FoundPart]) -> Iterator[tuple[str, str]]:
+    """Packages that are installed and are imported by the same name."""
+    first: dict[str, str] = {}
+    for found in parts:
+        if found.version is not None:
+            name = first.setdefault(found.part.module, found.part.package)
+            if name != found.part.package:
+                yield name, found.part.package
+
+
 def _problems(parts: Sequence[FoundPart], caches: Sequence[Cache]) -> Sequence[str]:
     problems = [
         f"{found.part.package} {found.version} cannot be imported: {found.problem}. "
@@ -194,11 +171,11 @@ def _problems(parts: Sequence[FoundPart], caches: Sequence[Cache]) -> Sequence[s
         for name in ("torch", "transformers")
         if names[name].version is None
     ]
-    if names["onnxruntime"].version and names["onnxruntime-gpu"].version:
-        problems.append(
-            "onnxruntime and onnxruntime-gpu are both installed, and one hides the other. "
-            "Uninstall both, then install the one you need."
-        )
+    problems += [
+        f"{first} and {second} are both installed, and one hides the other. "
+        "Uninstall both, then install the one you need."
+        for first, second in _same_module(parts)
+    ]
     problems += [
         f"{cache.path}: cannot be written. Set SPP_CACHE to a directory of your own."
         for cache in caches

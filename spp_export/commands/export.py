@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from spp_export.commands.export_checks import as_gguf, as_onnx, check_export, export_card
+from spp_export.commands.export_checks import check_export
 from spp_export.commands.export_request import ExportResult
 from spp_export.commands.needs import (
     Needs,
@@ -33,20 +33,14 @@ from spp_export.common.options import command
 from spp_export.common.publish import check_target, publish
 from spp_export.data.artifacts import Artifacts, open_artifacts
 from spp_export.data.scenario import Scenario, read_scenario
-from spp_export.formats.gguf.format import (
-    write_gguf_files,
-)
-from spp_export.formats.gguf.options import GGUF_NAME
-from spp_export.formats.gguf.options import require as require_gguf
-from spp_export.formats.onnx.format import (
-    write_graph,
-)
-from spp_export.formats.onnx.options import require_all
+from spp_export.formats.format import ModelFiles
+from spp_export.formats.promised import promised_checkpoint
+from spp_export.formats.registry import FORMATS
 from spp_export.formats.safetensors.write import COMPANIONS, write_slim
-from spp_export.models.hub import DEMO
+from spp_export.models.hub import DEMO, model_license
 from spp_export.models.session import Session, open_session
 from spp_export.planning import Plan, read_plan, validate_plan
-from spp_export.planning.bound import predicted
+from spp_export.planning.bound import Predicted, predicted
 from spp_export.planning.planner import (
     PlanResult,
     artifacts_record,
@@ -82,13 +76,13 @@ def export(request: ExportRequest) -> ExportResult:
     artifacts = _artifacts(request, session)
     _preflight(session, target, request)
     job = _Job(session, artifacts, text, request, _Clock())
-    result = job.decide(target)
+    result, files = job.decide(target)
     if request.dry_run:
         return result
     assert result.needs
     check_disk(result.needs)
     with publish(target, request.force) as work:
-        result, failure = job.fill(work, result, target.name)
+        result, failure = job.fill(work, result, files, target.name)
     if failure:
         raise type(failure)(f"{failure} Published all the same, by --keep-failed: {target}")
     result = replace(result, path=target)
@@ -108,8 +102,8 @@ class _Job:
     request: ExportRequest
     clock: _Clock
 
-    def decide(self, target: Path) -> ExportResult:
-        """The plan, given or compiled, and what it will come to."""
+    def decide(self, target: Path) -> tuple[ExportResult, ModelFiles]:
+        """The plan, given or compiled, what it will come to, and the files to write."""
         session, request = self.session, self.request
         with self.clock("plan"):
             decided = _decide(session, self.artifacts, self.text, request)
@@ -117,65 +111,72 @@ class _Job:
                 request.check_layout(decided.plan.layout, request.pad or decided.plan.padded)
             if request.pad:
                 decided = _padded(decided, session)
+        promised = promised_checkpoint(session.source, decided.plan)
+        files = FORMATS[request.format].prepare(request.form, promised, decided.plan)
+        needs = _needs(
+            session,
+            target,
+            decided.predicted.file_bytes,
+            request,
+            runs_model=request.plan is None or decided.plan.compensation != "none",
+        )
         result = ExportResult(
             path=None,
             plan=decided.plan,
             shape=session.source.shape,
             diagnosis=decided.diagnosis,
-            predicted=decided.predicted,
-            engines=decided.engines,
+            predicted=_sizes(decided, session, files.element_bytes),
+            engines=files.engines,
             tensors=plan_tensors(session, decided.plan),
             seconds=self.clock.seconds,
-            needs=_needs(
-                session,
-                target,
-                decided.predicted.file_bytes,
-                request,
-                runs_model=request.plan is None or decided.plan.compensation != "none",
-            ),
+            format=request.format,
+            form=files.summary,
+            needs=replace(needs, disk={**needs.disk, **files.nbytes}),
         )
-        if request.onnx:
-            result = as_onnx(result, session, request.onnx)
-        return as_gguf(result, session, request.gguf) if request.gguf else result
+        return result, files
 
     def fill(
-        self, work: Path, result: ExportResult, name: str
+        self, work: Path, result: ExportResult, files: ModelFiles, name: str
     ) -> tuple[ExportResult, CheckFailed | None]:
         """Write and check everything in `work`, which will be called `name`; and what failed where
         that is published all the same."""
         request = self.request
-        # A graph is made from a slim checkpoint, which is checked like any and then thrown away.
-        slim = work / "slim" if request.onnx or request.gguf else work
+        made = FORMATS[request.format]
+        # Other formats are made from a slim checkpoint, which is checked like any and then thrown
+        # away.
+        slim = work / "slim" if made.converted else work
         slim.mkdir(exist_ok=True)
-        written, compensation = self._write(work, slim, result)
+        written, compensation = self._write(slim, result)
+        if made.converted:
+            with self.clock(made.name):
+                files.write(slim, work)
         failure: CheckFailed | None = None
         if request.verify:
             with self.clock("verify"):
                 report, failure = check_export(
-                    self.session, result, self.text, work, request, compensation
+                    self.session, result, self.text, (slim, work), files, request, compensation
                 )
             (work / "verify.json").write_text(dump_json(report), encoding="utf-8")
             if failure and not request.keep_failed:
                 raise failure
             result = replace(result, report=report)
-        card = export_card(name, self.session, result, result.report)
+        license_name = model_license(self.session.source.path)
+        slim_facts = result.plan, result.shape, result.predicted
+        card = files.card(name, result.report, license_name, slim_facts)
         (work / "README.md").write_text(card, encoding="utf-8")
-        if slim == work:
+        if not made.converted:
             write_manifest(work, written.records)
             return result, failure
         shutil.copyfile(slim / "plan.json", work / "plan.json")
         if (slim / "LICENSE").exists():
             shutil.copyfile(slim / "LICENSE", work / "LICENSE")
         shutil.rmtree(slim)
-        files = [*work.glob("model.onnx*"), *work.glob(GGUF_NAME)]
         write_manifest(work)
-        size = sum(path.stat().st_size for path in files)
-        return replace(result, graph_bytes=size), failure
+        size = sum(path.stat().st_size for path in work.glob(made.weights))
+        return replace(result, nbytes=size), failure
 
-    def _write(
-        self, work: Path, slim: Path, result: ExportResult
-    ) -> tuple[WrittenWeights, Compensator]:
-        """The slim checkpoint in `slim`, and what is made of it in `work`."""
+    def _write(self, slim: Path, result: ExportResult) -> tuple[WrittenWeights, Compensator]:
+        """The slim checkpoint."""
         session, clock = self.session, self.clock
         with clock("compensate"):
             compensation = plan_compensation(
@@ -183,24 +184,14 @@ class _Job:
             )
         with clock("slice"):
             written = write_slim(session, result.plan, compensation, slim)
-        if self.request.onnx:
-            with clock("graph"):
-                write_graph(slim, work, self.request.onnx)
-        if result.gguf:
-            with clock("gguf"):
-                write_gguf_files(slim, work, result.gguf)
         return written, compensation
 
 
 def _check_format(request: ExportRequest) -> None:
     """UsageError where the format cannot be, or what it takes is not installed."""
-    if request.onnx:
-        require_all()
-        # What nothing here can run can still be written, where nobody asks for the checks.
-        request.onnx.check(request.device if request.verify and not request.dry_run else None)
-    if request.gguf:
-        require_gguf()
-        request.gguf.check()
+    FORMATS[request.format].require()
+    # What nothing here can run can still be written, where nobody asks for the checks.
+    request.form.check(request.device if request.verify and not request.dry_run else None)
 
 
 def _push(target: Path, request: ExportRequest, repo_id: str) -> PushResult:
@@ -223,6 +214,16 @@ def _padded(decided: PlanResult, session: Session) -> PlanResult:
     layers = compiled.written_shapes(source.shape)
     sizes = predicted(source.shape, layers, written_shape(source, compiled))
     return replace(decided, plan=replace(compiled, predicted=sizes.to_dict()), predicted=sizes)
+
+
+def _sizes(decided: PlanResult, session: Session, element_bytes: int) -> Predicted:
+    """What the plan comes to where a weight takes so many bytes."""
+    source, compiled = session.source, decided.plan
+    if element_bytes == source.shape.element_bytes:
+        return decided.predicted
+    dense = replace(source.shape, element_bytes=element_bytes)
+    written = replace(written_shape(source, compiled), element_bytes=element_bytes)
+    return predicted(dense, compiled.written_shapes(source.shape), written)
 
 
 def _preflight(session: Session, target: Path, request: ExportRequest) -> None:
@@ -249,8 +250,7 @@ def _needs(
         slim_bytes,
         runs_model=runs_model,
         verify=request.verify,
-        onnx=request.onnx,
-        gguf=request.gguf,
+        form=request.form,
     )
 
 

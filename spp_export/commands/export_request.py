@@ -10,8 +10,7 @@ from typing import Any
 from spp_export.commands.needs import Needs
 from spp_export.commands.push import PushResult
 from spp_export.domains.diagnosis import Diagnosis
-from spp_export.formats.gguf.contents import Contents
-from spp_export.formats.onnx.options import OnnxOptions
+from spp_export.formats.registry import FORMATS
 from spp_export.models.engines import Engine
 from spp_export.models.shape import ModelShape
 from spp_export.planning import Plan
@@ -20,7 +19,12 @@ from spp_export.planning.bound import Predicted
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What was decided, written and found. `path` is None for a dry run."""
+    """What was decided, written and found.
+
+    path    None for a dry run
+    form    what the files say of their format
+    nbytes  of the files made from the slim checkpoint; 0 where they are its own
+    """
 
     path: Path | None
     plan: Plan
@@ -31,9 +35,9 @@ class ExportResult:
     tensors: Sequence[Mapping[str, Any]]
     report: Mapping[str, Any] | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
-    onnx: OnnxOptions | None = None
-    graph_bytes: int = 0
-    gguf: Contents | None = None
+    format: str = "safetensors"
+    form: Mapping[str, Any] = field(default_factory=dict)
+    nbytes: int = 0
     needs: Needs | None = None
     pushed: PushResult | None = None
 
@@ -42,9 +46,12 @@ class ExportResult:
         kept = [len(layer.query_heads) for layer in self.plan.layers]
         return {
             "path": None if self.path is None else str(self.path),
-            "format": "onnx" if self.onnx else "gguf" if self.gguf else "safetensors",
-            "onnx": {**self.onnx.to_dict(), "bytes": self.graph_bytes} if self.onnx else None,
-            "gguf": {**self.gguf.summary(), "bytes": self.graph_bytes} if self.gguf else None,
+            "format": self.format,
+            **{
+                name: {**self.form, "bytes": self.nbytes} if name == self.format else None
+                for name, made in FORMATS.items()
+                if made.converted
+            },
             "layout": self.plan.layout,
             "padded": self.plan.padded,
             "compensation": self.plan.compensation,

@@ -13,12 +13,10 @@ from typing import Any
 from spp_export.common.disk import free_space, nearest
 from spp_export.common.errors import ModelError, OutputError, ResourceError
 from spp_export.common.memory import free_memory
-from spp_export.formats.decoder import Decoder
-from spp_export.formats.gguf.encode import row_bytes
-from spp_export.formats.gguf.options import BLOCK, GgufOptions
-from spp_export.formats.onnx.options import OnnxOptions
-from spp_export.formats.onnx.quantise import BLOCK_SIZES
-from spp_export.models.checkpoint.checkpoint import TOKENIZER_FILES
+from spp_export.formats.format import FormatOptions, ModelFiles
+from spp_export.formats.registry import format_of
+from spp_export.formats.safetensors.format import SafetensorsOptions
+from spp_export.models.checkpoint.checkpoint import TOKENIZER_FILES, Checkpoint
 from spp_export.models.checkpoint.companions import companion
 from spp_export.models.checkpoint.dtypes import ELEMENT_BYTES, FLOAT_DTYPES
 from spp_export.models.session import Session
@@ -29,12 +27,6 @@ _ELEMENT_BYTES = {name: ELEMENT_BYTES[stored] for stored, name in FLOAT_DTYPES.i
 _PROGRAM_MEMORY = 700_000_000
 # Code, plan, report, card and manifest.
 _SMALL_FILES = 1_000_000
-# Scales are float32, zero points as wide as the values.
-_QUANTISED_BYTES = {
-    "int4": 0.5 + 4.5 / BLOCK_SIZES[4],
-    "int8": 1 + 5 / BLOCK_SIZES[8],
-    "int8-dynamic": 1.0,
-}
 
 
 def export_needs(
@@ -44,10 +36,9 @@ def export_needs(
     *,
     runs_model: bool,
     verify: bool,
-    onnx: OnnxOptions | None = None,
-    gguf: GgufOptions | None = None,
+    form: FormatOptions,
 ) -> Needs:
-    """Of writing a slim checkpoint of so many bytes, and a graph or a GGUF file made of it.
+    """Of writing a slim checkpoint of so many bytes, and what another format makes of it.
 
     runs_model: the dense model is asked about text, before it is sliced.
     """
@@ -55,10 +46,7 @@ def export_needs(
     size = _ELEMENT_BYTES[session.dtype]
     slim, dense = slim_bytes // shape.element_bytes, shape.parameters(shape.layers)
     disk = {"slim checkpoint": slim_bytes, "other files": _other_files(source.path)}
-    if onnx:
-        disk |= graph_bytes(onnx, slim, verify)
-    if gguf:
-        disk |= gguf_bytes(gguf, source.dtype, slim)
+    disk |= format_of(form).disk(form, source.dtype, slim, verify)
     memory = _base(max(tensor.nbytes for tensor in source.tensors.values()))
     # On another device only tensors on their way are in the machine's memory.
     if session.device != "cpu" or not (runs_model or verify):
@@ -71,53 +59,29 @@ def export_needs(
 
 
 def convert_needs(
-    target: Path,
-    checkpoint: Path,
-    decoder: Decoder,
-    options: OnnxOptions | GgufOptions,
-    verify: bool,
+    target: Path, checkpoint: Checkpoint, form: FormatOptions, files: ModelFiles, verify: bool
 ) -> Needs:
-    """Of writing a checkpoint as a graph, whose tensors pass through memory one at a time, or as a
-    GGUF file, which is checked a tensor at a time."""
-    parameters = decoder.shape.parameters(decoder.layers)
-    if isinstance(options, GgufOptions):
-        stored = next(iter(decoder.tensors.values())).dtype
-        file = gguf_bytes(options, stored, parameters)
-        memory = _base(4 * max(math.prod(tensor.shape) for tensor in decoder.tensors.values()))
-        if verify:
-            memory |= {"model in float32": 4 * parameters}
-        return Needs(target, {**file, "other files": _other_files(checkpoint)}, memory, 0)
-    disk = {**graph_bytes(options, parameters, verify), "other files": _other_files(checkpoint)}
-    largest = max(math.prod(tensor.shape) for tensor in decoder.tensors.values())
-    least = options.element_bytes * largest
+    """Of writing a checkpoint, whose tensors pass through memory one at a time, as `files`; where
+    they are checked, the engine and PyTorch have the model in memory."""
+    made = format_of(form)
+    parameters = checkpoint.shape.parameters(checkpoint.layers)
+    parts = made.disk(form, checkpoint.dtype, parameters, verify)
+    largest = max(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    least = made.working_bytes(form) * largest
     memory = _base(least)
     if verify:
-        model = _ELEMENT_BYTES[options.torch_dtype] * parameters
-        memory |= {f"model in {options.torch_dtype}": model, "graph": disk["graph"]}
-    return Needs(target, disk, memory, least)
+        model = _ELEMENT_BYTES[files.torch_dtype] * parameters
+        memory |= {f"model in {files.torch_dtype}": model, **parts}
+    return Needs(target, {**parts, "other files": _other_files(checkpoint.path)}, memory, least)
 
 
 def probe_needs(session: Session, target: Path, domains: int) -> Needs:
     """Of the offline stage: what it writes is small, what it runs is the dense model."""
     shape = session.source.shape
     units = shape.hidden_size + shape.query_heads + shape.channels
-    needs = export_needs(session, target, 0, runs_model=True, verify=False)
+    form = SafetensorsOptions()
+    needs = export_needs(session, target, 0, runs_model=True, verify=False, form=form)
     return replace(needs, disk={"artifacts": 4 * domains * shape.num_layers * units})
-
-
-def graph_bytes(options: OnnxOptions, parameters: int, verify: bool) -> dict[str, int]:
-    """Bytes of a graph, and of the unquantised one that a quantised one is compared with."""
-    plain = options.element_bytes * parameters
-    if options.quant is None:
-        return {"graph": plain}
-    graph = round(_QUANTISED_BYTES[options.quant] * parameters)
-    return {"graph": graph, "graph to compare with": plain if verify else 0}
-
-
-def gguf_bytes(options: GgufOptions, stored_dtype: str, parameters: int) -> dict[str, int]:
-    """Bytes of a GGUF file of a checkpoint in `stored_dtype`."""
-    kind = options.resolved(stored_dtype).kind
-    return {"GGUF file": row_bytes(BLOCK, kind) * parameters // BLOCK}
 
 
 def _base(largest: int) -> dict[str, int]:

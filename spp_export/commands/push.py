@@ -13,10 +13,11 @@ from spp_export.common.json_files import read_json
 from spp_export.common.manifest import MANIFEST_NAME, check_manifest, listed_names, wrote
 from spp_export.common.options import command
 from spp_export.common.progress import progress
+from spp_export.formats.registry import FORMATS
 
 # An older export's files of these kinds go in the same commit: transformers would read a leftover
 # model.safetensors rather than new shards. Whatever else the repository has stays.
-_REPLACED = ("*.safetensors", "*.safetensors.index.json", "model.onnx*", "*.gguf", "*_spp.py")
+_REPLACED = tuple(pattern for made in FORMATS.values() for pattern in (made.weights, *made.others))
 # What the hub takes for an id.
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
 _ID = re.compile(f"(?:{_PART}/)?{_PART}")

@@ -25,8 +25,7 @@ from spp_export.common.progress import progress
 from spp_export.common.publish import check_target, publish
 from spp_export.data.scenario import Scenario, read_scenario
 from spp_export.formats.card import model_card, recovery_section
-from spp_export.formats.gguf.format import is_gguf
-from spp_export.formats.onnx.format import is_onnx
+from spp_export.formats.registry import detect_format
 from spp_export.formats.safetensors.verify import RECOVERY_NAME, check_directory
 from spp_export.models.checkpoint.header import StoredTensor
 from spp_export.models.checkpoint.reader import INDEX_NAME, blocks, stored_tensors
@@ -315,7 +314,7 @@ def _plan(directory: Path) -> Plan:
     """The plan of an export that can be recovered. Raises UsageError."""
     if not (directory / "plan.json").is_file():
         raise UsageError(f"{directory}: no plan.json, so not an export of spp.")
-    if is_onnx(directory) or is_gguf(directory):
+    if (found := detect_format(directory)) and found.converted:
         raise UsageError(
             f"{directory}: only exports with safetensors can be trained. Recover that one, and "
             "convert the result with 'spp convert'."

@@ -6,8 +6,8 @@ Imports nothing heavy: help pages are made from these fields.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, fields, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -37,13 +37,11 @@ from spp_export.common.options import (
     output_option,
     scenario_option,
 )
+from spp_export.formats.format import Format, FormatOptions
+from spp_export.formats.registry import FORMATS, options_of
 from spp_export.models.shape import Units
 from spp_export.planning.plan import Compensation, Plan
 from spp_export.planning.request import Comparable, PlanRequest, Regime
-
-if TYPE_CHECKING:
-    from spp_export.formats.gguf.options import GgufOptions
-    from spp_export.formats.onnx.options import OnnxOptions
 
 ANSWERS, MEASURED, ROWS, TEXTS = "Answers", "Measured before", "Rows", "Texts to judge on"
 TRAINING = "Training"
@@ -130,81 +128,77 @@ class ImportRequest(Force):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FormRequest(Device):
-    """The form of an ONNX graph or a GGUF file."""
-
-    onnx_attention: Literal["gqa", "gqa-bias", "standard"] | None = option(
-        None,
-        panel=CONVERTED,
-        help="gqa (the default) is fastest and pads on the right; gqa-bias pads on either side; "
-        "standard is for other runtimes, and for fp32 on CUDA.",
-    )
-    precision: Literal["fp32", "fp16", "bf16"] | None = option(
-        None,
-        panel=CONVERTED,
-        help="Of an ONNX graph: fp32 on the CPU, fp16 on CUDA. Of a GGUF file: the stored one.",
-    )
-    quant: str | None = option(
-        None,
-        panel=CONVERTED,
-        type=Literal["int8", "int4", "int8-dynamic", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"],
-        help="Round weights in small blocks: int8 and int4 for ONNX, and int8-dynamic, which "
-        "rounds activations too; q8_0 to q4_0 for GGUF.",
-    )
+class _Form(Device):
+    """A format, and what is chosen about its files."""
 
     @property
-    def onnx(self) -> OnnxOptions | None:
-        """The form of a graph, where that is the format."""
-        if self._format != "onnx":
-            return None
-        from spp_export.formats.onnx.options import QUANTS, OnnxOptions
-
-        # The only precision of each device that every form has kernels for.
-        usual: Any = "fp16" if self.device.startswith("cuda") else "fp32"
-        quant: Any = self._quant(QUANTS)
-        return OnnxOptions(self.onnx_attention or "gqa", self.precision or usual, quant)
-
-    @property
-    def gguf(self) -> GgufOptions | None:
-        """The form of a file, where that is the format."""
-        if self._format != "gguf":
-            return None
-        from spp_export.formats.gguf.options import QUANTS, GgufOptions
-
-        quant: Any = self._quant(QUANTS)
-        return GgufOptions(self.precision, quant)
+    def form(self) -> FormatOptions:
+        """The options of the format. Raises UsageError for one that it does not have."""
+        values = {flag: getattr(self, name) for flag, name in _FLAGS.items()}
+        return options_of(self._format, self.device, values)
 
     @property
     def _format(self) -> str:
         name: str = getattr(self, "format")  # noqa: B009  of the command
         return name
 
-    def _quant(self, known: tuple[str, ...]) -> str | None:
-        if self.quant is not None and self.quant not in known:
-            raise UsageError(
-                f"--quant {self.quant}: --format {self._format} has {', '.join(known)}. "
-                "Choose one of them."
-            )
-        return self.quant
-
     def check(self) -> None:
         """UsageError for an option of another format."""
         super().check()
-        if self._format == "gguf" and self.onnx_attention is not None:
-            raise UsageError("--onnx-attention: is for ONNX. Add --format onnx, or drop it.")
-        if self.onnx or self.gguf:
-            return
-        for flag, value in (
-            ("--onnx-attention", self.onnx_attention),
-            ("--precision", self.precision),
-            ("--quant", self.quant),
-        ):
-            if value is not None:
-                also = "" if flag == "--onnx-attention" else " and GGUF"
-                names = "onnx or gguf" if also else "onnx"
-                raise UsageError(
-                    f"{flag}: is for ONNX{also}. Add --format {names}, or drop {flag}."
-                )
+        check_word("--format", self._format, tuple(FORMATS))
+        _ = self.form
+
+
+def format_option(default: str, names: Sequence[str], words: str) -> Any:
+    """--format, one of these names."""
+    return option(default, type=Literal[tuple(names)], help=words)
+
+
+def form_fields(formats: Iterable[Format[Any]]) -> dict[str, tuple[str, Any]]:
+    """By flag, the name in a request and the field of each option of these formats."""
+    choices: dict[str, dict[str, None]] = {}
+    helps: dict[str, list[str]] = {}
+    for made in formats:
+        known = made.options.choices()
+        for item in fields(made.options):
+            flag = made.options.flags()[item.name]
+            choices.setdefault(flag, {}).update(dict.fromkeys(known.get(item.name, ())))
+            helps.setdefault(flag, []).append(item.metadata["help"])
+    return {
+        flag: (
+            flag.removeprefix("--").replace("-", "_"),
+            option(
+                None,
+                panel=CONVERTED,
+                type=Literal[tuple(choices[flag])] if choices[flag] else str,
+                help=" ".join(words),
+            ),
+        )
+        for flag, words in helps.items()
+    }
+
+
+_FIELDS = form_fields(FORMATS.values())
+_FLAGS = {flag: name for flag, (name, _) in _FIELDS.items()}
+if TYPE_CHECKING:
+
+    @dataclass(frozen=True, kw_only=True)
+    class FormRequest(_Form):
+        """As below; type checkers cannot read the registry."""
+
+        onnx_attention: str | None = None
+        precision: str | None = None
+        quant: str | None = None
+
+else:
+    FormRequest = make_dataclass(
+        "FormRequest",
+        [(name, str | None, item) for name, item in _FIELDS.values()],
+        bases=(_Form,),
+        frozen=True,
+        kw_only=True,
+        namespace={"__module__": __name__},
+    )
 
 
 @dataclass(frozen=True)
@@ -228,9 +222,10 @@ class ExportRequest(
         type=Path,
         help="A plan from 'spp plan', instead of deciding anew.",
     )
-    format: Literal["safetensors", "onnx", "gguf"] = option(
+    format: str = format_option(
         "safetensors",
-        help="safetensors for transformers and vLLM, onnx for ONNX Runtime, gguf for llama.cpp.",
+        tuple(FORMATS),
+        ", ".join(f"{made.name} for {made.engine}" for made in FORMATS.values()) + ".",
     )
     pad: bool = option(
         False,
@@ -297,7 +292,7 @@ class ExportRequest(
         """UsageError for zeros that have nowhere to go, or a graph whose groups would differ."""
         if pad and layout != "ragged":
             raise UsageError(f"--pad fills the groups of ragged layers; this layout is {layout}.")
-        if self.format != "safetensors" and layout == "ragged" and not pad:
+        if not FORMATS[self.format].ragged and layout == "ragged" and not pad:
             raise UsageError(
                 f"--format {self.format} needs groups of the same size in a layer. Add --pad to "
                 "fill those of a ragged layout with zeros."
@@ -314,7 +309,9 @@ class ConvertRequest(KeepFailed, Force, Seed, FormRequest):
     )
     output: PathLike = output_option(help="Directory to write.")
     _: KW_ONLY
-    format: Literal["onnx", "gguf"] = option("onnx", help="What to write.")
+    format: str = format_option(
+        "onnx", [made.name for made in FORMATS.values() if made.converted], "What to write."
+    )
     scenario: PathLike | None = compared_text()
     verify: bool = option(
         True,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,8 @@ from spp_export.common.options import command
 from spp_export.data.artifacts import Artifacts, read_artifacts
 from spp_export.evaluation.harness.records import RESULTS, Results, read_results
 from spp_export.evaluation.harness.table import interval, ranking, units_name
-from spp_export.formats.gguf.format import gguf_options
-from spp_export.formats.gguf.header import read_gguf
-from spp_export.formats.gguf.options import GGUF_NAME
-from spp_export.formats.onnx.format import onnx_options
-from spp_export.formats.onnx.write import GRAPH_NAME
+from spp_export.formats.format import Format
+from spp_export.formats.registry import FORMATS, detect_format
 from spp_export.models.checkpoint.checkpoint import Checkpoint, open_source
 from spp_export.planning import Plan, read_plan
 
@@ -34,8 +30,7 @@ _FAR = 1e9
 class Shown:
     """What a path is, the facts about it, and what is wrong with its files.
 
-    kind      "plan", "artifacts", "slim checkpoint", "ONNX export", "GGUF export", "dense model" or
-              "evaluation"
+    kind      "plan", "artifacts", "dense model", "evaluation", or that of an export's format
     facts     JSON values by name, in the order to show them
     problems  how its files differ from the manifest, one line each: missing, extra, of another size
               or SHA-256; None where no manifest says what they should be
@@ -74,9 +69,7 @@ def show(request: ShowRequest) -> Shown:
     if "artifacts.json" in names:
         return _artifacts(place)
     if "plan.json" in names:
-        if GGUF_NAME in names:
-            return _gguf_export(place)
-        return _onnx_export(place) if GRAPH_NAME in names else _slim_checkpoint(place)
+        return _export(place, detect_format(place, names) or FORMATS["safetensors"])
     if "config.json" in names:
         return Shown("dense model", _model_facts(open_source(place)), _problems(place))
     raise UsageError(
@@ -121,31 +114,13 @@ def _artifacts(place: Path) -> Shown:
         return Shown("artifacts", {}, (str(error), *problems))
 
 
-def _slim_checkpoint(place: Path) -> Shown:
+def _export(place: Path, made: Format[Any]) -> Shown:
     problems = tuple(check_manifest(place))
     try:
-        facts = _plan_facts(_own_plan(place))
-    except PlanError as error:
-        return Shown("slim checkpoint", {}, (str(error), *problems))
-    return Shown("slim checkpoint", {**facts, "bytes": _size(place), **_verdict(place)}, problems)
-
-
-def _onnx_export(place: Path) -> Shown:
-    problems = tuple(check_manifest(place))
-    try:
-        form = onnx_options(place)
-        plan = _plan_facts(_own_plan(place))
+        facts = {**made.facts(place), **_plan_facts(_own_plan(place))}
     except (ModelError, PlanError) as error:
-        return Shown("ONNX export", {}, (str(error), *problems))
-    facts = {
-        "attention": form.attention,
-        "precision": form.precision,
-        "quant": form.quant or "none",
-        **plan,
-        "graph_bytes": sum(file.stat().st_size for file in place.glob("model.onnx*")),
-        "bytes": _size(place),
-    }
-    return Shown("ONNX export", {**facts, **_verdict(place)}, problems)
+        return Shown(made.kind, {}, (str(error), *problems))
+    return Shown(made.kind, {**facts, "bytes": _size(place), **_verdict(place)}, problems)
 
 
 def _own_plan(place: Path) -> Plan:
@@ -153,27 +128,6 @@ def _own_plan(place: Path) -> Plan:
     if path.is_symlink() or not path.is_file():
         raise PlanError(f"{path}: expected a regular file.")
     return read_plan(path)
-
-
-def _gguf_export(place: Path) -> Shown:
-    problems = tuple(check_manifest(place))
-    try:
-        form = gguf_options(place)
-        file = read_gguf(place)
-        plan = _plan_facts(read_plan(place / "plan.json"))
-    except (ModelError, PlanError) as error:
-        return Shown("GGUF export", {}, (str(error), *problems))
-    kinds = Counter(tensor.kind for tensor in file.tensors.values())
-    architecture = file.metadata.get("general.architecture")
-    facts = {
-        "architecture": architecture.items if architecture else None,
-        "precision": form.precision or "none",
-        "quant": form.quant or "none",
-        "tensors": ", ".join(f"{count} in {kind}" for kind, count in sorted(kinds.items())),
-        **plan,
-        "bytes": _size(place),
-    }
-    return Shown("GGUF export", {**facts, **_verdict(place)}, problems)
 
 
 def _size(place: Path) -> int:

@@ -10,9 +10,8 @@ from spp_export.common.errors import OutputError, UsageError
 from spp_export.common.manifest import check_manifest, listed_names
 from spp_export.common.options import command
 from spp_export.data.scenario import read_scenario
-from spp_export.formats.gguf.format import is_gguf
-from spp_export.formats.onnx.format import graph_dtype, is_onnx
-from spp_export.formats.safetensors.verify import RECOVERY_NAME, check_directory
+from spp_export.formats.registry import FORMATS, detect_format
+from spp_export.formats.safetensors.verify import RECOVERY_NAME
 from spp_export.models.session import open_session
 from spp_export.planning import read_plan, validate_plan
 
@@ -39,31 +38,19 @@ def verify(request: VerifyRequest) -> VerifyReport:
     if problems:
         # Nothing more can be said of files that are not the ones that were written.
         return VerifyReport((integrity,))
-    converted = is_onnx(directory) or is_gguf(directory)
-    if converted and (directory / RECOVERY_NAME).is_file():
+    made = detect_format(directory) or FORMATS["safetensors"]
+    if made.converted and (directory / RECOVERY_NAME).is_file():
         raise UsageError(
             f"{directory}: was converted from an export that was trained further, so its weights "
             "do not follow from the dense model. They were compared with that export's when it was "
             "converted; its files are as they were written."
         )
-    dtype: str | None = request.dtype
-    if dtype is None and is_onnx(directory):
-        dtype = graph_dtype(directory)
+    dtype: str | None = request.dtype or made.verify_dtype(directory)
     session = open_session(
         request.model, device=request.device, dtype=dtype, layerwise=request.layerwise
     )
     compiled = read_plan(directory / "plan.json")
     validate_plan(compiled, session.source.shape, session.source.fingerprint)
     prompts = () if request.scenario is None else read_scenario(request.scenario).prompts
-    seed = request.seed
-    if is_onnx(directory):
-        from spp_export.formats.onnx.format import check_onnx_directory
-
-        report = check_onnx_directory(directory, session, compiled, prompts, seed)
-    elif is_gguf(directory):
-        from spp_export.formats.gguf.format import check_gguf_directory
-
-        report = check_gguf_directory(directory, session, compiled, prompts, seed)
-    else:
-        report = check_directory(directory, session, compiled, prompts, seed).report
+    report = made.verify(directory, session, compiled, prompts, request.seed)
     return VerifyReport((integrity, *report.checks), report.context)

@@ -1,91 +1,299 @@
-"""What a format is."""
+"""What a format is: everything that the commands ask of one. README.md shows how to add one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from types import ModuleType
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Generic,
+    Literal,
+    Protocol,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
-from spp_export.common.errors import CheckFailed, ParityError
-from spp_export.evaluation.batches import slim_reference
-from spp_export.formats.decoder import Decoder
-from spp_export.models.engines import Engine
-from spp_export.models.tokenizer import load_tokenizer
-from spp_export.planning import Plan
+from spp_export.common.errors import UsageError
 
 if TYPE_CHECKING:
-    import torch
+    from numpy.typing import NDArray
+    from torch import nn
 
     from spp_export.calibration.activations import TokenBatch
-    from spp_export.evaluation.parity import Check, ReferenceLogits
-
-
-# verify.json's content, and the error if the answer is no.
-Verdict = tuple[dict[str, Any], CheckFailed | None]
+    from spp_export.evaluation.parity import Check, ReferenceLogits, VerifyReport
+    from spp_export.models.checkpoint.checkpoint import Checkpoint
+    from spp_export.models.engines import Engine
+    from spp_export.models.session import Session
+    from spp_export.models.shape import LayerShape, ModelShape
+    from spp_export.planning import Plan
+    from spp_export.planning.bound import Predicted
 
 
 @dataclass(frozen=True)
-class Job:
-    """A checkpoint, what it is, and what it is checked with."""
+class FormatOptions:
+    """What may be chosen about the files of a format, a field for each.
+
+    The command line is made from the fields. Their metadata have a `help`, and a `flag` where that
+    is not their name; their choices are those of a Literal.
+    """
+
+    @classmethod
+    def chosen(cls, device: str, values: Mapping[str, Any]) -> Any:
+        """Options with these values, None of which is no choice, and a device's defaults."""
+        return cls(**{name: value for name, value in values.items() if value is not None})
+
+    @classmethod
+    def choices(cls) -> dict[str, tuple[str, ...]]:
+        """The words that each field may be, by its name."""
+        found = {}
+        for name, hint in get_type_hints(cls).items():
+            parts = (hint, *get_args(hint))
+            words = next((get_args(part) for part in parts if get_origin(part) is Literal), ())
+            if words:
+                found[name] = words
+        return found
+
+    @classmethod
+    def flags(cls) -> dict[str, str]:
+        """What each field is called on the command line, by its name."""
+        return {
+            item.name: item.metadata.get("flag", "--" + item.name.replace("_", "-"))
+            for item in fields(cls)
+        }
+
+    def check(self, device: str | None = None) -> None:
+        """UsageError for files that cannot be, or that `device` cannot check; None checks none."""
+        choices, flags = self.choices(), self.flags()
+        for name, value in self.to_dict().items():
+            known = choices.get(name, ())
+            if value is not None and known and value not in known:
+                raise UsageError(
+                    f"{flags[name]} {value!s:.40}: expected one of {', '.join(known)}."
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For config.json."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Library:
+    """A library that something of ours needs.
+
+    package  as pip names it
+    module   as Python imports it
+    use      what it is for
+    install  how to get it
+    """
+
+    package: str
+    module: str
+    use: str
+    install: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What files are checked against: the checkpoint that they were just made from.
+
+    reference  logits of its PyTorch model on some batches, exact and in the files' precision
+    model      that model, where it is in memory and its quality is going to be measured
+    from_disk  its weights stay on disk, so nothing can be changed in it
+    """
 
     checkpoint: Path
-    decoder: Decoder
-    plan: Plan
+    batches: Sequence[TokenBatch]
+    reference: Callable[[Sequence[TokenBatch]], ReferenceLogits]
     device: str
-    seed: int
+    model: nn.Module | None = None
+    from_disk: bool = False
+
+
+@dataclass(frozen=True)
+class FileChecks:
+    """What was found of files.
+
+    context  what verify.json says of them beside the checks
+    model    what computes like them, for measures of quality; None is the checkpoint's own model
+    """
+
+    checks: tuple[Check, ...] = ()
+    context: Mapping[str, Any] = field(default_factory=dict)
+    model: nn.Module | None = None
+
+
+class ModelFiles(ABC):
+    """The files of one checkpoint in one format, planned and not yet written.
+
+    engines        what loads them
+    summary        what card and `--json` say of them
+    element_bytes  of a weight that is not quantised
+    torch_dtype    what PyTorch computes in to be compared with them, as torch spells it
+    nbytes         what they take on disk, where that is known exactly, by a name for each part
+    """
+
+    engines: tuple[Engine, ...]
+    summary: Mapping[str, Any]
+    element_bytes: int
+    torch_dtype: str
+    nbytes: Mapping[str, int]
+
+    @abstractmethod
+    def write(self, checkpoint: Path, out: Path) -> None:
+        """Everything but plan, card and manifest, from the checkpoint in a directory."""
+
+    @abstractmethod
+    def check(self, out: Path, against: Comparison) -> FileChecks:
+        """Every check on what was just written to `out`."""
+
+    @abstractmethod
+    def card(
+        self,
+        name: str,
+        report: Mapping[str, Any] | None,
+        license_name: str | None,
+        slim: tuple[Plan, ModelShape, Predicted] | None = None,
+        converted: Plan | None = None,
+    ) -> str:
+        """README.md: of an export by `slim`, its plan, the dense model's sizes and its own; else of
+        a conversion, of a slim model with the plan `converted`."""
+
+
+# Takes in tokens after those it has taken in before, and gives the logits [V] after the last.
+Feed = Callable[[Sequence[int]], "NDArray[Any]"]
+
+
+class RunningModel(Protocol):
+    """A causal language model that continues one sequence at a time."""
 
     @property
-    def slim_plan(self) -> Plan | None:
-        """The plan of an export; None where the checkpoint is a dense model."""
-        return self.plan if (self.checkpoint / "plan.json").exists() else None
-
-    def batches(self, prompts: Sequence[str]) -> Sequence[TokenBatch]:
-        """Tokens to compare logits on."""
-        from spp_export.evaluation.batches import check_batches
-
-        tokenizer = load_tokenizer(self.checkpoint) if prompts else None
-        return check_batches(self.decoder.shape.vocab_size, prompts, tokenizer, self.seed)
-
-    def reference(self, batches: Sequence[TokenBatch], own: torch.dtype) -> ReferenceLogits:
-        """Logits of the PyTorch model, exact and in `own`."""
-        from spp_export.evaluation.batches import wide_dtype
-
-        parameters = self.decoder.shape.parameters(self.decoder.layers)
-        return slim_reference(self.checkpoint, batches, wide_dtype(own, parameters, "cpu"), own)
-
-
-class Converter(Protocol):
-    """One format, for one job."""
+    def runtime(self) -> str:
+        """What runs it."""
 
     @property
-    def files(self) -> tuple[str, ...]:
-        """Patterns of the files that hold the model."""
+    def context_length(self) -> int:
+        """Most tokens of a sequence."""
 
-    @property
-    def engines(self) -> tuple[Engine, ...]:
-        """What loads them."""
-
-    @property
-    def form(self) -> Mapping[str, Any]:
-        """What to say of the file."""
-
-    def write(self, work: Path) -> None:
-        """Everything but plan, card and manifest."""
-
-    def verify(self, work: Path, prompts: Sequence[str]) -> Verdict:
-        """What was found of what was written."""
-
-    def card(self, name: str, report: Mapping[str, Any] | None) -> str:
-        """README.md."""
+    def start(self, capacity: int) -> Feed:
+        """A new sequence, of at most `capacity` tokens."""
 
 
-def _verdict(checks: tuple[Check, ...], said: Mapping[str, Any]) -> Verdict:
-    from spp_export.evaluation.parity import VerifyReport
+Options = TypeVar("Options", bound=FormatOptions)
 
-    report = VerifyReport(checks, said)
-    if report.passed:
-        return report.to_dict(), None
-    first = report.failures[0]
-    failure = ParityError(f"{first.name}: {first.describe()} This is a defect of spp.")
-    return report.to_dict(), failure
+
+class Format(ABC, Generic[Options]):
+    """One format; an instance of it stands in the registry.
+
+    name       on the command line ("onnx")
+    title      in a sentence ("ONNX")
+    kind       what a directory of it is called ("ONNX export")
+    engine     what it is for ("ONNX Runtime")
+    options    what may be chosen about its files
+    weights    pattern of the files that hold the model
+    others     patterns of what an older export must not leave beside new weights
+    marker     the file that makes a directory one of this format, whatever else is there
+    reference  what its files are checked against, in words
+    converted  whether it is made from a slim checkpoint, not the slim checkpoint itself
+    ragged     whether it holds layers whose KV groups differ in size
+    libraries   libraries for it
+    required   those, by their import names, without which nothing is written or checked
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    kind: ClassVar[str]
+    engine: ClassVar[str]
+    options: type[Options]
+    weights: ClassVar[str]
+    others: ClassVar[tuple[str, ...]] = ()
+    marker: ClassVar[str | None] = None
+    reference: ClassVar[str] = "the PyTorch model of the same weights"
+    converted: ClassVar[bool] = True
+    ragged: ClassVar[bool] = False
+    libraries: ClassVar[tuple[Library, ...]] = ()
+    required: ClassVar[tuple[str, ...]] = ()
+
+    def require(self) -> None:
+        """UsageError unless all that writing and checking takes is installed."""
+        for module in self.required:
+            require_package(module, self.title, f"pip install 'spp-export[{self.name}]'")
+
+    def holds(self, names: Iterable[str]) -> bool:
+        """Whether files of these names hold a model in this format."""
+        return any(Path(name).match(self.weights) for name in names)
+
+    @abstractmethod
+    def prepare(self, options: Options, checkpoint: Checkpoint, plan: Plan) -> ModelFiles:
+        """Files of a checkpoint, which need not be written yet; its path has the tokenizer.
+
+        `plan` says where the checkpoint comes from. Raises ModelError for what the format cannot
+        hold.
+        """
+
+    @abstractmethod
+    def disk(
+        self, options: Options, stored_dtype: str, parameters: int, verify: bool
+    ) -> dict[str, int]:
+        """About how many bytes each part takes, of a model stored in `stored_dtype` ("BF16")."""
+
+    def working_bytes(self, options: Options) -> int:
+        """Of a value of a tensor on its way through memory."""
+        return 4
+
+    def verify_dtype(self, directory: Path) -> str | None:
+        """What PyTorch must compute in to be compared with a directory; None leaves it open."""
+        return None
+
+    @abstractmethod
+    def verify(
+        self, directory: Path, session: Session, plan: Plan, prompts: Sequence[str], seed: int
+    ) -> VerifyReport:
+        """Every check on a published directory, against the dense model and the plan."""
+
+    @abstractmethod
+    def facts(self, directory: Path) -> dict[str, Any]:
+        """What `show` says of a directory's files. Raises ModelError where they are not ours."""
+
+    @abstractmethod
+    def engines_for(
+        self, config: Mapping[str, Any], layout: str, layers: Sequence[LayerShape]
+    ) -> tuple[Engine, ...]:
+        """Engines for a directory with this config.json; none where it is malformed."""
+
+    @abstractmethod
+    def describe(
+        self, summary: Mapping[str, Any], size: str, report: Mapping[str, Any] | None
+    ) -> list[str]:
+        """Lines for the terminal on files of this `ModelFiles.summary` and size."""
+
+    def refuse(self, path: Path) -> UsageError:
+        """The error for a file where a directory is expected."""
+        return UsageError(
+            f"{path}: expected a directory, got a file. Give a directory that 'spp export' wrote, "
+            "a dense model's, or 'demo'."
+        )
+
+    @abstractmethod
+    def run(
+        self, directory: Path, *, device: str, dtype: str | None, threads: int | None
+    ) -> RunningModel:
+        """The model in a directory. Raises UsageError where it cannot be run here."""
+
+
+def require_package(module: str, title: str, install: str) -> ModuleType:
+    """An optional library by its import name; UsageError that says how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        # The library's own missing parts are another matter than the library missing.
+        if error.name != module.partition(".")[0]:
+            raise
+        raise UsageError(f"{title} needs the package {error.name}. Run: {install}") from error

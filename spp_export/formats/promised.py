@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from spp_export.formats.decoder import Decoder, stock_settings
 from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.checkpoint.header import StoredTensor
 from spp_export.models.checkpoint.reader import read_float
@@ -24,13 +22,10 @@ if TYPE_CHECKING:
     from spp_export.slicing.projections import Projections
 
 
-def promised_decoder(directory: Path, source: Checkpoint, compiled: Plan) -> Decoder:
-    """The slim checkpoint that a plan makes of the source, without its weights.
-
-    Errors name `directory`.
-    """
+def promised_checkpoint(source: Checkpoint, compiled: Plan) -> Checkpoint:
+    """The slim checkpoint that a plan makes of the source, without its weights; its path is the
+    source's."""
     layers = compiled.written_shapes(source.shape)
-    config = written_config(source, compiled)
     counts = source.shape.layer if compiled.written_layout == "per-layer" else layers[0]
     shape = written_shape(source, compiled)
     nowhere = source.path / "model.safetensors"
@@ -38,13 +33,12 @@ def promised_decoder(directory: Path, source: Checkpoint, compiled: Plan) -> Dec
         spec.name: StoredTensor(spec.name, nowhere, source.dtype, spec.shape, 0, 0)
         for spec in source.family.tensors(shape, layers)
     }
-    return Decoder(
-        config=config,
-        family=source.family,
+    return replace(
+        source,
+        config=written_config(source, compiled),
         shape=replace(shape, query_heads=counts.query_heads, kv_heads=counts.kv_heads),
         layers=layers,
         layout=compiled.written_layout,
-        settings=stock_settings(config, source.family, source.shape, directory),
         tensors=tensors,
     )
 

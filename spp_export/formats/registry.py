@@ -2,31 +2,73 @@
 
 from __future__ import annotations
 
-from spp_export.formats.format import Converter, Job
-from spp_export.formats.gguf.format import _Gguf
-from spp_export.formats.gguf.options import GgufOptions
-from spp_export.formats.gguf.options import require as require_gguf
-from spp_export.formats.onnx.format import _Onnx
-from spp_export.formats.onnx.options import OnnxOptions, require_all
+import os
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
 
-ConvertOptions = OnnxOptions | GgufOptions
+from spp_export.common.errors import UsageError
+from spp_export.formats.format import Format, FormatOptions
+from spp_export.formats.gguf.format import Gguf
+from spp_export.formats.onnx.format import Onnx
+from spp_export.formats.safetensors.format import Safetensors
+
+FORMATS: dict[str, Format[Any]] = {
+    made.name: made
+    for made in (
+        Safetensors(),
+        Onnx(),
+        Gguf(),
+    )
+}
 
 
-def require_for(options: ConvertOptions, device: str | None) -> None:
-    """UsageError unless the form can be, and all that it takes is installed.
+def format_of(options: FormatOptions) -> Format[Any]:
+    """The format that these are options of."""
+    return next(made for made in FORMATS.values() if made.options is type(options))
 
-    `device` None: nothing is going to be checked.
+
+def detect_format(directory: Path, listed: Iterable[str] = ()) -> Format[Any] | None:
+    """The format of what a directory holds, or should hold by the names `listed`."""
+    names = [*os.listdir(directory), *listed] if directory.is_dir() else list(listed)
+    marked = (made for made in FORMATS.values() if made.marker in names)
+    holding = (made for made in FORMATS.values() if made.holds(names))
+    return next(chain(marked, holding), None)
+
+
+def options_of(name: str, device: str, values: Mapping[str, Any]) -> FormatOptions:
+    """The options of a format on a device, by flag; None is no choice.
+
+    Raises UsageError for a choice that the format does not have.
     """
-    if isinstance(options, GgufOptions):
-        require_gguf()
-        options.check()
-    else:
-        require_all()
-        options.check(device)
-
-
-def converter(options: ConvertOptions, job: Job) -> Converter:
-    """The converter to a form. Raises ModelError where the format cannot hold the model."""
-    if isinstance(options, GgufOptions):
-        return _Gguf(options, job)
-    return _Onnx(options, job)
+    wanted = FORMATS[name]
+    chosen = {}
+    for flag, value in values.items():
+        if value is None:
+            continue
+        fields = {
+            made.name: field
+            for made in FORMATS.values()
+            for field, known in made.options.flags().items()
+            if known == flag
+        }
+        if name not in fields:
+            titles = " and ".join(FORMATS[other].title for other in fields)
+            raise UsageError(
+                f"{flag}: is for {titles}. Add --format {' or '.join(fields)}, or drop {flag}."
+            )
+        choices = {
+            other: FORMATS[other].options.choices().get(field, ())
+            for other, field in fields.items()
+        }
+        known = ", ".join(choices[name])
+        if known and value not in choices[name]:
+            if any(value in words for words in choices.values()):
+                raise UsageError(
+                    f"{flag} {value}: --format {name} has {known}. Choose one of them."
+                )
+            raise UsageError(f"{flag} {value!s:.40}: expected one of {known}.")
+        chosen[fields[name]] = value
+    options: FormatOptions = wanted.options.chosen(device, chosen)
+    return options

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from spp_cli.main import app
 from spp_export.commands import doctor as module
-from spp_export.commands.doctor import PARTS, Part, doctor
+from spp_export.commands.doctor import PARTS, doctor
+from spp_export.formats.format import Library
 
 
 def run(*arguments: str):
@@ -48,7 +49,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, versions: dict[str, str]) -> None
 def test_what_cannot_be_imported_is_a_problem(monkeypatch, tmp_path):
     (tmp_path / "broken_engine.py").write_text("raise OSError('libcuda.so.1: cannot open\\nmore')")
     monkeypatch.syspath_prepend(tmp_path)
-    broken = Part("broken", "broken_engine", "testing", "pip install broken")
+    broken = Library("broken", "broken_engine", "testing", "pip install broken")
     monkeypatch.setattr(module, "PARTS", (*PARTS, broken))
     installed(monkeypatch, {"broken": "1.0", "torch": "2", "transformers": "5"})
     problems = doctor().problems

@@ -13,8 +13,8 @@ from spp_cli.main import app
 from spp_export import ConvertResult, ExportRequest, GgufOptions
 from spp_export.commands.requests import ConvertRequest
 from spp_export.common.errors import UsageError
+from spp_export.formats.gguf.engines import gguf_engines
 from spp_export.formats.gguf.options import PRECISIONS, QUANTS
-from spp_export.models.engines import gguf_engines
 
 FORM = {
     "architecture": "deci",
@@ -69,15 +69,15 @@ def invoke(*arguments):
 )
 def test_the_form_reaches_the_library(library, flags, form):
     invoke("export", "--scenario", "s", "--format", "gguf", *flags)
-    assert ExportRequest(**library["export"]).gguf == form
+    assert ExportRequest(**library["export"]).form == form
     assert invoke("convert", "x", "-o", "y", "--format", "gguf", *flags).exit_code == 0
-    assert ConvertRequest(**library["convert"]).gguf == form
+    assert ConvertRequest(**library["convert"]).form == form
 
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--format", "gguf", "--quant", "int8"], "--quant int8: --format gguf has q8_0, q5_1"),
+        (["--format", "gguf", "--quant", "int8"], "--quant int8: --format gguf has q8_0, q4_0"),
         (["--format", "onnx", "--quant", "q8_0"], "--quant q8_0: --format onnx has int8, int4"),
         (["--format", "gguf", "--onnx-attention", "gqa"], "--onnx-attention: is for ONNX"),
         (["--quant", "q8_0"], "--quant: is for ONNX and GGUF. Add --format onnx or gguf"),

@@ -14,8 +14,8 @@ from spp_cli.main import app
 from spp_export import ConvertResult, ExportRequest, OnnxOptions
 from spp_export.commands.requests import ConvertRequest
 from spp_export.common.errors import ParityError, UsageError
+from spp_export.formats.onnx.engines import onnx_engines
 from spp_export.formats.onnx.options import ATTENTIONS, PRECISIONS, QUANTS
-from spp_export.models.engines import onnx_engines
 
 COST = {"mean_kl": 0.0312, "top1": 0.943}
 FORM = OnnxOptions("gqa-bias", "fp16", "int4")
@@ -35,8 +35,9 @@ def converted(**changes):
 
 def exported(form=FORM, **changes):
     return export_result(
-        onnx=form,
-        graph_bytes=91_234_567,
+        format="onnx",
+        form=form.to_dict(),
+        nbytes=91_234_567,
         engines=onnx_engines("per-layer", **form.to_dict()),
         **changes,
     )
@@ -87,9 +88,9 @@ def invoke(*arguments):
 def test_the_form_of_a_graph(library, flags, form):
     """Said in the same words to both commands."""
     assert invoke("export", "--scenario", "s", "--format", "onnx", *flags).exit_code == 0
-    assert ExportRequest(**library["export"]).onnx == form
+    assert ExportRequest(**library["export"]).form == form
     assert invoke("convert", "out/chemistry", "-o", "x", *flags).exit_code == 0
-    assert ConvertRequest(**library["convert"]).onnx == form
+    assert ConvertRequest(**library["convert"]).form == form
 
 
 def test_safetensors_have_no_form(library):
@@ -141,7 +142,7 @@ def test_convert_passes_every_flag(library):
         "device": "cuda:1",
         "seed": 3,
     }
-    assert ConvertRequest(**library["convert"]).onnx == OnnxOptions(precision="fp16")
+    assert ConvertRequest(**library["convert"]).form == OnnxOptions(precision="fp16")
 
 
 def test_convert_defaults(library):

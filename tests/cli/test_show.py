@@ -100,7 +100,7 @@ def test_an_onnx_export(graph):
     found = show(graph)
     size = sum(file.stat().st_size for file in graph.iterdir())
     assert (found.kind, found.problems) == ("ONNX export", ())
-    assert list(found.facts)[:5] == ["attention", "precision", "quant", "model", "fingerprint"]
+    assert list(found.facts)[:5] == ["attention", "precision", "quant", "graph_bytes", "model"]
     expected = {
         "attention": "gqa-bias",
         "precision": "fp16",

@@ -327,7 +327,9 @@ def test_a_system_needs_a_template(request, where, raw, reason):
 def test_what_is_no_model(tmp_path, dense):
     with pytest.raises(UsageError, match="no such directory"):
         open_chat(tmp_path / "nowhere")
-    with pytest.raises(UsageError, match=r"no model.*model\.onnx, model\.gguf or \*\.safetensors"):
+    with pytest.raises(
+        UsageError, match=r"no model.*\*\.safetensors or model\.onnx or model\.gguf"
+    ):
         open_chat(tmp_path)
     with pytest.raises(UsageError, match="got a file"):
         open_chat(dense / "config.json")

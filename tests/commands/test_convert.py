@@ -38,7 +38,7 @@ def test_an_export_becomes_the_directory_that_export_writes(workshop, tmp_path, 
     differs = {name for name in FILES if found[name] != expected[name]}
     assert differs == {"README.md", "manifest.json", "verify.json"}
     assert (result.path, result.layout) == (tmp_path / "x", layout)
-    assert result.nbytes == direct.result.graph_bytes
+    assert result.nbytes == direct.result.nbytes
     report = spp_export.verify(tmp_path / "x", model=str(slim.dense), scenario=workshop.scenario)
     assert report.passed, report.failures
 
@@ -140,7 +140,7 @@ def test_the_license_travels(workshop, tmp_path):
 
 def test_a_graph_is_not_converted_again(workshop, tmp_path):
     out = exported_onnx(workshop, NAME)
-    with refused(ModelError, "is an ONNX directory already. Give the safetensors"):
+    with refused(ModelError, "has ONNX already. Give the safetensors"):
         spp_export.convert(out.path, tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
 

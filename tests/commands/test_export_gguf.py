@@ -278,7 +278,7 @@ def test_convert_of_a_dense_model(merging: Merging, tmp_path: Path) -> None:
     result = spp_export.convert(dense, tmp_path / "out", **format_options(GgufOptions("fp16")))
     assert result.report["gguf"]["architecture"] == "qwen3"
     assert spp_export.verify(tmp_path / "out", model=str(dense)).passed
-    with refused(ModelError, "is a GGUF directory already"):
+    with refused(ModelError, "has GGUF already"):
         spp_export.convert(tmp_path / "out", tmp_path / "again", **format_options(GgufOptions()))
 
 

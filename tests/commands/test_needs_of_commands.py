@@ -12,9 +12,11 @@ from factories import format_options
 import spp_export
 from spp_export.calibration import cache as calibration_cache
 from spp_export.commands import needs as preflight
-from spp_export.commands.needs import export_needs, graph_bytes
+from spp_export.commands.needs import export_needs
 from spp_export.common.errors import OutputError, ResourceError
 from spp_export.formats.onnx import OnnxOptions
+from spp_export.formats.registry import FORMATS
+from spp_export.formats.safetensors.format import SafetensorsOptions
 from spp_export.models.checkpoint.dtypes import ELEMENT_BYTES
 from spp_export.models.checkpoint.reader import stored_tensors
 from spp_export.models.session import Session, open_session
@@ -124,7 +126,7 @@ def test_graphs_are_about_as_large_as_promised(workshop, tmp_path, quant):
     parameters = sum(
         one.nbytes // ELEMENT_BYTES[one.dtype] for one in stored_tensors(slim).values()
     )
-    promised = graph_bytes(options, parameters, verify=False)
+    promised = FORMATS["onnx"].disk(options, "F32", parameters, verify=False)
     assert promised.get("graph to compare with", 0) == 0
     # The graph itself, whose size does not grow with the weights, comes on top.
     assert result.nbytes > 0.8 * promised["graph"]
@@ -132,13 +134,14 @@ def test_graphs_are_about_as_large_as_promised(workshop, tmp_path, quant):
 
 def test_models_that_may_run_from_disk_need_little(workshop):
     dense = str(workshop.dense(NAME))
+    form = SafetensorsOptions()
     for layerwise in (False, True, None):
         session = open_session(dense, layerwise=layerwise)
         whole = session.source.shape.parameters(session.source.shape.layers)
-        found = export_needs(session, Path("out"), 1000, runs_model=True, verify=True)
+        found = export_needs(session, Path("out"), 1000, runs_model=True, verify=True, form=form)
         assert (found.least_memory == 4 * whole) == (layerwise is False)
         assert found.from_disk == bool(layerwise)
-        sliced = export_needs(session, Path("out"), 1000, runs_model=False, verify=False)
+        sliced = export_needs(session, Path("out"), 1000, runs_model=False, verify=False, form=form)
         assert sliced.least_memory == 0
 
 

@@ -9,7 +9,7 @@ import pytest
 from factories import CASES, random_layers, shape_of, write_slim
 
 from spp_export.formats.card import onnx_card
-from spp_export.models.engines import onnx_engines
+from spp_export.formats.onnx.engines import onnx_engines
 
 CHECKS = {"checks": [{"name": "prefill", "passed": True, "detail": "max |d| 1e-5"}]}
 ATTENTIONS = ("gqa", "gqa-bias", "standard")

@@ -14,7 +14,7 @@ from spp_cli.render import sections
 from spp_cli.render.look import FAINT, STRONG, Look, byte_size, ranges, seconds
 
 if TYPE_CHECKING:
-    from spp_export import ConvertResult, ExportResult, OnnxOptions, PlanResult, RecoverResult
+    from spp_export import ConvertResult, ExportResult, PlanResult, RecoverResult
     from spp_export.models.engines import Engine
     from spp_export.models.shape import ModelShape
     from spp_export.planning import Plan
@@ -32,10 +32,7 @@ def export_summary(result: ExportResult, look: Look, peak_bytes: int) -> Rendera
             end += [Text(), _needs(result.needs.to_dict())]
     else:
         target, end = str(result.path), _verdict(result.report)
-        if result.onnx:
-            end = [*_graph(result.onnx, result.graph_bytes, result.report), *end]
-        if result.gguf:
-            end = [*_file(result.gguf.summary(), result.graph_bytes, result.report), *end]
+        end = [*_files(result.format, result.form, result.nbytes, result.report), *end]
     before = _compiled(
         result.plan, result.shape, result.predicted, result.engines, target, look, end
     )
@@ -45,19 +42,16 @@ def export_summary(result: ExportResult, look: Look, peak_bytes: int) -> Rendera
 
 
 def convert_summary(result: ConvertResult, look: Look) -> RenderableType:
-    """Of a checkpoint that was written as ONNX or GGUF."""
-    from spp_export import OnnxOptions
+    """Of a checkpoint that was written in another format."""
+    from spp_export.formats.registry import format_of
 
+    form = {**result.options.to_dict(), **result.form}
     checked: list[RenderableType] = [Text("not checked: --no-verify", style=FAINT)]
     if result.report is not None:
         checked = [sections.checks(result.report["checks"])]
     return Group(
         Text(f"{result.path}   {result.layout} layout", style="bold"),
-        *(
-            _graph(result.options, result.nbytes, result.report)
-            if isinstance(result.options, OnnxOptions)
-            else _file(result.form, result.nbytes, result.report)
-        ),
+        *_files(format_of(result.options).name, form, result.nbytes, result.report),
         Text(),
         *checked,
         Text(),
@@ -123,34 +117,14 @@ def _compiled(
     ]
 
 
-def _graph(
-    form: OnnxOptions, nbytes: int, report: Mapping[str, Any] | None
+def _files(
+    name: str, form: Mapping[str, Any], nbytes: int, report: Mapping[str, Any] | None
 ) -> list[RenderableType]:
-    """The graph's form and size, and what quantisation cost."""
-    quant = form.quant or "not quantised"
-    line = f"ONNX graph: {form.attention}, {form.precision}, {quant}, {byte_size(nbytes)}"
-    found: list[RenderableType] = [Text(), Text(line)]
-    cost = (report or {}).get("quantisation")
-    if cost:
-        text = f"against the unquantised graph: KL {cost['mean_kl']:.3g}, same first token "
-        found.append(Text(f"{text}{cost['top1']:.1%}"))
-    return found
+    """What a format says of its files, their size, and what quantisation cost."""
+    from spp_export.formats.registry import FORMATS
 
-
-def _file(
-    form: Mapping[str, Any], nbytes: int, report: Mapping[str, Any] | None
-) -> list[RenderableType]:
-    """A GGUF file's form and size, what was not quantised, and what quantisation cost."""
-    kinds = ", ".join(f"{count} {kind}" for kind, count in form["tensors"].items())
-    line = f"GGUF file: architecture {form['architecture']}, {byte_size(nbytes)}; tensors: {kinds}"
-    found: list[RenderableType] = [Text(), Text(line)]
-    if left := form["not_quantised"]:
-        found.append(Text(f"not quantised, for rows are no multiple of 32: {len(left)} tensors"))
-    cost = (report or {}).get("quantisation")
-    if cost:
-        text = f"against the unquantised model: KL {cost['mean_kl']:.3g}, same token "
-        found.append(Text(f"{text}{cost['top1']:.1%}"))
-    return found
+    lines = FORMATS[name].describe(form, byte_size(nbytes), report)
+    return [Text(), *map(Text, lines)] if lines else []
 
 
 def _verdict(report: Mapping[str, Any] | None) -> list[RenderableType]:

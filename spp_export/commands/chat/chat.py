@@ -12,20 +12,16 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from spp_export.commands.chat.models import (
-    ChatModel,
-    Reader,
-    TorchModel,
-    gguf_refused,
-    load_chat_model,
-)
+from spp_export.commands.chat.reader import Reader
 from spp_export.commands.load import ScenarioModels, load_many
 from spp_export.commands.requests import DEFAULT_NEW_TOKENS, ChatRequest
 from spp_export.common.errors import ModelError, UsageError
 from spp_export.common.json_files import read_json
 from spp_export.common.options import command
 from spp_export.common.progress import progress
-from spp_export.formats.onnx.runtime.generation import Chooser, Sampling, greedy
+from spp_export.formats.format import Format, RunningModel
+from spp_export.formats.registry import FORMATS, detect_format
+from spp_export.formats.sampling import Chooser, Sampling, greedy
 from spp_export.models.checkpoint.checkpoint import read_config
 from spp_export.models.checkpoint.companions import companion
 from spp_export.models.hub import DEMO, demo_model
@@ -88,7 +84,7 @@ class Chat:
 
     def __init__(
         self,
-        model: ChatModel,
+        model: RunningModel,
         tokenizer: Any,
         stop: frozenset[int],
         *,
@@ -231,7 +227,7 @@ def open_chat(
     threads: int | None = None,
     system: str | None = None,
     raw: bool = False,
-    model: ChatModel | None = None,
+    model: RunningModel | None = None,
 ) -> Chat:
     """A chat with an export, a dense model's directory, or `demo`.
 
@@ -248,7 +244,8 @@ def open_chat(
     path = _find(directory)
     with progress("loading the model", None):
         if model is None:
-            model = load_chat_model(path, device=device, dtype=dtype, threads=threads)
+            made = _format(path)
+            model = made.run(path, device=device, dtype=dtype, threads=threads)
         tokenizer = load_tokenizer(path, without_torch=True)
     return Chat(model, tokenizer, _stop_tokens(path, tokenizer), system=system, raw=raw)
 
@@ -259,12 +256,25 @@ def _find(directory: str | os.PathLike[str]) -> Path:
     path = Path(directory)
     if path.is_dir():
         return path
-    if path.suffix == ".gguf" and path.is_file():
-        raise gguf_refused(path)
-    wrong = "expected a directory, got a file" if path.exists() else "no such directory"
+    if path.exists():
+        formats = (made for made in FORMATS.values() if made.holds([path.name]))
+        raise next(formats, FORMATS["safetensors"]).refuse(path)
     raise UsageError(
-        f"{path}: {wrong}. Give a directory that 'spp export' wrote, a dense model's, or 'demo'."
+        f"{path}: no such directory. Give a directory that 'spp export' wrote, a dense model's, or "
+        "'demo'."
     )
+
+
+def _format(directory: Path) -> Format[Any]:
+    """The format of what is in a directory. Raises UsageError where that is no model."""
+    made = detect_format(directory)
+    if made is None:
+        files = " or ".join(made.marker or made.weights for made in FORMATS.values())
+        raise UsageError(
+            f"{directory}: holds no model; expected {files}. Give a directory that 'spp export' "
+            "wrote, or a dense model's."
+        )
+    return made
 
 
 def _stop_tokens(path: Path, tokenizer: Any) -> frozenset[int]:
@@ -342,9 +352,8 @@ class ScenarioChat:
         self._chat = open_one(next(iter(models)))
 
     @property
-    def model(self) -> TorchModel:
+    def model(self) -> RunningModel:
         """The runtime behind the answers."""
-        assert isinstance(self._chat.model, TorchModel)
         return self._chat.model
 
     @property
@@ -391,6 +400,8 @@ def open_scenario_chat(
 
     Arguments and errors as of `load_many` and `open_chat`.
     """
+    from spp_export.formats.safetensors.run import TorchModel
+
     if threads is not None:
         import torch
 

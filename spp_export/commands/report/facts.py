@@ -16,8 +16,8 @@ from spp_export.common.errors import ModelError, SppError
 from spp_export.common.json_files import read_json
 from spp_export.common.versions import spp_version
 from spp_export.data.artifacts import bundled_artifacts, read_artifacts
-from spp_export.formats.onnx.options import ATTENTIONS, PRECISIONS
-from spp_export.models.engines import Engine, engines_for, gguf_engines, onnx_engines
+from spp_export.formats.registry import FORMATS
+from spp_export.models.engines import Engine
 from spp_export.models.shape import LayerShape
 from spp_export.planning import Plan
 
@@ -26,18 +26,6 @@ _SIZES = {
     "parameters": "Parameters",
     "file_bytes": "Bytes of weights",
     "kv_bytes_per_token": "KV cache per token",
-}
-_SAME_WEIGHTS = "the PyTorch model of the same weights"
-_REFERENCES = {
-    "safetensors": "the dense model with the same units masked",
-    "onnx": _SAME_WEIGHTS,
-    "gguf": _SAME_WEIGHTS,
-}
-_FORMATS = {
-    "plan": "Plan for",
-    "safetensors": "Slim checkpoint of",
-    "onnx": "Slim ONNX export of",
-    "gguf": "Slim GGUF export of",
 }
 
 
@@ -54,7 +42,7 @@ def report_parts(
     verdict, why = read_verdict(place.directory) if place.directory else (None, "")
     checks: dict[str, Any] | None = None
     if verdict:
-        checks = checks_part(verdict, _REFERENCES[place.kind])
+        checks = checks_part(verdict, FORMATS[place.kind].reference)
     elif place.directory:
         command = _commands(("verify", place.name, *_model(place)))
         checks = {"hint": f"{why} Check it against its dense model:", "command": command}
@@ -62,7 +50,7 @@ def report_parts(
     benchmark = benchmark_part(bench, place.plan_hash) if bench else _unmeasured(place)
     return {
         "title": place.name,
-        "kind": f"{_FORMATS[place.kind]} {plan.model_source}",
+        "kind": f"{_title(place.kind)} {plan.model_source}",
         "plan": plan,
         "quantised": place.quantised,
         "scenario": text(plan.scenario.get("name")),
@@ -217,16 +205,15 @@ def _commands(*lines: Sequence[str]) -> str:
     return "\n".join(shlex.join(("spp", *words)) for words in lines)
 
 
+def _title(kind: str) -> str:
+    """What a page is about, up to the model's name."""
+    if kind == "plan":
+        return "Plan for"
+    return f"Slim {FORMATS[kind].kind.removeprefix('slim ')} of"
+
+
 def _engines(place: Place, heads: Heads) -> Sequence[Engine]:
     plan = place.plan
-    if place.kind == "onnx":
-        graph = mapping(place.config.get("spp_onnx"))
-        attention, precision = graph.get("attention"), graph.get("precision")
-        if attention not in ATTENTIONS or precision not in PRECISIONS:
-            return ()
-        return onnx_engines(plan.written_layout, attention, precision, place.quantised or None)
-    if place.kind == "gguf":
-        return gguf_engines(text(mapping(place.config.get("spp_gguf")).get("architecture")))
     layers = [
         LayerShape(
             len(layer.query_heads),
@@ -235,7 +222,8 @@ def _engines(place: Place, heads: Heads) -> Sequence[Engine]:
         )
         for layer in plan.layers
     ]
-    return engines_for(plan.written_layout, layers)
+    made = FORMATS.get(place.kind, FORMATS["safetensors"])
+    return made.engines_for(place.config, plan.written_layout, layers)
 
 
 def _provenance(place: Place) -> dict[str, str]:

@@ -6,17 +6,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from spp_export.commands.report.page.figures import byte_size
 from spp_export.common.errors import ModelError, SppError, UsageError
 from spp_export.common.json_files import read_json
 from spp_export.common.manifest import MANIFEST_NAME, hash_file
+from spp_export.formats.registry import FORMATS, detect_format
 from spp_export.planning import Plan, read_plan
 
-Kind = Literal["plan", "safetensors", "onnx", "gguf"]
 _PLAN = "plan.json"
-_WEIGHTS = {"safetensors": "*.safetensors", "onnx": "model.onnx*", "gguf": "*.gguf"}
 _MOST_FILES = 500
 
 
@@ -24,13 +23,14 @@ _MOST_FILES = 500
 class Place:
     """An export or a plan on disk.
 
-    directory: of an export. page: where its report goes by default. plan_hash: SHA-256 of
-    plan.json. config: its config.json, empty where it has none. weight_bytes: of files of weights.
+    kind: the name of its format, or "plan". directory: of an export. page: where its report goes by
+    default. plan_hash: SHA-256 of plan.json. config: its config.json, empty where it has none.
+    weight_bytes: of files of weights.
     files: name, bytes and SHA-256, as the manifest lists them.
     """
 
     name: str
-    kind: Kind
+    kind: str
     plan: Plan
     plan_hash: str
     page: Path
@@ -59,28 +59,22 @@ def open_place(path: Path) -> Place:
     if not (path / _PLAN).is_file():
         raise UsageError(f"{path}: has no {_PLAN}; a report is on an export or on a plan.")
     whole = path.resolve()
-    kind = _kind(path)
+    made = detect_format(path) or FORMATS["safetensors"]
     return Place(
         whole.name,
-        kind,
+        made.name,
         read_plan(path / _PLAN),
         hash_file(path / _PLAN).sha256,
         whole.with_name(f"{whole.name}.html") if path.name in ("", "..") else _beside(path),
         path,
         _config(path),
-        sum(file.stat().st_size for file in path.glob(_WEIGHTS[kind]) if file.is_file()),
+        sum(file.stat().st_size for file in path.glob(made.weights) if file.is_file()),
         _files(path),
     )
 
 
 def _beside(path: Path) -> Path:
     return path.with_name(f"{path.name}.html")
-
-
-def _kind(path: Path) -> Kind:
-    if (path / "model.onnx").is_file():
-        return "onnx"
-    return "gguf" if any(path.glob(_WEIGHTS["gguf"])) else "safetensors"
 
 
 def _config(path: Path) -> Mapping[str, Any]:

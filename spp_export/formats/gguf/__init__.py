@@ -2,16 +2,6 @@
 
 from __future__ import annotations
 
-from spp_export.formats.gguf.contents import Contents, gguf_contents
 from spp_export.formats.gguf.options import GGUF_NAME, GgufOptions, Precision, Quant
-from spp_export.formats.gguf.write import write_gguf
 
-__all__ = [
-    "GGUF_NAME",
-    "Contents",
-    "GgufOptions",
-    "Precision",
-    "Quant",
-    "gguf_contents",
-    "write_gguf",
-]
+__all__ = ["GGUF_NAME", "GgufOptions", "Precision", "Quant"]

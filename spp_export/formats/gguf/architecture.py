@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from spp_export.common.errors import ModelError
-from spp_export.formats.decoder import Decoder
+from spp_export.formats.settings import settings_of
+from spp_export.models.checkpoint.checkpoint import Checkpoint
 
 Name = Literal["llama", "deci", "qwen2", "qwen3", "openelm"]
 
@@ -39,7 +40,7 @@ _ARCHITECTURES = {
 }
 
 
-def architecture_of(decoder: Decoder) -> Architecture:
+def architecture_of(decoder: Checkpoint) -> Architecture:
     """The architecture to write a decoder as: its family's own where that can hold it.
 
     Raises ModelError for a decoder that llama.cpp cannot compute.
@@ -54,10 +55,11 @@ def architecture_of(decoder: Decoder) -> Architecture:
     return _ARCHITECTURES["qwen2" if name == "qwen2" and _stock_qwen2(decoder) else "llama"]
 
 
-def _check_windows(decoder: Decoder) -> None:
+def _check_windows(decoder: Checkpoint) -> None:
     """A window that is as long as the context never hides anything."""
-    context = decoder.settings.context_length
-    short = [w for w in decoder.settings.windows if w is not None and w < context]
+    settings = settings_of(decoder)
+    context = settings.context_length
+    short = [w for w in settings.windows if w is not None and w < context]
     if short:
         raise ModelError(
             f"GGUF: this {decoder.family.model_type} sees the last {short[0]} tokens only (sliding "
@@ -65,16 +67,16 @@ def _check_windows(decoder: Decoder) -> None:
         )
 
 
-def _stock_qwen2(decoder: Decoder) -> bool:
+def _stock_qwen2(decoder: Checkpoint) -> bool:
     """Its loader wants queries as wide as the hidden state, biases on q, k and v alone, and no
     factors of frequencies."""
     shape = decoder.shape
     width = decoder.layers[0].query_heads * shape.head_dim
     extra = shape.output_bias or shape.mlp_bias or shape.down_bias
-    return width == shape.hidden_size and not extra and decoder.settings.rotary_type != "llama3"
+    return width == shape.hidden_size and not extra and settings_of(decoder).rotary_type != "llama3"
 
 
-def _normalised(decoder: Decoder) -> Name:
+def _normalised(decoder: Checkpoint) -> Name:
     shape = decoder.shape
     if shape.qkv_bias or shape.output_bias or shape.mlp_bias or shape.down_bias:
         raise ModelError(

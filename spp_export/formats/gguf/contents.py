@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from spp_export.formats.decoder import Decoder
 from spp_export.formats.gguf.architecture import Architecture, architecture_of
 from spp_export.formats.gguf.options import FILE_TYPES, GgufOptions
 from spp_export.formats.gguf.rotary import rotary_metadata
 from spp_export.formats.gguf.tensors import GgufTensor, gguf_tensors
 from spp_export.formats.gguf.tokenizer import tokenizer_metadata
 from spp_export.formats.gguf.values import Metadata, Value, count, integers, real, text
+from spp_export.formats.settings import settings_of
+from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.shape import LayerShape
 
 
@@ -43,17 +43,16 @@ class Contents:
         }
 
 
-def gguf_contents(decoder: Decoder, tokenizer: Path, options: GgufOptions, name: str) -> Contents:
-    """What the file of a decoder holds, with the tokenizer of a directory.
+def gguf_contents(decoder: Checkpoint, options: GgufOptions, name: str) -> Contents:
+    """What the file of a decoder holds, with the tokenizer in the directory of its path.
 
     `name` is what users are shown. Raises ModelError for what llama.cpp cannot run.
     """
     options.check()
-    stored = decoder.tensors[f"{decoder.family.layer_name(0, decoder.family.query)}.weight"]
-    resolved = options.resolved(stored.dtype)
+    resolved = options.resolved(decoder.dtype)
     architecture = architecture_of(decoder)
     metadata = model_metadata(decoder, architecture, resolved, name)
-    metadata |= tokenizer_metadata(tokenizer, decoder.shape.vocab_size, decoder.config)
+    metadata |= tokenizer_metadata(decoder.path, decoder.shape.vocab_size, decoder.config)
     return Contents(architecture, resolved, metadata, gguf_tensors(decoder, architecture, resolved))
 
 
@@ -62,13 +61,13 @@ _QUANTISATION_VERSION = 2
 
 
 def model_metadata(
-    decoder: Decoder, architecture: Architecture, options: GgufOptions, name: str
+    decoder: Checkpoint, architecture: Architecture, options: GgufOptions, name: str
 ) -> Metadata:
     """Every key but the tokenizer's; `options` are resolved, `name` is shown to users.
 
     Raises ModelError for rotary settings that llama.cpp has not.
     """
-    shape, settings, arch = decoder.shape, decoder.settings, architecture.name
+    shape, settings, arch = decoder.shape, settings_of(decoder), architecture.name
 
     def per_layer(size: Callable[[LayerShape], int]) -> Value:
         sizes = [size(layer) for layer in decoder.layers]

@@ -16,25 +16,20 @@ Bytes = NDArray[np.uint8]
 
 _PLAIN: Mapping[Kind, str] = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 # Bytes of a block of 32 values, and of a plain value.
-_BLOCK_BYTES: Mapping[Kind, int] = {"q8_0": 34, "q5_1": 24, "q5_0": 22, "q4_1": 20, "q4_0": 18}
+_BLOCK_BYTES: Mapping[Kind, int] = {"q8_0": 34, "q4_0": 18}
 _VALUE_BYTES: Mapping[Kind, int] = {"f32": 4, "f16": 2, "bf16": 2}
 # The number that the format has for each type.
 TYPE_NUMBERS: Mapping[Kind, int] = {
     "f32": 0,
     "f16": 1,
     "q4_0": 2,
-    "q4_1": 3,
-    "q5_0": 6,
-    "q5_1": 7,
     "q8_0": 8,
     "bf16": 30,
 }
 # Half a step of the scale, as a share of the block's largest magnitude; a whole one where the
 # scale reaches one place further on one side than on the other.
-_OF_MAGNITUDE: Mapping[Kind, float] = {"q8_0": 0.5 / 127, "q5_0": 1 / 16, "q4_0": 1 / 8}
-# The same of the block's range.
-_OF_RANGE: Mapping[Kind, float] = {"q5_1": 0.5 / 31, "q4_1": 0.5 / 15}
-# What rounding scales and minima to half precision adds: of the magnitude, and where that is so
+_OF_MAGNITUDE: Mapping[Kind, float] = {"q8_0": 0.5 / 127, "q4_0": 1 / 8}
+# What rounding scales to half precision adds: of the magnitude, and where that is so
 # small that half precision has only a few bits left.
 _HALF, _TINY = 2.0**-10, 2.0**-17
 
@@ -78,11 +73,7 @@ def allowed_error(rows: Floats, kind: Kind) -> NDArray[np.float64]:
     """How far each value [n, columns] may be from what a quantised type stores of it."""
     blocks = rows.astype(np.float64).reshape(-1, BLOCK)
     largest = np.abs(blocks).max(axis=1)
-    if kind in _OF_MAGNITUDE:
-        step = _OF_MAGNITUDE[kind] * largest
-    else:
-        step = _OF_RANGE[kind] * (blocks.max(axis=1) - blocks.min(axis=1))
-    limit = step * (1 + _HALF) + _HALF * largest + _TINY
+    limit = _OF_MAGNITUDE[kind] * largest * (1 + _HALF) + _HALF * largest + _TINY
     return np.repeat(limit, BLOCK).reshape(rows.shape)
 
 

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spp_export.common.errors import ModelError
-from spp_export.formats.decoder import Decoder, rotary_frequencies
 from spp_export.formats.gguf.architecture import Architecture
 from spp_export.formats.gguf.values import Metadata, count, real, text
+from spp_export.formats.settings import rotary_frequencies, settings_of
+from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.slicing.config import portable_config
 
 Floats = NDArray[np.float64]
@@ -23,16 +24,16 @@ _BETA_FAST, _BETA_SLOW = 32.0, 1.0
 _TOLERANCE = 1e-5
 
 
-def rotary_metadata(decoder: Decoder, architecture: Architecture) -> Metadata:
+def rotary_metadata(decoder: Checkpoint, architecture: Architecture) -> Metadata:
     """The keys of the rotary embedding. Raises ModelError for a scaling llama.cpp has not."""
-    name, dim = architecture.name, decoder.shape.head_dim
+    name, dim, settings = architecture.name, decoder.shape.head_dim, settings_of(decoder)
     config = portable_config(decoder.config)
     theta, scaling = float(config["rope_theta"]), config["rope_scaling"] or {}
     metadata = {
         f"{name}.rope.dimension_count": count(dim),
         f"{name}.rope.freq_base": real(theta),
     }
-    kind = decoder.settings.rotary_type
+    kind = settings.rotary_type
     plain = theta ** (-np.arange(0, dim, 2) / dim)
     if kind == "default":
         _compare(decoder, plain, 1.0)
@@ -42,9 +43,7 @@ def rotary_metadata(decoder: Decoder, architecture: Architecture) -> Metadata:
         metadata |= _scaling(name, kind, factor)
     elif kind == "yarn":
         factor = float(scaling["factor"])
-        original = int(
-            scaling.get("original_max_position_embeddings") or decoder.settings.context_length
-        )
+        original = int(scaling.get("original_max_position_embeddings") or settings.context_length)
         frequencies = _yarn(plain, theta, factor, original)
         _compare(decoder, frequencies, 1 + 0.1 * math.log(factor))
         metadata |= _scaling(name, kind, factor)
@@ -57,13 +56,14 @@ def rotary_metadata(decoder: Decoder, architecture: Architecture) -> Metadata:
     return metadata
 
 
-def frequency_factors(decoder: Decoder) -> NDArray[np.float32] | None:
+def frequency_factors(decoder: Checkpoint) -> NDArray[np.float32] | None:
     """What the plain frequencies are divided by [head_dim / 2], for a scaling given that way."""
-    if decoder.settings.rotary_type != "llama3":
+    settings = settings_of(decoder)
+    if settings.rotary_type != "llama3":
         return None
     config, dim = portable_config(decoder.config), decoder.shape.head_dim
     plain = float(config["rope_theta"]) ** (-np.arange(0, dim, 2) / dim)
-    found, attention = rotary_frequencies(decoder.settings, decoder.family)
+    found, attention = rotary_frequencies(settings, decoder.family)
     if attention != 1.0:
         raise ModelError(f"GGUF: llama3 scaling with attention factor {attention} is not known.")
     factors: NDArray[np.float32] = (plain / found).astype(np.float32)
@@ -92,13 +92,14 @@ def _yarn(plain: Floats, theta: float, factor: float, original: int) -> Floats:
     return blended
 
 
-def _compare(decoder: Decoder, frequencies: Floats, attention: float) -> None:
-    found, scale = rotary_frequencies(decoder.settings, decoder.family)
+def _compare(decoder: Checkpoint, frequencies: Floats, attention: float) -> None:
+    settings = settings_of(decoder)
+    found, scale = rotary_frequencies(settings, decoder.family)
     same = found.shape == frequencies.shape and np.allclose(
         found, frequencies, rtol=_TOLERANCE, atol=0
     )
     if not same or not math.isclose(scale, attention, rel_tol=_TOLERANCE):
         raise ModelError(
-            f"GGUF: rotary scaling {decoder.settings.rotary_type!r:.40} has settings that "
+            f"GGUF: rotary scaling {settings.rotary_type!r:.40} has settings that "
             "llama.cpp takes otherwise than transformers does. Export safetensors or ONNX."
         )

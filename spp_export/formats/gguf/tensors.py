@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from spp_export.formats.decoder import Decoder
 from spp_export.formats.gguf.architecture import Architecture
 from spp_export.formats.gguf.options import BLOCK, QUANTS, GgufOptions, Kind
 from spp_export.formats.gguf.rotary import frequency_factors
+from spp_export.models.checkpoint.checkpoint import Checkpoint
 
 # Tensors of the vocabulary stay at eight bits where others have fewer, as llama.cpp's users expect:
 # these suffer most.
@@ -43,14 +43,14 @@ class GgufTensor:
 
 
 def gguf_tensors(
-    decoder: Decoder, architecture: Architecture, options: GgufOptions
+    decoder: Checkpoint, architecture: Architecture, options: GgufOptions
 ) -> tuple[GgufTensor, ...]:
     """Every tensor in the order of the file; `options` are resolved."""
     return tuple(_Listing(decoder, architecture, options).all())
 
 
 class _Listing:
-    def __init__(self, decoder: Decoder, form: Architecture, options: GgufOptions) -> None:
+    def __init__(self, decoder: Checkpoint, form: Architecture, options: GgufOptions) -> None:
         self._decoder, self._form, self._options = decoder, form, options
 
     def all(self) -> Iterator[GgufTensor]:

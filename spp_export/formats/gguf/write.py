@@ -10,11 +10,11 @@ import numpy as np
 
 from spp_export.common.errors import OutputError
 from spp_export.common.publish import require_free_space
-from spp_export.formats.decoder import Decoder
 from spp_export.formats.gguf.contents import Contents
 from spp_export.formats.gguf.encode import TYPE_NUMBERS, Bytes, encode, row_bytes
 from spp_export.formats.gguf.options import GGUF_NAME, require
 from spp_export.formats.gguf.tensors import GgufTensor
+from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.checkpoint.dtypes import Floats, to_float
 from spp_export.models.checkpoint.header import StoredTensor, show
 from spp_export.models.checkpoint.reader import BLOCK_BYTES, blocks
@@ -26,7 +26,7 @@ Advance = Callable[[int, int], None]
 
 
 def write_gguf(
-    decoder: Decoder, contents: Contents, out: Path, *, progress: Advance | None = None
+    decoder: Checkpoint, contents: Contents, out: Path, *, progress: Advance | None = None
 ) -> None:
     """Write model.gguf to the directory `out`. Weights pass through memory in blocks.
 
@@ -104,7 +104,7 @@ def _header(path: Path, contents: Contents) -> Any:
     return writer
 
 
-def _encoded(decoder: Decoder, tensor: GgufTensor) -> Iterator[Bytes]:
+def _encoded(decoder: Checkpoint, tensor: GgufTensor) -> Iterator[Bytes]:
     label = f"tensor {show(tensor.name)}"
     if tensor.values is not None:
         yield encode(tensor.values[None], tensor.kind, label)

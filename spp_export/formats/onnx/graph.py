@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from spp_export.formats.decoder import Decoder, rotary_tables
 from spp_export.formats.onnx.attention import AttentionInputs, Shared, attention_form
 from spp_export.formats.onnx.options import OnnxOptions
 from spp_export.formats.onnx.projection import Projections
 from spp_export.formats.onnx.recorder import BATCH, MICROSOFT, PAST, SEQUENCE, TOTAL, Recorder
 from spp_export.formats.onnx.weights import rounded, table
+from spp_export.formats.settings import rotary_tables, settings_of
+from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.checkpoint.header import StoredTensor
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ COS_TABLE, SIN_TABLE = "cos_cache", "sin_cache"
 _OPSETS = {"gqa": (23, 11), "gqa-bias": (23, 11), "standard": (24, 12)}
 
 
-def build_graph(decoder: Decoder, options: OnnxOptions) -> ir.Model:
+def build_graph(decoder: Checkpoint, options: OnnxOptions) -> ir.Model:
     """The decoder with a KV cache; weights are read when the model is written.
 
     Inputs and outputs have the names that optimum, onnxruntime-genai and transformers.js know;
@@ -40,8 +41,9 @@ def build_graph(decoder: Decoder, options: OnnxOptions) -> ir.Model:
 
 
 class _Builder:
-    def __init__(self, decoder: Decoder, options: OnnxOptions, g: Recorder) -> None:
+    def __init__(self, decoder: Checkpoint, options: OnnxOptions, g: Recorder) -> None:
         self._decoder, self._options, self._g = decoder, options, g
+        self._settings = settings_of(decoder)
         self._project = Projections(g, options)
         self._hidden: list[int | str] = [BATCH, SEQUENCE, decoder.shape.hidden_size]
 
@@ -68,8 +70,8 @@ class _Builder:
                     norms=self._norms(index),
                     layer=layer,
                     head_dim=decoder.shape.head_dim,
-                    window=decoder.settings.windows[index],
-                    epsilon=decoder.settings.epsilon,
+                    window=self._settings.windows[index],
+                    epsilon=self._settings.epsilon,
                     name=f"{name}.attention",
                 )
             )
@@ -94,7 +96,7 @@ class _Builder:
                 g.input(f"past_key_values.{index}.{part}", "", shape) for part in ("key", "value")
             )
             caches.append((key, value))
-        tables = rotary_tables(decoder.settings, decoder.family, decoder.shape.head_dim)
+        tables = rotary_tables(self._settings, decoder.family, decoder.shape.head_dim)
         cos, sin = (
             g.constant(rounded(values, self._options.precision), name)
             for values, name in zip(tables, (COS_TABLE, SIN_TABLE), strict=True)
@@ -115,7 +117,7 @@ class _Builder:
         stored = self._decoder.tensor(module, layer)
         name = module if layer is None else f"layers.{layer}.{module}"
         weight = g.weight(f"{name}.weight", stored.shape, table(stored, precision))
-        epsilon = self._decoder.settings.epsilon
+        epsilon = self._settings.epsilon
         if added is not None and self._options.attention != "standard":
             normed, _, _, total = g.ops(
                 "SkipSimplifiedLayerNormalization",

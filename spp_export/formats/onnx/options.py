@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from spp_export.common.errors import UsageError
-from spp_export.models.checkpoint.dtypes import ELEMENT_BYTES, FLOAT_DTYPES
+from spp_export.formats.format import FormatOptions, require_package
 
 # gqa       GroupQueryAttention with its rotary inside; right padding; shared KV buffer; fastest
 # gqa-bias  the same with positions and mask from outside: padding on either side
@@ -20,9 +19,9 @@ Precision = Literal["fp32", "fp16", "bf16"]
 # int8-dynamic   weights per channel and activations per tensor (MatMulInteger)
 Quant = Literal["int8", "int4", "int8-dynamic"]
 
-ATTENTIONS: tuple[Attention, ...] = ("gqa", "gqa-bias", "standard")
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
-QUANTS: tuple[Quant, ...] = ("int8", "int4", "int8-dynamic")
+ATTENTIONS: tuple[Attention, ...] = get_args(Attention)
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+QUANTS: tuple[Quant, ...] = get_args(Quant)
 
 # Counts up where the same checkpoint and options would give another graph: `verify` compares whole
 # graphs, and must be able to say that one was written before.
@@ -30,27 +29,47 @@ GRAPH_VERSION = 1
 
 # As safetensors spells them.
 STORED: Mapping[Precision, str] = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 INSTALL = "pip install 'spp-export[onnx]'"
 
 
 @dataclass(frozen=True)
-class OnnxOptions:
+class OnnxOptions(FormatOptions):
     """The form of a graph."""
 
-    attention: Attention = "gqa"
-    precision: Precision = "fp32"
-    quant: Quant | None = None
+    attention: Attention = field(
+        default="gqa",
+        metadata={
+            "flag": "--onnx-attention",
+            "help": "gqa (the default) is fastest and pads on the right; gqa-bias pads on either "
+            "side; standard is for other runtimes, and for fp32 on CUDA.",
+        },
+    )
+    precision: Precision = field(
+        default="fp32", metadata={"help": "Of an ONNX graph: fp32 on the CPU, fp16 on CUDA."}
+    )
+    quant: Quant | None = field(
+        default=None,
+        metadata={
+            "help": "Of an ONNX graph: int8 or int4, weights rounded in small blocks, or "
+            "int8-dynamic, which rounds activations too."
+        },
+    )
+
+    @classmethod
+    def chosen(cls, device: str, values: Mapping[str, Any]) -> OnnxOptions:
+        """Options with these values, None of which is no choice, and a device's defaults."""
+        # The only precision of each device that every form has kernels for.
+        usual = "fp16" if device.startswith("cuda") else "fp32"
+        made: OnnxOptions = super().chosen(
+            device, {**values, "precision": values.get("precision") or usual}
+        )
+        return made
 
     def check(self, device: str | None = None) -> None:
         """UsageError for a form that cannot be, or that `device` ("cpu", "cuda") cannot run."""
-        for name, value, known in (
-            ("--onnx-attention", self.attention, ATTENTIONS),
-            ("--precision", self.precision, PRECISIONS),
-            ("--quant", QUANTS[0] if self.quant is None else self.quant, QUANTS),
-        ):
-            if value not in known:
-                raise UsageError(f"{name} {value!s:.40}: expected one of {', '.join(known)}.")
+        super().check(device)
         if self.quant == "int8-dynamic" and self.precision != "fp32":
             raise UsageError(
                 "--quant int8-dynamic: starts from fp32 weights. Drop --precision, or use int8."
@@ -74,30 +93,14 @@ class OnnxOptions:
     @property
     def torch_dtype(self) -> str:
         """The precision as torch spells it ("float32")."""
-        return FLOAT_DTYPES[STORED[self.precision]]
+        return _DTYPES[self.precision]
 
     @property
     def element_bytes(self) -> int:
         """Of one value that is not quantised."""
-        return ELEMENT_BYTES[STORED[self.precision]]
-
-    def to_dict(self) -> dict[str, Any]:
-        """For config.json."""
-        return asdict(self)
+        return 4 if self.precision == "fp32" else 2
 
 
 def require(name: str) -> ModuleType:
     """An optional library by its import name; UsageError that says how to install it."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        # The library's own missing parts are another matter than the library missing.
-        if error.name != name.partition(".")[0]:
-            raise
-        raise UsageError(f"ONNX needs the package {error.name}. Run: {INSTALL}") from error
-
-
-def require_all() -> None:
-    """UsageError unless all that writing and checking a graph takes is installed."""
-    for name in ("onnx", "onnx_ir", "onnxruntime"):
-        require(name)
+    return require_package(name, "ONNX", INSTALL)

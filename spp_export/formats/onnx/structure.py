@@ -12,18 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from spp_export.formats.decoder import Decoder
 from spp_export.formats.onnx.graph import COS_TABLE, SIN_TABLE, build_graph
 from spp_export.formats.onnx.options import OnnxOptions, require
 from spp_export.formats.onnx.recorder import aliases
 from spp_export.formats.onnx.untrusted import read_graph
+from spp_export.models.checkpoint.checkpoint import Checkpoint
 
 # PyTorch's sines differ in the last bit from machine to machine, and its frequencies do, which the
 # position multiplies.
 _LAST_BITS = 8.0
 
 
-def difference(directory: Path, decoder: Decoder, options: OnnxOptions) -> str | None:
+def difference(directory: Path, decoder: Checkpoint, options: OnnxOptions) -> str | None:
     """Where the graph of a directory is another one than that of `decoder`; None where it is not.
 
     Of weights only types and shapes are compared, so the decoder's need not exist on disk. Raises

@@ -9,12 +9,12 @@ from typing import Any
 from spp_export.common.errors import ModelError, OutputError, SppError
 from spp_export.common.json_files import dump_json, json_object, read_json
 from spp_export.common.publish import require_free_space
-from spp_export.formats.decoder import Decoder, read_decoder
 from spp_export.formats.onnx.companions import genai_config, onnx_config, tokenizer_config
 from spp_export.formats.onnx.graph import build_graph
 from spp_export.formats.onnx.options import OnnxOptions
 from spp_export.formats.onnx.recorder import share_aliases
-from spp_export.models.checkpoint.checkpoint import TOKENIZER_FILES
+from spp_export.formats.settings import settings_of
+from spp_export.models.checkpoint.checkpoint import TOKENIZER_FILES, Checkpoint, open_checkpoint
 from spp_export.models.checkpoint.companions import companion, copy_companions
 
 GRAPH_NAME = "model.onnx"
@@ -37,7 +37,7 @@ def write_onnx(
     the disk does not take the data.
     """
     options.check()
-    decoder = read_decoder(checkpoint)
+    decoder = open_checkpoint(checkpoint)
     model = build_graph(decoder, options)
     tensors = (value.const_value for value in model.graph.initializers.values())
     total = sum(tensor.nbytes for tensor in tensors if tensor is not None)
@@ -73,7 +73,7 @@ def _within(error: BaseException) -> BaseException:
     return error if inner is None else inner
 
 
-def _companions(checkpoint: Path, out: Path, decoder: Decoder, options: OnnxOptions) -> None:
+def _companions(checkpoint: Path, out: Path, decoder: Checkpoint, options: OnnxOptions) -> None:
     config = onnx_config(
         decoder.config,
         decoder.family,
@@ -81,7 +81,7 @@ def _companions(checkpoint: Path, out: Path, decoder: Decoder, options: OnnxOpti
         decoder.layers,
         decoder.layout,
         options,
-        decoder.settings.context_length,
+        settings_of(decoder).context_length,
     )
     generation = optional_json(checkpoint, "generation_config.json")
     genai = genai_config(config, generation, decoder.layers, decoder.shape.head_dim, options)

@@ -12,12 +12,14 @@ from factories import random_layers, shape_of, uniform_layers, write_slim
 from gguf_cases import FAMILIES, make
 
 from spp_export.common.errors import ModelError
-from spp_export.formats.decoder import read_decoder
-from spp_export.formats.gguf import GgufOptions, gguf_contents, write_gguf
+from spp_export.formats.gguf import GgufOptions
+from spp_export.formats.gguf.contents import gguf_contents
 from spp_export.formats.gguf.header import read_gguf
 from spp_export.formats.gguf.llama_cpp import LlamaCpp
 from spp_export.formats.gguf.options import QUANTS
 from spp_export.formats.gguf.weights import GgufWeights
+from spp_export.formats.gguf.write import write_gguf
+from spp_export.models.checkpoint.checkpoint import open_checkpoint
 from spp_export.models.loader import load_slim
 
 pytest.importorskip("xllamacpp")
@@ -33,10 +35,10 @@ NEW = 12
 
 
 def written(checkpoint: Path, options: GgufOptions = GgufOptions()) -> Path:  # noqa: B008  frozen
-    decoder = read_decoder(checkpoint)
+    decoder = open_checkpoint(checkpoint)
     out = checkpoint / "gguf"
     out.mkdir()
-    write_gguf(decoder, gguf_contents(decoder, checkpoint, options, "tiny"), out)
+    write_gguf(decoder, gguf_contents(decoder, options, "tiny"), out)
     return out / "model.gguf"
 
 
@@ -97,7 +99,7 @@ def test_forms_in_fewer_bits(quant, tmp_path: Path) -> None:
     path = written(dense, options)
     with closing(LlamaCpp(path, 64, 1)) as model:
         (step,) = model.generate(PROMPT, 1, 263)
-    contents = gguf_contents(read_decoder(dense), dense, options, "tiny")
+    contents = gguf_contents(open_checkpoint(dense), options, "tiny")
     weights = GgufWeights(read_gguf(path.parent), contents.tensors)
     torch_model = load_slim(dense, dtype=torch.float64)
     with torch.no_grad():

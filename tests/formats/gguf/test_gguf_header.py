@@ -12,16 +12,18 @@ import pytest
 from gguf_cases import make
 
 from spp_export.common.errors import CheckpointError
-from spp_export.formats.decoder import read_decoder
-from spp_export.formats.gguf import GgufOptions, gguf_contents, write_gguf
+from spp_export.formats.gguf import GgufOptions
+from spp_export.formats.gguf.contents import gguf_contents
 from spp_export.formats.gguf.header import read_gguf
+from spp_export.formats.gguf.write import write_gguf
+from spp_export.models.checkpoint.checkpoint import open_checkpoint
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     dense = make("llama-mha-tied", tmp_path_factory.mktemp("header"))
-    decoder = read_decoder(dense)
-    contents = gguf_contents(decoder, dense, GgufOptions(quant="q8_0"), "tiny")
+    decoder = open_checkpoint(dense)
+    contents = gguf_contents(decoder, GgufOptions(quant="q8_0"), "tiny")
     write_gguf(decoder, contents, dense)
     return (dense / "model.gguf").read_bytes()
 

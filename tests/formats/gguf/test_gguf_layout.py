@@ -12,17 +12,19 @@ from gguf_cases import make
 from safetensors.numpy import load_file
 
 from spp_export.common.errors import CheckpointError, UsageError
-from spp_export.formats.decoder import read_decoder
-from spp_export.formats.gguf import GgufOptions, gguf_contents, write_gguf
+from spp_export.formats.gguf import GgufOptions
+from spp_export.formats.gguf.contents import gguf_contents
 from spp_export.formats.gguf.encode import allowed_error, decode, encode
 from spp_export.formats.gguf.options import QUANTS
+from spp_export.formats.gguf.write import write_gguf
+from spp_export.models.checkpoint.checkpoint import open_checkpoint
 
 
 def read(checkpoint: Path, options: GgufOptions = GgufOptions()) -> gguf.GGUFReader:  # noqa: B008
-    decoder = read_decoder(checkpoint)
+    decoder = open_checkpoint(checkpoint)
     out = checkpoint / "gguf"
     out.mkdir(exist_ok=True)
-    write_gguf(decoder, gguf_contents(decoder, checkpoint, options, "tiny"), out)
+    write_gguf(decoder, gguf_contents(decoder, options, "tiny"), out)
     return gguf.GGUFReader(out / "model.gguf")
 
 
@@ -110,8 +112,8 @@ def test_metadata_of_layers_that_differ(tmp_path: Path) -> None:
 @pytest.mark.parametrize("quant", QUANTS)
 def test_rows_that_are_no_multiple_of_a_block_stay_at_half_precision(quant, tmp_path: Path) -> None:
     dense = make("llama-mqa", tmp_path, channels=72)
-    decoder = read_decoder(dense)
-    contents = gguf_contents(decoder, dense, GgufOptions(quant=quant), "tiny")
+    decoder = open_checkpoint(dense)
+    contents = gguf_contents(decoder, GgufOptions(quant=quant), "tiny")
     tensors = read(dense, GgufOptions(quant=quant)).tensors
     types = {tensor.name: tensor.tensor_type.name.lower() for tensor in tensors}
     down = [f"blk.{i}.ffn_down.weight" for i in range(3)]

@@ -14,9 +14,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer
 
 from spp_export.common.errors import ModelError
-from spp_export.formats.decoder import read_decoder
-from spp_export.formats.gguf import GgufOptions, gguf_contents, write_gguf
+from spp_export.formats.gguf import GgufOptions
+from spp_export.formats.gguf.contents import gguf_contents
 from spp_export.formats.gguf.tokenizer import pre_tokenizer_name
+from spp_export.formats.gguf.write import write_gguf
+from spp_export.models.checkpoint.checkpoint import open_checkpoint
 
 TEXTS = [
     "The other mother's 1234 brothers, and 56 more.",
@@ -126,8 +128,8 @@ def with_tokenizer(tmp_path: Path, tokenizer: Tokenizer, **settings: object) -> 
 
 
 def written(dense: Path) -> Path:
-    decoder = read_decoder(dense)
-    write_gguf(decoder, gguf_contents(decoder, dense, GgufOptions(), "tiny"), dense)
+    decoder = open_checkpoint(dense)
+    write_gguf(decoder, gguf_contents(decoder, GgufOptions(), "tiny"), dense)
     return dense / "model.gguf"
 
 

@@ -11,7 +11,7 @@ from dense_models import CONFIGS, config_of, random_tensors, write_model
 from factories import CASES, make_checkpoint, ragged_layers, random_layers, shape_of, write_slim
 
 from spp_export.common.errors import CheckpointError, ModelError, SppError
-from spp_export.formats.decoder import read_decoder, rotary_tables
+from spp_export.formats.settings import rotary_tables, settings_of
 from spp_export.models.checkpoint.checkpoint import open_checkpoint, open_source
 
 SIZES = (
@@ -194,9 +194,15 @@ EDITS = {
 }
 
 
+def settings_of_directory(directory):
+    return settings_of(open_checkpoint(directory))
+
+
 @pytest.mark.parametrize("kind", EDITS)
 @pytest.mark.parametrize("slim", ["regular", "ragged"])
-@pytest.mark.parametrize("opened", [open_checkpoint, read_decoder], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "opened", [open_checkpoint, settings_of_directory], ids=lambda f: f.__name__
+)
 def test_edited_layers(slims, kind, slim, opened):
     directory, config = slims[slim]
     changed = json.loads(json.dumps(config))
@@ -229,7 +235,7 @@ def test_settings_that_a_graph_would_turn_into_tables(tmp_path, kind):
     write_model(tmp_path, config | POSITIONS[kind], random_tensors(config))
 
     def tables(directory):
-        decoder = read_decoder(directory)
-        rotary_tables(decoder.settings, decoder.family, decoder.shape.head_dim)
+        decoder = open_checkpoint(directory)
+        rotary_tables(settings_of(decoder), decoder.family, decoder.shape.head_dim)
 
     message(tables, tmp_path, SppError)

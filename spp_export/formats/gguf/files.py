@@ -1,0 +1,168 @@
+"""A slim or dense checkpoint as a checked GGUF directory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from spp_export.common.errors import ModelError, OutputError, UsageError
+from spp_export.common.json_files import dump_json
+from spp_export.common.progress import progress
+from spp_export.formats.card import gguf_card
+from spp_export.formats.format import Comparison, FileChecks, ModelFiles
+from spp_export.formats.gguf.contents import Contents, gguf_contents
+from spp_export.formats.gguf.engines import gguf_engines
+from spp_export.formats.gguf.header import read_gguf
+from spp_export.formats.gguf.options import FILE_VERSION, GgufOptions
+from spp_export.formats.gguf.weights import GgufWeights
+from spp_export.formats.gguf.write import stored_bytes, write_gguf
+from spp_export.models.checkpoint.checkpoint import (
+    TOKENIZER_FILES,
+    Checkpoint,
+    open_checkpoint,
+    read_config,
+)
+from spp_export.models.checkpoint.companions import copy_companions
+from spp_export.models.checkpoint.reader import read_float
+from spp_export.planning import Plan
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from spp_export.models.shape import ModelShape
+    from spp_export.planning.bound import Predicted
+
+_KEY = "spp_gguf"
+_BESIDE = ("generation_config.json", "tokenizer_config.json", *TOKENIZER_FILES)
+
+
+class GgufFiles(ModelFiles):
+    """One GGUF file, and beside it what is needed to talk to it and to check it."""
+
+    torch_dtype = "float32"
+
+    def __init__(self, options: GgufOptions, checkpoint: Checkpoint, plan: Plan) -> None:
+        self.contents = gguf_contents(checkpoint, options, shown_name(plan))
+        self._base = plan.model_source
+        self.engines = gguf_engines(self.contents.architecture.name)
+        self.summary = self.contents.summary()
+        self.element_bytes = self.contents.options.element_bytes
+        self.nbytes = {"GGUF file": sum(stored_bytes(tensor) for tensor in self.contents.tensors)}
+
+    def write(self, checkpoint: Path, out: Path) -> None:
+        decoder = open_checkpoint(checkpoint)
+        with progress("writing the GGUF file", 1.0) as bar:
+            write_gguf(
+                decoder,
+                self.contents,
+                out,
+                progress=lambda done, total: bar(done / max(total, 1)),
+            )
+        try:
+            config = dump_json(gguf_config(decoder, self.contents))
+            (out / "config.json").write_text(config, encoding="utf-8")
+            copy_companions(checkpoint, _BESIDE, out)
+        except OSError as error:
+            raise OutputError(f"{out}: cannot be written ({error.strerror}).") from error
+
+    def check(self, out: Path, against: Comparison) -> FileChecks:
+        """Every check. A model in memory takes the file's weights, where these are less exact than
+        its own, so that a quality measured next is the file's."""
+        from spp_export.formats.gguf.checks import check_engine, check_header, check_weights
+
+        file = read_gguf(out)
+        header = check_header(file, self.contents)
+        if not header.passed:
+            return FileChecks((header,))
+        weights = GgufWeights(file, self.contents.tensors)
+        tensors = open_checkpoint(against.checkpoint).tensors
+        held = check_weights(
+            "weights as the checkpoint has them",
+            weights,
+            self.contents,
+            lambda name: read_float(tensors[name]),
+        )
+        if not held.passed:
+            return FileChecks((header, held))
+        with progress("checking the file in llama.cpp", None):
+            engine = check_engine(out, self.contents, against.batches, against.reference)
+        context = gguf_context(self.contents, engine.context())
+        if against.model and self.contents.options.kind != "f32":
+            if against.from_disk:
+                context["gguf"]["quality_of"] = "the checkpoint that the file was made from"
+            else:
+                _take_weights(against.model, weights)
+        return FileChecks((header, held, *([engine.check] if engine.check else [])), context)
+
+    def card(
+        self,
+        name: str,
+        report: Mapping[str, Any] | None,
+        license_name: str | None,
+        slim: tuple[Plan, ModelShape, Predicted] | None = None,
+        converted: Plan | None = None,
+    ) -> str:
+        return gguf_card(
+            name, self._base, self.summary, report, self.engines, license_name, slim, converted
+        )
+
+
+def gguf_context(contents: Contents, engine: dict[str, Any]) -> dict[str, Any]:
+    """What verify.json says of a file beside the checks."""
+    cost = {key: engine[key] for key in ("quantisation",) if key in engine}
+    return {"gguf": {**contents.summary(), "engine": engine["engine"]}, **cost}
+
+
+def _take_weights(model: nn.Module, weights: GgufWeights) -> None:
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.from_numpy(weights.read(name)))
+
+
+def gguf_config(decoder: Checkpoint, contents: Contents) -> dict[str, Any]:
+    """config.json of a GGUF directory, which says how the file was written."""
+    said = {
+        "architecture": contents.architecture.name,
+        **contents.options.to_dict(),
+        "layout": decoder.layout,
+        "version": FILE_VERSION,
+    }
+    family = decoder.family
+    return {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        _KEY: said,
+    }
+
+
+def gguf_options(directory: Path) -> GgufOptions:
+    """The form of a directory's file, from its config.json.
+
+    Raises ModelError where spp did not write it, or another version that would write it otherwise.
+    """
+    said = read_config(directory).get(_KEY)
+    if not isinstance(said, dict) or not said.keys() >= {"precision", "quant"}:
+        raise ModelError(
+            f"{directory}: config.json has no {_KEY}, so the file was not written by spp."
+        )
+    if said.get("version") != FILE_VERSION:
+        raise ModelError(
+            f"{directory}: its GGUF is of version {said.get('version')!r:.20}, this spp checks "
+            f"version {FILE_VERSION}. Write it again, or verify it with the spp that wrote it."
+        )
+    options = GgufOptions(said["precision"], said["quant"])
+    try:
+        options.check()
+    except UsageError as error:
+        raise ModelError(f"{directory}: {_KEY} of config.json is malformed: {error}") from error
+    if options == GgufOptions():
+        raise ModelError(f"{directory}: {_KEY} of config.json names neither precision nor quant.")
+    return options
+
+
+def shown_name(compiled: Plan) -> str:
+    """What programs that run the file call the model."""
+    return f"{PurePosixPath(compiled.model_source).name} (spp)"

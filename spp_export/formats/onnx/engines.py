@@ -1,0 +1,45 @@
+"""Which engines load an ONNX directory."""
+
+from __future__ import annotations
+
+from spp_export.models.engines import Engine, Loads, listed
+
+
+def onnx_engines(
+    layout: str, attention: str = "gqa", precision: str = "fp32", quant: str | None = None
+) -> tuple[Engine, ...]:
+    """Engines for an ONNX directory of this layout and with a graph of this form.
+
+    The form is the options of `spp_export.formats.onnx`. Tests run every form that has kernels for
+    the CPU in onnxruntime and onnxruntime-genai, and unquantised float32 in the others.
+    """
+    bf16 = precision == "bf16"
+    on_cpu: Loads = "expected" if bf16 else "yes"
+    plain: Loads = "yes" if precision == "fp32" and quant is None else "expected"
+    place = "on CUDA" if bf16 else ""
+    batches = {
+        "gqa": "one text at a time, or a batch padded on the right",
+        "gqa-bias": "batches padded on either side",
+        "standard": "batches padded on either side",
+    }[attention]
+    # What generates beyond a batch padded on the right would go on after the padding.
+    singles = "one text at a time" if attention == "gqa" else "batches padded on the left"
+    optimum = (
+        "its ORTModelForCausalLM, optimum-onnx with transformers below 4.58"
+        if layout == "uniform"
+        else "spp_export.ort.ORTSlimForCausalLM, optimum-onnx with transformers below 4.58"
+    )
+    return (
+        Engine(
+            "onnxruntime",
+            on_cpu,
+            listed("spp chat, or spp_export.ort", place, batches),
+        ),
+        Engine("onnxruntime-genai", on_cpu, listed("0.15 or newer", place)),
+        Engine(
+            "transformers.js",
+            "no" if bf16 else plain,
+            "it knows no bf16" if bf16 else listed("4.3, dtype 'fp32' names the file", singles),
+        ),
+        Engine("optimum", plain, listed(optimum, place, singles)),
+    )

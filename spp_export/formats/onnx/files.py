@@ -1,0 +1,138 @@
+"""A slim or dense checkpoint as a checked ONNX directory."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spp_export.common.errors import ModelError, UsageError
+from spp_export.common.progress import progress
+from spp_export.formats.card import onnx_card
+from spp_export.formats.format import Comparison, FileChecks, ModelFiles
+from spp_export.formats.onnx.engines import onnx_engines
+from spp_export.formats.onnx.options import OnnxOptions
+from spp_export.formats.onnx.read import GraphWeights
+from spp_export.formats.onnx.write import write_onnx
+from spp_export.formats.settings import settings_of
+from spp_export.models.checkpoint.checkpoint import Checkpoint, open_checkpoint, read_config
+from spp_export.models.checkpoint.reader import read_float
+from spp_export.planning import Plan
+
+if TYPE_CHECKING:
+    from spp_export.evaluation.parity import Check
+    from spp_export.models.shape import ModelShape
+    from spp_export.planning.bound import Predicted
+
+
+class OnnxFiles(ModelFiles):
+    """A graph, its weights and what engines want beside them."""
+
+    nbytes: Mapping[str, int] = {}
+
+    def __init__(self, options: OnnxOptions, checkpoint: Checkpoint, plan: Plan) -> None:
+        settings_of(checkpoint)  # which refuses what no graph can express
+        self._options, self._base = options, plan.model_source
+        self.engines = onnx_engines(checkpoint.layout, **options.to_dict())
+        self.summary = options.to_dict()
+        self.element_bytes = options.element_bytes
+        self.torch_dtype = options.torch_dtype
+
+    def write(self, checkpoint: Path, out: Path) -> None:
+        with progress("writing the graph", 1.0) as bar:
+            write_onnx(
+                checkpoint,
+                out,
+                self._options,
+                progress=lambda done, total: bar(done / max(total, 1)),
+            )
+
+    def check(self, out: Path, against: Comparison) -> FileChecks:
+        """Every check. A quantised graph is compared with an unquantised one, which is written for
+        that alone and has to keep the tolerances of PyTorch's rounding itself."""
+        from spp_export.evaluation.parity import rounded
+        from spp_export.formats.onnx.checks import (
+            check_agreement,
+            check_graph,
+            check_logits,
+            row_logits,
+        )
+        from spp_export.formats.onnx.runtime.model import OrtModel
+        from spp_export.formats.onnx.runtime.module import OrtModule
+
+        options = self._options
+        context: dict[str, Any] = {"onnx": self.summary}
+        valid = check_graph(out)
+        if not valid.passed:
+            return FileChecks((valid,), context)
+        held = _check_weights(out, against.checkpoint, options)
+        if not held.passed:
+            return FileChecks((valid, held), context)
+        reference = against.reference(against.batches)
+        with progress("checking the graph in ONNX Runtime", None):
+            model = OrtModel.load(out, device=against.device)
+            module = OrtModule(model, against.device)
+            if options.quant is None:
+                checks = check_logits(model, reference, options.precision)
+                return FileChecks((valid, held, *checks), context, module)
+            plain = out / "unquantised"
+            plain.mkdir()
+            write_onnx(against.checkpoint, plain, replace(options, quant=None))
+            unquantised = OrtModel.load(plain, device=against.device)
+            checks = check_logits(unquantised, reference, options.precision)
+            agreement, kl, share = check_agreement(
+                f"{options.quant} graph against the unquantised one",
+                zip(
+                    row_logits(unquantised, reference.batches),
+                    row_logits(model, reference.batches),
+                    strict=True,
+                ),
+            )
+        shutil.rmtree(plain)
+        context["quantisation"] = rounded({"mean_kl": kl, "top1": share})
+        return FileChecks((valid, held, *checks, agreement), context, module)
+
+    def card(
+        self,
+        name: str,
+        report: Mapping[str, Any] | None,
+        license_name: str | None,
+        slim: tuple[Plan, ModelShape, Predicted] | None = None,
+        converted: Plan | None = None,
+    ) -> str:
+        attention = self._options.attention
+        return onnx_card(
+            name, self._base, attention, report, self.engines, license_name, slim, converted
+        )
+
+
+def _check_weights(directory: Path, checkpoint: Path, options: OnnxOptions) -> Check:
+    """A graph's weights are those of the checkpoint that it was just made from."""
+    from spp_export.formats.onnx.checks import check_weights
+
+    decoder = open_checkpoint(checkpoint)
+    weights = GraphWeights(directory, decoder.family, decoder.shape, decoder.layers)
+    return check_weights(
+        "weights as the checkpoint has them",
+        weights,
+        lambda spec: read_float(decoder.tensors[spec.name]),
+        options,
+    )
+
+
+def onnx_options(directory: Path) -> OnnxOptions:
+    """The form of a directory's graph, from its config.json. Raises ModelError."""
+    said = read_config(directory).get("spp_onnx")
+    keys = ("attention", "precision", "quant")
+    if not isinstance(said, dict) or not said.keys() >= set(keys):
+        raise ModelError(
+            f"{directory}: config.json has no spp_onnx, so the graph was not written by spp."
+        )
+    options = OnnxOptions(**{key: said[key] for key in keys})
+    try:
+        options.check()
+    except UsageError as error:
+        raise ModelError(f"{directory}: spp_onnx of config.json is malformed: {error}") from error
+    return options
