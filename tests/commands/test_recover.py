@@ -110,8 +110,8 @@ def test_a_model_that_got_worse_is_not_published(workshop, data, tmp_path):
     target = tmp_path / "recovered"
 
     def forget(**options):
-        given = {"model": str(exported.dense), "settings": FEW, "validation": data}
-        return spp_export.recover(tmp_path / "good", other, target, **given, **options)
+        options |= {"model": str(exported.dense), "validation": data, **FEW.to_dict()}
+        return spp_export.recover(tmp_path / "good", other, target, **options)
 
     with refused(QualityError, "perplexity on text that was not trained on"):
         forget()
