@@ -202,7 +202,7 @@ def test_without_the_benchmarks_their_baselines_are_left_out(monkeypatch, tmp_pa
     monkeypatch.setattr("spp_cli.commands.eval.find_spec", lambda name: None)
     for name in tuple(BASELINES):
         monkeypatch.delitem(BASELINES, name)
-    names = EvalRequest(criteria=("all",)).criterion_names
+    names = EvalRequest(criterion=("all",)).criterion_names
     assert "pp-scenario" in names
     assert {"probe-pruning", "full-batch-probing"}.isdisjoint(names)
     command = ["eval", "--scenario", "nowhere.txt", "-o", str(tmp_path), "--criterion"]

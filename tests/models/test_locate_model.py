@@ -115,7 +115,7 @@ def test_the_real_hub_client_offline_is_one_line():
 def test_demo_is_the_default_models_own_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").mkdir()
-    monkeypatch.setattr(models, "demo_model", lambda progress: tmp_path / "cached")
+    monkeypatch.setattr(models, "demo_model", lambda: tmp_path / "cached")
     assert locate_model("demo") == ModelLocation(tmp_path / "cached", DEMO_NAME)
 
 

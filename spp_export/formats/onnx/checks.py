@@ -44,6 +44,8 @@ def check_graph(directory: Path) -> Check:
     """
     onnx = require("onnx")
     name = "onnx.checker and shape inference"
+    if not (directory / GRAPH_NAME).exists():
+        return Check(name, False, detail=f"no {GRAPH_NAME} beside its weights")
     model = read_graph(directory)
     try:
         onnx.checker.check_model(directory / GRAPH_NAME)
