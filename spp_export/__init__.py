@@ -12,13 +12,14 @@ per-layer checkpoints load with its Auto classes.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spp_export.common.contents import contents
 from spp_export.models.registration import install as _install
 
 if TYPE_CHECKING:
-    from spp_bench.requests import bench as bench
+    from collections.abc import Callable
+
     from spp_export.commands.chat.chat import Answer as Answer
     from spp_export.commands.chat.chat import Chat as Chat
     from spp_export.commands.chat.chat import ScenarioChat as ScenarioChat
@@ -65,7 +66,9 @@ if TYPE_CHECKING:
     from spp_export.planning.planner import PlanResult as PlanResult
     from spp_export.planning.request import PlanRequest as PlanRequest
 
+    bench: Callable[..., dict[str, Any]]  # an entry point: spp_bench is on the floor above
+
 # Modules that users may have written down: spp_export.ort, .transformers_cli, .vllm_plugin.
 __path__.append(str(Path(__file__).parent / "commands" / "public_paths"))
 _install()
-__getattr__, __dir__, __all__ = contents(__name__, __file__)
+__getattr__, __dir__ = contents(__name__, __file__)

@@ -32,8 +32,7 @@ def imported(path: Path) -> set[str]:
     return names & SOURCES.keys()
 
 
-# All but the table of contents, which names every command and imports it when it is used.
-IMPORTED = {name: imported(path) for name, path in SOURCES.items() if name != "spp_export"}
+IMPORTED = {name: imported(path) for name, path in SOURCES.items()}
 
 
 def floor(name: str) -> int:

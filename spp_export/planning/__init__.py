@@ -29,4 +29,4 @@ if TYPE_CHECKING:
     from spp_export.planning.plan_file import validate_plan as validate_plan
     from spp_export.planning.plan_file import write_plan as write_plan
 
-__getattr__, __dir__, __all__ = contents(__name__, __file__)
+__getattr__, __dir__ = contents(__name__, __file__)
