@@ -11,6 +11,7 @@ per-layer checkpoints load with its Auto classes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,6 @@ from spp_export.common.contents import contents
 from spp_export.models.registration import install as _install
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from spp_export.commands.chat.chat import Answer as Answer
     from spp_export.commands.chat.chat import Chat as Chat
     from spp_export.commands.chat.chat import ScenarioChat as ScenarioChat

@@ -28,7 +28,7 @@ def contents(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[]
         for block in ast.parse(Path(file).read_text(encoding="utf-8")).body
         if isinstance(block, ast.If)
         for node in block.body
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(package)
+        if isinstance(node, ast.ImportFrom) and node.module
         for alias in node.names
     }
 
