@@ -11,6 +11,7 @@ run the folder must be empty, or hold the whole output, and nothing may wait to 
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import tempfile
@@ -44,7 +45,6 @@ class Strikes:
 
     def run(self, action: Callable[[Path], None], folder: Path) -> None:
         """What the handler raises ends here."""
-        sys.setprofile(self._resume)
         sys.settrace(self._trace)
         try:
             action(folder)
@@ -55,28 +55,39 @@ class Strikes:
             sys.settrace(None)
 
     def _trace(self, frame: FrameType, event: str, _: Any) -> Any:
+        """Of a frame that begins: what is called at each bytecode of it."""
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        if event == "opcode" and self._counts(frame):
-            self.count += 1
-            if self.count in self.at:
-                self.struck += 1
-                handler = signal.getsignal(self.number)
-                assert callable(handler)
-                handler(self.number, frame)  # what this raises, the traced code raises
-        return self._trace
+        return self._of_ours if frame.f_code.co_filename.startswith(OURS) else self._of_others
 
-    def _counts(self, frame: FrameType) -> bool:
-        if frame.f_code.co_filename.startswith(OURS):
-            return True
-        self.elsewhere += 1
-        return self.elsewhere % self.stride == 0
+    def _of_ours(self, frame: FrameType, event: str, _: Any) -> Any:
+        if event == "opcode":
+            self._counted(frame)
+        return self._of_ours
+
+    def _of_others(self, frame: FrameType, event: str, _: Any) -> Any:
+        if event == "opcode":
+            self.elsewhere += 1
+            if self.elsewhere % self.stride == 0:
+                self._counted(frame)
+        return self._of_others
+
+    def _counted(self, frame: FrameType) -> None:
+        self.count += 1
+        if self.count in self.at:
+            self.struck += 1
+            # Nothing is left to count after the last.
+            sys.setprofile(self._resume if self.struck < len(self.at) else None)
+            sys.settrace(self._trace if self.struck < len(self.at) else None)
+            handler = signal.getsignal(self.number)
+            assert callable(handler)
+            handler(self.number, frame)  # what this raises, the traced code raises
 
     def _resume(self, frame: FrameType | None, event: str, _: Any) -> None:
         """Python stops tracing where a trace function raises; the next call or return resumes."""
         if sys.gettrace() is None:
             sys.settrace(self._trace)
             while frame is not None and frame.f_code is not Strikes.run.__code__:
-                frame.f_trace, frame.f_trace_opcodes = self._trace, True
+                frame.f_trace = self._trace(frame, "call", None)
                 frame = frame.f_back
 
 
@@ -120,6 +131,7 @@ def campaign(signals: Sequence[signal.Signals], gaps: Sequence[int], stride: int
     """What was wrong; the number of runs comes last."""
     runs, problems = 0, []
     sys.unraisablehook = lambda _: None  # what is raised while an object goes
+    os.fsync = os.fstat  # type: ignore[assignment]  # nothing here waits for a disk
     for action, whole in ACTIONS.items():
         for number in signals:
             before = signal.signal(number, tell)
