@@ -8,6 +8,9 @@ INSTALLED := $(VENV)/.installed
 LOADED_BY := 4.57.6 5.17.0 5.23.0
 VLLM := 0.33.0
 
+# Tests start some hundred processes: what these import is compiled once, whatever a shell has set.
+export PYTHONDONTWRITEBYTECODE :=
+
 DATA := benchmarks/data
 RESULTS := benchmarks/results
 LM_EVAL := build/venv-lm-eval

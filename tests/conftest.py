@@ -3,6 +3,7 @@ guard against deadlock in place of every limit of time."""
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -53,5 +54,11 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def pytest_collection_finish() -> None:
+    """What is there by now stays: thousands of tests and modules that no collection need visit."""
+    gc.freeze()
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
+    gc.unfreeze()  # some libraries complain of what is left at the end
     shutil.rmtree(_MODULES, ignore_errors=True)
