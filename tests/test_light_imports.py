@@ -51,6 +51,7 @@ TORCH_FREE = [
     "slicing.cut",
     "slicing.weights",
     "formats.card",
+    "commands.chat",
     "commands.report.page",
 ]
 

@@ -7,13 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from spp_export.commands.chat.reader import Reader
-from spp_export.commands.load import ScenarioModels, load_many
 from spp_export.commands.requests import DEFAULT_NEW_TOKENS, ChatRequest
 from spp_export.common.errors import ModelError, UsageError
 from spp_export.common.json_files import read_json
@@ -26,6 +25,9 @@ from spp_export.models.checkpoint.checkpoint import read_config
 from spp_export.models.checkpoint.companions import companion
 from spp_export.models.hub import DEMO, demo_model
 from spp_export.models.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from spp_export.commands.load import ScenarioModels
 
 # Why an answer ended: the model ended it, it has all tokens that were asked for, the context is
 # full, or the user interrupted it.
@@ -400,6 +402,8 @@ def open_scenario_chat(
 
     Arguments and errors as of `load_many` and `open_chat`.
     """
+    # With PyTorch, which a chat with a graph does without.
+    from spp_export.commands.load import load_many
     from spp_export.formats.safetensors.run import TorchModel
 
     if threads is not None:
