@@ -53,13 +53,13 @@ class FormatOptions:
     @classmethod
     def choices(cls) -> dict[str, tuple[str, ...]]:
         """The words that each field may be, by its name."""
-        found = {}
+        allowed = {}
         for name, hint in get_type_hints(cls).items():
             parts = (hint, *get_args(hint))
             words = next((get_args(part) for part in parts if get_origin(part) is Literal), ())
             if words:
-                found[name] = words
-        return found
+                allowed[name] = words
+        return allowed
 
     @classmethod
     def flags(cls) -> dict[str, str]:

@@ -86,17 +86,17 @@ def compensated_projections(
         )
         if spec.name.endswith(".bias")
     }
-    found = {}
+    projections = {}
     for index, layer in enumerate(compiled.layers):
         for role in CONSUMERS:
             if compiled.compensation == "none" or not loses(layer, role, source.shape):
                 continue
             module = source.family.layer_name(index, source.family.projection(role))
             real = real_columns(compiled, index, role, source.shape)
-            found_weight = read(f"{module}.weight")[:, real]
-            weight = torch.from_numpy(np.ascontiguousarray(found_weight))
+            stored = read(f"{module}.weight")[:, real]
+            weight = torch.from_numpy(np.ascontiguousarray(stored))
             bias = None
             if f"{module}.bias" in has_bias:
                 bias = torch.from_numpy(np.array(read(f"{module}.bias")))
-            found[index, role] = Projection(weight, bias)
-    return found
+            projections[index, role] = Projection(weight, bias)
+    return projections

@@ -42,7 +42,7 @@ def options_of(name: str, device: str, values: Mapping[str, Any]) -> FormatOptio
 
     Raises UsageError for a choice that the format does not have.
     """
-    wanted = FORMATS[name]
+    record = FORMATS[name]
     chosen = {}
     for flag, value in values.items():
         if value is None:
@@ -70,5 +70,5 @@ def options_of(name: str, device: str, values: Mapping[str, Any]) -> FormatOptio
                 )
             raise UsageError(f"{flag} {value!s:.40}: expected one of {known}.")
         chosen[fields[name]] = value
-    options: FormatOptions = wanted.options.chosen(device, chosen)
+    options: FormatOptions = record.options.chosen(device, chosen)
     return options

@@ -76,13 +76,13 @@ def stock_settings(
     """
     from transformers import AutoConfig
 
-    given = {k: v for k, v in portable_config(config).items() if k not in _OURS}
-    given |= {"head_dim": shape.head_dim, "num_attention_heads": shape.query_heads}
+    values = {k: v for k, v in portable_config(config).items() if k not in _OURS}
+    values |= {"head_dim": shape.head_dim, "num_attention_heads": shape.query_heads}
     if family.heads_divide_hidden and shape.hidden_size % shape.query_heads:
         # A slim model's count, which the stock config would refuse; nothing here depends on it.
-        given["num_attention_heads"] = given["num_key_value_heads"] = 1
+        values["num_attention_heads"] = values["num_key_value_heads"] = 1
     try:
-        stock: Any = AutoConfig.for_model(family.model_type, **given)
+        stock: Any = AutoConfig.for_model(family.model_type, **values)
     except Exception as error:  # each version of transformers has its own kinds
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{directory}: config.json is refused by transformers: {first}") from error

@@ -46,11 +46,11 @@ class EngineResult:
 
     def context(self) -> dict[str, Any]:
         """For verify.json."""
-        found: dict[str, Any] = {"engine": self.engine or "none: xllamacpp is not installed"}
+        measured: dict[str, Any] = {"engine": self.engine or "none: xllamacpp is not installed"}
         if self.agreement:
             kl, share = self.agreement
-            found["quantisation"] = rounded({"mean_kl": kl, "top1": share})
-        return found
+            measured["quantisation"] = rounded({"mean_kl": kl, "top1": share})
+        return measured
 
 
 def check_header(file: GgufFile, contents: Contents) -> Check:
@@ -59,12 +59,12 @@ def check_header(file: GgufFile, contents: Contents) -> Check:
     for key in [*contents.metadata, *file.metadata]:
         if file.metadata.get(key) != contents.metadata.get(key):
             return Check(name, False, detail=f"{key!r:.80} differs from the plan")
-    wanted = {t.name: (t.kind, tuple(t.shape), stored_bytes(t)) for t in contents.tensors}
-    found = {n: (p.kind, p.shape, p.nbytes) for n, p in file.tensors.items()}
-    for tensor in [*wanted, *found]:
-        if wanted.get(tensor) != found.get(tensor):
+    expected = {t.name: (t.kind, tuple(t.shape), stored_bytes(t)) for t in contents.tensors}
+    actual = {n: (p.kind, p.shape, p.nbytes) for n, p in file.tensors.items()}
+    for tensor in [*expected, *actual]:
+        if expected.get(tensor) != actual.get(tensor):
             return Check(name, False, detail=f"tensor {tensor!r:.80} differs from the plan")
-    counted = f"{len(wanted)} tensors, architecture {contents.architecture.name}"
+    counted = f"{len(expected)} tensors, architecture {contents.architecture.name}"
     unlike = len(contents.fallbacks)
     more = f", {unlike} in f16 for their rows are no multiple of 32" if unlike else ""
     return Check(name, True, detail=counted + more)
@@ -85,19 +85,19 @@ def check_weights(
         if tensor.values is not None and not np.array_equal(weights.plain(tensor), tensor.values):
             return Check(name, False, detail=f"{tensor.name} is not what the plan makes it")
     for source in weights.names:
-        found = weights.read(source)
-        if not np.isfinite(found).all():
+        actual = weights.read(source)
+        if not np.isfinite(actual).all():
             return Check(name, False, detail=f"{source}: holds a value that is not finite")
-        wanted = kept(source)
-        if wanted is None:
+        expected = kept(source)
+        if expected is None:
             continue
         kind = weights.kind(source)
-        if found.shape != wanted.shape:
-            return Check(name, False, detail=f"{source}: has shape {list(found.shape)}")
+        if actual.shape != expected.shape:
+            return Check(name, False, detail=f"{source}: has shape {list(actual.shape)}")
         if kind in QUANTS:
-            share = float((np.abs(found - wanted) / allowed_error(wanted, kind)).max())
+            share = float((np.abs(actual - expected) / allowed_error(expected, kind)).max())
         else:
-            share = 0.0 if np.array_equal(found, plain_values(wanted, kind)) else math.inf
+            share = 0.0 if np.array_equal(actual, plain_values(expected, kind)) else math.inf
         if not share <= 1:
             detail = f"{source} is not what it was made from"
             return Check(name, False, share if math.isfinite(share) else None, 1.0, detail)
@@ -130,8 +130,8 @@ def check_engine(
     oracle = reference([_batch(texts, steps)])
     compare = _Comparison()
     whole = oracle.exact[0].split([len(ids) + _GENERATED - 1 for ids in texts])
-    for logits, found in zip(whole, steps, strict=True):
-        compare(found, logits[-_GENERATED:].double().numpy())
+    for logits, generated in zip(whole, steps, strict=True):
+        compare(generated, logits[-_GENERATED:].double().numpy())
     detail = f"{compare.tokens} tokens, {compare.agreed} of them the oracle's choice"
     name = "llama.cpp against the oracle"
     if contents.options.kind == "f32":
@@ -158,18 +158,18 @@ class _Comparison:
         self.tokens = self.agreed = 0
 
     def __call__(self, steps: Sequence[Step], oracle: NDArray[np.float64]) -> None:
-        for step, wanted in zip(steps, oracle, strict=True):
+        for step, logits in zip(steps, oracle, strict=True):
             which = [token for token, _ in step.likeliest]
-            found = np.array([value for _, value in step.likeliest])
-            there = wanted[which]
-            difference = float(np.abs((found - found[0]) - (there - there[0])).max())
+            values = np.array([value for _, value in step.likeliest])
+            there = logits[which]
+            difference = float(np.abs((values - values[0]) - (there - there[0])).max())
             self.worst = max(self.worst, difference if difference == difference else math.inf)
-            self.largest = max(self.largest, float(np.abs(wanted).max()))
-            p, q = _normalised(there), _normalised(found)
+            self.largest = max(self.largest, float(np.abs(logits).max()))
+            p, q = _normalised(there), _normalised(values)
             self.kl += float((np.exp(p) * (p - q)).sum())
             self.uniform += float((np.exp(p) * (p + math.log(len(p)))).sum())
             self.tokens += 1
-            self.agreed += int(wanted.argmax() == step.token)
+            self.agreed += int(logits.argmax() == step.token)
 
 
 def _normalised(logits: NDArray[Any]) -> NDArray[Any]:
@@ -191,8 +191,8 @@ def _rows(batches: Sequence[TokenBatch]) -> Iterator[list[int]]:
 def _batch(texts: Sequence[Sequence[int]], steps: Sequence[Sequence[Step]]) -> TokenBatch:
     """Texts with all that was added but the last token, of which nobody asks what follows."""
     whole = [
-        torch.tensor([*ids, *(step.token for step in found[:-1])])
-        for ids, found in zip(texts, steps, strict=True)
+        torch.tensor([*ids, *(step.token for step in generated[:-1])])
+        for ids, generated in zip(texts, steps, strict=True)
     ]
     mask = [torch.ones_like(ids) for ids in whole]
     padded = [torch.nn.utils.rnn.pad_sequence(part, batch_first=True) for part in (whole, mask)]

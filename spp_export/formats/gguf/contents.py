@@ -30,7 +30,7 @@ class Contents:
     @property
     def fallbacks(self) -> tuple[GgufTensor, ...]:
         """Tensors whose rows are no multiple of a block, and so not quantised as asked."""
-        return tuple(tensor for tensor in self.tensors if tensor.wanted)
+        return tuple(tensor for tensor in self.tensors if tensor.requested)
 
     def summary(self) -> dict[str, Any]:
         """For verify.json and config.json."""

@@ -124,7 +124,7 @@ def _take_weights(model: nn.Module, weights: GgufWeights) -> None:
 
 def gguf_config(decoder: Checkpoint, contents: Contents) -> dict[str, Any]:
     """config.json of a GGUF directory, which says how the file was written."""
-    said = {
+    recorded = {
         "architecture": contents.architecture.name,
         **contents.options.to_dict(),
         "layout": decoder.layout,
@@ -134,7 +134,7 @@ def gguf_config(decoder: Checkpoint, contents: Contents) -> dict[str, Any]:
     return {
         "architectures": [family.architecture],
         "model_type": family.model_type,
-        _KEY: said,
+        _KEY: recorded,
     }
 
 
@@ -143,17 +143,17 @@ def gguf_options(directory: Path) -> GgufOptions:
 
     Raises ModelError where spp did not write it, or another version that would write it otherwise.
     """
-    said = read_config(directory).get(_KEY)
-    if not isinstance(said, dict) or not said.keys() >= {"precision", "quant"}:
+    recorded = read_config(directory).get(_KEY)
+    if not isinstance(recorded, dict) or not recorded.keys() >= {"precision", "quant"}:
         raise ModelError(
             f"{directory}: config.json has no {_KEY}, so the file was not written by spp."
         )
-    if said.get("version") != FILE_VERSION:
+    if recorded.get("version") != FILE_VERSION:
         raise ModelError(
-            f"{directory}: its GGUF is of version {said.get('version')!r:.20}, this spp checks "
+            f"{directory}: its GGUF is of version {recorded.get('version')!r:.20}, this spp checks "
             f"version {FILE_VERSION}. Write it again, or verify it with the spp that wrote it."
         )
-    options = GgufOptions(said["precision"], said["quant"])
+    options = GgufOptions(recorded["precision"], recorded["quant"])
     try:
         options.check()
     except UsageError as error:

@@ -130,16 +130,16 @@ class _Reader:
         start = self._handle.tell()
         start += -start % ALIGNMENT
         end = start
-        found: dict[str, Placed] = {}
+        placed: dict[str, Placed] = {}
         for name, kind, shape, offset in listed:
             nbytes = math.prod(shape[:-1]) * row_bytes(shape[-1], kind)
-            if name in found or start + offset != end or end + nbytes > self._size:
+            if name in placed or start + offset != end or end + nbytes > self._size:
                 self._refuse(f"tensor {name!r:.60} does not lie where the one before it ends")
-            found[name] = Placed(kind, shape, end, nbytes)
+            placed[name] = Placed(kind, shape, end, nbytes)
             end += nbytes + -nbytes % ALIGNMENT
         if end != self._size:
             self._refuse(f"has {self._size} bytes, and its tensors end at {end}")
-        return found
+        return placed
 
     def _text(self) -> str:
         data = self._take(self._number(_U64))

@@ -54,7 +54,7 @@ def answer(server: Any, request: dict[str, Any]) -> dict[str, Any]:
     """
     ids, steps = list(request["ids"]), []
     for _ in range(request["new"]):
-        found = server.handle_completions(
+        completion = server.handle_completions(
             {
                 "prompt": ids,
                 "n_predict": 1,
@@ -64,10 +64,10 @@ def answer(server: Any, request: dict[str, Any]) -> dict[str, Any]:
                 "cache_prompt": True,
             }
         )
-        if "choices" not in found:
-            return {"error": str(found.get("message") or found)}
-        content = found["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-        steps.append([[each["id"], each["logprob"]] for each in content])
+        if "choices" not in completion:
+            return {"error": str(completion.get("message") or completion)}
+        content = completion["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        steps.append([[entry["id"], entry["logprob"]] for entry in content])
         ids.append(steps[-1][0][0])
     return {"steps": steps}
 
@@ -82,8 +82,8 @@ def main() -> int:
     print(json.dumps({"number": 0}), file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        found = {"number": request["number"], **answer(server, request)}
-        print(json.dumps(found), file=answers, flush=True)
+        reply = {"number": request["number"], **answer(server, request)}
+        print(json.dumps(reply), file=answers, flush=True)
     return 0
 
 

@@ -51,7 +51,7 @@ class LlamaCpp:
         metadata = read_gguf(path.parent).metadata
         self._path = path
         self._harmless = _harmless(metadata)
-        self._asked = 0
+        self._requests = 0
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  it is closed with the rest
         # By its path: it needs nothing of this package, and starts the faster.
         child = Path(__file__).with_name("llama_child.py")
@@ -77,9 +77,9 @@ class LlamaCpp:
         """Greedy continuation of a sequence that is read as it is; the token that ends a text does
         not end it. `top` is how many tokens are told of at each step."""
         assert self._process.stdin is not None
-        self._asked += 1
+        self._requests += 1
         request = {
-            "number": self._asked,
+            "number": self._requests,
             "ids": list(ids),
             "new": new_tokens,
             "top": top,
@@ -88,10 +88,10 @@ class LlamaCpp:
         with contextlib.suppress(BrokenPipeError):  # then there will be no answer
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-        found = self._answer()
-        if "error" in found:
-            raise ModelError(f"{self._path}: llama.cpp refuses these tokens: {found['error']}.")
-        steps = [tuple((int(i), float(p)) for i, p in step) for step in found["steps"]]
+        reply = self._answer()
+        if "error" in reply:
+            raise ModelError(f"{self._path}: llama.cpp refuses these tokens: {reply['error']}.")
+        steps = [tuple((int(i), float(p)) for i, p in step) for step in reply["steps"]]
         return tuple(Step(step[0][0], step) for step in steps)
 
     def _answer(self) -> dict[str, Any]:
@@ -102,13 +102,13 @@ class LlamaCpp:
         assert self._process.stdout is not None
         while line := self._process.stdout.readline():
             answer: dict[str, Any] = json.loads(line)
-            if answer["number"] == self._asked:
+            if answer["number"] == self._requests:
                 return answer
         status = self._process.wait()
         self._log.seek(0)
-        said = [line.strip() for line in self._log.read().decode(errors="replace").splitlines()]
-        errors = [line for line in said if "error" in line.lower() or "ASSERT" in line]
-        last = (errors or said or ["no reason given"])[-1]
+        lines = [line.strip() for line in self._log.read().decode(errors="replace").splitlines()]
+        errors = [line for line in lines if "error" in line.lower() or "ASSERT" in line]
+        last = (errors or lines or ["no reason given"])[-1]
         raise ModelError(f"{self._path}: llama.cpp ended with status {status}: {last:.200}")
 
 
@@ -120,7 +120,7 @@ def _end(process: subprocess.Popen[str], log: IO[bytes]) -> None:
 
 def _harmless(metadata: Metadata) -> int:
     """A token that is whole characters by itself."""
-    found = metadata.get("tokenizer.ggml.tokens")
-    tokens = found.items if found and isinstance(found.items, tuple) else ()
+    entry = metadata.get("tokenizer.ggml.tokens")
+    tokens = entry.items if entry and isinstance(entry.items, tuple) else ()
     words = (i for i, token in enumerate(tokens) if str(token).isascii() and str(token).isalnum())
     return next(words, 0)

@@ -63,10 +63,10 @@ def frequency_factors(decoder: Checkpoint) -> NDArray[np.float32] | None:
         return None
     config, dim = portable_config(decoder.config), decoder.shape.head_dim
     plain = float(config["rope_theta"]) ** (-np.arange(0, dim, 2) / dim)
-    found, attention = rotary_frequencies(settings, decoder.family)
+    scaled, attention = rotary_frequencies(settings, decoder.family)
     if attention != 1.0:
         raise ModelError(f"GGUF: llama3 scaling with attention factor {attention} is not known.")
-    factors: NDArray[np.float32] = (plain / found).astype(np.float32)
+    factors: NDArray[np.float32] = (plain / scaled).astype(np.float32)
     return factors
 
 
@@ -94,9 +94,9 @@ def _yarn(plain: Floats, theta: float, factor: float, original: int) -> Floats:
 
 def _compare(decoder: Checkpoint, frequencies: Floats, attention: float) -> None:
     settings = settings_of(decoder)
-    found, scale = rotary_frequencies(settings, decoder.family)
-    same = found.shape == frequencies.shape and np.allclose(
-        found, frequencies, rtol=_TOLERANCE, atol=0
+    expected, scale = rotary_frequencies(settings, decoder.family)
+    same = expected.shape == frequencies.shape and np.allclose(
+        expected, frequencies, rtol=_TOLERANCE, atol=0
     )
     if not same or not math.isclose(scale, attention, rel_tol=_TOLERANCE):
         raise ModelError(

@@ -38,7 +38,7 @@ class GgufTensor:
     sources: tuple[str, ...] = ()
     shapes: tuple[tuple[int, ...], ...] = ()
     step: int = 0
-    wanted: Kind | None = None
+    requested: Kind | None = None
     values: NDArray[np.float32] | None = None
 
 
@@ -95,12 +95,12 @@ class _Listing:
     def _tensor(self, name: str, *sources: str, step: int = 0) -> GgufTensor:
         shapes = tuple(self._decoder.tensors[source].shape for source in sources)
         shape = (sum(part[0] for part in shapes), *shapes[0][1:])
-        wanted = self._wanted(name, shape)
-        kind: Kind = "f16" if wanted in QUANTS and shape[-1] % BLOCK else wanted
-        given = wanted if kind != wanted else None
-        return GgufTensor(name, shape, kind, sources, shapes, step, given)
+        requested = self._requested(name, shape)
+        kind: Kind = "f16" if requested in QUANTS and shape[-1] % BLOCK else requested
+        replaced = requested if kind != requested else None
+        return GgufTensor(name, shape, kind, sources, shapes, step, replaced)
 
-    def _wanted(self, name: str, shape: tuple[int, ...]) -> Kind:
+    def _requested(self, name: str, shape: tuple[int, ...]) -> Kind:
         if len(shape) == 1:
             return "f32"
         kind = self._options.kind

@@ -138,8 +138,8 @@ def _merges(model: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _special(loaded: Any, config: Mapping[str, Any], directory: Path) -> Metadata:
     ids: dict[str, int] = {}
     for name, key in _SPECIAL.items():
-        found = getattr(loaded, f"{name}_token_id")
-        listed = config.get(f"{name}_token_id") if found is None else found
+        token_id = getattr(loaded, f"{name}_token_id")
+        listed = config.get(f"{name}_token_id") if token_id is None else token_id
         first = listed[0] if isinstance(listed, list) and listed else listed
         if type(first) is int and first >= 0:
             ids[key] = first

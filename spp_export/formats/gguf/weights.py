@@ -63,8 +63,8 @@ class GgufWeights:
         done = 0
         with self._file.path.open("rb") as handle:
             while done < count:
-                found = os.preadv(handle.fileno(), [data[done:].data], offset + done)
-                if not found:
+                received = os.preadv(handle.fileno(), [data[done:].data], offset + done)
+                if not received:
                     raise CheckpointError(f"{self._file.path}: ends early. Export it again.")
-                done += found
+                done += received
         return data

@@ -223,9 +223,9 @@ class _Masks:
             for value, name in ((total, "total"), (length, "length"))
         ]
         past = g.op("Sub", scalars, "mask/past", [], dtype="INT64")
-        zero, one = g.constant(0, "zero"), g.constant(1, "one")
+        zero, unit = g.constant(0, "zero"), g.constant(1, "one")
         self._mask = shared.attention_mask
-        queries = g.op("Range", [past, scalars[0], one], "mask/queries", [SEQUENCE], dtype="INT64")
+        queries = g.op("Range", [past, scalars[0], unit], "mask/queries", [SEQUENCE], dtype="INT64")
         self._columns = queries
         self._query = g.op(
             "Unsqueeze",
@@ -234,7 +234,7 @@ class _Masks:
             [SEQUENCE, 1],
             dtype="INT64",
         )
-        self._key = g.op("Range", [zero, scalars[0], one], "mask/keys", [TOTAL], dtype="INT64")
+        self._key = g.op("Range", [zero, scalars[0], unit], "mask/keys", [TOTAL], dtype="INT64")
         real = g.op(
             "Cast", [shared.attention_mask], "mask/real", [BATCH, TOTAL], dtype="BOOL", to=_BOOL
         )
@@ -272,8 +272,8 @@ class _Masks:
     def _make(self, window: int | None) -> Any:
         g, suffix = self._g, _suffix(window)
 
-        def compare(kind: str, one: Any, other: Any, name: str) -> Any:
-            return g.op(kind, [one, other], f"mask/{name}", [SEQUENCE, TOTAL], dtype="BOOL")
+        def compare(kind: str, left: Any, right: Any, name: str) -> Any:
+            return g.op(kind, [left, right], f"mask/{name}", [SEQUENCE, TOTAL], dtype="BOOL")
 
         seen = compare("LessOrEqual", self._key, self._query, f"causal{suffix}")
         itself = compare("Equal", self._key, self._query, f"itself{suffix}")
@@ -294,10 +294,10 @@ class _Masks:
 
         Positions count real tokens: padding may stand between a prompt and what follows it.
         """
-        g, one = self._g, self._g.constant(1, "one")
+        g, unit = self._g, self._g.constant(1, "one")
         counted = g.op(
             "CumSum",
-            [self._mask, one],
+            [self._mask, unit],
             "mask/real_so_far",
             [BATCH, TOTAL],
             dtype="INT64",

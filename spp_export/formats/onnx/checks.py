@@ -70,19 +70,19 @@ def check_weights(
     specs = weights.specs
     compared, largest = 0, 0.0
     for spec in specs:
-        found = weights.read(spec.name)
-        if found.shape != spec.shape or not np.isfinite(found).all():
-            return Check(name, False, detail=f"{spec.name}: {list(found.shape)}, or not finite")
-        wanted = kept(spec)
-        if wanted is None:
+        actual = weights.read(spec.name)
+        if actual.shape != spec.shape or not np.isfinite(actual).all():
+            return Check(name, False, detail=f"{spec.name}: {list(actual.shape)}, or not finite")
+        expected = kept(spec)
+        if expected is None:
             continue
         limit = 0.0
         if options.quant and weights.in_few_bits(spec):
             limit = _LOST_QUANTISED[options.quant]
         else:
-            wanted = rounded(wanted, options.precision).astype(np.float32)
-        norm = float(np.linalg.norm(wanted))
-        lost = float(np.linalg.norm(found - wanted)) / max(norm, 1e-30)
+            expected = rounded(expected, options.precision).astype(np.float32)
+        norm = float(np.linalg.norm(expected))
+        lost = float(np.linalg.norm(actual - expected)) / max(norm, 1e-30)
         if not lost <= limit:
             return Check(name, False, lost, limit, f"{spec.name} is not what it was made from")
         compared, largest = compared + 1, max(largest, lost)
@@ -150,10 +150,10 @@ class _Comparison:
         )
         self._largest = largest
 
-    def __call__(self, name: str, found: Iterator[tuple[int, slice, Logits]]) -> Check:
+    def __call__(self, name: str, results: Iterator[tuple[int, slice, Logits]]) -> Check:
         """`found` has rows by number, the tokens of each that were computed, and their logits."""
         worst, tokens = 0.0, 0
-        for row, part, logits in found:
+        for row, part, logits in results:
             exact = self._exact[row][part].double().numpy()
             difference = float(np.abs(exact - logits).max())
             worst = max(worst, difference if difference == difference else float("inf"))

@@ -124,13 +124,13 @@ def _check_weights(directory: Path, checkpoint: Path, options: OnnxOptions) -> C
 
 def onnx_options(directory: Path) -> OnnxOptions:
     """The form of a directory's graph, from its config.json. Raises ModelError."""
-    said = read_config(directory).get("spp_onnx")
+    recorded = read_config(directory).get("spp_onnx")
     keys = ("attention", "precision", "quant")
-    if not isinstance(said, dict) or not said.keys() >= set(keys):
+    if not isinstance(recorded, dict) or not recorded.keys() >= set(keys):
         raise ModelError(
             f"{directory}: config.json has no spp_onnx, so the graph was not written by spp."
         )
-    options = OnnxOptions(**{key: said[key] for key in keys})
+    options = OnnxOptions(**{key: recorded[key] for key in keys})
     try:
         options.check()
     except UsageError as error:

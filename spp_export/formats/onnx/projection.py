@@ -130,7 +130,7 @@ class Projections:
         g, (rows, width) = self._g, embedding.shape
         data, scales, zeros = self._quantised_embedding(embedding, bits)
         sizes, block_size = quantised_shapes(width, rows, bits), BLOCK_SIZES[bits]
-        found = g.op(
+        embedded = g.op(
             "GatherBlockQuantized",
             [g.alias(f"{EMBEDDING}.table", data, sizes.table), ids, scales, zeros],
             EMBEDDING,
@@ -142,12 +142,12 @@ class Projections:
             quantize_axis=1,
         )
         if width % block_size == 0:
-            return found
+            return embedded
         bounds = [
             g.constant([value], f"{EMBEDDING}/{name}")
             for name, value in (("start", 0), ("end", width), ("axis", 2))
         ]
-        return g.op("Slice", [found, *bounds], f"{EMBEDDING}/cut", [BATCH, SEQUENCE, width])
+        return g.op("Slice", [embedded, *bounds], f"{EMBEDDING}/cut", [BATCH, SEQUENCE, width])
 
     def _blocks(
         self, x: Any, parts: Sequence[Any], depth: int, width: int, bits: Bits, name: str
@@ -222,9 +222,11 @@ class Projections:
         weight, scales = self._per_channel(read, width, rows, EMBEDDING)
         columns: list[int | str] = [width, BATCH, SEQUENCE]
         shape: list[int | str] = [BATCH, SEQUENCE, width]
-        found = g.op("Gather", [weight, ids], f"{EMBEDDING}/columns", columns, dtype="INT8", axis=1)
+        gathered = g.op(
+            "Gather", [weight, ids], f"{EMBEDDING}/columns", columns, dtype="INT8", axis=1
+        )
         turned = g.op(
-            "Transpose", [found], f"{EMBEDDING}/rows", shape, dtype="INT8", perm=[1, 2, 0]
+            "Transpose", [gathered], f"{EMBEDDING}/rows", shape, dtype="INT8", perm=[1, 2, 0]
         )
         real = g.op("Cast", [turned], f"{EMBEDDING}/float", shape, to=_FLOAT)
         scale = g.op("Gather", [scales, ids], f"{EMBEDDING}/scale", [BATCH, SEQUENCE])

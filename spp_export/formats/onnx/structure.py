@@ -29,13 +29,16 @@ def difference(directory: Path, decoder: Checkpoint, options: OnnxOptions) -> st
     Of weights only types and shapes are compared, so the decoder's need not exist on disk. Raises
     CheckpointError for a graph that cannot be read.
     """
-    found, built = read_graph(directory), build_graph(decoder, options)
-    if {entry.domain: entry.version for entry in found.opset_import} != built.opset_imports:
+    model, built = read_graph(directory), build_graph(decoder, options)
+    if {entry.domain: entry.version for entry in model.opset_import} != built.opset_imports:
         return "the operator sets"
     serde = require("onnx_ir").serde
-    graph = found.graph
-    for values, wanted in ((graph.input, built.graph.inputs), (graph.output, built.graph.outputs)):
-        if list(values) != [serde.serialize_value(value) for value in wanted]:
+    graph = model.graph
+    for values, expected in (
+        (graph.input, built.graph.inputs),
+        (graph.output, built.graph.outputs),
+    ):
+        if list(values) != [serde.serialize_value(value) for value in expected]:
             return "the inputs or outputs"
     nodes = [serde.serialize_node(node) for node in built.graph]
     for node, other in zip(nodes, graph.node, strict=False):
@@ -47,12 +50,12 @@ def difference(directory: Path, decoder: Checkpoint, options: OnnxOptions) -> st
 
 
 def _different_initializer(
-    directory: Path, found: Any, built: Any, options: OnnxOptions
+    directory: Path, stored: Any, built: Any, options: OnnxOptions
 ) -> str | None:
-    tensors = {tensor.name: tensor for tensor in found}
+    tensors = {tensor.name: tensor for tensor in stored}
     shown = {value.name: of.name for value, of in aliases(built)}
-    wanted = built.graph.initializers
-    if odd := sorted(tensors.keys() ^ (wanted.keys() | shown.keys())):
+    expected = built.graph.initializers
+    if odd := sorted(tensors.keys() ^ (expected.keys() | shown.keys())):
         return f"the initialisers: {odd[0]!r:.60}"
     for value, of in aliases(built):
         tensor, same = tensors[value.name], tensors[of.name]
@@ -60,7 +63,7 @@ def _different_initializer(
             tensor
         ) != _bytes(same):
             return f"{value.name}, which shows the bytes of {of.name}"
-    for name, value in wanted.items():
+    for name, value in expected.items():
         constant, tensor = value.const_value, tensors[name]
         if _kind(tensor) != (int(constant.dtype), constant.shape.numpy()):
             return f"type or shape of {name}"

@@ -33,8 +33,8 @@ from spp_export.planning import Plan
 
 def _check_version(directory: Path) -> None:
     """ModelError for a graph that another version of spp would have written otherwise."""
-    said = read_config(directory).get("spp_onnx")
-    version = said.get("version") if isinstance(said, dict) else None
+    recorded = read_config(directory).get("spp_onnx")
+    version = recorded.get("version") if isinstance(recorded, dict) else None
     if version != GRAPH_VERSION:
         raise ModelError(
             f"{directory}: its graph is of version {version!r:.20}, this spp checks version "
@@ -70,8 +70,8 @@ def check_onnx_directory(
         else:
             oracle = (
                 logits.double().numpy()
-                for batch, found in zip(batches, reference.exact, strict=True)
-                for logits in found.split(batch.attention_mask.sum(1).tolist())
+                for batch, batch_logits in zip(batches, reference.exact, strict=True)
+                for logits in batch_logits.split(batch.attention_mask.sum(1).tolist())
             )
             pairs = zip(oracle, row_logits(model, batches), strict=True)
             checks = (check_agreement(f"{options.quant} graph against the oracle", pairs)[0],)
@@ -109,10 +109,10 @@ def _different_key(directory: Path, promised: Checkpoint, options: OnnxOptions) 
     generation = optional_json(directory, "generation_config.json")
     head_dim = promised.shape.head_dim
     genai = genai_config(config, generation, promised.layers, head_dim, options)
-    for name, wanted in (("config.json", config), ("genai_config.json", genai)):
-        found = optional_json(directory, name)
-        for key in sorted(found.keys() | wanted.keys()):
-            if found.get(key) != wanted.get(key):
+    for name, expected in (("config.json", config), ("genai_config.json", genai)):
+        stored = optional_json(directory, name)
+        for key in sorted(stored.keys() | expected.keys()):
+            if stored.get(key) != expected.get(key):
                 return f"{key!r:.60} of {name}"
     return None
 

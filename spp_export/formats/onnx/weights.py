@@ -59,23 +59,23 @@ def rows(tensor: StoredTensor, precision: Precision) -> Array:
 
     Raises CheckpointError for a value that does not fit, or is not finite.
     """
-    wanted = STORED[precision]
-    if tensor.dtype == wanted:
+    dtype = STORED[precision]
+    if tensor.dtype == dtype:
         bits = as_array(tensor)
     else:
-        bits = from_float(read_float(tensor), wanted)
-        if not all_finite(bits, wanted):
+        bits = from_float(read_float(tensor), dtype)
+        if not all_finite(bits, dtype):
             raise CheckpointError(
                 f"{tensor.file}: tensor {show(tensor.name)} has a value too large for {precision}. "
                 "Use --precision fp32."
             )
-    return bits.view(_numpy_type(wanted))
+    return bits.view(_numpy_type(dtype))
 
 
 def rounded(values: NDArray[np.float32], precision: Precision) -> Array:
     """Values that are small by construction, in `precision`."""
-    wanted = STORED[precision]
-    return from_float(np.ascontiguousarray(values), wanted).view(_numpy_type(wanted))
+    dtype = STORED[precision]
+    return from_float(np.ascontiguousarray(values), dtype).view(_numpy_type(dtype))
 
 
 def _numpy_type(dtype: str) -> Any:

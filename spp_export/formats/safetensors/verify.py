@@ -132,8 +132,10 @@ def _check_tensors(directory: Path, source: Checkpoint, compiled: Plan) -> Check
     name = "keys, shapes, dtypes and finite values"
     layers = compiled.written_shapes(source.shape)
     config = read_config(directory)
-    wanted = written_config(source, compiled)
-    different = sorted(k for k in config.keys() | wanted.keys() if config.get(k) != wanted.get(k))
+    promised = written_config(source, compiled)
+    different = sorted(
+        k for k in config.keys() | promised.keys() if config.get(k) != promised.get(k)
+    )
     if different:
         return Check(name, False, detail=f"config.json differs from the plan in {different[0]}")
     shape = written_shape(source, compiled)

@@ -49,8 +49,8 @@ def write_slim(
         for path in MODELING_FILES:
             shutil.copyfile(path, work / path.name)
     for name in COMPANIONS:
-        if found := companion(source.path, name):
-            _copy_companion(found, work / name)
+        if original := companion(source.path, name):
+            _copy_companion(original, work / name)
     (work / "plan.json").write_text(compiled.to_json(), encoding="utf-8")
     return written
 

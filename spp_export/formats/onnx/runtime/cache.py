@@ -43,13 +43,13 @@ class Cache(Protocol):
 
 def entries(session: Any) -> list[Entry]:
     """The keys and values that a graph takes, in its order."""
-    found = []
+    listed = []
     for value in session.get_inputs():
         if value.name.startswith("past_key_values."):
             heads, head_dim = _sizes(value)
             present = value.name.replace("past_key_values", "present", 1)
-            found.append(Entry(value.name, present, heads, head_dim, value.type))
-    return found
+            listed.append(Entry(value.name, present, heads, head_dim, value.type))
+    return listed
 
 
 def _sizes(value: Any) -> tuple[int, int]:

@@ -220,8 +220,8 @@ class Decoding:
             )
 
 
-def _ids(given: ArrayLike) -> Ids:
-    ids = np.ascontiguousarray(given, np.int64)
+def _ids(values: ArrayLike) -> Ids:
+    ids = np.ascontiguousarray(values, np.int64)
     if ids.ndim != 2 or not ids.size:
         raise UsageError(f"input_ids have shape {list(ids.shape)}, expected [rows, tokens].")
     return ids
@@ -252,10 +252,10 @@ def _size(config: Mapping[str, Any], key: str, path: Path, most: int) -> int:
 def _vocab_size(opened: Any, config: Mapping[str, Any], path: Path) -> int:
     """Ids by the config, for each of which the graph must give a logit."""
     size = _size(config, "vocab_size", path, _MOST_TOKENS)
-    given = [value.shape[-1:] for value in opened.get_outputs() if value.name == "logits"]
-    if given != [[size]]:
+    widths = [value.shape[-1:] for value in opened.get_outputs() if value.name == "logits"]
+    if widths != [[size]]:
         raise CheckpointError(
-            f"{path}: vocab_size in config.json is {size}, the graph gives {given!r:.60} logits. "
+            f"{path}: vocab_size in config.json is {size}, the graph gives {widths!r:.60} logits. "
             "Export it again."
         )
     return size
@@ -277,11 +277,11 @@ def _cache_shape(opened: Any, config: Mapping[str, Any], path: Path) -> tuple[tu
     """KV heads of every layer, and the elements of a head, from the graph's inputs."""
     layers = _size(config, "num_hidden_layers", path, _MOST_LAYERS)
     keys = {entry.past: entry for entry in entries(opened) if entry.past.endswith(".key")}
-    found = [keys.pop(f"past_key_values.{index}.key", None) for index in range(layers)]
-    sizes = {entry.head_dim for entry in found if entry}
+    per_layer = [keys.pop(f"past_key_values.{index}.key", None) for index in range(layers)]
+    sizes = {entry.head_dim for entry in per_layer if entry}
     if keys or len(sizes) != 1:
         raise CheckpointError(
             f"{path / GRAPH}: its past_key_values are not those of {layers} layers. "
             "Export it again."
         )
-    return tuple(entry.heads if entry else 0 for entry in found), sizes.pop()
+    return tuple(entry.heads if entry else 0 for entry in per_layer), sizes.pop()

@@ -24,10 +24,10 @@ _MAX_REASON = 300
 
 def cuda_index(device: str) -> int | None:
     """The card that "cuda" or "cuda:N" names; None for "cpu". UsageError for anything else."""
-    found = _DEVICE.fullmatch(device)
-    if not found:
+    match = _DEVICE.fullmatch(device)
+    if not match:
         raise UsageError(f"device {device!r:.40}: expected cpu, cuda or cuda:N for an ONNX model.")
-    return None if found[1] else int(found[2] or 0)
+    return None if match[1] else int(match[2] or 0)
 
 
 def session(path: Path, device: str = "cpu", threads: int | None = None) -> Any:
