@@ -45,29 +45,29 @@ def main() -> int:
         return _step(options)
     directories = {"dense": options.model, "slim": options.out}
     with tempfile.TemporaryDirectory(prefix="spp-vllm-") as scratch:
-        found: dict[str, Any] = {name: {} for name in directories}
+        results: dict[str, Any] = {name: {} for name in directories}
         for name, directory in directories.items():
             for step in ("transformers", "vllm"):
-                found[name][step] = _run(step, directory, options, Path(scratch))
+                results[name][step] = _run(step, directory, options, Path(scratch))
         for _ in range(options.rounds):
             for name, directory in directories.items():
                 answer = _run("throughput", directory, options, Path(scratch))
-                found[name].setdefault("tokens_per_s", []).append(answer["tokens_per_s"])
-                found[name]["versions"] = answer["versions"]
+                results[name].setdefault("tokens_per_s", []).append(answer["tokens_per_s"])
+                results[name]["versions"] = answer["versions"]
     problems = [
         f"{name}: prompt {index}: {problem}"
-        for name, row in found.items()
+        for name, row in results.items()
         for index, problem in _differences(row["transformers"], row["vllm"])
     ]
     ratios = [
         slim / dense
         for slim, dense in zip(
-            found["slim"]["tokens_per_s"], found["dense"]["tokens_per_s"], strict=True
+            results["slim"]["tokens_per_s"], results["dense"]["tokens_per_s"], strict=True
         )
     ]
     plan = json.loads((Path(options.out) / "plan.json").read_text(encoding="utf-8"))
     document = {
-        "models": found,
+        "models": results,
         "speedup": statistics.median(ratios),
         "speedups": ratios,
         "predicted": plan.get("predicted"),
@@ -78,7 +78,7 @@ def main() -> int:
     }
     if options.json:
         Path(options.json).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    for name, row in found.items():
+    for name, row in results.items():
         print(f"{name:6} {statistics.median(row['tokens_per_s']):10.1f} tokens/s")
     print(f"slim over dense: {document['speedup']:.3f}; predicted: {document['predicted']}")
     print("\n".join(problems) or "greedy tokens are those of transformers")
@@ -162,8 +162,8 @@ def _engine(directory: str, options: argparse.Namespace) -> Any:
 def _with_vllm(directory: str, options: argparse.Namespace) -> Any:
     from vllm import SamplingParams
 
-    wanted = SamplingParams(temperature=0, max_tokens=32, min_tokens=32)
-    outputs = _engine(directory, options).generate(list(PROMPTS), wanted)
+    sampling = SamplingParams(temperature=0, max_tokens=32, min_tokens=32)
+    outputs = _engine(directory, options).generate(list(PROMPTS), sampling)
     return [{"ids": list(output.outputs[0].token_ids)} for output in outputs]
 
 
@@ -177,7 +177,7 @@ def _throughput(directory: str, options: argparse.Namespace) -> Any:
 
     engine = _engine(directory, options)
     size = engine.get_tokenizer().vocab_size
-    wanted = vllm.SamplingParams(
+    sampling = vllm.SamplingParams(
         temperature=0,
         max_tokens=options.new_tokens,
         min_tokens=options.new_tokens,
@@ -191,9 +191,9 @@ def _throughput(directory: str, options: argparse.Namespace) -> Any:
             for _ in range(options.batch)
         ]
 
-    engine.generate(batch(0), wanted)
+    engine.generate(batch(0), sampling)
     began = time.perf_counter()
-    engine.generate(batch(1), wanted)
+    engine.generate(batch(1), sampling)
     seconds = time.perf_counter() - began
     return {
         "tokens_per_s": options.batch * options.new_tokens / seconds,
@@ -206,11 +206,11 @@ def _throughput(directory: str, options: argparse.Namespace) -> Any:
     }
 
 
-def _differences(expected: Any, found: Any) -> list[tuple[int, str]]:
+def _differences(expected: Any, actual: Any) -> list[tuple[int, str]]:
     """Prompts whose tokens part where the two likeliest were not nearly tied."""
     problems = []
-    for index, (one, other) in enumerate(zip(expected, found, strict=True)):
-        pairs = zip(one["ids"], other["ids"], one["gaps"], strict=True)
+    for index, (first, second) in enumerate(zip(expected, actual, strict=True)):
+        pairs = zip(first["ids"], second["ids"], first["gaps"], strict=True)
         parted = next(((i, gap) for i, (a, b, gap) in enumerate(pairs) if a != b), None)
         if parted is None:
             continue

@@ -78,8 +78,8 @@ def _measured(options: argparse.Namespace, request: BenchRequest) -> dict[str, A
         raise UsageError("give either directories written by spp, or --shape.")
     if options.shape is None:
         return bench(options.out, model=options.model, request=request, **files)
-    asked = variants(options.keep, options.layout, options.units)
-    return bench_shape(options.shape, asked, request=request, **files)
+    requested = variants(options.keep, options.layout, options.units)
+    return bench_shape(options.shape, requested, request=request, **files)
 
 
 if __name__ == "__main__":

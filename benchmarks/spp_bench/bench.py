@@ -93,14 +93,14 @@ def bench(
     cells = request.check()
     location = locate_model(model)
     source = open_source(location.path, location.name)
-    found = _read_outs(outs, source)
+    directories = _read_outs(outs, source)
     dtype = request.dtype or ("float32" if request.device == "cpu" else source.dtype_name)
     threads = request.threads or provenance.physical_cores()
     with (
         torch_threads(threads),
-        _candidates(found, source, dtype, request.genai) as candidates,
+        _candidates(directories, source, dtype, request.genai) as candidates,
     ):
-        run = _Run(request, source, found, candidates, dtype, threads, results)
+        run = _Run(request, source, directories, candidates, dtype, threads, results)
         document = run.measure(cells, model, force)
     if plots:
         write_plots(document, plots)
@@ -108,11 +108,11 @@ def bench(
 
 
 def _read_outs(outs: Sequence[str | os.PathLike[str]], source: Checkpoint) -> list[Out]:
-    found = [read_out(Path(out), source) for out in outs]
-    names = [out.name for out in found]
-    if not found or len(set(names)) < len(names):
+    directories = [read_out(Path(out), source) for out in outs]
+    names = [out.name for out in directories]
+    if not directories or len(set(names)) < len(names):
         raise UsageError(f"{', '.join(names) or 'nothing'}: expected directories of unlike names.")
-    return found
+    return directories
 
 
 @contextmanager
@@ -224,10 +224,10 @@ class _Run:
         with progress("memory, a process each", float(len(todo) or 1)) as advance_to:
             for index, candidate in enumerate(todo):
                 earlier_cells = done.get(candidate.name, {}).get("cells", ())
-                wanted = {*cells, *(Cell(c["batch"], c["context"]) for c in earlier_cells)}
+                requested = {*cells, *(Cell(c["batch"], c["context"]) for c in earlier_cells)}
                 done[candidate.name] = measure_memory(
                     candidate,
-                    sorted(wanted),
+                    sorted(requested),
                     self.request.new_tokens,
                     self.request.device,
                     self.threads,

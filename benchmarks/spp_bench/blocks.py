@@ -121,7 +121,7 @@ def make_passes(
     for own, width in zip(layers, widths, strict=False):
         works["mlp", width] = [parts.mlp(layer) for layer in own]
     works["rest",] = [parts.rest]
-    return [each for kind, work in works.items() for each in _passes(kind, work, setting)]
+    return [entry for kind, work in works.items() for entry in _passes(kind, work, setting)]
 
 
 class _Parts:
@@ -145,13 +145,13 @@ class _Parts:
         cache = self._cache(kv_heads)
 
         def once() -> None:
-            found, _ = layer.get_submodule(self.family.attention)(
+            mixed, _ = layer.get_submodule(self.family.attention)(
                 hidden_states=layer.get_submodule(self.family.attention_norm)(self.stream),
                 position_embeddings=self.rotary,
                 attention_mask=None,
                 past_key_values=cache,
             )
-            torch.add(self.stream, found)
+            torch.add(self.stream, mixed)
 
         return once
 
@@ -208,9 +208,9 @@ def _model(
 def _passes(kind: Kind, works: Sequence[Callable[[], None]], setting: Setting) -> list[Pass]:
     """One pass for each piece of work, or a captured one over all of them."""
 
-    def run(each: Callable[[], None]) -> None:
+    def run(call: Callable[[], None]) -> None:
         with torch.inference_mode():
-            each()
+            call()
 
     def once() -> None:
         for work in works:

@@ -39,14 +39,14 @@ def _row(
     claim: str,
     published: Sequence[float],
     what: str,
-    found: Sequence[float],
+    values: Sequence[float],
     bound: Sequence[float],
 ) -> dict[str, Any]:
     return {
         "claim": claim,
         "published": [min(published), max(published)],
         "what": what,
-        "measured": [min(found), max(found)],
+        "measured": [min(values), max(values)],
         "bound": [min(bound), max(bound)] if bound else None,
     }
 
@@ -60,40 +60,40 @@ def _compile_row(shape: ModelShape, keep: float) -> dict[str, Any]:
 
 def _diagnosis_row(keep: float) -> Iterator[dict[str, Any]]:
     if plan_time.SCENARIO.exists():
-        found = plan_time.from_text(keep, _TEXTS)
+        timing = plan_time.from_text(keep, _TEXTS)
         what = (
-            f"forwarding a scenario's {found.prompts} prompts to plan, {keep:g} of the heads' "
+            f"forwarding a scenario's {timing.prompts} prompts to plan, {keep:g} of the heads' "
             "parameters kept"
         )
-        seconds = [round(one, 4) for one in found.seconds]
+        seconds = [round(value, 4) for value in timing.seconds]
         yield _row("compile time, s", COMPILE_SECONDS, what, seconds, ())
 
 
 def _speedup_rows(document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for candidate in document["candidates"]:
         for phase in PHASES:
-            found = [
+            ratios = [
                 row[phase]["speedup"]
                 for cell in document["cells"]
                 for row in cell["rows"]
                 if row["name"] == candidate["name"] and "speedup" in row.get(phase, {})
             ]
-            if found:
+            if ratios:
                 yield _row(
                     "speed-up",
                     SPEEDUPS,
                     f"{candidate['name']}, {phase}",
-                    [over["median"] for over in found],
-                    [over["bound"] for over in found],
+                    [over["median"] for over in ratios],
+                    [over["bound"] for over in ratios],
                 )
 
 
 def _memory_rows(document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Dense over slim, since the published pair is of another model; the bound is predicted."""
-    found = {record["name"]: record for record in document["memory"]}
+    records = {record["name"]: record for record in document["memory"]}
     for candidate in document["candidates"]:
-        if candidate["baseline"] in found and candidate["name"] in found:
-            pair = found[candidate["baseline"]], found[candidate["name"]]
+        if candidate["baseline"] in records and candidate["name"] in records:
+            pair = records[candidate["baseline"]], records[candidate["name"]]
             expected = (record["predicted_weight_bytes"] for record in pair)
             yield _row(
                 "memory, dense over slim",
@@ -107,6 +107,6 @@ def _memory_rows(document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 def _ratios(dense: Mapping[str, Any], slim: Mapping[str, Any], kind: str) -> list[float]:
     weights, kv = f"{kind}weight_bytes", f"{kind}kv_bytes"
     return [
-        round((dense[weights] + one[kv]) / (slim[weights] + other[kv]), 4)
-        for one, other in zip(dense["cells"], slim["cells"], strict=True)
+        round((dense[weights] + before[kv]) / (slim[weights] + after[kv]), 4)
+        for before, after in zip(dense["cells"], slim["cells"], strict=True)
     ]

@@ -35,7 +35,7 @@ def check_outs(
 
     Raises ParityError for the first that fails.
     """
-    found = []
+    verified = []
     for out in outs:
         report = spp_export.verify(
             out.directory,
@@ -50,8 +50,8 @@ def check_outs(
                 "that fails its checks."
             )
         checks = [check.to_dict() for check in report.checks]
-        found.append({"name": out.name, "manifest": manifest_hash(out), "checks": checks})
-    return found
+        verified.append({"name": out.name, "manifest": manifest_hash(out), "checks": checks})
+    return verified
 
 
 def check_agreement(
@@ -69,7 +69,7 @@ def check_agreement(
     """
     fed = tokens(Cell(1, _TOKENS), steps, vocab_size)
     first: dict[str | None, tuple[str, list[Logits]]] = {}
-    found = []
+    distances = []
     for runner in runners:
         candidate = candidates[runner.name]
         if candidate.precision in _QUANTISED:
@@ -85,20 +85,20 @@ def check_agreement(
                 f"{runner.name}: its logits differ from those of {name} by {apart:.2g} of "
                 f"their length, at most {limit:g} is rounding. One of them is not the same model."
             )
-        found.append({"name": runner.name, "as": name, "distance": apart, "limit": limit})
-    return found
+        distances.append({"name": runner.name, "as": name, "distance": apart, "limit": limit})
+    return distances
 
 
 def _logits(runner: Runner, prompt: Any, continuation: Any, decoding: bool) -> list[Logits]:
     """After prefill and, where the runner takes given tokens, after decoding."""
     runner.reserve(prompt.shape[1] + continuation.shape[1])
     runner.prefill(prompt)
-    found = [runner.logits()]
+    steps = [runner.logits()]
     if decoding:
         runner.decode(continuation)
-        found.append(runner.logits())
+        steps.append(runner.logits())
     runner.forget()
-    return found
+    return steps
 
 
 def distance(logits: Logits, reference: Logits) -> float:

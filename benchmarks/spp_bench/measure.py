@@ -67,7 +67,7 @@ def measure_cell(
 
     `advance` is called after every runner's turn, warm-up included.
     """
-    found = {runner.name: Samples() for runner in runners}
+    samples = {runner.name: Samples() for runner in runners}
     for runner in runners:
         runner.reserve(tokens.prompt.shape[1] + tokens.continuation.shape[1])
     for turn in range(-WARM_UP_ROUNDS, rounds):
@@ -79,10 +79,10 @@ def measure_cell(
                 decode = runner.clock(partial(runner.decode, tokens.continuation))
             runner.forget()
             if turn >= 0:
-                found[runner.name].prefill.append(prefill)
-                found[runner.name].decode.append(decode / tokens.continuation.shape[1])
+                samples[runner.name].prefill.append(prefill)
+                samples[runner.name].decode.append(decode / tokens.continuation.shape[1])
             advance()
-    return found
+    return samples
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def _run(
                 process.wait()
 
 
-def one_line(text: str) -> str:
+def single_line(text: str) -> str:
     """The beginning of what went wrong."""
     return " ".join(text.split())[:_LONGEST_ERROR]
 
@@ -88,9 +88,9 @@ def _error(log: str, status: int) -> str:
     if status == -signal.SIGKILL:
         return "killed, as the kernel does where memory runs out."
     if named := list(_EXCEPTION.finditer(log)):
-        return one_line(log[named[-1].start() :])
+        return single_line(log[named[-1].start() :])
     lines = [line for line in log.splitlines() if line.strip()]
-    return one_line(lines[-1]) if lines else f"exit status {status}."
+    return single_line(lines[-1]) if lines else f"exit status {status}."
 
 
 def held(device: str = "cpu") -> int:

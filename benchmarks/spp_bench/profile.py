@@ -88,8 +88,8 @@ class Target:
     @classmethod
     def of_shape(cls, name: str) -> Target:
         """A published configuration."""
-        found = published(name)
-        return cls(found.name, found.config, found.family, found.shape, "bfloat16")
+        record = published(name)
+        return cls(record.name, record.config, record.family, record.shape, "bfloat16")
 
 
 def profile(
@@ -172,7 +172,7 @@ def _measure(
     with progress("timing", float(request.rounds + WARM_UP_ROUNDS)) as advance_to:
         clock = cold_clock_for(request.device)
         samples = in_turns(passes, request.rounds, clock, request.seed, advance_to)
-    found = {kind: _times(seconds) for kind, seconds in samples.items()}
+    measured = {kind: _times(seconds) for kind, seconds in samples.items()}
     return {
         "options": {
             "threads": threads,
@@ -182,11 +182,11 @@ def _measure(
             "run": "CUDA graph, cache in place" if setting.captured else "eager, growing cache",
         },
         "attention": [
-            {"query_heads": query, "kv_heads": groups, **found["attention", query, groups]}
+            {"query_heads": query, "kv_heads": groups, **measured["attention", query, groups]}
             for query, groups in sizes[0]
         ],
-        "mlp": [{"channels": width, **found["mlp", width]} for width in sizes[1]],
-        "rest": found["rest",],
+        "mlp": [{"channels": width, **measured["mlp", width]} for width in sizes[1]],
+        "rest": measured["rest",],
     }
 
 
@@ -203,13 +203,13 @@ def in_turns(
     else always be met by the same next one.
     """
     random = np.random.default_rng(seed)
-    times: dict[Kind, list[float]] = {each.kind: [] for each in passes}
+    times: dict[Kind, list[float]] = {entry.kind: [] for entry in passes}
     with no_collection():
         for turn in range(-WARM_UP_ROUNDS, rounds):
-            for each in [passes[index] for index in random.permutation(len(passes))]:
-                seconds = clock(each.run) / each.count
+            for entry in [passes[index] for index in random.permutation(len(passes))]:
+                seconds = clock(entry.run) / entry.count
                 if turn >= 0:
-                    times[each.kind].append(seconds)
+                    times[entry.kind].append(seconds)
             advance_to(turn + WARM_UP_ROUNDS + 1.0)
     return times
 

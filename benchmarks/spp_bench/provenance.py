@@ -27,12 +27,12 @@ def physical_cores() -> int:
 
 def machine(device: str) -> dict[str, Any]:
     """Processor, cores, threads, memory and, where one is used, the card and its driver."""
-    found = machine_used(device) | {"memory_bytes": _memory_bytes()}
+    record = machine_used(device) | {"memory_bytes": _memory_bytes()}
     if device.startswith("cuda"):
-        found["driver"] = _output(
+        record["driver"] = _output(
             "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
         )
-    return found
+    return record
 
 
 def _memory_bytes() -> int | None:

@@ -144,9 +144,9 @@ def plain(document: Mapping[str, Any]) -> str:
     return "\n".join([summary(document), *columns(panels(document)), *problems])
 
 
-def columns(found: Iterable[Panel]) -> Iterator[str]:
+def columns(panels: Iterable[Panel]) -> Iterator[str]:
     """Lines of tables, each after an empty line and its title."""
-    for panel in found:
+    for panel in panels:
         table = [panel.head, *panel.rows]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         yield from ("", panel.title)

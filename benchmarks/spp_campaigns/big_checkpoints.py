@@ -41,9 +41,9 @@ def build(directory: Path, gigabytes: float) -> None:
     """Write a random bf16 model of the Llama kind of about this size, untied and sharded, a block
     at a time."""
     family = family_of(CONFIG)
-    one = family.read_shape({**CONFIG, "num_hidden_layers": 1}, 2)
-    outside = 2 * one.parameters(())
-    layer = 2 * one.parameters(one.layers) - outside
+    single = family.read_shape({**CONFIG, "num_hidden_layers": 1}, 2)
+    outside = 2 * single.parameters(())
+    layer = 2 * single.parameters(single.layers) - outside
     config = {**CONFIG, "num_hidden_layers": max(1, round((gigabytes * 1e9 - outside) / layer))}
     shape = family.read_shape(config, 2)
     entries = [Entry(spec.name, "BF16", spec.shape) for spec in family.tensors(shape, shape.layers)]

@@ -71,11 +71,11 @@ class Task:
     directory: Path
     request: BenchRequest
     names: tuple[str, ...]
-    asked: tuple[Variant, ...]
+    variants: tuple[Variant, ...]
     force: bool
 
 
-class Found:
+class Outcome:
     """What a call has found so far, kept in summary.json."""
 
     def __init__(self, directory: Path, device: str) -> None:
@@ -138,11 +138,11 @@ def summary_rows(document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _bytes(record: Mapping[str, Any] | None, cell: Mapping[str, Any]) -> dict[str, int]:
-    for one in record["cells"] if record else ():
-        if (one["batch"], one["context"]) == (cell["batch"], cell["context"]):
+    for entry in record["cells"] if record else ():
+        if (entry["batch"], entry["context"]) == (cell["batch"], cell["context"]):
             assert record
             held = {"weight_bytes": record["weight_bytes"]}
-            return held | {key: one[key] for key in ("kv_bytes", "peak_bytes")}
+            return held | {key: entry[key] for key in ("kv_bytes", "peak_bytes")}
     return {}
 
 
@@ -165,7 +165,7 @@ def cells_of(of: Published, request: BenchRequest, free_bytes: int | None) -> di
     """
     eager, on_card = Timed(rounds=EAGER_ROUNDS), request.device != "cpu"
     reading = Timed(frozenset({"prefill"}), EAGER_ROUNDS) if on_card else eager
-    found = {
+    timed = {
         Cell(1, min(_SHORT, of.context)): eager,
         Cell(1, min(_LONG, of.context)): reading,
     }
@@ -174,8 +174,8 @@ def cells_of(of: Published, request: BenchRequest, free_bytes: int | None) -> di
     while batch > 1 and not _fits(of, Cell(batch, context), request, free_bytes):
         batch //= 2
     if batch > 1:
-        found[Cell(batch, context)] = Timed(frozenset()) if on_card else eager
-    return found
+        timed[Cell(batch, context)] = Timed(frozenset()) if on_card else eager
+    return timed
 
 
 def _fits(of: Published, cell: Cell, request: BenchRequest, free_bytes: int | None) -> bool:
@@ -191,18 +191,18 @@ def _fits(of: Published, cell: Cell, request: BenchRequest, free_bytes: int | No
 
 def run(task: Task, budget: Time) -> dict[str, Any]:
     """Do as much of a task as the budget allows; what summary.json holds."""
-    found = Found(task.directory, task.request.device)
+    outcome = Outcome(task.directory, task.request.device)
     rates = _once(lambda: measure_rates(task.request.device, _dtype(task.request)))
     models = budget.part(1 - _KERNEL_SHARE)
     for index, name in enumerate(task.names):
         share = models.part(1 / (len(task.names) - index))
         try:
-            _backbone(task, published(name), share, rates, found)
+            _backbone(task, published(name), share, rates, outcome)
         finally:
             _free(task.request.device)
-    _kernels(task, budget, found)
-    found.keep()
-    return found.summary
+    _kernels(task, budget, outcome)
+    outcome.keep()
+    return outcome.summary
 
 
 def _once(measure: Callable[[], Rates]) -> Callable[[], Rates]:
@@ -238,33 +238,33 @@ def _free_bytes(device: str) -> int | None:
 
 
 def _backbone(
-    task: Task, of: Published, budget: Time, rates: Callable[[], Rates], found: Found
+    task: Task, of: Published, budget: Time, rates: Callable[[], Rates], outcome: Outcome
 ) -> None:
     """All plans for a shape, the dense model made once."""
     request = task.request
     cells = cells_of(of, request, _free_bytes(request.device))
     models: Models | None = None
     slowest = 0.0
-    for variant in task.asked:
+    for variant in task.variants:
         what = f"{of.name} {variant.name}"
         try:
             plan = shape_plan(of, variant, request.seed)
         except BudgetError as error:
-            found.leave_out(what, str(error))
+            outcome.leave_out(what, str(error))
             continue
         results = task.directory / of.name / f"{variant.name}.json"
         shape_run = ShapeRun(of, [plan], request, results=results)
         document = shape_run.open(task.force, rates)
         todo = {cell: timed for cell, timed in cells.items() if not has_cell(document, cell)}
         if todo and budget.left < 1.2 * slowest:
-            found.leave_out(what, "time")
+            outcome.leave_out(what, "time")
         elif todo and (models := models or _dense(of, request, cells)) is None:
-            found.leave_out(what, "memory")
+            outcome.leave_out(what, "memory")
         elif todo and models:
             started = time.monotonic()
-            _pair(shape_run, document, models, plan, todo, found)
+            _pair(shape_run, document, models, plan, todo, outcome)
             slowest = max(slowest, time.monotonic() - started)
-        found.add(document)
+        outcome.add(document)
 
 
 def _dense(of: Published, request: BenchRequest, cells: Mapping[Cell, Timed]) -> Models | None:
@@ -285,7 +285,7 @@ def _pair(
     models: Models,
     plan: ShapePlan,
     cells: Mapping[Cell, Timed],
-    found: Found,
+    outcome: Outcome,
 ) -> None:
     """One plan beside the dense model, in every cell that is missing."""
     import torch
@@ -303,9 +303,9 @@ def _pair(
             _add_memory(run, document, runners, cell, peaks)
             run.keep(document)
     except torch.OutOfMemoryError:
-        found.leave_out(what, "memory")
+        outcome.leave_out(what, "memory")
     except (ParityError, RuntimeError) as error:  # a capture or a kernel that fails: others may not
-        found.fail(what, error)
+        outcome.fail(what, error)
     finally:
         for runner in runners[len(run.engines) :]:
             runner.close()
@@ -339,7 +339,7 @@ def _add_memory(
         kv = runner.kv_bytes()
         earlier = records.get(runner.name, {"cells": []})["cells"]
         new = {**cell.to_dict(), "kv_bytes": kv, "peak_bytes": weights + kv + peaks[runner.name]}
-        plain = [{key: one[key] for key in new} for one in earlier]
+        plain = [{key: entry[key] for key in new} for entry in earlier]
         held = {
             "weight_bytes": weights,
             "before_bytes": 0,
@@ -351,20 +351,20 @@ def _add_memory(
     document["memory"] = list(records.values())
 
 
-def _kernels(task: Task, budget: Time, found: Found) -> None:
+def _kernels(task: Task, budget: Time, outcome: Outcome) -> None:
     """Tests of what runs on a card alone, then the table of ragged attention in either half
     precision."""
     on_card = task.request.device != "cpu"
-    found.summary["kernel_tests"] = (
+    outcome.summary["kernel_tests"] = (
         kernel_tests(min(_PYTEST_SECONDS, 0.4 * budget.left))
         if on_card
         else {"passed": None, "output": "run by make test where there is no card"}
     )
-    found.keep()
+    outcome.keep()
     dtypes = ("bfloat16", "float16") if on_card else ("float32",)
     for index, dtype in enumerate(dtypes):
         share = budget.part(1 / (len(dtypes) - index))
-        _ragged(task, dtype, share, found)
+        _ragged(task, dtype, share, outcome)
         _free(task.request.device)
 
 
@@ -397,7 +397,7 @@ def kernel_tests(seconds: float) -> dict[str, Any]:
     return {"passed": result.returncode == 0, "output": "\n".join(last)}
 
 
-def _ragged(task: Task, dtype: str, budget: Time, found: Found) -> None:
+def _ragged(task: Task, dtype: str, budget: Time, outcome: Outcome) -> None:
     """The table of `spp_campaigns.ragged`, as many of its cases as there is time for."""
     import torch
 
@@ -415,16 +415,16 @@ def _ragged(task: Task, dtype: str, budget: Time, found: Found) -> None:
     for case in todo:
         what = f"ragged attention, {dtype}, {case.phase}, {case.batch} x {case.context}"
         if budget.left < 1.2 * slowest:
-            found.leave_out(f"{what}, {case.pattern}, and what follows", "time")
+            outcome.leave_out(f"{what}, {case.pattern}, and what follows", "time")
             break
         started = time.monotonic()
         try:
             row = ragged.measure(case, ways, task.request.rounds, device, getattr(torch, dtype))
         except torch.OutOfMemoryError:
-            found.leave_out(f"{what}, {case.pattern}", "memory")
+            outcome.leave_out(f"{what}, {case.pattern}", "memory")
             continue
         except Exception as error:  # whatever a kernel does on a card is a result
-            found.fail(f"{what}, {case.pattern}", error)
+            outcome.fail(f"{what}, {case.pattern}", error)
             continue
         row["bound_ms"] = round(1e3 * rates.seconds(Work(row["bytes"], row["operations"])), 4)
         results.append(row)
@@ -433,7 +433,7 @@ def _ragged(task: Task, dtype: str, budget: Time, found: Found) -> None:
     if results:
         ragged.table(results)
         wrong = ragged.too_fast(results)
-        found.summary["problems"] += [f"ragged, {dtype}: {one}" for one in wrong]
+        outcome.summary["problems"] += [f"ragged, {dtype}: {problem}" for problem in wrong]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -470,10 +470,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         names = tuple(options.shape or BACKBONES)
         for name in names:
             published(name)
-        asked = variants(
+        chosen = variants(
             options.keep or KEEPS, options.layout or LAYOUTS, options.units or ("heads", "both")
         )
-        summary = run(Task(options.json, request, names, asked, options.force), budget)
+        summary = run(Task(options.json, request, names, chosen, options.force), budget)
     except SppError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

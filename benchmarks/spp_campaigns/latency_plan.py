@@ -75,21 +75,22 @@ def choose_both(
     """The plan of this share of parameters, and the fastest by the table with no less score."""
 
     def compiled(budget: Budget) -> Chosen:
-        given = (options.heads, options.channels)
-        layers, realised = compile_units(*given, shape, budget, latency=table)
+        layers, realised = compile_units(
+            options.heads, options.channels, shape, budget, latency=table
+        )
         assert realised.score_bound == realised.score, "the plan is not proven optimal"
         step = table.step_cost([layer.shape(shape) for layer in layers])
         return Chosen(layers, realised, step)
 
     by_params = compiled(Budget(keep=keep, units=units))
-    wanted = by_params.realised.score
+    least = by_params.realised.score
 
     def within(nanoseconds: int) -> Chosen | None:
         try:
-            found = compiled(Budget(max_latency=nanoseconds / 1e6, units=units, cost="latency"))
+            candidate = compiled(Budget(max_latency=nanoseconds / 1e6, units=units, cost="latency"))
         except BudgetError:
             return None
-        return found if found.realised.score >= wanted else None
+        return candidate if candidate.realised.score >= least else None
 
     best = fastest(within, by_params.nanoseconds + 1)
     return dict(zip(PLANS, (by_params, best), strict=True))
@@ -97,8 +98,8 @@ def choose_both(
 
 def fastest(within: Callable[[int], Chosen | None], enough: int) -> Chosen:
     """The plan of the smallest budget that has one; `enough` has. More never gives less."""
-    found = within(enough)
-    assert found is not None, "a plan in hand is not found again"
+    best = within(enough)
+    assert best is not None, "a plan in hand is not found again"
     least = 0
     while enough - least > 1:
         middle = (least + enough) // 2
@@ -106,21 +107,21 @@ def fastest(within: Callable[[int], Chosen | None], enough: int) -> Chosen:
         if better is None:
             least = middle
         else:
-            found, enough = better, middle
-    return found
+            best, enough = better, middle
+    return best
 
 
 def options_for(session: Session, scenario: Path, units: Units, artifacts: Path | None) -> Any:
     """What the scenario's text says that units are worth, by the defaults of `spp plan`."""
     text = read_scenario(scenario)
     model = DEMO if artifacts is None else session.source.name
-    found = open_artifacts(artifacts, model, session.source)
+    scenario_artifacts = open_artifacts(artifacts, model, session.source)
     calibration, _ = text.split()
     request = PlanRequest(units=units, keep=0.8)
-    diagnosis = diagnose_prompts(session, found, calibration)
-    mixing = requested_mixing(found, request)
-    parts = calibration_parts(found, diagnosis.shares, calibration, mixing)
-    return scoring_for(session, found, parts, request, diagnosis.breadth).options()
+    diagnosis = diagnose_prompts(session, scenario_artifacts, calibration)
+    mixing = requested_mixing(scenario_artifacts, request)
+    parts = calibration_parts(scenario_artifacts, diagnosis.shares, calibration, mixing)
+    return scoring_for(session, scenario_artifacts, parts, request, diagnosis.breadth).options()
 
 
 def measure(
@@ -138,9 +139,9 @@ def measure(
     dense = torch_candidate(source, None, session.dtype, windows)
     with tempfile.TemporaryDirectory(prefix="spp-latency-") as scratch:
         runners: list[Runner] = [TorchRunner.load(dense, session.device)]
-        for name, each in chosen.items():
+        for name, entry in chosen.items():
             target = Path(scratch) / name
-            plan = Plan(source.fingerprint, source.name, "per-layer", "none", each.layers)
+            plan = Plan(source.fingerprint, source.name, "per-layer", "none", entry.layers)
             spp_export.export(
                 scenario,
                 target,
@@ -158,7 +159,7 @@ def measure(
             runners.append(TorchRunner(name, loaded))
         fed = tokens(cell, new_tokens, source.shape.vocab_size)
         samples = measure_cell(runners, fed, rounds)
-    return {name: found.decode for name, found in samples.items()}
+    return {name: sample.decode for name, sample in samples.items()}
 
 
 def verdict(params: Sequence[float], latency: Sequence[float]) -> dict[str, Any]:
@@ -198,8 +199,8 @@ def run(options: argparse.Namespace, progress: Any) -> dict[str, Any]:
                 f"{table.context}, expected decode at {cell.label}."
             )
         progress("weighing units")
-        found = options_for(session, options.scenario, options.units, options.artifacts)
-        chosen = choose_both(found, shape, table, options.units, options.keep)
+        unit_options = options_for(session, options.scenario, options.units, options.artifacts)
+        chosen = choose_both(unit_options, shape, table, options.units, options.keep)
         progress("writing, verifying and timing the models")
         timing = (cell, options.new_tokens, options.rounds)
         times = measure(session, chosen, options.model, options.scenario, *timing)
@@ -215,7 +216,7 @@ def run(options: argparse.Namespace, progress: Any) -> dict[str, Any]:
         },
         "profile": table.to_dict(),
         "dense": {"predicted_ms": table.step_cost(shape.layers) / 1e6},
-        "plans": {name: each.to_dict(shape) for name, each in chosen.items()},
+        "plans": {name: entry.to_dict(shape) for name, entry in chosen.items()},
         "decode": {
             name: quantiles([1e3 * second for second in seconds], "ms")
             for name, seconds in times.items()
@@ -226,7 +227,7 @@ def run(options: argparse.Namespace, progress: Any) -> dict[str, Any]:
 
 def report(document: Mapping[str, Any]) -> str:
     """A few lines for people."""
-    options, found, plans = document["options"], document["speedup"], document["plans"]
+    options, speedup, plans = document["options"], document["speedup"], document["plans"]
     lines = [
         f"{document['model']}, decode at batch {options['batch']}, context {options['context']}, "
         f"{options['dtype']}, {options['device']}",
@@ -241,8 +242,8 @@ def report(document: Mapping[str, Any]) -> str:
         )
     predicted = plans["params"]["predicted_ms"] / plans["latency"]["predicted_ms"]
     lines.append(
-        f"params over latency: {found['median']:.3f}x measured ({found['low']:.3f} to "
-        f"{found['high']:.3f}), {predicted:.3f}x predicted: {found['says']}"
+        f"params over latency: {speedup['median']:.3f}x measured ({speedup['low']:.3f} to "
+        f"{speedup['high']:.3f}), {predicted:.3f}x predicted: {speedup['says']}"
     )
     return "\n".join(lines)
 

@@ -33,7 +33,7 @@ from spp_export.planning import LayerPlan, Plan
 
 FIXED_BYTES = 300_000_000
 ROWS = 4
-_BF16_ONE = 0x3F80
+_BF16_UNIT = 0x3F80
 
 
 def build_sparse(directory: Path, config: dict[str, Any]) -> None:
@@ -61,7 +61,7 @@ def build_sparse(directory: Path, config: dict[str, Any]) -> None:
 def _fill(write: Callable[[Any], Any], spec: TensorSpec, random: np.random.Generator) -> None:
     """Ones for norms, noise that keeps activations near one for matrices; nothing for a hole."""
     if len(spec.shape) == 1 and spec.role is Role.OTHER:
-        write(np.full(spec.shape, _BF16_ONE, np.uint16))
+        write(np.full(spec.shape, _BF16_UNIT, np.uint16))
     elif spec.layer is None or spec.layer < 2:
         scale = 1 / np.sqrt(spec.shape[-1]) if len(spec.shape) == 2 else 0.1
         for _ in range(spec.shape[0]):

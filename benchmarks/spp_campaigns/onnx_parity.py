@@ -71,16 +71,16 @@ def main() -> int:
     others = {"onnxruntime": chat_tokens(arguments.onnx), "genai": genai_tokens(arguments.onnx)}
     equal = True
     for index, prompt in enumerate(PROMPTS):
-        wanted = torch_answers[index]
+        expected = torch_answers[index]
         same = {
-            name: answers[index] in (wanted, wanted[:-1])
+            name: answers[index] in (expected, expected[:-1])
             if name == "genai"
-            else answers[index] == wanted
+            else answers[index] == expected
             for name, answers in others.items()
         }
         equal = equal and all(same.values())
         marks = ", ".join(f"{name} {'same' if ok else 'DIFFERENT'}" for name, ok in same.items())
-        print(f"{len(wanted):3} tokens  {marks}  {prompt}")
+        print(f"{len(expected):3} tokens  {marks}  {prompt}")
     return int(not equal)
 
 

@@ -19,14 +19,14 @@ from spp_export.evaluation.harness.table import interval, ranking, units_name
 
 def tables(results: Results, text: str) -> Iterator[str]:
     """One Markdown table per units and compensation: perplexity over dense on `text`."""
-    found: dict[tuple[str, str], dict[Row, dict[float, Interval]]] = {}
+    panels: dict[tuple[str, str], dict[Row, dict[float, Interval]]] = {}
     for (keep, units), rows in ranking(results).items():
         for ranked in rows:
             if ranked.row.kind != "dense":
-                panel = found.setdefault((units, ranked.row.compensation), {})
+                panel = panels.setdefault((units, ranked.row.compensation), {})
                 way = panel.setdefault(replace(ranked.row, keep=1.0), {})
                 way[keep] = ranked.ratio[text]
-    for (units, compensation), panel in sorted(found.items(), key=_panel_order):
+    for (units, compensation), panel in sorted(panels.items(), key=_panel_order):
         keeps = sorted({keep for way in panel.values() for keep in way}, reverse=True)
         # The budget that most were measured at, of those the largest.
         common = max(keeps, key=lambda keep: sum(keep in way for way in panel.values()))

@@ -174,10 +174,10 @@ def check(problem: Problem, ways: dict[str, Way]) -> None:
     # Results are averages of values: rounding is relative to the largest of these.
     allowed = 8 * torch.finfo(problem.query.dtype).eps * float(value.abs().max())
     for name, way in ways.items():
-        found = way(problem)[:1, :, -4:].float()
+        output = way(problem)[:1, :, -4:].float()
         if name == "padded":
-            found = found.index_select(1, problem.groups.slot_of_head)
-        error = float((found - exact).abs().max())
+            output = output.index_select(1, problem.groups.slot_of_head)
+        error = float((output - exact).abs().max())
         assert error <= allowed, f"{name} is wrong by {error:.1e} in {problem.case}"
 
 
@@ -215,7 +215,7 @@ def measure(
         **{"phase": case.phase, "batch": case.batch, "context": case.context},
         **{"pattern": case.pattern, "sizes": list(case.sizes), "copies": copies},
         **{"bytes": work.bytes, "operations": work.operations},
-        "ways": {name: quantiles(found, "ms") for name, found in times.items()},
+        "ways": {name: quantiles(times_of_way, "ms") for name, times_of_way in times.items()},
     }
 
 
@@ -230,7 +230,7 @@ def cases(kind: str) -> Iterator[Case]:
 
 def medians(row: dict[str, Any]) -> dict[str, float]:
     """Milliseconds of every way."""
-    return {name: found["median_ms"] for name, found in row["ways"].items()}
+    return {name: figures["median_ms"] for name, figures in row["ways"].items()}
 
 
 def title(row: dict[str, Any]) -> str:
@@ -240,25 +240,25 @@ def title(row: dict[str, Any]) -> str:
 def lost(results: Sequence[dict[str, Any]], way: str) -> Iterator[str]:
     """A line for every case where another way is faster by more than the samples scatter."""
     for row in results:
-        own, found = row["ways"][way], medians(row)
-        best = min(found, key=lambda name: found[name])
-        if own["p20_ms"] > max(_CLOSE * found[best], row["ways"][best]["p80_ms"]):
-            yield f"{title(row)} {best} takes {found[best] / found[way]:.2f} of its time"
+        own, times = row["ways"][way], medians(row)
+        best = min(times, key=lambda name: times[name])
+        if own["p20_ms"] > max(_CLOSE * times[best], row["ways"][best]["p80_ms"]):
+            yield f"{title(row)} {best} takes {times[best] / times[way]:.2f} of its time"
 
 
 def too_fast(results: Sequence[dict[str, Any]]) -> Iterator[str]:
     """A line for every case that was faster than the device can be: an error of measurement."""
     for row in results:
-        best = min(found["p20_ms"] for found in row["ways"].values())
+        best = min(figures["p20_ms"] for figures in row["ways"].values())
         if best < row["bound_ms"] * (1 - _NOISE):
             yield f"{title(row)} {best:.3f} ms, bound {row['bound_ms']:.3f} ms"
 
 
-def best_rates(*found: Rates) -> Rates:
+def best_rates(*measured: Rates) -> Rates:
     """What the device reached at its best: others may have used it meanwhile."""
     return Rates(
-        max(rates.bytes_per_second for rates in found),
-        max(rates.operations_per_second for rates in found),
+        max(rates.bytes_per_second for rates in measured),
+        max(rates.operations_per_second for rates in measured),
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from spp_cli.render.look import ASCII, FAINT, UNICODE, WIDTH, Look, one_line
+from spp_cli.render.look import ASCII, FAINT, UNICODE, WIDTH, Look, single_line
 from spp_export.common.progress import report_to
 
 if TYPE_CHECKING:
@@ -59,12 +59,12 @@ class Output:
             from rich.text import Text
 
             console = Console(file=self._stderr, highlight=False)
-            console.print(Text(one_line(text), style=FAINT), soft_wrap=True)
+            console.print(Text(single_line(text), style=FAINT), soft_wrap=True)
 
     def hint(self, text: str) -> None:
         """What to do next, for people only."""
         if not self.json and not self.quiet:
-            print(f"next: {one_line(text)}", file=self._stderr)
+            print(f"next: {single_line(text)}", file=self._stderr)
 
 
 def stdout_console() -> Console:
@@ -83,12 +83,12 @@ def write_json(data: Mapping[str, Any]) -> None:
 
 def write_error(message: str) -> None:
     """The one line that a failing command leaves on stderr."""
-    print(f"error: {one_line(message)}", file=sys.stderr)
+    print(f"error: {single_line(message)}", file=sys.stderr)
 
 
 def write_warning(message: str) -> None:
     """One line on stderr about something that did not stop the command."""
-    print(f"warning: {one_line(message)}", file=sys.stderr)
+    print(f"warning: {single_line(message)}", file=sys.stderr)
 
 
 def write_text(text: str) -> None:

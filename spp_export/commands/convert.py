@@ -124,7 +124,7 @@ def _check(
     own = getattr(torch, files.torch_dtype)
     exact = wide_dtype(own, checkpoint.shape.parameters(checkpoint.layers), "cpu")
     tokenizer = load_tokenizer(checkpoint.path) if prompts else None
-    found = files.check(
+    result = files.check(
         work,
         Comparison(
             checkpoint.path,
@@ -133,7 +133,7 @@ def _check(
             request.device,
         ),
     )
-    report = VerifyReport(found.checks, found.context)
+    report = VerifyReport(result.checks, result.context)
     if report.passed:
         return report.to_dict(), None
     first = report.failures[0]
@@ -157,9 +157,9 @@ def _check_source(path: Path, target: Path) -> None:
         raise OutputError(
             f"{target}: holds the checkpoint that is to be read. Choose another directory."
         )
-    if (found := detect_format(path)) and found.converted:
+    if (written := detect_format(path)) and written.converted:
         raise ModelError(
-            f"{path}: has {found.title} already. Give the safetensors that it was made from."
+            f"{path}: has {written.title} already. Give the safetensors that it was made from."
         )
     # A plan is the mark of an export whose manifest is gone or can no longer be read.
     ours = wrote(path) or (path / "plan.json").exists()

@@ -27,10 +27,10 @@ PARTS = (
 
 
 @dataclass(frozen=True)
-class FoundPart:
+class InstalledLibrary:
     """One of `PARTS`: its version, None where it is missing, and why it cannot be imported."""
 
-    part: Library
+    library: Library
     version: str | None
     problem: str | None = None
 
@@ -50,7 +50,7 @@ class Examination:
 
     versions: dict[str, str]
     devices: tuple[dict[str, Any], ...]
-    parts: tuple[FoundPart, ...]
+    parts: tuple[InstalledLibrary, ...]
     caches: tuple[Cache, ...]
     problems: tuple[str, ...]
 
@@ -60,8 +60,8 @@ class Examination:
             "versions": self.versions,
             "devices": list(self.devices),
             "parts": [
-                {**asdict(found.part), "version": found.version, "problem": found.problem}
-                for found in self.parts
+                {**asdict(part.library), "version": part.version, "problem": part.problem}
+                for part in self.parts
             ],
             "caches": [
                 {"name": cache.name, "path": str(cache.path), "bytes": cache.nbytes}
@@ -77,24 +77,24 @@ def doctor() -> Examination:
 
         print(spp_export.doctor().problems)
     """
-    parts = tuple(_examine(part) for part in PARTS)
+    parts = tuple(map(_examine, PARTS))
     caches = tuple(_caches())
     return Examination(
         library_versions(), tuple(_devices()), parts, caches, tuple(_problems(parts, caches))
     )
 
 
-def _examine(part: Library) -> FoundPart:
+def _examine(library: Library) -> InstalledLibrary:
     try:
-        found = version(part.package)
+        installed = version(library.package)
     except PackageNotFoundError:
-        return FoundPart(part, None)
+        return InstalledLibrary(library, None)
     try:
-        importlib.import_module(part.module)
+        importlib.import_module(library.module)
     except Exception as error:  # whatever a broken installation raises is what we are here to tell
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        return FoundPart(part, found, f"{type(error).__name__}: {lines[0]}")
-    return FoundPart(part, found)
+        return InstalledLibrary(library, installed, f"{type(error).__name__}: {lines[0]}")
+    return InstalledLibrary(library, installed)
 
 
 def _devices() -> Sequence[dict[str, Any]]:
@@ -148,26 +148,26 @@ def _size(directory: Path) -> int:
     return total
 
 
-def _same_module(parts: Sequence[FoundPart]) -> Iterator[tuple[str, str]]:
+def _same_module(parts: Sequence[InstalledLibrary]) -> Iterator[tuple[str, str]]:
     """Packages that are installed and are imported by the same name."""
     first: dict[str, str] = {}
-    for found in parts:
-        if found.version is not None:
-            name = first.setdefault(found.part.module, found.part.package)
-            if name != found.part.package:
-                yield name, found.part.package
+    for installed in parts:
+        if installed.version is not None:
+            name = first.setdefault(installed.library.module, installed.library.package)
+            if name != installed.library.package:
+                yield name, installed.library.package
 
 
-def _problems(parts: Sequence[FoundPart], caches: Sequence[Cache]) -> Sequence[str]:
+def _problems(parts: Sequence[InstalledLibrary], caches: Sequence[Cache]) -> Sequence[str]:
     problems = [
-        f"{found.part.package} {found.version} cannot be imported: {found.problem}. "
-        f"Run: {found.part.install}"
-        for found in parts
-        if found.problem is not None
+        f"{installed.library.package} {installed.version} cannot be imported: {installed.problem}. "
+        f"Run: {installed.library.install}"
+        for installed in parts
+        if installed.problem is not None
     ]
-    names = {found.part.package: found for found in parts}
+    names = {installed.library.package: installed for installed in parts}
     problems += [
-        f"{name} is missing, and nothing runs without it. Run: {names[name].part.install}"
+        f"{name} is missing, and nothing runs without it. Run: {names[name].library.install}"
         for name in ("torch", "transformers")
         if names[name].version is None
     ]

@@ -17,7 +17,7 @@ from spp_export.commands.requests import (
 )
 from spp_export.common.disk import publish_file
 from spp_export.common.errors import OutputError, UsageError
-from spp_export.common.options import asked, command
+from spp_export.common.options import command, non_default
 from spp_export.common.versions import device_type, library_versions, machine
 from spp_export.data.artifacts import Artifacts, open_artifacts
 from spp_export.evaluation.harness.bootstrap import RESAMPLES
@@ -102,7 +102,7 @@ def evaluate(request: EvaluateRequest) -> EvalResult:
 
         result = spp_export.eval("chemistry.txt", "results", wrong="history.txt", keep=[0.8, 0.6])
     """
-    from spp_export.evaluation.harness.planner import Planner, RowOpener, given_plans
+    from spp_export.evaluation.harness.planner import Planner, RowOpener, read_plans
 
     directory = Path(request.output)
     _prepare(directory, request.force)
@@ -118,7 +118,7 @@ def evaluate(request: EvaluateRequest) -> EvalResult:
         for name, path in (request.other_artifacts or {}).items()
     }
     inputs.check_unseen([artifacts, *others.values()])
-    plans = given_plans(session, request.plan)
+    plans = read_plans(session, request.plan)
     rows = standard_rows(
         request.keep,
         request.criterion_names,
@@ -160,7 +160,7 @@ def evaluate_scenarios(request: EvaluateScenariosRequest) -> tuple[EvalResult, .
             f"--scenario: two files have one name, got {', '.join(names)}. Rename one: each "
             "scenario's results lie in the directory of its name."
         )
-    options = asked(request, EvalTexts)
+    options = non_default(request, EvalTexts)
     following = [*request.scenario[1:], *request.scenario[:1]]
     return tuple(
         evaluate(scenario, Path(request.output) / name, **{"wrong": other, **options})

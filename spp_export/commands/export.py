@@ -273,18 +273,18 @@ def _decide(
         assert artifacts is not None
         assert scenario is not None
         return plan_scenario(session, artifacts, scenario, request)
-    given = plan if isinstance(plan, Plan) else read_plan(plan)
+    decided = plan if isinstance(plan, Plan) else read_plan(plan)
     source = session.source
-    validate_plan(given, source.shape, source.fingerprint)
-    if given.compensation != "none":
+    validate_plan(decided, source.shape, source.fingerprint)
+    if decided.compensation != "none":
         # These decide the re-fit, whatever the plan was made for.
         if scenario is not None:
-            given = replace(given, scenario=scenario_record(scenario))
+            decided = replace(decided, scenario=scenario_record(scenario))
         if artifacts is not None:
-            given = replace(given, artifacts=artifacts_record(artifacts))
-    layers = given.written_shapes(source.shape)
-    sizes = predicted(source.shape, layers, written_shape(source, given))
-    return PlanResult(given, source.shape, None, sizes)
+            decided = replace(decided, artifacts=artifacts_record(artifacts))
+    layers = decided.written_shapes(source.shape)
+    sizes = predicted(source.shape, layers, written_shape(source, decided))
+    return PlanResult(decided, source.shape, None, sizes)
 
 
 class _Clock:

@@ -61,11 +61,11 @@ def check_export(
         against = Comparison(
             slim, checked.reference.batches, reference, session.device, model, session.from_disk
         )
-        found = files.check(out, against)
-        content["checks"] += [check.to_dict() for check in found.checks]
-        content |= found.context
-        failed = [check for check in found.checks if not check.passed]
-        model = found.model or model
+        converted = files.check(out, against)
+        content["checks"] += [check.to_dict() for check in converted.checks]
+        content |= converted.context
+        failed = [check for check in converted.checks if not check.passed]
+        model = converted.model or model
     if failed or model is None:
         content["passed"] = False
         first = failed[0]

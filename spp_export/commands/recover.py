@@ -314,7 +314,7 @@ def _plan(directory: Path) -> Plan:
     """The plan of an export that can be recovered. Raises UsageError."""
     if not (directory / "plan.json").is_file():
         raise UsageError(f"{directory}: no plan.json, so not an export of spp.")
-    if (found := detect_format(directory)) and found.converted:
+    if (written := detect_format(directory)) and written.converted:
         raise UsageError(
             f"{directory}: only exports with safetensors can be trained. Recover that one, and "
             "convert the result with 'spp convert'."

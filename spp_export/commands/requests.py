@@ -29,10 +29,10 @@ from spp_export.common.options import (
     Request,
     Seed,
     argument,
-    asked,
     check_word,
     comma_list,
     compared_text,
+    non_default,
     option,
     output_option,
     scenario_option,
@@ -262,7 +262,7 @@ class ExportRequest(
         super().check()
         if self.scenario is None and self.plan is None:
             raise UsageError("export needs --scenario FILE or --plan FILE.")
-        decided = [name for name in asked(self, PlanRequest) if name != "seed"]
+        decided = [name for name in non_default(self, PlanRequest) if name != "seed"]
         if self.plan is not None and decided:
             flag = "--" + decided[0].replace("_", "-")
             raise UsageError(f"{flag}: the plan already decides that. Drop {flag}, or --plan.")

@@ -83,9 +83,7 @@ def _evaluation_facts(results: Results) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "model": header["model"]["name"],
         "scenario": header["scenario"]["name"],
-        "texts": {
-            name: f"{found['documents']} documents" for name, found in header["texts"].items()
-        },
+        "texts": {name: f"{text['documents']} documents" for name, text in header["texts"].items()},
         "rows": len(results.measured),
         "failed": len(results.failed),
         "machine": dict(header["machine"]),
@@ -93,9 +91,9 @@ def _evaluation_facts(results: Results) -> dict[str, Any]:
     for (keep, units), rows in ranking(results).items():
         best = next((ranked for ranked in rows if ranked.row.kind == "method"), None)
         if best is not None:
-            found = interval(best.ratio[results.judge])
+            ratio = interval(best.ratio[results.judge])
             facts[f"best at {keep:g} of {units_name(units)}"] = (
-                f"{best.row.label}, {best.row.compensation}: {found} on {results.judge}"
+                f"{best.row.label}, {best.row.compensation}: {ratio} on {results.judge}"
             )
     return facts
 

@@ -140,8 +140,8 @@ def _without_none(hint: Any) -> Any:
     return parts[0] if len(parts) == 1 else Union[tuple(parts)]  # noqa: UP007
 
 
-def asked(request: Request, of: type[Request] | None = None) -> dict[str, Any]:
-    """What a request asks beyond the defaults, of all its fields or of those of a base class."""
+def non_default(request: Request, of: type[Request] | None = None) -> dict[str, Any]:
+    """The fields that differ from their defaults, of the request or of one of its base classes."""
     return {
         item.name: getattr(request, item.name)
         for item in fields(of or request)

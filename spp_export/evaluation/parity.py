@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from spp_export.calibration.activations import TokenBatch, input_device, model_inputs
 from spp_export.evaluation.oracle import masked_dense
 from spp_export.models.families import Family
-from spp_export.models.layerwise import each_logits
+from spp_export.models.layerwise import logits_of_calls
 from spp_export.models.shape import ModelShape
 from spp_export.planning import Plan
 from spp_export.slicing.projections import Projections
@@ -55,7 +55,9 @@ class Check:
 
     def describe(self) -> str:
         """What was found against what was allowed, in one phrase."""
-        figures = "" if self.found is None else f"found {self.found:.3g}, at most {self.limit:.3g}"
+        figures = (
+            "" if self.measured is None else f"found {self.measured:.3g}, at most {self.limit:.3g}"
+        )
         return "; ".join(part for part in (figures, self.detail) if part) + "."
 
     def to_dict(self) -> dict[str, Any]:
@@ -119,7 +121,7 @@ class ReferenceLogits:
 def real_logits(model: nn.Module, batches: Sequence[TokenBatch]) -> Iterator[Tensor]:
     """Logits [T,V] at the T real tokens of each batch, in the model's dtype, on the CPU."""
     calls = [model_inputs(model, batch) for batch in batches]
-    for batch, logits in zip(batches, each_logits(model, calls), strict=True):
+    for batch, logits in zip(batches, logits_of_calls(model, calls), strict=True):
         yield logits[batch.attention_mask.bool().to(logits.device)].cpu()
 
 
@@ -166,8 +168,8 @@ def _in_dtype(model: nn.Module, dtype: torch.dtype, back: torch.dtype) -> Iterat
 def check_parity(slim: nn.Module, reference: ReferenceLogits) -> Check:
     """`err(slim) <= 2 err(masked dense, same dtype) + rounding`, both against the exact oracle."""
     slim_error = largest = between = 0.0
-    found = real_logits(slim, reference.batches)
-    for logits, exact, same in zip(found, reference.exact, reference.same, strict=True):
+    own = real_logits(slim, reference.batches)
+    for logits, exact, same in zip(own, reference.exact, reference.same, strict=True):
         slim_error = max(slim_error, _distance(logits, exact))
         between = max(between, _distance(logits, same))
         largest = max(largest, float(exact.abs().max()))
@@ -193,14 +195,14 @@ def check_causality(slim: nn.Module, batch: TokenBatch) -> Check:
     changed[:, half:] = (ids[:, half:] + 1) % vocabulary.vocab_size
     whole, other = (
         logits[:, :half]
-        for logits in each_logits(
+        for logits in logits_of_calls(
             slim, [{"input_ids": row, "use_cache": False} for row in (ids, changed)]
         )
     )
-    found = _distance(whole, other)
+    distance = _distance(whole, other)
     limit = _room(slim, float(whole.abs().max()), _ROOM_ON_THE_SAME)
     detail = f"prefix of {half} tokens, {ids.shape[1] - half} after it changed"
-    return Check("prefix causality", _holds(found, limit), found, limit, detail)
+    return Check("prefix causality", _holds(distance, limit), distance, limit, detail)
 
 
 def check_cache(slim: nn.Module, batch: TokenBatch, rounding: float = 0.0) -> Check:
@@ -221,16 +223,16 @@ def check_cache(slim: nn.Module, batch: TokenBatch, rounding: float = 0.0) -> Ch
     calls: list[dict[str, Any]] = [
         {"input_ids": step, "past_key_values": cache, "use_cache": True} for step in steps
     ]
-    *decoded, whole = each_logits(slim, [*calls, {"input_ids": ids, "use_cache": False}])
+    *decoded, whole = logits_of_calls(slim, [*calls, {"input_ids": ids, "use_cache": False}])
     cached = torch.stack([logits[:, -1] for logits in decoded], dim=1)
     uncached = whole[:, -_DECODED:]
-    found = _distance(cached, uncached)
+    distance = _distance(cached, uncached)
     limit = _room(slim, float(uncached.abs().max()), _ROOM_ON_OTHER_SHAPES)
     limit += _ROUNDINGS_OF_DECODING * rounding
     return Check(
         "cached against uncached decoding",
-        _holds(found, limit),
-        found,
+        _holds(distance, limit),
+        distance,
         limit,
         f"{_DECODED} tokens",
     )
@@ -246,9 +248,9 @@ def _distance(a: Tensor, b: Tensor) -> float:
     return difference if difference == difference else float("inf")
 
 
-def _holds(found: float, limit: float) -> bool:
+def _holds(measured: float, limit: float) -> bool:
     # Where the oracle itself is not finite there is no limit to keep.
-    return math.isfinite(limit) and found <= limit
+    return math.isfinite(limit) and measured <= limit
 
 
 def _room(model: nn.Module, largest: float, units: float) -> float:

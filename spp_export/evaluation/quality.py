@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spp_export.calibration.activations import TokenBatch, model_inputs, token_batches
 from spp_export.common.progress import progress
-from spp_export.models.layerwise import each_logits
+from spp_export.models.layerwise import logits_of_calls
 
 # Logits of a large vocabulary are the memory here: [rows, vocab] in fp32, for two models.
 _BATCH_TOKENS = 512
@@ -56,7 +56,7 @@ def measure_quality(
     tokens = done = 0
     with progress("measuring quality", sum(b.real_tokens for b in batches)) as advance_to:
         logits = (
-            each_logits(model, [model_inputs(model, batch) for batch in batches])
+            logits_of_calls(model, [model_inputs(model, batch) for batch in batches])
             for model in (dense, slim)
         )
         for batch, of_dense, of_slim in zip(batches, *logits, strict=True):
@@ -78,7 +78,7 @@ def measure_quality(
 
 def next_token_log_probabilities(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
     """Log-probabilities [T,V] (fp32) of the T next tokens of a batch, and those tokens [T]."""
-    return _log_probabilities(next(each_logits(model, [model_inputs(model, batch)])), batch)
+    return _log_probabilities(next(logits_of_calls(model, [model_inputs(model, batch)])), batch)
 
 
 def _log_probabilities(logits: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:

@@ -62,7 +62,7 @@ def stream_of(model: nn.Module) -> LayerStream | None:
 
 # As a decorator: a `with` would go on while the generator waits, in whoever asks it next.
 @torch.no_grad()
-def each_logits(model: nn.Module, calls: Sequence[Call]) -> Iterator[Tensor]:
+def logits_of_calls(model: nn.Module, calls: Sequence[Call]) -> Iterator[Tensor]:
     """Logits [B,S,V] of each call, in order, each made when it is asked for.
 
     Calls that share a cache, in `past_key_values`, are steps of one decoding.
@@ -84,7 +84,7 @@ def each_logits(model: nn.Module, calls: Sequence[Call]) -> Iterator[Tensor]:
 class LayerStream:
     """The weights of a model on their way from the disk.
 
-    progress: shown while `each_logits` reads the layers
+    progress: shown while `logits_of_calls` reads the layers
     """
 
     def __init__(

@@ -51,11 +51,11 @@ def choose(
 
     Raises BudgetError where even the cheapest options exceed the budget.
     """
-    given_values, given_costs = np.asarray(values_LO, dtype=np.float64), np.asarray(costs_LO)
-    values = on_grid(given_values, len(given_values))
-    costs = on_grid(given_costs.astype(np.float64), len(values))
+    raw_values, raw_costs = np.asarray(values_LO, dtype=np.float64), np.asarray(costs_LO)
+    values = on_grid(raw_values, len(raw_values))
+    costs = on_grid(raw_costs.astype(np.float64), len(values))
     costs = np.broadcast_to(costs, values.shape)
-    if given_costs.dtype.kind == "f":
+    if raw_costs.dtype.kind == "f":
         budget = budget * (1 + _SLACK)
     cheapest = _cheapest(values, costs)
     if (smallest := _total(costs, cheapest)) > budget:

@@ -42,7 +42,7 @@ from spp_export.evaluation.quality import measure_quality
 from spp_export.models.checkpoint import reader
 from spp_export.models.checkpoint.checkpoint import open_source
 from spp_export.models.families import FAMILIES, Role
-from spp_export.models.layerwise import each_logits, open_layerwise, stream_of
+from spp_export.models.layerwise import logits_of_calls, open_layerwise, stream_of
 from spp_export.models.loader import load_dense, load_slim
 from spp_export.models.shape import resident_parameters
 
@@ -113,7 +113,7 @@ def test_logits_are_those_of_the_model_in_memory(checkpoints, dtype):
             expected = whole(IDS, use_cache=False).logits
             assert torch.equal(stream(IDS, use_cache=False).logits, expected)
         calls = [{"input_ids": IDS[:, :n], "use_cache": False} for n in (37, 5, 1)]
-        assert equal(each_logits(stream, calls), each_logits(whole, calls))
+        assert equal(logits_of_calls(stream, calls), logits_of_calls(whole, calls))
         assert in_memory(stream) == checkpoints.shape.hidden_size  # the last norm
 
 
@@ -131,7 +131,7 @@ def test_steps_of_one_decoding_go_through_the_layers_together(checkpoints, promp
             cache = DynamicCache(config=model.config)
             return [{"input_ids": s, "past_key_values": cache, "use_cache": True} for s in steps]
 
-        assert equal(each_logits(stream, calls(stream)), each_logits(whole, calls(whole)))
+        assert equal(logits_of_calls(stream, calls(stream)), logits_of_calls(whole, calls(whole)))
 
 
 @pytest.mark.parametrize("compensate", ["none", "weights", "bias"])
@@ -182,7 +182,7 @@ def test_the_wider_oracle_has_the_weights_of_the_narrower_one(dense, dtype):
     assert found.rounding > 0
     # and the model computes in its own again
     plain = [{"input_ids": IDS, "use_cache": False}]
-    assert equal(each_logits(stream, plain), each_logits(whole, plain))
+    assert equal(logits_of_calls(stream, plain), logits_of_calls(whole, plain))
 
 
 def test_a_mask_and_what_it_put_in_place_are_gone_afterwards(dense):
@@ -324,7 +324,7 @@ def test_weights_are_read_once_for_all_calls_and_one_layer_is_in_place(dense, mo
         layer.mlp.register_forward_pre_hook(lambda *_: held.append(in_memory(model)))
     monkeypatch.setattr(reader, "_opened", counting)
     calls = [{"input_ids": IDS[:, :n], "use_cache": False} for n in (3, 2, 4)]
-    assert len(list(each_logits(model, calls))) == 3
+    assert len(list(logits_of_calls(model, calls))) == 3
     layers = [name for name in reads if ".layers." in name]
     assert len(layers) == len(set(layers)) == 9 * 4
     assert reads.count("lm_head.weight") == 1
@@ -350,12 +350,12 @@ def test_what_is_ahead_is_read_on_a_thread_and_given_up_when_a_run_ends_early(de
 
     handle = model.model.layers[2].register_forward_hook(stop)
     with pytest.raises(KeyboardInterrupt):
-        next(each_logits(model, [{"input_ids": IDS, "use_cache": False}]))
+        next(logits_of_calls(model, [{"input_ids": IDS, "use_cache": False}]))
     handle.remove()
     assert {name.split("_")[0] for name in threads} == {"MainThread", "spp-layers"}
     whole = load_dense(dense)
     plain = [{"input_ids": IDS, "use_cache": False}]
-    assert equal(each_logits(model, plain), each_logits(whole, plain))
+    assert equal(logits_of_calls(model, plain), logits_of_calls(whole, plain))
     assert stream_of(model) is not None
     assert stream_of(whole) is None
 
@@ -363,7 +363,7 @@ def test_what_is_ahead_is_read_on_a_thread_and_given_up_when_a_run_ends_early(de
 def test_the_head_goes_when_nobody_asks_for_the_rest(dense):
     model = open_layerwise(dense, torch.float32)
     calls = [{"input_ids": IDS, "use_cache": False}] * 3
-    logits = each_logits(model, calls)
+    logits = logits_of_calls(model, calls)
     next(logits)
     assert in_memory(model) > model.lm_head.out_features * 64
     logits.close()
@@ -406,7 +406,7 @@ def test_a_value_that_is_not_finite_is_found_where_it_is_read(tmp_path):
     whole = make_checkpoint(tmp_path, "llama", kv_heads=2, query_heads=4, layers=2)
     model = open_layerwise(damaged(whole, tmp_path / "damaged", spoil), torch.float32)
     with pytest.raises(CheckpointError, match=r"up_proj\.weight.*not finite"):
-        list(each_logits(model, [{"input_ids": IDS, "use_cache": False}]))
+        list(logits_of_calls(model, [{"input_ids": IDS, "use_cache": False}]))
 
 
 def test_a_projection_that_does_not_fit_is_no_lasting_damage(dense):
@@ -420,14 +420,14 @@ def test_a_projection_that_does_not_fit_is_no_lasting_damage(dense):
         pytest.raises(RuntimeError),
         masked_dense(model, FAMILIES["llama"], shape, plan_of(layers), wrong),
     ):
-        list(each_logits(model, plain))
-    assert equal(each_logits(model, plain), each_logits(whole, plain))
+        list(logits_of_calls(model, plain))
+    assert equal(logits_of_calls(model, plain), logits_of_calls(whole, plain))
 
 
 def test_logits_that_are_waited_for_leave_the_callers_gradients_alone(tmp_path):
     model = load_dense(CASES[0].make(tmp_path))
     calls = [{"input_ids": torch.tensor([[1, 2, 3]])}] * 2
-    one, other = each_logits(model, calls), each_logits(model, calls)
+    one, other = logits_of_calls(model, calls), logits_of_calls(model, calls)
     for pair in zip(one, other, strict=True):
         assert torch.is_grad_enabled()
         assert not any(logits.requires_grad for logits in pair)

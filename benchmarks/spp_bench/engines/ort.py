@@ -60,8 +60,8 @@ class OrtRunner:
         """
         assert self._decoding is not None
         length = self._fed if self.model.attention == "standard" else self._capacity
-        found = entries(self.model.session)
-        elements = sum(entry.heads * entry.head_dim for entry in found)
+        cached = entries(self.model.session)
+        elements = sum(entry.heads * entry.head_dim for entry in cached)
         return self._decoding.batch * length * elements * self._element_bytes
 
     def forget(self) -> None:

@@ -211,7 +211,7 @@ class StaticRunner:
         if key not in self._caches:
             width = self._sizes.shape.head_dim
             heads = [layer.kv_heads for layer in self._sizes.layers for _ in range(2)]
-            taken = self._room.take([(batch, each, self._capacity, width) for each in heads])
+            taken = self._room.take([(batch, count, self._capacity, width) for count in heads])
             pairs = zip(taken[::2], taken[1::2], strict=True)
             self._caches[key] = [FixedLayer(keys, values) for keys, values in pairs]
         self._layers = self._caches[key]

@@ -196,7 +196,7 @@ class ShapeRun:
         rates = Rates(**document["rates"])
         record = cell_record(cell, self.candidates, samples, rates, self.request.new_tokens)
         document["cells"] = sorted(
-            [*document["cells"], record], key=lambda one: (one["batch"], one["context"])
+            [*document["cells"], record], key=lambda entry: (entry["batch"], entry["context"])
         )
 
     def keep(self, document: dict[str, Any]) -> None:
@@ -234,14 +234,14 @@ class ShapeRun:
 
         from spp_export.evaluation.oracle import masked_dense
 
-        row = next(one for one in self.candidates if one.plan_hash == _hash(plan))
+        row = next(candidate for candidate in self.candidates if candidate.plan_hash == _hash(plan))
         fed = tokens(Cell(1, _PROMPT), 1, self.of.shape.vocab_size, self.request.seed).prompt
         ids = torch.from_numpy(fed).to(models.dense.device)
         with torch.inference_mode():
-            found = slim(input_ids=ids, use_cache=False).logits
+            slim_logits = slim(input_ids=ids, use_cache=False).logits
             with masked_dense(models.dense, self.of.family, self.of.shape, plan.plan) as masked:
-                wanted = masked(input_ids=ids, use_cache=False).logits
-        apart = distance(*(each.float().cpu().numpy() for each in (found, wanted)))
+                expected = masked(input_ids=ids, use_cache=False).logits
+        apart = distance(*(logits.float().cpu().numpy() for logits in (slim_logits, expected)))
         limit = rounding_room(row)
         if not apart <= limit:
             raise ParityError(
@@ -258,7 +258,7 @@ def _hash(plan: ShapePlan) -> str:
 
 def bench_shape(
     name: str,
-    asked: Sequence[Variant],
+    requested: Sequence[Variant],
     *,
     request: BenchRequest | None = None,
     results: Path | None = None,
@@ -272,9 +272,9 @@ def bench_shape(
     """
     request = request or BenchRequest()
     cells, of = request.check(), published(name)
-    if not asked:
+    if not requested:
         raise UsageError(f"--shape {name}: nothing to measure. Give --keep.")
-    plans = [shape_plan(of, variant, request.seed) for variant in asked]
+    plans = [shape_plan(of, variant, request.seed) for variant in requested]
     with torch_threads(request.threads or provenance.physical_cores()):
         run = ShapeRun(of, plans, request, results=results)
         document = _measured(run, cells, force)
@@ -321,8 +321,8 @@ def _memory(run: ShapeRun, document: dict[str, Any], cells: Sequence[Cell]) -> N
     rows = [candidate for candidate in run.candidates if candidate.engine == "torch"]
     with progress("memory, a process each", float(len(rows))) as advance_to:
         for index, candidate in enumerate(rows):
-            found = done.get(candidate.name, {"cells": ()})["cells"]
-            known = {Cell(one["batch"], one["context"]) for one in found}
+            measured = done.get(candidate.name, {"cells": ()})["cells"]
+            known = {Cell(entry["batch"], entry["context"]) for entry in measured}
             if not known >= set(cells):
                 done[candidate.name] = measure_memory(
                     candidate,
@@ -339,16 +339,16 @@ def _memory(run: ShapeRun, document: dict[str, Any], cells: Sequence[Cell]) -> N
 def has_cell(document: Mapping[str, Any], cell: Cell) -> bool:
     """Whether a document has this cell's figures."""
     return cell.to_dict() in [
-        {key: one[key] for key in cell.to_dict()} for one in document["cells"]
+        {key: record[key] for key in cell.to_dict()} for record in document["cells"]
     ]
 
 
 @contextmanager
-def peak_of(device: str, found: dict[str, int], name: str) -> Iterator[None]:
+def peak_of(device: str, peaks: dict[str, int], name: str) -> Iterator[None]:
     """Note how many bytes PyTorch held on a card more than at the start, at most."""
     import torch
 
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     yield
-    found[name] = torch.cuda.max_memory_allocated(device) - before
+    peaks[name] = torch.cuda.max_memory_allocated(device) - before

@@ -40,7 +40,7 @@ def measure_parts(
     `advance` is called after every turn of a runner. `watch` gives what surrounds its first one,
     which is not timed.
     """
-    found = {part.runner.name: Samples() for part in parts}
+    samples = {part.runner.name: Samples() for part in parts}
     for part in parts:
         part.runner.reserve(tokens.prompt.shape[1] + tokens.continuation.shape[1])
     for number in range(-WARM_UP_ROUNDS, max(part.rounds for part in parts)):
@@ -52,9 +52,9 @@ def measure_parts(
                 with watch(part.runner):
                     _turn(part, tokens, Samples())
             else:
-                _turn(part, tokens, found[part.runner.name])
+                _turn(part, tokens, samples[part.runner.name])
             advance()
-    return found
+    return samples
 
 
 def _turn(part: Part, tokens: Tokens, samples: Samples) -> None:

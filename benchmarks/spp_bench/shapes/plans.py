@@ -72,19 +72,19 @@ def variants(
 
     Raises UsageError for a word that names nothing, or a share out of range.
     """
-    asked = (keeps or [DEFAULT_KEEP], layouts or LAYOUTS[:1], units or UNITS[:1])
-    found = (
+    axes = (keeps or [DEFAULT_KEEP], layouts or LAYOUTS[:1], units or UNITS[:1])
+    combinations = (
         Variant(keep, named("--layout", layout, LAYOUTS), named("--units", unit, UNITS))
-        for keep, layout, unit in product(*asked)
+        for keep, layout, unit in product(*axes)
     )
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(combinations))
 
 
 def named(option: str, word: str, known: Sequence[Word]) -> Word:
     """The one of `known` that a word is; UsageError where it is none."""
-    for one in known:
-        if one == word:
-            return one
+    for choice in known:
+        if choice == word:
+            return choice
     raise UsageError(f"{option} {word}: expected {' or '.join(known)}.")
 
 

@@ -92,7 +92,7 @@ _ALL = (
     Published("qwen2.5-14b", "qwen2", 48, 5120, 40, 8, 128, 13824, 152064, 131072, 1e6),
     Published("qwen3-8b", "qwen3", 36, 4096, 32, 8, 128, 12288, 151936, 40960, 1e6),
 )
-SHAPES: Mapping[str, Published] = {each.name: each for each in _ALL}
+SHAPES: Mapping[str, Published] = {shape.name: shape for shape in _ALL}
 # Those whose artifacts and figures are published.
 BACKBONES = ("qwen2.5-7b", "qwen2.5-14b", "llama-3.1-8b", "llama-2-13b")
 

@@ -18,7 +18,7 @@ import_module("onnxscript")
 SEQUENCE, PAST = 3, 5
 
 
-def export_one_graph(slim: Path, out: Path, *, fused: bool, batch: int | None) -> None:
+def export_single_graph(slim: Path, out: Path, *, fused: bool, batch: int | None) -> None:
     """One graph for prompts and next tokens; `batch` None leaves the batch size open."""
     model: Any = load_slim(slim, dtype=torch.float32)
     rows = batch or 2

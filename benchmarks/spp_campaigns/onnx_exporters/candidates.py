@@ -54,9 +54,9 @@ def _torch(opset: int) -> Callable[[], Export]:
 
 def _transformers(*, fused: bool, batch: int | None) -> Callable[[], Export]:
     def prepare() -> Export:
-        from spp_campaigns.onnx_exporters.by_transformers import export_one_graph
+        from spp_campaigns.onnx_exporters.by_transformers import export_single_graph
 
-        return lambda slim, out: export_one_graph(slim, out, fused=fused, batch=batch)
+        return lambda slim, out: export_single_graph(slim, out, fused=fused, batch=batch)
 
     return prepare
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from spp_bench.processes import one_line
+from spp_bench.processes import single_line
 
 PICKLE = "model.pth"
 TOKENS = 48
@@ -80,7 +80,7 @@ def _difference(model: Any, reference: Path) -> dict[str, Any]:
     try:
         difference = float(np.abs(logits(model) - np.load(reference)).max())
     except (RuntimeError, ValueError) as error:  # of layers whose sizes do not fit together
-        return {"run_error": one_line(f"{type(error).__name__}: {error}")}
+        return {"run_error": single_line(f"{type(error).__name__}: {error}")}
     if not np.isfinite(difference):
         return {"run_error": "logits are not finite"}
     return {"difference": difference}

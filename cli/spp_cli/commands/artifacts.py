@@ -7,7 +7,7 @@ import typer
 from spp_cli.options import command, command_line, help_without_command
 from spp_cli.output import Output
 from spp_export.commands.requests import ImportRequest
-from spp_export.common.options import asked
+from spp_export.common.options import non_default
 
 artifacts_app = typer.Typer()
 
@@ -32,7 +32,7 @@ def import_(request: ImportRequest, out: Output) -> None:
     """
     import spp_export
 
-    spp_export.import_artifacts(**asked(request))
+    spp_export.import_artifacts(**non_default(request))
     made = spp_export.show(request.output)
 
     from spp_cli.render.reports import shown_report

@@ -7,7 +7,7 @@ import typer
 from spp_bench.requests import BenchOptions
 from spp_cli.options import command
 from spp_cli.output import Output, write_error
-from spp_export.common.options import asked
+from spp_export.common.options import non_default
 
 
 @command(BenchOptions)
@@ -21,7 +21,7 @@ def bench(request: BenchOptions, out: Output) -> None:
     """
     import spp_export
 
-    document = spp_export.bench(**asked(request))
+    document = spp_export.bench(**non_default(request))
 
     from spp_cli.render.benchmark import benchmark_report, profile_report
 

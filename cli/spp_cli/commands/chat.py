@@ -8,7 +8,7 @@ from spp_cli.options import command
 from spp_cli.output import Output, write_json
 from spp_export.commands.requests import ANSWERS, ChatRequest
 from spp_export.common.errors import UsageError
-from spp_export.common.options import asked, option
+from spp_export.common.options import non_default, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ def chat(request: Talk, out: Output) -> None:
     from spp_cli.conversation import answer_once, converse, show_piece
     from spp_cli.render.look import peak_memory
 
-    opened = spp_export.chat(**asked(request, ChatRequest))
+    opened = spp_export.chat(**non_default(request, ChatRequest))
 
     def ask(text: str) -> spp_export.Answer:
         before = getattr(opened, "chosen", None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from spp_cli.options import command, command_line
 from spp_cli.output import Output
 from spp_export.commands.requests import ConvertRequest
-from spp_export.common.options import asked
+from spp_export.common.options import non_default
 
 
 @command(ConvertRequest)
@@ -16,7 +16,7 @@ def convert(request: ConvertRequest, out: Output) -> None:
     """
     import spp_export
 
-    result = spp_export.convert(**asked(request))
+    result = spp_export.convert(**non_default(request))
 
     from spp_cli.render.summary import convert_summary
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from spp_cli.options import command
 from spp_cli.output import Output
 from spp_export.commands.requests import DiagnoseRequest
-from spp_export.common.options import asked, option
+from spp_export.common.options import non_default, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ def diagnose(request: ShownDiagnosis, out: Output) -> None:
     """
     import spp_export
 
-    diagnosis = spp_export.diagnose(**asked(request, DiagnoseRequest))
+    diagnosis = spp_export.diagnose(**non_default(request, DiagnoseRequest))
 
     from spp_cli.render.reports import diagnosis_report
 

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from spp_cli.options import command
 from spp_cli.output import Output, write_warning
 from spp_export.commands.requests import EvalTexts, EvaluateScenariosRequest
-from spp_export.common.options import asked
+from spp_export.common.options import non_default
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def evaluate(request: Evaluation, out: Output) -> None:
     import spp_export
     from spp_cli.render.evaluation import evaluation_report, evaluation_reports
 
-    options, output = asked(request, EvalTexts), request.output
+    options, output = non_default(request, EvalTexts), request.output
     if len(request.scenario) == 1:
         result = spp_export.evaluate(request.scenario[0], output, **options)
         out.result(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from spp_cli.options import command, command_line
 from spp_cli.output import Output
 from spp_export.commands.requests import ExportRequest
-from spp_export.common.options import asked
+from spp_export.common.options import non_default
 
 
 @command(ExportRequest)
@@ -16,7 +16,7 @@ def export(request: ExportRequest, out: Output) -> None:
     """
     import spp_export
 
-    result = spp_export.export(**asked(request))
+    result = spp_export.export(**non_default(request))
 
     from spp_cli.render.look import peak_memory
     from spp_cli.render.summary import export_summary
@@ -27,6 +27,6 @@ def export(request: ExportRequest, out: Output) -> None:
     if result.pushed:
         out.note(f"pushed to {result.pushed.url}")
     if path:
-        model = asked(request).get("model")
+        model = non_default(request).get("model")
         out.hint(command_line("verify", path, model=model, scenario=request.scenario))
         out.hint(command_line("chat", path, prompt="..."))

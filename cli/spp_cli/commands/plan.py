@@ -5,7 +5,7 @@ from __future__ import annotations
 from spp_cli.options import command, command_line
 from spp_cli.output import Output
 from spp_export.commands.requests import PlanFileRequest
-from spp_export.common.options import asked
+from spp_export.common.options import non_default
 from spp_export.planning.request import PlanRequest
 
 
@@ -17,7 +17,7 @@ def plan(request: PlanFileRequest, out: Output) -> None:
     """
     import spp_export
 
-    result = spp_export.plan(**asked(request))
+    result = spp_export.plan(**non_default(request))
     output = request.output
 
     from spp_cli.render.summary import plan_summary
@@ -27,12 +27,12 @@ def plan(request: PlanFileRequest, out: Output) -> None:
         lambda look: plan_summary(result, str(output or "plan"), look),
         brief=str(output or ""),
     )
-    decided = {"artifacts": request.artifacts, **asked(request, PlanRequest)}
+    decided = {"artifacts": request.artifacts, **non_default(request, PlanRequest)}
     out.hint(
         command_line(
             "export",
             scenario=request.scenario,
-            model=asked(request).get("model"),
+            model=non_default(request).get("model"),
             **({"plan": output} if output else decided),
         )
     )

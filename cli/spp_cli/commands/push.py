@@ -5,7 +5,7 @@ from __future__ import annotations
 from spp_cli.options import command
 from spp_cli.output import Output
 from spp_export.commands.requests import PushRequest
-from spp_export.common.options import asked
+from spp_export.common.options import non_default
 
 
 @command(PushRequest)
@@ -18,7 +18,7 @@ def push(request: PushRequest, out: Output) -> None:
     """
     import spp_export
 
-    result = spp_export.push_to_hub(**asked(request))
+    result = spp_export.push_to_hub(**non_default(request))
 
     from rich.text import Text
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from spp_cli.options import command, command_line
 from spp_cli.output import Output
 from spp_export.commands.requests import RecoverRequest
-from spp_export.common.options import asked
+from spp_export.common.options import non_default
 
 
 @command(RecoverRequest)
@@ -20,9 +20,9 @@ def recover(request: RecoverRequest, out: Output) -> None:
     """
     import spp_export
 
-    result = spp_export.recover(**asked(request))
+    result = spp_export.recover(**non_default(request))
 
     from spp_cli.render.summary import recover_summary
 
     out.result(result.to_dict, lambda look: recover_summary(result, look), brief=str(result.path))
-    out.hint(command_line("verify", result.path, model=asked(request).get("model")))
+    out.hint(command_line("verify", result.path, model=non_default(request).get("model")))

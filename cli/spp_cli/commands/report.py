@@ -5,7 +5,7 @@ from __future__ import annotations
 from spp_cli.options import command
 from spp_cli.output import Output
 from spp_export.commands.requests import ReportRequest
-from spp_export.common.options import asked
+from spp_export.common.options import non_default
 
 
 @command(ReportRequest)
@@ -18,7 +18,7 @@ def report(request: ReportRequest, out: Output) -> None:
     """
     import spp_export
 
-    result = spp_export.report(**asked(request))
+    result = spp_export.report(**non_default(request))
 
     from spp_cli.render.reports import written_page
 

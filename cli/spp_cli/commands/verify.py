@@ -7,7 +7,7 @@ import typer
 from spp_cli.options import command
 from spp_cli.output import Output, write_error
 from spp_export.commands.requests import VerifyRequest
-from spp_export.common.options import asked
+from spp_export.common.options import non_default
 
 
 @command(VerifyRequest)
@@ -21,7 +21,7 @@ def verify(request: VerifyRequest, out: Output) -> None:
     """
     import spp_export
 
-    report = spp_export.verify(**asked(request))
+    report = spp_export.verify(**non_default(request))
 
     from spp_cli.render.sections import checks
 

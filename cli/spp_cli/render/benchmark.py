@@ -11,7 +11,7 @@ from rich.text import Text
 
 from spp_bench import profile
 from spp_bench.report import Panel, panels, summary
-from spp_cli.render.look import BAD, FAINT, STRONG, one_line
+from spp_cli.render.look import BAD, FAINT, STRONG, single_line
 
 
 def benchmark_report(document: Mapping[str, Any]) -> RenderableType:
@@ -25,7 +25,7 @@ def profile_report(document: Mapping[str, Any]) -> RenderableType:
 
 
 def _report(first: str, tables: Iterable[Panel]) -> RenderableType:
-    lines: list[RenderableType] = [Text(one_line(first), style=FAINT)]
+    lines: list[RenderableType] = [Text(single_line(first), style=FAINT)]
     for panel in tables:
         lines += [Text(), Text(panel.title, style=STRONG), _table(panel)]
     return Group(*lines)
@@ -36,5 +36,5 @@ def _table(panel: Panel) -> Table:
     for index, name in enumerate(panel.head):
         table.add_column(name, justify="left" if index in panel.text else "right")
     for index, row in enumerate(panel.rows):
-        table.add_row(*map(one_line, row), style=BAD if index in panel.wrong else "")
+        table.add_row(*map(single_line, row), style=BAD if index in panel.wrong else "")
     return table

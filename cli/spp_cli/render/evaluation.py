@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from spp_cli.render.look import BAD, FAINT, GOOD, STRONG, Look, one_line
+from spp_cli.render.look import BAD, FAINT, GOOD, STRONG, Look, single_line
 from spp_export.evaluation.harness.table import (
     Comparison,
     Ranked,
@@ -42,8 +42,8 @@ def evaluation_report(result: EvalResult, look: Look) -> RenderableType:
         lines += [Text(), Text("against controls", style=STRONG), _compared(shown)]
     for record in results.failed:
         where = f"{record.row.label}, keep {record.row.keep:g}: "
-        lines.append(Text(one_line(f"{where}{record.error}"), style=BAD))
-    lines += [Text(), Text(one_line(f"written to {result.directory}"), style=FAINT)]
+        lines.append(Text(single_line(f"{where}{record.error}"), style=BAD))
+    lines += [Text(), Text(single_line(f"written to {result.directory}"), style=FAINT)]
     return Group(*lines)
 
 
@@ -56,8 +56,8 @@ def evaluation_reports(results: Sequence[EvalResult], look: Look) -> RenderableT
 
 def _title(results: Results, look: Look) -> Text:
     model, scenario = results.header["model"]["name"], results.header["scenario"]["name"]
-    text = Text(one_line(f"{model} {look.arrow} {scenario}"), style=STRONG)
-    return text.append(f"   perplexity over dense: {one_line(results.judge)}", style=FAINT)
+    text = Text(single_line(f"{model} {look.arrow} {scenario}"), style=STRONG)
+    return text.append(f"   perplexity over dense: {single_line(results.judge)}", style=FAINT)
 
 
 def _ranked(rows: Sequence[Ranked], text: str) -> Table:
@@ -69,7 +69,7 @@ def _ranked(rows: Sequence[Ranked], text: str) -> Table:
     for ranked in rows:
         cells = [
             str(ranked.rank),
-            one_line(ranked.row.label),
+            single_line(ranked.row.label),
             ranked.mark,
             ranked.row.compensation,
             "" if ranked.kept is None else f"{ranked.kept:.3f}",
@@ -87,6 +87,6 @@ def _compared(shown: Sequence[Comparison]) -> Table:
         how = f"{pair.ours.keep:g} of {units_name(pair.ours.units)}, {pair.ours.compensation}"
         names = f"{pair.ours.label} / {pair.theirs.label}"
         verdict = Text(pair.verdict, style=_VERDICTS.get(pair.verdict, FAINT))
-        text = Text(one_line(pair.text), style=FAINT)
-        table.add_row(how, one_line(names), text, interval(pair.ratio), verdict)
+        text = Text(single_line(pair.text), style=FAINT)
+        table.add_row(how, single_line(names), text, interval(pair.ratio), verdict)
     return table

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from spp_cli.render.look import BAD, FAINT, GOOD, STRONG, Look, byte_size, one_line
+from spp_cli.render.look import BAD, FAINT, GOOD, STRONG, Look, byte_size, single_line
 
 if TYPE_CHECKING:
     from spp_export.commands.doctor import Examination
@@ -21,18 +21,19 @@ def examination_report(examination: Examination, look: Look) -> RenderableType:
     devices = [
         [
             device["device"],
-            one_line(device["name"]),
+            single_line(device["name"]),
             f"{byte_size(device['free_bytes'])} of {byte_size(device['bytes'])} free",
         ]
         for device in examination.devices
     ]
     caches = [
-        [cache.name, byte_size(cache.nbytes), one_line(cache.path)] for cache in examination.caches
+        [cache.name, byte_size(cache.nbytes), single_line(cache.path)]
+        for cache in examination.caches
     ]
     parts = [
-        [part.part.package, part.version or "-", part.part.use]
+        [part.library.package, part.version or "-", part.library.use]
         if part.version
-        else [part.part.package, "-", f"{part.part.use}: {part.part.install}"]
+        else [part.library.package, "-", f"{part.library.use}: {part.library.install}"]
         for part in examination.parts
     ]
     lines: list[RenderableType] = []
@@ -45,7 +46,9 @@ def examination_report(examination: Examination, look: Look) -> RenderableType:
         lines += [Text(name, style=STRONG), _table(rows), Text()]
     if not examination.problems:
         return Group(*lines, Text("nothing stands in the way", style=GOOD))
-    return Group(*lines, *(Text(one_line(problem), style=BAD) for problem in examination.problems))
+    return Group(
+        *lines, *(Text(single_line(problem), style=BAD) for problem in examination.problems)
+    )
 
 
 def _table(rows: Sequence[Sequence[str]]) -> Table:

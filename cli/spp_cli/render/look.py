@@ -67,7 +67,7 @@ def ranges(numbers: Iterable[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def one_line(text: object) -> str:
+def single_line(text: object) -> str:
     """Text from outside for one line of a terminal: no line breaks, no control characters."""
     flat = " ".join(str(text).split())
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in flat)

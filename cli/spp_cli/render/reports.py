@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from spp_cli.render import sections
-from spp_cli.render.look import BAD, FAINT, GOOD, STRONG, Look, byte_size, one_line
+from spp_cli.render.look import BAD, FAINT, GOOD, STRONG, Look, byte_size, single_line
 
 if TYPE_CHECKING:
     from spp_export.commands.report.report import ReportResult
@@ -29,7 +29,7 @@ def _layer_table(layers: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style=FAINT)
     table.add_column("layer", justify="right")
     for domain in layers[0]["probability"]:
-        table.add_column(one_line(domain), justify="right")
+        table.add_column(single_line(domain), justify="right")
     for row in layers:
         values = row["probability"].values()
         table.add_row(str(row["layer"]), *(f"{value:.3f}" for value in values))
@@ -50,7 +50,7 @@ def shown_report(shown: Shown, look: Look) -> RenderableType:
         lines += [Text(), *sections.domain_axes(axes, look)]
     if shown.problems is not None:
         lines.append(Text())
-        lines += [Text(one_line(problem), style=BAD) for problem in shown.problems]
+        lines += [Text(single_line(problem), style=BAD) for problem in shown.problems]
     if shown.problems == ():
         lines.append(Text("every file is as the manifest lists it", style=GOOD))
     return Group(*lines)
@@ -59,7 +59,7 @@ def shown_report(shown: Shown, look: Look) -> RenderableType:
 def written_page(result: ReportResult, look: Look) -> RenderableType:
     """Where the page is, and which of its sections have nothing to show yet."""
     size = byte_size(result.bytes)
-    lines = [Text(f"{look.arrow} {one_line(result.path)}, {size}", style=STRONG)]
+    lines = [Text(f"{look.arrow} {single_line(result.path)}, {size}", style=STRONG)]
     lines.append(Text(f"sections: {', '.join(result.sections)}"))
     if result.missing:
         missing = ", ".join(result.missing)
@@ -70,11 +70,11 @@ def written_page(result: ReportResult, look: Look) -> RenderableType:
 def _value(value: Any) -> str:
     """A JSON value in one line."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{one_line(key)} {_value(item)}" for key, item in value.items())
+        return ", ".join(f"{single_line(key)} {_value(item)}" for key, item in value.items())
     if isinstance(value, list):
         return " ".join(_value(item) for item in value)
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "all"}[value]
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, float) else one_line(value)
+    return f"{value:.4g}" if isinstance(value, float) else single_line(value)

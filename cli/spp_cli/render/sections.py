@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from spp_cli.render.headmap import LABEL_WIDTH, MOST_HEAD_ROWS, head_map
-from spp_cli.render.look import BAD, FAINT, GOOD, KEPT, STRONG, Look, byte_size, one_line
+from spp_cli.render.look import BAD, FAINT, GOOD, KEPT, STRONG, Look, byte_size, single_line
 
 if TYPE_CHECKING:
     from spp_export.models.engines import Engine
@@ -28,13 +28,15 @@ _MIXTURE_WIDTH = _NAME + 1 + _BAR + 1 + 6
 def title(plan: Plan, target: str, look: Look) -> Text:
     """From what to what, and how."""
     text = Text()
-    text.append(f"{one_line(plan.model_source)} {look.arrow} {one_line(target)}", style=STRONG)
+    text.append(
+        f"{single_line(plan.model_source)} {look.arrow} {single_line(target)}", style=STRONG
+    )
     layout = f"{plan.layout} layout, padded" if plan.padded else f"{plan.layout} layout"
     how = f"{layout}, compensation {plan.compensation}"
-    asked = plan.budget.get("asked")
-    if isinstance(asked, Mapping):
-        how += "".join(f", {key.replace('_', ' ')} {value}" for key, value in asked.items())
-    return text.append("   ").append(one_line(how), style=FAINT)
+    requested = plan.budget.get("asked")
+    if isinstance(requested, Mapping):
+        how += "".join(f", {key.replace('_', ' ')} {value}" for key, value in requested.items())
+    return text.append("   ").append(single_line(how), style=FAINT)
 
 
 def mixture(diagnosis: Mapping[str, Any], look: Look) -> list[Text]:
@@ -49,7 +51,7 @@ def mixture(diagnosis: Mapping[str, Any], look: Look) -> list[Text]:
     if not all(type(number) in (int, float) and 0 <= number <= 1 for number in numbers):
         return []
     ordered = sorted(shares.items(), key=lambda item: -float(item[1]))
-    rows = [(one_line(name)[:_NAME], float(share)) for name, share in ordered[:_MOST_DOMAINS]]
+    rows = [(single_line(name)[:_NAME], float(share)) for name, share in ordered[:_MOST_DOMAINS]]
     if rest := ordered[_MOST_DOMAINS:]:
         rows.append((f"{len(rest)} others", sum(float(share) for _, share in rest)))
     lines = []
@@ -60,7 +62,7 @@ def mixture(diagnosis: Mapping[str, Any], look: Look) -> list[Text]:
         lines.append(line.append(f"{share:6.1%}"))
     lines.append(Text())
     lines.append(Text(f"breadth {breadth:.2f}", style=FAINT))
-    lines.append(Text(one_line(regime), style=FAINT))
+    lines.append(Text(single_line(regime), style=FAINT))
     return lines
 
 
@@ -78,9 +80,14 @@ def domain_axes(axes: Mapping[str, Any], look: Look) -> list[RenderableType]:
         cells = [_angle(i, j, angle) for j, angle in enumerate(angles)]
         if not wide:
             nearest = min((j for j in range(len(names)) if j != i), key=angles.__getitem__)
-            cells = [f"{one_line(names[nearest])[:_NAME]} {cells[nearest]}"]
+            cells = [f"{single_line(names[nearest])[:_NAME]} {cells[nearest]}"]
         apart = axes["separation"].get(name)
-        row = [str(i + 1), one_line(name)[:_NAME], "-" if apart is None else f"{apart:.1f}", *cells]
+        row = [
+            str(i + 1),
+            single_line(name)[:_NAME],
+            "-" if apart is None else f"{apart:.1f}",
+            *cells,
+        ]
         table.add_row(*row, style=STRONG if name in selected else FAINT)
     where = (
         f"axes of {axes['dimensions']} dimensions at layer {axes['layer']}, "
@@ -174,49 +181,49 @@ def bounds(predicted: Predicted) -> list[Text]:
 
 def latency(predicted: Predicted) -> list[Text]:
     """What a step takes by the measured table, if one decided."""
-    found = predicted.latency
-    if found is None:
+    step = predicted.latency
+    if step is None:
         return []
-    table = found.table
+    table = step.table
     line = Text(f"{table.phase}, batch {table.batch} x {table.context} tokens".ljust(31))
-    line.append(f"{found.dense / 1e6:.3f} ms dense, {found.slim / 1e6:.3f} ms slim")
-    line.append(f" ({found.speedup:.2f}x)", style=STRONG)
-    where = one_line(f"{table.device}, {table.dtype}")
+    line.append(f"{step.dense / 1e6:.3f} ms dense, {step.slim / 1e6:.3f} ms slim")
+    line.append(f" ({step.speedup:.2f}x)", style=STRONG)
+    where = single_line(f"{table.device}, {table.dtype}")
     return [line, Text(f"by the profile {table.sha256[:12]}, {where}", style=FAINT)]
 
 
-def checks(found: Sequence[Mapping[str, Any]]) -> Table:
+def checks(results: Sequence[Mapping[str, Any]]) -> Table:
     """Each check with its verdict and its figures."""
     table = Table.grid(padding=(0, 2, 0, 0))
-    for check in found:
+    for check in results:
         passed = bool(check["passed"])
         figures = ""
         if "found" in check:
             figures = f"found {check['found']:.2g}, at most {check['limit']:.2g}"
-        detail = one_line(check.get("detail", ""))
+        detail = single_line(check.get("detail", ""))
         if not passed or not figures:
             figures = "; ".join(part for part in (figures, detail) if part)
         verdict = Text("ok", style=GOOD) if passed else Text("FAILED", style=BAD)
         table.add_row(
-            verdict, one_line(check["name"]), Text(figures, style=FAINT if passed else "")
+            verdict, single_line(check["name"]), Text(figures, style=FAINT if passed else "")
         )
     return table
 
 
 def quality(report: Mapping[str, Any]) -> Text:
     """One line on held-out text, or why there is none."""
-    found = report.get("quality")
-    if not found:
+    figures = report.get("quality")
+    if not figures:
         return Text(
             "quality not measured: it takes held-out text, a scenario of at least four prompts",
             style=FAINT,
         )
     text = Text("held-out perplexity ")
-    text.append(f"{found['dense_perplexity']:.2f} dense, {found['slim_perplexity']:.2f} slim")
-    text.append(f" ({found['ratio']:.3f}x)", style=STRONG)
+    text.append(f"{figures['dense_perplexity']:.2f} dense, {figures['slim_perplexity']:.2f} slim")
+    text.append(f" ({figures['ratio']:.3f}x)", style=STRONG)
     return text.append(
-        f", KL {found['mean_kl']:.3f}, same first token {found['top1']:.1%}, "
-        f"{found['tokens']:,} tokens",
+        f", KL {figures['mean_kl']:.3f}, same first token {figures['top1']:.1%}, "
+        f"{figures['tokens']:,} tokens",
         style=FAINT,
     )
 

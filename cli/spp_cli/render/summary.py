@@ -85,9 +85,9 @@ def tensor_changes(tensors: Sequence[Mapping[str, Any]], look: Look) -> Table:
 def _needs(needs: Mapping[str, Any]) -> Table:
     """What the run would take of disk and memory, beside what is free."""
     table = Table.grid(padding=(0, 3, 0, 0))
-    for name, found in needs.items():
-        parts = [f"{part} {byte_size(count)}" for part, count in found["bytes"].items() if count]
-        total, free = sum(found["bytes"].values()), found["free"]
+    for name, need in needs.items():
+        parts = [f"{part} {byte_size(count)}" for part, count in need["bytes"].items() if count]
+        total, free = sum(need["bytes"].values()), need["free"]
         table.add_row(name, f"{byte_size(total)} of {byte_size(free)} free", ", ".join(parts))
     return table
 
@@ -141,15 +141,15 @@ def recover_summary(result: RecoverResult, look: Look) -> RenderableType:
     line.append(f"   loss {sum(first) / tenth:.3f} {look.arrow} {sum(last) / tenth:.3f} nats")
     if result.resumed:
         line.append(f", from step {result.resumed} on", style=FAINT)
-    found: list[RenderableType] = [line]
+    lines: list[RenderableType] = [line]
     if result.before and result.after:
-        found.append(
+        lines.append(
             Text(
                 f"perplexity {result.before.slim_perplexity:.2f} {look.arrow} "
                 f"{result.after.slim_perplexity:.2f}, dense {result.after.dense_perplexity:.2f}"
             )
         )
-    return Group(*found, *_verdict(result.report))
+    return Group(*lines, *_verdict(result.report))
 
 
 def _sides(shape: Sequence[int]) -> str:

@@ -48,8 +48,8 @@ def attention(
         key = key.masked_fill(hidden[:, None, :, None], 0)
         value = value.masked_fill(hidden[:, None, :, None], 0)
     seen = visible(queries, keys, starts, ends, causal, window, query.device)
-    found = way(query, key, value, groups, seen, scale)
-    return found if hidden is None else found.masked_fill(~seen.any(dim=2)[:, None, :, None], 0)
+    mixed = way(query, key, value, groups, seen, scale)
+    return mixed if hidden is None else mixed.masked_fill(~seen.any(dim=2)[:, None, :, None], 0)
 
 
 def expanded(
@@ -85,11 +85,11 @@ def folded(
     batch, _, queries, width = query.shape
     wide = query.new_zeros((batch, key.shape[1] * groups.widest, queries, width))
     wide.index_copy_(1, groups.slot_of_head, query)
-    found = scaled_dot_product_attention(
+    mixed = scaled_dot_product_attention(
         wide.reshape(*key.shape[:2], -1, width),
         key,
         value,
         attn_mask=None if seen is None else seen.repeat(1, groups.widest, 1)[:, None],
         scale=scale,
     )
-    return found.reshape(wide.shape).index_select(1, groups.slot_of_head)
+    return mixed.reshape(wide.shape).index_select(1, groups.slot_of_head)

@@ -57,7 +57,7 @@ def attention(
     splits = 1
     if rows <= min(block_m, _MOST_SPLIT_ROWS):
         splits = _splits(batch * key.shape[1], triton.cdiv(keys, block_n), query.device)
-    found = torch.empty_like(query)
+    output = torch.empty_like(query)
     problem = (
         *(query, key, value, starts, ends, groups.heads, groups.first),
         *(*query.stride(), *key.stride(), *value.stride()),
@@ -77,7 +77,7 @@ def attention(
     with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
         if splits == 1:
             grid = (triton.cdiv(rows, block_m), batch * key.shape[1])
-            _whole[grid](*problem, found, *found.stride(), **blocks, **fused)
+            _whole[grid](*problem, output, *output.stride(), **blocks, **fused)
         else:
             shape, exact = (batch, heads, queries, splits), torch.float32
             parts = torch.empty((*shape, width), dtype=exact, device=query.device)
@@ -86,12 +86,12 @@ def attention(
                 *problem, parts, sums, heads, splits, **blocks, **fused
             )
             _join[batch * heads * queries,](
-                *(parts, sums, found, *found.stride(), heads, queries, splits, width),
+                *(parts, sums, output, *output.stride(), heads, queries, splits, width),
                 BLOCK_P=triton.next_power_of_2(splits),
                 BLOCK_D=block_d,
                 **fused,
             )
-    return found
+    return output
 
 
 def _blocks(rows: int, width: int, element_bytes: int) -> tuple[int, int, int]:
@@ -112,10 +112,10 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
             f"implementation 'triton' takes float32, float16 or bfloat16, got {query.dtype}."
         )
     if query.is_cuda == _interpreted():
-        wanted = "CPU tensors under TRITON_INTERPRET=1" if _interpreted() else "CUDA tensors"
-        raise ValueError(f"implementation 'triton' takes {wanted}, got {query.device}.")
-    wanted_back = any(tensor.requires_grad for tensor in (query, key, value))
-    if wanted_back and torch.is_grad_enabled():
+        tensors = "CPU tensors under TRITON_INTERPRET=1" if _interpreted() else "CUDA tensors"
+        raise ValueError(f"implementation 'triton' takes {tensors}, got {query.device}.")
+    backward = any(tensor.requires_grad for tensor in (query, key, value))
+    if backward and torch.is_grad_enabled():
         raise ValueError("implementation 'triton' has no gradients. Use 'sdpa' to train.")
 
 
@@ -158,11 +158,11 @@ def _whole(
     width,
     window,
     scale,
-    found,
-    found_b,
-    found_h,
-    found_s,
-    found_d,
+    output,
+    output_b,
+    output_h,
+    output_s,
+    output_d,
     CAUSAL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -207,10 +207,10 @@ def _whole(
         WIDEN,
     )
     mixed_MD = mixed_MD / tl.where(total_M == 0, 1.0, total_M)[:, None]
-    to_M = head_M * found_h + at_M * found_s
+    to_M = head_M * output_h + at_M * output_s
     tl.store(
-        found + batch * found_b + to_M[:, None] + column_D[None, :] * found_d,
-        mixed_MD.to(found.dtype.element_ty),
+        output + batch * output_b + to_M[:, None] + column_D[None, :] * output_d,
+        mixed_MD.to(output.dtype.element_ty),
         mask=kept_MD,
     )
 
@@ -309,11 +309,11 @@ def _split(
 def _join(
     parts,
     sums,
-    found,
-    found_b,
-    found_h,
-    found_s,
-    found_d,
+    output,
+    output_b,
+    output_h,
+    output_s,
+    output_d,
     all_heads,
     queries,
     splits,
@@ -337,8 +337,8 @@ def _join(
     total = tl.sum(weight_P)
     mixed_D = tl.sum(part_PD * weight_P[:, None], axis=0) / tl.where(total == 0, 1.0, total)
     batch, head = row // (all_heads * queries), row // queries % all_heads
-    to = found + batch * found_b + head * found_h + row % queries * found_s
-    tl.store(to + column_D * found_d, mixed_D.to(found.dtype.element_ty), mask=column_D < width)
+    to = output + batch * output_b + head * output_h + row % queries * output_s
+    tl.store(to + column_D * output_d, mixed_D.to(output.dtype.element_ty), mask=column_D < width)
 
 
 @triton.jit

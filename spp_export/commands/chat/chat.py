@@ -281,9 +281,9 @@ def _format(directory: Path) -> Format[Any]:
 
 def _stop_tokens(path: Path, tokenizer: Any) -> frozenset[int]:
     """Ids that end an answer, by the model's files and its tokenizer."""
-    found = companion(path, "generation_config.json")
+    file = companion(path, "generation_config.json")
     config: Any = (
-        read_json(found, what="generation config", error=ModelError) if found else read_config(path)
+        read_json(file, what="generation config", error=ModelError) if file else read_config(path)
     )
     listed = config.get("eos_token_id") if isinstance(config, dict) else None
     ids = listed if isinstance(listed, list) else [listed]
@@ -345,13 +345,13 @@ class ScenarioChat:
     choose, max_new_tokens  as of `Chat`
     """
 
-    def __init__(self, models: ScenarioModels, open_one: Callable[[str], Chat]) -> None:
+    def __init__(self, models: ScenarioModels, open_model: Callable[[str], Chat]) -> None:
         self.choose: Chooser = greedy
         self.max_new_tokens = DEFAULT_NEW_TOKENS
         self.chosen: str | None = None
-        self._models, self._open_one = models, open_one
+        self._models, self._open_model = models, open_model
         # Any will do to see what all have in common.
-        self._chat = open_one(next(iter(models)))
+        self._chat = open_model(next(iter(models)))
 
     @property
     def model(self) -> RunningModel:
@@ -378,7 +378,7 @@ class ScenarioChat:
         """As `Chat.ask`; the first turn sets `chosen`."""
         if self.chosen is None:
             self.chosen = self._models.pick(prompt)
-            self._chat = self._open_one(self.chosen)
+            self._chat = self._open_model(self.chosen)
         return self._chat.ask(
             prompt,
             max_new_tokens=max_new_tokens or self.max_new_tokens,
@@ -414,8 +414,8 @@ def open_scenario_chat(
         dtype = "float32"
     models = load_many(model, plans, artifacts=artifacts, device=device, dtype=dtype)
 
-    def open_one(name: str) -> Chat:
+    def open_model(name: str) -> Chat:
         runs = TorchModel(models[name])
         return open_chat(models.session.source.path, model=runs, system=system, raw=raw)
 
-    return ScenarioChat(models, open_one)
+    return ScenarioChat(models, open_model)

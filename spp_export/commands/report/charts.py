@@ -97,7 +97,7 @@ class Chart:
     def svg(self, name: str) -> str:
         """The picture as an element of HTML; `name` is an id that no other chart has."""
         # What matters last, so that it lies on top.
-        ordered = [one for style in _STYLES for one in self.series if one.style == style]
+        ordered = [line for style in _STYLES for line in self.series if line.style == style]
         label = f"{self.title}: {self.y_label} over {self.x_label or 'context, tokens'}."
         titles = {
             f"{name}-{index}": [
@@ -287,7 +287,7 @@ def _curves_chart(key: tuple[str, str], panel: Sequence[Curve], plan: Plan, judg
             style, hue = "other", 1 + methods.index(curve.label)
         if points:
             series.append(Series(curve.label, points, style, hue))
-    series.sort(key=lambda one: (one.hue is None, one.hue))
+    series.sort(key=lambda line: (line.hue is None, line.hue))
     kept = number(mapping(plan.budget.get("realised")).get("keep"))
     own = key == (_units(plan), plan.compensation)
     return Chart(

@@ -83,7 +83,7 @@ class Interval:
     high: float
 
     @property
-    def excludes_one(self) -> bool:
+    def differs_from_1(self) -> bool:
         """Whether a ratio differs from one beyond the interval."""
         return self.high < 1 or self.low > 1
 

@@ -152,7 +152,7 @@ class Planner:
         return self.others[row.artifacts] if row.artifacts else self.artifacts
 
 
-def given_plans(session: Session, paths: Sequence[str | os.PathLike[str]]) -> dict[Row, Plan]:
+def read_plans(session: Session, paths: Sequence[str | os.PathLike[str]]) -> dict[Row, Plan]:
     """A row per plan file, among the rows of the budget it comes closest to.
 
     Raises PlanError for a plan that does not fit the model.

@@ -52,7 +52,7 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """better or worse beyond the interval, or neither."""
-        if not self.ratio.excludes_one:
+        if not self.ratio.differs_from_1:
             return "no difference beyond the interval"
         return "better" if self.ratio.high < 1 else "worse"
 

@@ -110,5 +110,5 @@ def history_of(session: Session, texts: Sequence[str]) -> History:
             session.source.shape,
             token_batches(session.tokenizer, sorted(texts)),
         )
-    found: History = session.remembered[key]
-    return found
+    remembered: History = session.remembered[key]
+    return remembered

@@ -303,10 +303,10 @@ def _slim_layers(listed: Any, shape: ModelShape, path: Path) -> tuple[LayerShape
         raise wrong
     by_index = {int(key): value for key, value in listed.items()}
     layers = [_slim_layer(by_index.get(index)) for index in range(shape.num_layers)]
-    found = tuple(layer for layer in layers if layer is not None)
-    if len(found) < len(layers):
+    kept = tuple(layer for layer in layers if layer is not None)
+    if len(kept) < len(layers):
         raise wrong
-    return found
+    return kept
 
 
 def _slim_layer(entry: Any) -> LayerShape | None:
@@ -342,12 +342,12 @@ def _slim_tensors(
         raise CheckpointError(
             f"{path}: tensor {show(odd[0])}{more} is {where}. Write the export again."
         )
-    for name, wanted in expected.items():
+    for name, size in expected.items():
         tensor = stored[name]
-        if tensor.shape != wanted:
+        if tensor.shape != size:
             raise CheckpointError(
                 f"{path}: tensor {show(name)} has shape {list(tensor.shape)}, "
-                f"expected {list(wanted)} from config.json. Write the export again."
+                f"expected {list(size)} from config.json. Write the export again."
             )
         if tensor.dtype not in FLOAT_DTYPES:
             raise CheckpointError(

@@ -52,8 +52,8 @@ def copy_companions(directory: Path, names: Iterable[str], target: Path) -> None
     """Copy those of the files that there are to the directory `target`. Errors as of `companion`;
     OSError where they cannot be written."""
     for name in names:
-        if found := companion(directory, name):
-            shutil.copyfile(found, target / name)
+        if original := companion(directory, name):
+            shutil.copyfile(original, target / name)
 
 
 def check_companions(directory: Path) -> None:

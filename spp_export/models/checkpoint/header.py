@@ -145,15 +145,15 @@ def _tensor(name: str, entry: Any, file: Path, start: int, stamp: Stamp) -> Stor
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(f"{label}: data_offsets must be a begin and an end. {_DAMAGED}")
     begin, end = offsets
-    wanted = item
+    nbytes = item
     for length in shape:
-        wanted *= length
-    if wanted != end - begin:
+        nbytes *= length
+    if nbytes != end - begin:
         raise CheckpointError(
-            f"{label}: {dtype} of shape {shape} takes {wanted} bytes, "
+            f"{label}: {dtype} of shape {shape} takes {nbytes} bytes, "
             f"its data_offsets span {end - begin}. {_DAMAGED}"
         )
-    return StoredTensor(name, file, dtype, tuple(shape), start + begin, wanted, stamp)
+    return StoredTensor(name, file, dtype, tuple(shape), start + begin, nbytes, stamp)
 
 
 def _is_sizes(value: Any) -> bool:

@@ -47,9 +47,9 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     index = model_file(directory, INDEX_NAME)
     tensors: dict[str, StoredTensor] = {}
     for name, promised in sorted(_promised(index).items()):
-        found = read_header(model_file(directory, name))
-        _check_against_index(index, promised, name, found)
-        tensors |= found
+        tensors_of_file = read_header(model_file(directory, name))
+        _check_against_index(index, promised, name, tensors_of_file)
+        tensors |= tensors_of_file
     return tensors
 
 
@@ -149,11 +149,11 @@ def read_float(tensor: StoredTensor) -> Floats:
     return values.reshape(tensor.shape)
 
 
-def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
+def same_bytes(first: StoredTensor, second: StoredTensor) -> bool:
     """Whether two tensors of one dtype and shape hold the same bits."""
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
-    pairs = zip(blocks(one), blocks(other), strict=True)
+    pairs = zip(blocks(first), blocks(second), strict=True)
     return all(np.array_equal(left, right) for left, right in pairs)
 
 
@@ -236,14 +236,14 @@ def _promised(index: Path) -> dict[str, set[str]]:
 
 
 def _check_against_index(
-    index: Path, promised: set[str], file: str, found: dict[str, StoredTensor]
+    index: Path, promised: set[str], file: str, tensors: dict[str, StoredTensor]
 ) -> None:
-    if missing := sorted(promised - found.keys()):
+    if missing := sorted(promised - tensors.keys()):
         raise CheckpointError(
             f"{index}: tensor {show(missing[0])} should be in {file} and is not. "
             "Index and files are of different models; fetch both again."
         )
-    if extra := sorted(found.keys() - promised):
+    if extra := sorted(tensors.keys() - promised):
         raise CheckpointError(
             f"{index}: tensor {show(extra[0])} is in {file}, which the index does not say. "
             "Index and files are of different models; fetch both again."

@@ -300,11 +300,11 @@ def ahead(items: Generator[Item], depth: int) -> Iterator[Iterator[Item]]:
             made.put(error)
 
     def take() -> Iterator[Item]:
-        while (found := made.get()) is not None:
-            if isinstance(found, BaseException):
-                raise found
+        while (item := made.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
             room.release()
-            yield found[0]
+            yield item[0]
 
     thread = threading.Thread(target=make, name="spp-ahead")
     thread.start()
