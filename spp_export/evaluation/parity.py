@@ -55,9 +55,7 @@ class Check:
 
     def describe(self) -> str:
         """What was found against what was allowed, in one phrase."""
-        figures = (
-            "" if self.measured is None else f"found {self.measured:.3g}, at most {self.limit:.3g}"
-        )
+        figures = "" if self.found is None else f"found {self.found:.3g}, at most {self.limit:.3g}"
         return "; ".join(part for part in (figures, self.detail) if part) + "."
 
     def to_dict(self) -> dict[str, Any]:
