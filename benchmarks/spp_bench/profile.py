@@ -1,15 +1,13 @@
-"""Latency tables: `spp bench --profile`, or `python -m spp_bench.profile -o FILE`.
+"""Latency tables: `spp bench --profile`.
 
 Times an attention block (norm, q, k, v, rotary, attention over the cache, o_proj, residual) of
 every regular shape, an MLP block (norm, gate, up, down, residual) of a grid of widths, and the rest
 of a step (embedding, final norm, logits), in turns, the first round thrown away. `spp plan --cost
-latency` interpolates between the widths. The file's format is in spp_export/latency_file.py.
+latency` interpolates between the widths. The file's format is in spp_export/planning/latency.py.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +18,15 @@ import numpy as np
 from spp_bench import provenance
 from spp_bench.cases import check_counts, check_device
 from spp_bench.clocks import Clock, cold_clock_for, no_collection
-from spp_bench.report import Panel, columns
+from spp_bench.report import Panel
 from spp_bench.results import write_document
 from spp_bench.shapes.shapes import published
 from spp_bench.threads import torch_threads
-from spp_export.common.errors import SppError, UsageError
+from spp_export.common.errors import UsageError
 from spp_export.common.progress import progress
 from spp_export.models.checkpoint.checkpoint import open_source
 from spp_export.models.families import Family
-from spp_export.models.hub import DEMO, locate_model
+from spp_export.models.hub import locate_model
 from spp_export.models.shape import ModelShape, channel_widths
 from spp_export.planning import check_plan_target
 from spp_export.planning.latency import PHASES, SCHEMA_VERSION, SIZES, Phase, read_latency_table
@@ -269,38 +267,3 @@ def title(document: Mapping[str, Any]) -> str:
     machine, options = document["machine"], document["options"]
     where = machine.get("gpu") or f"{machine['cpu']}, {options['threads']} threads"
     return f"{document['model']['name']} on {where}, {document['dtype']}, {options['run']}"
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, write the table and print it."""
-    default = ProfileRequest()
-    parser = argparse.ArgumentParser(prog="spp_bench.profile", description=__doc__)
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    whose = parser.add_mutually_exclusive_group()
-    whose.add_argument("--model", default=DEMO)
-    whose.add_argument("--shape", help="a published configuration, instead of a model")
-    parser.add_argument("--phase", default=default.phase, help="decode or prefill")
-    parser.add_argument("--batch", type=int, default=default.batch)
-    parser.add_argument("--context", type=int, default=default.context)
-    parser.add_argument("--width-multiple", type=int, default=default.width_multiple)
-    parser.add_argument("--rounds", type=int, default=default.rounds)
-    parser.add_argument("--threads", type=int, help="all physical cores by default")
-    parser.add_argument("--device", default=default.device)
-    parser.add_argument("--dtype")
-    parser.add_argument("--seed", type=int, default=default.seed)
-    parser.add_argument("--force", action="store_true", help="replace the file")
-    options = vars(parser.parse_args(arguments))
-    output, force = options.pop("output"), options.pop("force")
-    model, name = options.pop("model"), options.pop("shape")
-    try:
-        target = Target.of_shape(name) if name else Target.of_model(model)
-        document = profile(target, output, request=ProfileRequest(**options), force=force)
-    except SppError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    print("\n".join([title(document), *columns(panels(document))]))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

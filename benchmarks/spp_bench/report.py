@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,20 +136,3 @@ def summary(document: Mapping[str, Any]) -> str:
         f"{rates['bytes_per_second'] / 1e9:.1f} GB/s, "
         f"{rates['operations_per_second'] / 1e9:.0f} Gop/s"
     )
-
-
-def plain(document: Mapping[str, Any]) -> str:
-    """All of it as text in columns."""
-    problems = (f"error: {problem}" for problem in document["problems"])
-    return "\n".join([summary(document), *columns(panels(document)), *problems])
-
-
-def columns(panels: Iterable[Panel]) -> Iterator[str]:
-    """Lines of tables, each after an empty line and its title."""
-    for panel in panels:
-        table = [panel.head, *panel.rows]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        yield from ("", panel.title)
-        for row in table:
-            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-            yield "  ".join(cells).rstrip()

@@ -25,7 +25,6 @@ Policy = Literal["exact", "published"]
 Comparable = Literal["standardised", "share", "raw", "shifted", "stream"]
 Cost = Literal["params", "kv-bytes", "latency"]
 Regime = Literal["in-domain", "cross-domain", "out-of-domain"]
-POLICIES = get_args(Policy)
 DEFAULT_MULTIPLE = 64
 
 

@@ -1,4 +1,4 @@
-"""`spp bench` and `python -m spp_bench`: the same run, printed."""
+"""`spp bench`, printed."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from benching import make_pair, small_rates
 from typer.testing import CliRunner
 
 from spp_bench import results
-from spp_bench.__main__ import main
 from spp_bench.schema import check
 from spp_cli.main import app
+from spp_export.common.errors import SppError
 
 GRID = ["--context", "6", "--new-tokens", "2", "--rounds", "1", "--threads", "1", "--no-memory"]
 
@@ -47,13 +47,15 @@ def test_an_impossible_speedup_ends_with_status_1(pair, monkeypatch):
     assert "is above the bound" in document["problems"][0]
 
 
-def test_the_module_runs_the_same(pair, capsys, tmp_path):
+def test_curves_are_drawn_where_a_directory_is_named(pair, tmp_path):
     plots = ["--plot", str(tmp_path / "plots")]
-    assert main([str(pair[1]), "--model", str(pair[0]), *GRID, *plots]) == 0
-    assert "decode, batch 1, context 6" in capsys.readouterr().out
+    shown = CliRunner().invoke(app, ["bench", str(pair[1]), "--model", str(pair[0]), *GRID, *plots])
+    assert shown.exit_code == 0, shown.output
     assert (tmp_path / "plots" / "speedup.png").exists()
 
 
-def test_the_module_reports_errors_in_one_line(pair, capsys):
-    assert main([str(pair[0]), "--model", str(pair[0]), *GRID]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+def test_a_directory_that_is_no_export_is_refused_in_one_line(pair):
+    shown = CliRunner().invoke(app, ["bench", str(pair[0]), "--model", str(pair[0]), *GRID])
+    assert isinstance(shown.exception, SppError)
+    assert shown.exception.exit_code == 2
+    assert "\n" not in str(shown.exception)

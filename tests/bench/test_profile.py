@@ -170,14 +170,6 @@ def test_nothing_is_replaced_and_windows_are_not_passed_over(tmp_path):
         profile(target, tmp_path / "new.json", request=replace(QUICK, context=1000))
 
 
-def test_the_module(tmp_path, capsys):
-    flags = ["--context", "4", "--rounds", "1", "--threads", "1", "-o", str(tmp_path / "t.json")]
-    assert profiling.main(["--shape", "tiny", *flags]) == 0
-    assert "MLP blocks" in capsys.readouterr().out
-    assert profiling.main(["--shape", "tiny", *flags]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-
-
 def test_the_plan_by_latency_keeps_as_much_and_is_no_slower_by_the_table(tmp_path):
     target = Target.of_shape("tiny")
     profile(target, tmp_path / "t.json", request=QUICK)

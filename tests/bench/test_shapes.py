@@ -13,13 +13,12 @@ from benching import QUICK, small_rates
 from typer.testing import CliRunner
 
 from spp_bench import results
-from spp_bench.__main__ import main
 from spp_bench.cases import Cell, tokens
 from spp_bench.claims import claim_rows
 from spp_bench.gate import check_agreement
 from spp_bench.measure import Samples
 from spp_bench.plan_time import TimeFromText
-from spp_bench.report import plain
+from spp_bench.report import panels
 from spp_bench.schema import check
 from spp_bench.shapes import bench as shape_bench
 from spp_bench.shapes.bench import Timed, bench_shape
@@ -159,17 +158,16 @@ def test_a_slim_model_that_is_not_the_masked_one_gives_no_figures(monkeypatch, t
     assert not (tmp_path / "r.json").exists()
 
 
-def test_the_command_and_the_module_take_a_shape(capsys):
+def test_the_command_takes_a_shape():
     grid = ["--context", "6", "--new-tokens", "2", "--rounds", "1", "--no-memory"]
     asked = ["--shape", "tiny", "--keep", "0.6", "--units", "both", *grid]
     shown = CliRunner().invoke(app, ["bench", *asked])
     assert shown.exit_code == 0, shown.output
     assert "per-layer-both-0.6 eager" in shown.stdout
-    assert main(asked) == 0
-    assert "per-layer-both-0.6 eager" in capsys.readouterr().out
     for wrong in ([], ["out", "--shape", "tiny"]):
-        assert main([*wrong, *grid]) == 2
-        assert "--shape" in capsys.readouterr().err
+        shown = CliRunner().invoke(app, ["bench", *wrong, *grid])
+        assert isinstance(shown.exception, UsageError)
+        assert "--shape" in str(shown.exception)
 
 
 def test_a_card_that_is_not_there_is_said_in_one_line(monkeypatch, tmp_path, capsys):
@@ -268,7 +266,7 @@ def test_the_graphs_of_a_card_have_rows_of_their_own(monkeypatch):
     assert len(graph["samples_ms"]) == 3
     # Dense, launched from Python, was timed in two rounds.
     assert {"speedup", "over_dense_torch"} <= graph.keys()
-    assert "prefill, batch 2" not in plain(document)
+    assert "prefill, batch 2" not in str([*panels(document)])
     rows = list(gpu.summary_rows(document))
     assert len(rows) == 3 + 2 + 1
     assert all("x of" in gpu.line(row) for row in rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from spp_cli.render.look import byte_size, one_line, ranges, seconds
+from spp_cli.render.look import byte_size, ranges, seconds, single_line
 from spp_export.common.options import parse_count
 
 
@@ -62,4 +62,4 @@ def test_ranges():
 
 
 def test_one_line_of_hostile_text():
-    assert one_line("a\n b\x1b[31m\tc\x07") == r"a b\x1b[31m c\x07"
+    assert single_line("a\n b\x1b[31m\tc\x07") == r"a b\x1b[31m c\x07"
