@@ -1,4 +1,4 @@
-"""`convert`: a checkpoint that exists, slim or dense, in another format."""
+"""`convert`: write an existing checkpoint, slim or dense, in another format."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from spp_export.planning import LayerPlan, Plan, read_plan
 
 @dataclass(frozen=True)
 class ConvertResult:
-    """What was written, how large it is, and what was found of it.
+    """What was written, its size, and the report of its checks.
 
     form: what the card and `--json` say of the file
     """
@@ -115,7 +115,7 @@ def _check(
     prompts: Sequence[str],
     request: ConvertRequest,
 ) -> tuple[dict[str, Any], CheckFailed | None]:
-    """verify.json's content, and the error if the answer is no."""
+    """The content of verify.json, and the error to raise if a check failed."""
     import torch
 
     from spp_export.evaluation.batches import check_batches, slim_reference, wide_dtype

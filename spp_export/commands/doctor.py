@@ -37,7 +37,7 @@ class InstalledLibrary:
 
 @dataclass(frozen=True)
 class Cache:
-    """A directory that spp keeps things in. `nbytes` 0 where there is none yet."""
+    """A directory that spp keeps files in; `nbytes` is 0 if it does not exist yet."""
 
     name: str
     path: Path
@@ -46,7 +46,7 @@ class Cache:
 
 @dataclass(frozen=True)
 class Examination:
-    """What was found. `problems` are what would stop the main job."""
+    """The state of this installation; `problems` are what would stop an export."""
 
     versions: dict[str, str]
     devices: tuple[dict[str, Any], ...]

@@ -1,4 +1,4 @@
-"""`evaluate`: what scenario-specific choices are worth on text that had no say in them."""
+"""`evaluate`: how well choices made for a scenario do on text that did not influence them."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def _measure(
 
 
 def _missing(rows: Sequence[Row], file: RecordFile, context: Mapping[str, Any]) -> bool:
-    """Whether there is work at all: a finished evaluation loads no model to be drawn again."""
+    """Whether rows are left to measure: a finished evaluation loads no model to draw its curves."""
     shared = _hash(context)
     return any(row_key(row, shared) not in file.done for row in rows)
 

@@ -94,7 +94,7 @@ def export(request: ExportRequest) -> ExportResult:
 
 @dataclass(frozen=True)
 class _Job:
-    """One export: what it is made of, what was asked, and the time it takes."""
+    """One export: its inputs, its request, and the time of each stage."""
 
     session: Session
     artifacts: Artifacts | None
@@ -138,8 +138,9 @@ class _Job:
     def fill(
         self, work: Path, result: ExportResult, files: ModelFiles, name: str
     ) -> tuple[ExportResult, CheckFailed | None]:
-        """Write and check everything in `work`, which will be called `name`; and what failed where
-        that is published all the same."""
+        """Write and check everything in `work`, to be published as `name`. Returns the failed
+        checks where the export is published in spite of them.
+        """
         request = self.request
         made = FORMATS[request.format]
         # Other formats are made from a slim checkpoint, which is checked like any and then thrown
@@ -188,7 +189,7 @@ class _Job:
 
 
 def _check_format(request: ExportRequest) -> None:
-    """UsageError where the format cannot be, or what it takes is not installed."""
+    """UsageError for a format that the request does not allow or whose libraries are missing."""
     FORMATS[request.format].require()
     # What nothing here can run can still be written, where nobody asks for the checks.
     request.form.check(request.device if request.verify and not request.dry_run else None)
@@ -227,8 +228,9 @@ def _sizes(decided: PlanResult, session: Session, element_bytes: int) -> Predict
 
 
 def _preflight(session: Session, target: Path, request: ExportRequest) -> None:
-    """Refuse what cannot succeed before any work is done for it; a plan says itself how large the
-    result is."""
+    """Refuse what cannot succeed before any work is done; with a plan, the size of the result is
+    known.
+    """
     check_readable(session.source.path, COMPANIONS)
     shape, least = session.source.shape, 0
     if request.plan is None:

@@ -34,7 +34,7 @@ def check_export(
     request: ExportRequest,
     compensation: Compensator,
 ) -> tuple[dict[str, Any], CheckFailed | None]:
-    """verify.json's content, and the error if the answer is no.
+    """The content of verify.json, and the error to raise if a check failed.
 
     places: of the slim checkpoint, and of the files made from it
     """

@@ -1,4 +1,4 @@
-"""What became of an export."""
+"""The result of an export."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from spp_export.planning.bound import Predicted
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What was decided, written and found.
+    """An export's plan, files and report of checks.
 
     path    None for a dry run
     form    what the files say of their format

@@ -26,7 +26,7 @@ _MOST_NORM = 1.0
 
 
 class Recovery:
-    """A model under adapters, and how far it is.
+    """A model with adapters, and how far its training is.
 
     The model's own weights stay as they are until `merge`.
     """
@@ -98,7 +98,7 @@ class Recovery:
         return tensors
 
     def resume(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from where `state` was taken, of the same model and settings."""
+        """Continue from a `state` of the same model and settings."""
         self.losses = [float(loss) for loss in state["losses"]]
         for name, parameter in self._trained.items():
             parameter.data.copy_(state[f"value/{name}"])
@@ -108,7 +108,9 @@ class Recovery:
             }
 
     def merge(self) -> nn.Module:
-        """The model itself, with the adapters in its weights; this object is of no use then."""
+        """The model with the adapters merged into its weights; this object cannot be used
+        afterwards.
+        """
         merged: nn.Module = self.model.merge_and_unload()
         return merged.eval()
 

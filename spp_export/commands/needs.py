@@ -1,4 +1,4 @@
-"""What each command that writes a model takes of the machine."""
+"""The disk space and memory that each command needs to write a model."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def export_needs(
     verify: bool,
     form: FormatOptions,
 ) -> Needs:
-    """Of writing a slim checkpoint of so many bytes, and what another format makes of it.
+    """What it takes to write a slim checkpoint of so many bytes and, from it, another format.
 
     runs_model: the dense model is asked about text, before it is sliced.
     """
@@ -76,7 +76,7 @@ def convert_needs(
 
 
 def probe_needs(session: Session, target: Path, domains: int) -> Needs:
-    """Of the offline stage: what it writes is small, what it runs is the dense model."""
+    """What the offline stage takes: it writes little and runs the dense model."""
     shape = session.source.shape
     units = shape.hidden_size + shape.query_heads + shape.channels
     form = SafetensorsOptions()
@@ -99,7 +99,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes that a command takes, by what takes them.
+    """Bytes that a command needs, by purpose.
 
     disk          on the file system of `target`, all at once
     memory        of the machine, where everything is held that is worth holding
@@ -157,7 +157,7 @@ def check_memory(needs: Needs) -> None:
 
 
 def check_place(target: Path) -> None:
-    """OutputError where nothing can be made beside `target`, before anything is."""
+    """OutputError if nothing can be created beside `target`; called before any work."""
     place = nearest(target.parent)
     if not place.is_dir():
         raise OutputError(f"{target}: {place} is not a directory. Choose another -o.")
@@ -166,7 +166,7 @@ def check_place(target: Path) -> None:
 
 
 def check_readable(directory: Path, names: Iterable[str]) -> None:
-    """ModelError unless those of a model's files that there are can be opened.
+    """ModelError for a file of a model that exists and cannot be opened.
 
     Of weights, headers and sizes have been read by whoever opened the model.
     """
@@ -181,7 +181,7 @@ def check_readable(directory: Path, names: Iterable[str]) -> None:
 
 
 def least_slim_bytes(shape: ModelShape, keep: float | None, units: str) -> int:
-    """Bytes of tensors that no plan for this budget goes far below, before there is one.
+    """About the fewest bytes of tensors under this budget, before there is a plan.
 
     `keep` None, a budget of another kind, may take any of the units: "heads" or "both".
     """

@@ -88,7 +88,7 @@ push = push_to_hub
 
 
 def check_hub(repo_id: str, token: str | None = None) -> str:
-    """The token to push with. Raises UsageError for what no push can succeed with; asks nobody."""
+    """The token to push with. Raises UsageError where no push can succeed; makes no request."""
     import huggingface_hub
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
@@ -133,7 +133,7 @@ def _check_verified(directory: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """One line: what the hub or the way there said, and what to do."""
+    """One line: what the hub or the network reported, and what to do."""
     first = str(error).partition("\n")[0].strip().rstrip(".") or type(error).__name__
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is None:

@@ -58,7 +58,7 @@ _OWN = ("README.md", "verify.json", MANIFEST_NAME, INDEX_NAME, RECOVERY_NAME)
 
 @dataclass(frozen=True)
 class RecoverResult:
-    """What was trained, and what it is worth on text that was not trained on.
+    """What was trained, and its quality on text that was not trained on.
 
     before, after  quality against the dense model; None where no token can be predicted
     losses         of every step, in nats per token
@@ -285,7 +285,7 @@ class _Job:
         return f"{card}\n{recovery_section(report, record)}"
 
     def forget(self) -> None:
-        """Drop the state for going on."""
+        """Delete the state that an interrupted run would continue from."""
         self._state.unlink(missing_ok=True)
 
     def _quality(self, slim: Any) -> Quality | None:

@@ -1,4 +1,4 @@
-"""What each command may be asked, as Python and the command line both take it.
+"""The options of each command, for Python and the command line alike.
 
 Imports nothing heavy: help pages are made from these fields.
 """
@@ -129,7 +129,7 @@ class ImportRequest(Force):
 
 @dataclass(frozen=True, kw_only=True)
 class _Form(Device):
-    """A format, and what is chosen about its files."""
+    """A format and its options."""
 
     @property
     def form(self) -> FormatOptions:
@@ -184,7 +184,9 @@ if TYPE_CHECKING:
 
     @dataclass(frozen=True, kw_only=True)
     class FormRequest(_Form):
-        """As below; type checkers cannot read the registry."""
+        """For type checkers, which cannot read the registry; the class of this name below has the
+        same fields.
+        """
 
         onnx_attention: str | None = None
         precision: str | None = None
@@ -258,7 +260,7 @@ class ExportRequest(
     )
 
     def check(self) -> None:
-        """UsageError for what cannot be asked together."""
+        """UsageError for options that exclude each other."""
         super().check()
         if self.scenario is None and self.plan is None:
             raise UsageError("export needs --scenario FILE or --plan FILE.")
@@ -289,7 +291,8 @@ class ExportRequest(
             self.check_layout(self.layout, self.pad)
 
     def check_layout(self, layout: str, pad: bool) -> None:
-        """UsageError for zeros that have nowhere to go, or a graph whose groups would differ."""
+        """UsageError for padding without a ragged layout, or for a format that needs equal groups.
+        """
         if pad and layout != "ragged":
             raise UsageError(f"--pad fills the groups of ragged layers; this layout is {layout}.")
         if not FORMATS[self.format].ragged and layout == "ragged" and not pad:
@@ -384,7 +387,7 @@ class ReportRequest(Force):
 
 @dataclass(frozen=True)
 class ShowRequest(Request):
-    """Something on the disk."""
+    """A path to describe."""
 
     path: PathLike = argument(
         metavar="PATH",
@@ -430,7 +433,7 @@ class AnswerRequest(Seed):
     )
 
     def check(self) -> None:
-        """UsageError for what would be ignored without a word."""
+        """UsageError for an option that would be ignored."""
         super().check()
         for name, value in (("--top-p", self.top_p), ("--top-k", self.top_k)):
             if value is not None and not self.temperature:
@@ -475,7 +478,7 @@ class RecoverSettings(Seed):
     )
 
     def check(self) -> None:
-        """UsageError for numbers that cannot be."""
+        """UsageError for a number out of range."""
         super().check()
         if not 0 < self.learning_rate < 1:
             raise UsageError(f"--learning-rate {self.learning_rate}: expected between 0 and 1.")
@@ -578,7 +581,7 @@ class EvalRequest(Seed):
     curves: bool = option(True, help="Draw curves.png.")
 
     def check(self) -> None:
-        """UsageError for a word that names nothing, or a budget that is none."""
+        """UsageError for an unknown word or an invalid budget."""
         from spp_export.evaluation.harness.rows import BASELINES, DYNAMIC
         from spp_export.planning.budget import Budget
         from spp_export.planning.scoring import CRITERION_NAMES

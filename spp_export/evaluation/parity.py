@@ -59,7 +59,7 @@ class Check:
         return "; ".join(part for part in (figures, self.detail) if part) + "."
 
     def to_dict(self) -> dict[str, Any]:
-        """Without the fields that say nothing, figures rounded."""
+        """The fields that are set, with figures rounded."""
         full = {
             "name": self.name,
             "passed": self.passed,

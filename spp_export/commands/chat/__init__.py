@@ -1,1 +1,1 @@
-"""`chat`: an export, or the dense model, in a conversation."""
+"""`chat`: a conversation with an export or the dense model."""

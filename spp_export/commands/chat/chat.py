@@ -36,7 +36,7 @@ Ending = Literal["end", "length", "context", "interrupted"]
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model made of a prompt.
+    """A model's answer to a prompt.
 
     prompt_ids     everything it read: earlier turns and the chat template's words included
     token_ids      what it wrote, with the token that ended the answer, if one did
@@ -76,7 +76,7 @@ class Answer:
 
 
 class Chat:
-    """A model, its tokenizer and what was said so far.
+    """A model, its tokenizer and the conversation so far.
 
     model   the runtime behind it
     stop    ids that end an answer
@@ -108,7 +108,7 @@ class Chat:
         self._turns: list[dict[str, str]] = []
 
     def reset(self) -> None:
-        """Forget what was said; the system's words stay."""
+        """Forget the conversation; the system prompt stays."""
         self._turns = []
 
     def ask(
@@ -318,7 +318,7 @@ class TextStream:
         return self._tell(unfinished=False)
 
     def rest(self) -> str:
-        """What is left at the end, replacement characters for half ones included."""
+        """The text held back so far; incomplete characters become replacement characters."""
         return self._tell(unfinished=True)
 
     def _tell(self, *, unfinished: bool) -> str:
@@ -364,7 +364,7 @@ class ScenarioChat:
         return self._chat.raw
 
     def reset(self) -> None:
-        """Forget what was said; the next turn chooses anew."""
+        """Forget the conversation; the next turn chooses a model again."""
         self.chosen = None
 
     def ask(

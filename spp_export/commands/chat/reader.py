@@ -16,7 +16,7 @@ _CAPACITY_STEP = 512
 
 
 class Reader:
-    """Reads prompts into a model's cache, and only the new part of one that goes on from there."""
+    """Reads prompts into a model's cache, skipping what the cache holds already."""
 
     def __init__(self, model: RunningModel) -> None:
         self._model = model
@@ -50,5 +50,5 @@ class Reader:
         return logits
 
     def forget(self) -> None:
-        """Give the cache up; also where a step was interrupted and left it half written."""
+        """Drop the cache, for example after an interrupted step left it half written."""
         self._feed, self._read = None, []

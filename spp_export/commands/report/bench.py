@@ -134,7 +134,7 @@ class Benchmark:
 
 
 def benchmark_part(path: Path, plan_hash: str) -> Benchmark:
-    """What a results file measured of this very plan.
+    """What a results file holds on this plan.
 
     Raises UsageError for a file that is no such results, or holds none of the plan.
     """

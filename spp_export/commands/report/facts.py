@@ -1,4 +1,4 @@
-"""From files to what the page shows: what the plan says, and what was measured."""
+"""What the page shows, read from the files: the plan's decisions and the measurements."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def _model(place: Place) -> tuple[str, ...]:
 
 
 def _commands(*lines: Sequence[str]) -> str:
-    """Lines for a shell, whatever the names in them hold."""
+    """Shell commands, with every name quoted."""
     return "\n".join(shlex.join(("spp", *words)) for words in lines)
 
 
@@ -248,7 +248,7 @@ def _provenance(place: Place) -> dict[str, str]:
 
 
 def _realised(plan: Plan) -> str:
-    """What the budget came to, in the currency it was asked in."""
+    """What the plan comes to, in the unit of its budget."""
     realised = mapping(plan.budget.get("realised"))
     keep, cost, limit = (number(realised.get(key)) for key in ("keep", "cost", "limit"))
     words = [] if keep is None else [f"keep {figure(keep, 4)}"]

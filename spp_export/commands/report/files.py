@@ -101,7 +101,7 @@ def _size(value: Any) -> str:
 
 
 def number(value: Any) -> float | None:
-    """A finite number; a flag is none."""
+    """A finite number, else None; a bool is not a number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:

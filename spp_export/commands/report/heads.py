@@ -109,7 +109,7 @@ class Heads:
         return _LEFT + self.cell * layer
 
     def state(self, layer: int, head: int) -> str:
-        """What became of a head: a key of `STATES`."""
+        """Whether a head stays, and why not: a key of `STATES`."""
         kept = self.layers[layer]
         if head in kept.query_heads:
             return "kept"
@@ -117,7 +117,7 @@ class Heads:
         return "removed" if size is None or head // size in kept.kv_heads else "gone"
 
     def counted(self, state: str) -> int:
-        """Heads of all layers of which that became."""
+        """How many heads of all layers are in this state."""
         cells = ((i, head) for i in range(len(self.layers)) for head in range(self.query_heads))
         return sum(self.state(layer, head) == state for layer, head in cells)
 

@@ -110,7 +110,7 @@ def _ours(target: Path) -> bool:
 
 
 def _write(target: Path, data: bytes) -> None:
-    """In one step, so that there is never half a page."""
+    """Write the file in one step, so that there is never half a page."""
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

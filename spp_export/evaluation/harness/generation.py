@@ -1,4 +1,5 @@
-"""Answers of a row's model to an evaluation set: greedy, and what it makes of the right ones.
+"""Answers of a row's model to an evaluation set: its greedy ones, and its loss on the reference
+ones.
 
 Each turn follows the right answers to the earlier turns of its conversation, not the model's own:
 what the published evaluation feeds back is not known, and a turn's figure then depends on that

@@ -29,7 +29,7 @@ _TEXT_LABELS = {
 
 @dataclass(frozen=True)
 class Row:
-    """How units are chosen and made up for, at one budget.
+    """How units are chosen and compensated, at one budget.
 
     keep         share of the parameters of `units` that may stay
     criterion    its name, or that of a plan file
@@ -149,7 +149,7 @@ def standard_rows(
 
 
 def _method(row: Row) -> Row:
-    """Random is a control by whatever way it comes in."""
+    """`random` is a control, however it is requested."""
     return _random(row, 0) if row.criterion == "random" else row
 
 

@@ -1,5 +1,6 @@
-"""The page of `spp report`: templates, and what fills them in. It asks the network for nothing, and
-its policy forbids it to."""
+"""The page of `spp report`: templates and what fills them in. The page loads nothing from the
+network, and its content security policy forbids it to.
+"""
 
 from __future__ import annotations
 
@@ -66,5 +67,5 @@ def _harmless(character: str) -> bool:
 
 
 def _hash(text: str) -> str:
-    """As a content security policy names a text that it allows."""
+    """The hash by which a content security policy allows a text."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

@@ -34,7 +34,7 @@ def percent(value: float) -> str:
 
 
 def change(dense: float, slim: float) -> str:
-    """What became of a size, in percent of it, with its sign."""
+    """The signed change of a size, in percent."""
     if not dense:
         return ""
     share = 100 * (slim / dense - 1)
