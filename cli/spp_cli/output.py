@@ -1,4 +1,4 @@
-"""What a command says: data on stdout, everything else on stderr, in one of three modes."""
+"""What a command prints: data on stdout, everything else on stderr, in one of three modes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class PipeClosedError(Exception):
-    """Nobody reads our stdout any more."""
+    """The reader of our stdout is gone."""
 
 
 class Output:

@@ -1,4 +1,4 @@
-"""What the commands say of themselves, as documentation.
+"""The commands' help as documentation.
 
 python -m spp_cli.reference > cli/README.md     # the help of every command, as one page
 python -m spp_cli.reference --readme README.md  # the table of commands in a file, renewed

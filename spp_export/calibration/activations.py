@@ -1,4 +1,5 @@
-"""Forward passes over texts on the frozen dense model, observed where the method looks.
+"""Forward passes over texts on the frozen dense model, with observers at the places the method
+reads.
 
 Observers see one layer's activations at a time and keep only what they reduce them to. Padding
 never reaches them: they get the real tokens of a batch, in order, and which text each came from.
@@ -114,7 +115,7 @@ def observe(
     description: str = "reading activations",
     layer_done: Callable[[int], None] = lambda layer: None,
 ) -> None:
-    """Run the decoder over the batches once and show every observer what it asked for.
+    """Run the decoder over the batches once and give every observer its activations.
 
     `layer_done` is told each layer, in order, once it has been shown all that it will be: of a
     model that runs from disk before the next layer begins, of others at the end.
@@ -305,7 +306,7 @@ class SecondMoments:
         return self._products[layer].cpu() if layer in self._products else self._zeros(cpu)
 
     def release(self, layer: int) -> None:
-        """Forget one layer's products, once they are kept elsewhere."""
+        """Free one layer's products, once they are stored elsewhere."""
         self._products.pop(layer, None)
 
     def _zeros(self, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""One backward pass over texts: what the loss says about each weight and each unit.
+"""One backward pass over texts: first-order saliency of each weight and each unit.
 
 The loss of a text x is L_x, its mean next-token negative log-likelihood; the collection's is the
 mean of L_x over the N texts that have a next token.

@@ -1,4 +1,4 @@
-"""Which text speaks for a scenario: the pools by diagnosed domain, and its own prompts."""
+"""The calibration text of a scenario: the pools by diagnosed domain, and its own prompts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Mixing:
 
 @dataclass(frozen=True)
 class WeightedTexts:
-    """A text collection that speaks for a scenario, and how much it counts.
+    """A text collection of a scenario's calibration, and its weight.
 
     domain: the one whose training pool it is, or None for the scenario's own prompts.
     """
@@ -113,7 +113,7 @@ def _pool_parts(
 
 
 def _check_mixture(mixture: Mapping[str, float], domains: Sequence[str]) -> None:
-    """A plan's provenance may be edited by hand like the rest of it."""
+    """Check the mixture of a plan's provenance, which may have been edited by hand."""
     shares = mixture.values() if isinstance(mixture, Mapping) else ()
     sane = all(type(share) in (int, float) and 0 <= share <= 1 for share in shares)
     if not sane or not isinstance(mixture, Mapping) or set(mixture) != set(domains):

@@ -67,7 +67,7 @@ class Collection:
         return self._read(kind, "sensitivity")
 
     def gradients(self, layer: int) -> Gradients:
-        """What the loss says about the layer's weights and units."""
+        """First-order saliency of the layer's weights and units."""
         return Gradients(
             **{name: self._read("gradients", f"{name}/{layer}") for name in _GRADIENTS}
         )
@@ -296,7 +296,7 @@ class BlockSums:
 
     @property
     def observers(self) -> tuple[Observer, ...]:
-        """What has to look on while the model runs."""
+        """The observers to attach while the model runs."""
         return self._reads, self._second, self._stream
 
     @property

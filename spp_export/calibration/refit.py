@@ -1,4 +1,4 @@
-"""Makes up for removed inputs of `o_proj` and `down_proj`: closed forms, no training.
+"""Compensates for removed inputs of `o_proj` and `down_proj`: closed forms, no training.
 
 A linear layer y = W a, with W [d, m], loses the inputs outside `kept`. What they contributed is
 partly predictable: by its mean (`bias`), or from the inputs that stay (`refit`). The many inputs of

@@ -1,4 +1,4 @@
-"""What a criterion may read of one layer: its weights and what one text collection did to it."""
+"""What a criterion may read of one layer: its weights and its statistics on one text collection."""
 
 from __future__ import annotations
 

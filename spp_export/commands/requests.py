@@ -291,8 +291,7 @@ class ExportRequest(
             self.check_layout(self.layout, self.pad)
 
     def check_layout(self, layout: str, pad: bool) -> None:
-        """UsageError for padding without a ragged layout, or for a format that needs equal groups.
-        """
+        """UsageError for padding without a ragged layout, or a format that needs equal groups."""
         if pad and layout != "ragged":
             raise UsageError(f"--pad fills the groups of ragged layers; this layout is {layout}.")
         if not FORMATS[self.format].ragged and layout == "ragged" and not pad:

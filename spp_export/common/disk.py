@@ -34,7 +34,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 
 @contextmanager
 def working_place(target: Path) -> Iterator[Path]:
-    """Yield a new directory beside `target` that nobody else touches; afterwards it is gone.
+    """Yield a new directory beside `target` for this process alone, removed afterwards.
 
     Raises OSError where it cannot be made.
     """
@@ -48,7 +48,7 @@ def working_place(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def scratch_folder(parent: Path | None = None, prefix: str = "spp-") -> Iterator[Path]:
-    """Yield a new directory, below `parent` or where temporary files go; afterwards it is gone."""
+    """Yield a new directory, below `parent` or where temporary files go, removed afterwards."""
     path = Path(parent or tempfile.gettempdir()) / f"{prefix}{secrets.token_hex(8)}"
     removal = Cleanup(lambda: shutil.rmtree(path, ignore_errors=True))
     try:

@@ -65,15 +65,15 @@ class ProfileError(SppError):
 
 
 class OutputError(SppError):
-    """The output cannot be written where it was asked for."""
+    """The output cannot be written to the given place."""
 
 
 class ResourceError(SppError):
-    """This machine has too little memory for what was asked."""
+    """This machine has too little memory for the request."""
 
 
 class CheckFailed(SppError):
-    """Everything ran and the answer is no."""
+    """Everything ran, and a check failed."""
 
     exit_code = 1
 

@@ -1,4 +1,4 @@
-"""JSON and text from files that nobody has checked yet, and JSON out, the same every time."""
+"""JSON and text from unchecked files, and reproducible JSON out."""
 
 from __future__ import annotations
 

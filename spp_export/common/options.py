@@ -76,7 +76,7 @@ def argument(default: Any = MISSING, **facts: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a command is asked for: fields by `option` and `argument`, and the checks on them."""
+    """The options of a command: fields by `option` and `argument`, and the checks on them."""
 
     def __post_init__(self) -> None:
         for name, hint in field_types(type(self)).items():
@@ -86,7 +86,7 @@ class Request:
                 object.__setattr__(self, name, (value,) if alone else tuple(value))
 
     def check(self) -> None:
-        """UsageError for a value that cannot be, whatever the others are."""
+        """UsageError for a value that is invalid by itself."""
         for item in fields(self):
             hint, values = field_types(type(self))[item.name], getattr(self, item.name)
             many = get_origin(hint) is tuple
@@ -264,7 +264,7 @@ class Artifacts(Request):
 
 @dataclass(frozen=True, kw_only=True)
 class Seed(Request):
-    """What is drawn at random."""
+    """The seed of everything drawn at random."""
 
     seed: int = option(
         0, panel=RUNNING, least=0, metavar="N", help="Seed of everything drawn at random."
@@ -280,7 +280,7 @@ class Force(Request):
 
 @dataclass(frozen=True, kw_only=True)
 class KeepFailed(Request):
-    """Whether what fails a check is published."""
+    """Whether an export that fails a check is published."""
 
     keep_failed: bool = option(
         False,

@@ -90,7 +90,7 @@ class Cleanup:
         Cleanup._run(self._number)
 
     def cancel(self) -> None:
-        """There is nothing to give back any more."""
+        """Do nothing any more: it was given back otherwise."""
         Cleanup._pending.pop(self._number, None)
 
     def __del__(self) -> None:

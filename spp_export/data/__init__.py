@@ -1,4 +1,4 @@
-"""What users bring and what `probe` leaves: scenarios, pools, artifacts.
+"""What users provide and what `probe` writes: scenarios, pools, artifacts.
 
 Files are read and checked here; the rooms above see records only.
 """

@@ -1,4 +1,4 @@
-"""A scenario: the text that stands for what the deployed model will be asked."""
+"""A scenario: sample text of what the deployed model will be used for."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MIN_PROMPTS_TO_HOLD_OUT = 4
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One question of a file that has structure, with what is known of it.
+    """One question of a structured file, with what the file records of it.
 
     `session` counts conversations from 0: the turns of one published scenario share it, and every
     line of a `.jsonl` file is its own. `answer` is the reference answer, where there is one.

@@ -52,7 +52,7 @@ from spp_export.models.checkpoint.reader import read_float
 
 @dataclass(frozen=True)
 class ProbeRequest:
-    """What the user may ask of the offline stage.
+    """The options of the offline stage.
 
     select: how many of the candidate domains to take, greedily; None takes all. criteria: names
     of importance; units: "heads", or "both" heads and MLP channels. seed: of all that is drawn.
@@ -74,7 +74,7 @@ class ProbeRequest:
 
 @dataclass(frozen=True)
 class _Text:
-    """What is pooled of the candidates, and of domains that nothing was asked of."""
+    """Pooled text of the candidate domains, and of the domains left out."""
 
     train: Labelled
     held_out: Labelled

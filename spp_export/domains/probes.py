@@ -1,4 +1,4 @@
-"""Layer-wise linear probes: which domain the pooled residual stream speaks of."""
+"""Layer-wise linear probes: which domain the pooled residual stream belongs to."""
 
 from __future__ import annotations
 

@@ -51,8 +51,7 @@ def model_card(
 
 
 def recovery_section(checks: Mapping[str, Any], record: Mapping[str, Any]) -> str:
-    """What the card of a slim checkpoint that was trained further says of that; `record` is
-    recovery.json."""
+    """The card's section on further training of a slim checkpoint; `record` is recovery.json."""
     data = {**record["data"], "name": _escaped(str(record["data"]["name"]))}
     section = _RECOVERED.format_map({**record["settings"], **record["loss"], **data})
     quality, before = checks.get("quality"), record.get("before")
@@ -179,8 +178,9 @@ def _converted(
 def _plan_parts(
     plan: Plan, shape: ModelShape | None = None, predicted: Predicted | None = None
 ) -> dict[str, Any]:
-    """What the plan keeps and what it was asked for; a plan may be written by hand, and of its
-    origin may say nothing, or anything."""
+    """What the plan keeps and its budget; a plan may be written by hand, so its provenance may be
+    absent or hold anything.
+    """
     scenario, mixture = plan.scenario.get("name"), plan.diagnosis.get("mixture")
     shares = mixture.items() if isinstance(mixture, Mapping) else ()
     known = [(d, v) for d, v in shares if type(v) in (int, float) and 0.01 <= v <= 1]
@@ -253,10 +253,10 @@ def _listed(figures: Mapping[str, float]) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text from outside as plain words within a line of Markdown: no markup, no line breaks."""
+    """Untrusted text as plain words within a line of Markdown: no markup, no line breaks."""
     return _MARKUP.sub(r"\\\g<0>", _printable(text))
 
 
 def _printable(text: str) -> str:
-    """Text from outside in one line, with marks for characters that steer and do not show."""
+    """Untrusted text in one line, with marks for control characters."""
     return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))

@@ -1,4 +1,4 @@
-"""What a format is: everything that the commands ask of one. README.md shows how to add one."""
+"""What a format is: everything that the commands need of one. README.md shows how to add one."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ class FormatOptions:
         }
 
     def check(self, device: str | None = None) -> None:
-        """UsageError for files that cannot be, or that `device` cannot check; None checks none."""
+        """UsageError for options that exclude each other, or files that `device` cannot check; None
+        checks none.
+        """
         choices, flags = self.choices(), self.flags()
         for name, value in self.to_dict().items():
             known = choices.get(name, ())
@@ -119,7 +121,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class FileChecks:
-    """What was found of files.
+    """The result of checking files.
 
     context  what verify.json says of them beside the checks
     model    what computes like them, for measures of quality; None is the checkpoint's own model

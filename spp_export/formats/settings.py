@@ -1,4 +1,4 @@
-"""Beside sizes and weights, what decides what a decoder computes: norms, windows, rotary tables."""
+"""The settings of a decoder beside sizes and weights: norms, windows, rotary tables."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Table = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Settings:
-    """Beside the sizes, what decides a decoder's function.
+    """The settings that, beside the sizes, decide what a decoder computes.
 
     epsilon         of every RMS norm
     context_length  positions the model was made for

@@ -13,7 +13,7 @@ from spp_export.models.shape import Units
 
 
 class Need(StrEnum):
-    """What has to be gathered before a criterion can be asked; weights are always at hand."""
+    """What must be gathered before a criterion can score; weights are always available."""
 
     ACTIVATIONS = "activations"
     MOMENTS = "moments"

@@ -1,4 +1,4 @@
-"""Scores of heads or channels by a criterion, mixed over the text that speaks for a scenario."""
+"""Scores of heads or channels by a criterion, mixed over a scenario's calibration text."""
 
 from __future__ import annotations
 

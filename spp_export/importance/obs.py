@@ -1,4 +1,4 @@
-"""`obs`: what is lost of a layer's write when units go and the rest is re-fitted to stand in.
+"""`obs`: the loss in a layer's output when units are removed and the rest is re-fitted.
 
 Removing inputs R of a projection W with inputs of second moment C and re-fitting the rest by least
 squares leaves the error `tr(W_R (P_RR)^-1 W_R^T)`, `P = C^-1`: the block form of the optimal brain

@@ -1,4 +1,4 @@
-"""`random`: seeded uniform scores, the control that shows whether a criterion knows anything.
+"""`random`: seeded uniform scores, the control that a criterion must beat.
 
 Independent draws for every layer and kind of unit, the same for every text. One seed says little:
 report the mean of three or more.

@@ -1,4 +1,4 @@
-"""Which engines load what we write, and how well we know it."""
+"""Which engines load what we write, and on what evidence."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def logits_of_calls(model: nn.Module, calls: Sequence[Call]) -> Iterator[Tensor]
 
 
 class LayerStream:
-    """The weights of a model on their way from the disk.
+    """The weights of a model as they are read from disk.
 
     progress: shown while `logits_of_calls` reads the layers
     """
@@ -157,7 +157,7 @@ class LayerStream:
             self.forget()
 
     def forget(self) -> None:
-        """Give up all weights in memory but those of the final norm."""
+        """Free all weights in memory but those of the final norm."""
         self._ahead = None
         self._leave()
 
@@ -218,14 +218,14 @@ class LayerStream:
 
 @dataclass
 class _Run:
-    """One call on its way: the stream [B,S,d], and what each layer takes beside it."""
+    """One call in progress: the stream [B,S,d], and what each layer takes beside it."""
 
     hidden: Any = None
     arguments: list[dict[str, Any]] = field(default_factory=list)
 
 
 class _Onlooker(nn.Module):
-    """In the place of a layer: notes what it is given and passes it on."""
+    """Stands in for a layer: records its arguments and passes the stream on."""
 
     def __init__(self, layer: nn.Module, index: int, run: _Run, cache: Any) -> None:
         super().__init__()

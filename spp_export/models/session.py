@@ -1,4 +1,4 @@
-"""One model as a command uses it: its files, and its weights once something needs them."""
+"""One model as a command uses it: its files, and its weights once they are needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the user asked the plan to stay within, and the limit on the units' cost that follows."""
+"""The budget that a user sets for a plan, and the limit on the units' cost that follows."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ from spp_export.planning.plan import LayerPlan
 
 @dataclass(frozen=True, slots=True)
 class Realised:
-    """What a compiled plan comes to, against what was asked.
+    """What a compiled plan comes to, against its budget.
 
     limit and cost are in parameters of the units that may go, in KV bytes per token or in
     nanoseconds of the units' blocks, as `kind` says; keep is the share of the units' parameters;

@@ -1,4 +1,4 @@
-"""Errors for budgets that no plan can meet: what was asked, what is possible, what to ask for."""
+"""Errors for budgets that no plan can meet: the request, what is possible, and what to request."""
 
 from __future__ import annotations
 

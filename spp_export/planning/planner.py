@@ -38,7 +38,7 @@ _PUBLISHED_IMPORTANCE = "head/published"
 
 @dataclass(frozen=True)
 class PlanResult:
-    """A compiled plan, why it is so, and what it will come to."""
+    """A compiled plan, its reasons and its predicted sizes."""
 
     plan: Plan
     shape: ModelShape
@@ -146,8 +146,9 @@ def artifacts_record(artifacts: Artifacts) -> dict[str, Any]:
 
 
 def requested_mixing(artifacts: Artifacts | None, request: PlanRequest) -> Mixing:
-    """How domains and the scenario's own text are mixed: as asked, else as the artifacts found
-    best on validation text; without either, as was found for the default model."""
+    """How domains and the scenario's own text are mixed: as requested, else as the artifacts record
+    to be best on validation text, else as it was best for the default model.
+    """
     shrinkage = DOMAIN_SHRINKAGE if artifacts is None else artifacts.shrinkage
     weight = SCENARIO_WEIGHT if artifacts is None else artifacts.scenario_weight
     return Mixing(

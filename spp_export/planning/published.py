@@ -89,7 +89,7 @@ def remove_common_words(text: str) -> str:
 
 
 def domain_scores(probabilities: FloatArray) -> FloatArray:
-    """How clearly each domain shows [K], from sigmoid outputs [L,K] of the layers with a probe.
+    """Score of each domain [K], from sigmoid outputs [L,K] of the layers with a probe.
 
     With each layer's outputs scaled to sum to one: `0.6 * mean of the 5 largest + 0.4 * largest`,
     times `1 + 0.3 / (m + 1)` for the m layers above 0.05. A layer of zeros stays as it is.

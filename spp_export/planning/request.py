@@ -1,4 +1,4 @@
-"""What may be asked of a plan. Imports nothing heavy: help pages are made from it."""
+"""The options of a plan. Imports nothing heavy: help pages are made from it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DEFAULT_MULTIPLE = 64
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest(Seed):
-    """What `spp plan` and `spp export` may be asked of a plan."""
+    """The options of a plan in `spp plan` and `spp export`."""
 
     units: Units = option(
         "heads", help="What may be removed: attention heads, MLP channels, or both."
@@ -161,7 +161,7 @@ class PlanRequest(Seed):
         return self.criterion or DEFAULT_CRITERION[self.compensate]
 
     def check(self) -> None:
-        """UsageError for a word that names nothing, or a budget that is none."""
+        """UsageError for an unknown word or an invalid budget."""
         from spp_export.importance import CRITERIA
         from spp_export.importance.base import SetCriterion
         from spp_export.planning.scoring import CRITERION_NAMES

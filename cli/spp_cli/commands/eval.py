@@ -24,7 +24,7 @@ class Evaluation(EvaluateScenariosRequest):
 
 @command(Evaluation)
 def evaluate(request: Evaluation, out: Output) -> None:
-    """Measure what a scenario-specific model is worth, beside controls that can say no.
+    """Measure scenario-specific models on held-out text, beside baselines and controls.
 
     Writes results.jsonl, table.md and curves.png. Interrupted, it goes on where it was.
 

@@ -1,4 +1,4 @@
-"""What `spp bench` found, for a terminal."""
+"""The results of `spp bench` for a terminal."""
 
 from __future__ import annotations
 

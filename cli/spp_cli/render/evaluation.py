@@ -1,4 +1,4 @@
-"""What `spp eval` found, for a terminal."""
+"""The results of `spp eval` for a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `doctor` found, for a terminal."""
+"""The results of `spp doctor` for a terminal."""
 
 from __future__ import annotations
 

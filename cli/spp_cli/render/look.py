@@ -68,7 +68,7 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def single_line(text: object) -> str:
-    """Text from outside for one line of a terminal: no line breaks, no control characters."""
+    """Untrusted text for one line of a terminal: no line breaks, no control characters."""
     flat = " ".join(str(text).split())
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in flat)
 

@@ -1,4 +1,4 @@
-"""What `diagnose` and `show` found, for a terminal."""
+"""The results of `spp diagnose` and `spp show` for a terminal."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def _blocks(rows: int, width: int, element_bytes: int) -> tuple[int, int, int]:
 
 
 def _stages(splits: int) -> int:
-    """Blocks of keys and values that are under way at once."""
+    """Blocks of keys and values that are loaded ahead."""
     return 2 if splits == 1 else 3
 
 

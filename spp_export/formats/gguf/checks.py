@@ -1,4 +1,4 @@
-"""Whether a GGUF file is what was promised: header, weights, and what llama.cpp makes of them.
+"""Whether a GGUF file is what was promised: header, weights, and llama.cpp's output.
 
 Header and weights need no llama.cpp. Where there is one, it continues a few texts, and at every
 step its likeliest tokens must be as much likelier than one another as the oracle's.
@@ -37,8 +37,9 @@ Reference = Callable[[Sequence[TokenBatch]], ReferenceLogits]
 
 @dataclass(frozen=True)
 class EngineResult:
-    """What llama.cpp said. `agreement`, of a file in fewer bits than the oracle, is the mean KL in
-    nats over the likeliest tokens, and how often both chose the same token."""
+    """The comparison with llama.cpp. `agreement`, of a file in fewer bits than the oracle, is the
+    mean KL in nats over the likeliest tokens, and how often both chose the same token.
+    """
 
     check: Check | None
     engine: str | None
@@ -189,7 +190,7 @@ def _rows(batches: Sequence[TokenBatch]) -> Iterator[list[int]]:
 
 
 def _batch(texts: Sequence[Sequence[int]], steps: Sequence[Sequence[Step]]) -> TokenBatch:
-    """Texts with all that was added but the last token, of which nobody asks what follows."""
+    """Texts with their continuations but for the last token, whose logits are not compared."""
     whole = [
         torch.tensor([*ids, *(step.token for step in generated[:-1])])
         for ids, generated in zip(texts, steps, strict=True)

@@ -1,4 +1,4 @@
-"""The header of a GGUF file that anybody may have written: nothing in it is believed unchecked.
+"""The header of an untrusted GGUF file; everything in it is checked.
 
 Every count is held against the bytes that are there before anything of that size is made.
 """

@@ -1,4 +1,4 @@
-"""llama.cpp in a process of its own, for what it does not like it answers with abort().
+"""llama.cpp in a process of its own, since it calls abort() on input that it rejects.
 
 `python llama_child.py FILE CONTEXT THREADS`: a JSON line on standard input
 asks, one on standard output answers. THREADS 0 is llama.cpp's own choice.

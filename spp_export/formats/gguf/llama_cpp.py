@@ -41,7 +41,7 @@ def engine_name() -> str:
 
 
 class LlamaCpp:
-    """A file that is loaded, in a process that may die without taking this one along.
+    """A loaded file, in a process of its own, so that a crash of llama.cpp is an error here.
 
     To be closed; at the latest it is when nobody has it any more.
     """

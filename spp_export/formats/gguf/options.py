@@ -45,8 +45,9 @@ class GgufOptions(FormatOptions):
     )
 
     def check(self, device: str | None = None) -> None:
-        """UsageError for a form that cannot be; the file is checked on the CPU, whatever the
-        device."""
+        """UsageError for options that exclude each other; the file is checked on the CPU, whatever
+        the device.
+        """
         super().check(device)
         if self.quant and self.precision:
             raise UsageError(

@@ -91,8 +91,9 @@ class _Grouped:
         self._total = _total_length(g, shared)
 
     def _guard(self) -> Any:
-        """Zero [B], or an index out of bounds for a row whose first token is padding: a wrong
-        answer without a word is what GroupQueryAttention would give for it."""
+        """Zero [B], or an index out of bounds for a row whose first token is padding, for which
+        GroupQueryAttention would silently give wrong logits.
+        """
         g = self._g
         first = g.op(
             "Gather",

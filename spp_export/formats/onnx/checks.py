@@ -151,7 +151,9 @@ class _Comparison:
         self._largest = largest
 
     def __call__(self, name: str, results: Iterator[tuple[int, slice, Logits]]) -> Check:
-        """`found` has rows by number, the tokens of each that were computed, and their logits."""
+        """`results` are rows by number, the slice of their tokens that was computed, and its logits
+        [T,V].
+        """
         worst, tokens = 0.0, 0
         for row, part, logits in results:
             exact = self._exact[row][part].double().numpy()

@@ -68,7 +68,9 @@ class OnnxOptions(FormatOptions):
         return made
 
     def check(self, device: str | None = None) -> None:
-        """UsageError for a form that cannot be, or that `device` ("cpu", "cuda") cannot run."""
+        """UsageError for options that exclude each other or that `device` ("cpu", "cuda") cannot
+        run.
+        """
         super().check(device)
         if self.quant == "int8-dynamic" and self.precision != "fp32":
             raise UsageError(

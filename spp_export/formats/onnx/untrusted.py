@@ -1,4 +1,4 @@
-"""A graph that anybody may have written, looked at before anything follows what it says."""
+"""An untrusted graph, checked before anything in it is used."""
 
 from __future__ import annotations
 

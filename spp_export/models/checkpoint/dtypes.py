@@ -1,4 +1,4 @@
-"""Element types of safetensors files, kept as raw bits until somebody needs numbers.
+"""Element types of safetensors files, kept as raw bits until numbers are needed.
 
 Copying and slicing move bits and never convert. Only compensation turns a tensor into floats and
 back, and then rounds to nearest, ties to even.

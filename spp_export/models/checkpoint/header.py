@@ -98,7 +98,7 @@ def _header_bytes(file: Path) -> tuple[bytes, os.stat_result]:
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    """Opens a pipe, too, at once."""
+    """An opener that does not block on a pipe."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 

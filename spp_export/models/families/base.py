@@ -1,4 +1,4 @@
-"""What a family of decoders must tell us: where the roles live and which axis carries which unit.
+"""The record of a family of decoders: where the roles live and which axis carries which unit.
 
 A new family is one file with one `Family` record and one line in `families/__init__.py`, as the
 README shows. Nothing outside this package spells a tensor name.
