@@ -73,14 +73,14 @@ class _Cache:
 
 
 # A block: ("attention", query heads, KV heads) or ("mlp", channels); or ("rest",) of a step.
-Kind = tuple[str | int, ...]
+PassKind = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
 class Pass:
     """Something to be timed: `count` blocks of a kind, one after another."""
 
-    kind: Kind
+    kind: PassKind
     run: Callable[[], Any]
     count: int
 
@@ -115,7 +115,7 @@ def make_passes(
     model = _model(config, family, shape, sizes * copies, setting, dtype)
     parts = _Parts(model, family, shape, setting, dtype)
     layers = [list(model.model.layers[i::kinds]) for i in range(kinds)]
-    works: dict[Kind, list[Callable[[], None]]] = {}
+    works: dict[PassKind, list[Callable[[], None]]] = {}
     for own, (query, groups) in zip(layers, attention, strict=False):
         works["attention", query, groups] = [parts.attention(layer, groups) for layer in own]
     for own, width in zip(layers, widths, strict=False):
@@ -205,7 +205,7 @@ def _model(
     return model.eval()
 
 
-def _passes(kind: Kind, works: Sequence[Callable[[], None]], setting: Setting) -> list[Pass]:
+def _passes(kind: PassKind, works: Sequence[Callable[[], None]], setting: Setting) -> list[Pass]:
     """One pass for each piece of work, or a captured one over all of them."""
 
     def run(call: Callable[[], None]) -> None:

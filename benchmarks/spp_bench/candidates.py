@@ -20,7 +20,7 @@ from spp_export.models.shape import LayerShape, ModelShape
 from spp_export.planning import read_plan, validate_plan
 from spp_export.planning.written import written_shape
 
-Engine = Literal["torch", "graph", "onnx", "genai"]
+EngineName = Literal["torch", "graph", "onnx", "genai"]
 DENSE = "dense"
 GENAI_CONFIG = "genai_config.json"
 _ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
@@ -69,7 +69,7 @@ class Candidate:
     """
 
     name: str
-    engine: Engine
+    engine: EngineName
     directory: Path
     sizes: Sizes
     precision: str

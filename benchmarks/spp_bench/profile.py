@@ -32,7 +32,7 @@ from spp_export.planning import check_plan_target
 from spp_export.planning.latency import PHASES, SCHEMA_VERSION, SIZES, Phase, read_latency_table
 
 if TYPE_CHECKING:
-    from spp_bench.blocks import Kind, Pass
+    from spp_bench.blocks import Pass, PassKind
 
 # Of all multiples of the width multiple, which are too many; the rest is interpolated.
 MOST_WIDTHS = 13
@@ -194,14 +194,14 @@ def in_turns(
     clock: Clock,
     seed: int = 0,
     advance_to: Callable[[float], None] = lambda _: None,
-) -> dict[Kind, list[float]]:
+) -> dict[PassKind, list[float]]:
     """Seconds of a block of every kind, in every pass that counts.
 
     Every round has an order of its own, drawn at random: what a pass leaves in the caches would
     else always be met by the same next one.
     """
     random = np.random.default_rng(seed)
-    times: dict[Kind, list[float]] = {entry.kind: [] for entry in passes}
+    times: dict[PassKind, list[float]] = {entry.kind: [] for entry in passes}
     with no_collection():
         for turn in range(-WARM_UP_ROUNDS, rounds):
             for entry in [passes[index] for index in random.permutation(len(passes))]:

@@ -17,7 +17,7 @@ from spp_bench.processes import status_bytes
 from spp_export.common.json_files import dump_json
 from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.checkpoint.dtypes import Bits
-from spp_export.models.checkpoint.writer import Entry, ShardWriter, plan_shards
+from spp_export.models.checkpoint.writer import ShardWriter, TensorEntry, plan_shards
 from spp_export.models.families import family_of
 from spp_export.planning import LayerPlan, Plan
 
@@ -46,7 +46,9 @@ def build(directory: Path, gigabytes: float) -> None:
     layer = 2 * single.parameters(single.layers) - outside
     config = {**CONFIG, "num_hidden_layers": max(1, round((gigabytes * 1e9 - outside) / layer))}
     shape = family.read_shape(config, 2)
-    entries = [Entry(spec.name, "BF16", spec.shape) for spec in family.tensors(shape, shape.layers)]
+    entries = [
+        TensorEntry(spec.name, "BF16", spec.shape) for spec in family.tensors(shape, shape.layers)
+    ]
     with ShardWriter(directory, plan_shards(entries, SHARD_BYTES)) as writer:
         random = np.random.default_rng(0)
         for entry in writer.order:
@@ -54,7 +56,7 @@ def build(directory: Path, gigabytes: float) -> None:
     (directory / "config.json").write_text(dump_json(config), encoding="utf-8")
 
 
-def _random_blocks(entry: Entry, random: np.random.Generator) -> Iterator[Bits]:
+def _random_blocks(entry: TensorEntry, random: np.random.Generator) -> Iterator[Bits]:
     left = entry.nbytes // 2
     while left:
         count = min(left, 1 << 21)

@@ -26,7 +26,7 @@ from spp_campaigns.big_checkpoints import SHARD_BYTES, build, plan_for, watching
 from spp_campaigns.command import finish, machine, parser, scratch
 from spp_export.common.json_files import dump_json
 from spp_export.models.checkpoint.checkpoint import Checkpoint
-from spp_export.models.checkpoint.writer import Entry, header_of, plan_shards, shard_index
+from spp_export.models.checkpoint.writer import TensorEntry, header_of, plan_shards, shard_index
 from spp_export.models.families import Role, TensorSpec, family_of
 from spp_export.models.shape import resident_parameters
 from spp_export.planning import LayerPlan, Plan
@@ -41,7 +41,9 @@ def build_sparse(directory: Path, config: dict[str, Any]) -> None:
     family = family_of(config)
     shape = family.read_shape(config, 2)
     specs = {spec.name: spec for spec in family.tensors(shape, shape.layers)}
-    shards = plan_shards([Entry(s.name, "BF16", s.shape) for s in specs.values()], SHARD_BYTES)
+    shards = plan_shards(
+        [TensorEntry(s.name, "BF16", s.shape) for s in specs.values()], SHARD_BYTES
+    )
     random = np.random.default_rng(0)
     for shard in shards:
         header = header_of(shard)

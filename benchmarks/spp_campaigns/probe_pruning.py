@@ -21,7 +21,7 @@ from spp_export.evaluation.harness.rows import BASELINES, Row
 from spp_export.evaluation.harness.runner import OpenedRow
 from spp_export.importance.probe_pruning.blocks import (
     AttentionBlock,
-    Block,
+    ProbedBlock,
     layer_blocks,
     zero_removed,
 )
@@ -82,7 +82,7 @@ class DynamicPruning:
             total += shape.num_layers * shape.channels * shape.channel_parameters
         return kept / total
 
-    def record(self, block: Block, decision: Decision) -> None:
+    def record(self, block: ProbedBlock, decision: Decision) -> None:
         """Take one block's decision on the batch now running."""
         attention = isinstance(block, AttentionBlock)
         (self.heads if attention else self.channels)[block.layer] = decision
@@ -171,7 +171,7 @@ class _Session:
         return self._mask.bool().to(values.device)
 
 
-def _hook(hooks: ExitStack, block: Block, session: _Session) -> None:
+def _hook(hooks: ExitStack, block: ProbedBlock, session: _Session) -> None:
     pruner = _BlockPruner(block, session)
     reads_all = session.history is None
     if not reads_all:
@@ -185,7 +185,7 @@ def _hook(hooks: ExitStack, block: Block, session: _Session) -> None:
 class _BlockPruner:
     """The hooks of one block."""
 
-    def __init__(self, block: Block, session: _Session) -> None:
+    def __init__(self, block: ProbedBlock, session: _Session) -> None:
         self._block = block
         self._session = session
         self._residual: Tensor | None = None

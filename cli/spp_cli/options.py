@@ -36,7 +36,7 @@ _PANELS = (*_FIRST, "", CHECKS, PUBLISHING, RUNNING, DANGEROUS)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown(Request):
+class OutputOptions(Request):
     """How a command shows its result."""
 
     json: bool = option(False, panel=RUNNING, help="One JSON object on stdout.")
@@ -54,7 +54,7 @@ def command(
         own = sorted((item for item in fields(request) if fact(item).shell), key=_place)
         # json and quiet come before --force and what is more dangerous.
         end = sum(fact(item).panel != DANGEROUS for item in own)
-        names = [*own[:end], *fields(Shown), *own[end:]]
+        names = [*own[:end], *fields(OutputOptions), *own[end:]]
 
         @wraps(run)
         def call(*, json: bool, quiet: bool, **words: Any) -> None:
@@ -65,7 +65,7 @@ def command(
             made.check()
             run(made, out)
 
-        types = {**field_types(request), **field_types(Shown)}
+        types = {**field_types(request), **field_types(OutputOptions)}
         parameters = [_parameter(item, types[item.name]) for item in names]
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         call.__annotations__ = {item.name: item.annotation for item in parameters}

@@ -23,7 +23,7 @@ from spp_export.common.disk import clear_leftovers, free_space, working_place
 from spp_export.common.errors import OutputError
 from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.checkpoint.reader import as_bytes, blocks
-from spp_export.models.checkpoint.writer import Entry, Shard, header_of
+from spp_export.models.checkpoint.writer import Shard, TensorEntry, header_of
 from spp_export.models.hub import cache_directory
 from spp_export.models.session import Session
 from spp_export.models.shape import ModelShape
@@ -94,7 +94,9 @@ def writing(
     """
     # Wider elements first, so that each tensor is aligned to its element.
     order = sorted(sizes, key=lambda name: -sizes[name][0].itemsize)
-    entries = [Entry(name, _DTYPES[sizes[name][0].itemsize], sizes[name][1]) for name in order]
+    entries = [
+        TensorEntry(name, _DTYPES[sizes[name][0].itemsize], sizes[name][1]) for name in order
+    ]
     shard = Shard(path.name, tuple(entries))
     header = header_of(shard)
     starts = accumulate((entry.nbytes for entry in entries), initial=len(header))

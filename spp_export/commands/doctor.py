@@ -36,7 +36,7 @@ class InstalledLibrary:
 
 
 @dataclass(frozen=True)
-class Cache:
+class CacheFolder:
     """A directory that spp keeps files in; `nbytes` is 0 if it does not exist yet."""
 
     name: str
@@ -51,7 +51,7 @@ class Examination:
     versions: dict[str, str]
     devices: tuple[dict[str, Any], ...]
     parts: tuple[InstalledLibrary, ...]
-    caches: tuple[Cache, ...]
+    caches: tuple[CacheFolder, ...]
     problems: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def _cards() -> Sequence[dict[str, Any]]:
     return cards
 
 
-def _caches() -> Sequence[Cache]:
+def _caches() -> Sequence[CacheFolder]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     own = cache_directory()
@@ -133,7 +133,7 @@ def _caches() -> Sequence[Cache]:
         "statistics": own / "statistics",
         "hub": Path(HF_HUB_CACHE),
     }
-    return [Cache(name, path, _size(path)) for name, path in places.items()]
+    return [CacheFolder(name, path, _size(path)) for name, path in places.items()]
 
 
 def _size(directory: Path) -> int:
@@ -158,7 +158,7 @@ def _same_module(parts: Sequence[InstalledLibrary]) -> Iterator[tuple[str, str]]
                 yield name, installed.library.package
 
 
-def _problems(parts: Sequence[InstalledLibrary], caches: Sequence[Cache]) -> Sequence[str]:
+def _problems(parts: Sequence[InstalledLibrary], caches: Sequence[CacheFolder]) -> Sequence[str]:
     problems = [
         f"{installed.library.package} {installed.version} cannot be imported: {installed.problem}. "
         f"Run: {installed.library.install}"

@@ -29,8 +29,7 @@ def probe(request: ProbeRequest) -> Artifacts:
 
         spp_export.probe("pools", "artifacts", model="org/name")
     """
-    from spp_export.domains.probe_model import ProbeRequest as ModelRequest
-    from spp_export.domains.probe_model import probe_model
+    from spp_export.domains.probe_model import ProbeSettings, probe_model
     from spp_export.domains.scores import DEFAULT_CRITERIA
 
     target = Path(request.output)
@@ -40,7 +39,7 @@ def probe(request: ProbeRequest) -> Artifacts:
     named = read_pools(request.pools, request.domains).domains
     others = other_domains(request.pools, named)
     texts = read_pools(request.pools, (*named, *others))
-    options = ModelRequest(
+    options = ProbeSettings(
         request.select, request.criteria or DEFAULT_CRITERIA, request.units, request.seed
     )
     options.check(len(named))

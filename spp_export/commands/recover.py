@@ -29,7 +29,7 @@ from spp_export.formats.registry import detect_format
 from spp_export.formats.safetensors.verify import RECOVERY_NAME, check_directory
 from spp_export.models.checkpoint.header import StoredTensor
 from spp_export.models.checkpoint.reader import INDEX_NAME, blocks, stored_tensors
-from spp_export.models.checkpoint.writer import Entry, ShardWriter, plan_shards
+from spp_export.models.checkpoint.writer import ShardWriter, TensorEntry, plan_shards
 from spp_export.models.engines import engines_for
 from spp_export.models.hub import cache_directory, model_license
 from spp_export.models.session import Session, open_session
@@ -201,7 +201,7 @@ class _Job:
     def write(self, changed: Mapping[str, torch.Tensor], work: Path) -> Mapping[str, Any]:
         """The weights, in the names, shapes and dtypes of the export; records of the files."""
         stored = stored_tensors(self._directory)
-        entries = [Entry(name, tensor.dtype, tensor.shape) for name, tensor in stored.items()]
+        entries = [TensorEntry(name, tensor.dtype, tensor.shape) for name, tensor in stored.items()]
         with ShardWriter(work, plan_shards(entries)) as writer:
             for entry in writer.order:
                 if entry.name in changed:

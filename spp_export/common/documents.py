@@ -53,11 +53,11 @@ class Document(BaseModel):
         return value
 
 
-Kind = TypeVar("Kind", bound=Document)
-Item = TypeVar("Item")
+DocumentT = TypeVar("DocumentT", bound=Document)
+ItemT = TypeVar("ItemT")
 
 # A JSON list as a tuple; its first bad item ends the reading.
-Rows = Annotated[tuple[Item, ...], Field(strict=False, fail_fast=True)]
+Rows = Annotated[tuple[ItemT, ...], Field(strict=False, fail_fast=True)]
 
 
 def printable(text: str) -> str:
@@ -67,7 +67,7 @@ def printable(text: str) -> str:
     return text
 
 
-def validated(kind: type[Kind], value: Any, *, what: str, error: type[SppError]) -> Kind:
+def validated(kind: type[DocumentT], value: Any, *, what: str, error: type[SppError]) -> DocumentT:
     """A parsed JSON value as a document of `kind`.
 
     Raises `error`, in one line that starts with `what`: the place in the document, what was

@@ -51,7 +51,7 @@ from spp_export.models.checkpoint.reader import read_float
 
 
 @dataclass(frozen=True)
-class ProbeRequest:
+class ProbeSettings:
     """The options of the offline stage.
 
     select: how many of the candidate domains to take, greedily; None takes all. criteria: names
@@ -88,7 +88,7 @@ def probe_model(
     candidates: Pools,
     *,
     left_out: Pools | None = None,
-    request: ProbeRequest | None = None,
+    request: ProbeSettings | None = None,
 ) -> Artifacts:
     """Artifacts of a model from pools; the statistics of their training text go to the cache.
 
@@ -97,7 +97,7 @@ def probe_model(
     and the candidates' training text, joined texts, the validation text for second moments, and
     the training text again, domain by domain, for statistics.
     """
-    request = request or ProbeRequest()
+    request = request or ProbeSettings()
     left_out = left_out or Pools((), (), (), {})
     criteria = request.check(len(candidates.domains))
     dense = Dense(model, tokenizer, source)
@@ -158,7 +158,7 @@ def probe_model(
 
 
 def _axes(
-    text: _Text, candidates: Pools, request: ProbeRequest
+    text: _Text, candidates: Pools, request: ProbeSettings
 ) -> tuple[FloatArray, tuple[int, ...], dict[str, Any]]:
     """Axes of the candidates [C,d], those taken in the order of candidates, and the record."""
     names = candidates.domains
@@ -223,7 +223,7 @@ def _scores(
     source: Checkpoint,
     collections: Sequence[Collection],
     criteria: Sequence[Criterion],
-    request: ProbeRequest,
+    request: ProbeSettings,
     writes: AxisShares,
 ) -> tuple[Mapping[str, Any], FloatArray]:
     """Importance by every criterion, and energy of the heads, which is needed in any case."""

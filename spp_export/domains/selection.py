@@ -22,7 +22,7 @@ COVERAGE_WEIGHT = 0.5
 
 
 @dataclass(frozen=True)
-class Step:
+class SelectionStep:
     """One candidate taken: its index, the set's figures with it, and what the objective gained."""
 
     candidate: int
@@ -40,7 +40,9 @@ class Step:
         }
 
 
-def select_domains(space: Space, count: int, weight: float = COVERAGE_WEIGHT) -> tuple[Step, ...]:
+def select_domains(
+    space: Space, count: int, weight: float = COVERAGE_WEIGHT
+) -> tuple[SelectionStep, ...]:
     """`count` candidates, each the one that adds most to the objective; the first among equals.
 
     Raises UsageError as `check_count` does.
@@ -50,10 +52,10 @@ def select_domains(space: Space, count: int, weight: float = COVERAGE_WEIGHT) ->
     served_NC = _served(space)
     cosine_CC = np.abs(space.cosines)
     chosen: list[int] = []
-    steps: list[Step] = []
+    steps: list[SelectionStep] = []
     reached = 0.0
     for _ in range(count):
-        best: Step | None = None
+        best: SelectionStep | None = None
         for candidate in range(candidates):
             if candidate in chosen:
                 continue
@@ -62,7 +64,7 @@ def select_domains(space: Space, count: int, weight: float = COVERAGE_WEIGHT) ->
             separation = _separation(cosine_CC, members)
             gain = weight * coverage + (1 - weight) * separation - reached
             if best is None or gain > best.gain + 1e-12:
-                best = Step(candidate, coverage, separation, gain)
+                best = SelectionStep(candidate, coverage, separation, gain)
         assert best is not None
         chosen.append(best.candidate)
         reached += best.gain

@@ -188,10 +188,10 @@ class RunningModel(Protocol):
         """A new sequence, of at most `capacity` tokens."""
 
 
-Options = TypeVar("Options", bound=FormatOptions)
+OptionsT = TypeVar("OptionsT", bound=FormatOptions)
 
 
-class Format(ABC, Generic[Options]):
+class Format(ABC, Generic[OptionsT]):
     """One format; an instance of it stands in the registry.
 
     name       on the command line ("onnx")
@@ -213,7 +213,7 @@ class Format(ABC, Generic[Options]):
     title: ClassVar[str]
     kind: ClassVar[str]
     engine: ClassVar[str]
-    options: type[Options]
+    options: type[OptionsT]
     weights: ClassVar[str]
     others: ClassVar[tuple[str, ...]] = ()
     marker: ClassVar[str | None] = None
@@ -233,7 +233,7 @@ class Format(ABC, Generic[Options]):
         return any(Path(name).match(self.weights) for name in names)
 
     @abstractmethod
-    def prepare(self, options: Options, checkpoint: Checkpoint, plan: Plan) -> ModelFiles:
+    def prepare(self, options: OptionsT, checkpoint: Checkpoint, plan: Plan) -> ModelFiles:
         """Files of a checkpoint, which need not be written yet; its path has the tokenizer.
 
         `plan` says where the checkpoint comes from. Raises ModelError for what the format cannot
@@ -242,11 +242,11 @@ class Format(ABC, Generic[Options]):
 
     @abstractmethod
     def disk(
-        self, options: Options, stored_dtype: str, parameters: int, verify: bool
+        self, options: OptionsT, stored_dtype: str, parameters: int, verify: bool
     ) -> dict[str, int]:
         """About how many bytes each part takes, of a model stored in `stored_dtype` ("BF16")."""
 
-    def working_bytes(self, options: Options) -> int:
+    def working_bytes(self, options: OptionsT) -> int:
         """Of a value of a tensor on its way through memory."""
         return 4
 

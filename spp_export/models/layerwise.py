@@ -23,8 +23,8 @@ from spp_export.models.checkpoint.checkpoint import open_checkpoint
 from spp_export.models.checkpoint.header import StoredTensor
 from spp_export.models.families import Family
 from spp_export.models.weights_on_disk import (
-    Block,
     TableOnDisk,
+    WeightBlock,
     empty_model,
     stored_as_tensor,
     stored_weights,
@@ -105,14 +105,14 @@ class LayerStream:
         self._ahead: tuple[int, Future[list[Tensor]]] | None = None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="spp-layers")
         self._blocks = [
-            Block(model, family.layer_name(index, "")[:-1], weights)
+            WeightBlock(model, family.layer_name(index, "")[:-1], weights)
             for index in range(len(self._layers))
         ]
-        self._blocks.append(Block(model, family.head, weights))
+        self._blocks.append(WeightBlock(model, family.head, weights))
         table = TableOnDisk(weights[f"{family.embedding}.weight"], model.dtype, device)
         model.set_input_embeddings(table)
         self._resident = table.weight
-        norm = Block(model, family.final_norm, weights)
+        norm = WeightBlock(model, family.final_norm, weights)
         norm.fill(self._read(norm))
         for module in model.modules():
             for name, buffer in module._buffers.items():
@@ -188,7 +188,7 @@ class LayerStream:
             self._blocks[self._now].empty()
             self._now = None
 
-    def _read(self, block: Block) -> list[Tensor]:
+    def _read(self, block: WeightBlock) -> list[Tensor]:
         dtype = self._resident.dtype
         return [
             stored_as_tensor(tensor, self._own_dtype, dtype, self._device)

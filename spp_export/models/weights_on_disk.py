@@ -23,7 +23,7 @@ from spp_export.models.checkpoint.reader import blocks
 _SIGNED = {2: np.int16, 4: np.int32, 8: np.int64}
 
 
-class Block:
+class WeightBlock:
     """Modules whose weights come and go together: a layer, or the head."""
 
     def __init__(self, model: nn.Module, name: str, weights: Mapping[str, StoredTensor]) -> None:

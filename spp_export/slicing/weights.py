@@ -22,8 +22,8 @@ from spp_export.models.checkpoint.header import show
 from spp_export.models.checkpoint.reader import BLOCK_BYTES, blocks, read_float
 from spp_export.models.checkpoint.writer import (
     DEFAULT_SHARD_BYTES,
-    Entry,
     ShardWriter,
+    TensorEntry,
     ahead,
     plan_shards,
 )
@@ -119,18 +119,18 @@ class SlimTensors:
         }
         assert self._biases.keys() <= self._slim.keys(), "a bias of a layer that does not exist"
 
-    def entries(self) -> Iterator[Entry]:
+    def entries(self) -> Iterator[TensorEntry]:
         """Every tensor of the slim checkpoint, in file order."""
         for name, spec in self._slim.items():
-            yield Entry(name, self._dtype(name), spec.shape)
+            yield TensorEntry(name, self._dtype(name), spec.shape)
 
-    def blocks(self, entries: Iterable[Entry]) -> Generator[tuple[Entry, Bits]]:
+    def blocks(self, entries: Iterable[TensorEntry]) -> Generator[tuple[TensorEntry, Bits]]:
         """The bits of tensors in blocks, in row order, each beside its tensor."""
         for entry in entries:
             for block in self._blocks(entry):
                 yield entry, block
 
-    def changes(self, entry: Entry) -> bool:
+    def changes(self, entry: TensorEntry) -> bool:
         """Whether a slim tensor is another than the source's of its name."""
         if entry.name not in self._source.tensors or entry.name in self._biases:
             return True
@@ -138,7 +138,7 @@ class SlimTensors:
         units = written_units(spec, self._plan, self._source.shape)
         return units is not None or self._replaced(spec) is not None
 
-    def _blocks(self, entry: Entry) -> Iterator[Bits]:
+    def _blocks(self, entry: TensorEntry) -> Iterator[Bits]:
         stored, added = self._source.tensors.get(entry.name), self._biases.get(entry.name)
         if stored is None or added is not None:
             old = read_float(stored) if stored else np.zeros(entry.shape)
@@ -164,7 +164,7 @@ class SlimTensors:
         return stored.dtype
 
 
-def _filled(values: Floats, entry: Entry, real: Indices) -> Floats:
+def _filled(values: Floats, entry: TensorEntry, real: Indices) -> Floats:
     """The columns `values` at `real`, zeros between them."""
     whole = np.zeros(entry.shape, dtype=values.dtype)
     whole[:, real] = values
@@ -173,7 +173,7 @@ def _filled(values: Floats, entry: Entry, real: Indices) -> Floats:
 
 def encoded(
     values: Floats,
-    entry: Entry,
+    entry: TensorEntry,
     *,
     origin: str = "a compensated value",
     advice: str = "Use a larger ridge, or no compensation.",

@@ -16,7 +16,7 @@ from spp_export.commands.probe import probe
 from spp_export.common.errors import UsageError
 from spp_export.data.artifacts import read_artifacts, write_artifacts
 from spp_export.data.pools import Pools
-from spp_export.domains.probe_model import ProbeRequest, probe_model
+from spp_export.domains.probe_model import ProbeSettings, probe_model
 from spp_export.importance import SCORING
 from spp_export.models.checkpoint.checkpoint import open_source
 from spp_export.models.loader import load_dense
@@ -54,7 +54,7 @@ def tiny(tmp_path_factory):
                 open_source(path),
                 pools,
                 left_out=left_out,
-                request=ProbeRequest(**request),
+                request=ProbeSettings(**request),
             )
 
         yield path, run, run(seed=5)

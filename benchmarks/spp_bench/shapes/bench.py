@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from spp_bench import provenance
 from spp_bench.bench import BenchRequest
 from spp_bench.bounds import Rates, Sizes
-from spp_bench.candidates import DENSE, Candidate, Engine, Made
+from spp_bench.candidates import DENSE, Candidate, EngineName, Made
 from spp_bench.cases import Cell, tokens
 from spp_bench.claims import claim_rows
 from spp_bench.device_rates import measure_rates
@@ -35,7 +35,7 @@ from spp_export.common.progress import progress
 if TYPE_CHECKING:
     from spp_bench.engines.static import Room, StaticRunner
 
-_LABELS: Mapping[Engine, str] = {"torch": "eager", "graph": "graph"}
+_LABELS: Mapping[EngineName, str] = {"torch": "eager", "graph": "graph"}
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _PROMPT, _STEPS = 16, 4
 
@@ -122,7 +122,7 @@ class ShapeRun:
         self.request = request
         self.results = results
         self.dtype = request.dtype or ("bfloat16" if on_card else "float32")
-        self.engines: tuple[Engine, ...] = ("torch", "graph") if on_card else ("torch",)
+        self.engines: tuple[EngineName, ...] = ("torch", "graph") if on_card else ("torch",)
         self.threads = request.threads or provenance.physical_cores()
         self.candidates = [
             self._candidate(plan, engine) for plan in (None, *plans) for engine in self.engines
@@ -209,7 +209,7 @@ class ShapeRun:
         of_engines = [model for model in (models.dense, *slims) for _ in self.engines]
         yield from zip(self.candidates, of_engines, strict=True)
 
-    def _candidate(self, plan: ShapePlan | None, engine: Engine) -> Candidate:
+    def _candidate(self, plan: ShapePlan | None, engine: EngineName) -> Candidate:
         shape, label, size = self.of.shape, _LABELS[engine], _BYTES[self.dtype]
         layers = plan.layers(self.of) if plan else shape.layers
         windows = (None,) * shape.num_layers

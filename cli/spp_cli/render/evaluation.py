@@ -11,7 +11,7 @@ from rich.text import Text
 
 from spp_cli.render.look import BAD, FAINT, GOOD, STRONG, Look, single_line
 from spp_export.evaluation.harness.table import (
-    Comparison,
+    PairedComparison,
     Ranked,
     comparisons,
     interval,
@@ -81,7 +81,7 @@ def _ranked(rows: Sequence[Ranked], text: str) -> Table:
     return table
 
 
-def _compared(shown: Sequence[Comparison]) -> Table:
+def _compared(shown: Sequence[PairedComparison]) -> Table:
     table = Table.grid(padding=(0, 2, 0, 0))
     for pair in shown:
         how = f"{pair.ours.keep:g} of {units_name(pair.ours.units)}, {pair.ours.compensation}"

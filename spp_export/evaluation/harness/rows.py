@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from spp_export.slicing.projections import Projection
 
 Text = Literal["scenario", "mean", "wrong", "single", "own"]
-Kind = Literal["method", "control", "ablation", "dense", "dynamic"]
+RowKind = Literal["method", "control", "ablation", "dense", "dynamic"]
 
 _TEXT_LABELS = {
     "scenario": "",
@@ -55,7 +55,7 @@ class Row:
     text: Text = "scenario"
     seed: int = 0
     whitelist: bool = True
-    kind: Kind = "method"
+    kind: RowKind = "method"
     artifacts: str = ""
     plan: str = ""
 

@@ -41,7 +41,7 @@ class Ranked:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PairedComparison:
     """Perplexity of one row over another's on a text: below one where the first is better."""
 
     ours: Row
@@ -72,7 +72,7 @@ def ranking(results: Results) -> dict[tuple[float, str], list[Ranked]]:
     return ranked
 
 
-def comparisons(results: Results, seed: int = 0) -> list[Comparison]:
+def comparisons(results: Results, seed: int = 0) -> list[PairedComparison]:
     """Per budget, units and compensation, on every text: the criteria that have a domain-mean
     control, each against every other row, paired."""
     main = {record.row.criterion for record in results.measured if record.row.text == "mean"}
@@ -85,7 +85,9 @@ def comparisons(results: Results, seed: int = 0) -> list[Comparison]:
                 continue
             for text in results.texts:
                 scores = results.scores(ours, text), results.scores(theirs, text)
-                pairs.append(Comparison(ours.row, theirs.row, text, paired_ratio(*scores, seed)))
+                pairs.append(
+                    PairedComparison(ours.row, theirs.row, text, paired_ratio(*scores, seed))
+                )
     return pairs
 
 
@@ -199,7 +201,7 @@ def _answer_cells(row: Ranked) -> Iterator[list[str]]:
         yield [row.row.label, row.row.compensation, name, *figures]
 
 
-def _comparison_table(pairs: Sequence[Comparison]) -> str:
+def _comparison_table(pairs: Sequence[PairedComparison]) -> str:
     head = ["keep", "units", "compensation", "first", "second", "text", "ratio", ""]
     return _table(
         head,

@@ -22,7 +22,7 @@ from spp_export.models.shape import ModelShape
 
 
 @dataclass(frozen=True)
-class Block(ABC):
+class ProbedBlock(ABC):
     """One block: `norm` reads the residual stream, `body` what it gives, `consumer` writes back.
 
     `consumer` is o_proj or down_proj; its input holds `units` units of `step` columns each.
@@ -52,7 +52,7 @@ class Block(ABC):
 
 
 @dataclass(frozen=True)
-class AttentionBlock(Block):
+class AttentionBlock(ProbedBlock):
     """q, k, v and o with everything between."""
 
     query: nn.Module
@@ -103,7 +103,7 @@ class AttentionBlock(Block):
 
 
 @dataclass(frozen=True)
-class MlpBlock(Block):
+class MlpBlock(ProbedBlock):
     """gate, up and down."""
 
     gate: nn.Module
@@ -122,12 +122,14 @@ class MlpBlock(Block):
         return written
 
 
-def layer_blocks(model: nn.Module, family: Family, shape: ModelShape) -> list[tuple[Block, Block]]:
+def layer_blocks(
+    model: nn.Module, family: Family, shape: ModelShape
+) -> list[tuple[ProbedBlock, ProbedBlock]]:
     """Attention and MLP of every layer of the dense model, in order.
 
     Raises ModelError where weights are offloaded: scores read them between forward passes.
     """
-    pairs: list[tuple[Block, Block]] = []
+    pairs: list[tuple[ProbedBlock, ProbedBlock]] = []
     for layer in range(shape.num_layers):
 
         def part(role: str, layer: int = layer) -> nn.Module:
@@ -168,7 +170,7 @@ def zero_removed(values: Tensor, kept: Tensor) -> Tensor:
 
 
 @contextmanager
-def masked(block: Block, kept: Tensor) -> Iterator[None]:
+def masked(block: ProbedBlock, kept: Tensor) -> Iterator[None]:
     """The consumer reads zeros from all but the kept units [H] or [I]; undone on exit."""
     columns = block.columns(kept)
     handle = block.consumer.register_forward_pre_hook(

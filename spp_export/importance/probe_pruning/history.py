@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from spp_export.calibration.activations import TokenBatch, input_device
 from spp_export.common.errors import UsageError
 from spp_export.common.progress import progress
-from spp_export.importance.probe_pruning.blocks import AttentionBlock, Block, layer_blocks
+from spp_export.importance.probe_pruning.blocks import AttentionBlock, ProbedBlock, layer_blocks
 from spp_export.importance.probe_pruning.probe import PositionMoments, whole
 from spp_export.models.families import Family
 from spp_export.models.session import Session
@@ -36,7 +36,7 @@ class History:
         """S_max: probes are chosen among the first so many tokens."""
         return len(self.heads[0])
 
-    def of(self, block: Block) -> Tensor:
+    def of(self, block: ProbedBlock) -> Tensor:
         """The moments [S_max,C] of one block."""
         moments = self.heads if isinstance(block, AttentionBlock) else self.channels
         return moments[block.layer]

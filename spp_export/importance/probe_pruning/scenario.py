@@ -19,7 +19,12 @@ from spp_export.calibration.activations import TokenBatch, input_device
 from spp_export.common.arrays import FloatArray
 from spp_export.common.errors import ScenarioError
 from spp_export.common.progress import progress
-from spp_export.importance.probe_pruning.blocks import AttentionBlock, Block, layer_blocks, masked
+from spp_export.importance.probe_pruning.blocks import (
+    AttentionBlock,
+    ProbedBlock,
+    layer_blocks,
+    masked,
+)
 from spp_export.importance.probe_pruning.history import History
 from spp_export.importance.probe_pruning.probe import PositionMoments, Probe, choose, whole
 from spp_export.importance.probe_pruning.score import Targets, fuse, ppsp
@@ -88,7 +93,7 @@ def scenario_scores(
 
 
 def _scores(
-    block: Block,
+    block: ProbedBlock,
     streams: Sequence[_Stream],
     inputs: Sequence[Tensor],
     *,
@@ -127,7 +132,10 @@ def _of_rows(call: dict[str, Any], rows: slice) -> dict[str, Any]:
 
 
 def _entered(
-    model: nn.Module, family: Family, pairs: Sequence[tuple[Block, Block]], batch: TokenBatch
+    model: nn.Module,
+    family: Family,
+    pairs: Sequence[tuple[ProbedBlock, ProbedBlock]],
+    batch: TokenBatch,
 ) -> _Stream:
     """The stream before the first layer, and each layer's masks and rotary embedding, which do not
     depend on what is pruned."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from spp_export.importance.probe_counts import channels_kept, depth_corrected, heads_dropped
-from spp_export.importance.probe_pruning.blocks import AttentionBlock, Block
+from spp_export.importance.probe_pruning.blocks import AttentionBlock, ProbedBlock
 from spp_export.importance.probe_pruning.probe import wide
 from spp_export.models.shape import ModelShape
 
@@ -63,7 +63,7 @@ class Targets:
             channels_kept(p, shape.channels, multiple),
         )
 
-    def keep(self, block: Block, scores: Tensor) -> Tensor:
+    def keep(self, block: ProbedBlock, scores: Tensor) -> Tensor:
         """Mask [H] or [I] of the units a block keeps: all, or those of highest score."""
         kept = torch.ones_like(scores, dtype=torch.bool)
         if block.layer >= self.skipped:

@@ -39,7 +39,7 @@ _SEND_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class TensorEntry:
     """A tensor to be written."""
 
     name: str
@@ -60,7 +60,7 @@ class Shard:
     """One file to be written and its tensors in the order of their data."""
 
     file: str
-    entries: tuple[Entry, ...]
+    entries: tuple[TensorEntry, ...]
 
     @property
     def nbytes(self) -> int:
@@ -69,7 +69,7 @@ class Shard:
 
 
 def plan_shards(
-    entries: Iterable[Entry], max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    entries: Iterable[TensorEntry], max_shard_bytes: int = DEFAULT_SHARD_BYTES
 ) -> tuple[Shard, ...]:
     """Fill shards with `entries` in order; a larger tensor gets a shard of its own.
 
@@ -78,7 +78,7 @@ def plan_shards(
     """
     if max_shard_bytes < 1:
         raise UsageError(f"the size of a shard must be at least 1 byte, got {max_shard_bytes}.")
-    groups: list[list[Entry]] = [[]]
+    groups: list[list[TensorEntry]] = [[]]
     size = 0
     for entry in entries:
         if groups[-1] and size + entry.nbytes > max_shard_bytes:
@@ -115,7 +115,7 @@ class ShardWriter:
         self._short = bytearray()
 
     @property
-    def order(self) -> tuple[Entry, ...]:
+    def order(self) -> tuple[TensorEntry, ...]:
         """The order in which tensors must be given."""
         return tuple(entry for shard in self._shards for entry in shard.entries)
 
@@ -272,18 +272,18 @@ def _reporting(path: Path) -> Iterator[None]:
         raise OutputError(f"{path}: cannot be written ({error.strerror}).") from error
 
 
-Item = TypeVar("Item")
+ItemT = TypeVar("ItemT")
 
 
 @contextmanager
-def ahead(items: Generator[Item], depth: int) -> Iterator[Iterator[Item]]:
+def ahead(items: Generator[ItemT], depth: int) -> Iterator[Iterator[ItemT]]:
     """Yield `items` in order, up to `depth` of them made before they are asked for.
 
     What making one raises is raised where it would have been taken. On exit, early or not, `items`
     is closed and its thread has ended.
     """
     # An item stands in a tuple of its own, None for the end.
-    made: SimpleQueue[tuple[Item] | BaseException | None] = SimpleQueue()
+    made: SimpleQueue[tuple[ItemT] | BaseException | None] = SimpleQueue()
     room = threading.Semaphore(depth)
     stopped = threading.Event()
 
@@ -299,7 +299,7 @@ def ahead(items: Generator[Item], depth: int) -> Iterator[Iterator[Item]]:
         except BaseException as error:
             made.put(error)
 
-    def take() -> Iterator[Item]:
+    def take() -> Iterator[ItemT]:
         while (item := made.get()) is not None:
             if isinstance(item, BaseException):
                 raise item

@@ -17,14 +17,14 @@ from spp_export.common.errors import OutputError, UsageError
 from spp_export.models.checkpoint import writer as writer_module
 from spp_export.models.checkpoint.dtypes import ELEMENT_BYTES, FLOAT_DTYPES, bits_dtype
 from spp_export.models.checkpoint.reader import as_array, stored_tensors
-from spp_export.models.checkpoint.writer import Entry, ShardWriter, plan_shards
+from spp_export.models.checkpoint.writer import ShardWriter, TensorEntry, plan_shards
 
 ENTRIES = [
-    Entry("a", "BF16", (3, 5)),
-    Entry("b", "F32", (7,)),
-    Entry("c", "F16", (1, 1)),
-    Entry("d", "F64", (4, 2)),
-    Entry("e é", "BF16", (6, 6)),
+    TensorEntry("a", "BF16", (3, 5)),
+    TensorEntry("b", "F32", (7,)),
+    TensorEntry("c", "F16", (1, 1)),
+    TensorEntry("d", "F64", (4, 2)),
+    TensorEntry("e é", "BF16", (6, 6)),
 ]
 
 
@@ -99,7 +99,7 @@ def test_records_are_true(tmp_path):
 
 
 def test_blocks_of_any_size_make_the_same_file(tmp_path):
-    entry = Entry("a", "BF16", (3000, 1000))
+    entry = TensorEntry("a", "BF16", (3000, 1000))
     bits = random_bits(entry)
     hashes = set()
     for number, cuts in enumerate([[], [1], [0, 5, 5, 2999], list(range(1, 3000))]):
@@ -120,8 +120,8 @@ def test_many_short_tensors_are_written_together(tmp_path, monkeypatch):
             return super().write(data)
 
     monkeypatch.setattr(writer_module, "FileIO", Counting)
-    entries = [Entry(f"layer.{i}", "BF16", (3, 7)) for i in range(20_000)]
-    entries.insert(10_000, Entry("long", "BF16", (400, 400)))
+    entries = [TensorEntry(f"layer.{i}", "BF16", (3, 7)) for i in range(20_000)]
+    entries.insert(10_000, TensorEntry("long", "BF16", (400, 400)))
     with ShardWriter(tmp_path, plan_shards(entries)) as writer:
         for number, entry in enumerate(writer.order):
             writer.write(entry.name, [np.full(entry.shape, number, np.uint16)])
@@ -147,7 +147,7 @@ def test_data_is_sent_to_the_disk_on_the_way(tmp_path, monkeypatch):
 
     monkeypatch.setattr(writer_module.os, "posix_fadvise", noting)
     monkeypatch.setattr(writer_module, "_SEND_BYTES", 300_000)
-    entries = [Entry(f"t{i}", "BF16", (400, 400)) for i in range(7)]
+    entries = [TensorEntry(f"t{i}", "BF16", (400, 400)) for i in range(7)]
     (tmp_path / "one").mkdir()
     with_advice = write(tmp_path / "one", entries).records
     assert len(ranges) == 7
