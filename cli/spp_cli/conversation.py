@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from spp_cli.output import Output, write_error, write_text, write_warning
 from spp_cli.render.look import byte_size, peak_memory
 from spp_cli.render.look import seconds as duration
-from spp_export.common.errors import UsageError
+from spp_export.common.errors import SppError, UsageError
 
 if TYPE_CHECKING:
     from spp_export.commands.chat.chat import Answer
@@ -50,7 +50,7 @@ def converse(ask: Ask, reset: Callable[[], None], out: Output) -> None:
         elif command:
             try:
                 _answer(ask, line, out)
-            except UsageError as error:
+            except SppError as error:
                 if not terminal:
                     raise
                 write_error(str(error))

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spp_export.commands.needs import (
     check_disk,
@@ -31,6 +31,9 @@ from spp_export.models.engines import Engine
 from spp_export.models.hub import locate_model, model_license
 from spp_export.models.tokenizer import load_tokenizer
 from spp_export.planning import LayerPlan, Plan, read_plan
+
+if TYPE_CHECKING:
+    from spp_export.calibration.activations import TokenBatch
 
 
 @dataclass(frozen=True)
@@ -84,12 +87,14 @@ def convert(request: ConvertRequest) -> ConvertResult:
     plan = _plan(checkpoint)
     files = made.prepare(options, checkpoint, plan)
     _preflight(target, checkpoint, options, files, verify)
+    # Before anything is written, for text may be none for this model.
+    batches = _batches(checkpoint, prompts, request.seed) if verify else ()
     failure: CheckFailed | None = None
     report: dict[str, Any] | None = None
     with publish(target, request.force) as work:
         files.write(place.path, work)
         if verify:
-            report, failure = _check(work, checkpoint, files, prompts, request)
+            report, failure = _check(work, checkpoint, files, batches, request)
             (work / "verify.json").write_text(dump_json(report), encoding="utf-8")
             if failure and not request.keep_failed:
                 raise failure
@@ -108,27 +113,33 @@ def convert(request: ConvertRequest) -> ConvertResult:
     )
 
 
+def _batches(checkpoint: Checkpoint, prompts: Sequence[str], seed: int) -> list[TokenBatch]:
+    from spp_export.evaluation.batches import check_batches
+
+    tokenizer = load_tokenizer(checkpoint.path) if prompts else None
+    return check_batches(checkpoint.shape.vocab_size, prompts, tokenizer, seed)
+
+
 def _check(
     work: Path,
     checkpoint: Checkpoint,
     files: ModelFiles,
-    prompts: Sequence[str],
+    batches: Sequence[TokenBatch],
     request: ConvertRequest,
 ) -> tuple[dict[str, Any], CheckFailed | None]:
     """The content of verify.json, and the error to raise if a check failed."""
     import torch
 
-    from spp_export.evaluation.batches import check_batches, slim_reference, wide_dtype
+    from spp_export.evaluation.batches import slim_reference, wide_dtype
     from spp_export.evaluation.parity import VerifyReport
 
     own = getattr(torch, files.torch_dtype)
     exact = wide_dtype(own, checkpoint.shape.parameters(checkpoint.layers), "cpu")
-    tokenizer = load_tokenizer(checkpoint.path) if prompts else None
     result = files.check(
         work,
         Comparison(
             checkpoint.path,
-            check_batches(checkpoint.shape.vocab_size, prompts, tokenizer, request.seed),
+            batches,
             lambda batches: slim_reference(checkpoint.path, batches, exact, own),
             request.device,
         ),

@@ -75,6 +75,8 @@ def export(request: ExportRequest) -> ExportResult:
     )
     artifacts = _artifacts(request, session)
     _preflight(session, target, request)
+    if text is not None and (request.plan is None or request.verify):
+        session.tokenizer.check(text.prompts)  # those held out, too
     job = _Job(session, artifacts, text, request, _Clock())
     result, files = job.decide(target)
     if request.dry_run:

@@ -25,6 +25,7 @@ def plan(request: PlanFileRequest) -> PlanResult:
         request.model, device=request.device, dtype=request.dtype, layerwise=request.layerwise
     )
     artifacts = open_artifacts(request.artifacts, request.model, session.source)
+    session.tokenizer.check(text.prompts)
     result = plan_scenario(session, artifacts, text, request)
     if request.output is not None:
         write_plan(result.plan, request.output, force=request.force)

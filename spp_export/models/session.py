@@ -14,7 +14,7 @@ from spp_export.common.progress import progress
 from spp_export.models.checkpoint.checkpoint import Checkpoint, open_source
 from spp_export.models.checkpoint.reader import require_unchanged
 from spp_export.models.hub import DEMO, locate_model
-from spp_export.models.tokenizer import load_tokenizer
+from spp_export.models.tokenizer import ModelTokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +77,7 @@ class Session:
         return open_layerwise(directory, self.torch_dtype, self.device)
 
     @cached_property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> ModelTokenizer:
         """The model's own tokenizer."""
         return load_tokenizer(self.source.path, name=self.source.name)
 

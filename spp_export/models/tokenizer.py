@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,66 @@ from spp_export.common.errors import ModelError
 from spp_export.common.progress import quiet_transformers
 from spp_export.models.checkpoint.checkpoint import read_config
 from spp_export.models.checkpoint.companions import check_companions
+from spp_export.models.families import vocabulary_size
 
 # What transformers says of a directory with none of these depends on its version.
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 _WHOLE = "tokenizer.json"
 
 
-def load_tokenizer(directory: Path, *, name: str | None = None, without_torch: bool = False) -> Any:
+class ModelTokenizer:
+    """A tokenizer of transformers beside a model: all of it, but ids that the model has no
+    embedding for are a ModelError, whichever engine they were meant for.
+
+    rows  tokens that the model has; a tokenizer may have more, which some texts never use
+    """
+
+    def __init__(self, tokenizer: Any, rows: int, name: str) -> None:
+        self._tokenizer, self._rows, self._name = tokenizer, rows, name
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # copy and pickle ask for them before there is a tokenizer
+            raise AttributeError(name)
+        return getattr(self._tokenizer, name)
+
+    def __len__(self) -> int:
+        return len(self._tokenizer)
+
+    def __call__(self, *texts: Any, **options: Any) -> Any:
+        encoded = self._tokenizer(*texts, **options)
+        self._check(encoded["input_ids"])
+        return encoded
+
+    def check(self, texts: Iterable[str]) -> None:
+        """ModelError for texts that are none for this model, before any work is done on some."""
+        if max(self._tokenizer.get_vocab().values(), default=0) >= self._rows:
+            for text in texts:
+                self(text)
+
+    def _check(self, ids: Any) -> None:
+        highest = max(_flat(ids), default=0)
+        if highest >= self._rows:
+            token = str(self._tokenizer.convert_ids_to_tokens(highest))
+            raise ModelError(
+                f"{self._name}: the text has token {token!r:.60}, which is {highest} in the "
+                f"tokenizer, and config.json gives the model vocab_size {self._rows}, so ids up to "
+                f"{self._rows - 1}. Use the tokenizer that the model was trained with, or give the "
+                "model its tokens: model.resize_token_embeddings(len(tokenizer))."
+            )
+
+
+def _flat(ids: Any) -> Iterator[int]:
+    """The ids of a text, or of a list of them."""
+    for item in ids:
+        if isinstance(item, int):
+            yield item
+        else:
+            yield from _flat(item)
+
+
+def load_tokenizer(
+    directory: Path, *, name: str | None = None, without_torch: bool = False
+) -> ModelTokenizer:
     """The tokenizer in a model directory; no code of its own is run, nothing is fetched.
 
     `name` is what messages call the model. `without_torch` reads a tokenizer.json as it is, as
@@ -27,7 +81,7 @@ def load_tokenizer(directory: Path, *, name: str | None = None, without_torch: b
     import transformers
 
     shown = name or os.fspath(directory)
-    read_config(directory)
+    rows = vocabulary_size(read_config(directory))
     check_companions(directory)
     if not any((directory / file).exists() for file in _FILES):
         raise ModelError(
@@ -40,7 +94,7 @@ def load_tokenizer(directory: Path, *, name: str | None = None, without_torch: b
     try:
         with quiet_transformers():
             # Without the word it would ask on the terminal, and take a scenario's "y" for a yes.
-            return kind.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            loaded = kind.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except BaseException as error:  # a damaged file can fail anywhere below
         # What the tokenizers library panics with is no Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -49,3 +103,4 @@ def load_tokenizer(directory: Path, *, name: str | None = None, without_torch: b
         raise ModelError(
             f"{shown}: no tokenizer that transformers can load: {first:.300}"
         ) from error
+    return ModelTokenizer(loaded, rows, shown)

@@ -74,8 +74,11 @@ def _tokens(
         kinds[unknown] = _UNKNOWN
     if names and max(names) >= vocab_size:
         raise ModelError(
-            f"{directory}: the tokenizer has token {max(names)}, the model only {vocab_size}. "
-            "They are of different models."
+            f"{directory}: the tokenizer has token {names[max(names)]!r:.60}, which is "
+            f"{max(names)}, and config.json gives the model vocab_size {vocab_size}, so ids up to "
+            f"{vocab_size - 1}. GGUF has as many tokens as the model. Use the tokenizer that the "
+            "model was trained with, or give the model its tokens: "
+            "model.resize_token_embeddings(len(tokenizer))."
         )
     everything = range(vocab_size)
     return (

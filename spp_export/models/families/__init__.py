@@ -8,9 +8,19 @@ from typing import Any
 
 from spp_export.common.errors import ModelError
 from spp_export.common.json_files import shown
-from spp_export.models.families.base import Family, Role, TensorSpec, Unit
+from spp_export.models.families.base import Family, Role, TensorSpec, Unit, vocabulary_size
 
-__all__ = ["FAMILIES", "FILES", "Family", "Role", "TensorSpec", "Unit", "family_of", "registry"]
+__all__ = [
+    "FAMILIES",
+    "FILES",
+    "Family",
+    "Role",
+    "TensorSpec",
+    "Unit",
+    "family_of",
+    "registry",
+    "vocabulary_size",
+]
 
 # One line per family: the file of this folder that holds its record.
 FILES = (

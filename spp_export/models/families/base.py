@@ -152,7 +152,7 @@ class Family:
             kv_heads=kv_heads,
             head_dim=_size(config, "head_dim", hidden // query_heads),
             channels=_size(config, "intermediate_size"),
-            vocab_size=_size(config, "vocab_size"),
+            vocab_size=vocabulary_size(config),
             tied_embeddings=_flag(config, "tie_word_embeddings"),
             element_bytes=element_bytes,
             qkv_bias=_flag(config, self.qkv_bias),
@@ -225,6 +225,11 @@ class Family:
         """Whether a stored tensor is a buffer of a layer that the config determines."""
         layer, _, role = name.removeprefix(f"{self.layers}.").partition(".")
         return layer.isdigit() and name.startswith(f"{self.layers}.") and role in self.obsolete
+
+
+def vocabulary_size(config: Mapping[str, Any]) -> int:
+    """Tokens that a model has an embedding for. Raises ModelError."""
+    return _size(config, "vocab_size")
 
 
 def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:

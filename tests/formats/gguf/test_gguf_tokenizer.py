@@ -230,7 +230,7 @@ def test_a_tokenizer_without_merges_is_refused(tmp_path: Path) -> None:
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     dense = make("llama-mha-tied", tmp_path)
     train("gpt-2").save(str(dense / "tokenizer.json"))
-    refused(dense, "the tokenizer has token 329, the model only 263")
+    refused(dense, "the tokenizer has token .* 329, .* vocab_size 263, so ids up to 262")
 
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
