@@ -74,9 +74,10 @@ def convert(request: ConvertRequest) -> ConvertResult:
 
         spp_export.convert("out/chemistry", "out/chemistry-onnx", scenario="chemistry.txt")
     """
-    made, options, verify = FORMATS[request.format], request.form, request.verify
+    made, verify = FORMATS[request.format], request.verify
     made.require()
-    options.check(request.device if verify else None)
+    device = request.device if verify else None
+    request.form.check(device)
     prompts = () if request.scenario is None else read_scenario(request.scenario).prompts
     target = Path(request.output)
     check_target(target, request.force)
@@ -84,6 +85,8 @@ def convert(request: ConvertRequest) -> ConvertResult:
     place = locate_model(os.fspath(request.checkpoint))
     _check_source(place.path, target)
     checkpoint = open_checkpoint(place.path, place.name)
+    options = request.fitted(checkpoint.shape).form
+    options.check(device)
     plan = _plan(checkpoint)
     files = made.prepare(options, checkpoint, plan)
     _preflight(target, checkpoint, options, files, verify)

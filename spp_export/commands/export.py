@@ -39,7 +39,7 @@ from spp_export.formats.registry import FORMATS
 from spp_export.formats.safetensors.write import COMPANIONS, write_slim
 from spp_export.models.hub import DEMO, model_license
 from spp_export.models.session import Session, open_session
-from spp_export.planning import Plan, read_plan, validate_plan
+from spp_export.planning import Plan, dense_plan, read_plan, sample_plan, validate_plan
 from spp_export.planning.bound import Predicted, predicted
 from spp_export.planning.planner import (
     PlanResult,
@@ -73,7 +73,10 @@ def export(request: ExportRequest) -> ExportResult:
     session = open_session(
         request.model, device=request.device, dtype=request.dtype, layerwise=request.layerwise
     )
+    request = request.fitted(session.source.shape)
+    _check_format(request)
     artifacts = _artifacts(request, session)
+    _check_files(session, request)
     _preflight(session, target, request)
     if text is not None and (request.plan is None or request.verify):
         session.tokenizer.check(text.prompts)  # those held out, too
@@ -195,6 +198,17 @@ def _check_format(request: ExportRequest) -> None:
     FORMATS[request.format].require()
     # What nothing here can run can still be written, where nobody asks for the checks.
     request.form.check(request.device if request.verify and not request.dry_run else None)
+
+
+def _check_files(session: Session, request: ExportRequest) -> None:
+    """Refuse what the format cannot hold before there is a plan, by one of its kind."""
+    if request.plan is not None:
+        return
+    source = session.source
+    dense = dense_plan(source.shape, source.fingerprint, source.name)
+    layout = "uniform" if request.keep == 1 else request.layout  # then no layer loses anything
+    sample = sample_plan(dense, source.shape, layout, request.compensate, request.units)
+    FORMATS[request.format].prepare(request.form, promised_checkpoint(source, sample), sample)
 
 
 def _push(target: Path, request: ExportRequest, repo_id: str) -> PushResult:

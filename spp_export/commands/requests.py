@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, fields, make_dataclass
+from dataclasses import KW_ONLY, dataclass, fields, make_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from spp_export.common.errors import UsageError
 from spp_export.common.options import (
@@ -39,7 +39,7 @@ from spp_export.common.options import (
 )
 from spp_export.formats.format import Format, FormatOptions
 from spp_export.formats.registry import FORMATS, options_of
-from spp_export.models.shape import Units
+from spp_export.models.shape import ModelShape, Units
 from spp_export.planning.plan import Compensation, Plan
 from spp_export.planning.request import Comparable, PlanRequest, Regime
 
@@ -134,8 +134,22 @@ class _Form(Device):
     @property
     def form(self) -> FormatOptions:
         """The options of the format. Raises UsageError for one that it does not have."""
+        return self._options()
+
+    def fitted(self, shape: ModelShape) -> Self:
+        """The same with what is left open decided for a model of this shape. Raises UsageError for
+        what it cannot be."""
+        made = self._options(shape)
+        decided = {
+            _FLAGS[flag]: getattr(made, name)
+            for name, flag in made.flags().items()
+            if flag in _FLAGS
+        }
+        return replace(self, **decided)
+
+    def _options(self, shape: ModelShape | None = None) -> FormatOptions:
         values = {flag: getattr(self, name) for flag, name in _FLAGS.items()}
-        return options_of(self._format, self.device, values)
+        return options_of(self._format, self.device, values, shape)
 
     @property
     def _format(self) -> str:

@@ -46,8 +46,12 @@ class FormatOptions:
     """
 
     @classmethod
-    def chosen(cls, device: str, values: Mapping[str, Any]) -> Any:
-        """Options with these values, None of which is no choice, and a device's defaults."""
+    def chosen(cls, device: str, values: Mapping[str, Any], shape: ModelShape | None = None) -> Any:
+        """Options with these values, None of which is no choice, and the defaults for a device and
+        a model of this shape.
+
+        Raises UsageError for a choice that no model of this shape can have.
+        """
         return cls(**{name: value for name, value in values.items() if value is not None})
 
     @classmethod

@@ -13,6 +13,7 @@ from spp_export.formats.format import Format, FormatOptions
 from spp_export.formats.gguf.format import Gguf
 from spp_export.formats.onnx.format import Onnx
 from spp_export.formats.safetensors.format import Safetensors
+from spp_export.models.shape import ModelShape
 
 FORMATS: dict[str, Format[Any]] = {
     made.name: made
@@ -37,10 +38,13 @@ def detect_format(directory: Path, listed: Iterable[str] = ()) -> Format[Any] | 
     return next(chain(marked, holding), None)
 
 
-def options_of(name: str, device: str, values: Mapping[str, Any]) -> FormatOptions:
-    """The options of a format on a device, by flag; None is no choice.
+def options_of(
+    name: str, device: str, values: Mapping[str, Any], shape: ModelShape | None = None
+) -> FormatOptions:
+    """The options of a format on a device, for models of a shape or any, by flag; None is no
+    choice.
 
-    Raises UsageError for a choice that the format does not have.
+    Raises UsageError for a choice that the format does not have, or not for this shape.
     """
     record = FORMATS[name]
     chosen = {}
@@ -70,5 +74,5 @@ def options_of(name: str, device: str, values: Mapping[str, Any]) -> FormatOptio
                 )
             raise UsageError(f"{flag} {value!s:.40}: expected one of {known}.")
         chosen[fields[name]] = value
-    options: FormatOptions = record.options.chosen(device, chosen)
+    options: FormatOptions = record.options.chosen(device, chosen, shape)
     return options

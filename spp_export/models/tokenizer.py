@@ -22,10 +22,11 @@ class ModelTokenizer:
     """A tokenizer of transformers beside a model: all of it, but ids that the model has no
     embedding for are a ModelError, whichever engine they were meant for.
 
-    rows  tokens that the model has; a tokenizer may have more, which some texts never use
+    rows  tokens that the model has; a tokenizer may have more, which some texts never use. None
+          beside a GGUF file, which has a token for each of them.
     """
 
-    def __init__(self, tokenizer: Any, rows: int, name: str) -> None:
+    def __init__(self, tokenizer: Any, rows: int | None, name: str) -> None:
         self._tokenizer, self._rows, self._name = tokenizer, rows, name
 
     def __getattr__(self, name: str) -> Any:
@@ -43,20 +44,25 @@ class ModelTokenizer:
 
     def check(self, texts: Iterable[str]) -> None:
         """ModelError for texts that are none for this model, before any work is done on some."""
-        if max(self._tokenizer.get_vocab().values(), default=0) >= self._rows:
+        if self._lacks(self._tokenizer.get_vocab().values()):
             for text in texts:
                 self(text)
 
     def _check(self, ids: Any) -> None:
-        highest = max(_flat(ids), default=0)
-        if highest >= self._rows:
-            token = str(self._tokenizer.convert_ids_to_tokens(highest))
+        if id_ := self._lacks(_flat(ids)):
+            assert self._rows is not None
+            token = str(self._tokenizer.convert_ids_to_tokens(id_))
             raise ModelError(
-                f"{self._name}: the text has token {token!r:.60}, which is {highest} in the "
+                f"{self._name}: the text has token {token!r:.60}, which is {id_} in the "
                 f"tokenizer, and config.json gives the model vocab_size {self._rows}, so ids up to "
                 f"{self._rows - 1}. Use the tokenizer that the model was trained with, or give the "
                 "model its tokens: model.resize_token_embeddings(len(tokenizer))."
             )
+
+    def _lacks(self, ids: Iterable[int]) -> int | None:
+        """The highest id, where the model has no embedding for it."""
+        highest = max(ids, default=0)
+        return None if self._rows is None or highest < self._rows else highest
 
 
 def _flat(ids: Any) -> Iterator[int]:
@@ -81,7 +87,8 @@ def load_tokenizer(
     import transformers
 
     shown = name or os.fspath(directory)
-    rows = vocabulary_size(read_config(directory))
+    config = read_config(directory)
+    rows = vocabulary_size(config) if "vocab_size" in config else None
     check_companions(directory)
     if not any((directory / file).exists() for file in _FILES):
         raise ModelError(

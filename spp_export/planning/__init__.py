@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from spp_export.planning.plan import LayerPlan as LayerPlan
     from spp_export.planning.plan import Plan as Plan
     from spp_export.planning.plan import dense_plan as dense_plan
+    from spp_export.planning.plan import sample_plan as sample_plan
     from spp_export.planning.plan_file import check_plan_target as check_plan_target
     from spp_export.planning.plan_file import parse_plan as parse_plan
     from spp_export.planning.plan_file import read_plan as read_plan

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from spp_export.common.errors import PlanError
 from spp_export.common.json_files import dump_json
-from spp_export.models.shape import LayerShape, Layout, ModelShape
+from spp_export.models.shape import LayerShape, Layout, ModelShape, Units
 
 SCHEMA_VERSION = 1
 
@@ -143,6 +143,21 @@ def dense_plan(shape: ModelShape, fingerprint: str, source: str) -> Plan:
     """The plan that keeps everything."""
     layer = LayerPlan(tuple(range(shape.kv_heads)), tuple(range(shape.query_heads)))
     return Plan(fingerprint, source, "uniform", "none", (layer,) * shape.num_layers)
+
+
+def sample_plan(
+    dense: Plan, shape: ModelShape, layout: Layout, compensation: Compensation, units: Units
+) -> Plan:
+    """A plan like others of its kind, for what depends on nothing else: where layers may differ,
+    the first has about half of the units."""
+    groups, heads = shape.kv_heads, shape.query_heads
+    if units != "channels":
+        groups = -(-groups // 2)
+        heads = groups * shape.group_size if shape.kv_heads > 1 else -(-heads // 2)
+    width = None if units == "heads" else tuple(range(-(-shape.channels // 2)))
+    first = LayerPlan(tuple(range(groups)), tuple(range(heads)), width)
+    layers = dense.layers if layout == "uniform" else (first, *dense.layers[1:])
+    return replace(dense, layout=layout, compensation=compensation, layers=layers)
 
 
 def _entry(name: str, value: Any) -> str:

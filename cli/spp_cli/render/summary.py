@@ -27,12 +27,13 @@ def export_summary(result: ExportResult, look: Look, peak_bytes: int) -> Rendera
     """Of a written export, or of a dry run."""
     if result.path is None:
         target = "dry run, nothing written"
-        end: list[RenderableType] = [Text(), tensor_changes(result.tensors, look)]
+        end: list[RenderableType] = [*_files(result.format, result.form, "not written", None)]
+        end += [Text(), tensor_changes(result.tensors, look)]
         if result.needs:
             end += [Text(), _needs(result.needs.to_dict())]
     else:
-        target, end = str(result.path), _verdict(result.report)
-        end = [*_files(result.format, result.form, result.nbytes, result.report), *end]
+        target, end, size = str(result.path), _verdict(result.report), byte_size(result.nbytes)
+        end = [*_files(result.format, result.form, size, result.report), *end]
     before = _compiled(
         result.plan, result.shape, result.predicted, result.engines, target, look, end
     )
@@ -51,7 +52,7 @@ def convert_summary(result: ConvertResult, look: Look) -> RenderableType:
         checked = [sections.checks(result.report["checks"])]
     return Group(
         Text(f"{result.path}   {result.layout} layout", style="bold"),
-        *_files(format_of(result.options).name, form, result.nbytes, result.report),
+        *_files(format_of(result.options).name, form, byte_size(result.nbytes), result.report),
         Text(),
         *checked,
         Text(),
@@ -118,12 +119,12 @@ def _compiled(
 
 
 def _files(
-    name: str, form: Mapping[str, Any], nbytes: int, report: Mapping[str, Any] | None
+    name: str, form: Mapping[str, Any], size: str, report: Mapping[str, Any] | None
 ) -> list[RenderableType]:
     """What a format says of its files, their size, and what quantisation cost."""
     from spp_export.formats.registry import FORMATS
 
-    lines = FORMATS[name].describe(form, byte_size(nbytes), report)
+    lines = FORMATS[name].describe(form, size, report)
     return [Text(), *map(Text, lines)] if lines else []
 
 

@@ -36,7 +36,8 @@ class OnnxFiles(ModelFiles):
         settings_of(checkpoint)  # which refuses what no graph can express
         self._options, self._base = options, plan.model_source
         self.engines = onnx_engines(checkpoint.layout, **options.to_dict())
-        self.summary = options.to_dict()
+        reason = options.reason(checkpoint.shape)
+        self.summary = {**options.to_dict(), **({"reason": reason} if reason else {})}
         self.element_bytes = options.element_bytes
         self.torch_dtype = options.torch_dtype
 

@@ -111,6 +111,8 @@ class Onnx(Format[OnnxOptions]):
     ) -> list[str]:
         quant = summary["quant"] or "not quantised"
         lines = [f"ONNX graph: {summary['attention']}, {summary['precision']}, {quant}, {size}"]
+        if reason := summary.get("reason"):
+            lines.append(f"attention {summary['attention']}: {reason}")
         if cost := (report or {}).get("quantisation"):
             lines.append(
                 f"against the unquantised graph: KL {cost['mean_kl']:.3g}, "

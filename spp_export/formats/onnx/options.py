@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from spp_export.common.errors import UsageError
 from spp_export.formats.format import FormatOptions, require_package
+
+if TYPE_CHECKING:
+    from spp_export.models.shape import ModelShape
 
 # gqa       GroupQueryAttention with its rotary inside; right padding; shared KV buffer; fastest
 # gqa-bias  the same with positions and mask from outside: padding on either side
@@ -18,6 +21,10 @@ Precision = Literal["fp32", "fp16", "bf16"]
 # int4, int8     weights only, in blocks of 64 or 32 values (MatMulNBits)
 # int8-dynamic   weights per channel and activations per tensor (MatMulInteger)
 Quant = Literal["int8", "int4", "int8-dynamic"]
+
+# What head_dim is a multiple of, as ONNX Runtime says when it runs them. The rotary inside
+# GroupQueryAttention is what needs 16.
+_HEAD_MULTIPLES: Mapping[Attention, int] = {"gqa": 16, "gqa-bias": 8, "standard": 1}
 
 ATTENTIONS: tuple[Attention, ...] = get_args(Attention)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -42,8 +49,9 @@ class OnnxOptions(FormatOptions):
         default="gqa",
         metadata={
             "flag": "--onnx-attention",
-            "help": "gqa (the default) is fastest and pads on the right; gqa-bias pads on either "
-            "side; standard is for other runtimes, and for fp32 on CUDA.",
+            "help": "gqa is fastest and pads on the right; gqa-bias pads on either side; standard "
+            "is for other runtimes, and for fp32 on CUDA. By default the first that takes the "
+            "model's head_dim.",
         },
     )
     precision: Precision = field(
@@ -58,14 +66,35 @@ class OnnxOptions(FormatOptions):
     )
 
     @classmethod
-    def chosen(cls, device: str, values: Mapping[str, Any]) -> OnnxOptions:
-        """Options with these values, None of which is no choice, and a device's defaults."""
+    def chosen(
+        cls, device: str, values: Mapping[str, Any], shape: ModelShape | None = None
+    ) -> OnnxOptions:
+        """As of the base class; the fastest attention that takes the model's heads."""
+        attention = values.get("attention")
+        if shape is not None:
+            fitting = [form for form in ATTENTIONS if not shape.head_dim % _HEAD_MULTIPLES[form]]
+            attention = attention or fitting[0]
+            if attention not in fitting:
+                raise UsageError(
+                    f"--onnx-attention {attention}: takes head_dim in multiples of "
+                    f"{_HEAD_MULTIPLES[attention]}, and this model has {shape.head_dim}. Use "
+                    f"{' or '.join(fitting)}, or leave it out."
+                )
         # The only precision of each device that every form has kernels for.
         usual = "fp16" if device.startswith("cuda") else "fp32"
-        made: OnnxOptions = super().chosen(
-            device, {**values, "precision": values.get("precision") or usual}
-        )
+        defaults = {"attention": attention, "precision": values.get("precision") or usual}
+        made: OnnxOptions = super().chosen(device, {**values, **defaults})
         return made
+
+    def reason(self, shape: ModelShape) -> str | None:
+        """Why the attention is not what it is by default, where the model's heads are why."""
+        usual = ATTENTIONS[0]
+        if self.attention == usual or not shape.head_dim % _HEAD_MULTIPLES[usual]:
+            return None
+        return (
+            f"{usual} takes head_dim in multiples of {_HEAD_MULTIPLES[usual]}, and this model has "
+            f"{shape.head_dim}"
+        )
 
     def check(self, device: str | None = None) -> None:
         """UsageError for options that exclude each other or that `device` ("cpu", "cuda") cannot
