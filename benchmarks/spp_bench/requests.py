@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from spp_export.common.errors import UsageError
 from spp_export.common.options import (
+    SHARE,
     Dtype,
     Force,
     Model,
@@ -82,6 +83,7 @@ class BenchOptions(Force, Seed, Dtype, Model):
         (),
         panel=SHAPE,
         metavar="SHARE",
+        numbers=SHARE,
         help="Share of the units' parameters that a plan keeps; repeatable, 0.8 by default.",
     )
     layout: tuple[Literal["per-layer", "uniform"], ...] = option(

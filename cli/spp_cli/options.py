@@ -22,11 +22,15 @@ from spp_export.common.options import (
     MAKE,
     PUBLISHING,
     RUNNING,
+    Numbers,
     PathLike,
     Request,
     fact,
     field_types,
+    flag,
+    numbers_of,
     option,
+    wrong_number,
 )
 
 RequestT = TypeVar("RequestT", bound=Request)
@@ -96,9 +100,12 @@ def _parameter(item: Field[Any], hint: Any) -> inspect.Parameter:
     known, required = fact(item), item.default is MISSING
     typed = known.type or _typed(hint)
     repeatable = get_origin(typed) is list
-    facts: dict[str, Any] = {"help": known.help, "metavar": known.metavar, "min": known.least}
+    facts: dict[str, Any] = {"help": known.help, "metavar": known.metavar}
+    kind = get_args(typed)[0] if repeatable else typed
     if known.parse and not repeatable:
         facts["parser"] = _parser(known.parse)
+    elif kind in (int, float):
+        facts["parser"] = _number(flag(item), kind, numbers_of(known))
     about = (
         typer.Argument(**facts)
         if known.argument
@@ -133,6 +140,16 @@ def _flags(item: Field[Any], hint: Any) -> tuple[str, ...]:
     word = item.name.replace("_", "-")
     either = hint is bool and item.default is not False
     return fact(item).flags or ((f"--{word}/--no-{word}",) if either else (f"--{word}",))
+
+
+def _number(name: str, kind: type, known: Numbers) -> Callable[[Any], Any]:
+    def parsed(text: Any) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            raise wrong_number(name, text, known) from None
+
+    return parsed
 
 
 def _parser(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:

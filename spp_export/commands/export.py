@@ -32,7 +32,7 @@ from spp_export.common.manifest import write_manifest
 from spp_export.common.options import command
 from spp_export.common.publish import check_target, publish
 from spp_export.data.artifacts import Artifacts, open_artifacts
-from spp_export.data.scenario import Scenario, read_scenario
+from spp_export.data.scenario import MIN_PROMPTS_TO_HOLD_OUT, Scenario, read_scenario
 from spp_export.formats.format import ModelFiles
 from spp_export.formats.promised import promised_checkpoint
 from spp_export.formats.registry import FORMATS
@@ -66,6 +66,11 @@ def export(request: ExportRequest) -> ExportResult:
         check_hub(request.push_to_hub)
     _check_format(request)
     text = None if request.scenario is None else read_scenario(request.scenario)
+    if request.max_perplexity is not None and not (text and text.split()[1]):
+        raise UsageError(
+            "--max-perplexity: needs held-out text, a scenario of at least "
+            f"{MIN_PROMPTS_TO_HOLD_OUT} prompts. Give it more, or drop --max-perplexity."
+        )
     target = Path(request.output) if request.output is not None else default_output(text)
     if not request.dry_run:
         check_target(target, request.force)

@@ -18,6 +18,7 @@ from spp_export.common.options import (
     DANGEROUS,
     PUBLISHING,
     RUNNING,
+    SHARE,
     Artifacts,
     Device,
     Dtype,
@@ -25,6 +26,7 @@ from spp_export.common.options import (
     KeepFailed,
     Layerwise,
     Model,
+    Numbers,
     PathLike,
     Request,
     Seed,
@@ -252,6 +254,7 @@ class ExportRequest(
         None,
         panel=CHECKS,
         metavar="R",
+        numbers=Numbers("a ratio above 0, such as 1.05", above=True),
         help="Publish only if held-out perplexity is at most R times the dense model's.",
     )
     dry_run: bool = option(
@@ -283,15 +286,10 @@ class ExportRequest(
             flag = "--" + decided[0].replace("_", "-")
             raise UsageError(f"{flag}: the plan already decides that. Drop {flag}, or --plan.")
         unchecked = self.dry_run or not self.verify
-        if self.max_perplexity is not None:
-            if unchecked:
-                raise UsageError(
-                    "--max-perplexity: nothing is measured then. Drop --no-verify, --dry-run."
-                )
-            if not self.max_perplexity > 0:
-                raise UsageError(
-                    f"--max-perplexity {self.max_perplexity:g}: expected a ratio above 0."
-                )
+        if self.max_perplexity is not None and unchecked:
+            raise UsageError(
+                "--max-perplexity: nothing is measured then. Drop --no-verify, --dry-run."
+            )
         if self.push_to_hub is not None and unchecked:
             raise UsageError(
                 "--push-to-hub takes what was written and checked. Drop --dry-run and "
@@ -426,7 +424,7 @@ class AnswerRequest(Seed):
     temperature: float = option(
         0.0,
         panel=ANSWERS,
-        least=0,
+        numbers=Numbers("a number of 0 or more, such as 0.7"),
         metavar="T",
         help="0 always takes the likeliest token; more draws among the likely ones.",
     )
@@ -434,6 +432,7 @@ class AnswerRequest(Seed):
         None,
         panel=ANSWERS,
         metavar="SHARE",
+        numbers=SHARE,
         help="With --temperature, draw from the likeliest tokens that have this probability "
         "together, above 0 to 1.",
     )
@@ -484,17 +483,17 @@ class RecoverSettings(Seed):
         metavar="N",
         help="Adapters count alpha / rank times.",
     )
-    learning_rate: float = option(5e-4, panel=TRAINING, metavar="RATE", help="At its highest.")
+    learning_rate: float = option(
+        5e-4,
+        panel=TRAINING,
+        metavar="RATE",
+        numbers=Numbers("a number between 0 and 1, such as 0.0005", most=1, above=True),
+        help="At its highest.",
+    )
     batch_size: int = option(4, panel=TRAINING, least=1, metavar="N", help="Texts per step.")
     max_tokens: int = option(
         256, panel=TRAINING, least=2, metavar="N", help="Longest part of a text to read."
     )
-
-    def check(self) -> None:
-        """UsageError for a number out of range."""
-        super().check()
-        if not 0 < self.learning_rate < 1:
-            raise UsageError(f"--learning-rate {self.learning_rate}: expected between 0 and 1.")
 
     def rate(self, step: int) -> float:
         """Learning rate of a step, counted from 0: it rises for a tenth of the steps, then falls
@@ -552,6 +551,7 @@ class EvalRequest(Seed):
         DEFAULT_KEEPS,
         panel=ROWS,
         metavar="SHARE",
+        numbers=SHARE,
         help="Share of the units' parameters that stays; repeatable, 0.9 to 0.5 by default.",
     )
     criterion: tuple[str, ...] = option(
@@ -596,12 +596,9 @@ class EvalRequest(Seed):
     def check(self) -> None:
         """UsageError for an unknown word or an invalid budget."""
         from spp_export.evaluation.harness.rows import BASELINES, DYNAMIC
-        from spp_export.planning.budget import Budget
         from spp_export.planning.scoring import CRITERION_NAMES
 
         super().check()
-        for keep in self.keep:
-            Budget(keep=keep)
         for name in self.criterion:
             if name in DYNAMIC and name not in BASELINES:
                 raise UsageError(

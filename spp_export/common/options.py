@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import os
 import re
 import textwrap
@@ -24,6 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from decimal import Decimal
 from functools import cache, wraps
+from numbers import Integral, Real
 from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from spp_export.common.errors import UsageError
@@ -42,13 +44,36 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
+class Numbers:
+    """Which numbers an option takes.
+
+    words         in a message, after "expected"
+    least, most   the lowest and the highest; `above` leaves the lowest out
+    """
+
+    words: str
+    least: float = 0.0
+    most: float = math.inf
+    above: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        low = self.least < value if self.above else self.least <= value
+        return low and value <= self.most and math.isfinite(value)
+
+
+SHARE = Numbers("a share between 0 and 1, such as 0.8", most=1, above=True)
+SHARE_OR_NONE = Numbers("a number from 0 to 1, such as 0.5", most=1)
+
+
+@dataclass(frozen=True)
 class Option:
     """What a field of a request is on the command line.
 
     flags     other than its name in kebab case; "--no-verify" turns `verify` off
     type      of the word on the command line, where it is not that of the field
     parse     the word on the command line to the value; ValueError for one that makes no sense
-    least     lowest number that is allowed
+    numbers   those that a number is one of
+    least     the same of a whole number, by the lowest alone
     argument  a word without a flag
     shell     whether the command line has it at all
     """
@@ -59,7 +84,8 @@ class Option:
     flags: tuple[str, ...] = ()
     type: Any = None
     parse: Callable[[Any], Any] | None = None
-    least: float | None = None
+    numbers: Numbers | None = None
+    least: int | None = None
     argument: bool = False
     shell: bool = True
 
@@ -98,8 +124,23 @@ class Request:
 def _check(name: str, value: Any, hint: Any, option: Option) -> None:
     if get_origin(hint) is Literal:
         check_word(name, value, get_args(hint))
-    if option.least is not None and value < option.least:
-        raise UsageError(f"{name} {value}: expected {option.least:g} or more.")
+    if hint in (int, float):
+        known = numbers_of(option)
+        is_number = isinstance(value, Integral if hint is int else Real)
+        if isinstance(value, bool) or not is_number or value not in known:
+            raise wrong_number(name, value, known)
+
+
+def numbers_of(option: Option) -> Numbers:
+    """The numbers that an option takes: whole ones, where it does not say."""
+    least = option.least or 0
+    return option.numbers or Numbers(f"a whole number of {least} or more", least)
+
+
+def wrong_number(name: str, value: object, known: Numbers) -> UsageError:
+    """The error for what is not one of the numbers that an option takes."""
+    shown = f"{value:g}" if isinstance(value, float) else str(value)
+    return UsageError(f"{name} {shown:.40}: expected {known.words}.")
 
 
 def check_word(name: str, value: str, known: Sequence[str]) -> None:

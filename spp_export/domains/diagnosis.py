@@ -86,6 +86,15 @@ def _named(domains: tuple[str, ...], values: FloatArray) -> dict[str, float]:
     return {d: round(float(v), 6) for d, v in zip(domains, values, strict=True)}
 
 
+def check_regime(artifacts: Artifacts, regime: str) -> None:
+    """UsageError for a regime that the artifacts have no temperatures for."""
+    if regime not in artifacts.regimes:
+        raise UsageError(
+            f"regime {regime!r} is not in these artifacts; they have "
+            f"{', '.join(artifacts.regimes)}."
+        )
+
+
 def probe_probabilities(
     pooled_NLd: FloatArray, artifacts: Artifacts, regime: str = IN_DOMAIN
 ) -> FloatArray:
@@ -93,11 +102,7 @@ def probe_probabilities(
 
     `p_{l,k} = sigmoid((w_{l,k} . pooled_l + b_{l,k}) / T_l)` with the regime's temperatures.
     """
-    if regime not in artifacts.regimes:
-        raise UsageError(
-            f"regime {regime!r} is not in these artifacts; they have "
-            f"{', '.join(artifacts.regimes)}."
-        )
+    check_regime(artifacts, regime)
     if pooled_NLd.shape[1:] != (artifacts.weight.shape[0], artifacts.weight.shape[2]):
         raise ArtifactsError(
             f"the probes expect activations of {artifacts.weight.shape[0]} layers x "
@@ -161,6 +166,8 @@ def diagnose_prompts(
     from spp_export.calibration.activations import TextMeans, observe, token_batches
 
     shape = session.source.shape
+    if regime is not None:
+        check_regime(artifacts, regime)
     batches = token_batches(session.tokenizer, prompts)
     if not batches:
         raise ScenarioError("the scenario has no tokens for this model. Give it some text.")

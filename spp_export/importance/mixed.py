@@ -37,6 +37,7 @@ def mixed_scores(
     A domain's scores are the artifacts' where they hold them; the rest is computed from statistics
     that are gathered once. Raises UsageError for a criterion of domains where there are none.
     """
+    check_domain_scores(artifacts, criterion, unit)
     source = session.source
     weighted = [
         (part.weight, _part_score(session, artifacts, part, criterion, unit, seed))
@@ -51,17 +52,28 @@ def mixed_scores(
     return np.stack(rows)
 
 
-def _scored_parts(parts: Sequence[WeightedTexts], criterion: Criterion) -> Sequence[WeightedTexts]:
-    if not criterion.needs:  # of text: the weights say the same to all of it
-        return [WeightedTexts((), 1.0)]
-    # A probe axis belongs to a domain; the scenario's own prompts have none.
-    scored = [part for part in parts if part.domain or Need.AXIS not in criterion.needs]
-    if not scored:
+def check_domain_scores(artifacts: Artifacts, criterion: Criterion, unit: ScoredUnit) -> None:
+    """UsageError for a criterion of domains, whose axes probes alone know, where the artifacts hold
+    no scores by it or no text."""
+    if Need.AXIS not in criterion.needs:
+        return
+    if not any(name in artifacts.domains for name, _ in artifacts.calibration):
         raise UsageError(
             f"--criterion {criterion.name}: it is defined for domains, and the artifacts hold none "
             "with text. Use another criterion."
         )
-    return scored
+    if (name := f"{unit}/{criterion.name}") not in artifacts.importance:
+        raise UsageError(
+            f"--criterion {criterion.name}: the artifacts hold no {name}. Make them again with "
+            f"'spp probe --criteria {criterion.name}'."
+        )
+
+
+def _scored_parts(parts: Sequence[WeightedTexts], criterion: Criterion) -> Sequence[WeightedTexts]:
+    if not criterion.needs:  # of text: the weights say the same to all of it
+        return [WeightedTexts((), 1.0)]
+    # A probe axis belongs to a domain; the scenario's own prompts have none.
+    return [part for part in parts if part.domain or Need.AXIS not in criterion.needs]
 
 
 def _part_score(
@@ -77,11 +89,6 @@ def _part_score(
     if part.domain is not None and cached is not None:
         scores = cached[artifacts.domains.index(part.domain)].astype(np.float64)
         return lambda layer, _weights: scores[layer]
-    if Need.AXIS in criterion.needs:
-        raise UsageError(
-            f"--criterion {criterion.name}: the artifacts hold no {name}. Make them again with "
-            f"'spp probe --criteria {criterion.name}'."
-        )
     kinds = statistics_read(criterion.needs, "heads" if unit == "head" else "channels")
     collection = gather_part(session, part, kinds) if kinds else Collection({})
     score_of = criterion.heads if unit == "head" else criterion.channels

@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from spp_export.planning.budget import DEFAULT_KEEP as DEFAULT_KEEP
     from spp_export.planning.budget import Budget as Budget
     from spp_export.planning.compile import Realised as Realised
+    from spp_export.planning.compile import check_feasible as check_feasible
     from spp_export.planning.compile import compile_plan as compile_plan
     from spp_export.planning.compile import compile_units as compile_units
     from spp_export.planning.compile import cover as cover
     from spp_export.planning.compile import exactly as exactly
     from spp_export.planning.compile import forced_heads as forced_heads
+    from spp_export.planning.compile import options_of as options_of
     from spp_export.planning.plan import COMPENSATIONS as COMPENSATIONS
     from spp_export.planning.plan import FILL as FILL
     from spp_export.planning.plan import Compensation as Compensation

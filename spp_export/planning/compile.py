@@ -26,6 +26,7 @@ from spp_export.planning.allocate.sizes import (
     allocate,
     choose_uniform,
     head_costs,
+    smallest_cost,
     uniform_sizes,
     width_costs,
 )
@@ -153,6 +154,29 @@ def compile_units(
     return layers, realised
 
 
+def check_feasible(
+    heads: Options | None,
+    channels: ChannelOptions | None,
+    shape: ModelShape,
+    budget: Budget,
+    layout: Layout = "per-layer",
+    accepts: Callable[[int], bool] = lambda query_heads: True,
+    *,
+    breadth: float | None = None,
+    latency: LatencyTable | None = None,
+    tensor_parallel: int = 1,
+) -> None:
+    """The errors that `compile_units` would raise, whatever the sizes are worth."""
+    heads, channels = _splittable(heads, channels, shape, layout, tensor_parallel)
+    limit = budget.limit(shape, breadth, latency)
+    if layout == "uniform":
+        _uniform(heads, channels, shape, budget, limit, accepts)
+        return
+    candidates = _candidates(heads, channels, shape, limit)
+    if smallest_cost(candidates) > limit.cost:
+        raise infeasible(shape, budget, limit, candidates, channels)
+
+
 def _splittable(
     heads: Options | None,
     channels: ChannelOptions | None,
@@ -233,13 +257,7 @@ def _per_layer(
     limit: Limit,
 ) -> tuple[tuple[LayerShape, ...], float | None]:
     """The best size of every layer, and the proven bound where it is not proven best."""
-    candidates = []
-    if heads is not None:
-        costs = head_costs(shape, limit.kind, heads.query_heads, limit.latency)
-        candidates.append(Candidates.of_heads(heads, costs))
-    if channels is not None:
-        costs = width_costs(shape, channels.widths, limit.latency)
-        candidates.append(Candidates.of_channels(channels, costs))
+    candidates = _candidates(heads, channels, shape, limit)
     try:
         picks, choice = allocate(candidates, limit.cost)
     except BudgetError:
@@ -254,6 +272,19 @@ def _per_layer(
         widths = np.array(channels.widths)[picks[-1]]
     rows = zip(query.tolist(), groups.tolist(), widths.tolist(), strict=True)
     return tuple(LayerShape(*row) for row in rows), None if choice.exact else choice.bound
+
+
+def _candidates(
+    heads: Options | None, channels: ChannelOptions | None, shape: ModelShape, limit: Limit
+) -> list[Candidates]:
+    candidates = []
+    if heads is not None:
+        costs = head_costs(shape, limit.kind, heads.query_heads, limit.latency)
+        candidates.append(Candidates.of_heads(heads, costs))
+    if channels is not None:
+        costs = width_costs(shape, channels.widths, limit.latency)
+        candidates.append(Candidates.of_channels(channels, costs))
+    return candidates
 
 
 def _kept_heads(

@@ -15,18 +15,28 @@ from spp_export.common.errors import UsageError
 from spp_export.common.versions import library_versions
 from spp_export.data.artifacts import DOMAIN_SHRINKAGE, SCENARIO_WEIGHT, Artifacts
 from spp_export.data.scenario import Scenario
-from spp_export.domains.diagnosis import Diagnosis, diagnose_prompts
+from spp_export.domains.diagnosis import Diagnosis, check_regime, diagnose_prompts
 from spp_export.models.engines import Engine, engines_for
 from spp_export.models.families import Role
 from spp_export.models.session import Session
 from spp_export.models.shape import ModelShape
-from spp_export.planning import LayerPlan, Plan, compile_units, cover, exactly, forced_heads
+from spp_export.planning import (
+    LayerPlan,
+    Plan,
+    check_feasible,
+    compile_units,
+    cover,
+    exactly,
+    forced_heads,
+    options_of,
+)
+from spp_export.planning.allocate.options import channel_options
 from spp_export.planning.bound import Predicted, predicted
 from spp_export.planning.budget import Budget, unit_cost
 from spp_export.planning.latency import LatencyTable
 from spp_export.planning.published import published_mask, published_text
 from spp_export.planning.request import PlanRequest
-from spp_export.planning.scoring import Scoring
+from spp_export.planning.scoring import Scoring, check_criterion
 from spp_export.planning.written import compensated_shape, losing_roles
 
 # A consumer loses inputs unless only the units of the other one may go.
@@ -68,10 +78,15 @@ def plan_scenario(
     latency = request.latency()
     if latency:
         latency.check_model(shape)
+    _check_answerable(session, artifacts, request)
     losing = frozenset(role for role, units in _LOSING.items() if request.units != units)
     written = compensated_shape(session.source, request.layout, request.compensate, losing)
+    if request.strength is None:
+        _check_budget(session, artifacts, request, written, latency)
     calibration, _ = scenario.split()
     diagnosis = diagnose_prompts(session, artifacts, calibration, request.regime)
+    if request.strength is not None:
+        _check_budget(session, artifacts, request, written, latency, diagnosis.breadth)
     mixing = requested_mixing(artifacts, request)
     if request.policy == "published":
         layers, provenance = _published(session, artifacts, scenario, request)
@@ -127,6 +142,53 @@ def plan_scenario(
         **provenance,
     )
     return PlanResult(compiled, shape, diagnosis, sizes)
+
+
+def _check_answerable(session: Session, artifacts: Artifacts, request: PlanRequest) -> None:
+    """What these artifacts and this model have no answer to, before a text is read."""
+    if request.regime is not None:
+        check_regime(artifacts, request.regime)
+    if request.policy == "published":
+        if _PUBLISHED_IMPORTANCE not in artifacts.importance:
+            raise UsageError(
+                "--policy published needs imported artifacts. Make them with "
+                "'spp artifacts import'."
+            )
+        return
+    check_criterion(session, artifacts, request.criterion_name, request.units)
+
+
+def _check_budget(
+    session: Session,
+    artifacts: Artifacts,
+    request: PlanRequest,
+    written: ModelShape,
+    latency: LatencyTable | None,
+    breadth: float | None = None,
+) -> None:
+    """Errors of a budget that no plan meets, by the sizes of the model and its whitelist alone.
+
+    written: with the biases that compensation may add.
+    """
+    if request.policy == "published":
+        return
+    shape = session.source.shape
+    scores_LH = np.zeros((shape.num_layers, shape.query_heads))
+    scores_LI = np.zeros((shape.num_layers, shape.channels))
+    forced = forced_heads(artifacts.whitelist, shape)
+    heads = options_of(request.layout)(scores_LH, shape, forced)
+    channels = channel_options(scores_LI, shape, request.width_multiple)
+    check_feasible(
+        None if request.units == "channels" else heads,
+        None if request.units == "heads" else channels,
+        shape if request.max_params is None else written,
+        request.budget,
+        request.layout,
+        session.source.family.stock_accepts(shape),
+        breadth=breadth,
+        latency=latency,
+        tensor_parallel=request.tp,
+    )
 
 
 def scenario_record(scenario: Scenario) -> dict[str, Any]:
@@ -198,15 +260,7 @@ def _published(
 ) -> tuple[tuple[LayerPlan, ...], dict[str, Any]]:
     """SubspacePath Pruner's released online algorithm, and the layers around its mask."""
     shape = session.source.shape
-    if request.strength is None or request.layout == "uniform":
-        raise UsageError(
-            "--policy published takes its own budget, --strength ETA, and the per-layer layout or "
-            "the ragged one."
-        )
-    if _PUBLISHED_IMPORTANCE not in artifacts.importance:
-        raise UsageError(
-            "--policy published needs imported artifacts. Make them with 'spp artifacts import'."
-        )
+    assert request.strength is not None
     probed = artifacts.probe_layers
     probabilities = _attention_probabilities(session, artifacts, published_text(scenario))
     importance = artifacts.importance[_PUBLISHED_IMPORTANCE].transpose(1, 2, 0)

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Literal, get_args
 from spp_export.common.errors import UsageError
 from spp_export.common.options import (
     BUDGET,
+    SHARE,
+    SHARE_OR_NONE,
+    Numbers,
     PathLike,
     Seed,
     check_word,
@@ -69,6 +72,7 @@ class PlanRequest(Seed):
     shrinkage: float | None = option(
         None,
         metavar="SHARE",
+        numbers=SHARE_OR_NONE,
         help="How far the diagnosed mixture is shrunk towards all domains alike, 0 to 1; chosen on "
         "validation text by default.",
     )
@@ -77,6 +81,7 @@ class PlanRequest(Seed):
         None,
         panel=BUDGET,
         metavar="SHARE",
+        numbers=SHARE,
         help="Share of the parameters of the units that stays: of q, k, v and o for heads; 0.8 "
         "where no budget is given. Of what --cost says, where that is another.",
     )
@@ -84,6 +89,7 @@ class PlanRequest(Seed):
         None,
         panel=BUDGET,
         metavar="N",
+        least=1,
         parse=parse_count,
         help="Most parameters of the whole slim model; 12k, 1.5M and 2G are understood.",
     )
@@ -91,6 +97,7 @@ class PlanRequest(Seed):
         None,
         panel=BUDGET,
         metavar="N",
+        least=1,
         parse=parse_count,
         help="Most bytes of KV cache per token, in the stored dtype.",
     )
@@ -98,6 +105,7 @@ class PlanRequest(Seed):
         None,
         panel=BUDGET,
         metavar="ETA",
+        numbers=SHARE_OR_NONE,
         help="From 0 to 1; higher removes more, and narrow scenarios lose more than broad ones.",
     )
     cost: Cost = option(
@@ -116,6 +124,7 @@ class PlanRequest(Seed):
         None,
         panel=BUDGET,
         metavar="MS",
+        numbers=Numbers("milliseconds above 0, such as 12.5", above=True),
         help="Most milliseconds of a step of the slim model by the profile; with --cost latency.",
     )
     width_multiple: int = option(
@@ -171,10 +180,13 @@ class PlanRequest(Seed):
         check_word("--comparable", self.comparable or "raw", get_args(Comparable))
         self.budget.to_dict()
         self._check_cost()
+        if self.policy == "published" and (self.strength is None or self.layout == "uniform"):
+            raise UsageError(
+                "--policy published takes its own budget, --strength ETA, and the per-layer layout "
+                "or the ragged one."
+            )
         if self.tp > 1 and (self.layout == "ragged" or self.policy == "published"):
             raise UsageError("--tp: only regular plans of policy exact divide among cards.")
-        if self.shrinkage is not None and not 0 <= self.shrinkage <= 1:
-            raise UsageError(f"--shrinkage {self.shrinkage}: expected a number in [0, 1].")
         criterion = CRITERIA.get(self.criterion_name)
         if isinstance(criterion, SetCriterion) and self.comparable is not None:
             raise UsageError(

@@ -15,9 +15,9 @@ from spp_export.common.errors import UsageError
 from spp_export.common.progress import progress
 from spp_export.data.artifacts import Artifacts
 from spp_export.importance import CRITERIA, SCORING
-from spp_export.importance.base import SetCriterion, statistics_read, unit_statistics
+from spp_export.importance.base import Need, SetCriterion, statistics_read, unit_statistics
 from spp_export.importance.comparable import LOSSES, comparable_kinds
-from spp_export.importance.mixed import ScoredUnit, mixed_scores
+from spp_export.importance.mixed import ScoredUnit, check_domain_scores, mixed_scores
 from spp_export.models.checkpoint.reader import read_float
 from spp_export.models.session import Session
 from spp_export.models.shape import Units, channel_widths
@@ -36,6 +36,21 @@ SEQUENTIAL = {"pp-scenario": False, "full-batch-probing-scenario": True}
 CRITERION_NAMES = (*CRITERIA, *SEQUENTIAL)
 # `obs` assumes that what stays is re-fitted; without that, energy is the better guide.
 DEFAULT_CRITERION = {"lstsq": "obs", "bias": "energy", "none": "energy"}
+
+
+def check_criterion(session: Session, artifacts: Artifacts, name: str, units: Units) -> None:
+    """UsageError where this model or these artifacts cannot be scored by a criterion, before
+    anything is gathered for it."""
+    needs = CRITERIA[name].needs if name in CRITERIA else frozenset({Need.GRADIENTS})
+    if Need.GRADIENTS in needs and session.from_disk:
+        raise UsageError(
+            f"--criterion {name}: needs every weight in memory, and this model runs layer by "
+            "layer. Choose another criterion, or --no-layerwise."
+        )
+    if name in SCORING:
+        for unit in ("head", "channel"):
+            if units in (f"{unit}s", "both"):
+                check_domain_scores(artifacts, SCORING[name], unit)
 
 
 @dataclass(frozen=True)
@@ -141,11 +156,6 @@ class Scoring:
         own = [part for part in self.parts if part.domain is None]
         if not own:
             raise UsageError(f"--criterion {self.criterion}: it reads the scenario's own text.")
-        if self.session.from_disk:
-            raise UsageError(
-                f"--criterion {self.criterion}: needs every weight in memory, and this model runs "
-                "layer by layer. Choose another criterion, or --no-layerwise."
-            )
         session, full = self.session, SEQUENTIAL[self.criterion]
         family, shape = session.source.family, session.source.shape
         history = None

@@ -216,9 +216,12 @@ def test_a_conversation_says_how_it_is_ruled(library):
         ),
         (
             ["--temperature", "1", "--top-p", "0"],
-            "top-p 0.0: expected more than 0 and at most 1.",
+            "--top-p 0: expected a share between 0 and 1, such as 0.8.",
         ),
-        (["--temperature", "inf"], "temperature inf: expected 0 or more."),
+        (
+            ["--temperature", "inf"],
+            "--temperature inf: expected a number of 0 or more, such as 0.7.",
+        ),
         (
             ["--max-new-tokens", "0"],
             "Invalid value for '--max-new-tokens': Input should be greater than or equal to 1. "

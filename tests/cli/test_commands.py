@@ -163,7 +163,7 @@ def test_export_of_a_plan_and_without_checks(library):
         (["--plan", "p", "--max-params", "5M"], "--max-params: the plan already decides that"),
         (["--plan", "p", "--compensate", "none"], "--compensate: the plan already decides that"),
         (["--scenario", "s", "--max-perplexity", "1.1", "--no-verify"], "nothing is measured then"),
-        (["--scenario", "s", "--max-perplexity", "0"], "expected a ratio above 0"),
+        (["--scenario", "s", "--max-perplexity", "0"], "expected a ratio above 0, such as 1.05"),
     ],
 )
 def test_what_export_refuses(library, arguments, complaint):

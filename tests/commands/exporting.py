@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import spp_export
 from spp_export.common.errors import SppError
-from spp_export.common.progress import quiet_transformers
+from spp_export.common.progress import quiet_transformers, show_progress
 from spp_export.models.checkpoint.checkpoint import open_source
 from spp_export.planning import LayerPlan, Plan
 
@@ -236,6 +236,28 @@ def refused(error: type[SppError], match: str):
     with pytest.raises(error, match=match) as caught:
         yield caught
     assert "\n" not in str(caught.value)
+
+
+@contextmanager
+def stages(begun: list[str]):
+    """The stages of work that begin inside."""
+
+    @contextmanager
+    def listen(description, total):
+        begun.append(description)
+        yield lambda done: None
+
+    with show_progress(listen):
+        yield
+
+
+@contextmanager
+def nothing_begun():
+    """No stage of work begins."""
+    begun: list[str] = []
+    with stages(begun):
+        yield
+    assert begun == []
 
 
 def kept_heads(result: spp_export.PlanResult) -> set[tuple[int, int]]:

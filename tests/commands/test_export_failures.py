@@ -142,7 +142,7 @@ def test_a_gate_needs_held_out_text_and_the_checks(workshop, tmp_path):
             **asked,
         )
 
-    with refused(QualityError, "a scenario of at least four prompts"):
+    with refused(UsageError, "--max-perplexity: needs held-out text, a scenario of at least 4"):
         export()
     for asked in ({"verify": False}, {"dry_run": True}):
         with refused(UsageError, "--max-perplexity: nothing is measured then"):

@@ -73,15 +73,24 @@ def test_an_option_that_there_is_not_names_the_nearest():
     ("call", "message"),
     [
         (lambda: spp_export.export("s", layout="square"), "--layout square: expected one of"),
-        (lambda: spp_export.export("s", tp=0), "--tp 0: expected 1 or more"),
+        (lambda: spp_export.export("s", tp=0), "--tp 0: expected a whole number of 1 or more"),
         (lambda: spp_export.export("s", format="tflite"), "--format tflite: expected one of"),
         (lambda: spp_export.export("s", precision="fp16"), "--precision: is for ONNX and GGUF"),
-        (lambda: spp_export.probe("p", "a", select=0), "--select 0: expected 1 or more"),
+        (
+            lambda: spp_export.probe("p", "a", select=0),
+            "--select 0: expected a whole number of 1 or more",
+        ),
         (lambda: spp_export.eval("s", "o", units=["rows"]), "--units rows: expected one of"),
         (lambda: spp_export.chat("demo", top_k=4), "--top-k: without --temperature"),
-        (lambda: spp_export.bench("out", batch=[0]), "--batch 0: expected 1 or more"),
+        (
+            lambda: spp_export.bench("out", batch=[0]),
+            "--batch 0: expected a whole number of 1 or more",
+        ),
         (lambda: spp_export.bench(), "Give either directories"),
-        (lambda: spp_export.recover("out", "d", rank=0), "--rank 0: expected 1 or more"),
+        (
+            lambda: spp_export.recover("out", "d", rank=0),
+            "--rank 0: expected a whole number of 1 or more",
+        ),
     ],
 )
 def test_python_is_refused_what_the_command_line_is(call, message):

@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import pytest
-from exporting import CASE, refused
+from exporting import CASE, nothing_begun, refused, stages
 from factories import make_checkpoint, read_config
 
 import spp_export
 from spp_cli.render.look import UNICODE
 from spp_cli.render.summary import export_summary
-from spp_export.common.errors import ModelError, UsageError
-from spp_export.common.progress import show_progress
+from spp_export.common.errors import BudgetError, ModelError, PlanError, UsageError
 
 MODES = ({}, {"dry_run": True}, {"verify": False})
-
-
-@contextmanager
-def nothing_begun():
-    """No stage of work is reported."""
-    begun = []
-
-    @contextmanager
-    def listen(description, total):
-        begun.append(description)
-        yield lambda done: None
-
-    with show_progress(listen):
-        yield
-    assert begun == []
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +98,57 @@ def test_a_file_that_llama_cpp_would_not_take(workshop, tmp_path, name, asked, m
     with nothing_begun(), refused(ModelError, match):
         spp_export.export(workshop.scenario, tmp_path / "x", **request)
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("command", ["plan", "export", "dry run"])
+@pytest.mark.parametrize(
+    ("name", "asked", "error", "match"),
+    [
+        ("llama-gqa-bias", {"max_kv_bytes": 30}, BudgetError, "Ask for max_kv_bytes 384 or more"),
+        ("llama-gqa-bias", {"max_params": 999}, BudgetError, r"Ask for max_params \d+ or more"),
+        ("llama-mqa", {"keep": 0.3}, BudgetError, r"Ask for keep 0\.\d+ or more"),
+        ("llama-mqa", {"keep": 0.3, "layout": "ragged"}, BudgetError, "Ask for keep"),
+        ("mistral-gqa", {"keep": 0.1, "layout": "uniform"}, BudgetError, "smallest uniform plan"),
+        ("mistral-gqa", {"keep": 0.1, "cost": "kv-bytes"}, BudgetError, "bytes of KV cache"),
+        ("mistral-gqa", {"keep": 0.5, "units": "channels"}, BudgetError, "64 channels per layer"),
+        ("mistral-gqa", {"keep": 0.2, "units": "both"}, BudgetError, "Ask for keep"),
+        ("mistral-gqa", {"tp": 5}, PlanError, "divide among 5 cards|divides among 5 cards"),
+        ("mistral-gqa", {"policy": "published"}, UsageError, "takes its own budget"),
+        (
+            "mistral-gqa",
+            {"policy": "published", "strength": 0.5},
+            UsageError,
+            "needs imported artifacts",
+        ),
+        ("mistral-gqa", {"regime": "nowhere"}, UsageError, "regime 'nowhere' is not in these"),
+        (
+            "mistral-gqa",
+            {"criterion": "taylor", "layerwise": True},
+            UsageError,
+            "--criterion taylor: needs every weight in memory",
+        ),
+    ],
+)
+def test_plans_that_cannot_be_are_known_from_shapes(
+    workshop, tmp_path, command, name, asked, error, match
+):
+    request = {"model": str(workshop.dense(name)), "artifacts": workshop.artifacts(name), **asked}
+    with nothing_begun(), refused(error, match):
+        if command == "plan":
+            spp_export.plan(workshop.scenario, tmp_path / "x", **request)
+        else:
+            request["dry_run"] = command == "dry run"
+            spp_export.export(workshop.scenario, tmp_path / "x", **request)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_strength_needs_the_diagnosis_and_no_more(workshop, tmp_path):
+    """What share stays depends on the text, so that much is read."""
+    begun = []
+    asked = {
+        "model": str(workshop.dense("llama-mqa")),
+        "artifacts": workshop.artifacts("llama-mqa"),
+    }
+    with stages(begun), refused(BudgetError, "budget strength 1.0 .* Lower the strength"):
+        spp_export.plan(workshop.scenario, strength=1.0, **asked)
+    assert set(begun) <= {"loading the dense model", "diagnosing the scenario"}
