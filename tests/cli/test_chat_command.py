@@ -224,8 +224,7 @@ def test_a_conversation_says_how_it_is_ruled(library):
         ),
         (
             ["--max-new-tokens", "0"],
-            "Invalid value for '--max-new-tokens': Input should be greater than or equal to 1. "
-            "See 'spp chat --help'.",
+            "--max-new-tokens 0: expected a whole number of 1 or more.",
         ),
         (
             [],
