@@ -68,6 +68,15 @@ class Checkpoints:
             for layout, layers in self.plans.items()
             if layout != "uniform" or self.family.stock_accepts(self.shape)(even["kv_heads"])
         }
+        self._loaded = {}
+
+    def models(self, layout=None, dtype=torch.float64):
+        """The dense model, or a slim one, in memory and from disk: loaded once, changed by none."""
+        if (layout, dtype) not in self._loaded:
+            directory = self.slim[layout] if layout else self.dense
+            load = load_slim if layout else load_dense
+            self._loaded[layout, dtype] = load(directory, dtype), open_layerwise(directory, dtype)
+        return self._loaded[layout, dtype]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
@@ -103,11 +112,8 @@ def in_memory(model):
 
 @pytest.mark.parametrize("dtype", OWN, ids=str)
 def test_logits_are_those_of_the_model_in_memory(checkpoints, dtype):
-    for directory, load in [
-        (checkpoints.dense, load_dense),
-        *((path, load_slim) for path in checkpoints.slim.values()),
-    ]:
-        whole, stream = load(directory, dtype), open_layerwise(directory, dtype)
+    for layout in (None, *checkpoints.slim):
+        whole, stream = checkpoints.models(layout, dtype)
         assert stream.config._attn_implementation == whole.config._attn_implementation
         with torch.no_grad():
             expected = whole(IDS, use_cache=False).logits
@@ -120,11 +126,8 @@ def test_logits_are_those_of_the_model_in_memory(checkpoints, dtype):
 @pytest.mark.parametrize("prompt", [1, 9])
 def test_steps_of_one_decoding_go_through_the_layers_together(checkpoints, prompt):
     """Windows of six tokens included, which the prompt fills, or the steps."""
-    for directory, load in [
-        (checkpoints.dense, load_dense),
-        *((path, load_slim) for path in checkpoints.slim.values()),
-    ]:
-        whole, stream = load(directory, torch.float64), open_layerwise(directory, torch.float64)
+    for layout in (None, *checkpoints.slim):
+        whole, stream = checkpoints.models(layout)
         steps = [IDS[:, :prompt], *IDS[:, prompt : prompt + 12].split(1, dim=1)]
 
         def calls(model, steps=steps):
@@ -137,7 +140,7 @@ def test_steps_of_one_decoding_go_through_the_layers_together(checkpoints, promp
 @pytest.mark.parametrize("compensate", ["none", "weights", "bias"])
 def test_every_check_finds_the_same(checkpoints, compensate):
     """All layouts, and projections with and without biases in the oracle's place."""
-    for layout, directory in checkpoints.slim.items():
+    for layout in checkpoints.slim:
         layers = checkpoints.plans[layout]
         projections = None
         if compensate != "none":
@@ -145,13 +148,7 @@ def test_every_check_finds_the_same(checkpoints, compensate):
             if compensate == "weights":
                 projections = {key: type(p)(p.weight) for key, p in projections.items()}
         found = []
-        for dense, slim in (
-            (load_dense(checkpoints.dense, torch.float64), load_slim(directory, torch.float64)),
-            (
-                open_layerwise(checkpoints.dense, torch.float64),
-                open_layerwise(directory, torch.float64),
-            ),
-        ):
+        for dense, slim in zip(checkpoints.models(), checkpoints.models(layout), strict=True):
             reference = reference_logits(
                 dense, checkpoints.family, checkpoints.shape, plan_of(layers), BATCHES, projections
             )
@@ -216,9 +213,8 @@ PLACES = ["attention_input", "output", "attention", "residual", "mlp_input", "do
 
 def test_observers_see_the_same(checkpoints):
     seen = []
-    for load in (load_dense, open_layerwise):
+    for model in checkpoints.models():
         recorders = [Recorder(place) for place in PLACES]
-        model = load(checkpoints.dense, torch.float64)
         observe(model, checkpoints.family, BATCHES, recorders)
         seen.append([recorder.seen for recorder in recorders])
     for expected, found in zip(*seen, strict=True):
@@ -299,12 +295,7 @@ def test_gradients_are_refused(dense, tmp_path, monkeypatch):
 
 def test_quality_is_the_same(checkpoints):
     tokenizer = AutoTokenizer.from_pretrained(checkpoints.dense)
-    slim = checkpoints.slim["per-layer"]
-    whole = load_dense(checkpoints.dense, torch.float64), load_slim(slim, torch.float64)
-    streams = (
-        open_layerwise(checkpoints.dense, torch.float64),
-        open_layerwise(slim, torch.float64),
-    )
+    whole, streams = zip(checkpoints.models(), checkpoints.models("per-layer"), strict=True)
     expected = measure_quality(*whole, tokenizer, TEXTS)
     assert measure_quality(*streams, tokenizer, TEXTS) == expected
     assert measure_quality(whole[0], streams[1], tokenizer, TEXTS) == expected

@@ -7,6 +7,7 @@ promise that did not hold, naming the case.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import random
 import signal
@@ -53,7 +54,9 @@ def main() -> int:
         tempfile.tempdir = None
         tally = Tally()
         try:
-            campaign(Workbench(root), tally, random.Random(options.seed), options.small)
+            bench = Workbench(root)
+            gc.freeze()  # or the collector of every child copies what it shares with its parent
+            campaign(bench, tally, random.Random(options.seed), options.small)
             left = {path.name for path in (root / "TMPDIR").iterdir()} - {ONNX_RUNTIME_OWN}
             left |= {path.name for path in (root / "SPP_CACHE").rglob(".*")}
             promise(not left, f"left in TMPDIR or in the cache: {left}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -228,13 +227,10 @@ _SECONDS: dict[str, float] = {}
 def _seconds(bench: Workbench, form: str) -> float:
     """How long an export takes that nothing disturbs."""
     if form not in _SECONDS:
-        taken = []
-        for _ in range(3):
-            with bench.folder() as folder:
-                child = start(bench.export(form, folder / "out"), folder)
-                succeeded(child.wait())
-                taken.append(time.monotonic() - child.started)
-        _SECONDS[form] = statistics.median(taken)
+        with bench.folder() as folder:
+            child = start(bench.export(form, folder / "out"), folder)
+            succeeded(child.wait())
+            _SECONDS[form] = time.monotonic() - child.started
     return _SECONDS[form]
 
 
