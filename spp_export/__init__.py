@@ -19,6 +19,8 @@ from spp_export.common.contents import contents
 from spp_export.models.registration import install as _install
 
 if TYPE_CHECKING:
+    from spp_export.commands.cache import CacheContents as CacheContents
+    from spp_export.commands.cache import cache as cache
     from spp_export.commands.chat.chat import Answer as Answer
     from spp_export.commands.chat.chat import Chat as Chat
     from spp_export.commands.chat.chat import ScenarioChat as ScenarioChat

@@ -22,6 +22,8 @@ _DEADLOCK_MINUTES = 60
 _MODULES = tempfile.mkdtemp(prefix="spp-tests-")
 os.environ["HF_MODULES_CACHE"] = _MODULES
 os.environ["HF_HUB_OFFLINE"] = "1"
+# What a slow machine takes long for must not change what a command writes.
+os.environ.setdefault("SPP_PROGRESS_SECONDS", "0")
 # Tiny matrices are slower on several threads, and round by their number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell in the background ignores these, and so would every process that tests start and signal.

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from spp_export.evaluation.harness.bootstrap import Interval, paired_ratio
+from spp_export.evaluation.bootstrap import Interval, paired_ratio
 from spp_export.evaluation.harness.records import Record, Results, read_results
 from spp_export.evaluation.harness.rows import Row
 from spp_export.evaluation.harness.table import interval, ranking, units_name

@@ -23,6 +23,7 @@ import typer
 from spp_cli import options
 from spp_cli.commands.artifacts import artifacts_app
 from spp_cli.commands.bench import bench
+from spp_cli.commands.cache import cache
 from spp_cli.commands.chat import chat
 from spp_cli.commands.convert import convert
 from spp_cli.commands.diagnose import diagnose
@@ -71,6 +72,7 @@ for command in (
     show,
     chat,
     doctor,
+    cache,
 ):
     app.command()(command)
 app.command(name="eval")(evaluate)

@@ -7,10 +7,10 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from spp_cli.render.look import ASCII, FAINT, UNICODE, WIDTH, Look, single_line
-from spp_export.common.progress import report_to
+from spp_export.common.progress import Listener, report_to
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -28,10 +28,8 @@ class Output:
         self.quiet = quiet
         self._stderr = sys.stderr
         report_to(None)
-        if not quiet and self._stderr.isatty():
-            from spp_cli.progress import Bars
-
-            report_to(Bars(self._stderr))
+        if not quiet:
+            report_to(_listener(self._stderr))
 
     def result(
         self,
@@ -65,6 +63,18 @@ class Output:
         """What to do next, for people only."""
         if not self.json and not self.quiet:
             print(f"next: {single_line(text)}", file=self._stderr)
+
+
+def _listener(stream: TextIO) -> Listener | None:
+    """Bars on a terminal, and a line now and then elsewhere."""
+    if stream.isatty():
+        from spp_cli.progress import Bars
+
+        return Bars(stream)
+    from spp_cli.lines import Lines, seconds_between
+
+    seconds = seconds_between()
+    return Lines(stream, seconds) if seconds else None
 
 
 def stdout_console() -> Console:

@@ -18,10 +18,13 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from spp_export.calibration.stored import note
 from spp_export.common.arrays import FloatArray
 from spp_export.common.disk import clear_leftovers, free_space, working_place
 from spp_export.common.errors import OutputError
-from spp_export.models.checkpoint.checkpoint import Checkpoint
+from spp_export.common.manifest import hash_file
+from spp_export.models.checkpoint.checkpoint import TOKENIZER_FILES, Checkpoint
+from spp_export.models.checkpoint.companions import companion
 from spp_export.models.checkpoint.reader import as_bytes, blocks
 from spp_export.models.checkpoint.writer import Shard, TensorEntry, header_of
 from spp_export.models.hub import cache_directory
@@ -47,10 +50,12 @@ def cache_paths(
 
     `dtype` is the one that the model computes in.
     """
-    sample = _sample(source)
+    sample, reading = _sample(source), _tokenizer(source.path)
     paths = {}
     for kind in kinds:
-        decided = json.dumps([_VERSIONS[kind], source.fingerprint, sample, dtype, list(texts)])
+        decided = json.dumps(
+            [_VERSIONS[kind], source.fingerprint, sample, reading, dtype, list(texts)]
+        )
         key = hashlib.sha256(decided.encode()).hexdigest()
         paths[kind] = cache_directory() / "statistics" / f"{key[:32]}.safetensors"
     return paths
@@ -67,6 +72,15 @@ def _sample(source: Checkpoint) -> str:
     return digest.hexdigest()
 
 
+def _tokenizer(directory: Path) -> str:
+    """SHA-256 of the files that say how text is read."""
+    digest = hashlib.sha256()
+    for name in ("tokenizer_config.json", *TOKENIZER_FILES):
+        if path := companion(directory, name):
+            digest.update(f"{name}\0{hash_file(path).sha256}\n".encode())
+    return digest.hexdigest()
+
+
 def is_whole(path: Path, names: Iterable[str]) -> bool:
     """Whether a file is there with all its tensors; a damaged one costs a pass, not the export."""
     try:
@@ -76,21 +90,22 @@ def is_whole(path: Path, names: Iterable[str]) -> bool:
         return False
 
 
-def write(path: Path, tensors: Mapping[str, FloatArray]) -> None:
+def write(path: Path, tensors: Mapping[str, FloatArray], model: str = "") -> None:
     """Write a file whole or not at all. Raises OutputError where the cache does not take it."""
     sizes = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-    with writing(path, sizes) as put:
+    with writing(path, sizes, model) as put:
         for name, tensor in tensors.items():
             put(name, tensor)
 
 
 @contextmanager
 def writing(
-    path: Path, sizes: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]
+    path: Path, sizes: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], model: str = ""
 ) -> Iterator[Callable[[str, FloatArray], None]]:
     """As `write`, of tensors that are given one at a time, in any order, to what this yields.
 
-    `sizes` has dtype and shape of each; the file is there once all were given.
+    `sizes` has dtype and shape of each; the file is there once all were given. `model` is the name
+    that the list of the cache shows.
     """
     # Wider elements first, so that each tensor is aligned to its element.
     order = sorted(sizes, key=lambda name: -sizes[name][0].itemsize)
@@ -98,7 +113,7 @@ def writing(
         TensorEntry(name, _DTYPES[sizes[name][0].itemsize], sizes[name][1]) for name in order
     ]
     shard = Shard(path.name, tuple(entries))
-    header = header_of(shard)
+    header = header_of(shard, {"model": model})
     starts = accumulate((entry.nbytes for entry in entries), initial=len(header))
     begins = dict(zip(order, starts, strict=False))
     with ExitStack() as stack:
@@ -120,6 +135,7 @@ def writing(
         with _reporting(path):
             file.close()
             new.replace(path)
+    note(path)
 
 
 def _write_at(file: FileIO, begin: int, data: memoryview) -> None:
@@ -154,7 +170,7 @@ def require_cache_space(
     """OutputError unless the user's cache has room for the statistics of these collections of texts
     that are not in it yet."""
     missing = {
-        path: _statistics_bytes(session.source.shape, kind)
+        path: statistics_bytes(session.source.shape, kind)
         for collection in texts
         for kind, path in cache_paths(session.source, collection, kinds, session.dtype).items()
         if not path.exists()
@@ -168,7 +184,7 @@ def require_cache_space(
         )
 
 
-def _statistics_bytes(shape: ModelShape, kind: str) -> int:
+def statistics_bytes(shape: ModelShape, kind: str) -> int:
     """Bytes of a file of statistics; those of gradients are small."""
     from spp_export.calibration.activations import channel_block
 

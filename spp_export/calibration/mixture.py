@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from spp_export.calibration.cache import require_cache_space
-from spp_export.calibration.moments import Collection, Moments, gather
+from spp_export.calibration.moments import Collection, Moments, gather, gather_all
 from spp_export.common.errors import PlanError, UsageError
 from spp_export.data.artifacts import Artifacts
 from spp_export.models.session import Session
@@ -82,7 +82,15 @@ def gather_parts(session: Session, parts: Sequence[WeightedTexts], kinds: Sequen
     Raises OutputError where the cache has no room for those that are missing, before any pass.
     """
     require_cache_space(session, [part.texts for part in parts], kinds)
-    return Moments(tuple((gather_part(session, part, kinds), part.weight) for part in parts))
+    collections = gather_all(
+        session.source,
+        [part.texts for part in parts],
+        kinds,
+        lambda: (session.model, session.tokenizer),
+        dtype=session.dtype,
+    )
+    weights = (part.weight for part in parts)
+    return Moments(tuple(zip(collections, weights, strict=True)))
 
 
 def _pool_parts(

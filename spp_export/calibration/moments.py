@@ -7,15 +7,24 @@ a large model never meet in memory once they are written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spp_export.calibration.cache import KINDS, cache_paths, is_whole, read, write, writing
+from spp_export.calibration.cache import (
+    KINDS,
+    cache_paths,
+    is_whole,
+    read,
+    statistics_bytes,
+    write,
+    writing,
+)
 from spp_export.calibration.statistics import (
     AttentionInputs,
     Axis,
@@ -24,18 +33,22 @@ from spp_export.calibration.statistics import (
     LayerWeights,
     MlpInputs,
 )
+from spp_export.calibration.stored import hold_for, trim
 from spp_export.common.arrays import FloatArray
+from spp_export.common.memory import free_memory
 from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.checkpoint.reader import read_float
 from spp_export.models.shape import ModelShape
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from spp_export.calibration.activations import Observer
 
 __all__ = ["KINDS", "Collection", "Moments", "gather", "layer_weights"]
 
+# Of the free memory, what sums over activations may take.
+_MEMORY_SHARE = 0.25
 _GRADIENTS = tuple(field.name for field in fields(Gradients))
 
 
@@ -166,28 +179,76 @@ def gather(
     also: Sequence[Observer] = (),
     description: str = "gathering statistics",
 ) -> Collection:
-    """Statistics of `texts`, some of `KINDS`, from the cache or by passes of the dense model.
+    """As `gather_all`, of one collection of texts; observers in `also` look on."""
+    observers = [also] if also else ()
+    (collection,) = gather_all(
+        source, [texts], kinds, dense, dtype=dtype, also=observers, description=description
+    )
+    return collection
 
-    Whichever of "attention" and "mlp" are missing come from one forward pass, "gradients" from a
-    pass of their own. `dense` gives the model and its tokenizer, and is asked only where a pass is
-    needed; `dtype` is the one that it computes in. Observers in `also` look on in the forward
-    pass, which is then always made. Raises UsageError where gradients of an offloaded model are
-    asked for.
+
+def gather_all(
+    source: Checkpoint,
+    collections: Sequence[Sequence[str]],
+    kinds: Iterable[str],
+    dense: Callable[[], tuple[nn.Module, Any]],
+    *,
+    dtype: str = "float32",
+    also: Sequence[Sequence[Observer]] = (),
+    description: str = "gathering statistics",
+) -> tuple[Collection, ...]:
+    """Statistics of collections of texts, some of `KINDS`, from the cache or by the dense model.
+
+    Whichever of "attention" and "mlp" are missing, of whichever collection, come from one forward
+    pass over the text of all, or from as few as memory for their sums allows; "gradients" from
+    passes of their own. `dense` gives the model and its tokenizer, and is asked only where a pass
+    is needed; `dtype` is the one that it computes in. `also` has observers for each collection that
+    look on in the forward pass, which is then always made. What is given back is not removed from
+    the cache while it is held. Raises UsageError where gradients of an offloaded model are asked
+    for.
     """
-    paths = cache_paths(source, texts, kinds, dtype)
-    missing = {
-        kind
-        for kind, path in paths.items()
-        if not is_whole(path, _names(kind, source.shape.num_layers))
-    }
-    forward = sorted(missing - {"gradients"})
-    if forward or also:
-        written = {kind: paths[kind] for kind in forward}
-        _forward(source, texts, written, dense, also, description)
-    if "gradients" in missing:
-        reductions = _backward(source, texts, dense, f"{description}, gradients")
-        write(paths["gradients"], reductions)
-    return Collection(paths)
+    kinds, layers = tuple(kinds), source.shape.num_layers
+    gathered = tuple(Collection(cache_paths(source, texts, kinds, dtype)) for texts in collections)
+    missing = [
+        {
+            kind
+            for kind, path in collection.parts.items()
+            if not (hold_for(collection, path) and is_whole(path, _names(kind, layers)))
+        }
+        for collection in gathered
+    ]
+    parts = [
+        _Part(
+            texts,
+            {kind: collection.parts[kind] for kind in sorted(absent - {"gradients"})},
+            also[number] if also else (),
+        )
+        for number, (texts, collection, absent) in enumerate(
+            zip(collections, gathered, missing, strict=True)
+        )
+    ]
+    wanting = [part for part in parts if part.paths or part.also]
+    if wanting:
+        _forward(source, wanting, dense, description)
+    for texts, collection, absent in zip(collections, gathered, missing, strict=True):
+        if "gradients" in absent:
+            reductions = _backward(source, texts, dense, f"{description}, gradients")
+            write(collection.parts["gradients"], reductions, source.name)
+        for kind in absent:
+            hold_for(collection, collection.parts[kind])
+    if any(missing):
+        trim()
+    return gathered
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A collection in a forward pass: its texts, the cache file of each kind that is to be written,
+    and who else looks on."""
+
+    texts: Sequence[str]
+    paths: Mapping[str, Path]
+    also: Sequence[Observer]
 
 
 def layer_weights(source: Checkpoint, layer: int) -> LayerWeights:
@@ -203,38 +264,100 @@ def layer_weights(source: Checkpoint, layer: int) -> LayerWeights:
 
 def _forward(
     source: Checkpoint,
-    texts: Sequence[str],
-    paths: Mapping[str, Path],
+    parts: Sequence[_Part],
     dense: Callable[[], tuple[nn.Module, Any]],
-    also: Sequence[Observer],
     description: str,
 ) -> None:
-    """One pass that writes the cache files of these kinds, a layer at a time."""
-    from spp_export.calibration.activations import observe, token_batches
+    """Passes that write the parts' cache files, a layer at a time."""
+    from spp_export.models.layerwise import stream_of
 
     model, tokenizer = dense()
-    sums = {kind: BlockSums(kind, source.shape) for kind in paths}
-    observers = [*also, *(observer for of_kind in sums.values() for observer in of_kind.observers)]
-    batches = token_batches(tokenizer, texts)
+    # Sums of a model that runs from disk are written, and given up, layer by layer.
+    held = 1 if stream_of(model) is not None else source.shape.num_layers
+    for group in _groups(source, parts, held):
+        _one_pass(source, group, model, tokenizer, description)
+
+
+def _groups(source: Checkpoint, parts: Sequence[_Part], layers: int) -> Iterator[Sequence[_Part]]:
+    """Parts that fit in memory together, where a part holds the sums of so many layers."""
+    room, group, taken = _MEMORY_SHARE * free_memory("cpu"), [], 0.0
+    for part in parts:
+        size = sum(statistics_bytes(source.shape, kind) for kind in part.paths)
+        size = size * layers // source.shape.num_layers
+        if group and taken + size > room:
+            yield group
+            group, taken = [], 0.0
+        group.append(part)
+        taken += size
+    yield group
+
+
+def _one_pass(
+    source: Checkpoint,
+    parts: Sequence[_Part],
+    model: nn.Module,
+    tokenizer: Any,
+    description: str,
+) -> None:
+    from spp_export.calibration.activations import observe, token_batches
+
+    sums = [{kind: BlockSums(kind, source.shape) for kind in part.paths} for part in parts]
+    batches, starts = [], []
+    start = 0
+    # A batch is of one part, so that each part's sums are what a pass over it alone gives.
+    for part in parts:
+        starts.append(start)
+        for batch in token_batches(tokenizer, part.texts):
+            batches.append(replace(batch, texts=tuple(start + text for text in batch.texts)))
+        start += len(part.texts)
+    observers = [
+        [*part.also, *(observer for kind in of_part.values() for observer in kind.observers)]
+        for part, of_part in zip(parts, sums, strict=True)
+    ]
+    places = dict.fromkeys(observer.place for seen in observers for observer in seen)
+    routers = [
+        _Router(place, starts, [[o for o in seen if o.place == place] for seen in observers])
+        for place in places
+    ]
     with ExitStack() as stack:
-        files = {
-            kind: stack.enter_context(writing(path, sums[kind].sizes))
-            for kind, path in paths.items()
-        }
+        files = [
+            {
+                kind: stack.enter_context(writing(path, of_part[kind].sizes, source.name))
+                for kind, path in part.paths.items()
+            }
+            for part, of_part in zip(parts, sums, strict=True)
+        ]
 
         def keep(layer: int) -> None:
-            for kind, put in files.items():
-                for name, values in sums[kind].averages(layer).items():
-                    put(name, values)
+            for of_part, written in zip(sums, files, strict=True):
+                for kind, put in written.items():
+                    for name, values in of_part[kind].averages(layer).items():
+                        put(name, values)
 
         observe(
             model,
             source.family,
             batches,
-            observers,
+            routers,
             description=description,
             layer_done=keep,
         )
+
+
+@dataclass(frozen=True)
+class _Router:
+    """Shows a batch to the observers of the collection that it is of: number i has texts
+    `starts[i]` to `starts[i + 1]`."""
+
+    place: str
+    starts: Sequence[int]
+    observers: Sequence[Sequence[Observer]]
+
+    def see(self, layer: int, values: Tensor, text_T: Tensor) -> None:
+        """As of `Observer`."""
+        part = bisect_right(self.starts, int(text_T[0])) - 1
+        for observer in self.observers[part]:
+            observer.see(layer, values, text_T)
 
 
 def _backward(

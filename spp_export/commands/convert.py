@@ -15,21 +15,23 @@ from spp_export.commands.needs import (
     check_readable,
     convert_needs,
 )
+from spp_export.commands.quality import measure_file, record_quality
 from spp_export.commands.requests import ConvertRequest
+from spp_export.common.disk import scratch_folder
 from spp_export.common.errors import CheckFailed, ModelError, OutputError, ParityError
 from spp_export.common.json_files import dump_json
 from spp_export.common.manifest import check_manifest, write_manifest, wrote
 from spp_export.common.options import command
 from spp_export.common.publish import check_target, publish
-from spp_export.data.scenario import read_scenario
+from spp_export.data.scenario import Scenario, read_scenario
 from spp_export.formats.format import Comparison, FormatOptions, ModelFiles
 from spp_export.formats.registry import FORMATS, detect_format, format_of
 from spp_export.formats.safetensors.verify import RECOVERY_NAME
 from spp_export.models.checkpoint.checkpoint import TOKENIZER_FILES, Checkpoint, open_checkpoint
-from spp_export.models.checkpoint.companions import companion, copy_companions
+from spp_export.models.checkpoint.companions import companion, copy_companions, terms
 from spp_export.models.engines import Engine
 from spp_export.models.hub import locate_model, model_license
-from spp_export.models.tokenizer import load_tokenizer
+from spp_export.models.tokenizer import has_tokenizer, load_tokenizer
 from spp_export.planning import LayerPlan, Plan, read_plan
 
 if TYPE_CHECKING:
@@ -78,7 +80,7 @@ def convert(request: ConvertRequest) -> ConvertResult:
     made.require()
     device = request.device if verify else None
     request.form.check(device)
-    prompts = () if request.scenario is None else read_scenario(request.scenario).prompts
+    scenario = None if request.scenario is None else read_scenario(request.scenario)
     target = Path(request.output)
     check_target(target, request.force)
     check_place(target)
@@ -91,18 +93,21 @@ def convert(request: ConvertRequest) -> ConvertResult:
     files = made.prepare(options, checkpoint, plan)
     _preflight(target, checkpoint, options, files, verify)
     # Before anything is written, for text may be none for this model.
+    prompts = scenario.prompts if scenario else ()
     batches = _batches(checkpoint, prompts, request.seed) if verify else ()
     failure: CheckFailed | None = None
     report: dict[str, Any] | None = None
     with publish(target, request.force) as work:
         files.write(place.path, work)
         if verify:
-            report, failure = _check(work, checkpoint, files, batches, request)
+            with scratch_folder(prefix="spp-check-") as scratch:
+                job = _Check(work, checkpoint, files, batches, scenario, plan, request, scratch)
+                report, failure = job.run()
             (work / "verify.json").write_text(dump_json(report), encoding="utf-8")
             if failure and not request.keep_failed:
                 raise failure
         (work / "plan.json").write_text(plan.to_json(), encoding="utf-8")
-        copy_companions(place.path, ("LICENSE", RECOVERY_NAME), work)
+        copy_companions(place.path, (*terms(place.path), RECOVERY_NAME), work)
         slim_plan = plan if (place.path / "plan.json").exists() else None
         license_name = model_license(place.path)
         card = files.card(target.name, report, license_name, converted=slim_plan)
@@ -123,42 +128,64 @@ def _batches(checkpoint: Checkpoint, prompts: Sequence[str], seed: int) -> list[
     return check_batches(checkpoint.shape.vocab_size, prompts, tokenizer, seed)
 
 
-def _check(
-    work: Path,
-    checkpoint: Checkpoint,
-    files: ModelFiles,
-    batches: Sequence[TokenBatch],
-    request: ConvertRequest,
-) -> tuple[dict[str, Any], CheckFailed | None]:
-    """The content of verify.json, and the error to raise if a check failed."""
-    import torch
+@dataclass(frozen=True)
+class _Check:
+    """The checks of what was just written to `work`, and what quantising cost."""
 
-    from spp_export.evaluation.batches import slim_reference, wide_dtype
-    from spp_export.evaluation.parity import VerifyReport
+    work: Path
+    checkpoint: Checkpoint
+    files: ModelFiles
+    batches: Sequence[TokenBatch]
+    scenario: Scenario | None
+    plan: Plan
+    request: ConvertRequest
+    scratch: Path
 
-    own = getattr(torch, files.torch_dtype)
-    exact = wide_dtype(own, checkpoint.shape.parameters(checkpoint.layers), "cpu")
-    result = files.check(
-        work,
-        Comparison(
+    def run(self) -> tuple[dict[str, Any], CheckFailed | None]:
+        """verify.json's content, and the error if the answer is no."""
+        import torch
+
+        from spp_export.evaluation.batches import slim_reference, wide_dtype
+        from spp_export.evaluation.parity import VerifyReport
+        from spp_export.models.loader import load_slim
+
+        checkpoint, files = self.checkpoint, self.files
+        own = getattr(torch, files.torch_dtype)
+        exact = wide_dtype(own, checkpoint.shape.parameters(checkpoint.layers), "cpu")
+        against = Comparison(
             checkpoint.path,
-            batches,
-            lambda batches: slim_reference(checkpoint.path, batches, exact, own),
-            request.device,
-        ),
-    )
-    report = VerifyReport(result.checks, result.context)
-    if report.passed:
-        return report.to_dict(), None
-    first = report.failures[0]
-    failure = ParityError(f"{first.name}: {first.describe()} This is a defect of spp.")
-    return report.to_dict(), failure
+            self.batches,
+            lambda place, batches: slim_reference(place, batches, exact, own),
+            lambda place: load_slim(place, own),
+            self.request.device,
+            self.scratch,
+        )
+        checked = files.check(self.work, against)
+        report = VerifyReport(checked.checks, checked.context)
+        if not report.passed:
+            first = report.failures[0]
+            failure = ParityError(f"{first.name}: {first.describe()} This is a defect of spp.")
+            return report.to_dict(), failure
+        content, limit = report.to_dict(), self.request.max_kl
+        if not checked.quantised and limit is None:
+            return content, None
+        quality = None
+        if has_tokenizer(checkpoint.path):
+            model = load_slim(checkpoint.path, own)
+            quality = measure_file(
+                model,
+                checked.model or model,
+                load_tokenizer(checkpoint.path),
+                self.scenario,
+                self.plan,
+            )
+        return record_quality(content, "quantisation", quality, limit)
 
 
 def _preflight(
     target: Path, checkpoint: Checkpoint, options: FormatOptions, files: ModelFiles, verify: bool
 ) -> None:
-    check_readable(checkpoint.path, (*TOKENIZER_FILES, "LICENSE"))
+    check_readable(checkpoint.path, (*TOKENIZER_FILES, *terms(checkpoint.path)))
     needs = convert_needs(target, checkpoint, options, files, verify)
     check_disk(needs)
     check_memory(needs)

@@ -6,7 +6,7 @@ from spp_export.commands.requests import DiagnoseRequest
 from spp_export.common.options import command
 from spp_export.data.artifacts import open_artifacts
 from spp_export.data.scenario import read_scenario
-from spp_export.domains.diagnosis import Diagnosis, diagnose_prompts
+from spp_export.domains.diagnosis import Diagnosis, diagnose_scenario
 from spp_export.models.session import open_session
 
 
@@ -14,7 +14,7 @@ from spp_export.models.session import open_session
 def diagnose(request: DiagnoseRequest) -> Diagnosis:
     """Diagnose a scenario by the probes of a model's artifacts.
 
-    All prompts take part; `export` leaves those out that it measures quality on.
+    As in a plan, the prompts that an export measures its quality on take no part.
 
         print(spp_export.diagnose("chemistry.txt").to_dict()["mixture"])
     """
@@ -23,4 +23,4 @@ def diagnose(request: DiagnoseRequest) -> Diagnosis:
         request.model, device=request.device, dtype=request.dtype, layerwise=request.layerwise
     )
     artifacts = open_artifacts(request.artifacts, request.model, session.source)
-    return diagnose_prompts(session, artifacts, text.prompts, request.regime)
+    return diagnose_scenario(session, artifacts, text, request.regime)

@@ -20,7 +20,7 @@ from spp_export.common.errors import OutputError, UsageError
 from spp_export.common.options import command, non_default
 from spp_export.common.versions import device_type, library_versions, machine
 from spp_export.data.artifacts import Artifacts, open_artifacts
-from spp_export.evaluation.harness.bootstrap import RESAMPLES
+from spp_export.evaluation.bootstrap import RESAMPLES
 from spp_export.evaluation.harness.curves import write_curves
 from spp_export.evaluation.harness.inputs import Inputs, read_inputs
 from spp_export.evaluation.harness.records import (

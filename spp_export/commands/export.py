@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from spp_export.calibration.stored import noting
 from spp_export.commands.export_checks import check_export
 from spp_export.commands.export_request import ExportResult
 from spp_export.commands.needs import (
@@ -37,6 +38,7 @@ from spp_export.formats.format import ModelFiles
 from spp_export.formats.promised import promised_checkpoint
 from spp_export.formats.registry import FORMATS
 from spp_export.formats.safetensors.write import COMPANIONS, write_slim
+from spp_export.models.checkpoint.companions import copy_companions, terms
 from spp_export.models.hub import DEMO, model_license
 from spp_export.models.session import Session, open_session
 from spp_export.planning import Plan, dense_plan, read_plan, sample_plan, validate_plan
@@ -86,13 +88,15 @@ def export(request: ExportRequest) -> ExportResult:
     if text is not None and (request.plan is None or request.verify):
         session.tokenizer.check(text.prompts)  # those held out, too
     job = _Job(session, artifacts, text, request, _Clock())
-    result, files = job.decide(target)
-    if request.dry_run:
-        return result
-    assert result.needs
-    check_disk(result.needs)
-    with publish(target, request.force) as work:
-        result, failure = job.fill(work, result, files, target.name)
+    with noting() as kept:
+        result, files = job.decide(target)
+        result = replace(result, kept=kept)
+        if request.dry_run:
+            return result
+        assert result.needs
+        check_disk(result.needs)
+        with publish(target, request.force) as work:
+            result, failure = job.fill(work, result, files, target.name)
     if failure:
         raise type(failure)(f"{failure} Published all the same, by --keep-failed: {target}")
     result = replace(result, path=target)
@@ -179,8 +183,7 @@ class _Job:
             write_manifest(work, written.records)
             return result, failure
         shutil.copyfile(slim / "plan.json", work / "plan.json")
-        if (slim / "LICENSE").exists():
-            shutil.copyfile(slim / "LICENSE", work / "LICENSE")
+        copy_companions(slim, terms(slim), work)
         shutil.rmtree(slim)
         write_manifest(work)
         size = sum(path.stat().st_size for path in work.glob(made.weights))
@@ -249,10 +252,10 @@ def _sizes(decided: PlanResult, session: Session, element_bytes: int) -> Predict
 
 
 def _preflight(session: Session, target: Path, request: ExportRequest) -> None:
-    """Refuse what cannot succeed before any work is done; with a plan, the size of the result is
-    known.
-    """
-    check_readable(session.source.path, COMPANIONS)
+    """Refuse what cannot succeed before any work is done for it; a plan says itself how large the
+    result is."""
+    place = session.source.path
+    check_readable(place, (*COMPANIONS, *terms(place)))
     shape, least = session.source.shape, 0
     if request.plan is None:
         least = least_slim_bytes(shape, request.budget.keep, request.units)

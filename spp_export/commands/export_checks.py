@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spp_export.commands.export_request import ExportResult
+from spp_export.commands.quality import measure_file, record_quality
 from spp_export.commands.requests import ExportRequest
+from spp_export.common.disk import scratch_folder
 from spp_export.common.errors import (
     CheckFailed,
     ParityError,
@@ -22,7 +24,7 @@ from spp_export.slicing.compensation import Compensator
 
 if TYPE_CHECKING:
     from spp_export.calibration.activations import TokenBatch
-    from spp_export.evaluation.parity import ReferenceLogits
+    from spp_export.evaluation.parity import ReferenceLogits, VerifyReport
 
 
 def check_export(
@@ -38,55 +40,69 @@ def check_export(
 
     places: of the slim checkpoint, and of the files made from it
     """
+    with scratch_folder(prefix="spp-check-") as scratch:
+        return _check(session, result, scenario, places, files, request, compensation, scratch)
+
+
+def _check(
+    session: Session,
+    result: ExportResult,
+    scenario: Scenario | None,
+    places: tuple[Path, Path],
+    files: ModelFiles,
+    request: ExportRequest,
+    compensation: Compensator,
+    scratch: Path,
+) -> tuple[dict[str, Any], CheckFailed | None]:
     import torch
 
-    from spp_export.evaluation.parity import rounded
+    from spp_export.evaluation.parity import VerifyReport
     from spp_export.evaluation.quality import measure_quality
 
     prompts = scenario.prompts if scenario else ()
     slim, out = places
     checked = check_directory(slim, session, result.plan, prompts, request.seed, compensation)
-    content, model = checked.report.to_dict(), checked.slim
-    failed = list(checked.report.failures)
+    content = checked.report.to_dict()
+    if not checked.report.passed:
+        return content, _defect(checked.report)
+    assert checked.reference
+    assert checked.slim
 
-    def reference(batches: Sequence[TokenBatch]) -> ReferenceLogits:
+    def reference(place: Path, batches: Sequence[TokenBatch]) -> ReferenceLogits:
         known, dtype = checked.reference, files.torch_dtype
-        if known and batches is known.batches and dtype == session.dtype:
+        if known and place == slim and batches is known.batches and dtype == session.dtype:
             return known
         exact, disk = exact_dtype(session, {}), session.from_disk
-        return slim_reference(slim, batches, exact, getattr(torch, dtype), layerwise=disk)
+        return slim_reference(place, batches, exact, getattr(torch, dtype), layerwise=disk)
 
-    if not failed:
-        assert checked.reference
-        against = Comparison(
-            slim, checked.reference.batches, reference, session.device, model, session.from_disk
-        )
-        converted = files.check(out, against)
-        content["checks"] += [check.to_dict() for check in converted.checks]
-        content |= converted.context
-        failed = [check for check in converted.checks if not check.passed]
-        model = converted.model or model
-    if failed or model is None:
-        content["passed"] = False
-        first = failed[0]
-        return content, ParityError(
-            f"{first.name}: {first.describe()} Nothing to change in the options helps: "
-            "this is a defect of spp or of the checkpoint."
-        )
-    held_out = scenario.split()[1] if scenario else ()
-    quality = (
-        measure_quality(session.model, model, session.tokenizer, held_out) if held_out else None
+    against = Comparison(
+        slim, checked.reference.batches, reference, session.slim_model, session.device, scratch
     )
-    content["quality"] = rounded(quality.to_dict()) if quality else None
+    converted = files.check(out, against)
+    content["checks"] += [check.to_dict() for check in converted.checks]
+    content |= converted.context
+    report = VerifyReport(converted.checks)
+    if not report.passed:
+        return {**content, "passed": False}, _defect(report)
+    model, quality = converted.model or checked.slim, None
+    held_out = scenario.split()[1] if scenario else ()
+    if converted.quantised:
+        judged = session.tokenizer, scenario, result.plan
+        quality = measure_file(session.model, model, *judged)
+        cost = measure_file(checked.slim, model, *judged)
+        content["quantisation"] = cost.to_dict() if cost else None
+    elif held_out:
+        quality = measure_quality(session.model, model, session.tokenizer, held_out)
+    content, worse = record_quality(content, "quality", quality, request.max_kl)
     limit = request.max_perplexity
-    if limit is None:
-        return content, None
+    if limit is None or worse:
+        return content, worse
     within = quality is not None and quality.ratio <= limit
     content["quality_gate"] = {"max_perplexity_ratio": limit, "passed": within}
     content["passed"] = content["passed"] and within
     if quality is None:
         return content, QualityError(
-            "the quality gate needs held-out text: a scenario of at least four prompts."
+            "--max-perplexity needs held-out text: a scenario of at least four prompts."
         )
     if not within:
         return content, QualityError(
@@ -94,3 +110,11 @@ def check_export(
             "Keep more (--keep) or raise the gate."
         )
     return content, None
+
+
+def _defect(report: VerifyReport) -> ParityError:
+    first = report.failures[0]
+    return ParityError(
+        f"{first.name}: {first.describe()} Nothing to change in the options helps: this is a "
+        "defect of spp or of the checkpoint."
+    )

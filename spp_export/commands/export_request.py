@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from spp_export.calibration.stored import Kept
 from spp_export.commands.needs import Needs
 from spp_export.commands.push import PushResult
 from spp_export.domains.diagnosis import Diagnosis
@@ -24,6 +25,7 @@ class ExportResult:
     path    None for a dry run
     form    what the files say of their format
     nbytes  of the files made from the slim checkpoint; 0 where they are its own
+    kept    what was left in the cache for later runs
     """
 
     path: Path | None
@@ -40,6 +42,7 @@ class ExportResult:
     nbytes: int = 0
     needs: Needs | None = None
     pushed: PushResult | None = None
+    kept: Kept = field(default_factory=Kept)
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -68,5 +71,6 @@ class ExportResult:
             "tensors": [dict(tensor) for tensor in self.tensors] if self.path is None else None,
             "needs": self.needs.to_dict() if self.needs and self.path is None else None,
             "pushed": self.pushed.to_dict() if self.pushed else None,
+            "cached": self.kept.to_dict(),
             "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
         }

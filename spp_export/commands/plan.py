@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from spp_export.calibration.stored import noting
 from spp_export.commands.requests import PlanFileRequest
 from spp_export.common.options import command
 from spp_export.data.artifacts import open_artifacts
@@ -26,7 +29,8 @@ def plan(request: PlanFileRequest) -> PlanResult:
     )
     artifacts = open_artifacts(request.artifacts, request.model, session.source)
     session.tokenizer.check(text.prompts)
-    result = plan_scenario(session, artifacts, text, request)
+    with noting() as kept:
+        result = replace(plan_scenario(session, artifacts, text, request), kept=kept)
     if request.output is not None:
         write_plan(result.plan, request.output, force=request.force)
     return result

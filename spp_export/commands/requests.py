@@ -6,6 +6,7 @@ Imports nothing heavy: help pages are made from these fields.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields, make_dataclass, replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from spp_export.common.options import (
     non_default,
     option,
     output_option,
+    parse_duration,
     scenario_option,
 )
 from spp_export.formats.format import Format, FormatOptions
@@ -55,6 +57,17 @@ def private_option() -> Any:
     """Whether a repository that is made is private."""
     words = "Make a private repository, where there is none yet."
     return option(False, panel=PUBLISHING, help=words)
+
+
+def named_paths(values: Any) -> Mapping[str, PathLike]:
+    """NAME=PATH words as a mapping. ValueError for a word that is none, or a name given twice."""
+    paths: dict[str, PathLike] = {}
+    for value in values:
+        name, sign, path = value.partition("=")
+        if not (name and sign and path) or name in paths:
+            raise ValueError(f"{value!r} is not NAME=PATH, each name once")
+        paths[name] = path
+    return paths
 
 
 @dataclass(frozen=True)
@@ -79,14 +92,22 @@ class DiagnoseRequest(Layerwise, Dtype, Artifacts, Model):
 
 
 @dataclass(frozen=True)
-class ProbeRequest(Force, Seed, Dtype, Model):
+class ProbeRequest(Force, Seed, Dtype, Artifacts, Model):
     """A model's artifacts."""
 
-    pools: PathLike = option(
-        metavar="DIR", help="Text per domain: <domain>/train.txt and <domain>/val.txt."
+    pools: PathLike | None = option(
+        None, metavar="DIR", help="Text per domain: <domain>/train.txt and <domain>/val.txt."
     )
-    output: PathLike = output_option(help="Artifacts directory to write.")
+    output: PathLike = output_option("", help="Artifacts directory to write.")
     _: KW_ONLY
+    add_domain: Mapping[str, PathLike] | None = option(
+        None,
+        metavar="NAME=FILE",
+        type=list[str],
+        parse=named_paths,
+        help="In place of --pools: the domains of --artifacts and one more, with texts of it in a "
+        "file of the format of a scenario; repeatable.",
+    )
     domains: tuple[str, ...] | None = option(
         None,
         metavar="A,B,C",
@@ -111,6 +132,41 @@ class ProbeRequest(Force, Seed, Dtype, Model):
     units: Literal["heads", "both"] = option(
         "both", help="What is scored: heads, or both heads and MLP channels."
     )
+
+    def check(self) -> None:
+        """UsageError for what cannot be asked together."""
+        super().check()
+        if not os.fspath(self.output):
+            raise UsageError("-o is missing: say where the artifacts go.")
+        if (self.pools is None) == (self.add_domain is None):
+            raise UsageError(
+                "probe needs --pools DIR, or --add-domain NAME=FILE to add to the domains of "
+                "artifacts."
+            )
+        base = {"--domains": self.domains, "--select": self.select}
+        wrong = [flag for flag, value in base.items() if value is not None]
+        if self.add_domain is not None and wrong:
+            raise UsageError(f"{wrong[0]} chooses among --pools. Drop it, or --add-domain.")
+        if self.pools is not None and self.artifacts is not None:
+            raise UsageError("--artifacts are what --add-domain adds to. Drop it, or --pools.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheRequest(Request):
+    """What is kept on this machine."""
+
+    model: str | None = option(
+        None, metavar="NAME", help="Only what is kept of this model, as the list calls it."
+    )
+    older_than: float | None = option(
+        None,
+        metavar="AGE",
+        type=str,
+        parse=parse_duration,
+        least=0,
+        help="Only what was not used for so long: 30d, 12h, 90m; in Python, seconds.",
+    )
+    clear: bool = option(False, panel=DANGEROUS, help="Remove it, unless it is in use.")
 
 
 @dataclass(frozen=True)
@@ -219,9 +275,23 @@ else:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Distance(Request):
+    """How far answers may be from the dense model's."""
+
+    max_kl: float | None = option(
+        None,
+        panel=CHECKS,
+        least=0,
+        metavar="NATS",
+        help="Publish only if the mean KL to the model it is made from is at most this; 0.1 is "
+        "where answers begin to differ noticeably.",
+    )
+
+
 @dataclass(frozen=True)
 class ExportRequest(
-    PlanRequest, KeepFailed, Force, Layerwise, Dtype, FormRequest, Artifacts, Model
+    PlanRequest, KeepFailed, Force, Layerwise, Dtype, Distance, FormRequest, Artifacts, Model
 ):
     """An export, and the plan for it or what to make one by."""
 
@@ -286,6 +356,8 @@ class ExportRequest(
             flag = "--" + decided[0].replace("_", "-")
             raise UsageError(f"{flag}: the plan already decides that. Drop {flag}, or --plan.")
         unchecked = self.dry_run or not self.verify
+        if self.max_kl is not None and unchecked:
+            raise UsageError("--max-kl: nothing is measured then. Drop --no-verify, --dry-run.")
         if self.max_perplexity is not None and unchecked:
             raise UsageError(
                 "--max-perplexity: nothing is measured then. Drop --no-verify, --dry-run."
@@ -314,7 +386,7 @@ class ExportRequest(
 
 
 @dataclass(frozen=True)
-class ConvertRequest(KeepFailed, Force, Seed, FormRequest):
+class ConvertRequest(KeepFailed, Force, Seed, Distance, FormRequest):
     """A conversion."""
 
     checkpoint: str = argument(
@@ -334,9 +406,15 @@ class ConvertRequest(KeepFailed, Force, Seed, FormRequest):
         help="Skip the comparison with the PyTorch model.",
     )
 
+    def check(self) -> None:
+        """UsageError for what cannot be asked together."""
+        super().check()
+        if self.max_kl is not None and not self.verify:
+            raise UsageError("--max-kl: nothing is measured then. Drop --no-verify.")
+
 
 @dataclass(frozen=True)
-class VerifyRequest(Seed, Layerwise, Dtype, Model):
+class VerifyRequest(Seed, Layerwise, Dtype, Distance, Model):
     """The check of a directory."""
 
     out: PathLike = argument(metavar="OUT", help="A directory written by 'spp export'.")
@@ -529,17 +607,6 @@ class RecoverRequest(KeepFailed, Force, RecoverSettings, Model):
     )
 
 
-def named_directories(values: Any) -> Mapping[str, PathLike]:
-    """NAME=DIR words as a mapping. ValueError for a word that is none, or a name given twice."""
-    directories: dict[str, PathLike] = {}
-    for value in values:
-        name, sign, directory = value.partition("=")
-        if not (name and sign and directory) or name in directories:
-            raise ValueError(f"--other-artifacts {value}: expected NAME=DIR, each name once")
-        directories[name] = directory
-    return directories
-
-
 @dataclass(frozen=True, kw_only=True)
 class EvalRequest(Seed):
     """Which rows an evaluation measures, and how. The controls are always among them.
@@ -640,7 +707,7 @@ class EvalTexts(EvalRequest, Force, Dtype, Artifacts, Model):
         panel=ROWS,
         metavar="NAME=DIR",
         type=list[str],
-        parse=named_directories,
+        parse=named_paths,
         help="With --ablations, also the first criterion with these artifacts; repeatable.",
     )
     plan: tuple[PathLike, ...] = option(

@@ -16,6 +16,7 @@ from spp_export.common.options import command
 from spp_export.data.artifacts import Artifacts, read_artifacts
 from spp_export.evaluation.harness.records import RESULTS, Results, read_results
 from spp_export.evaluation.harness.table import interval, ranking, units_name
+from spp_export.evaluation.remarks import FEW_TOKENS
 from spp_export.formats.format import Format
 from spp_export.formats.registry import FORMATS, detect_format
 from spp_export.models.checkpoint.checkpoint import Checkpoint, open_source
@@ -149,6 +150,9 @@ def _verdict(place: Path) -> dict[str, Any]:
     quality = report.get("quality")
     if isinstance(quality, dict) and isinstance(quality.get("ratio"), float):
         facts["perplexity_ratio"] = quality["ratio"]
+        if isinstance(tokens := quality.get("tokens"), int):
+            uncertain = " (uncertain)" if tokens < FEW_TOKENS else ""
+            facts["measured_on"] = f"{tokens:,} tokens{uncertain}"
     match report.get("quantisation"):
         case {"mean_kl": float(kl), "top1": float(share)}:
             facts["quantisation"] = {"mean_kl": kl, "top1": share}

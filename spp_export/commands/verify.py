@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spp_export.commands.quality import gate, measure_file
 from spp_export.commands.requests import VerifyRequest
+from spp_export.common.disk import scratch_folder
 from spp_export.common.errors import OutputError, UsageError
 from spp_export.common.manifest import check_manifest, listed_names
 from spp_export.common.options import command
 from spp_export.data.scenario import read_scenario
+from spp_export.formats.format import Promise
 from spp_export.formats.registry import FORMATS, detect_format
 from spp_export.formats.safetensors.verify import RECOVERY_NAME
 from spp_export.models.session import open_session
@@ -24,7 +27,9 @@ def verify(request: VerifyRequest) -> VerifyReport:
     """Check the integrity and parity of an exported directory against its dense model.
 
     Logits are compared on the scenario's text, or on seeded random tokens without one: parity does
-    not depend on the text. Raises OutputError where the directory is no export.
+    not depend on the text. Quality does, and is measured of quantised weights, and of others for
+    `max_kl`, on the scenario's held-out text or on conversations that come with spp. Raises
+    OutputError where the directory is no export.
 
         assert spp_export.verify("out/chemistry", model="org/name").passed
     """
@@ -51,6 +56,20 @@ def verify(request: VerifyRequest) -> VerifyReport:
     )
     compiled = read_plan(directory / "plan.json")
     validate_plan(compiled, session.source.shape, session.source.fingerprint)
-    prompts = () if request.scenario is None else read_scenario(request.scenario).prompts
-    report = made.verify(directory, session, compiled, prompts, request.seed)
-    return VerifyReport((integrity, *report.checks), report.context)
+    scenario = None if request.scenario is None else read_scenario(request.scenario)
+    prompts = scenario.prompts if scenario else ()
+    with scratch_folder(prefix="spp-check-") as scratch:
+        against = Promise(session, compiled, prompts, request.seed, scratch)
+        checked = made.verify(directory, against)
+        report = VerifyReport((integrity, *checked.checks), checked.context)
+        if not report.passed or not (checked.quantised or request.max_kl is not None):
+            return report
+        assert checked.model
+        quality = measure_file(session.model, checked.model, session.tokenizer, scenario, compiled)
+    context = {**checked.context, "quality": quality.to_dict() if quality else None}
+    failure, checks = gate(quality, request.max_kl), report.checks
+    if request.max_kl is not None:
+        kl = quality.mean_kl if quality else None
+        limit = Check("mean KL to the dense model", failure is None, kl, request.max_kl)
+        checks = (*checks, limit)
+    return VerifyReport(checks, context)

@@ -249,6 +249,18 @@ def parse_count(text: str) -> int:
     return int(value)
 
 
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of a duration such as 30d, 12h or 90m. Raises ValueError."""
+    match = _DURATION.fullmatch(text.strip().lower())
+    if not match:
+        raise ValueError(f"{text!r} is not a duration such as 30d, 12h or 90m")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
 def comma_list(text: str) -> tuple[str, ...]:
     """The words of a list a,b,c."""
     return tuple(word.strip() for word in text.split(","))

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,6 +45,8 @@ FILES = (
     "whitelist.json",
 )
 _PROBE_TENSORS = ("weight", "bias", "temperature", "axes")
+# Beside them, all or none: artifacts of before do not say what text is familiar.
+_FAMILIAR_KEYS = {name: f"familiar_{name}" for name in ("means", "basis", "scales")}
 # What a manifest without measured figures stands for. KNOWN: a prompt is of a domain when the
 # probes find that as likely as this. SHARE: a domain takes part in a scenario from this share of
 # the mixture on (the published cross-domain threshold).
@@ -93,6 +95,15 @@ class _ScenarioWeight(Document):
     chosen: _Share = SCENARIO_WEIGHT
 
 
+class Familiarity(Document):
+    """Where text is familiar, as of `Artifacts.familiarity`."""
+
+    model_config = _OTHERS_TOO
+    layers: Rows[int]
+    centre: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    spread: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
 class _Manifest(Document):
     """What is read of `Artifacts.manifest` in order to plan."""
 
@@ -101,6 +112,7 @@ class _Manifest(Document):
     regime_choice: _RegimeChoice = _RegimeChoice()
     shrinkage: _Shrinkage = _Shrinkage()
     scenario_weight: _ScenarioWeight = _ScenarioWeight()
+    familiarity: Familiarity | None = None
 
 
 class _Contents(Document):
@@ -150,6 +162,8 @@ class Artifacts:
     calibration      (domain, text) pairs they were made from
     manifest         where they come from: pools, counts, seeds, versions; JSON values only
     sha256           of the directory's files; "" before they are written
+    familiar         what text they know, at the P layers of the manifest's `familiarity`: `means`
+                     [P,K,d], `basis` [P,r,d], `scales` [P,r+1]; empty where they do not say
     """
 
     fingerprint: str
@@ -164,6 +178,7 @@ class Artifacts:
     calibration: tuple[tuple[str, str], ...]
     manifest: Mapping[str, Any]
     sha256: str = ""
+    familiar: Mapping[str, Array] = field(default_factory=dict)
 
     @property
     def num_layers(self) -> int:
@@ -199,6 +214,12 @@ class Artifacts:
         return rule.known, rule.share
 
     @property
+    def familiarity(self) -> Familiarity | None:
+        """Layers of `familiar`, and the distances of validation text from it; None where the
+        artifacts do not say what text they know."""
+        return self._settings.familiarity
+
+    @property
     def shrinkage(self) -> float:
         """How far a diagnosed mixture is best shrunk towards all domains alike, 0 to 1."""
         return self._settings.shrinkage.chosen
@@ -230,10 +251,11 @@ def read_artifacts(directory: str | os.PathLike[str]) -> Artifacts:
     value = parse_json(data["artifacts.json"], what=label, error=ArtifactsError)
     header = validated(ArtifactsDocument, value, what=label, error=ArtifactsError)
     probes = _tensors(root / "probes.safetensors", data["probes.safetensors"])
-    if set(probes) != set(_PROBE_TENSORS):
+    familiar = {name: probes.pop(key) for name, key in _FAMILIAR_KEYS.items() if key in probes}
+    if set(probes) != set(_PROBE_TENSORS) or len(familiar) not in (0, len(_FAMILIAR_KEYS)):
         raise ArtifactsError(
             f"artifacts {root}/probes.safetensors: expected the tensors "
-            f"{', '.join(_PROBE_TENSORS)}, got {_names(probes)}."
+            f"{', '.join(_PROBE_TENSORS)}, got {_names({**probes, **familiar})}."
         )
     artifacts = Artifacts(
         fingerprint=header.model.fingerprint,
@@ -245,6 +267,7 @@ def read_artifacts(directory: str | os.PathLike[str]) -> Artifacts:
         calibration=tuple(_calibration(root / "calibration.jsonl", data["calibration.jsonl"])),
         manifest=value["manifest"],
         sha256=_digest(data),
+        familiar=familiar,
     )
     check_artifacts(artifacts, f"artifacts {root}")
     for key, size in _model_sizes(artifacts).items():
@@ -306,6 +329,7 @@ def _encode(artifacts: Artifacts) -> dict[str, bytes]:
         for domain, text in artifacts.calibration
     )
     probes = {name: getattr(artifacts, name) for name in _PROBE_TENSORS}
+    probes |= {_FAMILIAR_KEYS[name]: array for name, array in artifacts.familiar.items()}
     data = {
         "artifacts.json": dump_json(header).encode(),
         "calibration.jsonl": "".join(lines).encode(),
@@ -414,16 +438,40 @@ def check_artifacts(artifacts: Artifacts, label: str) -> None:
             f"{label}: expected temperatures above 0, of at least {_SMALLEST_TEMPERATURE}, got "
             f"{float(artifacts.temperature.min()):.3g}."
         )
+    _check_familiar(artifacts, label)
     _check_importance(artifacts.importance, count, layers, label)
     _check_whitelist(artifacts, label)
     if settings.probe_layers is not None:
-        _check_probe_layers(settings.probe_layers, layers, label)
+        _check_layers(settings.probe_layers, layers, f"{label}: manifest.probe_layers")
     for number, (domain, _) in enumerate(artifacts.calibration, start=1):
         if domain not in artifacts.domains:
             raise ArtifactsError(
                 f"{label}: calibration text {number} is of the domain {domain!r:.60}, "
                 f"known are {', '.join(artifacts.domains):.300}."
             )
+
+
+def _check_familiar(artifacts: Artifacts, label: str) -> None:
+    familiar, known = artifacts.familiar, artifacts.familiarity
+    if not familiar and known is None:
+        return
+    places = known.layers if known else ()
+    if set(familiar) != set(_FAMILIAR_KEYS) or not places or familiar["basis"].ndim != 3:
+        raise ArtifactsError(
+            f"{label}: expected the tensors {', '.join(_FAMILIAR_KEYS.values())} with "
+            "manifest.familiarity, or neither."
+        )
+    _check_layers(places, artifacts.num_layers, f"{label}: manifest.familiarity.layers")
+    hidden, directions = artifacts.hidden_size, familiar["basis"].shape[1]
+    count = len(artifacts.domains)
+    for name, shape in (
+        ("means", (len(places), count, hidden)),
+        ("basis", (len(places), directions, hidden)),
+        ("scales", (len(places), directions + 1)),
+    ):
+        _check_array(familiar[name], shape, f"{label}: {_FAMILIAR_KEYS[name]}")
+    if not (familiar["scales"] >= _SMALLEST_TEMPERATURE).all():
+        raise ArtifactsError(f"{label}: {_FAMILIAR_KEYS['scales']}: expected values above 0.")
 
 
 def _check_array(array: Array, shape: tuple[int, ...], label: str) -> None:
@@ -470,13 +518,12 @@ def _check_whitelist(artifacts: Artifacts, label: str) -> None:
         raise ArtifactsError(f"{label}: whitelist: a head is listed twice.")
 
 
-def _check_probe_layers(probed: tuple[int, ...], layers: int, label: str) -> None:
+def _check_layers(probed: tuple[int, ...], layers: int, label: str) -> None:
     inside = all(0 <= layer < layers for layer in probed)
     if not probed or not inside or list(probed) != sorted(set(probed)):
         first = ", ".join(shown(layer) for layer in probed[:12])
         raise ArtifactsError(
-            f"{label}: manifest.probe_layers: expected ascending layers below {layers}, got "
-            f"{first or 'none'}."
+            f"{label}: expected ascending layers below {layers}, got {first or 'none'}."
         )
 
 

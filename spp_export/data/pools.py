@@ -7,12 +7,15 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from spp_export.common.errors import ScenarioError
 from spp_export.common.json_files import decode_utf8, read_bytes
-from spp_export.data.scenario import paragraphs
+from spp_export.data.scenario import paragraphs, read_scenario
 
 MAX_POOL_BYTES = 1 << 30
+# Of a domain that is added, so that some can validate.
+MIN_TEXTS = 8
 _EXCERPT = 60
 
 
@@ -71,6 +74,42 @@ def read_pools(directory: str | os.PathLike[str], domains: Sequence[str] | None 
         train=tuple(parts[f"{name}/train.txt"] for name in names),
         val=tuple(parts[f"{name}/val.txt"] for name in names),
         sha256=hashes,
+    )
+
+
+def extended_pools(calibration: Sequence[tuple[str, str]], more: Mapping[str, Any]) -> Pools:
+    """Pools of the texts that artifacts hold, (domain, text) pairs, and of files by domain.
+
+    Of every domain each fourth text validates. Raises ScenarioError for a domain that is there
+    already, one of too few texts, and a text that occurs twice.
+    """
+    texts: dict[str, list[str]] = {}
+    for domain, text in calibration:
+        texts.setdefault(domain, []).append(text)
+    known = ", ".join(texts)
+    for domain, path in more.items():
+        if domain in texts:
+            raise ScenarioError(f"--add-domain {domain}: the artifacts know it; they know {known}.")
+        texts[domain] = list(read_scenario(path).prompts)
+    for domain, pool in texts.items():
+        if len(pool) < MIN_TEXTS:
+            raise ScenarioError(
+                f"domain {domain}: has {len(pool)} texts, expected at least {MIN_TEXTS}; a "
+                "hundred and more make good probes. Separate them by blank lines."
+            )
+    parts = {}
+    for domain, pool in texts.items():
+        parts[f"{domain}/train.txt"] = tuple(t for i, t in enumerate(pool) if i % 4 != 3)
+        parts[f"{domain}/val.txt"] = tuple(pool[3::4])
+    _check_distinct(parts)
+    return Pools(
+        domains=tuple(texts),
+        train=tuple(parts[f"{domain}/train.txt"] for domain in texts),
+        val=tuple(parts[f"{domain}/val.txt"] for domain in texts),
+        sha256={
+            file: hashlib.sha256("\n\n".join(part).encode()).hexdigest()
+            for file, part in parts.items()
+        },
     )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,11 @@ import numpy as np
 from spp_export.common.arrays import FloatArray
 from spp_export.common.errors import ArtifactsError, ScenarioError, UsageError
 from spp_export.data.artifacts import KNOWN, SHARE, Artifacts
+from spp_export.data.scenario import Scenario
+from spp_export.domains.familiar import Familiar
 from spp_export.models.session import Session
 
+_log = logging.getLogger(__name__)
 IN_DOMAIN = "in-domain"
 CROSS_DOMAIN = "cross-domain"
 OUT_OF_DOMAIN = "out-of-domain"
@@ -26,7 +30,11 @@ class Diagnosis:
     probabilities [P,K]  one-vs-rest probabilities per probed layer, averaged over prompts
     layers [P]           those layers; imported artifacts may not have a probe in every one
     q [K]                their mean over layers (SubspacePath Pruner, Eq. 6)
-    mixture [K]          q / sum(q): the weights that importance is mixed with
+    mixture [K]          q / sum(q): the weights that importance is mixed with; all alike where the
+                         text is unfamiliar, of which probes know nothing
+    distance             how far the text is from what the probes were made on, as a share of what
+                         makes it unfamiliar; None where the artifacts cannot tell
+    held_out             prompts of the scenario that had no part in this
     breadth              c = H(mixture) / log K in [0,1]; 0 for a single domain
     """
 
@@ -35,6 +43,13 @@ class Diagnosis:
     regime: str
     prompts: int
     layers: tuple[int, ...]
+    distance: float | None = None
+    held_out: int = 0
+
+    @property
+    def unfamiliar(self) -> bool:
+        """Whether the text is of another kind than all that the probes were made on."""
+        return self.distance is not None and self.distance >= 1
 
     @property
     def q(self) -> FloatArray:
@@ -45,7 +60,7 @@ class Diagnosis:
     @property
     def mixture(self) -> FloatArray:
         """Weights per domain [K], summing to one."""
-        q = self.q
+        q = np.ones_like(self.q) if self.unfamiliar else self.q
         weights: FloatArray = q / q.sum()
         return weights
 
@@ -71,7 +86,10 @@ class Diagnosis:
             "probability": _named(self.domains, self.q),
             "breadth": round(self.breadth, 6),
             "regime": self.regime,
+            "held_out": self.held_out,
         }
+        if self.distance is not None:
+            report |= {"distance": round(self.distance, 4), "unfamiliar": self.unfamiliar}
         if layers:
             rows = zip(self.layers, self.probabilities, strict=True)
             # A list, as the keys of a JSON object would make strings of the layers.
@@ -122,16 +140,21 @@ def diagnose_activations(
 ) -> Diagnosis:
     """Diagnosis of a scenario from its prompts' pooled residual stream.
 
-    Without `regime` it is chosen from the in-domain probabilities: out-of-domain when the prompts'
-    likeliest domains are, on average, less likely than the artifacts' threshold; else cross-domain
+    Without `regime` it is chosen: out-of-domain when the text is unfamiliar, or when the in-domain
+    probabilities of the prompts' likeliest domains are, on average, below the artifacts' threshold;
+    else cross-domain
     when two or more domains have at least their threshold's share of the mixture. The temperatures
     of cross-domain text are for prompts that mix domains: a prompt plainly of one domain, in a
     scenario of several, is still read at those of in-domain text.
     """
     probabilities_NPK = probe_probabilities(pooled_NLd, artifacts, regime or IN_DOMAIN)
+    familiar = Familiar.of(artifacts)
+    distance = familiar.distance(pooled_NLd) if familiar else None
     if regime is None:
         alone_NK = probabilities_NPK.mean(axis=1)
         regime = choose_regime(alone_NK, *artifacts.regime_rule)
+        if distance is not None and distance >= 1:
+            regime = OUT_OF_DOMAIN
         if regime != IN_DOMAIN and regime in artifacts.regimes:
             plain_N = np.array(
                 [choose_regime(p_K[None], *artifacts.regime_rule) == IN_DOMAIN for p_K in alone_NK]
@@ -140,7 +163,7 @@ def diagnose_activations(
             probabilities_NPK = np.where(plain_N[:, None, None], probabilities_NPK, theirs_NPK)
     layers = tuple(artifacts.probe_layers)
     probabilities = probabilities_NPK.mean(axis=0)
-    return Diagnosis(artifacts.domains, probabilities, regime, len(pooled_NLd), layers)
+    return Diagnosis(artifacts.domains, probabilities, regime, len(pooled_NLd), layers, distance)
 
 
 def choose_regime(probabilities_NK: FloatArray, known: float = KNOWN, share: float = SHARE) -> str:
@@ -156,6 +179,15 @@ def choose_regime(probabilities_NK: FloatArray, known: float = KNOWN, share: flo
     return CROSS_DOMAIN if (mean_K >= share * mean_K.sum()).sum() > 1 else IN_DOMAIN
 
 
+def diagnose_scenario(
+    session: Session, artifacts: Artifacts, scenario: Scenario, regime: str | None = None
+) -> Diagnosis:
+    """Diagnosis of what a plan is made of: not of the prompts that are held out."""
+    calibration, held_out = scenario.split()
+    diagnosis = diagnose_prompts(session, artifacts, calibration, regime)
+    return replace(diagnosis, held_out=len(held_out))
+
+
 def diagnose_prompts(
     session: Session, artifacts: Artifacts, prompts: Sequence[str], regime: str | None = None
 ) -> Diagnosis:
@@ -165,6 +197,11 @@ def diagnose_prompts(
     """
     from spp_export.calibration.activations import TextMeans, observe, token_batches
 
+    if not artifacts.familiar:
+        _log.warning(
+            "these artifacts cannot tell text of a domain that they do not know: they were "
+            "imported or made by an older spp. 'spp probe' makes them anew."
+        )
     shape = session.source.shape
     if regime is not None:
         check_regime(artifacts, regime)

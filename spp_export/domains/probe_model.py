@@ -16,7 +16,7 @@ from spp_export.calibration.activations import (
     observe,
     token_batches,
 )
-from spp_export.calibration.moments import Collection, gather
+from spp_export.calibration.moments import Collection, gather_all
 from spp_export.common.arrays import FloatArray, IntArray
 from spp_export.common.errors import UsageError
 from spp_export.common.progress import progress
@@ -25,6 +25,7 @@ from spp_export.data.artifacts import Artifacts
 from spp_export.data.pools import Pools
 from spp_export.domains.axes import choose_space
 from spp_export.domains.diagnosis import CROSS_DOMAIN, IN_DOMAIN, OUT_OF_DOMAIN
+from spp_export.domains.familiar import fit_familiar
 from spp_export.domains.probes import fit_probes
 from spp_export.domains.regimes import PROMPTS, RegimeText, calibrate, join_texts
 from spp_export.domains.scores import (
@@ -107,6 +108,8 @@ def probe_model(
     train, held_out = text.train.of(taken), text.held_out.of(taken)
     with progress("fitting probes", None):
         weight, bias = fit_probes(train.pooled, train.labels, len(taken))
+    known = train.pooled, train.labels, held_out.pooled, held_out.labels
+    familiar, familiarity = fit_familiar(*known, len(taken), request.seed)
     regimes = {
         IN_DOMAIN: (held_out, np.eye(len(taken))[held_out.labels]),
         CROSS_DOMAIN: _joined(dense, pools, request.seed),
@@ -133,6 +136,7 @@ def probe_model(
         "validation_accuracy": [round(float(a), 6) for a in accuracy],
         "axes": axes_record,
         **calibration.manifest,
+        "familiarity": familiarity,
         "whitelist": whitelist.to_dict(),
         **_shrinkage(dense, pools, collections, energy_KLH),
         "versions": library_versions(),
@@ -154,6 +158,7 @@ def probe_model(
         ),
         manifest=manifest,
         sha256="",
+        familiar=familiar.arrays(),
     )
 
 
@@ -200,23 +205,16 @@ def _unknown(text: _Text, taken: Sequence[int]) -> tuple[Labelled, FloatArray]:
 
 def _gather(
     dense: Dense, pools: Pools, kinds: Sequence[str], writes: AxisShares
-) -> list[Collection]:
+) -> Sequence[Collection]:
     """Statistics of each domain's training text, kept in the cache for the exports to come."""
-    collections = []
-    for k, domain in enumerate(pools.domains):
-        writes.domain = k
-        collections.append(
-            gather(
-                dense.source,
-                pools.train[k],
-                kinds,
-                lambda: (dense.model, dense.tokenizer),
-                dtype=dense.dtype,
-                also=[writes],
-                description=f"gathering statistics: {domain}",
-            )
-        )
-    return collections
+    return gather_all(
+        dense.source,
+        pools.train,
+        kinds,
+        lambda: (dense.model, dense.tokenizer),
+        dtype=dense.dtype,
+        also=[[writes.of(k)] for k in range(len(pools.domains))],
+    )
 
 
 def _scores(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from spp_export.calibration.activations import Observer
 from spp_export.calibration.moments import Collection, layer_weights
 from spp_export.calibration.statistics import Axis
 from spp_export.common.arrays import FloatArray
@@ -80,15 +82,12 @@ class AxisShares:
     """Sums over tokens of (u . w)^2 / (||w||^2 + eps), w a head's write and u the domain's axis.
 
     `||Wo_h a_h||^2 = a_h^T G_h a_h` with `G_h = Wo_h^T Wo_h` [dh,dh], so no write is materialised.
-    Tokens count for `self.domain`, which the caller sets.
+    `of` gives the observer of a domain's text.
     """
-
-    place = "output"
 
     def __init__(self, source: Checkpoint, device: torch.device, axes_LKd: FloatArray) -> None:
         shape, family = source.shape, source.family
         heads, dim = shape.query_heads, shape.head_dim
-        self.domain = 0
         self.directions = axes_LKd / np.linalg.norm(axes_LKd, axis=2, keepdims=True).clip(min=1e-12)
         self._gram: list[Tensor] = []
         self._along: list[Tensor] = []
@@ -103,16 +102,20 @@ class AxisShares:
         self._sums = torch.zeros((domains, shape.num_layers, heads), dtype=torch.float64)
         self._tokens = torch.zeros(domains, dtype=torch.float64)
 
-    def see(self, layer: int, values: Tensor, text_T: Tensor) -> None:
-        """Add one batch of o_proj inputs [T,H*dh], all of `self.domain`."""
+    def of(self, domain: int) -> Observer:
+        """What looks on while the model reads text of a domain."""
+        return _OneDomain(self, domain)
+
+    def add(self, domain: int, layer: int, values: Tensor) -> None:
+        """Add one batch of o_proj inputs [T,H*dh], all of `domain`."""
         gram, along = (part[layer].to(values.device) for part in (self._gram, self._along))
         values_HTi = values.float().view(values.shape[0], gram.shape[0], -1).transpose(0, 1)
         energy_TH = ((values_HTi @ gram) * values_HTi).sum(2).clamp(min=0).T
-        along_HT = torch.einsum("hti,hi->ht", values_HTi, along[self.domain])
+        along_HT = torch.einsum("hti,hi->ht", values_HTi, along[domain])
         share_TH = along_HT.T.square() / (energy_TH + _EPS)
-        self._sums[self.domain, layer] += share_TH.double().sum(0).cpu()
+        self._sums[domain, layer] += share_TH.double().sum(0).cpu()
         if layer == 0:
-            self._tokens[self.domain] += len(share_TH)
+            self._tokens[domain] += len(share_TH)
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -123,3 +126,16 @@ class AxisShares:
         """Averages over each domain's tokens [K,L,H]."""
         result: FloatArray = (self._sums / self._tokens.clamp(min=1)[:, None, None]).numpy()
         return result
+
+
+@dataclass(frozen=True)
+class _OneDomain:
+    """Adds what the model reads to one domain's sums."""
+
+    shares: AxisShares
+    domain: int
+    place: str = "output"
+
+    def see(self, layer: int, values: Tensor, text_T: Tensor) -> None:
+        """As of `Observer`."""
+        self.shares.add(self.domain, layer, values)

@@ -35,10 +35,16 @@ _DECODED = 16
 def rounded(record: dict[str, Any]) -> dict[str, Any]:
     """Floats to four significant digits: the last bits of a measurement say nothing, and a file
     that has them would differ from run to run on another number of threads."""
-    return {k: _rounded(v) if isinstance(v, float) else v for k, v in record.items()}
+    return {key: _rounded(value) for key, value in record.items()}
 
 
-def _rounded(value: float) -> float | None:
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return rounded(value)
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    if not isinstance(value, float):
+        return value
     # JSON has no infinity; a check that found one says so by failing.
     return float(f"{value:.4g}") if math.isfinite(value) else None
 

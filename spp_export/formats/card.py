@@ -10,7 +10,9 @@ from importlib.resources import files
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from spp_export.evaluation.remarks import remarks
 from spp_export.models.engines import Engine
+from spp_export.models.hub import hub_id
 from spp_export.models.shape import ModelShape
 from spp_export.planning import Plan
 from spp_export.planning.bound import Predicted
@@ -119,9 +121,22 @@ def _render(
         directory=json.dumps(name),
         metadata=metadata,
         checks=checks,
+        measured=_measured(checks or {}),
         reference=reference,
         engines=engines,
     )
+
+
+def _measured(checks: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """What was measured on text, by what it was compared with."""
+    names = {"quality": "Beside the dense model", "quantisation": "Beside the unquantised model"}
+    return [(words, checks[name]) for name, words in names.items() if checks.get(name)]
+
+
+def _ends(quality: Mapping[str, Any], name: str) -> str:
+    """A figure's interval in brackets."""
+    low_high = quality.get("intervals", {}).get(name)
+    return f" [{low_high[0]}, {low_high[1]}]" if low_high else ""
 
 
 @cache
@@ -137,6 +152,7 @@ def _template() -> Template:
         keep_trailing_newline=True,
     )
     text = files("spp_export.formats").joinpath("card.md.j2").read_text(encoding="utf-8")
+    environment.globals |= {"remarks": remarks, "ends": _ends}
     return environment.from_string(text)
 
 
@@ -145,7 +161,7 @@ def _metadata(base_model: str, library: str, tags: Sequence[str], license_name: 
     from huggingface_hub import ModelCardData
 
     data = ModelCardData(
-        base_model=_printable(base_model),
+        base_model=hub_id(base_model),
         library_name=library,
         license=_printable(license_name) if license_name else None,
         pipeline_tag="text-generation",

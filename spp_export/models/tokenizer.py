@@ -74,6 +74,11 @@ def _flat(ids: Any) -> Iterator[int]:
             yield from _flat(item)
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a model directory has the files of a tokenizer."""
+    return any((directory / file).exists() for file in _FILES)
+
+
 def load_tokenizer(
     directory: Path, *, name: str | None = None, without_torch: bool = False
 ) -> ModelTokenizer:
@@ -90,7 +95,7 @@ def load_tokenizer(
     config = read_config(directory)
     rows = vocabulary_size(config) if "vocab_size" in config else None
     check_companions(directory)
-    if not any((directory / file).exists() for file in _FILES):
+    if not has_tokenizer(directory):
         raise ModelError(
             f"{shown}: no tokenizer that transformers can load: expected one of "
             f"{', '.join(_FILES)} beside config.json."

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from spp_export.calibration.mixture import Mixing, WeightedTexts, calibration_parts
+from spp_export.calibration.stored import Kept
 from spp_export.common.arrays import FloatArray
 from spp_export.common.errors import UsageError
 from spp_export.common.versions import library_versions
 from spp_export.data.artifacts import DOMAIN_SHRINKAGE, SCENARIO_WEIGHT, Artifacts
 from spp_export.data.scenario import Scenario
-from spp_export.domains.diagnosis import Diagnosis, check_regime, diagnose_prompts
+from spp_export.domains.diagnosis import Diagnosis, check_regime, diagnose_scenario
 from spp_export.models.engines import Engine, engines_for
 from spp_export.models.families import Role
 from spp_export.models.session import Session
@@ -48,12 +49,13 @@ _PUBLISHED_IMPORTANCE = "head/published"
 
 @dataclass(frozen=True)
 class PlanResult:
-    """A compiled plan, its reasons and its predicted sizes."""
+    """A compiled plan, why it is so, what it will come to, and what was left in the cache."""
 
     plan: Plan
     shape: ModelShape
     diagnosis: Diagnosis | None
     predicted: Predicted
+    kept: Kept = field(default_factory=Kept)
 
     @property
     def engines(self) -> tuple[Engine, ...]:
@@ -66,6 +68,7 @@ class PlanResult:
             "plan": json.loads(self.plan.to_json()),
             "dense_heads": {"query": self.shape.query_heads, "kv": self.shape.kv_heads},
             "engines": [engine.to_dict() for engine in self.engines],
+            "cached": self.kept.to_dict(),
         }
 
 
@@ -84,7 +87,7 @@ def plan_scenario(
     if request.strength is None:
         _check_budget(session, artifacts, request, written, latency)
     calibration, _ = scenario.split()
-    diagnosis = diagnose_prompts(session, artifacts, calibration, request.regime)
+    diagnosis = diagnose_scenario(session, artifacts, scenario, request.regime)
     if request.strength is not None:
         _check_budget(session, artifacts, request, written, latency, diagnosis.breadth)
     mixing = requested_mixing(artifacts, request)

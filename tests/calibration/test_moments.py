@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import fields
 
 import numpy as np
@@ -11,10 +12,12 @@ from factories import make_checkpoint
 from safetensors.numpy import save_file
 from transformers import AutoTokenizer
 
+from spp_export.calibration import moments
 from spp_export.calibration.activations import TextMeans
-from spp_export.calibration.moments import KINDS, Moments, gather, layer_weights
+from spp_export.calibration.moments import KINDS, Moments, gather, gather_all, layer_weights
 from spp_export.calibration.statistics import Axis, Gradients
 from spp_export.common.errors import OutputError
+from spp_export.common.progress import show_progress
 from spp_export.models.checkpoint.checkpoint import open_source
 from spp_export.models.loader import load_dense
 
@@ -266,10 +269,10 @@ def test_other_observers_look_on_in_the_same_pass(dense):
     found = gather(source, TEXTS, ["attention"], model, also=[first])
     assert model.forward == 1
     assert gather(source, TEXTS, ["attention"], not_needed) == found
-    before = found.parts["attention"].stat().st_mtime_ns
+    before = found.parts["attention"].stat().st_ino
     assert gather(source, TEXTS, ["attention"], model, also=[again]) == found
     assert model.forward == 2, "they have something to see although the cache has all"
-    assert found.parts["attention"].stat().st_mtime_ns == before
+    assert found.parts["attention"].stat().st_ino == before
     values = direct(dense, TEXTS)["stream"][1]
     np.testing.assert_allclose(first.values[0, 1], values[: len(TEXTS[0])].mean(0), rtol=1e-4)
     np.testing.assert_array_equal(first.values, again.values)
@@ -349,3 +352,54 @@ def test_a_full_disk_leaves_nothing(dense, cache, monkeypatch):
     with pytest.raises(OutputError, match="No space left"):
         gather(open_source(dense), TEXTS, ["attention"], loader(dense))
     assert not any(path.is_file() for path in cache.rglob("*"))
+
+
+def files_of(collections):
+    return [
+        {kind: path.read_bytes() for kind, path in collection.parts.items()}
+        for collection in collections
+    ]
+
+
+POOLS = (TEXTS, OTHERS, ("", "x"), ("Laws of a state bind its courts.", "Who may appeal?"))
+
+
+def apart(source, model, monkeypatch, tmp_path):
+    """Each pool by a pass of its own, and how often the model ran for that."""
+    with monkeypatch.context() as patch:
+        patch.setenv("SPP_CACHE", str(tmp_path / "apart"))
+        found = files_of([gather(source, texts, ("attention", "mlp"), model) for texts in POOLS])
+    return found, model.forward
+
+
+@pytest.mark.parametrize("room", [1 << 60, 0])
+def test_pools_in_one_pass_are_the_pools_one_by_one(dense, monkeypatch, tmp_path, room):
+    """Byte by byte, also where memory holds the sums of one pool at a time only."""
+    source, model = open_source(dense), Passes(dense)
+    expected, passes = apart(source, model, monkeypatch, tmp_path)
+    tasks = []
+
+    @contextmanager
+    def listener(description, total):
+        tasks.append((description, total))
+        yield lambda done: None
+
+    monkeypatch.setattr(moments, "free_memory", lambda device: room)
+    with show_progress(listener):
+        found = gather_all(source, POOLS, ("attention", "mlp"), model)
+    assert files_of(found) == expected
+    assert model.forward == 2 * passes
+    assert len(tasks) == (1 if room else len(POOLS))
+    assert gather_all(source, POOLS, ("attention", "mlp"), not_needed) == found
+
+
+def test_a_pass_is_made_for_what_is_missing_alone(dense):
+    source, model = open_source(dense), Passes(dense)
+    gather(source, POOLS[1], ["attention"], model)
+    seen = TextMeans("output", len(OTHERS), 2, 64)
+    before = model.forward
+    gather_all(source, POOLS[:2], ["attention"], model)
+    assert model.forward == before + 1
+    gather_all(source, POOLS[:2], ["attention"], model, also=[(), (seen,)])
+    assert model.forward == before + 2, "only the pool that somebody looks at"
+    assert np.abs(seen.values).sum() > 0

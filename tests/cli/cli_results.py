@@ -35,6 +35,9 @@ REPORT = {
         "mean_kl": 0.0432,
         "top1": 0.912,
         "ratio": 1.03,
+        "intervals": {"mean_kl": [0.031, 0.0559], "top1": [0.88, 0.94], "ratio": [1.01, 1.0512]},
+        "source": "held-out text of the scenario",
+        "uncertain": True,
     },
 }
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import spp_export
 from spp_cli.main import app, run
 from spp_export import EvalResult
-from spp_export.evaluation.harness.bootstrap import DocumentScores
+from spp_export.evaluation.bootstrap import DocumentScores
 from spp_export.evaluation.harness.records import Record, Results
 from spp_export.evaluation.harness.rows import DENSE, Row
 from spp_export.evaluation.harness.runner import summary

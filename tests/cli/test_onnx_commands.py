@@ -17,7 +17,13 @@ from spp_export.common.errors import ParityError, UsageError
 from spp_export.formats.onnx.engines import onnx_engines
 from spp_export.formats.onnx.options import ATTENTIONS, PRECISIONS, QUANTS
 
-COST = {"mean_kl": 0.0312, "top1": 0.943}
+COST = {
+    **REPORT["quality"],
+    "mean_kl": 0.0312,
+    "top1": 0.943,
+    "intervals": {},
+    "source": "default conversations",
+}
 FORM = OnnxOptions("gqa-bias", "fp16", "int4")
 
 
@@ -195,7 +201,12 @@ def test_a_conversion_in_words(library):
     lines = [line.rstrip() for line in result.stdout.splitlines()]
     assert lines[0] == "out/chemistry-onnx   per-layer layout"
     assert "ONNX graph: gqa-bias, fp16, int4, 91.2 MB" in lines
-    assert "against the unquantised graph: KL 0.0312, same first token 94.3%" in lines
+    first = lines.index("quantising: KL 0.031, perplexity 1.030 times")
+    assert lines[first + 1 : first + 4] == [
+        "  18.20 before, 18.75 after, same first token 94.3%",
+        "  1,234 tokens: default conversations",
+        "  uncertain: measured on fewer than 2,000 tokens",
+    ]
     assert any(line.startswith("ok") and "prefix causality" in line for line in lines)
     assert any(line.startswith("transformers.js") for line in lines)
     assert result.stderr == "next: spp chat out/chemistry-onnx --prompt ...\n"
@@ -206,15 +217,15 @@ def test_an_unchecked_conversion_in_words(library):
     text = invoke("convert", "x", "-o", "y", "--no-verify").stdout
     assert "not checked: --no-verify" in text
     assert "ONNX graph: gqa, fp32, not quantised, 91.2 MB" in text
-    assert "unquantised graph" not in text
+    assert "quantising" not in text
 
 
 def test_an_export_in_words(library):
     library["answers"]["export"] = exported(report={**REPORT, "quantisation": COST})
     text = invoke("export", "--scenario", "s", "--format", "onnx").stdout
     assert "ONNX graph: gqa-bias, fp16, int4, 91.2 MB" in text
-    assert "same first token 94.3%" in text
-    assert "held-out perplexity 18.20 dense, 18.75 slim" in text
+    assert "quantising: KL 0.031" in text
+    assert "quality: KL 0.043" in text
     assert len(text.splitlines()) <= 50
     library["answers"]["export"] = export_result()
     assert "ONNX" not in invoke("export", "--scenario", "s").stdout.split("\n\n")[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from spp_cli.output import Output
 from spp_cli.render.look import ASCII, UNICODE
 from spp_cli.render.reports import diagnosis_report, shown_report
 from spp_cli.render.summary import export_summary, plan_summary, tensor_changes
+from spp_export.calibration.stored import Kept
 from spp_export.commands.show import Shown
 from spp_export.planning.bound import predicted
 from spp_export.planning.latency import LatencyTable, PredictedLatency
@@ -69,15 +71,36 @@ def test_checks_quality_engines_and_stages(summary):
     lines = summary.splitlines()
     assert "ok  logits parity with the masked dense model  found 1.9e-05, at most 0.00022" in lines
     assert "ok  keys, shapes, dtypes and finite values     272 tensors" in lines
-    assert (
-        "held-out perplexity 18.20 dense, 18.75 slim (1.030x), KL 0.043, same first token 91.2%, "
-        "1,234 tokens" in lines
-    )
+    first = lines.index("quality: KL 0.043 [0.031, 0.056], perplexity 1.030 [1.010, 1.051] times")
+    assert lines[first + 1 : first + 4] == [
+        "  18.20 dense, 18.75 slim, same first token 91.2% [88.0%, 94.0%]",
+        "  1,234 tokens: held-out text of the scenario; 95 % intervals in brackets",
+        "  uncertain: measured on fewer than 2,000 tokens",
+    ]
     assert any(line.startswith("transformers  yes  ") for line in lines)
     assert any(line.startswith("llama.cpp     no   ") for line in lines)
     assert lines[-1] == (
         "plan 3.2 s, compensate 41 s, slice 0.8 s, verify 2 min 5 s, peak memory 1.2 GB"
     )
+
+
+def test_a_distance_that_users_notice_is_a_warning():
+    far = REPORT["quality"] | {"tokens": 5000, "mean_kl": 0.6, "intervals": {}}
+    text = text_of(export_summary(export_result(report=REPORT | {"quality": far}), UNICODE, 0))
+    assert "quality: KL 0.600, perplexity 1.030 times\n" in text
+    assert "  answers will differ noticeably: the mean KL is 0.1 or more\n" in text
+    assert "uncertain" not in text
+    broken = far | {"mean_kl": None, "ratio": None, "slim_perplexity": None}
+    text = text_of(export_summary(export_result(report=REPORT | {"quality": broken}), UNICODE, 0))
+    assert "quality: KL not finite, perplexity not finite times\n" in text
+    assert "answers will differ noticeably" in text
+
+
+def test_what_was_kept_is_said():
+    assert "kept for later runs" not in text_of(export_summary(export_result(), UNICODE, 0))
+    kept = Kept({Path("a"): 40_000_000, Path("b"): 283_000_000})
+    text = text_of(export_summary(replace(export_result(), kept=kept), UNICODE, 0))
+    assert "kept for later runs: 2 files of statistics, 323.0 MB (spp cache)\n" in text
 
 
 def test_a_failed_check_shows_its_detail():

@@ -132,10 +132,15 @@ def test_the_source_is_left_as_it_is(workshop, tmp_path):
 def test_the_license_travels(workshop, tmp_path):
     dense = shutil.copytree(workshop.dense(NAME), tmp_path / "dense")
     (dense / "README.md").write_text('---\nlicense: "apache-2.0"\n---\nText\n')
-    (dense / "LICENSE").write_text("Terms\n")
+    names = ("LICENSE", "LICENCE.md", "NOTICE", "COPYING", "USE_POLICY.md")
+    for name in names:
+        (dense / name).write_text(f"{name}\n")
+    (dense / "NOTICES_OF_OTHERS.py").write_text("no terms\n")
     spp_export.convert(dense, tmp_path / "x")
     assert "\nlicense: apache-2.0\n" in (tmp_path / "x" / "README.md").read_text()
-    assert (tmp_path / "x" / "LICENSE").read_text() == "Terms\n"
+    for name in names:
+        assert (tmp_path / "x" / name).read_text() == f"{name}\n"
+    assert not (tmp_path / "x" / "NOTICES_OF_OTHERS.py").exists()
 
 
 def test_a_graph_is_not_converted_again(workshop, tmp_path):

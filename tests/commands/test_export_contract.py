@@ -172,7 +172,7 @@ def test_a_uniform_config_is_stock(out, asked):
 
 def test_the_card_says_what_the_export_is(out):
     card = (out.path / "README.md").read_text()
-    assert card.startswith("---\nbase_model: dense\nlibrary_name: transformers\n")
+    assert card.startswith("---\nlibrary_name: transformers\n")
     assert "Domains of the scenario: figures" in card
     assert "FAILED" not in card
     assert card.count(": passed.") == len(out.result.report["checks"])

@@ -37,7 +37,7 @@ def test_a_minimal_plan_needs_no_artifacts(workshop, tmp_path, name, seed):
         assert (logits(slim, tokens()) - logits(expected, tokens())).abs().max().item() == 0.0
     written = json.loads((tmp_path / "slim" / "plan.json").read_text())
     assert set(written) == {"schema_version", "model", "layout", "compensation", "layers"}
-    assert "base_model: my-model\n" in (tmp_path / "slim" / "README.md").read_text()
+    assert "\nA slim version of my-model " in (tmp_path / "slim" / "README.md").read_text()
     assert spp_export.verify(tmp_path / "slim", model=str(dense)).passed
 
 

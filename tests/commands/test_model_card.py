@@ -33,6 +33,7 @@ def licensed(workshop, tmp_path_factory):
     add_merges(dense)  # or llama.cpp does not take it
     (dense / "README.md").write_text(BEFORE)
     (dense / "LICENSE").write_text("Terms\n")
+    (dense / "Notice.txt").write_text("Notice\n")
     return dense
 
 
@@ -64,10 +65,11 @@ def test_a_card_says_what_was_decided(workshop, licensed, tmp_path, form):
     result = export(workshop, licensed, tmp_path / "slim", **FORMS[form])
     card = (tmp_path / "slim" / "README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])
-    assert front["base_model"] == "base"
+    assert "base_model" not in front  # a directory's name is no id on a hub
     assert front["license"] == "llama3"
     assert "pruned" in front["tags"]
-    assert tree(tmp_path / "slim")["LICENSE"] == b"Terms\n"
+    files = tree(tmp_path / "slim")
+    assert (files["LICENSE"], files["Notice.txt"]) == (b"Terms\n", b"Notice\n")
     layers = result.plan.layers
     assert counts(card, "query heads") == [len(layer.query_heads) for layer in layers]
     assert counts(card, "KV heads") == [len(layer.kv_heads) for layer in layers]

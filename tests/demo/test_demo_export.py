@@ -105,6 +105,21 @@ def put_in_place(demo):
     return before
 
 
+def test_every_digit_is_a_token_and_the_terms_travel(demo):
+    """As the model was trained, and as llama.cpp reads its file."""
+    for text in ("In 1905", "x=30407,62", "12 345"):
+        tokens = demo.tokenizer.tokenize(text)
+        assert [t for t in tokens if any(c.isdigit() for c in t)] == [
+            c for c in text if c.isdigit()
+        ]
+    assert "Apache License" in (demo.result.path / "LICENSE").read_text()
+    assert "dequantised" in (demo.result.path / "NOTICE").read_text()
+    card = (demo.result.path / "README.md").read_text()
+    assert "\nbase_model: HuggingFaceTB/SmolLM2-135M-Instruct\n" in card
+    assert "SmolLM2-135M-Instruct (dequantised from Q4\\_1)" in card
+    assert demo.result.plan.model_source == "SmolLM2-135M-Instruct (dequantised from Q4_1)"
+
+
 @torch.no_grad()
 def test_logits_equal_the_masked_dense_models(demo):
     """What is kept of `o_proj` is compared as written; everything else is the dense model's."""

@@ -70,8 +70,8 @@ def observed(request, tmp_path_factory):
     writes = AxisShares(source, torch.device("cpu"), axes)
     # domains in any order, as they come
     for k in (2, 0, 1):
-        writes.domain = k
-        observe(model, source.family, token_batches(tokenizer, TEXTS[k], batch_tokens=60), [writes])
+        batches = token_batches(tokenizer, TEXTS[k], batch_tokens=60)
+        observe(model, source.family, batches, [writes.of(k)])
     return writes, explicit(model, tokenizer, axes)
 
 

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 
-from spp_export.evaluation.harness.bootstrap import DocumentScores
+from spp_export.evaluation.bootstrap import DocumentScores
 from spp_export.evaluation.harness.rows import DENSE, Row, row_key
 from spp_export.evaluation.harness.runner import summary
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from evaluating import document_scores
 
-from spp_export.evaluation.harness.bootstrap import (
+from spp_export.evaluation.bootstrap import (
     RESAMPLES,
     DocumentScores,
     agreement,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from factories import make_checkpoint, random_layers, shape_of, write_slim
@@ -11,6 +12,7 @@ from transformers import AutoTokenizer
 
 from spp_export.calibration.activations import token_batches
 from spp_export.evaluation.quality import Quality, measure_quality, next_token_log_probabilities
+from spp_export.evaluation.remarks import remarks
 from spp_export.models.loader import load_dense, load_slim
 
 TEXTS = (
@@ -145,7 +147,7 @@ def test_a_broken_model_has_a_figure_too(models, factor, perplexity):
 
 
 def test_the_record_has_every_figure():
-    quality = Quality(3, 10, 20.0, 30.0, 0.5, 0.25)
+    quality = Quality(3, 10, 20.0, 30.0, 0.5, 0.25, {"mean_kl": (0.25, 0.75)}, "some text")
     assert quality.to_dict() == {
         "texts": 3,
         "tokens": 10,
@@ -154,4 +156,45 @@ def test_the_record_has_every_figure():
         "mean_kl": 0.5,
         "top1": 0.25,
         "ratio": 1.5,
+        "intervals": {"mean_kl": [0.25, 0.75]},
+        "source": "some text",
+        "uncertain": True,
     }
+
+
+@pytest.mark.parametrize(("tokens", "uncertain"), [(1, True), (1999, True), (2000, False)])
+def test_little_text_is_called_uncertain(tokens, uncertain):
+    assert Quality(3, tokens, 20.0, 30.0, 0.01, 0.9).to_dict()["uncertain"] == uncertain
+    said = remarks(tokens, 0.01)
+    assert said == (["uncertain: measured on fewer than 2,000 tokens"] if uncertain else [])
+
+
+@pytest.mark.parametrize(
+    ("kl", "noticeable"), [(0.0, 0), (0.0999, 0), (0.1, 1), (3.0, 1), (None, 1)]
+)
+def test_a_distance_that_users_notice_is_told(kl, noticeable):
+    assert len(remarks(10_000, kl)) == noticeable
+
+
+def test_intervals_are_those_of_texts_drawn_again(models):
+    """Figures of each text alone, drawn with replacement, one by one."""
+    dense, slim, tokenizer = models
+    texts = [text for text in TEXTS if len(text) > 1]
+    found = measure_quality(dense, slim, tokenizer, texts)
+    alone = [measure_quality(dense, slim, tokenizer, [text]) for text in texts]
+    assert all(quality.intervals == {} for quality in alone)
+    generator = np.random.default_rng(1)
+    for name in ("mean_kl", "top1", "ratio"):
+        drawn = []
+        for _ in range(2000):
+            some = [alone[i] for i in generator.integers(len(alone), size=len(alone))]
+            tokens = sum(quality.tokens for quality in some)
+            if name == "ratio":
+                logs = sum(quality.tokens * math.log(quality.ratio) for quality in some)
+                drawn.append(math.exp(logs / tokens))
+            else:
+                drawn.append(sum(q.tokens * getattr(q, name) for q in some) / tokens)
+        low, high = np.percentile(drawn, (2.5, 97.5))
+        assert low < high
+        assert found.intervals[name] == pytest.approx((low, high), rel=0.1)
+        assert found.intervals[name][0] <= getattr(found, name) <= found.intervals[name][1]

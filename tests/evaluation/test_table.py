@@ -7,7 +7,7 @@ import math
 import pytest
 from evaluating import HEADER, method, record, write_results
 
-from spp_export.evaluation.harness.bootstrap import Interval
+from spp_export.evaluation.bootstrap import Interval
 from spp_export.evaluation.harness.curves import curves, write_curves
 from spp_export.evaluation.harness.records import open_records, read_results
 from spp_export.evaluation.harness.rows import DENSE, Row

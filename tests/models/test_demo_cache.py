@@ -182,6 +182,19 @@ def test_a_damaged_seal_seals_nothing(cache, seal):
     assert cache.conversions == 2
 
 
+def test_a_copy_that_was_converted_in_another_way_is_made_anew(cache, monkeypatch):
+    path = demo_model()
+    seal = json.loads((path / "sealed.json").read_text())
+    for version in (None, models._DEMO_VERSION - 1, models._DEMO_VERSION + 1):
+        old = {**seal, "version": version}
+        (path / "sealed.json").write_text(
+            json.dumps({key: value for key, value in old.items() if value is not None})
+        )
+        before = cache.conversions
+        assert_whole(demo_model(), cache)
+        assert cache.conversions == before + 1
+
+
 def test_the_config_it_writes_is_of_a_known_family():
     """What the fingerprint is made of does not depend on who converts."""
     from spp_export.models.families import family_of

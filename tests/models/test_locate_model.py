@@ -12,7 +12,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from spp_export.common.errors import DownloadError, ModelError
 from spp_export.models import hub as models
-from spp_export.models.hub import DEMO_NAME, ModelLocation, cache_directory, locate_model
+from spp_export.models.hub import DEMO_NAME, ModelLocation, cache_directory, hub_id, locate_model
 
 
 @pytest.fixture
@@ -80,6 +80,9 @@ def test_a_hub_id_is_fetched_without_pickles_or_code(tmp_path, hub):
     wanted += [
         "model.safetensors.index.json",
         "chat_template.jinja",
+        "README.md",
+        "NOTICE",
+        "USE_POLICY.md",
         "merges.txt",
         "tokenizer.json",
     ]
@@ -125,3 +128,23 @@ def test_the_cache_is_where_the_user_says(tmp_path, monkeypatch):
     monkeypatch.delenv("SPP_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "platform"))
     assert cache_directory() == tmp_path / "platform" / "spp"
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        (DEMO_NAME, "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("org/some-model_1.5", "org/some-model_1.5"),
+        ("some-model", None),
+        ("a directory", None),
+        ("org/some/model", None),
+        ("../model", None),
+        ("org/model\nlicense: mit", None),
+    ],
+)
+def test_a_base_model_is_an_id_on_the_hub(name, known):
+    assert hub_id(name) == known
+
+
+def test_the_default_model_says_what_was_done_to_it():
+    assert DEMO_NAME.endswith("(dequantised from Q4_1)")

@@ -23,9 +23,9 @@ def verify(request: VerifyRequest, out: Output) -> None:
 
     report = spp_export.verify(**non_default(request))
 
-    from spp_cli.render.sections import checks
+    from spp_cli.render.summary import verify_summary
 
-    out.result(report.to_dict, lambda look: checks(report.to_dict()["checks"]))
+    out.result(report.to_dict, lambda look: verify_summary(report.to_dict()))
     if not report.passed:
         failed = report.failures[0]
         write_error(f"{failed.name}: {failed.describe()}")

@@ -66,6 +66,24 @@ def mixture(diagnosis: Mapping[str, Any], look: Look) -> list[Text]:
     return lines
 
 
+def unknown_domain(diagnosis: Mapping[str, Any]) -> list[Text]:
+    """For text of a domain that artifacts do not know: what was done instead, and what to do."""
+    mixture = diagnosis.get("mixture")
+    if diagnosis.get("regime") != "out-of-domain" or not isinstance(mixture, Mapping):
+        return []
+    known = single_line(", ".join(map(str, mixture)))
+    instead = (
+        "All of them count alike, beside the scenario's own text."
+        if diagnosis.get("unfamiliar") is True
+        else "The nearest of them count as shown, beside the scenario's own text."
+    )
+    return [
+        Text("out-of-domain: text of a domain that the artifacts do not know", style=BAD),
+        Text(f"They know {known}. {instead}"),
+        Text("spp probe --add-domain NAME=FILE -o DIR adds a domain; then --artifacts DIR."),
+    ]
+
+
 def domain_axes(axes: Mapping[str, Any], look: Look) -> list[RenderableType]:
     """How far apart the candidate domains are, and the angles between their axes in degrees."""
     names, selected = axes["candidates"], axes.get("selected", ())
@@ -210,22 +228,53 @@ def checks(results: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def quality(report: Mapping[str, Any]) -> Text:
-    """One line on held-out text, or why there is none."""
-    figures = report.get("quality")
-    if not figures:
-        return Text(
-            "quality not measured: it takes held-out text, a scenario of at least four prompts",
-            style=FAINT,
-        )
-    text = Text("held-out perplexity ")
-    text.append(f"{figures['dense_perplexity']:.2f} dense, {figures['slim_perplexity']:.2f} slim")
-    text.append(f" ({figures['ratio']:.3f}x)", style=STRONG)
-    return text.append(
-        f", KL {figures['mean_kl']:.3f}, same first token {figures['top1']:.1%}, "
-        f"{figures['tokens']:,} tokens",
-        style=FAINT,
-    )
+def quality(report: Mapping[str, Any]) -> list[Text]:
+    """How far the answers are from the dense model's, or why that is not known; and what of it
+    quantising cost."""
+    if not (figures := report.get("quality")):
+        why = "quality not measured: it takes held-out text, a scenario of at least four prompts"
+        return [Text(why, style=FAINT), *quantisation(report)]
+    return [*_measured("quality", figures, "dense", "slim"), *quantisation(report)]
+
+
+def quantisation(report: Mapping[str, Any]) -> list[Text]:
+    """What quantising cost, where something was quantised."""
+    if "quantisation" not in report:
+        return []
+    if not (figures := report["quantisation"]):
+        return [Text("cost of quantising not measured: the model has no tokenizer", style=FAINT)]
+    return _measured("quantising", figures, "before", "after")
+
+
+def _measured(what: str, figures: Mapping[str, Any], before: str, after: str) -> list[Text]:
+    """Figures with their intervals, what they were measured on, and what to think of them."""
+    from spp_export.evaluation.remarks import remarks
+
+    intervals = figures.get("intervals", {})
+
+    def figure(name: str, form: str) -> str:
+        ends = [f"{end:{form}}" for end in intervals.get(name, ())]
+        value = "not finite" if figures[name] is None else f"{figures[name]:{form}}"
+        return f"{value} [{', '.join(ends)}]" if ends else value
+
+    distances = f"KL {figure('mean_kl', '.3f')}, perplexity {figure('ratio', '.3f')} times"
+    more = [f"same first token {figure('top1', '.1%')}"]
+    perplexities = [figures["dense_perplexity"], figures["slim_perplexity"]]
+    if None not in perplexities:
+        more.insert(0, f"{perplexities[0]:.2f} {before}, {perplexities[1]:.2f} {after}")
+    brackets = "; 95 % intervals in brackets" if intervals else ""
+    lines = [
+        Text(f"{what}: ").append(distances, style=STRONG),
+        Text(f"  {', '.join(more)}", style=FAINT),
+        Text(f"  {figures['tokens']:,} tokens: {figures['source']}{brackets}", style=FAINT),
+    ]
+    return [
+        *lines,
+        *(
+            Text(f"  {remark}", style=BAD)
+            for remark in remarks(figures["tokens"], figures["mean_kl"])
+        ),
+    ]
 
 
 def engine_list(engines: Sequence[Engine]) -> Table:

@@ -15,6 +15,7 @@ from spp_cli.render.look import FAINT, STRONG, Look, byte_size, ranges, seconds
 
 if TYPE_CHECKING:
     from spp_export import ConvertResult, ExportResult, PlanResult, RecoverResult
+    from spp_export.calibration.stored import Kept
     from spp_export.models.engines import Engine
     from spp_export.models.shape import ModelShape
     from spp_export.planning import Plan
@@ -33,13 +34,13 @@ def export_summary(result: ExportResult, look: Look, peak_bytes: int) -> Rendera
             end += [Text(), _needs(result.needs.to_dict())]
     else:
         target, end, size = str(result.path), _verdict(result.report), byte_size(result.nbytes)
-        end = [*_files(result.format, result.form, size, result.report), *end]
+        end = [*_files(result.format, result.form, size), *end]
     before = _compiled(
         result.plan, result.shape, result.predicted, result.engines, target, look, end
     )
     stages = [f"{stage} {seconds(spent)}" for stage, spent in result.seconds.items()]
     last = ", ".join([*stages, f"peak memory {byte_size(peak_bytes)}"])
-    return Group(*before, Text(), Text(last, style=FAINT))
+    return Group(*before, Text(), Text(last, style=FAINT), *_kept(result.kept))
 
 
 def convert_summary(result: ConvertResult, look: Look) -> RenderableType:
@@ -49,10 +50,10 @@ def convert_summary(result: ConvertResult, look: Look) -> RenderableType:
     form = {**result.options.to_dict(), **result.form}
     checked: list[RenderableType] = [Text("not checked: --no-verify", style=FAINT)]
     if result.report is not None:
-        checked = [sections.checks(result.report["checks"])]
+        checked = [sections.checks(result.report["checks"]), *sections.quantisation(result.report)]
     return Group(
         Text(f"{result.path}   {result.layout} layout", style="bold"),
-        *_files(format_of(result.options).name, form, byte_size(result.nbytes), result.report),
+        *_files(format_of(result.options).name, form, byte_size(result.nbytes)),
         Text(),
         *checked,
         Text(),
@@ -63,8 +64,18 @@ def convert_summary(result: ConvertResult, look: Look) -> RenderableType:
 def plan_summary(result: PlanResult, target: str, look: Look) -> RenderableType:
     """Of a compiled plan: the same without what only a written model can tell."""
     return Group(
-        *_compiled(result.plan, result.shape, result.predicted, result.engines, target, look, [])
+        *_compiled(result.plan, result.shape, result.predicted, result.engines, target, look, []),
+        *_kept(result.kept),
     )
+
+
+def _kept(kept: Kept) -> list[Text]:
+    """What was left in the cache, where anything was."""
+    if not kept.files:
+        return []
+    files = f"{len(kept.files)} files" if len(kept.files) > 1 else "a file"
+    words = f"kept for later runs: {files} of statistics, {byte_size(kept.nbytes)} (spp cache)"
+    return [Text(words, style=FAINT)]
 
 
 def tensor_changes(tensors: Sequence[Mapping[str, Any]], look: Look) -> Table:
@@ -106,6 +117,7 @@ def _compiled(
         sections.title(plan, target, look),
         Text(),
         sections.decision(plan, shape, look),
+        *sections.unknown_domain(plan.diagnosis),
         Text(),
         sections.sizes(plan, shape, predicted),
         *sections.stock_counts(plan),
@@ -118,20 +130,24 @@ def _compiled(
     ]
 
 
-def _files(
-    name: str, form: Mapping[str, Any], size: str, report: Mapping[str, Any] | None
-) -> list[RenderableType]:
-    """What a format says of its files, their size, and what quantisation cost."""
+def _files(name: str, form: Mapping[str, Any], size: str) -> list[RenderableType]:
+    """What a format says of its files, and their size."""
     from spp_export.formats.registry import FORMATS
 
-    lines = FORMATS[name].describe(form, size, report)
+    lines = FORMATS[name].describe(form, size)
     return [Text(), *map(Text, lines)] if lines else []
 
 
 def _verdict(report: Mapping[str, Any] | None) -> list[RenderableType]:
     if report is None:
         return [Text(), Text("not checked: --no-verify", style=FAINT)]
-    return [Text(), sections.checks(report["checks"]), sections.quality(report)]
+    return [Text(), sections.checks(report["checks"]), *sections.quality(report)]
+
+
+def verify_summary(report: Mapping[str, Any]) -> RenderableType:
+    """Checks, and the quality where it was measured."""
+    measured = sections.quality(report) if "quality" in report else []
+    return Group(sections.checks(report["checks"]), *measured)
 
 
 def recover_summary(result: RecoverResult, look: Look) -> RenderableType:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from spp_export.common.errors import ModelError, SppError
 from spp_export.common.json_files import read_json
 from spp_export.common.versions import spp_version
 from spp_export.data.artifacts import bundled_artifacts, read_artifacts
+from spp_export.evaluation.remarks import remarks
 from spp_export.formats.registry import FORMATS
 from spp_export.models.engines import Engine
 from spp_export.models.shape import LayerShape
@@ -300,26 +301,46 @@ def checks_part(verdict: Mapping[str, Any], reference: str) -> dict[str, Any]:
 def quality_facts(verdict: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Figures on text that the plan has not seen, and what quantising cost."""
     measured = mapping(verdict.get("quality"))
-    names = ("ratio", "dense_perplexity", "slim_perplexity", "texts", "tokens")
-    ratio, dense, slim, texts, tokens = (number(measured.get(name)) for name in names)
+    names = ("ratio", "dense_perplexity", "slim_perplexity")
+    ratio, dense, slim = (number(measured.get(name)) for name in names)
     facts = []
     if ratio is not None:
         beside = ""
         if dense is not None and slim is not None:
             beside = f" ({figure(slim, 4)} / {figure(dense, 4)})"
-        facts.append(("Perplexity over dense", f"{times(ratio, 4)}{beside}"))
+        interval = _interval(measured, "ratio", lambda end: times(end, 4))
+        facts.append(("Perplexity over dense", f"{times(ratio, 4)}{interval}{beside}"))
     facts += _distances(measured, "dense")
-    if texts is not None and tokens is not None:
-        held_out = f"{integer(texts)} held-out texts of the scenario, {integer(tokens)} tokens"
-        facts.append(("Measured on", held_out))
-    return facts + _distances(mapping(verdict.get("quantisation")), "unquantised")
+    facts += _measured_on(measured)
+    quantised = mapping(verdict.get("quantisation"))
+    return facts + _distances(quantised, "unquantised") + _measured_on(quantised)
+
+
+def _measured_on(measured: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How much text of what kind, and what to think of that."""
+    texts, tokens = number(measured.get("texts")), number(measured.get("tokens"))
+    if texts is None or tokens is None:
+        return []
+    source = text(measured.get("source")) or "held-out text of the scenario"
+    words = f"{integer(tokens)} tokens in {integer(texts)} texts: {source}"
+    return [("Measured on", "; ".join([words, *remarks(tokens, number(measured.get("mean_kl")))]))]
+
+
+def _interval(measured: Mapping[str, Any], name: str, form: Callable[[float], str]) -> str:
+    """The 95 % interval of a figure, in brackets."""
+    ends = mapping(measured.get("intervals")).get(name)
+    known = [number(end) for end in ends] if isinstance(ends, list) and len(ends) == 2 else []
+    shown = [form(end) for end in known if end is not None]
+    return f" [{', '.join(shown)}]" if len(shown) == 2 else ""
 
 
 def _distances(measured: Mapping[str, Any], other: str) -> list[tuple[str, str]]:
     kl, top1 = number(measured.get("mean_kl")), number(measured.get("top1"))
     facts = []
     if kl is not None:
-        facts.append((f"Mean KL to {other}", f"{figure(kl)} nats per token"))
+        interval = _interval(measured, "mean_kl", figure)
+        facts.append((f"Mean KL to {other}", f"{figure(kl)}{interval} nats per token"))
     if top1 is not None:
-        facts.append((f"Same first token as {other}", percent(top1)))
+        interval = _interval(measured, "top1", percent)
+        facts.append((f"Same first token as {other}", f"{percent(top1)}{interval}"))
     return facts

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spp_export.common.plots import Line, Point, draw_line, new_figure, ratio_axis, save_png
-from spp_export.evaluation.harness.bootstrap import Interval
+from spp_export.evaluation.bootstrap import Interval
 from spp_export.evaluation.harness.records import Results
 from spp_export.evaluation.harness.rows import Row
 from spp_export.evaluation.harness.table import ranking, units_name

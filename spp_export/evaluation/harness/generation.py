@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from spp_export.calibration.activations import input_device
 from spp_export.common.progress import progress
 from spp_export.data.scenario import Scenario, Turn
+from spp_export.evaluation.bootstrap import array, numbers, weighted_mean
 from spp_export.evaluation.harness.answers import (
     DEFAULT_NEW_TOKENS,
     MATCH,
@@ -27,7 +28,6 @@ from spp_export.evaluation.harness.answers import (
     keyword_recall,
     option_match,
 )
-from spp_export.evaluation.harness.bootstrap import array, numbers, weighted_mean
 from spp_export.evaluation.harness.measure import Opened, default_batch_tokens
 
 MAX_PROMPT_TOKENS = 768

@@ -13,9 +13,13 @@ from torch import Tensor, nn
 from spp_export.calibration.activations import TokenBatch, input_device, token_batches
 from spp_export.common.errors import UsageError
 from spp_export.common.progress import progress
-from spp_export.evaluation.harness.bootstrap import DocumentScores
+from spp_export.evaluation.bootstrap import DocumentScores
 from spp_export.evaluation.harness.inputs import EvaluationText
-from spp_export.evaluation.quality import next_token_log_probabilities
+from spp_export.evaluation.quality import (
+    add_scores,
+    documents_of,
+    next_token_log_probabilities,
+)
 
 # A context that gives the row's model. It may be entered several times, one after the other.
 Opened = Callable[[], AbstractContextManager[nn.Module]]
@@ -97,26 +101,16 @@ def measure_row(reference: DenseReference, opened: Opened) -> list[DocumentScore
             with opened() as model:
                 for expected in group:
                     log_q, _ = next_token_log_probabilities(model, expected.batch)
-                    _add(sums[expected.text], expected, log_q)
+                    add_scores(
+                        sums[expected.text],
+                        expected.log_p,
+                        log_q,
+                        expected.targets,
+                        expected.documents,
+                    )
                     done += expected.batch.real_tokens
                     advance_to(done)
     return [DocumentScores(*(row.numpy() for row in text_sums)) for text_sums in sums]
-
-
-def _add(sums: Tensor, expected: Expected, log_q: Tensor) -> None:
-    """Add one batch to the sums [5,N] in the order of DocumentScores."""
-    log_p, targets = expected.log_p, expected.targets
-    target = targets[:, None]
-    values = torch.stack(
-        [
-            torch.ones(len(targets), dtype=torch.float64, device=log_p.device),
-            -log_p.gather(1, target)[:, 0].double(),
-            -log_q.gather(1, target)[:, 0].double(),
-            (log_p.exp() * (log_p - log_q)).sum(1).double(),
-            (log_p.argmax(1) == log_q.argmax(1)).double(),
-        ]
-    )
-    sums.index_add_(1, expected.documents, values.cpu())
 
 
 def _check_predicted(
@@ -129,9 +123,7 @@ def _check_predicted(
 
 def _expected(model: nn.Module, text: int, batch: TokenBatch) -> Expected:
     log_p, targets = next_token_log_probabilities(model, batch)
-    counts = batch.attention_mask[:, 1:].sum(1)
-    documents = torch.tensor(batch.texts).repeat_interleave(counts)
-    return Expected(text, batch, log_p, targets, documents)
+    return Expected(text, batch, log_p, targets, documents_of(batch))
 
 
 def _partition(

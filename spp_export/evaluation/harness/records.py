@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from spp_export.common.documents import Document, Rows, explained, validated
 from spp_export.common.errors import OutputError
 from spp_export.common.json_files import decode_utf8, parse_json, read_bytes
-from spp_export.evaluation.harness.bootstrap import DocumentScores, scores_from_json
+from spp_export.evaluation.bootstrap import DocumentScores, scores_from_json
 from spp_export.evaluation.harness.rows import Row
 
 RESULTS = "results.jsonl"

@@ -9,8 +9,7 @@ from typing import Any
 
 from spp_export.common.errors import SppError
 from spp_export.common.progress import progress
-from spp_export.evaluation.harness.answers import DEFAULT_NEW_TOKENS
-from spp_export.evaluation.harness.bootstrap import (
+from spp_export.evaluation.bootstrap import (
     DocumentScores,
     agreement,
     mean_kl,
@@ -19,6 +18,7 @@ from spp_export.evaluation.harness.bootstrap import (
     perplexity,
     perplexity_ratio,
 )
+from spp_export.evaluation.harness.answers import DEFAULT_NEW_TOKENS
 from spp_export.evaluation.harness.generation import QuestionSet, answer_row
 from spp_export.evaluation.harness.measure import DenseReference, Opened, measure_row
 from spp_export.evaluation.harness.records import RecordFile

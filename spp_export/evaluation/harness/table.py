@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from spp_export.evaluation.harness.bootstrap import Interval, array, paired_ratio
+from spp_export.evaluation.bootstrap import Interval, array, paired_ratio
 from spp_export.evaluation.harness.records import Record, Results
 from spp_export.evaluation.harness.rows import Row
 

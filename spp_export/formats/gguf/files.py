@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from spp_export.common.errors import ModelError, OutputError, UsageError
 from spp_export.common.json_files import dump_json
 from spp_export.common.progress import progress
 from spp_export.formats.card import gguf_card
+from spp_export.formats.dequantised import write_dequantised
 from spp_export.formats.format import Comparison, FileChecks, ModelFiles
 from spp_export.formats.gguf.contents import Contents, gguf_contents
 from spp_export.formats.gguf.engines import gguf_engines
@@ -28,8 +30,7 @@ from spp_export.models.checkpoint.reader import read_float
 from spp_export.planning import Plan
 
 if TYPE_CHECKING:
-    from torch import nn
-
+    from spp_export.formats.gguf.checks import EngineResult
     from spp_export.models.shape import ModelShape
     from spp_export.planning.bound import Predicted
 
@@ -67,8 +68,8 @@ class GgufFiles(ModelFiles):
             raise OutputError(f"{out}: cannot be written ({error.strerror}).") from error
 
     def check(self, out: Path, against: Comparison) -> FileChecks:
-        """Every check. A model in memory takes the file's weights, where these are less exact than
-        its own, so that a quality measured next is the file's."""
+        """Every check. Where the file's weights are less exact than the checkpoint's, llama.cpp is
+        compared with PyTorch's model of the file's, and so is a quality measured next."""
         from spp_export.formats.gguf.checks import check_engine, check_header, check_weights
 
         file = read_gguf(out)
@@ -76,7 +77,8 @@ class GgufFiles(ModelFiles):
         if not header.passed:
             return FileChecks((header,))
         weights = GgufWeights(file, self.contents.tensors)
-        tensors = open_checkpoint(against.checkpoint).tensors
+        checkpoint, model = open_checkpoint(against.checkpoint), None
+        tensors = checkpoint.tensors
         held = check_weights(
             "weights as the checkpoint has them",
             weights,
@@ -86,14 +88,18 @@ class GgufFiles(ModelFiles):
         if not held.passed:
             return FileChecks((header, held))
         with progress("checking the file in llama.cpp", None):
-            engine = check_engine(out, self.contents, against.batches, against.reference)
-        context = gguf_context(self.contents, engine.context())
-        if against.model and self.contents.options.kind != "f32":
-            if against.from_disk:
-                context["gguf"]["quality_of"] = "the checkpoint that the file was made from"
-            else:
-                _take_weights(against.model, weights)
-        return FileChecks((header, held, *([engine.check] if engine.check else [])), context)
+            place = against.checkpoint
+            if self.contents.options.kind != "f32":
+                place = against.scratch / "dequantised"
+                write_dequantised(checkpoint, weights.read, place)
+                model = against.load(place)
+            engine = check_engine(
+                out, self.contents, against.batches, partial(against.reference, place)
+            )
+        context = gguf_context(self.contents, engine)
+        checks = (header, held, *([engine.check] if engine.check else []))
+        quantised = self.contents.options.quant is not None
+        return FileChecks(checks, context, model, quantised)
 
     def card(
         self,
@@ -108,18 +114,10 @@ class GgufFiles(ModelFiles):
         )
 
 
-def gguf_context(contents: Contents, engine: dict[str, Any]) -> dict[str, Any]:
+def gguf_context(contents: Contents, engine: EngineResult) -> dict[str, Any]:
     """What verify.json says of a file beside the checks."""
-    cost = {key: engine[key] for key in ("quantisation",) if key in engine}
-    return {"gguf": {**contents.summary(), "engine": engine["engine"]}, **cost}
-
-
-def _take_weights(model: nn.Module, weights: GgufWeights) -> None:
-    import torch
-
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.from_numpy(weights.read(name)))
+    name = engine.engine or "none: xllamacpp is not installed"
+    return {"gguf": {**contents.summary(), "engine": name}}
 
 
 def gguf_config(decoder: Checkpoint, contents: Contents) -> dict[str, Any]:

@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spp_export.common.errors import ModelError, UsageError
-from spp_export.formats.format import Format, Library, ModelFiles, RunningModel
+from spp_export.formats.format import FileChecks, Format, Library, ModelFiles, Promise, RunningModel
 from spp_export.formats.gguf.engines import gguf_engines
 from spp_export.formats.gguf.options import BLOCK, GGUF_NAME, INSTALL, GgufOptions
 from spp_export.models.engines import Engine
 
 if TYPE_CHECKING:
-    from spp_export.evaluation.parity import VerifyReport
     from spp_export.models.checkpoint.checkpoint import Checkpoint
-    from spp_export.models.session import Session
     from spp_export.models.shape import LayerShape
     from spp_export.planning import Plan
 
@@ -50,12 +48,10 @@ class Gguf(Format[GgufOptions]):
         kind = options.resolved(stored_dtype).kind
         return {"GGUF file": row_bytes(BLOCK, kind) * parameters // BLOCK}
 
-    def verify(
-        self, directory: Path, session: Session, plan: Plan, prompts: Sequence[str], seed: int
-    ) -> VerifyReport:
+    def verify(self, directory: Path, against: Promise) -> FileChecks:
         from spp_export.formats.gguf.verify import check_gguf_directory
 
-        return check_gguf_directory(directory, session, plan, prompts, seed)
+        return check_gguf_directory(directory, against)
 
     def facts(self, directory: Path) -> dict[str, Any]:
         from spp_export.formats.gguf.files import gguf_options
@@ -78,18 +74,11 @@ class Gguf(Format[GgufOptions]):
         name = written.get("architecture") if isinstance(written, Mapping) else None
         return gguf_engines(name) if isinstance(name, str) else ()
 
-    def describe(
-        self, summary: Mapping[str, Any], size: str, report: Mapping[str, Any] | None
-    ) -> list[str]:
+    def describe(self, summary: Mapping[str, Any], size: str) -> list[str]:
         kinds = ", ".join(f"{count} {kind}" for kind, count in summary["tensors"].items())
         lines = [f"GGUF file: architecture {summary['architecture']}, {size}; tensors: {kinds}"]
         if left := summary["not_quantised"]:
             lines.append(f"not quantised, for rows are no multiple of 32: {len(left)} tensors")
-        if cost := (report or {}).get("quantisation"):
-            lines.append(
-                f"against the unquantised model: KL {cost['mean_kl']:.3g}, "
-                f"same token {cost['top1']:.1%}"
-            )
         return lines
 
     def refuse(self, path: Path) -> UsageError:

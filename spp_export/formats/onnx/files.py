@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spp_export.common.errors import ModelError, UsageError
 from spp_export.common.progress import progress
 from spp_export.formats.card import onnx_card
+from spp_export.formats.dequantised import write_dequantised
 from spp_export.formats.format import Comparison, FileChecks, ModelFiles
 from spp_export.formats.onnx.engines import onnx_engines
 from spp_export.formats.onnx.options import OnnxOptions
@@ -51,15 +50,8 @@ class OnnxFiles(ModelFiles):
             )
 
     def check(self, out: Path, against: Comparison) -> FileChecks:
-        """Every check. A quantised graph is compared with an unquantised one, which is written for
-        that alone and has to keep the tolerances of PyTorch's rounding itself."""
-        from spp_export.evaluation.parity import rounded
-        from spp_export.formats.onnx.checks import (
-            check_agreement,
-            check_graph,
-            check_logits,
-            row_logits,
-        )
+        """Every check. A quantised graph is compared with PyTorch's model of its own weights."""
+        from spp_export.formats.onnx.checks import check_graph, check_logits, check_quantised
         from spp_export.formats.onnx.runtime.model import OrtModel
         from spp_export.formats.onnx.runtime.module import OrtModule
 
@@ -71,29 +63,18 @@ class OnnxFiles(ModelFiles):
         held = _check_weights(out, against.checkpoint, options)
         if not held.passed:
             return FileChecks((valid, held), context)
-        reference = against.reference(against.batches)
         with progress("checking the graph in ONNX Runtime", None):
+            checkpoint = against.checkpoint
+            if options.quant:
+                decoder = open_checkpoint(checkpoint)
+                place = against.scratch / "dequantised"
+                checkpoint = write_dequantised(decoder, _weights(out, decoder).read, place)
+            reference = against.reference(checkpoint, against.batches)
             model = OrtModel.load(out, device=against.device)
-            module = OrtModule(model, against.device)
-            if options.quant is None:
-                checks = check_logits(model, reference, options.precision)
-                return FileChecks((valid, held, *checks), context, module)
-            plain = out / "unquantised"
-            plain.mkdir()
-            write_onnx(against.checkpoint, plain, replace(options, quant=None))
-            unquantised = OrtModel.load(plain, device=against.device)
-            checks = check_logits(unquantised, reference, options.precision)
-            agreement, kl, share = check_agreement(
-                f"{options.quant} graph against the unquantised one",
-                zip(
-                    row_logits(unquantised, reference.batches),
-                    row_logits(model, reference.batches),
-                    strict=True,
-                ),
-            )
-        shutil.rmtree(plain)
-        context["quantisation"] = rounded({"mean_kl": kl, "top1": share})
-        return FileChecks((valid, held, *checks, agreement), context, module)
+            check = check_quantised if options.quant else check_logits
+            checks = check(model, reference, options)
+        module = OrtModule(model, against.device)
+        return FileChecks((valid, held, *checks), context, module, options.quant is not None)
 
     def card(
         self,
@@ -109,15 +90,18 @@ class OnnxFiles(ModelFiles):
         )
 
 
+def _weights(directory: Path, decoder: Checkpoint) -> GraphWeights:
+    return GraphWeights(directory, decoder.family, decoder.shape, decoder.layers)
+
+
 def _check_weights(directory: Path, checkpoint: Path, options: OnnxOptions) -> Check:
     """A graph's weights are those of the checkpoint that it was just made from."""
     from spp_export.formats.onnx.checks import check_weights
 
     decoder = open_checkpoint(checkpoint)
-    weights = GraphWeights(directory, decoder.family, decoder.shape, decoder.layers)
     return check_weights(
         "weights as the checkpoint has them",
-        weights,
+        _weights(directory, decoder),
         lambda spec: read_float(decoder.tensors[spec.name]),
         options,
     )

@@ -6,15 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spp_export.formats.format import Format, Library, ModelFiles, RunningModel
+from spp_export.formats.format import FileChecks, Format, Library, ModelFiles, Promise, RunningModel
 from spp_export.formats.onnx.engines import onnx_engines
 from spp_export.formats.onnx.options import ATTENTIONS, INSTALL, PRECISIONS, OnnxOptions
 from spp_export.models.engines import Engine
 
 if TYPE_CHECKING:
-    from spp_export.evaluation.parity import VerifyReport
     from spp_export.models.checkpoint.checkpoint import Checkpoint
-    from spp_export.models.session import Session
     from spp_export.models.shape import LayerShape
     from spp_export.planning import Plan
 
@@ -76,12 +74,10 @@ class Onnx(Format[OnnxOptions]):
 
         return onnx_options(directory).torch_dtype
 
-    def verify(
-        self, directory: Path, session: Session, plan: Plan, prompts: Sequence[str], seed: int
-    ) -> VerifyReport:
+    def verify(self, directory: Path, against: Promise) -> FileChecks:
         from spp_export.formats.onnx.verify import check_onnx_directory
 
-        return check_onnx_directory(directory, session, plan, prompts, seed)
+        return check_onnx_directory(directory, against)
 
     def facts(self, directory: Path) -> dict[str, Any]:
         from spp_export.formats.onnx.files import onnx_options
@@ -106,18 +102,11 @@ class Onnx(Format[OnnxOptions]):
         quant = written.get("quant")
         return onnx_engines(layout, attention, precision, quant if quant else None)
 
-    def describe(
-        self, summary: Mapping[str, Any], size: str, report: Mapping[str, Any] | None
-    ) -> list[str]:
+    def describe(self, summary: Mapping[str, Any], size: str) -> list[str]:
         quant = summary["quant"] or "not quantised"
         lines = [f"ONNX graph: {summary['attention']}, {summary['precision']}, {quant}, {size}"]
         if reason := summary.get("reason"):
             lines.append(f"attention {summary['attention']}: {reason}")
-        if cost := (report or {}).get("quantisation"):
-            lines.append(
-                f"against the unquantised graph: KL {cost['mean_kl']:.3g}, "
-                f"same first token {cost['top1']:.1%}"
-            )
         return lines
 
     def run(

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from spp_export.common.errors import ModelError
 from spp_export.common.progress import progress
 from spp_export.evaluation.batches import exact_dtype, oracle_logits, session_batches
-from spp_export.evaluation.parity import Check, VerifyReport
+from spp_export.evaluation.parity import Check
+from spp_export.formats.dequantised import dequantised_logits
+from spp_export.formats.format import FileChecks, Promise
 from spp_export.formats.onnx.checks import (
-    check_agreement,
     check_graph,
     check_logits,
+    check_quantised,
     check_weights,
-    row_logits,
 )
 from spp_export.formats.onnx.companions import genai_config, onnx_config
 from spp_export.formats.onnx.files import onnx_options
 from spp_export.formats.onnx.options import GRAPH_VERSION, OnnxOptions
 from spp_export.formats.onnx.read import GraphWeights
 from spp_export.formats.onnx.runtime.model import OrtModel
+from spp_export.formats.onnx.runtime.module import OrtModule
 from spp_export.formats.onnx.structure import difference
 from spp_export.formats.onnx.write import GRAPH_NAME, optional_json
 from spp_export.formats.promised import compensated_projections, kept_of, promised_checkpoint
 from spp_export.formats.safetensors.verify import check_tokenizer
 from spp_export.formats.settings import settings_of
 from spp_export.models.checkpoint.checkpoint import Checkpoint, read_config
-from spp_export.models.session import Session
 from spp_export.planning import Plan
 
 
@@ -42,48 +42,43 @@ def _check_version(directory: Path) -> None:
         )
 
 
-def check_onnx_directory(
-    directory: Path, session: Session, compiled: Plan, prompts: Sequence[str], seed: int = 0
-) -> VerifyReport:
+def check_onnx_directory(directory: Path, against: Promise) -> FileChecks:
     """Every check on a published graph, against the dense model and the plan."""
+    session, compiled = against.session, against.plan
     source, options = session.source, onnx_options(directory)
     _check_version(directory)
     valid = check_graph(directory)
     if not valid.passed:
-        return VerifyReport((valid,))
+        return FileChecks((valid,))
     promised = promised_checkpoint(source, compiled)
     form = _check_form(directory, promised, options)
     if not form.passed:
-        return VerifyReport((valid, form))
+        return FileChecks((valid, form))
     weights = GraphWeights(directory, source.family, promised.shape, promised.layers)
     held = _check_kept_weights(source, compiled, weights, options)
     if not held.passed:
-        return VerifyReport((valid, form, held))
+        return FileChecks((valid, form, held))
     compensated = compensated_projections(source, compiled, weights.read)
     exact = exact_dtype(session, compensated)
-    batches = session_batches(session, prompts, seed)
+    batches = session_batches(session, against.prompts, against.seed)
     with progress("checking against the masked dense model", None):
-        reference = oracle_logits(session, compiled, batches, compensated, exact)
         model = OrtModel.load(directory, device=session.device)
         if options.quant is None:
-            checks = check_logits(model, reference, options.precision)
+            reference = oracle_logits(session, compiled, batches, compensated, exact)
+            checks = check_logits(model, reference, options)
         else:
-            oracle = (
-                logits.double().numpy()
-                for batch, batch_logits in zip(batches, reference.exact, strict=True)
-                for logits in batch_logits.split(batch.attention_mask.sum(1).tolist())
-            )
-            pairs = zip(oracle, row_logits(model, batches), strict=True)
-            checks = (check_agreement(f"{options.quant} graph against the oracle", pairs)[0],)
-    if prompts:
-        checks = (*checks, check_tokenizer(directory, session, prompts))
+            reference = dequantised_logits(against, promised, weights.read, batches, exact)
+            checks = check_quantised(model, reference, options)
+    if against.prompts:
+        checks = (*checks, check_tokenizer(directory, session, against.prompts))
     context = {
         "reference": str(exact).removeprefix("torch."),
         "computed_in": session.dtype,
         "layerwise": session.from_disk,
         "onnx": options.to_dict(),
     }
-    return VerifyReport((valid, form, held, *checks), context)
+    module = OrtModule(model, session.device)
+    return FileChecks((valid, form, held, *checks), context, module, options.quant is not None)
 
 
 def _check_form(directory: Path, promised: Checkpoint, options: OnnxOptions) -> Check:

@@ -14,14 +14,13 @@ from spp_export.formats.format import (
     FormatOptions,
     Library,
     ModelFiles,
+    Promise,
     RunningModel,
 )
 from spp_export.models.engines import Engine, engines_for
 
 if TYPE_CHECKING:
-    from spp_export.evaluation.parity import VerifyReport
     from spp_export.models.checkpoint.checkpoint import Checkpoint
-    from spp_export.models.session import Session
     from spp_export.models.shape import LayerShape, ModelShape
     from spp_export.planning import Plan
     from spp_export.planning.bound import Predicted
@@ -58,12 +57,13 @@ class Safetensors(Format[SafetensorsOptions]):
         """Nothing beside the slim checkpoint."""
         return {}
 
-    def verify(
-        self, directory: Path, session: Session, plan: Plan, prompts: Sequence[str], seed: int
-    ) -> VerifyReport:
+    def verify(self, directory: Path, against: Promise) -> FileChecks:
         from spp_export.formats.safetensors.verify import check_directory
 
-        return check_directory(directory, session, plan, prompts, seed).report
+        checked = check_directory(
+            directory, against.session, against.plan, against.prompts, against.seed
+        )
+        return FileChecks(checked.report.checks, checked.report.context, checked.slim)
 
     def facts(self, directory: Path) -> dict[str, Any]:
         return {}
@@ -73,9 +73,7 @@ class Safetensors(Format[SafetensorsOptions]):
     ) -> tuple[Engine, ...]:
         return engines_for(layout, layers)
 
-    def describe(
-        self, summary: Mapping[str, Any], size: str, report: Mapping[str, Any] | None
-    ) -> list[str]:
+    def describe(self, summary: Mapping[str, Any], size: str) -> list[str]:
         return []
 
     def run(

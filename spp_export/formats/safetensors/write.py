@@ -11,7 +11,7 @@ from spp_export.common.errors import (
 from spp_export.common.json_files import dump_json, read_json
 from spp_export.common.progress import progress
 from spp_export.models.checkpoint.checkpoint import TOKENIZER_FILES
-from spp_export.models.checkpoint.companions import companion
+from spp_export.models.checkpoint.companions import companion, terms
 from spp_export.models.session import Session
 from spp_export.planning import Plan
 from spp_export.slicing.compensation import (
@@ -26,7 +26,6 @@ COMPANIONS = (
     "generation_config.json",
     "tokenizer_config.json",
     *TOKENIZER_FILES,
-    "LICENSE",
 )
 
 
@@ -48,9 +47,9 @@ def write_slim(
     if compiled.layout != "uniform":
         for path in MODELING_FILES:
             shutil.copyfile(path, work / path.name)
-    for name in COMPANIONS:
-        if original := companion(source.path, name):
-            _copy_companion(original, work / name)
+    for name in (*COMPANIONS, *terms(source.path)):
+        if companion_file := companion(source.path, name):
+            _copy_companion(companion_file, work / name)
     (work / "plan.json").write_text(compiled.to_json(), encoding="utf-8")
     return written
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,6 +31,7 @@ _OBJECTS = (
 # Old models carry it, and nothing opens it.
 _UNUSED = "special_tokens_map_file"
 _TEMPLATES = "additional_chat_templates"
+_TERMS = re.compile(r"(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)([._-].*)?", re.IGNORECASE)
 
 
 def companion(directory: Path, name: str) -> Path | None:
@@ -46,6 +48,11 @@ def companion(directory: Path, name: str) -> Path | None:
             "Fetch the model again."
         )
     return path
+
+
+def terms(directory: Path) -> tuple[str, ...]:
+    """Names of the files with a model's terms of use: whoever passes it on has to pass them on."""
+    return tuple(sorted(name for name in os.listdir(directory) if _TERMS.fullmatch(name)))
 
 
 def copy_companions(directory: Path, names: Iterable[str], target: Path) -> None:

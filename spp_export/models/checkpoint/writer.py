@@ -12,7 +12,7 @@ import os
 import struct
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -239,9 +239,9 @@ def _send(handle: FileIO, begin: int, end: int) -> None:
         os.posix_fadvise(handle.fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)
 
 
-def header_of(shard: Shard) -> bytes:
+def header_of(shard: Shard, metadata: Mapping[str, str] | None = None) -> bytes:
     """Length and JSON of a shard's header, padded with spaces so that data starts 8-aligned."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     begin = 0
     for entry in shard.entries:
         end = begin + entry.nbytes

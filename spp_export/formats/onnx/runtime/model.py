@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ from spp_export.models.checkpoint.checkpoint import read_config
 
 GRAPH = "model.onnx"
 _TABLES = ("cos_cache", "sin_cache")
+_PRODUCTS = ("MatMulNBits", "MatMulInteger")
+# Of MatMulNBits' accuracy levels, the one that computes in float32.
+_EXACT = 1
 _MOST_LAYERS, _MOST_TOKENS, _MOST_POSITIONS = 1 << 12, 1 << 24, 1 << 22
 
 Ids = NDArray[np.int64]
@@ -83,6 +86,20 @@ class OrtModel:
             vocab_size=_vocab_size(opened, config, path),
             context_length=context_length,
         )
+
+    def with_exact_products(self) -> OrtModel | None:
+        """The same model, whose products of weights in few bits round nothing else; None where a
+        product multiplies whole numbers alone."""
+        graph = read_graph(self.path)
+        products = [node for node in graph.graph.node if node.op_type in _PRODUCTS]
+        if any(node.op_type == "MatMulInteger" for node in products):
+            return None
+        for node in products:
+            for attribute in node.attribute:
+                if attribute.name == "accuracy_level":
+                    attribute.i = _EXACT
+        opened = session(self.path / GRAPH, self.device, None, graph.SerializeToString())
+        return replace(self, session=opened)
 
     def logits(self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None) -> Logits:
         """Logits [B,S,V] of ids [B,S]. A mask [B,S] of 0 and 1 says which ids are real; the logits

@@ -19,6 +19,7 @@ _PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 _MEMORY = re.compile(r"out of memory|allocate memory|bad allocation|bad_alloc", re.IGNORECASE)
 _CUDA_FAILURE = re.compile(r"cuda|cudnn|cublas", re.IGNORECASE)
 _FATAL = 4
+_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 _MAX_REASON = 300
 
 
@@ -30,8 +31,11 @@ def cuda_index(device: str) -> int | None:
     return None if match[1] else int(match[2] or 0)
 
 
-def session(path: Path, device: str = "cpu", threads: int | None = None) -> Any:
-    """An `onnxruntime.InferenceSession` of a graph on `device`.
+def session(
+    path: Path, device: str = "cpu", threads: int | None = None, graph: bytes | None = None
+) -> Any:
+    """An `onnxruntime.InferenceSession` of a graph on `device`; `graph` is what to read in place of
+    the file `path`, whose weights it takes.
 
     On CUDA, nodes without a kernel there run on the CPU. `threads` is of one operator on the CPU;
     None leaves it to ONNX Runtime, which takes one per core.
@@ -52,8 +56,11 @@ def session(path: Path, device: str = "cpu", threads: int | None = None) -> Any:
         providers.insert(0, (CUDA, {"device_id": card, "use_tf32": 0}))
     with runtime_errors(str(path), device):
         # Without enable_fallback=0 it prints, and tries again on the CPU.
+        options = _options(runtime, threads)
+        if graph is not None:
+            options.add_session_config_entry(_DATA_FOLDER, str(path.parent))
         made = runtime.InferenceSession(
-            path, _options(runtime, threads), providers=providers, enable_fallback=0
+            path if graph is None else graph, options, providers=providers, enable_fallback=0
         )
     if card is not None and CUDA not in made.get_providers():
         raise _no_cuda(str(path), "its driver or libraries did not load")

@@ -83,6 +83,11 @@ class Interval:
     high: float
 
     @property
+    def known(self) -> bool:
+        """Whether the interval has two ends."""
+        return math.isfinite(self.low) and math.isfinite(self.high)
+
+    @property
     def differs_from_1(self) -> bool:
         """Whether a ratio differs from one beyond the interval."""
         return self.high < 1 or self.low > 1

@@ -1,0 +1,106 @@
+"""What quantising costs, measured on text: the same for every command that writes or checks it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spp_export.common.errors import QualityError
+from spp_export.data.scenario import Scenario
+from spp_export.evaluation.remarks import NOTICEABLE_KL
+from spp_export.planning import Plan
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from spp_export.evaluation.quality import Quality
+
+_log = logging.getLogger(__name__)
+_CONVERSATIONS = Path(__file__).parents[1] / "data" / "assets" / "conversations.jsonl"
+DEFAULT_TEXT = "default conversations"
+_WHOLE_SCENARIO = "text of the scenario"
+
+
+def judged_texts(
+    scenario: Scenario | None, plan: Plan | None, tokenizer: Any
+) -> tuple[Sequence[str], str]:
+    """Text that the plan was not made of, and what it is.
+
+    Of the scenario that the plan was made of, what was held out; of any other, all. An export keeps
+    only a hash of its scenario, so without one these are conversations that come with spp, in the
+    model's chat template where it has one.
+    """
+    from spp_export.evaluation.quality import HELD_OUT
+
+    if scenario is not None and (plan is None or plan.scenario.get("sha256") != scenario.sha256):
+        return scenario.prompts, _WHOLE_SCENARIO
+    if scenario is not None and (held_out := scenario.split()[1]):
+        return held_out, HELD_OUT
+    return default_texts(tokenizer), DEFAULT_TEXT
+
+
+def default_texts(tokenizer: Any) -> list[str]:
+    """Conversations of all kinds, as this tokenizer's model reads them."""
+    lines = _CONVERSATIONS.read_text(encoding="utf-8").splitlines()
+    return [_rendered(json.loads(line), tokenizer) for line in lines]
+
+
+def _rendered(turn: dict[str, str], tokenizer: Any) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        return f"{turn['prompt']}\n\n{turn['answer']}"
+    roles = {"user": turn["prompt"], "assistant": turn["answer"]}
+    messages = [{"role": role, "content": content} for role, content in roles.items()]
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False)
+    return text
+
+
+def measure_file(
+    reference: nn.Module,
+    model: nn.Module,
+    tokenizer: Any,
+    scenario: Scenario | None,
+    plan: Plan | None,
+) -> Quality | None:
+    """Quality of the model in a file beside the one it is compared with, on `judged_texts`."""
+    from spp_export.evaluation.quality import measure_quality
+
+    texts, source = judged_texts(scenario, plan, tokenizer)
+    return measure_quality(reference, model, tokenizer, texts, source)
+
+
+def record_quality(
+    content: dict[str, Any], name: str, quality: Quality | None, max_kl: float | None
+) -> tuple[dict[str, Any], QualityError | None]:
+    """verify.json's content with a quality under `name`, and the error where it is beyond the
+    limit."""
+    content[name] = quality.to_dict() if quality else None
+    failure = gate(quality, max_kl)
+    if max_kl is not None:
+        content["kl_gate"] = {"max_kl": max_kl, "passed": failure is None}
+        content["passed"] = content["passed"] and failure is None
+    return content, failure
+
+
+def gate(quality: Quality | None, max_kl: float | None) -> QualityError | None:
+    """The error for a measured mean KL above the limit; below it, a warning where users will
+    notice."""
+    if quality is None:
+        if max_kl is None:
+            return None
+        return QualityError("--max-kl: there is no text to measure on. Add --scenario FILE.")
+    figure = f"mean KL is {quality.mean_kl:.3g} nats on {quality.tokens:,} tokens"
+    figure += f" ({quality.source})"
+    # A model that is broken has no figure that compares.
+    if max_kl is not None and not quality.mean_kl <= max_kl:
+        return QualityError(
+            f"{figure}, --max-kl allows {max_kl:g}. Keep more, use more bits, or raise it."
+        )
+    if not quality.mean_kl < NOTICEABLE_KL:
+        _log.warning(
+            "%s: answers will differ noticeably. --max-kl refuses what is worse than you allow.",
+            figure,
+        )
+    return None

@@ -1,0 +1,151 @@
+"""What quantising costs is measured on text, shown as quality, and can be a limit."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from exporting import refused
+from factories import format_options
+from onnx_exports import exported_onnx
+from transformers import AutoTokenizer
+
+import spp_export
+from spp_export.commands.quality import DEFAULT_TEXT, default_texts, judged_texts
+from spp_export.common.errors import CheckFailed, QualityError, UsageError
+from spp_export.data.scenario import read_scenario
+from spp_export.evaluation.batches import check_batches, slim_reference
+from spp_export.evaluation.quality import HELD_OUT
+from spp_export.formats.dequantised import write_dequantised
+from spp_export.formats.onnx import OnnxOptions
+from spp_export.formats.onnx.checks import check_quantised
+from spp_export.formats.onnx.read import GraphWeights
+from spp_export.formats.onnx.runtime.model import OrtModel
+from spp_export.models.checkpoint.checkpoint import open_checkpoint
+from spp_export.planning import read_plan
+
+NAME = "llama-gqa-bias"
+OPTIONS = OnnxOptions(quant="int4")
+
+
+def convert(slim, target, **request):
+    return spp_export.convert(slim.path, target, **format_options(OPTIONS), **request)
+
+
+def test_without_a_scenario_it_is_measured_on_conversations(workshop, tmp_path):
+    result = convert(workshop.exported(NAME), tmp_path / "x")
+    cost = result.report["quantisation"]
+    assert cost["source"] == DEFAULT_TEXT
+    assert cost["texts"] == 24
+    assert cost["mean_kl"] > 0
+    low, high = cost["intervals"]["mean_kl"]
+    assert low <= cost["mean_kl"] <= high
+    card = (tmp_path / "x" / "README.md").read_text()
+    assert (
+        f"Beside the unquantised model, on {cost['tokens']} tokens (default conversations)" in card
+    )
+    names = [check["name"] for check in result.report["checks"]]
+    assert not [name for name in names if "unquantised" in name]
+
+
+def test_of_the_plans_own_scenario_only_what_was_held_out_judges(workshop, tmp_path):
+    slim = workshop.exported(NAME)
+    scenario, plan = read_scenario(workshop.scenario), read_plan(slim.path / "plan.json")
+    tokenizer = AutoTokenizer.from_pretrained(slim.path)
+    assert judged_texts(scenario, plan, tokenizer) == (scenario.split()[1], HELD_OUT)
+    other = tmp_path / "other.txt"
+    other.write_text("A first text.\n\nAnd a second one, which is longer.\n")
+    texts, source = judged_texts(read_scenario(other), plan, tokenizer)
+    assert (len(texts), source) == (2, "text of the scenario")
+    assert judged_texts(None, plan, tokenizer) == (default_texts(tokenizer), DEFAULT_TEXT)
+    few = tmp_path / "few.txt"
+    few.write_text("Only one.\n")
+    short = read_scenario(few)
+    record = {"scenario": {"sha256": short.sha256}}
+    made = type("Plan", (), record)
+    assert judged_texts(short, made, tokenizer)[1] == DEFAULT_TEXT
+    result = convert(slim, tmp_path / "x", scenario=workshop.scenario)
+    assert result.report["quantisation"]["source"] == HELD_OUT
+
+
+def test_conversations_are_in_the_models_own_template(workshop):
+    tokenizer = AutoTokenizer.from_pretrained(workshop.dense(NAME))
+    tokenizer.chat_template = None
+    plain = default_texts(tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+    )
+    chat = default_texts(tokenizer)
+    assert len(plain) == len(chat) == 24
+    for alone, within in zip(plain, chat, strict=True):
+        prompt, answer = alone.split("\n\n", 1)
+        assert within == f"<user>{prompt}</user><assistant>{answer}</assistant>"
+
+
+def test_a_limit_refuses_to_publish(workshop, tmp_path, caplog):
+    slim = workshop.exported(NAME)
+    with refused(QualityError, "--max-kl allows 1e-09"):
+        convert(slim, tmp_path / "x", max_kl=1e-9)
+    assert list(tmp_path.iterdir()) == []
+    with refused(CheckFailed, "Published all the same"):
+        convert(slim, tmp_path / "x", max_kl=1e-9, keep_failed=True)
+    report = json.loads((tmp_path / "x" / "verify.json").read_text())
+    assert (report["passed"], report["kl_gate"]) == (False, {"max_kl": 1e-9, "passed": False})
+    assert convert(slim, tmp_path / "y", max_kl=100.0).report["kl_gate"]["passed"]
+    with refused(UsageError, "--max-kl: nothing is measured then"):
+        convert(slim, tmp_path / "z", max_kl=1.0, verify=False)
+
+
+def test_an_export_has_the_same_limit(workshop, tmp_path):
+    with refused(QualityError, "--max-kl allows 1e-12"):
+        workshop.export(NAME, tmp_path / "x", compensate="none", max_kl=1e-12)
+    assert list(tmp_path.iterdir()) == []
+    result = workshop.export(NAME, tmp_path / "y", compensate="none", max_kl=50.0)
+    assert result.report["kl_gate"] == {"max_kl": 50.0, "passed": True}
+
+
+def test_noticeable_distances_are_a_warning(workshop, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("spp_export.commands.quality.NOTICEABLE_KL", 1e-9)
+    convert(workshop.exported(NAME), tmp_path / "x")
+    assert "answers will differ noticeably" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr("spp_export.commands.quality.NOTICEABLE_KL", 1e9)
+    convert(workshop.exported(NAME), tmp_path / "y")
+    assert "noticeably" not in caplog.text
+
+
+def test_verify_measures_what_was_quantised(workshop):
+    out = exported_onnx(workshop, NAME, "per-layer", "none", OPTIONS)
+    report = spp_export.verify(out.path, model=str(out.dense))
+    assert report.passed
+    quality = report.context["quality"]
+    assert quality["source"] == DEFAULT_TEXT
+    assert quality["mean_kl"] > 0
+    worse = spp_export.verify(out.path, model=str(out.dense), max_kl=quality["mean_kl"] / 2)
+    assert [check.name for check in worse.failures] == ["mean KL to the dense model"]
+    plain = workshop.exported(NAME)
+    assert "quality" not in spp_export.verify(plain.path, model=str(plain.dense)).context
+
+
+def test_the_check_that_is_left_can_fail(workshop, tmp_path):
+    """Weights that are off by two percent are found, although their KL is tiny."""
+    out = exported_onnx(workshop, NAME, "per-layer", "none", OPTIONS)
+    slim = open_checkpoint(workshop.exported(NAME, "per-layer", "none").path)
+    weights = GraphWeights(out.path, slim.family, slim.shape, slim.layers)
+    batches = check_batches(slim.shape.vocab_size, (), None, seed=3)
+
+    def reference(name, change):
+        place = write_dequantised(
+            slim,
+            lambda key: weights.read(key) * (change if "o_proj" in key else 1),
+            tmp_path / name,
+        )
+        return slim_reference(place, batches, torch.float64, torch.float32)
+
+    model = OrtModel.load(out.path)
+    good = check_quantised(model, reference("same", 1), OPTIONS)
+    assert all(check.passed for check in good)
+    assert len(good) > 1
+    bad = check_quantised(model, reference("other", 1.02), OPTIONS)
+    assert not bad[0].passed
+    assert bad[-1].found < 0.01
