@@ -33,6 +33,7 @@ from spp_export.evaluation.harness.records import (
 )
 from spp_export.evaluation.harness.rows import Row, row_key, standard_rows
 from spp_export.evaluation.harness.table import comparisons, markdown, ranking
+from spp_export.evaluation.remarks import FEW_TOKENS
 from spp_export.models.session import Session, open_session
 from spp_export.planning.planner import scenario_record
 
@@ -54,6 +55,10 @@ class EvalResult:
         return {
             "output": str(self.directory),
             "texts": list(self.results.texts),
+            "tokens": self.results.tokens,
+            "uncertain": [
+                name for name, count in self.results.tokens.items() if count < FEW_TOKENS
+            ],
             "rows": [
                 {
                     "rank": ranked.rank,

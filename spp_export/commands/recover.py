@@ -292,7 +292,9 @@ class _Job:
         from spp_export.evaluation.quality import measure_quality
 
         session = self._session
-        return measure_quality(session.model, slim, self._tokenizer, self._measured)
+        return measure_quality(
+            session.model, slim, self._tokenizer, self._measured, "text that was not trained on"
+        )
 
     def _keep(self, recovery: Recovery) -> None:
         from spp_export.calibration.cache import write

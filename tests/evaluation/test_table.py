@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from evaluating import HEADER, method, record, write_results
+from evaluating import HEADER, TEXTS, method, record, write_results
 
 from spp_export.evaluation.bootstrap import Interval
 from spp_export.evaluation.harness.curves import curves, write_curves
@@ -146,3 +146,11 @@ def test_nothing_to_draw(tmp_path):
     assert found.records[0].row == DENSE
     assert not write_curves(found, tmp_path / "a.png")
     assert not (tmp_path / "a.png").exists()
+
+
+def test_a_page_says_how_much_text_there_was(results):
+    assert set(results.tokens) == set(TEXTS)
+    page = markdown(results)
+    for name, count in results.tokens.items():
+        few = " (uncertain: fewer than 2,000)" if count < 2000 else ""
+        assert f"- {name}: 40 documents, {count:,} tokens{few}\n" in page

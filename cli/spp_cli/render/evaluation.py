@@ -13,6 +13,7 @@ from spp_cli.render.look import BAD, FAINT, GOOD, STRONG, Look, single_line
 from spp_export.evaluation.harness.table import (
     PairedComparison,
     Ranked,
+    amount_of,
     comparisons,
     interval,
     ranking,
@@ -57,7 +58,8 @@ def evaluation_reports(results: Sequence[EvalResult], look: Look) -> RenderableT
 def _title(results: Results, look: Look) -> Text:
     model, scenario = results.header["model"]["name"], results.header["scenario"]["name"]
     text = Text(single_line(f"{model} {look.arrow} {scenario}"), style=STRONG)
-    return text.append(f"   perplexity over dense: {single_line(results.judge)}", style=FAINT)
+    judge = f"{results.judge}{amount_of(results, results.judge)}"
+    return text.append(f"   perplexity over dense: {single_line(judge)}", style=FAINT)
 
 
 def _ranked(rows: Sequence[Ranked], text: str) -> Table:

@@ -105,6 +105,16 @@ class Results:
         return max(self.texts, key=lambda name: int(self.header["texts"][name]["documents"]))
 
     @property
+    def tokens(self) -> dict[str, int]:
+        """Predicted tokens of each text that any row was measured on."""
+        summaries = {
+            name: [record.data["texts"][name]["summary"].get("tokens") for record in self.measured]
+            for name in self.texts
+        }
+        counts = {name: max(filter(None, of), default=0) for name, of in summaries.items()}
+        return {name: int(count) for name, count in counts.items() if count}
+
+    @property
     def measured(self) -> tuple[Record, ...]:
         """Records with figures."""
         return tuple(record for record in self.records if record.error is None)

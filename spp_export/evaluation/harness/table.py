@@ -10,6 +10,7 @@ from typing import Any
 from spp_export.evaluation.bootstrap import Interval, array, paired_ratio
 from spp_export.evaluation.harness.records import Record, Results
 from spp_export.evaluation.harness.rows import Row
+from spp_export.evaluation.remarks import FEW_TOKENS
 
 _MARKS = {
     "method": "",
@@ -167,9 +168,21 @@ def _header(results: Results) -> str:
         f"{results.judge}.",
         "",
     ]
-    lines += [f"- {name}: {text['documents']} documents" for name, text in header["texts"].items()]
+    lines += [
+        f"- {name}: {text['documents']} documents{amount_of(results, name)}"
+        for name, text in header["texts"].items()
+    ]
     machine = ", ".join(f"{name} {value}" for name, value in header["machine"].items())
     return "\n".join([*lines, f"- machine: {machine}", f"- dtype: {header['settings']['dtype']}"])
+
+
+def amount_of(results: Results, text: str) -> str:
+    """How many tokens of a text were predicted, and whether that is little."""
+    tokens = results.tokens.get(text)
+    if tokens is None:
+        return ""
+    few = f" (uncertain: fewer than {FEW_TOKENS:,})" if tokens < FEW_TOKENS else ""
+    return f", {tokens:,} tokens{few}"
 
 
 def _ranked_table(rows: Sequence[Ranked], texts: Sequence[str]) -> str:
