@@ -280,7 +280,8 @@ def _forward(
 
 def _groups(source: Checkpoint, parts: Sequence[_Part], layers: int) -> Iterator[Sequence[_Part]]:
     """Parts that fit in memory together, where a part holds the sums of so many layers."""
-    room, group, taken = _MEMORY_SHARE * free_memory("cpu"), [], 0.0
+    room, taken = _MEMORY_SHARE * free_memory("cpu"), 0.0
+    group: list[_Part] = []
     for part in parts:
         size = sum(statistics_bytes(source.shape, kind) for kind in part.paths)
         size = size * layers // source.shape.num_layers
@@ -344,7 +345,7 @@ def _one_pass(
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Router:
     """Shows a batch to the observers of the collection that it is of: number i has texts
     `starts[i]` to `starts[i + 1]`."""

@@ -128,7 +128,7 @@ class AxisShares:
         return result
 
 
-@dataclass(frozen=True)
+@dataclass
 class _OneDomain:
     """Adds what the model reads to one domain's sums."""
 

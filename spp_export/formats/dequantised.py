@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from spp_export.common.json_files import dump_json
 from spp_export.formats.format import Promise
 from spp_export.models.checkpoint.checkpoint import Checkpoint
-from spp_export.models.checkpoint.writer import Entry, ShardWriter, plan_shards
+from spp_export.models.checkpoint.writer import TensorEntry, ShardWriter, plan_shards
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,9 @@ def write_dequantised(
     """
     place.mkdir()
     (place / "config.json").write_text(dump_json(checkpoint.config), encoding="utf-8")
-    entries = (Entry(name, "F32", tensor.shape) for name, tensor in checkpoint.tensors.items())
+    entries = (
+        TensorEntry(name, "F32", tensor.shape) for name, tensor in checkpoint.tensors.items()
+    )
     with ShardWriter(place, plan_shards(entries)) as writer:
         for entry in writer.order:
             values = np.ascontiguousarray(read(entry.name), np.float32)
