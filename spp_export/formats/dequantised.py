@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from spp_export.common.json_files import dump_json
 from spp_export.formats.format import Promise
 from spp_export.models.checkpoint.checkpoint import Checkpoint
-from spp_export.models.checkpoint.writer import TensorEntry, ShardWriter, plan_shards
+from spp_export.models.checkpoint.writer import ShardWriter, TensorEntry, plan_shards
 
 if TYPE_CHECKING:
     import torch
