@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from spp_export.calibration.cache import require_cache_space
-from spp_export.calibration.moments import Collection, Moments, gather, gather_all
+from spp_export.calibration.moments import Collection, Moments, gather_all
 from spp_export.common.errors import PlanError, UsageError
 from spp_export.data.artifacts import Artifacts
 from spp_export.models.session import Session
@@ -64,31 +64,27 @@ def calibration_parts(
     return tuple(parts)
 
 
-def gather_part(session: Session, part: WeightedTexts, kinds: Sequence[str]) -> Collection:
-    """Statistics of one collection, from the cache or by a pass of the dense model."""
-    return gather(
-        session.source,
-        part.texts,
-        kinds,
-        lambda: (session.model, session.tokenizer),
-        dtype=session.dtype,
-        description=f"gathering statistics: {part.name}",
-    )
+def gather_collections(
+    session: Session, parts: Sequence[WeightedTexts], kinds: Sequence[str]
+) -> tuple[Collection, ...]:
+    """Statistics of each part, from the cache or by one pass of the dense model over all that are
+    missing.
 
-
-def gather_parts(session: Session, parts: Sequence[WeightedTexts], kinds: Sequence[str]) -> Moments:
-    """The weighted mixture of the parts' moments.
-
-    Raises OutputError where the cache has no room for those that are missing, before any pass.
+    Raises OutputError where the cache has no room for these, before any pass.
     """
     require_cache_space(session, [part.texts for part in parts], kinds)
-    collections = gather_all(
+    return gather_all(
         session.source,
         [part.texts for part in parts],
         kinds,
         lambda: (session.model, session.tokenizer),
         dtype=session.dtype,
     )
+
+
+def gather_parts(session: Session, parts: Sequence[WeightedTexts], kinds: Sequence[str]) -> Moments:
+    """The weighted mixture of the parts' moments; errors as of `gather_collections`."""
+    collections = gather_collections(session, parts, kinds)
     weights = (part.weight for part in parts)
     return Moments(tuple(zip(collections, weights, strict=True)))
 

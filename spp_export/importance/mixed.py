@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from spp_export.calibration.mixture import WeightedTexts, gather_part
+from spp_export.calibration.mixture import WeightedTexts, gather_collections
 from spp_export.calibration.moments import Collection, layer_weights
 from spp_export.calibration.statistics import LayerWeights
 from spp_export.common.arrays import FloatArray
@@ -38,10 +38,21 @@ def mixed_scores(
     that are gathered once. Raises UsageError for a criterion of domains where there are none.
     """
     check_domain_scores(artifacts, criterion, unit)
-    source = session.source
+    source, scored = session.source, _scored_parts(parts, criterion)
+    held = [_held_scores(artifacts, part, f"{unit}/{criterion.name}") for part in scored]
+    missing = [part for part, scores in zip(scored, held, strict=True) if scores is None]
+    kinds = statistics_read(criterion.needs, "heads" if unit == "head" else "channels")
+    gathered = iter(
+        gather_collections(session, missing, kinds) if kinds else [Collection({})] * len(missing)
+    )
     weighted = [
-        (part.weight, _part_score(session, artifacts, part, criterion, unit, seed))
-        for part in _scored_parts(parts, criterion)
+        (
+            part.weight,
+            _computed(session, next(gathered), criterion, unit, seed)
+            if scores is None
+            else partial(_held_layer, scores),
+        )
+        for part, scores in zip(scored, held, strict=True)
     ]
     total = sum(weight for weight, _ in weighted)
     rows = []
@@ -76,21 +87,22 @@ def _scored_parts(parts: Sequence[WeightedTexts], criterion: Criterion) -> Seque
     return [part for part in parts if part.domain or Need.AXIS not in criterion.needs]
 
 
-def _part_score(
-    session: Session,
-    artifacts: Artifacts,
-    part: WeightedTexts,
-    criterion: Criterion,
-    unit: ScoredUnit,
-    seed: int,
+def _held_scores(artifacts: Artifacts, part: WeightedTexts, name: str) -> FloatArray | None:
+    """Scores [L,U] of a domain that artifacts hold by this name."""
+    held = artifacts.importance.get(name)
+    if part.domain is None or held is None:
+        return None
+    return held[artifacts.domains.index(part.domain)].astype(np.float64)
+
+
+def _held_layer(scores: FloatArray, layer: int, _: Callable[[], LayerWeights]) -> FloatArray:
+    row: FloatArray = scores[layer]
+    return row
+
+
+def _computed(
+    session: Session, collection: Collection, criterion: Criterion, unit: ScoredUnit, seed: int
 ) -> _Score:
-    name = f"{unit}/{criterion.name}"
-    cached = artifacts.importance.get(name)
-    if part.domain is not None and cached is not None:
-        scores = cached[artifacts.domains.index(part.domain)].astype(np.float64)
-        return lambda layer, _weights: scores[layer]
-    kinds = statistics_read(criterion.needs, "heads" if unit == "head" else "channels")
-    collection = gather_part(session, part, kinds) if kinds else Collection({})
     score_of = criterion.heads if unit == "head" else criterion.channels
     return lambda layer, weights: score_of(
         collection.layer_statistics(session.source, layer, weights=weights(), seed=seed)
