@@ -65,7 +65,7 @@ def named_paths(values: Any) -> Mapping[str, PathLike]:
     for value in values:
         name, sign, path = value.partition("=")
         if not (name and sign and path) or name in paths:
-            raise ValueError(f"{value!r} is not NAME=PATH, each name once")
+            raise ValueError(f"{value!r}: expected NAME=PATH, each name once")
         paths[name] = path
     return paths
 

@@ -156,7 +156,7 @@ def test_quiet_says_where(library):
 @pytest.mark.parametrize("value", ["plain", "=dir", "plain="])
 def test_other_artifacts_need_a_name_and_a_directory(library, capsys, value):
     assert run(["eval", "--scenario", "s.txt", "-o", "out", "--other-artifacts", value]) == 2
-    assert "expected NAME=DIR" in capsys.readouterr().err
+    assert "expected NAME=PATH" in capsys.readouterr().err
 
 
 def test_unknown_names_are_one_line(capsys, tmp_path):
