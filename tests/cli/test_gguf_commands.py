@@ -96,5 +96,5 @@ def test_the_summary_says_how_tensors_are_stored(library):
     assert "GGUF file: architecture deci" in flat
     assert "tensors: 2 f16, 61 f32, 208 q4_0, 1 q8_0" in flat
     assert "no multiple of 32: 2 tensors" in flat
-    assert "KL 0.0312, same token 94.3%" in flat
+    assert "quantising: KL 0.031" in flat
     assert "LM Studio" in flat
