@@ -16,14 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from spp_export.common.disk import scratch_folder
-from spp_export.common.errors import ModelError, PlanError, UsageError
-from spp_export.common.json_files import dump_json, read_json
+from spp_export.common.errors import PlanError, UsageError
+from spp_export.common.json_files import dump_json
 from spp_export.data.artifacts import Artifacts, open_artifacts
 from spp_export.data.scenario import Scenario, read_scenario
 from spp_export.domains.diagnosis import diagnose_prompts
-from spp_export.models.checkpoint.companions import companion
+from spp_export.models.checkpoint.companions import GENERATION_CONFIG, companion_object
 from spp_export.models.hub import DEMO
 from spp_export.models.session import Session, open_session
+from spp_export.models.stop_tokens import generation_config
+from spp_export.models.tokenizer import has_tokenizer
 from spp_export.models.weights_on_disk import empty_model, stored_as_tensor, torch_bits
 from spp_export.planning import Plan, dense_plan, read_plan, validate_plan
 from spp_export.slicing.compensation import Compensator, plan_compensation, written_config
@@ -184,7 +186,7 @@ class SharedWeights:
         if source.shape.tied_embeddings:
             model.get_output_embeddings().weight = model.get_input_embeddings().weight
         assert not any(parameter.is_meta for parameter in model.parameters())
-        model.generation_config = _generation_config(source.path) or model.generation_config
+        model.generation_config = _generation_config(self._session) or model.generation_config
         model.to(self._device)  # its buffers; the parameters are there
         slim: PreTrainedModel = model.eval()
         return slim
@@ -263,11 +265,12 @@ def _likeness(first: Mapping[str, float], second: Mapping[str, float]) -> float:
     return sum(math.sqrt(first.get(name, 0.0) * share) for name, share in second.items())
 
 
-def _generation_config(directory: Path) -> Any:
+def _generation_config(session: Session) -> Any:
+    """Of the model, with every token that ends an answer; None where it needs none."""
     from transformers import GenerationConfig
 
-    path = companion(directory, "generation_config.json")
-    if path is None:
-        return None
-    read_json(path, what="generation config", error=ModelError)  # which refuses what is malformed
-    return GenerationConfig.from_pretrained(directory, local_files_only=True)
+    path, config = session.source.path, session.source.config
+    tokenizer = session.tokenizer if has_tokenizer(path) else None
+    settings = generation_config(path, config, tokenizer, config)
+    settings = settings or companion_object(path, GENERATION_CONFIG)
+    return GenerationConfig.from_dict(settings) if settings else None

@@ -19,6 +19,7 @@ from typing import (
     get_args,
     get_origin,
     get_type_hints,
+    runtime_checkable,
 )
 
 from spp_export.common.errors import UsageError
@@ -209,6 +210,15 @@ class RunningModel(Protocol):
 
     def start(self, capacity: int) -> Feed:
         """A new sequence, of at most `capacity` tokens."""
+
+
+@runtime_checkable
+class ReadsText(Protocol):
+    """A running model with a tokenizer of its own, which its users' texts go through."""
+
+    def tokenize(self, text: str, *, around: bool, capacity: int) -> list[int]:
+        """Ids of a text, special tokens in it read as such; `around`: with those that begin and end
+        a text. A sequence of at most `capacity` tokens is to follow."""
 
 
 OptionsT = TypeVar("OptionsT", bound=FormatOptions)

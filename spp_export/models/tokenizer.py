@@ -1,21 +1,33 @@
-"""A directory's tokenizer, its files checked before transformers sees them."""
+"""A directory's tokenizer: its files checked before transformers sees them, and written for every
+engine."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from spp_export.common.errors import ModelError
+from spp_export.common.json_files import dump_json
 from spp_export.common.progress import quiet_transformers
-from spp_export.models.checkpoint.checkpoint import read_config
-from spp_export.models.checkpoint.companions import check_companions
-from spp_export.models.families import vocabulary_size
+from spp_export.models.checkpoint.checkpoint import TOKENIZER_FILES, read_config
+from spp_export.models.checkpoint.companions import (
+    GENERATION_CONFIG,
+    TOKENIZER_CONFIG,
+    check_companions,
+    companion_object,
+    copy_companions,
+)
+from spp_export.models.families import FAMILIES, vocabulary_size
+from spp_export.models.stop_tokens import generation_config
 
 # What transformers says of a directory with none of these depends on its version.
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 _WHOLE = "tokenizer.json"
+# Classes that read tokenizer.json as it is, by the names that transformers 4 and 5 give them.
+_PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")
+_NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 class ModelTokenizer:
@@ -116,3 +128,58 @@ def load_tokenizer(
             f"{shown}: no tokenizer that transformers can load: {first:.300}"
         ) from error
     return ModelTokenizer(loaded, rows, shown)
+
+
+def write_companions(
+    directory: Path,
+    target: Path,
+    config: Mapping[str, Any],
+    *,
+    adapt: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> None:
+    """Write what engines read beside weights and config, from a model's directory to `target`.
+
+    config   of `target`, by whose model type transformers chooses a tokenizer's class
+    adapt    gives a format's tokenizer_config.json; both files of settings are written anew then
+
+    Every engine finds a tokenizer.json, whatever the tokenizer consists of, and `generate` stops
+    where `spp chat` does. Code that a tokenizer names is left out: whoever trusts an export's own
+    code, as the card of a per-layer one says, would run that too. Raises ModelError for a tokenizer
+    that cannot be loaded, OSError where `target` takes no files.
+    """
+    tokenizer = load_tokenizer(directory) if has_tokenizer(directory) else None
+    generation = generation_config(directory, read_config(directory), tokenizer, config)
+    if adapt and generation is None:
+        generation = companion_object(directory, GENERATION_CONFIG)
+    stored = companion_object(directory, TOKENIZER_CONFIG)
+    settings = {key: value for key, value in stored.items() if key != "auto_map"}
+    name = settings.get("tokenizer_class")
+    stock = name and str(config.get("model_type")) in FAMILIES
+    copied = [GENERATION_CONFIG, TOKENIZER_CONFIG, *TOKENIZER_FILES]
+    as_it_is = (directory / _WHOLE).is_file() and (stock or name in _PLAIN)
+    if getattr(tokenizer, "backend_tokenizer", None) is not None and not as_it_is:
+        copied.remove(_WHOLE)
+        _write_backend(tokenizer, target / _WHOLE)
+        special = {key: str(token) for key in _NAMED if (token := getattr(tokenizer, key, None))}
+        # The class that a model type has by default is unknown to other readers.
+        settings = {**special, **settings, "tokenizer_class": name if stock else _PLAIN[0]}
+    if adapt and settings:
+        settings = adapt(settings)
+    for file, content, anew in (
+        (GENERATION_CONFIG, generation, bool(generation)),
+        (TOKENIZER_CONFIG, settings, settings != stored or bool(adapt and settings)),
+    ):
+        if anew:
+            copied.remove(file)
+            (target / file).write_text(dump_json(content), encoding="utf-8")
+    copy_companions(directory, copied, target)
+
+
+def _write_backend(tokenizer: Any, path: Path) -> None:
+    """tokenizer.json of a loaded tokenizer, which cuts and pads nothing."""
+    from tokenizers import Tokenizer
+
+    whole = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    whole.no_truncation()
+    whole.no_padding()
+    path.write_text(whole.to_str(pretty=True), encoding="utf-8")

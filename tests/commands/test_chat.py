@@ -250,6 +250,31 @@ def test_without_generation_config_the_models_own_says_what_ends(dense, tmp_path
     assert open_chat(path, model=Scripted([])).stop == {EOS, 77}
 
 
+class OwnTokens(Scripted):
+    """Reads every text as the same ids, as an engine with a tokenizer of its own may."""
+
+    def tokenize(self, text, *, around, capacity):
+        self.texts = [*getattr(self, "texts", []), (text, around, capacity)]
+        return [7, 8, 9]
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_an_engine_with_a_tokenizer_reads_what_its_users_write(templated, raw):
+    model = OwnTokens([EOS])
+    answer = open_chat(templated, model=model, raw=raw).ask("Why?")
+    assert answer.prompt_ids == (7, 8, 9)
+    assert model.sequences[0][1] == [[7, 8, 9]]
+    text, around, capacity = model.texts[0]
+    assert text == ("Why?" if raw else "user:Why?\nassistant:")
+    assert (around, capacity) == (raw, 512)
+
+
+def test_such_an_engine_may_need_more_room_than_there_is(dense):
+    model = OwnTokens([EOS], context_length=3)
+    with pytest.raises(UsageError, match="3 tokens with what was said before"):
+        open_chat(dense, model=model).ask("a")
+
+
 def test_the_context_ends_an_answer(dense):
     model = Scripted([50] * 20, context_length=12)
     answer = open_chat(dense, model=model).ask("x" * 8, max_new_tokens=100)

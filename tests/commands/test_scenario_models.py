@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 from exporting import CASES, refused, texts, write_texts
@@ -53,6 +56,20 @@ def test_compensation_is_the_exports(workshop, compensate):
     wanted = spp_export.load_slim(exported.path).state_dict()
     assert made.state_dict().keys() == wanted.keys()
     assert all(torch.equal(value, wanted[key]) for key, value in made.state_dict().items())
+
+
+def test_generate_stops_where_a_chat_does(workshop, tmp_path):
+    """At a token that only the tokenizer names, in memory and from an export."""
+    exported = workshop.exported(NAMES[0], "per-layer", "none")
+    dense = shutil.copytree(exported.dense, tmp_path / "dense")
+    (dense / "generation_config.json").write_text(json.dumps({"eos_token_id": 65}))
+    out = tmp_path / "out"
+    spp_export.export(output=out, model=str(dense), plan=exported.path / "plan.json", verify=False)
+    made = spp_export.load(str(dense), exported.path)
+    written = spp_export.load_slim(out)
+    assert made.generation_config.eos_token_id == [65, 2]
+    assert written.generation_config.eos_token_id == [65, 2]
+    assert spp_export.open_chat(out).stop == {65, 2}
 
 
 def test_models_share_what_their_plans_leave_and_only_that(workshop):

@@ -15,8 +15,8 @@ from spp_export.evaluation.harness.generation import (
     answer_nll,
     answer_row,
     generate,
+    model_stop_tokens,
     question_set,
-    stop_tokens,
 )
 
 PROMPTS = ("Why?", "What is the lightest element of all of them?", "a", "Name a metal, please.")
@@ -86,7 +86,7 @@ def test_an_answer_ends_before_its_stop_token(tiny):
 
 
 def test_stop_tokens_are_the_models_and_the_tokenizers(tiny):
-    assert stop_tokens(tiny.model, tiny.tokenizer) == {2}
+    assert model_stop_tokens(tiny.model, tiny.tokenizer) == {2}
 
 
 def test_the_likelihood_of_an_answer_is_that_of_its_tokens(tiny, quiz):

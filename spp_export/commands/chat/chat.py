@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 
 from spp_export.commands.chat.reader import Reader
 from spp_export.commands.requests import DEFAULT_NEW_TOKENS, ChatRequest
-from spp_export.common.errors import ModelError, UsageError
-from spp_export.common.json_files import read_json
+from spp_export.common.errors import UsageError
 from spp_export.common.options import command
 from spp_export.common.progress import progress
-from spp_export.formats.format import Format, RunningModel
+from spp_export.formats.format import Format, ReadsText, RunningModel
 from spp_export.formats.registry import FORMATS, detect_format
 from spp_export.formats.sampling import Chooser, Sampling, greedy
 from spp_export.models.checkpoint.checkpoint import read_config
-from spp_export.models.checkpoint.companions import companion
+from spp_export.models.checkpoint.companions import GENERATION_CONFIG, companion_object
 from spp_export.models.hub import DEMO, demo_model
+from spp_export.models.stop_tokens import stop_tokens
 from spp_export.models.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -130,19 +130,18 @@ class Chat:
         began = perf_counter()
         choose = choose or self.choose
         most = max_new_tokens or self.max_new_tokens
-        ids = self._ids(prompt)
-        room = self.model.context_length - len(ids)
-        if room < 1:
-            raise UsageError(
-                f"{len(ids)} tokens with what was said before, and the model's context is "
-                f"{self.model.context_length}. Shorten the prompt, or start afresh with /reset."
-            )
-        limit = min(most, room)
+        text = self._text(prompt)
+        ids = self._ids(text)
+        limit = min(most, self._room(ids))
         stream = TextStream(self._tokenizer)
         made: list[int] = []
         first: float | None = None
-        ending: Ending = "length" if limit == most else "context"
+        ending: Ending
         try:
+            if isinstance(self.model, ReadsText):
+                capacity = self._reader.capacity(len(ids) + limit)
+                ids = self.model.tokenize(text, around=self.raw, capacity=capacity)
+                limit = min(most, self._room(ids))
             logits = self._reader.prompt(ids, limit)
             while True:
                 made.append(_chosen(choose, logits))
@@ -152,6 +151,7 @@ class Chat:
                     break
                 show(stream.add(made[-1]))
                 if len(made) == limit:
+                    ending = "length" if limit == most else "context"
                     break
                 logits = self._reader.more(made[-1:])
         except KeyboardInterrupt:
@@ -163,19 +163,29 @@ class Chat:
         seconds = perf_counter() - began
         return Answer(prompt, stream.text, tuple(ids), tuple(made), ending, first, seconds)
 
-    def _ids(self, prompt: str) -> list[int]:
+    def _text(self, prompt: str) -> str:
+        """What the model reads."""
         try:
             prompt.encode()
         except UnicodeEncodeError:
             raise UsageError("the prompt is not UTF-8 text.") from None
-        if self.raw:
-            ids = list(self._tokenizer(prompt)["input_ids"])
-        else:
-            text = self._templated(prompt)
-            ids = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return prompt if self.raw else self._templated(prompt)
+
+    def _ids(self, text: str) -> list[int]:
+        ids = list(self._tokenizer(text, add_special_tokens=self.raw)["input_ids"])
         if not ids:
             raise UsageError("the prompt is empty. Give the model something to go on from.")
         return ids
+
+    def _room(self, ids: Sequence[int]) -> int:
+        """How many tokens can follow; UsageError where it is none."""
+        room = self.model.context_length - len(ids)
+        if room < 1:
+            raise UsageError(
+                f"{len(ids)} tokens with what was said before, and the model's context is "
+                f"{self.model.context_length}. Shorten the prompt, or start afresh with /reset."
+            )
+        return room
 
     def _templated(self, prompt: str) -> str:
         from jinja2 import TemplateError
@@ -249,7 +259,9 @@ def open_chat(
             made = _format(path)
             model = made.run(path, device=device, dtype=dtype, threads=threads)
         tokenizer = load_tokenizer(path, without_torch=True)
-    return Chat(model, tokenizer, _stop_tokens(path, tokenizer), system=system, raw=raw)
+    generation = companion_object(path, GENERATION_CONFIG)
+    stop = frozenset(stop_tokens(generation, read_config(path), tokenizer))
+    return Chat(model, tokenizer, stop, system=system, raw=raw)
 
 
 def _find(directory: str | os.PathLike[str]) -> Path:
@@ -277,17 +289,6 @@ def _format(directory: Path) -> Format[Any]:
             "wrote, or a dense model's."
         )
     return made
-
-
-def _stop_tokens(path: Path, tokenizer: Any) -> frozenset[int]:
-    """Ids that end an answer, by the model's files and its tokenizer."""
-    file = companion(path, "generation_config.json")
-    config: Any = (
-        read_json(file, what="generation config", error=ModelError) if file else read_config(path)
-    )
-    listed = config.get("eos_token_id") if isinstance(config, dict) else None
-    ids = listed if isinstance(listed, list) else [listed]
-    return frozenset(id_ for id_ in [*ids, tokenizer.eos_token_id] if isinstance(id_, int))
 
 
 def _chosen(choose: Chooser, logits: NDArray[Any]) -> int:

@@ -31,10 +31,14 @@ class Reader:
         goes_on = list(ids[:known]) == self._read and known < len(ids)
         if self._feed is None or not goes_on or needed > self._capacity:
             self.forget()
-            steps = -(-needed // _CAPACITY_STEP)
-            self._capacity = min(steps * _CAPACITY_STEP, self._model.context_length)
+            self._capacity = self.capacity(needed)
             self._feed = self._model.start(self._capacity)
         return self.more(ids[len(self._read) :])
+
+    def capacity(self, tokens: int) -> int:
+        """The room that is reserved where so many tokens are needed."""
+        steps = -(-tokens // _CAPACITY_STEP)
+        return min(steps * _CAPACITY_STEP, self._model.context_length)
 
     def more(self, ids: Sequence[int]) -> NDArray[Any]:
         """Logits [V] after these further tokens."""

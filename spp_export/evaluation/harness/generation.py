@@ -29,6 +29,7 @@ from spp_export.evaluation.harness.answers import (
     option_match,
 )
 from spp_export.evaluation.harness.measure import Opened, default_batch_tokens
+from spp_export.models.stop_tokens import stop_tokens
 
 MAX_PROMPT_TOKENS = 768
 # What is counted per conversation, and what it is divided by to give the figure of that name.
@@ -91,7 +92,7 @@ def answer_row(
                 model,
                 prompts,
                 max_new_tokens,
-                stop_tokens(model, tokenizer),
+                model_stop_tokens(model, tokenizer),
                 advance_to=partial(_advance, advance_to, done),
             )
             texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
@@ -106,12 +107,12 @@ def _advance(advance_to: Callable[[float], None], before: float, done: float) ->
     advance_to(before + done)
 
 
-def stop_tokens(model: nn.Module, tokenizer: Any) -> frozenset[int]:
-    """Ids that end an answer, by the model's generation config and the tokenizer."""
-    config: Any = getattr(model, "generation_config", None)
-    ids = getattr(config, "eos_token_id", None)
-    stop = {ids} if isinstance(ids, int) else set(ids or ())
-    return frozenset(stop | {tokenizer.eos_token_id}) - {None}
+def model_stop_tokens(model: nn.Module, tokenizer: Any) -> frozenset[int]:
+    """Ids that end an answer of a model in memory."""
+    loaded: Any = model
+    generation = getattr(loaded, "generation_config", None)
+    settings = generation.to_dict() if generation else {}
+    return frozenset(stop_tokens(settings, loaded.config.to_dict(), tokenizer))
 
 
 def generate(

@@ -25,8 +25,12 @@ from spp_export.formats.gguf.encode import allowed_error, plain_values
 from spp_export.formats.gguf.header import GgufFile
 from spp_export.formats.gguf.llama_cpp import LlamaCpp, Step, engine_name, is_installed
 from spp_export.formats.gguf.options import GGUF_NAME, QUANTS
+from spp_export.formats.gguf.tokens import check_ends, check_tokens
 from spp_export.formats.gguf.weights import GgufWeights
 from spp_export.formats.gguf.write import stored_bytes
+from spp_export.models.checkpoint.checkpoint import read_config
+from spp_export.models.checkpoint.companions import GENERATION_CONFIG, companion_object
+from spp_export.models.stop_tokens import stop_tokens
 
 # Other kernels, other orders of summation, as for ONNX.
 _ROUNDINGS, _ROOM = 4.0, 64.0
@@ -41,7 +45,7 @@ Reference = Callable[[Sequence[TokenBatch]], ReferenceLogits]
 class EngineResult:
     """What llama.cpp said, and what it calls itself; None where it is not installed."""
 
-    check: Check | None
+    checks: tuple[Check, ...]
     engine: str | None
 
 
@@ -105,21 +109,29 @@ def check_engine(
     contents: Contents,
     batches: Sequence[TokenBatch],
     reference: Reference,
+    tokenizer: Any,
 ) -> EngineResult:
-    """What llama.cpp continues texts with, against the logits at every step of the PyTorch model of
-    the file's own weights.
+    """What llama.cpp reads, against the tokenizer that transformers makes; where it stops, against
+    `spp chat`; and what it continues texts with, against the logits at every step of the PyTorch
+    model of the file's own weights.
 
     A file in fewer bits has llama.cpp round activations, too. It has to stay much nearer to the
     model than the uniform distribution is. Where there is no llama.cpp, nothing is checked. Raises
     ModelError where it does not load the file.
     """
     if not is_installed():
-        return EngineResult(None, None)
+        return EngineResult((), None)
     texts = list(_rows(batches))
     path = directory / GGUF_NAME
     with contextlib.closing(
         LlamaCpp(path, _READ + _GENERATED + 1, torch.get_num_threads())
     ) as model:
+        generation = companion_object(directory, GENERATION_CONFIG)
+        stop = stop_tokens(generation, read_config(directory), tokenizer)
+        stop = tuple(id_ for id_ in stop if id_ < contents.vocab_size)
+        read = (check_tokens(model, tokenizer), check_ends(model, tokenizer, stop))
+        if not all(check.passed for check in read):
+            return EngineResult(read, engine_name())
         steps = [model.generate(ids, _GENERATED, _LIKELIEST) for ids in texts]
     oracle = reference([_batch(texts, steps)])
     compare = _Comparison()
@@ -134,11 +146,11 @@ def check_engine(
         limit = 2 * room
         holds = compare.worst <= limit < math.inf
         check = Check(name, holds, compare.worst, limit, f"{detail}, differences of two logits")
-        return EngineResult(check, engine_name())
+        return EngineResult((*read, check), engine_name())
     mean = compare.kl / compare.tokens
     limit = _SHARE_OF_UNIFORM * compare.uniform / compare.tokens
     check = Check(name, mean <= limit, mean, limit, f"{detail}, mean KL in nats")
-    return EngineResult(check, engine_name())
+    return EngineResult((*read, check), engine_name())
 
 
 class _Comparison:

@@ -28,6 +28,13 @@ class Contents:
     tensors: tuple[GgufTensor, ...]
 
     @property
+    def vocab_size(self) -> int:
+        """Tokens of the file."""
+        tokens = self.metadata["tokenizer.ggml.tokens"].items
+        assert isinstance(tokens, tuple)
+        return len(tokens)
+
+    @property
     def fallbacks(self) -> tuple[GgufTensor, ...]:
         """Tensors whose rows are no multiple of a block, and so not quantised as asked."""
         return tuple(tensor for tensor in self.tensors if tensor.requested)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -19,14 +20,9 @@ from spp_export.formats.gguf.header import read_gguf
 from spp_export.formats.gguf.options import FILE_VERSION, GgufOptions
 from spp_export.formats.gguf.weights import GgufWeights
 from spp_export.formats.gguf.write import stored_bytes, write_gguf
-from spp_export.models.checkpoint.checkpoint import (
-    TOKENIZER_FILES,
-    Checkpoint,
-    open_checkpoint,
-    read_config,
-)
-from spp_export.models.checkpoint.companions import copy_companions
+from spp_export.models.checkpoint.checkpoint import Checkpoint, open_checkpoint, read_config
 from spp_export.models.checkpoint.reader import read_float
+from spp_export.models.tokenizer import load_tokenizer, write_companions
 from spp_export.planning import Plan
 
 if TYPE_CHECKING:
@@ -35,7 +31,6 @@ if TYPE_CHECKING:
     from spp_export.planning.bound import Predicted
 
 _KEY = "spp_gguf"
-_BESIDE = ("generation_config.json", "tokenizer_config.json", *TOKENIZER_FILES)
 
 
 class GgufFiles(ModelFiles):
@@ -61,9 +56,9 @@ class GgufFiles(ModelFiles):
                 progress=lambda done, total: bar(done / max(total, 1)),
             )
         try:
-            config = dump_json(gguf_config(decoder, self.contents))
-            (out / "config.json").write_text(config, encoding="utf-8")
-            copy_companions(checkpoint, _BESIDE, out)
+            config = gguf_config(decoder, self.contents)
+            (out / "config.json").write_text(dump_json(config), encoding="utf-8")
+            write_companions(checkpoint, out, config)
         except OSError as error:
             raise OutputError(f"{out}: cannot be written ({error.strerror}).") from error
 
@@ -89,17 +84,16 @@ class GgufFiles(ModelFiles):
             return FileChecks((header, held))
         with progress("checking the file in llama.cpp", None):
             place = against.checkpoint
+            tokenizer = load_tokenizer(place)
             if self.contents.options.kind != "f32":
                 place = against.scratch / "dequantised"
                 write_dequantised(checkpoint, weights.read, place)
                 model = against.load(place)
-            engine = check_engine(
-                out, self.contents, against.batches, partial(against.reference, place)
-            )
+            reference = partial(against.reference, place)
+            engine = check_engine(out, self.contents, against.batches, reference, tokenizer)
         context = gguf_context(self.contents, engine)
-        checks = (header, held, *([engine.check] if engine.check else []))
         quantised = self.contents.options.quant is not None
-        return FileChecks(checks, context, model, quantised)
+        return FileChecks((header, held, *engine.checks), context, model, quantised)
 
     def card(
         self,
@@ -162,5 +156,10 @@ def gguf_options(directory: Path) -> GgufOptions:
 
 
 def shown_name(compiled: Plan) -> str:
-    """What programs that run the file call the model."""
-    return f"{PurePosixPath(compiled.model_source).name} (spp)"
+    """What programs that run the file call the model.
+
+    llama.cpp takes a name with phi-3 in it to mean that special tokens swallow the spaces after
+    them, so it is spelt in another way.
+    """
+    name = PurePosixPath(compiled.model_source).name
+    return re.sub(r"(phi)-?(3)", r"\1 \2", name, flags=re.IGNORECASE) + " (spp)"

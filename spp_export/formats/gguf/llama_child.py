@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import sys
+import urllib.request
 from typing import Any
 
 # Longest that a sequence is read at once.
@@ -72,17 +73,58 @@ def answer(server: Any, request: dict[str, Any]) -> dict[str, Any]:
     return {"steps": steps}
 
 
+def tokenize(server: Any, key: str, texts: list[str], around: bool) -> dict[str, Any]:
+    """Ids of texts by llama.cpp's own tokenizer, special tokens in them read as such; `around`:
+    with the tokens that the file says begin and end a text."""
+    # Not through a proxy, whatever the environment says.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    ids = []
+    for text in texts:
+        content = {"content": text, "add_special": around, "parse_special": True}
+        body = json.dumps(content).encode()
+        request = urllib.request.Request(server.listening_address + "/tokenize", body, headers)
+        with opener.open(request) as response:
+            ids.append(json.load(response)["tokens"])
+    return {"tokens": ids}
+
+
+def ends(server: Any, harmless: int, tokens: list[int]) -> dict[str, Any]:
+    """Whether each of the tokens ends an answer."""
+    ended = []
+    for token in tokens:
+        reply = server.handle_completions(
+            {
+                "prompt": [harmless],
+                "n_predict": 2,
+                "temperature": 0,
+                "logit_bias": [[token, _CERTAIN]],
+            }
+        )
+        if "choices" not in reply:
+            return {"error": str(reply.get("message") or reply)}
+        ended.append(reply["choices"][0]["finish_reason"] == "stop")
+    return {"ends": ended}
+
+
 def main() -> int:
     """Serve until standard input ends."""
     # llama.cpp prints to standard output too.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     path, context, threads = sys.argv[1:]
-    server = open_server(path, int(context), int(threads), secrets.token_hex(16))
+    key = secrets.token_hex(16)
+    server = open_server(path, int(context), int(threads), key)
     print(json.dumps({"number": 0}), file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        reply = {"number": request["number"], **answer(server, request)}
+        if "texts" in request:
+            result = tokenize(server, key, request["texts"], request["around"])
+        elif "ends" in request:
+            result = ends(server, request["harmless"], request["ends"])
+        else:
+            result = answer(server, request)
+        reply = {"number": request["number"], **result}
         print(json.dumps(reply), file=answers, flush=True)
     return 0
 

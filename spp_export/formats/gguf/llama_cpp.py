@@ -76,23 +76,34 @@ class LlamaCpp:
     def generate(self, ids: Sequence[int], new_tokens: int, top: int) -> tuple[Step, ...]:
         """Greedy continuation of a sequence that is read as it is; the token that ends a text does
         not end it. `top` is how many tokens are told of at each step."""
+        request = {"ids": list(ids), "new": new_tokens, "top": top, "harmless": self._harmless}
+        steps = [tuple((int(i), float(p)) for i, p in step) for step in self._ask(request)["steps"]]
+        return tuple(Step(step[0][0], step) for step in steps)
+
+    def tokenize(self, texts: Sequence[str], *, around: bool) -> list[list[int]]:
+        """Ids of texts by llama.cpp's own tokenizer, special tokens in them read as such.
+
+        around: with the tokens that the file says begin and end a text
+        """
+        ids: list[list[int]] = self._ask({"texts": list(texts), "around": around})["tokens"]
+        return ids
+
+    def ends(self, tokens: Sequence[int]) -> list[bool]:
+        """Whether llama.cpp stops at each of the tokens."""
+        stops: list[bool] = self._ask({"ends": list(tokens), "harmless": self._harmless})["ends"]
+        return stops
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
         self._requests += 1
-        request = {
-            "number": self._requests,
-            "ids": list(ids),
-            "new": new_tokens,
-            "top": top,
-            "harmless": self._harmless,
-        }
+        request["number"] = self._requests
         with contextlib.suppress(BrokenPipeError):  # then there will be no answer
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         reply = self._answer()
         if "error" in reply:
             raise ModelError(f"{self._path}: llama.cpp refuses these tokens: {reply['error']}.")
-        steps = [tuple((int(i), float(p)) for i, p in step) for step in reply["steps"]]
-        return tuple(Step(step[0][0], step) for step in steps)
+        return reply
 
     def _answer(self) -> dict[str, Any]:
         """The answer to the last question: one may have been left behind by an interruption.

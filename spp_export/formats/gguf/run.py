@@ -39,11 +39,7 @@ class LlamaModel:
 
     def start(self, capacity: int) -> Feed:
         """A new sequence. What is loaded serves the next one too, where it has room for it."""
-        if self._running is None or capacity > self._capacity:
-            if self._running:
-                self._running.close()
-            self._running, self._capacity = LlamaCpp(self._path, capacity, self._threads), capacity
-        running, read = self._running, list[int]()
+        running, read = self._with_room(capacity), list[int]()
 
         def feed(ids: Sequence[int]) -> NDArray[Any]:
             read.extend(ids)
@@ -54,6 +50,17 @@ class LlamaModel:
             return logits
 
         return feed
+
+    def tokenize(self, text: str, *, around: bool, capacity: int) -> list[int]:
+        """Ids of a text by the file's own tokenizer, as for all other users of llama.cpp."""
+        return self._with_room(capacity).tokenize([text], around=around)[0]
+
+    def _with_room(self, capacity: int) -> LlamaCpp:
+        if self._running is None or capacity > self._capacity:
+            if self._running:
+                self._running.close()
+            self._running, self._capacity = LlamaCpp(self._path, capacity, self._threads), capacity
+        return self._running
 
 
 def load_gguf(path: Path, device: str, dtype: str | None, threads: int | None) -> LlamaModel:

@@ -14,12 +14,19 @@ from typing import Any
 
 from spp_export.common.errors import ModelError
 from spp_export.formats.gguf.values import Metadata, count, flag, integers, reals, text, texts
+from spp_export.models.checkpoint.companions import GENERATION_CONFIG, companion_object
+from spp_export.models.stop_tokens import stop_tokens, turn_end
 from spp_export.models.tokenizer import load_tokenizer
 
 # The numbers that the format has for kinds of tokens.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
-_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+_SPECIAL = {"bos": "bos", "unk": "unknown", "pad": "padding"}
+# In the order of the file.
+_KEYS = ("bos", "eos", "unknown", "padding", "eot", "eom")
+# Texts of tokens at which llama.cpp stops wherever they are in a vocabulary.
+_KNOWN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "</s>")
+_BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
 
 
 def tokenizer_metadata(
@@ -27,17 +34,23 @@ def tokenizer_metadata(
 ) -> Metadata:
     """The keys `tokenizer.*` for the tokenizer in a directory and a model of `vocab_size` tokens.
 
-    `config` is the model's, asked for special tokens that the tokenizer does not name. Raises
-    ModelError for a tokenizer that llama.cpp does not have.
+    `config` is the model's, and with the other files of the directory says which tokens end an
+    answer. Raises ModelError for a tokenizer that llama.cpp does not have.
     """
     loaded = _load(directory)
+    config = config or {}
+    stop = stop_tokens(companion_object(directory, GENERATION_CONFIG), config, loaded)
+    stop = tuple(id_ for id_ in stop if id_ < vocab_size)
     content = json.loads(loaded.backend_tokenizer.to_str())
     model = content["model"]
     if model.get("type") != "BPE":
-        raise ModelError(
-            f"GGUF: {directory} has a {model.get('type')!s:.40} tokenizer; expected BPE. "
-            "Export safetensors or ONNX."
-        )
+        raise _unlike(f"{directory} has a {model.get('type')!s:.40} tokenizer; expected BPE.")
+    odd = [
+        k for k in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(k)
+    ]
+    if odd:
+        raise _unlike(f"llama.cpp has no tokenizers with {odd[0]}.")
+    _check_added_tokens(content)
     unknown = loaded.unk_token_id
     tokens, kinds = _tokens(content, vocab_size, unknown, directory)
     common: Metadata = {
@@ -45,8 +58,17 @@ def tokenizer_metadata(
         "tokenizer.ggml.token_type": integers(kinds),
     }
     bytes_of_last_resort = bool(model.get("byte_fallback"))
-    own = _sentencepiece(content, tokens) if bytes_of_last_resort else _byte_level(content)
-    return {**own, **common, **_special(loaded, config or {}, directory), **_template(loaded)}
+    own = (
+        _sentencepiece(content, tokens, directory) if bytes_of_last_resort else _byte_level(content)
+    )
+    ids = {**_special(loaded, config), **_ends(loaded, stop, directory)}
+    numbers = {f"tokenizer.ggml.{key}_token_id": count(ids[key]) for key in _KEYS if key in ids}
+    return {**own, **common, **numbers, **_added_around(loaded, ids), **_template(loaded)}
+
+
+def _unlike(reason: str) -> ModelError:
+    """The error for a tokenizer that llama.cpp does not have."""
+    return ModelError(f"GGUF: {reason} Export safetensors or ONNX.")
 
 
 def _load(directory: Path) -> Any:
@@ -87,20 +109,34 @@ def _tokens(
     )
 
 
+def _check_added_tokens(content: Mapping[str, Any]) -> None:
+    """ModelError for tokens that are looked for in another way than by their exact text."""
+    steps = _flat(content.get("normalizer"), "normalizers")
+    prepends = any(step.get("type") == "Prepend" for step in steps)
+    for added in content["added_tokens"]:
+        flags = [flag for flag in ("lstrip", "rstrip", "single_word") if added.get(flag)]
+        if added.get("normalized") and prepends:
+            flags.append("normalized")
+        if flags:
+            raise _unlike(
+                f"the token {added['content']!r:.40} has {flags[0]}, and llama.cpp only looks for "
+                "the exact text of a token."
+            )
+
+
 def _byte_level(content: Mapping[str, Any]) -> Metadata:
+    from tokenizers.pre_tokenizers import ByteLevel
+
     model = content["model"]
-    odd = [
-        k for k in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(k)
-    ]
-    if odd:
-        raise ModelError(f"GGUF: llama.cpp has no tokenizers with {odd[0]}.")
     check_normalizer(content)
+    if model.get("unk_token") and not set(ByteLevel.alphabet()) <= model["vocab"].keys():
+        raise _unlike(
+            "this tokenizer has no tokens for some bytes but one for unknown text, and llama.cpp "
+            "leaves unknown bytes out."
+        )
     merges = [" ".join(pair) for pair in _merges(model)]
     if not merges:
-        raise ModelError(
-            "GGUF: this tokenizer merges nothing, and llama.cpp wants at least one merge. "
-            "Export safetensors or ONNX."
-        )
+        raise _unlike("this tokenizer merges nothing, and llama.cpp wants at least one merge.")
     return {
         "tokenizer.ggml.model": text("gpt2"),
         "tokenizer.ggml.pre": text(pre_tokenizer_name(content)),
@@ -109,18 +145,21 @@ def _byte_level(content: Mapping[str, Any]) -> Metadata:
     }
 
 
-def _sentencepiece(content: Mapping[str, Any], tokens: Sequence[str]) -> Metadata:
+def _sentencepiece(content: Mapping[str, Any], tokens: Sequence[str], directory: Path) -> Metadata:
     """llama.cpp merges what gives the best token, where tokenizer.json lists merges in order; so a
     token's score is minus the place of the merges that give it."""
-    prefix = space_prefix(content)
+    try:
+        prefix = space_prefix(content)
+    except ModelError as error:
+        raise ModelError(f"{error}{_as_it_stands(directory)}") from None
+    _check_merges(content)
     places: dict[str, int] = {}
     previous = None
     for place, (left, right) in enumerate(_merges(content["model"])):
         token = left + right
         if token in places and token != previous:
-            raise ModelError(
-                "GGUF: this tokenizer's merges are not ordered by token, as llama.cpp needs them. "
-                "Export safetensors or ONNX."
+            raise _unlike(
+                "this tokenizer's merges are not ordered by token, as llama.cpp needs them."
             )
         places.setdefault(token, place)
         previous = token
@@ -132,13 +171,52 @@ def _sentencepiece(content: Mapping[str, Any], tokens: Sequence[str]) -> Metadat
     }
 
 
+def _check_merges(content: Mapping[str, Any]) -> None:
+    """ModelError where llama.cpp, which joins any two tokens that make a third and writes what has
+    no token as bytes, would do what tokenizer.json does not."""
+    model = content["model"]
+    vocab = model["vocab"]
+    if model.get("ignore_merges"):
+        raise _unlike("llama.cpp has ignore_merges in no tokenizer of this kind.")
+    missing = next((byte for byte in _BYTE_TOKENS if byte not in vocab), None)
+    if missing:
+        raise _unlike(
+            f"this tokenizer has no token {missing}, and llama.cpp wants one for every byte."
+        )
+    merges = set(_merges(model))
+    added = {token["content"] for token in content["added_tokens"]}
+    for token in vocab.keys() - added:
+        for cut in range(1, len(token)):
+            pair = token[:cut], token[cut:]
+            joined = all(len(part) == 1 or part in vocab for part in pair)
+            if joined and pair not in merges:
+                raise _unlike(
+                    f"this tokenizer does not merge {pair[0]!r:.40} and {pair[1]!r:.40} although "
+                    f"it has {token!r:.40}, and llama.cpp would."
+                )
+
+
+def _as_it_stands(directory: Path) -> str:
+    """A way out where the class of the tokenizer, and not its tokenizer.json, is the hindrance."""
+    try:
+        plain = load_tokenizer(directory, without_torch=True)
+        space_prefix(json.loads(plain.backend_tokenizer.to_str()))
+    except ModelError:
+        return ""
+    return (
+        " Or have its tokenizer.json read as it stands, which llama.cpp can do: in a copy of the "
+        "model, set tokenizer_class to PreTrainedTokenizerFast in tokenizer_config.json."
+    )
+
+
 def _merges(model: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Pairs, from either of the forms that tokenizer.json has had."""
     pairs = [p.split(" ") if isinstance(p, str) else p for p in model.get("merges", ())]
     return [(left, right) for left, right in pairs]
 
 
-def _special(loaded: Any, config: Mapping[str, Any], directory: Path) -> Metadata:
+def _special(loaded: Any, config: Mapping[str, Any]) -> dict[str, int]:
+    """The keys' names for special tokens that end nothing, and their ids."""
     ids: dict[str, int] = {}
     for name, key in _SPECIAL.items():
         token_id = getattr(loaded, f"{name}_token_id")
@@ -146,18 +224,44 @@ def _special(loaded: Any, config: Mapping[str, Any], directory: Path) -> Metadat
         first = listed[0] if isinstance(listed, list) and listed else listed
         if type(first) is int and first >= 0:
             ids[key] = first
-    if "eos" not in ids:
+    return ids
+
+
+def _ends(loaded: Any, stop: Sequence[int], directory: Path) -> dict[str, int]:
+    """Keys for the tokens that end an answer. llama.cpp has three; it also knows some by name."""
+    if not stop:
         # llama.cpp would take one of its own choice for it
         raise ModelError(f"{directory}: neither tokenizer nor config names the token that ends.")
-    encoded = loaded("a")["input_ids"]
-    begins = "bos" in ids and encoded[:1] == [ids["bos"]]
-    ends = encoded[-1:] == [ids["eos"]]
-    numbers = {f"tokenizer.ggml.{key}_token_id": count(value) for key, value in ids.items()}
-    return {
-        **numbers,
-        "tokenizer.ggml.add_bos_token": flag(begins),
-        "tokenizer.ggml.add_eos_token": flag(ends),
-    }
+    eos = stop[0] if loaded.eos_token_id is None else loaded.eos_token_id
+    turn = turn_end(loaded)
+    names = dict(zip(stop, loaded.convert_ids_to_tokens(list(stop)), strict=True))
+    others = [id_ for id_ in stop if id_ != eos]
+    others.sort(key=lambda id_: (id_ != turn, names[id_] in _KNOWN_ENDS))
+    if unknown := [names[id_] for id_ in others[2:] if names[id_] not in _KNOWN_ENDS]:
+        raise _unlike(
+            f"{len(stop)} tokens end an answer of this model, and llama.cpp would not stop at "
+            f"{unknown[0]!r:.40}, for a file can name three. Name fewer in generation_config.json."
+        )
+    return dict(zip(("eos", "eot", "eom"), (eos, *others), strict=False))
+
+
+def _added_around(loaded: Any, ids: Mapping[str, int]) -> Metadata:
+    """Which tokens are put around a text. Raises ModelError for others than bos and eos."""
+    whole, text_alone = (
+        loaded("a", add_special_tokens=special)["input_ids"] for special in (True, False)
+    )
+    for begins, ends in ((False, False), (True, False), (False, True), (True, True)):
+        around = [ids.get("bos")] * begins, [ids["eos"]] * ends
+        if around[0] + text_alone + around[1] == whole:
+            return {
+                "tokenizer.ggml.add_bos_token": flag(begins),
+                "tokenizer.ggml.add_eos_token": flag(ends),
+            }
+    shown = ", ".join(loaded.convert_ids_to_tokens(whole))
+    raise _unlike(
+        f"this tokenizer writes 'a' as {shown:.80}, and llama.cpp puts only the tokens that begin "
+        "and end a text around it."
+    )
 
 
 def _template(loaded: Any) -> Metadata:
@@ -216,9 +320,9 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
     name = _NAMES.get((steps, merged))
     if name is None:
         shown = ", ".join(f"{kind} {setting!r:.60}" for kind, setting in steps) or "nothing"
-        raise ModelError(
-            f"GGUF: llama.cpp has no known name for this tokenizer's pre-tokenizer ({shown}"
-            f"{', ignore_merges' if merged else ''}). Export safetensors or ONNX."
+        raise _unlike(
+            f"llama.cpp has no known name for this tokenizer's pre-tokenizer ({shown}"
+            f"{', ignore_merges' if merged else ''})."
         )
     return name
 
@@ -239,11 +343,19 @@ def space_prefix(tokenizer: Mapping[str, Any]) -> bool:
             return bool(prefixes)
     if not normalizers and len(pre) == 1 and pre[0].get("type") == "Metaspace":
         plain = pre[0].get("replacement") == "\u2581" and pre[0].get("split") is False
+        scheme = pre[0].get("prepend_scheme")
+        if plain and scheme == "never":
+            return False
         if plain:
-            return pre[0].get("prepend_scheme") != "never"
-    raise ModelError(
-        "GGUF: this tokenizer's normalizer and pre-tokenizer are not those of Llama 2 and Mistral "
-        f"({', '.join(str(k) for k in kinds) or 'none'}). Export safetensors or ONNX."
+            where = "only before a whole text" if scheme == "first" else "only where there is none"
+            raise _unlike(
+                f"this tokenizer (Metaspace, prepend_scheme {scheme!s:.20}) puts a space {where}; "
+                "expected none, or one before a text and after every special token, as llama.cpp "
+                "does it."
+            )
+    raise _unlike(
+        "this tokenizer's normalizer and pre-tokenizer are not those of Llama 2 and Mistral "
+        f"({', '.join(str(k) for k in kinds) or 'none'})."
     )
 
 
@@ -254,10 +366,7 @@ def check_normalizer(tokenizer: Mapping[str, Any]) -> None:
     """
     kinds = [step.get("type") for step in _flat(tokenizer.get("normalizer"), "normalizers")]
     if kinds not in ([], ["NFC"]):
-        raise ModelError(
-            f"GGUF: llama.cpp does not normalise text as this tokenizer does ({kinds}). "
-            "Export safetensors or ONNX."
-        )
+        raise _unlike(f"llama.cpp does not normalise text as this tokenizer does ({kinds}).")
 
 
 def _steps(step: Any) -> Iterator[_Step]:

@@ -54,8 +54,8 @@ def check_gguf_directory(directory: Path, against: Promise) -> FileChecks:
 
     batches = session_batches(session, against.prompts, against.seed)
     with progress("checking against the masked dense model", None):
-        engine = check_engine(directory, contents, batches, reference)
-    checks = [header, held, *([engine.check] if engine.check else [])]
+        engine = check_engine(directory, contents, batches, reference, session.tokenizer)
+    checks = [header, held, *engine.checks]
     if against.prompts:
         checks.append(check_tokenizer(directory, session, against.prompts))
     context = {

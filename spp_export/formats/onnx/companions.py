@@ -77,9 +77,11 @@ def genai_config(
     layers: Sequence[LayerShape],
     head_dim: int,
     options: OnnxOptions,
+    stop: Sequence[int],
 ) -> dict[str, Any]:
     """genai_config.json for onnxruntime-genai 0.15 or newer, from `onnx_config`'s result.
 
+    `stop` are the tokens that end an answer, the only ones that the runtime stops at.
     The scalar head counts are the largest of any layer; the runtime takes every layer's own KV
     heads from the shapes of the graph's inputs. A sliding window is not mentioned: the graph masks
     by itself, over a KV cache of full length, and the section would ask for a cache that slides.
@@ -90,7 +92,7 @@ def genai_config(
         "vocab_size": config["vocab_size"],
         "context_length": context,
         "decoder": _decoder(config, layers, head_dim, options),
-        **_special_tokens(config, generation_config),
+        **_special_tokens(config, generation_config, stop),
     }
     search: dict[str, Any] = {
         name: default if generation_config.get(name) is None else generation_config[name]
@@ -169,16 +171,16 @@ def _decoder(
 
 
 def _special_tokens(
-    config: Mapping[str, Any], generation_config: Mapping[str, Any]
+    config: Mapping[str, Any], generation_config: Mapping[str, Any], stop: Sequence[int]
 ) -> dict[str, Any]:
     """bos, eos and pad as far as they are known; generation's own settings come first."""
-    tokens = {}
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    tokens: dict[str, Any] = {}
+    for name in ("bos_token_id", "pad_token_id"):
         value = generation_config.get(name)
         value = config.get(name) if value is None else value
         if value is not None:
             tokens[name] = value
-    if "pad_token_id" not in tokens and "eos_token_id" in tokens:
-        eos = tokens["eos_token_id"]
-        tokens["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
+    if stop:
+        tokens["eos_token_id"] = list(stop) if len(stop) > 1 else stop[0]
+        tokens.setdefault("pad_token_id", stop[0])
     return tokens

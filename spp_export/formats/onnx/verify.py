@@ -16,18 +16,19 @@ from spp_export.formats.onnx.checks import (
     check_quantised,
     check_weights,
 )
-from spp_export.formats.onnx.companions import genai_config, onnx_config
+from spp_export.formats.onnx.companions import onnx_config
 from spp_export.formats.onnx.files import onnx_options
 from spp_export.formats.onnx.options import GRAPH_VERSION, OnnxOptions
 from spp_export.formats.onnx.read import GraphWeights
 from spp_export.formats.onnx.runtime.model import OrtModel
 from spp_export.formats.onnx.runtime.module import OrtModule
 from spp_export.formats.onnx.structure import difference
-from spp_export.formats.onnx.write import GRAPH_NAME, optional_json
+from spp_export.formats.onnx.write import GRAPH_NAME, genai_config_beside
 from spp_export.formats.promised import compensated_projections, kept_of, promised_checkpoint
 from spp_export.formats.safetensors.verify import check_tokenizer
 from spp_export.formats.settings import settings_of
 from spp_export.models.checkpoint.checkpoint import Checkpoint, read_config
+from spp_export.models.checkpoint.companions import companion_object
 from spp_export.planning import Plan
 
 
@@ -101,11 +102,9 @@ def _different_key(directory: Path, promised: Checkpoint, options: OnnxOptions) 
         options,
         settings_of(promised).context_length,
     )
-    generation = optional_json(directory, "generation_config.json")
-    head_dim = promised.shape.head_dim
-    genai = genai_config(config, generation, promised.layers, head_dim, options)
+    genai = genai_config_beside(directory, config, promised, options)
     for name, expected in (("config.json", config), ("genai_config.json", genai)):
-        stored = optional_json(directory, name)
+        stored = companion_object(directory, name)
         for key in sorted(stored.keys() | expected.keys()):
             if stored.get(key) != expected.get(key):
                 return f"{key!r:.60} of {name}"

@@ -6,16 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from spp_export.common.errors import ModelError, OutputError, SppError
-from spp_export.common.json_files import dump_json, json_object, read_json
+from spp_export.common.errors import OutputError, SppError
+from spp_export.common.json_files import dump_json
 from spp_export.common.publish import require_free_space
 from spp_export.formats.onnx.companions import genai_config, onnx_config, tokenizer_config
 from spp_export.formats.onnx.graph import build_graph
 from spp_export.formats.onnx.options import OnnxOptions
 from spp_export.formats.onnx.recorder import share_aliases
 from spp_export.formats.settings import settings_of
-from spp_export.models.checkpoint.checkpoint import TOKENIZER_FILES, Checkpoint, open_checkpoint
-from spp_export.models.checkpoint.companions import companion, copy_companions
+from spp_export.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from spp_export.models.checkpoint.companions import GENERATION_CONFIG, companion_object
+from spp_export.models.stop_tokens import stop_tokens
+from spp_export.models.tokenizer import has_tokenizer, load_tokenizer, write_companions
 
 GRAPH_NAME = "model.onnx"
 # transformers.js asks for this very name; the others follow what the graph says.
@@ -83,24 +85,20 @@ def _companions(checkpoint: Path, out: Path, decoder: Checkpoint, options: OnnxO
         options,
         settings_of(decoder).context_length,
     )
-    generation = optional_json(checkpoint, "generation_config.json")
-    genai = genai_config(config, generation, decoder.layers, decoder.shape.head_dim, options)
-    tokenizer = optional_json(checkpoint, "tokenizer_config.json")
-    for name, content in (
-        ("config.json", config),
-        ("generation_config.json", generation),
-        ("genai_config.json", genai),
-        ("tokenizer_config.json", tokenizer_config(tokenizer, options) if tokenizer else None),
-    ):
-        if content:
-            (out / name).write_text(dump_json(content), encoding="utf-8")
-    copy_companions(checkpoint, TOKENIZER_FILES, out)
+    (out / "config.json").write_text(dump_json(config), encoding="utf-8")
+    write_companions(
+        checkpoint, out, config, adapt=lambda settings: tokenizer_config(settings, options)
+    )
+    genai = genai_config_beside(out, config, decoder, options)
+    (out / "genai_config.json").write_text(dump_json(genai), encoding="utf-8")
 
 
-def optional_json(directory: Path, name: str) -> dict[str, Any]:
-    """A JSON object beside a model; empty where there is none. Raises ModelError."""
-    path = companion(directory, name)
-    if path is None:
-        return {}
-    content = read_json(path, what=name, error=ModelError)
-    return json_object(content, f"{directory / name}: the document", ModelError)
+def genai_config_beside(
+    out: Path, config: dict[str, Any], decoder: Checkpoint, options: OnnxOptions
+) -> dict[str, Any]:
+    """genai_config.json of a directory with this config.json, by the tokenizer and the settings
+    that are in it. Raises ModelError for files that are malformed."""
+    generation = companion_object(out, GENERATION_CONFIG)
+    tokenizer = load_tokenizer(out) if has_tokenizer(out) else None
+    stop = stop_tokens(generation, config, tokenizer)
+    return genai_config(config, generation, decoder.layers, decoder.shape.head_dim, options, stop)

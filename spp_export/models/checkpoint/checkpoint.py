@@ -42,7 +42,7 @@ _VOLATILE_KEYS = ("transformers_version", "_name_or_path", "torch_dtype", "dtype
 
 
 # What the model type of a checkpoint with layers that differ begins with.
-_OWN = "spp_"
+OWN = "spp_"
 _MAX_DIGITS = 9
 
 
@@ -127,12 +127,12 @@ def _open_dense(path: Path, name: str | None, config: Mapping[str, Any]) -> Chec
 
 def _open_slim(path: Path, name: str | None, config: Mapping[str, Any]) -> Checkpoint:
     model_type = str(config.get("model_type"))
-    own = model_type.startswith(_OWN)
-    family = FAMILIES.get(model_type.removeprefix(_OWN)) if own else None
+    own = model_type.startswith(OWN)
+    family = FAMILIES.get(model_type.removeprefix(OWN)) if own else None
     if family is None:
         raise ModelError(
             f"{path}: model_type {shown(model_type)} with per_layer_config is not supported; "
-            f"known are {', '.join(f'{_OWN}{name}' for name in sorted(FAMILIES))}."
+            f"known are {', '.join(f'{OWN}{name}' for name in sorted(FAMILIES))}."
         )
     if config.get("quantization_config") is not None:
         raise ModelError(

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from spp_export.common.errors import ModelError
 from spp_export.common.json_files import json_object, read_json
@@ -15,13 +16,13 @@ from spp_export.models.checkpoint.reader import model_file
 
 # The largest tokenizers have some thirty megabytes.
 MAX_COMPANION_BYTES = 64 << 20
-_GENERATION = "generation_config.json"
-_TOKENIZER_CONFIG = "tokenizer_config.json"
+GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 # Read by Python's own parser, in which deep nesting ends a process. tokenizer.json is not: it has
 # a million items where a vocabulary is large, and its own reader has limits.
 _OBJECTS = (
-    _GENERATION,
-    _TOKENIZER_CONFIG,
+    GENERATION_CONFIG,
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.json",
@@ -55,6 +56,18 @@ def terms(directory: Path) -> tuple[str, ...]:
     return tuple(sorted(name for name in os.listdir(directory) if _TERMS.fullmatch(name)))
 
 
+def companion_object(directory: Path, name: str) -> dict[str, Any]:
+    """The JSON object in the file `name` of a model directory; empty where there is none.
+
+    Raises ModelError for what is none, and as of `companion`.
+    """
+    path = companion(directory, name)
+    if path is None:
+        return {}
+    content = read_json(path, what=name, error=ModelError)
+    return json_object(content, f"{directory / name}: the document", ModelError)
+
+
 def copy_companions(directory: Path, names: Iterable[str], target: Path) -> None:
     """Copy those of the files that there are to the directory `target`. Errors as of `companion`;
     OSError where they cannot be written."""
@@ -72,7 +85,7 @@ def check_companions(directory: Path) -> None:
             content = read_json(path, what=name, error=ModelError)
             place = f"{directory / name}: the document"
             settings = json_object(content, place, ModelError)
-            if name == _TOKENIZER_CONFIG:
+            if name == TOKENIZER_CONFIG:
                 _check_settings(settings, directory)
     templates = directory / _TEMPLATES
     if os.path.lexists(templates):
@@ -89,6 +102,6 @@ def _check_settings(settings: dict[str, object], directory: Path) -> None:
         names = key.endswith(("_file", "_files")) and key != _UNUSED
         if names and settings[key] is not None:
             raise ModelError(
-                f"{directory / _TOKENIZER_CONFIG}: names a file in {key!r:.60}, and a tokenizer's "
+                f"{directory / TOKENIZER_CONFIG}: names a file in {key!r:.60}, and a tokenizer's "
                 "files are those beside it. Remove the key."
             )

@@ -11,4 +11,5 @@ FAMILY = Family(
     output_bias="attention_bias",
     mlp_bias="mlp_bias",
     heads_divide_hidden=True,
+    end_token=2,
 )

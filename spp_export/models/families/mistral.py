@@ -8,4 +8,5 @@ FAMILY = Family(
     model_type="mistral",
     architecture="MistralForCausalLM",
     sliding="all",
+    end_token=2,
 )

@@ -94,7 +94,7 @@ def test_the_form_of_the_graph_is_recorded(precision, dtype):
 def test_genai_is_told_the_inputs_and_whether_the_cache_is_shared(attention, positions, shared):
     options = OnnxOptions(attention)
     config = made("mistral", "per-layer", options=options, sliding_window=6)
-    genai = genai_config(config, {}, LAYERS, 16, options)
+    genai = genai_config(config, {}, LAYERS, 16, options, [2])
     decoder = genai["model"]["decoder"]
     assert ("position_ids" in decoder["inputs"]) == positions
     assert genai["search"]["past_present_share_buffer"] is shared
@@ -106,24 +106,24 @@ def test_genai_is_told_the_inputs_and_whether_the_cache_is_shared(attention, pos
 
 
 @pytest.mark.parametrize(
-    ("generation", "eos", "pad"),
+    ("generation", "stop", "eos", "pad"),
     [
-        ({}, 2, 2),
-        ({"eos_token_id": [7, 2]}, [7, 2], 7),
-        ({"eos_token_id": 7, "pad_token_id": 0}, 7, 0),
-        ({"eos_token_id": None}, 2, 2),
+        ({}, (2,), 2, 2),
+        ({}, (7, 2), [7, 2], 7),
+        ({"pad_token_id": 0}, (7,), 7, 0),
     ],
 )
-def test_special_tokens_are_those_of_generation_first(generation, eos, pad):
-    config = made("llama", "per-layer", eos_token_id=2, bos_token_id=None, pad_token_id=None)
-    model = genai_config(config, generation, LAYERS, 16, OPTIONS)["model"]
+def test_genai_stops_where_it_is_told_to(generation, stop, eos, pad):
+    config = made("llama", "per-layer", eos_token_id=5, bos_token_id=None, pad_token_id=None)
+    model = genai_config(config, generation, LAYERS, 16, OPTIONS, stop)["model"]
     assert (model["eos_token_id"], model["pad_token_id"]) == (eos, pad)
     assert "bos_token_id" not in model
 
 
 def test_sampling_settings_of_the_model_are_kept():
     generation = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": None}
-    search = genai_config(made("qwen3", "per-layer"), generation, LAYERS, 16, OPTIONS)["search"]
+    config = made("qwen3", "per-layer")
+    search = genai_config(config, generation, LAYERS, 16, OPTIONS, [2])["search"]
     names = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
     assert [search[name] for name in names] == [True, 0.6, 20, 1.0, 1.0]
 

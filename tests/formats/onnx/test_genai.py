@@ -89,16 +89,28 @@ def test_quantised_weights(tmp_path, quant):
     assert generated(out, [prompt], NEW_TOKENS) == [[step[0] for step in steps]]
 
 
-@pytest.mark.parametrize("where", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize(
+    "where", ["generation_config.json", "config.json", "tokenizer_config.json", "template"]
+)
 def test_generation_stops_at_eos(tmp_path, where):
-    """A token of the model's answer, made its eos where a checkpoint may say so."""
+    """A token of the model's answer, made one that ends it where a checkpoint may say so."""
     slim = slim_of(CASES[0], tmp_path)
     prompt, expected = clear_prompt(load_slim(slim), random_prompts(9), NEW_TOKENS)
     length = next(i for i in range(3, NEW_TOKENS) if expected[i] not in expected[:i])
     (slim / "generation_config.json").write_text("{}")
-    settings = json.loads((slim / where).read_text())
-    settings["eos_token_id"] = [2, expected[length]]
-    (slim / where).write_text(json.dumps(settings))
+    token = AutoTokenizer.from_pretrained(slim).convert_ids_to_tokens(expected[length])
+    if where == "template":
+        added = json.loads((slim / "tokenizer.json").read_text())
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        entry = {"id": expected[length], "content": token, **flags, "special": True}
+        added["added_tokens"] = sorted([*added["added_tokens"], entry], key=lambda t: t["id"])
+        (slim / "tokenizer.json").write_text(json.dumps(added))
+        template = "{% for m in messages %}{{ m.content }}" + token + "{% endfor %}"
+        (slim / "chat_template.jinja").write_text(template)
+    else:
+        settings = json.loads((slim / where).read_text())
+        named = {"eos_token": token} if where[0] == "t" else {"eos_token_id": [2, expected[length]]}
+        (slim / where).write_text(json.dumps(settings | named))
     found = generated(written(tmp_path, slim), [prompt], NEW_TOKENS)
     assert found == [expected[:length]]
 
