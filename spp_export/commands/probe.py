@@ -40,7 +40,7 @@ def probe(request: ProbeRequest) -> Artifacts:
     check_target(target, request.force)
     check_place(target)
     pools = None if request.pools is None else _pools(request, request.pools)
-    names = request.criteria or DEFAULT_CRITERIA
+    names: Sequence[str] = request.criteria or DEFAULT_CRITERIA
     if pools:
         # Before a model is fetched.
         ProbeSettings(request.select, names, request.units, request.seed).check(len(pools[1]))

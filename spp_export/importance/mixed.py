@@ -92,7 +92,8 @@ def _held_scores(artifacts: Artifacts, part: WeightedTexts, name: str) -> FloatA
     held = artifacts.importance.get(name)
     if part.domain is None or held is None:
         return None
-    return held[artifacts.domains.index(part.domain)].astype(np.float64)
+    scores: FloatArray = held[artifacts.domains.index(part.domain)].astype(np.float64)
+    return scores
 
 
 def _held_layer(scores: FloatArray, layer: int, _: Callable[[], LayerWeights]) -> FloatArray:

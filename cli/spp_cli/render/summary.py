@@ -28,7 +28,7 @@ def export_summary(result: ExportResult, look: Look, peak_bytes: int) -> Rendera
     """Of a written export, or of a dry run."""
     if result.path is None:
         target = "dry run, nothing written"
-        end: list[RenderableType] = [*_files(result.format, result.form, "not written", None)]
+        end: list[RenderableType] = [*_files(result.format, result.form, "not written")]
         end += [Text(), tensor_changes(result.tensors, look)]
         if result.needs:
             end += [Text(), _needs(result.needs.to_dict())]
