@@ -25,7 +25,7 @@ _SPECIAL = {"bos": "bos", "unk": "unknown", "pad": "padding"}
 # In the order of the file.
 _KEYS = ("bos", "eos", "unknown", "padding", "eot", "eom")
 # Texts of tokens at which llama.cpp stops wherever they are in a vocabulary.
-_KNOWN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "</s>")
+KNOWN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "</s>")
 _BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
 
 
@@ -236,8 +236,8 @@ def _ends(loaded: Any, stop: Sequence[int], directory: Path) -> dict[str, int]:
     turn = turn_end(loaded)
     names = dict(zip(stop, loaded.convert_ids_to_tokens(list(stop)), strict=True))
     others = [id_ for id_ in stop if id_ != eos]
-    others.sort(key=lambda id_: (id_ != turn, names[id_] in _KNOWN_ENDS))
-    if unknown := [names[id_] for id_ in others[2:] if names[id_] not in _KNOWN_ENDS]:
+    others.sort(key=lambda id_: (id_ != turn, names[id_] in KNOWN_ENDS))
+    if unknown := [names[id_] for id_ in others[2:] if names[id_] not in KNOWN_ENDS]:
         raise _unlike(
             f"{len(stop)} tokens end an answer of this model, and llama.cpp would not stop at "
             f"{unknown[0]!r:.40}, for a file can name three. Name fewer in generation_config.json."

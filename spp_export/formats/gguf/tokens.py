@@ -10,6 +10,7 @@ import numpy as np
 
 from spp_export.evaluation.parity import Check
 from spp_export.formats.gguf.llama_cpp import LlamaCpp
+from spp_export.formats.gguf.tokenizer import KNOWN_ENDS
 
 # What tokenizers differ about: spaces, digits, case, scripts, marks, characters of several code
 # points, and what looks like their own inner spelling.
@@ -40,7 +41,8 @@ _TEXTS = (
     "H₂SO₄ → ½ ² ∑ x̄ € ₿",
     "def f(x):\n    return x**2  # comment\n",
     "no\u00a0break, wide\u3000space, zero\u200bwidth, \u2581bar",
-    "<0x41> <s> </s> [INST] <|im_end|> ĠG",
+    "<0x41> <x> </x> [INST] <|x|> ĠG",
+    "<s> </s>",
 )
 # Tokens that are looked for in a text before anything else.
 _ADDED = 24
@@ -74,7 +76,9 @@ def check_ends(engine: LlamaCpp, tokenizer: Any, stop: Sequence[int]) -> Check:
 def _texts(tokenizer: Any) -> Iterator[str]:
     """Texts for every tokenizer, its own added tokens within texts, and random ones of its tokens.
 
-    In the form NFC where the tokenizer makes that, which llama.cpp does not.
+    In the form NFC where the tokenizer makes that, which llama.cpp does not. And without texts that
+    llama.cpp takes for tokens that end an answer, where they are words of this vocabulary: Qwen has
+    a "</s>", and no file can say that it ends nothing.
     """
     normalizer = tokenizer.backend_tokenizer.normalizer
     composed = normalizer is not None and normalizer.normalize_str("e\u0301") == "\u00e9"
@@ -84,5 +88,8 @@ def _texts(tokenizer: Any) -> Iterator[str]:
     rng = np.random.default_rng(0)
     drawn = rng.integers(len(tokenizer), size=(_DRAWN, _WORDS)).tolist()
     made = [tokenizer.decode(ids, skip_special_tokens=True) for ids in drawn]
+    words = [end for end in KNOWN_ENDS if end not in added]
     for text in (*_TEXTS, *special, *made):
+        if any(word in text for word in words):
+            continue
         yield unicodedata.normalize("NFC", text) if composed else text
