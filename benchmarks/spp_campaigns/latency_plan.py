@@ -30,6 +30,7 @@ from spp_bench.results import write_document
 from spp_bench.threads import torch_threads
 from spp_bench.timing import quantiles
 from spp_export.calibration.mixture import calibration_parts
+from spp_export.calibration.reading import scenario_text
 from spp_export.common.errors import BudgetError, SppError, UsageError
 from spp_export.data.artifacts import open_artifacts
 from spp_export.data.scenario import read_scenario
@@ -116,8 +117,8 @@ def options_for(session: Session, scenario: Path, units: Units, artifacts: Path 
     text = read_scenario(scenario)
     model = DEMO if artifacts is None else session.source.name
     scenario_artifacts = open_artifacts(artifacts, model, session.source)
-    calibration, _ = text.split()
     request = PlanRequest(units=units, keep=0.8)
+    calibration = scenario_text(session, text, request.calibration_tokens).calibration.texts
     diagnosis = diagnose_prompts(session, scenario_artifacts, calibration)
     mixing = requested_mixing(scenario_artifacts, request)
     parts = calibration_parts(scenario_artifacts, diagnosis.shares, calibration, mixing)

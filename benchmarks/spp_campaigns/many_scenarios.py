@@ -137,7 +137,7 @@ def _first_turn(scenario: str) -> str:
     from spp_export.data.scenario import read_scenario
 
     # A prompt that export holds out, so that no plan saw it.
-    return read_scenario(scenario).split()[1][0]
+    return read_scenario(scenario).split()[1][0].prompts[0]
 
 
 def _switching(models: Sequence[Any], ids: Any) -> dict[str, Any]:

@@ -154,6 +154,8 @@ def _number(name: str, kind: type, known: Numbers) -> Callable[[Any], Any]:
 
 def _parser(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def parsed(text: Any) -> Any:
+        if isinstance(text, int):  # the default, which typer hands over as well
+            return text
         try:
             return parse(text)
         except ValueError as error:

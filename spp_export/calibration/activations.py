@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from spp_export.calibration.reading import Text, token_texts
+from spp_export.common.options import WINDOW
 from spp_export.common.progress import progress
 from spp_export.models.families import Family
 from spp_export.models.layerwise import stream_of
 
-MAX_TOKENS = 512
 _BATCH_TOKENS = 2048
 # Most channels in one diagonal block of second moments: beyond it the matrix of all of them costs
 # more than the rest of the pass (19 thousand channels would be 1.4 GB a layer).
@@ -70,33 +71,38 @@ class Observer(Protocol):
 
 def token_batches(
     tokenizer: Any,
-    texts: Sequence[str],
+    texts: Sequence[Text],
     *,
-    max_tokens: int = MAX_TOKENS,
+    window: int = WINDOW,
     batch_tokens: int = _BATCH_TOKENS,
 ) -> list[TokenBatch]:
-    """Tokenise, truncate to `max_tokens`, and batch texts of similar length together.
+    """Tokenise, cut what is longer than `window`, and batch pieces of similar length together.
 
-    A batch holds at most `batch_tokens` tokens, padding included, and at least one text.
+    A batch holds at most `batch_tokens` tokens, padding included, and at least one piece; the
+    pieces of a text have its index.
 
     Texts that tokenise to nothing are left out. The order is a function of the texts alone.
     """
-    encoded = [
-        tokenizer(text, truncation=True, max_length=max_tokens)["input_ids"] for text in texts
+    pieces = [
+        (index, piece)
+        for index, text in enumerate(token_texts(tokenizer, texts))
+        for piece in text.pieces(window)
     ]
-    order = sorted((i for i, ids in enumerate(encoded) if ids), key=lambda i: (len(encoded[i]), i))
+    # Stable: pieces of one length stay in the order of the texts.
+    pieces.sort(key=lambda row: len(row[1]))
     batches: list[TokenBatch] = []
     start = 0
-    while start < len(order):
+    while start < len(pieces):
         stop = start + 1
-        while stop < len(order) and (stop + 1 - start) * len(encoded[order[stop]]) <= batch_tokens:
+        while stop < len(pieces) and (stop + 1 - start) * len(pieces[stop][1]) <= batch_tokens:
             stop += 1
-        batches.append(pad_rows([(i, encoded[i]) for i in order[start:stop]]))
+        batches.append(pad_rows(pieces[start:stop]))
         start = stop
     return batches
 
 
-def pad_rows(rows: Sequence[tuple[int, list[int]]]) -> TokenBatch:
+def pad_rows(rows: Sequence[tuple[int, Sequence[int]]]) -> TokenBatch:
+    """A batch of token ids, each with the index of its text."""
     width = max(len(ids) for _, ids in rows)
     input_ids = torch.zeros((len(rows), width), dtype=torch.long)
     mask = torch.zeros((len(rows), width), dtype=torch.long)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from spp_export.calibration.reading import TokenText
 from spp_export.calibration.stored import note
 from spp_export.common.arrays import FloatArray
 from spp_export.common.disk import clear_leftovers, free_space, working_place
@@ -33,9 +34,9 @@ from spp_export.models.shape import ModelShape
 
 # A change of what is gathered, or how, must not meet files of the old kind.
 _VERSIONS = {
-    "attention": "attention: what q and o read, and the stream after; fp32, v4",
-    "mlp": "mlp: what gate and down read, and the stream after; fp32, blocks of 1536, v1",
-    "gradients": "gradients: reductions of |W dL/dW| and gates; fp32, v1",
+    "attention": "attention: what q and o read, and the stream after; fp32, v5",
+    "mlp": "mlp: what gate and down read, and the stream after; fp32, blocks of 1536, v2",
+    "gradients": "gradients: reductions of |W dL/dW| and gates; fp32, v2",
 }
 KINDS = tuple(_VERSIONS)
 _SAMPLE_BYTES = 4096
@@ -44,18 +45,17 @@ _DTYPES = {4: "F32", 8: "F64"}
 
 
 def cache_paths(
-    source: Checkpoint, texts: Sequence[str], kinds: Iterable[str], dtype: str
+    source: Checkpoint, texts: Sequence[str | TokenText], kinds: Iterable[str], dtype: str
 ) -> dict[str, Path]:
     """The file of each kind of statistics of `texts`, whether or not it is there.
 
     `dtype` is the one that the model computes in.
     """
     sample, reading = _sample(source), _tokenizer(source.path)
+    content = [text.runs if isinstance(text, TokenText) else text for text in texts]
     paths = {}
     for kind in kinds:
-        decided = json.dumps(
-            [_VERSIONS[kind], source.fingerprint, sample, reading, dtype, list(texts)]
-        )
+        decided = json.dumps([_VERSIONS[kind], source.fingerprint, sample, reading, dtype, content])
         key = hashlib.sha256(decided.encode()).hexdigest()
         paths[kind] = cache_directory() / "statistics" / f"{key[:32]}.safetensors"
     return paths
@@ -165,7 +165,7 @@ def read(path: Path, name: str) -> FloatArray:
 
 
 def require_cache_space(
-    session: Session, texts: Sequence[Sequence[str]], kinds: Sequence[str]
+    session: Session, texts: Sequence[Sequence[str | TokenText]], kinds: Sequence[str]
 ) -> None:
     """OutputError unless the user's cache has room for the statistics of these collections of texts
     that are not in it yet."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from spp_export.calibration.cache import require_cache_space
 from spp_export.calibration.moments import Collection, Moments, gather_all
+from spp_export.calibration.reading import TokenText
 from spp_export.common.errors import PlanError, UsageError
 from spp_export.data.artifacts import Artifacts
 from spp_export.models.session import Session
@@ -28,7 +29,7 @@ class WeightedTexts:
     domain: the one whose training pool it is, or None for the scenario's own prompts.
     """
 
-    texts: tuple[str, ...]
+    texts: tuple[str | TokenText, ...]
     weight: float
     domain: str | None = None
 
@@ -41,7 +42,7 @@ class WeightedTexts:
 def calibration_parts(
     artifacts: Artifacts | None,
     mixture: Mapping[str, float] | None,
-    prompts: Sequence[str],
+    prompts: Sequence[TokenText],
     mixing: Mixing,
 ) -> tuple[WeightedTexts, ...]:
     """The pools, domains weighted by the diagnosis, and the scenario's own; weights sum to one.

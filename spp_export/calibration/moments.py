@@ -25,6 +25,7 @@ from spp_export.calibration.cache import (
     write,
     writing,
 )
+from spp_export.calibration.reading import TokenText
 from spp_export.calibration.statistics import (
     AttentionInputs,
     Axis,
@@ -171,7 +172,7 @@ class Moments:
 
 def gather(
     source: Checkpoint,
-    texts: Sequence[str],
+    texts: Sequence[str | TokenText],
     kinds: Iterable[str],
     dense: Callable[[], tuple[nn.Module, Any]],
     *,
@@ -189,7 +190,7 @@ def gather(
 
 def gather_all(
     source: Checkpoint,
-    collections: Sequence[Sequence[str]],
+    collections: Sequence[Sequence[str | TokenText]],
     kinds: Iterable[str],
     dense: Callable[[], tuple[nn.Module, Any]],
     *,
@@ -246,7 +247,7 @@ class _Part:
     """A collection in a forward pass: its texts, the cache file of each kind that is to be written,
     and who else looks on."""
 
-    texts: Sequence[str]
+    texts: Sequence[str | TokenText]
     paths: Mapping[str, Path]
     also: Sequence[Observer]
 
@@ -363,7 +364,7 @@ class _Router:
 
 def _backward(
     source: Checkpoint,
-    texts: Sequence[str],
+    texts: Sequence[str | TokenText],
     dense: Callable[[], tuple[nn.Module, Any]],
     description: str,
 ) -> dict[str, FloatArray]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spp_export.calibration.reading import Text
 from spp_export.commands.needs import (
     check_disk,
     check_memory,
@@ -93,7 +94,7 @@ def convert(request: ConvertRequest) -> ConvertResult:
     files = made.prepare(options, checkpoint, plan)
     _preflight(target, checkpoint, options, files, verify)
     # Before anything is written, for text may be none for this model.
-    prompts = scenario.prompts if scenario else ()
+    prompts = scenario.conversations if scenario else ()
     batches = _batches(checkpoint, prompts, request.seed) if verify else ()
     failure: CheckFailed | None = None
     report: dict[str, Any] | None = None
@@ -121,7 +122,7 @@ def convert(request: ConvertRequest) -> ConvertResult:
     )
 
 
-def _batches(checkpoint: Checkpoint, prompts: Sequence[str], seed: int) -> list[TokenBatch]:
+def _batches(checkpoint: Checkpoint, prompts: Sequence[Text], seed: int) -> list[TokenBatch]:
     from spp_export.evaluation.batches import check_batches
 
     tokenizer = load_tokenizer(checkpoint.path) if prompts else None

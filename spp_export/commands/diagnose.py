@@ -14,7 +14,8 @@ from spp_export.models.session import open_session
 def diagnose(request: DiagnoseRequest) -> Diagnosis:
     """Diagnose a scenario by the probes of a model's artifacts.
 
-    As in a plan, the prompts that an export measures its quality on take no part.
+    As in a plan, the prompts that an export measures its quality on take no part, and of the others
+    as much is read as `calibration_tokens` allows.
 
         print(spp_export.diagnose("chemistry.txt").to_dict()["mixture"])
     """
@@ -23,4 +24,4 @@ def diagnose(request: DiagnoseRequest) -> Diagnosis:
         request.model, device=request.device, dtype=request.dtype, layerwise=request.layerwise
     )
     artifacts = open_artifacts(request.artifacts, request.model, session.source)
-    return diagnose_scenario(session, artifacts, text, request.regime)
+    return diagnose_scenario(session, artifacts, text, request.regime, request.calibration_tokens)

@@ -17,7 +17,7 @@ from spp_export.commands.requests import (
 )
 from spp_export.common.disk import publish_file
 from spp_export.common.errors import OutputError, UsageError
-from spp_export.common.options import command, non_default
+from spp_export.common.options import WINDOW, command, non_default
 from spp_export.common.versions import device_type, library_versions, machine
 from spp_export.data.artifacts import Artifacts, open_artifacts
 from spp_export.evaluation.bootstrap import RESAMPLES
@@ -123,6 +123,7 @@ def evaluate(request: EvaluateRequest) -> EvalResult:
         for name, path in (request.other_artifacts or {}).items()
     }
     inputs.check_unseen([artifacts, *others.values()])
+    inputs = inputs.within(session.tokenizer, request.calibration_tokens)
     plans = read_plans(session, request.plan)
     rows = standard_rows(
         request.keep,
@@ -134,7 +135,8 @@ def evaluate(request: EvaluateRequest) -> EvalResult:
         ablations=request.ablations,
         other_artifacts=tuple(others),
     )
-    planner = Planner(session, artifacts, inputs.scenario, inputs.wrong, others)
+    limit = request.calibration_tokens
+    planner = Planner(session, artifacts, inputs.scenario, inputs.wrong, others, limit)
     opener = RowOpener(session, planner, plans, [text for _, text in artifacts.calibration])
     context = _context(session, request, inputs, artifacts, others)
     with open_records(directory / RESULTS, _header(session, inputs, context)) as file:
@@ -212,7 +214,7 @@ def _missing(rows: Sequence[Row], file: RecordFile, context: Mapping[str, Any]) 
 
 def _context(
     session: Session,
-    request: EvalRequest,
+    request: EvalTexts,
     inputs: Inputs,
     artifacts: Artifacts,
     others: Mapping[str, Artifacts],
@@ -227,6 +229,7 @@ def _context(
         "dtype": session.dtype,
         "device": device_type(session.device),
         "seed": request.seed,
+        "number of calibration tokens": request.calibration_tokens,
     }
     if others:
         context["set of other artifacts"] = {name: other.sha256 for name, other in others.items()}
@@ -239,7 +242,6 @@ def _context(
 
 
 def _header(session: Session, inputs: Inputs, context: Mapping[str, Any]) -> dict[str, Any]:
-    from spp_export.calibration.activations import MAX_TOKENS
     from spp_export.evaluation.harness.measure import default_batch_tokens
 
     return {
@@ -248,12 +250,16 @@ def _header(session: Session, inputs: Inputs, context: Mapping[str, Any]) -> dic
         "scenario": scenario_record(inputs.scenario),
         "wrong": inputs.wrong and scenario_record(inputs.wrong),
         "texts": {
-            text.name: {"documents": len(text.documents), "sha256": text.sha256}
+            text.name: {
+                "documents": len(text.documents),
+                "sha256": text.sha256,
+                "tokens": text.tokens,
+            }
             for text in inputs.texts
         },
         "settings": {
             "dtype": session.dtype,
-            "max_tokens": MAX_TOKENS,
+            "window": WINDOW,
             "batch_tokens": default_batch_tokens(device_type(session.device)),
             "resamples": RESAMPLES,
             "seed": context["seed"],

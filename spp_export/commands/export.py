@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from spp_export.calibration.reading import scenario_text
 from spp_export.calibration.stored import noting
 from spp_export.commands.export_checks import check_export
 from spp_export.commands.export_request import ExportResult
@@ -51,7 +52,11 @@ from spp_export.planning.planner import (
     scenario_record,
 )
 from spp_export.planning.written import written_shape
-from spp_export.slicing.compensation import Compensator, plan_compensation
+from spp_export.slicing.compensation import (
+    Compensator,
+    calibration_tokens,
+    plan_compensation,
+)
 from spp_export.slicing.weights import WrittenWeights
 
 
@@ -86,7 +91,8 @@ def export(request: ExportRequest) -> ExportResult:
     _check_files(session, request)
     _preflight(session, target, request)
     if text is not None and (request.plan is None or request.verify):
-        session.tokenizer.check(text.prompts)  # those held out, too
+        # Refuses what is no text for this model, held out or not, before any work is done.
+        scenario_text(session, text, request.calibration_tokens)
     job = _Job(session, artifacts, text, request, _Clock())
     with noting() as kept:
         result, files = job.decide(target)
@@ -305,7 +311,9 @@ def _decide(
     if decided.compensation != "none":
         # These decide the re-fit, whatever the plan was made for.
         if scenario is not None:
-            decided = replace(decided, scenario=scenario_record(scenario))
+            limit = calibration_tokens(decided, request)
+            text = scenario_text(session, scenario, limit)
+            decided = replace(decided, scenario=scenario_record(scenario, text))
         if artifacts is not None:
             decided = replace(decided, artifacts=artifacts_record(artifacts))
     layers = decided.written_shapes(source.shape)

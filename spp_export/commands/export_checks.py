@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spp_export.calibration.reading import TokenText, scenario_text
 from spp_export.commands.export_request import ExportResult
 from spp_export.commands.quality import measure_file, record_quality
 from spp_export.commands.requests import ExportRequest
@@ -59,9 +60,9 @@ def _check(
     from spp_export.evaluation.parity import VerifyReport
     from spp_export.evaluation.quality import measure_quality
 
-    prompts = scenario.prompts if scenario else ()
+    texts = scenario.conversations if scenario else ()
     slim, out = places
-    checked = check_directory(slim, session, result.plan, prompts, request.seed, compensation)
+    checked = check_directory(slim, session, result.plan, texts, request.seed, compensation)
     content = checked.report.to_dict()
     if not checked.report.passed:
         return content, _defect(checked.report)
@@ -85,7 +86,9 @@ def _check(
     if not report.passed:
         return {**content, "passed": False}, _defect(report)
     model, quality = converted.model or checked.slim, None
-    held_out = scenario.split()[1] if scenario else ()
+    held_out: tuple[TokenText, ...] = ()
+    if scenario:
+        held_out = scenario_text(session, scenario, request.calibration_tokens).held_out.texts
     if converted.quantised:
         judged = session.tokenizer, scenario, result.plan
         quality = measure_file(session.model, model, *judged)

@@ -58,6 +58,7 @@ class ExportResult:
             "layout": self.plan.layout,
             "padded": self.plan.padded,
             "compensation": self.plan.compensation,
+            "scenario": dict(self.plan.scenario),
             "diagnosis": self.diagnosis.to_dict() if self.diagnosis else None,
             "kept_query_heads": kept,
             "kept_kv_heads": [len(layer.kv_heads) for layer in self.plan.layers],

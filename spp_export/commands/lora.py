@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spp_export.calibration.activations import TokenBatch, model_inputs
+from spp_export.calibration.activations import TokenBatch, model_inputs, pad_rows
+from spp_export.calibration.reading import Text, token_texts
 from spp_export.commands.requests import RecoverSettings
 from spp_export.common.errors import ModelError, UsageError
 from spp_export.models.families import Family
@@ -116,19 +117,19 @@ class Recovery:
 
 
 def training_batches(
-    tokenizer: Any, texts: Sequence[str], settings: RecoverSettings
+    tokenizer: Any, texts: Sequence[Text], settings: RecoverSettings
 ) -> list[TokenBatch]:
-    """One batch per step: every text once per round, each round in a new order by the seed.
+    """One batch per step: every text once per round, each round in a new order by the seed. What is
+    longer than the settings' `max_tokens` is cut into several texts.
 
     Raises UsageError where no text has two tokens.
     """
-    from spp_export.calibration.activations import pad_rows
-
-    encoded = [
-        tokenizer(text, truncation=True, max_length=settings.max_tokens)["input_ids"]
-        for text in texts
+    rows = [
+        (index, piece)
+        for index, text in enumerate(token_texts(tokenizer, texts))
+        for piece in text.pieces(settings.max_tokens)
+        if len(piece) > 1
     ]
-    rows = [(index, ids) for index, ids in enumerate(encoded) if len(ids) > 1]
     if not rows:
         raise UsageError("--data has no text of two tokens or more for this model.")
     generator = torch.Generator().manual_seed(settings.seed)

@@ -28,7 +28,6 @@ def plan(request: PlanFileRequest) -> PlanResult:
         request.model, device=request.device, dtype=request.dtype, layerwise=request.layerwise
     )
     artifacts = open_artifacts(request.artifacts, request.model, session.source)
-    session.tokenizer.check(text.prompts)
     with noting() as kept:
         result = replace(plan_scenario(session, artifacts, text, request), kept=kept)
     if request.output is not None:

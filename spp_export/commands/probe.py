@@ -51,7 +51,9 @@ def probe(request: ProbeRequest) -> Artifacts:
         pools, names = _extended(request, session)
     texts, named = pools
     others = tuple(name for name in texts.domains if name not in named)
-    options = ProbeSettings(request.select, names, request.units, request.seed)
+    options = ProbeSettings(
+        request.select, names, request.units, request.seed, request.calibration_tokens
+    )
     options.check(len(named))
     check_readable(session.source.path, TOKENIZER_FILES)
     needs = probe_needs(session, target, len(named))

@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spp_export.calibration.reading import read_texts
 from spp_export.common.errors import QualityError
+from spp_export.common.options import DEFAULT_CALIBRATION_TOKENS
+from spp_export.data.conversation import Conversation, Message
 from spp_export.data.scenario import Scenario
 from spp_export.evaluation.remarks import NOTICEABLE_KL
 from spp_export.planning import Plan
@@ -25,8 +28,8 @@ _WHOLE_SCENARIO = "text of the scenario"
 
 
 def judged_texts(
-    scenario: Scenario | None, plan: Plan | None, tokenizer: Any
-) -> tuple[Sequence[str], str]:
+    scenario: Scenario | None, plan: Plan | None
+) -> tuple[Sequence[Conversation], str]:
     """Text that the plan was not made of, and what it is.
 
     Of the scenario that the plan was made of, what was held out; of any other, all. An export keeps
@@ -36,25 +39,21 @@ def judged_texts(
     from spp_export.evaluation.quality import HELD_OUT
 
     if scenario is not None and (plan is None or plan.scenario.get("sha256") != scenario.sha256):
-        return scenario.prompts, _WHOLE_SCENARIO
+        return scenario.conversations, _WHOLE_SCENARIO
     if scenario is not None and (held_out := scenario.split()[1]):
         return held_out, HELD_OUT
-    return default_texts(tokenizer), DEFAULT_TEXT
+    return default_texts(), DEFAULT_TEXT
 
 
-def default_texts(tokenizer: Any) -> list[str]:
-    """Conversations of all kinds, as this tokenizer's model reads them."""
-    lines = _CONVERSATIONS.read_text(encoding="utf-8").splitlines()
-    return [_rendered(json.loads(line), tokenizer) for line in lines]
-
-
-def _rendered(turn: dict[str, str], tokenizer: Any) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        return f"{turn['prompt']}\n\n{turn['answer']}"
-    roles = {"user": turn["prompt"], "assistant": turn["answer"]}
-    messages = [{"role": role, "content": content} for role, content in roles.items()]
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False)
-    return text
+def default_texts() -> tuple[Conversation, ...]:
+    """Conversations of all kinds."""
+    turns = map(json.loads, _CONVERSATIONS.read_text(encoding="utf-8").splitlines())
+    return tuple(
+        Conversation(
+            (Message("user", turn["prompt"]), Message("assistant", turn["answer"])), chat=True
+        )
+        for turn in turns
+    )
 
 
 def measure_file(
@@ -67,8 +66,9 @@ def measure_file(
     """Quality of the model in a file beside the one it is compared with, on `judged_texts`."""
     from spp_export.evaluation.quality import measure_quality
 
-    texts, source = judged_texts(scenario, plan, tokenizer)
-    return measure_quality(reference, model, tokenizer, texts, source)
+    texts, source = judged_texts(scenario, plan)
+    read = read_texts(tokenizer, texts, DEFAULT_CALIBRATION_TOKENS).texts
+    return measure_quality(reference, model, tokenizer, read, source)
 
 
 def record_quality(

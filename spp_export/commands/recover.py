@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spp_export.commands.requests import RecoverRequest, RecoverSettings
+from spp_export.calibration.reading import read_texts
+from spp_export.commands.requests import RecoverRequest
 from spp_export.common.errors import (
     CheckFailed,
     CheckpointError,
@@ -20,10 +21,12 @@ from spp_export.common.errors import (
 )
 from spp_export.common.json_files import dump_json
 from spp_export.common.manifest import MANIFEST_NAME, check_manifest, hash_file, write_manifest
-from spp_export.common.options import PathLike, command
+from spp_export.common.options import command
 from spp_export.common.progress import progress
 from spp_export.common.publish import check_target, publish
-from spp_export.data.scenario import Scenario, read_scenario
+from spp_export.data.conversation import Conversation
+from spp_export.data.duplicates import shared_texts
+from spp_export.data.scenario import MIN_PROMPTS_TO_HOLD_OUT, Scenario, read_scenario
 from spp_export.formats.card import model_card, recovery_section
 from spp_export.formats.registry import detect_format
 from spp_export.formats.safetensors.verify import RECOVERY_NAME, check_directory
@@ -63,6 +66,7 @@ class RecoverResult:
     before, after  quality against the dense model; None where no token can be predicted
     losses         of every step, in nats per token
     resumed        steps that an earlier run had taken
+    measured       tokens that quality was measured on: `read`, and `of` how many
     """
 
     path: Path
@@ -71,6 +75,7 @@ class RecoverResult:
     losses: tuple[float, ...]
     resumed: int
     report: Mapping[str, Any]
+    measured: Mapping[str, int]
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -80,6 +85,7 @@ class RecoverResult:
             "after": None if self.after is None else self.after.to_dict(),
             "losses": [round(loss, 4) for loss in self.losses],
             "resumed": self.resumed,
+            "measured": dict(self.measured),
             "verify": dict(self.report),
         }
 
@@ -100,7 +106,7 @@ def recover(request: RecoverRequest) -> RecoverResult:
     target = beside if request.output is None else Path(request.output)
     check_target(target, request.force)
     text = read_scenario(request.data)
-    trained, measured = _split(text, request.validation)
+    trained, measured = _split(request, text)
     session = open_session(request.model, device=request.device, dtype="float32")
     validate_plan(plan, session.source.shape, session.source.fingerprint)
     job = _Job(source_dir, plan, session, request, trained, measured)
@@ -121,7 +127,7 @@ def recover(request: RecoverRequest) -> RecoverResult:
     job.forget()
     if failure:
         raise type(failure)(f"{failure} Published all the same, by --keep-failed: {target}")
-    return RecoverResult(target, before, after, losses, resumed, report)
+    return RecoverResult(target, before, after, losses, resumed, report, job.measured)
 
 
 class _Job:
@@ -132,15 +138,17 @@ class _Job:
         directory: Path,
         plan: Plan,
         session: Session,
-        settings: RecoverSettings,
-        trained: Sequence[str],
-        measured: Sequence[str],
+        settings: RecoverRequest,
+        trained: Sequence[Conversation],
+        measured: Sequence[Conversation],
     ) -> None:
         self._directory, self._plan, self._session = directory, plan, session
-        self._settings, self._measured = settings, measured
-        self._trained = trained
+        self._settings, self._trained = settings, trained
         self._tokenizer = load_tokenizer(directory)
-        decided = [hash_file(directory / MANIFEST_NAME).sha256, settings.to_dict(), list(trained)]
+        read = read_texts(self._tokenizer, measured, settings.calibration_tokens)
+        self._measured, self.measured = read.texts, read.to_dict()
+        content = [[(m.role, m.text) for m in conversation.messages] for conversation in trained]
+        decided = [hash_file(directory / MANIFEST_NAME).sha256, settings.to_dict(), content]
         key = hashlib.sha256(json.dumps(decided).encode()).hexdigest()[:32]
         self._state = cache_directory() / "recoveries" / f"{key}.safetensors"
 
@@ -332,10 +340,30 @@ def _plan(directory: Path) -> Plan:
     return plan
 
 
-def _split(text: Scenario, validation: PathLike | None) -> tuple[Sequence[str], Sequence[str]]:
-    if validation is None:
-        return text.split()
-    return text.prompts, read_scenario(validation).prompts
+def _split(
+    request: RecoverRequest, text: Scenario
+) -> tuple[Sequence[Conversation], Sequence[Conversation]]:
+    """What is trained on, and what is measured on; UsageError where they share text."""
+    if request.validation is None:
+        trained, measured = text.split()
+        if not measured:
+            raise UsageError(
+                f"--data {text.name}: holds {text.distinct} texts that are not alike, and it takes "
+                f"at least {MIN_PROMPTS_TO_HOLD_OUT} to keep some for measuring. Give it more, or "
+                "give --validation FILE."
+            )
+        return trained, measured
+    apart = read_scenario(request.validation)
+    contents = (
+        [conversation.content for conversation in part.conversations] for part in (apart, text)
+    )
+    if shared := shared_texts(*contents):
+        raise UsageError(
+            f"--validation {apart.name}: {len(shared)} of its {len(apart.conversations)} texts are "
+            f"in --data {text.name}, or nearly, so they cannot judge what is trained on it. Take "
+            "them out of one of the files, or leave --validation out."
+        )
+    return text.conversations, apart.conversations
 
 
 def _copy(source: Path, work: Path) -> None:

@@ -21,6 +21,7 @@ from spp_export.common.options import (
     RUNNING,
     SHARE,
     Artifacts,
+    CalibrationTokens,
     Device,
     Dtype,
     Force,
@@ -81,7 +82,7 @@ class PlanFileRequest(PlanRequest, Force, Layerwise, Dtype, Artifacts, Model):
 
 
 @dataclass(frozen=True)
-class DiagnoseRequest(Layerwise, Dtype, Artifacts, Model):
+class DiagnoseRequest(CalibrationTokens, Layerwise, Dtype, Artifacts, Model):
     """A scenario's domains."""
 
     scenario: PathLike = scenario_option()
@@ -92,7 +93,7 @@ class DiagnoseRequest(Layerwise, Dtype, Artifacts, Model):
 
 
 @dataclass(frozen=True)
-class ProbeRequest(Force, Seed, Dtype, Artifacts, Model):
+class ProbeRequest(CalibrationTokens, Force, Seed, Dtype, Artifacts, Model):
     """A model's artifacts."""
 
     pools: PathLike | None = option(
@@ -570,7 +571,11 @@ class RecoverSettings(Seed):
     )
     batch_size: int = option(4, panel=TRAINING, least=1, metavar="N", help="Texts per step.")
     max_tokens: int = option(
-        256, panel=TRAINING, least=2, metavar="N", help="Longest part of a text to read."
+        256,
+        panel=TRAINING,
+        least=2,
+        metavar="N",
+        help="Longest text to train on; a longer one is cut into several.",
     )
 
     def rate(self, step: int) -> float:
@@ -588,7 +593,7 @@ class RecoverSettings(Seed):
 
 
 @dataclass(frozen=True)
-class RecoverRequest(KeepFailed, Force, RecoverSettings, Model):
+class RecoverRequest(CalibrationTokens, KeepFailed, Force, RecoverSettings, Model):
     """An export to train further."""
 
     out: PathLike = argument(metavar="OUT", help="A safetensors directory by 'spp export'.")
@@ -692,7 +697,7 @@ class EvalRequest(Seed):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalTexts(EvalRequest, Force, Dtype, Artifacts, Model):
+class EvalTexts(EvalRequest, CalibrationTokens, Force, Dtype, Artifacts, Model):
     """What an evaluation reads, beside its scenario."""
 
     wrong: PathLike | None = option(

@@ -220,7 +220,7 @@ def _artifacts_facts(artifacts: Artifacts) -> dict[str, Any]:
         "scenario_weight": artifacts.scenario_weight,
     }
     facts |= {name: value for name, value in measured.items() if name in artifacts.manifest}
-    for name in ("reliability", "regime_choice"):
+    for name in ("tokens", "reliability", "regime_choice"):
         facts[name] = artifacts.manifest.get(name)
     facts["axes"] = _axes_facts(artifacts.manifest.get("axes"))
     return {name: value for name, value in facts.items() if value is not None}

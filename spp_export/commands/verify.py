@@ -57,7 +57,7 @@ def verify(request: VerifyRequest) -> VerifyReport:
     compiled = read_plan(directory / "plan.json")
     validate_plan(compiled, session.source.shape, session.source.fingerprint)
     scenario = None if request.scenario is None else read_scenario(request.scenario)
-    prompts = scenario.prompts if scenario else ()
+    prompts = scenario.conversations if scenario else ()
     with scratch_folder(prefix="spp-check-") as scratch:
         against = Promise(session, compiled, prompts, request.seed, scratch)
         checked = made.verify(directory, against)

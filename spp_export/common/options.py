@@ -38,6 +38,12 @@ MAKE, BUDGET, CHECKS = "What to make", "Budget", "Checks"
 CONVERTED = "ONNX graph, GGUF file"
 PUBLISHING, RUNNING, DANGEROUS = "Publishing", "Running", "Dangerous"
 
+# Tokens that a model is shown together; longer texts are cut.
+WINDOW = 512
+# 64 windows. Second moments of the default model's widest block, 1536 channels, then rest on 21
+# times as many tokens, and reading them takes about as long as reading three of its pools.
+DEFAULT_CALIBRATION_TOKENS = 64 * WINDOW
+
 P = ParamSpec("P")
 RequestT = TypeVar("RequestT", bound="Request")
 Result = TypeVar("Result")
@@ -325,6 +331,21 @@ class Seed(Request):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CalibrationTokens(Request):
+    """How much of a text is read."""
+
+    calibration_tokens: int = option(
+        DEFAULT_CALIBRATION_TOKENS,
+        panel=RUNNING,
+        least=WINDOW,
+        metavar="N",
+        parse=parse_count,
+        help="Most tokens to read of a text: of what is calibrated on, and of what is held out. "
+        "Of a longer text, pieces spread evenly over it are read.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Force(Request):
     """Whether an output may be replaced."""
 
@@ -352,7 +373,10 @@ def scenario_option(default: Any = MISSING, **facts: Any) -> Any:
 
 def compared_text() -> Any:
     """A file with text to compare logits on."""
-    words = "Text to compare logits on, or - for standard input; random tokens without it."
+    words = (
+        "Text to compare logits on: how its first eight texts begin; - is standard input; random "
+        "tokens without it."
+    )
     return scenario_option(None, panel=CHECKS, help=words)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from spp_export.common.errors import ScenarioError
 from spp_export.common.json_files import decode_utf8, read_bytes
-from spp_export.data.scenario import paragraphs, read_scenario
+from spp_export.data.duplicates import normalised, shared_texts
+from spp_export.data.scenario import paragraphs, read_scenario, warn_of_lists
 
 MAX_POOL_BYTES = 1 << 30
 # Of a domain that is added, so that some can validate.
@@ -142,18 +143,33 @@ def _read_part(root: Path, file: str) -> tuple[tuple[str, ...], str]:
     prompts = paragraphs(decode_utf8(data, what=label, error=ScenarioError), what=label)
     if not prompts:
         raise ScenarioError(f"{label}: holds no prompt.")
+    warn_of_lists(prompts, label)
     return prompts, hashlib.sha256(data).hexdigest()
 
 
 def _check_distinct(parts: Mapping[str, tuple[str, ...]]) -> None:
-    """Every prompt once, however its words are spaced."""
+    """Every prompt once, however it is spaced and spelt; and none of a validation pool that holds
+    one that is trained on, or is held by it."""
     seen: dict[str, str] = {}
     for file, prompts in parts.items():
         for number, prompt in enumerate(prompts, start=1):
-            key = " ".join(prompt.split())
             place = f"{file} prompt {number}"
-            first = seen.setdefault(key, place)
+            first = seen.setdefault(normalised(prompt), place)
             if first != place:
                 raise ScenarioError(
-                    f"pools: {place} repeats {first}: {key[:_EXCERPT]!r}. Remove one of them."
+                    f"pools: {place} repeats {first}: {_excerpt(prompt)}. Remove one of them."
                 )
+    trained = [
+        text for file, texts in parts.items() if file.endswith("/train.txt") for text in texts
+    ]
+    for file, prompts in parts.items():
+        if file.endswith("/val.txt") and (shared := shared_texts(prompts, trained)):
+            raise ScenarioError(
+                f"pools: {len(shared)} of the prompts of {file} hold one that is trained on, or "
+                f"are held by it, such as prompt {shared[0] + 1}: "
+                f"{_excerpt(prompts[shared[0]])}. Remove them."
+            )
+
+
+def _excerpt(prompt: str) -> str:
+    return repr(" ".join(prompt.split())[:_EXCERPT])

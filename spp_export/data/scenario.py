@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from pathlib import PurePath
 from typing import Any, BinaryIO
@@ -20,64 +24,102 @@ from spp_export.common.json_files import (
     read_stream,
     text_lines,
 )
+from spp_export.data.conversation import Conversation, Turn, plain
+from spp_export.data.duplicates import likeness_groups, normalised
+from spp_export.data.records import is_messages, optional_string, read_record
+from spp_export.data.tables import csv_rows, parquet_rows
 
 MAX_SCENARIO_BYTES = 64 << 20
 MAX_PROMPTS = 1 << 18
 MIN_PROMPTS_TO_HOLD_OUT = 4
+# A paragraph of so many lines is looked at: a person may have meant a prompt by each.
+_MANY_LINES = 8
+_SENTENCE_ENDS = tuple(".?!…。؟।\"')»」』\uff1f\uff01\u201d\u2019")
+_SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
+
+_log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One question of a structured file, with what the file records of it.
-
-    `session` counts conversations from 0: the turns of one published scenario share it, and every
-    line of a `.jsonl` file is its own. `answer` is the reference answer, where there is one.
-    """
-
-    session: int
-    prompt: str
-    answer: str | None = None
-    task_type: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Scenario:
-    """Prompts in the order of the file, the file's name without its directory and its SHA-256.
+    """Conversations in the order of the file, the file's name without its directory, its SHA-256.
 
     `description` is the first conversation's `topic_description`; `turns` holds one entry per
-    prompt for `.json` and `.jsonl`, and is empty for plain text.
+    prompt, in the order of conversations, and is empty for `.txt`.
     """
 
     name: str
     sha256: str
-    prompts: tuple[str, ...]
+    conversations: tuple[Conversation, ...]
     description: str | None = None
     turns: tuple[Turn, ...] = ()
 
-    def split(self, held_out: float = 0.25) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Prompts to calibrate on and prompts held out, both in order.
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """What users say, in order."""
+        return tuple(
+            prompt for conversation in self.conversations for prompt in conversation.prompts
+        )
+
+    @property
+    def distinct(self) -> int:
+        """How many conversations there are where those that are alike count as one."""
+        return max(self._groups, default=-1) + 1
+
+    @cached_property
+    def _groups(self) -> list[int]:
+        """The group of like conversations of each."""
+        return likeness_groups([conversation.content for conversation in self.conversations])
+
+    def split(
+        self, held_out: float = 0.25
+    ) -> tuple[tuple[Conversation, ...], tuple[Conversation, ...]]:
+        """Conversations to calibrate on and conversations held out, both in order.
 
         The share `held_out` (0 to below 1) is spread evenly, so 0.25 holds out every fourth prompt.
-        Fewer than four prompts hold nothing out. Raises UsageError for any other share.
+        Conversations that are alike (`likeness_groups`) stay on one side, and of those that are the
+        same, one is held out. Fewer than four that are not alike hold nothing out. Raises
+        UsageError for any other share.
         """
         if not 0 <= held_out < 1:
             raise UsageError(f"held-out share: expected 0 to below 1, got {held_out}.")
-        if len(self.prompts) < MIN_PROMPTS_TO_HOLD_OUT:
-            return self.prompts, ()
-        calibration: list[str] = []
-        reserved: list[str] = []
-        for index, prompt in enumerate(self.prompts):
-            crosses = math.floor((index + 1) * held_out) > math.floor(index * held_out)
-            (reserved if crosses else calibration).append(prompt)
-        return tuple(calibration), tuple(reserved)
+        sizes = Counter(self._groups)
+        reserved = _held_out_groups(list(sizes.values()), held_out)
+        calibration: list[Conversation] = []
+        apart: dict[str, Conversation] = {}
+        for conversation, group in zip(self.conversations, self._groups, strict=True):
+            if group in reserved:
+                apart.setdefault(normalised(conversation.content), conversation)
+            else:
+                calibration.append(conversation)
+        return tuple(calibration), tuple(apart.values())
+
+
+def _held_out_groups(sizes: Sequence[int], share: float) -> set[int]:
+    """Indices of the groups that are held out: an even share of them, and no more of what is in
+    them than that."""
+    if len(sizes) < MIN_PROMPTS_TO_HOLD_OUT or not share:
+        return set()
+    reserved: set[int] = set()
+    seen = held = 0
+    for index, size in enumerate(sizes):
+        seen += size
+        more = math.floor((index + 1) * share) > len(reserved)
+        if more and held + size <= math.floor(seen * share):
+            reserved.add(index)
+            held += size
+    if not reserved and math.floor(len(sizes) * share):
+        # A few groups of very different sizes: the smallest of them, the last of these.
+        return {min(range(len(sizes)), key=lambda index: (sizes[index], -index))}
+    return reserved
 
 
 def read_scenario(path: str | os.PathLike[str], *, stdin: BinaryIO | None = None) -> Scenario:
     """The scenario in a file, or on standard input where `path` is `-`.
 
-    `.txt` holds paragraphs, a blank line between prompts; `.jsonl` a `prompt` or `text` per line
-    (and an `answer`, if known); `.json` one published scenario or a list of them. Standard input
-    and files without a suffix are JSON lines if they begin with `{`, else paragraphs.
+    `.txt` holds paragraphs, a blank line between prompts. `.jsonl` and `.json` hold records
+    (`data.records`), one per line or in a list, `.csv`, `.tsv` and `.parquet` one per row. Standard
+    input and files without a suffix are told apart by how they begin.
 
     Raises ScenarioError where the file cannot be read, is not UTF-8 or not of its format, or holds
     no prompt.
@@ -89,17 +131,106 @@ def read_scenario(path: str | os.PathLike[str], *, stdin: BinaryIO | None = None
     else:
         name, label = _printable(PurePath(path).name), f"scenario {os.fspath(path)}"
         data = read_bytes(path, what="scenario", max_bytes=MAX_SCENARIO_BYTES, error=ScenarioError)
+    kind = PurePath(path).suffix.lower() or _kind_of(data)
+    if kind not in _SUFFIXES:
+        raise ScenarioError(
+            f"{label}: expected a file named {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}, got "
+            f"{kind!r}."
+        )
+    digest = hashlib.sha256(data).hexdigest()
+    if kind == ".parquet":
+        return _scenario(name, digest, parquet_rows(data, label, MAX_SCENARIO_BYTES), label)
     text = decode_utf8(data, what=label, error=ScenarioError)
     if not text.strip():
         raise ScenarioError(f"{label}: is empty. Write the prompts the model will be asked.")
-    description, turns, plain = _parser(path, text, label)(text, label)
-    prompts = plain or tuple(turn.prompt for turn in turns)
-    if not prompts:
+    if kind == ".txt":
+        prompts = paragraphs(text, what=label)
+        if len(prompts) > MAX_PROMPTS:
+            raise _too_many(label)
+        warn_of_lists(prompts, label)
+        return Scenario(name, digest, tuple(map(plain, prompts)))
+    rows = csv_rows(text, label) if kind in (".csv", ".tsv") else _json_values(kind, text, label)
+    return _scenario(name, digest, rows, label)
+
+
+def _kind_of(data: bytes) -> str:
+    """The suffix that a file without one would have, by how it begins."""
+    if data.startswith(b"PAR1"):
+        return ".parquet"
+    start = data[:1024].removeprefix(b"\xef\xbb\xbf").lstrip()
+    return ".jsonl" if re.match(rb"\{|\[\s*[\[{]", start) else ".txt"
+
+
+def _scenario(name: str, digest: str, values: Iterable[tuple[str, Any]], label: str) -> Scenario:
+    """The scenario of records, each with where it is."""
+    conversations: list[Conversation] = []
+    turns: list[Turn] = []
+    description: str | None = None
+    for where, value in values:
+        conversation, of_conversation = read_record(value, len(conversations), where)
+        if not conversations and isinstance(value, dict):
+            description = optional_string(value, "topic_description", where) or None
+        conversations.append(conversation)
+        turns += of_conversation
+        if max(len(conversations), len(turns)) > MAX_PROMPTS:
+            raise _too_many(label)
+    if not conversations:
         raise ScenarioError(f"{label}: holds no prompt.")
-    if len(prompts) > MAX_PROMPTS:
-        raise _too_many(label)
-    digest = hashlib.sha256(data).hexdigest()
-    return Scenario(name, digest, prompts, description, turns)
+    return Scenario(name, digest, tuple(conversations), description, tuple(turns))
+
+
+def _json_values(kind: str, text: str, label: str) -> Iterator[tuple[str, Any]]:
+    """Records of a file that has one per line, whatever it is called, or else one value: a record,
+    or a list of them."""
+    if _has_values_by_line(kind, text):
+        # Not splitlines(), which also breaks at characters that JSON strings may hold.
+        for number, line in enumerate(text_lines(text), start=1):
+            if line.strip():
+                where = f"{label}: line {number}"
+                yield where, parse_json(line, what=where, error=ScenarioError)
+        return
+    value = parse_json(text, what=label, error=ScenarioError)
+    values = value if isinstance(value, list) and not is_messages(value) else [value]
+    if not values:
+        raise ScenarioError(f"{label}: is an empty list.")
+    for number, entry in enumerate(values, start=1):
+        yield f"{label}: conversation {number}", entry
+
+
+def _has_values_by_line(kind: str, text: str) -> bool:
+    filled = (line.strip() for line in text_lines(text) if line.strip())
+    first, following = next(filled), next(filled, None)
+    whole = first[0] + first[-1] in ("{}", "[]")
+    if kind == ".jsonl" and first[0] != "[":
+        return True
+    return whole and following is not None
+
+
+def warn_of_lists(prompts: Sequence[str], label: str) -> None:
+    """Say so where lines of a paragraph look like prompts of their own."""
+    for number, prompt in enumerate(prompts, start=1):
+        lines = [line.rstrip() for line in prompt.split("\n")]
+        if len(lines) >= _MANY_LINES and _look_like_prompts(lines):
+            _log.warning(
+                "%s: the %d lines of paragraph %d look like prompts of their own, and are read as "
+                "one. Put a blank line between prompts, as by: sed G FILE",
+                label,
+                len(lines),
+                number,
+            )
+            return
+
+
+def _look_like_prompts(lines: Sequence[str]) -> bool:
+    """Whether most lines end as sentences do, or are too short to be lines of a wrapped text, which
+    are about as long as the longest. Lines of code, lists and tables are none."""
+    other = sum(line[:1] in " \t#/|-*>" or line[-1:] in ":;{}(,|=\\" for line in lines)
+    if other > len(lines) / 4:
+        return False
+    sentences = sum(line.endswith(_SENTENCE_ENDS) for line in lines)
+    longest = max(map(len, lines))
+    short = sum(len(line) < 0.75 * longest for line in lines)
+    return max(sentences, short) > 0.5 * len(lines)
 
 
 def paragraphs(text: str, *, what: str) -> tuple[str, ...]:
@@ -115,112 +246,11 @@ def paragraphs(text: str, *, what: str) -> tuple[str, ...]:
     return tuple("\n".join(lines).strip() for filled, lines in groups if filled)
 
 
-_Parsed = tuple[str | None, tuple[Turn, ...], tuple[str, ...]]
-
-
-def _parser(path: str | os.PathLike[str], text: str, label: str) -> Callable[[str, str], _Parsed]:
-    suffix = PurePath(path).suffix.lower()
-    if not suffix:
-        suffix = ".jsonl" if text.lstrip().startswith("{") else ".txt"
-    try:
-        return {".txt": _parse_text, ".jsonl": _parse_lines, ".json": _parse_published}[suffix]
-    except KeyError:
-        raise ScenarioError(
-            f"{label}: expected a file named .txt, .jsonl or .json, got {suffix!r}."
-        ) from None
-
-
-def _parse_text(text: str, label: str) -> _Parsed:
-    return None, (), paragraphs(text, what=label)
-
-
-def _parse_lines(text: str, label: str) -> _Parsed:
-    turns: list[Turn] = []
-    # Not splitlines(), which also breaks at characters that JSON strings may hold.
-    for number, line in enumerate(text_lines(text), start=1):
-        if not line.strip():
-            continue
-        where = f"{label}: line {number}"
-        entry = _object(parse_json(line, what=where, error=ScenarioError), where)
-        prompt = _prompt(entry, ("prompt", "text"), where)
-        turns.append(Turn(len(turns), prompt, _answer(entry, where)))
-        if len(turns) > MAX_PROMPTS:
-            raise _too_many(label)
-    return None, tuple(turns), ()
-
-
 def _too_many(label: str) -> ScenarioError:
     return ScenarioError(
         f"{label}: holds more than {MAX_PROMPTS} prompts, the most that are read. "
         "Take a sample of them."
     )
-
-
-def _parse_published(text: str, label: str) -> _Parsed:
-    """The format SubspacePath Pruner published: a scenario is an object with `turns`."""
-    value = parse_json(text, what=label, error=ScenarioError)
-    scenarios = value if isinstance(value, list) else [value]
-    if not scenarios:
-        raise ScenarioError(f"{label}: is an empty list.")
-    turns: list[Turn] = []
-    for index, entry in enumerate(scenarios):
-        where = f"{label}: scenario {index}"
-        turns.extend(_published_turns(index, _object(entry, where), where))
-    description = _optional_string(scenarios[0], "topic_description", f"{label}: scenario 0")
-    return description or None, tuple(turns), ()
-
-
-def _published_turns(session: int, entry: dict[str, Any], where: str) -> Iterator[Turn]:
-    turns = entry.get("turns")
-    if not isinstance(turns, list):
-        raise ScenarioError(f"{where}: expected a list 'turns', got {_kind(turns)}.")
-    for number, value in enumerate(turns, start=1):
-        here = f"{where}, turn {number}"
-        turn = _object(value, here)
-        prompt = _prompt(turn, ("prompt", "query"), here)
-        yield Turn(session, prompt, _answer(turn, here), _optional_string(turn, "task_type", here))
-
-
-def _prompt(entry: dict[str, Any], keys: tuple[str, str], where: str) -> str:
-    key = next((key for key in keys if entry.get(key) is not None), None)
-    if key is None:
-        raise ScenarioError(f"{where}: expected the key '{keys[0]}' or '{keys[1]}'.")
-    prompt = _optional_string(entry, key, where)
-    if not prompt or not prompt.strip():
-        raise ScenarioError(f"{where}: {key!r} is empty.")
-    return prompt
-
-
-def _answer(entry: dict[str, Any], where: str) -> str | None:
-    """The answer; of a list of accepted answers the first, as in the published evaluation."""
-    answer = entry.get("answer")
-    if isinstance(answer, list):
-        entry = {"answer": answer[0] if answer else None}
-    return _optional_string(entry, "answer", where)
-
-
-def _optional_string(entry: dict[str, Any], key: str, where: str) -> str | None:
-    value = entry.get(key)
-    if value is not None and not isinstance(value, str):
-        raise ScenarioError(f"{where}: expected {key!r} to be a string, got {_kind(value)}.")
-    if value is not None and "\0" in value:
-        raise ScenarioError(f"{where}: {key!r} holds a NUL character.")
-    return value
-
-
-def _object(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ScenarioError(f"{where}: expected an object, got {_kind(value)}.")
-    return value
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    if isinstance(value, bool):
-        return "a boolean"
-    kinds = {dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number"}
-    return kinds[type(value)]
 
 
 def _printable(name: str) -> str:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from spp_export.calibration.reading import Text, scenario_text
 from spp_export.common.arrays import FloatArray
 from spp_export.common.errors import ArtifactsError, ScenarioError, UsageError
+from spp_export.common.options import DEFAULT_CALIBRATION_TOKENS
 from spp_export.data.artifacts import KNOWN, SHARE, Artifacts
 from spp_export.data.scenario import Scenario
 from spp_export.domains.familiar import Familiar
@@ -36,6 +38,7 @@ class Diagnosis:
                          makes it unfamiliar; None where the artifacts cannot tell
     held_out             prompts of the scenario that had no part in this
     breadth              c = H(mixture) / log K in [0,1]; 0 for a single domain
+    tokens               how many were read, and of how many
     """
 
     domains: tuple[str, ...]
@@ -45,6 +48,7 @@ class Diagnosis:
     layers: tuple[int, ...]
     distance: float | None = None
     held_out: int = 0
+    tokens: Mapping[str, int] | None = None
 
     @property
     def unfamiliar(self) -> bool:
@@ -90,6 +94,8 @@ class Diagnosis:
         }
         if self.distance is not None:
             report |= {"distance": round(self.distance, 4), "unfamiliar": self.unfamiliar}
+        if self.tokens is not None:
+            report["tokens"] = dict(self.tokens)
         if layers:
             rows = zip(self.layers, self.probabilities, strict=True)
             # A list, as the keys of a JSON object would make strings of the layers.
@@ -180,16 +186,22 @@ def choose_regime(probabilities_NK: FloatArray, known: float = KNOWN, share: flo
 
 
 def diagnose_scenario(
-    session: Session, artifacts: Artifacts, scenario: Scenario, regime: str | None = None
+    session: Session,
+    artifacts: Artifacts,
+    scenario: Scenario,
+    regime: str | None = None,
+    calibration_tokens: int = DEFAULT_CALIBRATION_TOKENS,
 ) -> Diagnosis:
-    """Diagnosis of what a plan is made of: not of the prompts that are held out."""
-    calibration, held_out = scenario.split()
-    diagnosis = diagnose_prompts(session, artifacts, calibration, regime)
-    return replace(diagnosis, held_out=len(held_out))
+    """Diagnosis of what a plan is made of, up to so many tokens of it: not of the prompts that are
+    held out."""
+    text = scenario_text(session, scenario, calibration_tokens).calibration
+    diagnosis = diagnose_prompts(session, artifacts, text.texts, regime)
+    held_out = len(scenario.split()[1])
+    return replace(diagnosis, held_out=held_out, tokens=text.to_dict())
 
 
 def diagnose_prompts(
-    session: Session, artifacts: Artifacts, prompts: Sequence[str], regime: str | None = None
+    session: Session, artifacts: Artifacts, prompts: Sequence[Text], regime: str | None = None
 ) -> Diagnosis:
     """Forward the prompts once through the dense model and ask the probes.
 
@@ -216,5 +228,5 @@ def diagnose_prompts(
         [means],
         description="diagnosing the scenario",
     )
-    seen = sorted(index for batch in batches for index in batch.texts)
+    seen = sorted({index for batch in batches for index in batch.texts})
     return diagnose_activations(means.values[seen], artifacts, regime)

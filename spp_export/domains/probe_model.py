@@ -17,8 +17,10 @@ from spp_export.calibration.activations import (
     token_batches,
 )
 from spp_export.calibration.moments import Collection, gather_all
+from spp_export.calibration.reading import read_pools_within
 from spp_export.common.arrays import FloatArray, IntArray
 from spp_export.common.errors import UsageError
+from spp_export.common.options import DEFAULT_CALIBRATION_TOKENS
 from spp_export.common.progress import progress
 from spp_export.common.versions import library_versions
 from spp_export.data.artifacts import Artifacts
@@ -57,12 +59,14 @@ class ProbeSettings:
 
     select: how many of the candidate domains to take, greedily; None takes all. criteria: names
     of importance; units: "heads", or "both" heads and MLP channels. seed: of all that is drawn.
+    calibration_tokens: most that are read of a pool's training text, and of its validation text.
     """
 
     select: int | None = None
     criteria: Sequence[str] = DEFAULT_CRITERIA
     units: str = "both"
     seed: int = 0
+    calibration_tokens: int = DEFAULT_CALIBRATION_TOKENS
 
     def check(self, candidates: int) -> tuple[Criterion, ...]:
         """The criteria; UsageError for what cannot be."""
@@ -102,6 +106,11 @@ def probe_model(
     left_out = left_out or Pools((), (), (), {})
     criteria = request.check(len(candidates.domains))
     dense = Dense(model, tokenizer, source)
+    read = [
+        read_pools_within(tokenizer, part, request.calibration_tokens)
+        for part in (candidates, left_out)
+    ]
+    candidates, left_out = (part.pools for part in read)
     text = _Text(*labelled(dense, [candidates.train, candidates.val, left_out.val]))
     axes_Cd, taken, axes_record = _axes(text, candidates, request)
     pools = candidates.take([candidates.domains[k] for k in taken])
@@ -132,6 +141,10 @@ def probe_model(
     manifest = {
         "model": source.name,
         "seed": request.seed,
+        "tokens": {
+            "read": sum(part.tokens for part in read),
+            "of": sum(part.available for part in read),
+        },
         **_pools_record(candidates, left_out, pools, writes.tokens),
         "validation_accuracy": [round(float(a), 6) for a in accuracy],
         "axes": axes_record,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from spp_export.calibration.activations import TokenBatch
+    from spp_export.calibration.reading import Text
     from spp_export.evaluation.parity import ReferenceLogits
     from spp_export.slicing.projections import Projections
 
@@ -33,22 +34,25 @@ _RANDOM_TOKENS = 48
 
 
 def check_batches(
-    vocab_size: int, prompts: Sequence[str], tokenizer: Any, seed: int
+    vocab_size: int, prompts: Sequence[Text], tokenizer: Any, seed: int
 ) -> list[TokenBatch]:
-    """The tokens that parity is checked on: the first prompts, or random tokens without any."""
+    """The tokens that parity is checked on: how the first texts begin, or random tokens without
+    any."""
     import torch
 
     from spp_export.calibration.activations import TokenBatch, token_batches
+    from spp_export.calibration.reading import token_texts
 
     if prompts:
-        return token_batches(tokenizer, prompts[:_TEXTS], max_tokens=_TOKENS_PER_TEXT)
+        some = token_texts(tokenizer, prompts[:_TEXTS])
+        return token_batches(tokenizer, [text.beginning(_TOKENS_PER_TEXT) for text in some])
     generator = torch.Generator().manual_seed(seed)
     size = (_RANDOM_ROWS, _RANDOM_TOKENS)
     ids = torch.randint(vocab_size, size, generator=generator)
     return [TokenBatch(ids, torch.ones_like(ids), tuple(range(_RANDOM_ROWS)))]
 
 
-def session_batches(session: Session, prompts: Sequence[str], seed: int) -> list[TokenBatch]:
+def session_batches(session: Session, prompts: Sequence[Text], seed: int) -> list[TokenBatch]:
     """`check_batches` for a session's model, whose tokenizer is read only for prompts."""
     tokenizer = session.tokenizer if prompts else None
     return check_batches(session.source.shape.vocab_size, prompts, tokenizer, seed)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spp_export.calibration.activations import TokenBatch, model_inputs, token_batches
+from spp_export.calibration.reading import Text
 from spp_export.common.progress import progress
 from spp_export.evaluation.bootstrap import (
     DocumentScores,
@@ -68,7 +69,7 @@ def measure_quality(
     dense: nn.Module,
     slim: nn.Module,
     tokenizer: Any,
-    texts: Sequence[str],
+    texts: Sequence[Text],
     source: str = HELD_OUT,
 ) -> Quality | None:
     """Quality of `slim` against `dense` on `texts`; None where no token can be predicted."""

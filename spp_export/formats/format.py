@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from spp_export.calibration.activations import TokenBatch
+    from spp_export.calibration.reading import Text
     from spp_export.evaluation.parity import Check, ReferenceLogits
     from spp_export.models.checkpoint.checkpoint import Checkpoint
     from spp_export.models.engines import Engine
@@ -135,7 +136,7 @@ class Promise:
 
     session: Session
     plan: Plan
-    prompts: Sequence[str]
+    prompts: Sequence[Text]
     seed: int
     scratch: Path
 

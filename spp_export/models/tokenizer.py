@@ -54,12 +54,6 @@ class ModelTokenizer:
         self._check(encoded["input_ids"])
         return encoded
 
-    def check(self, texts: Iterable[str]) -> None:
-        """ModelError for texts that are none for this model, before any work is done on some."""
-        if self._lacks(self._tokenizer.get_vocab().values()):
-            for text in texts:
-                self(text)
-
     def _check(self, ids: Any) -> None:
         if id_ := self._lacks(_flat(ids)):
             assert self._rows is not None

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from spp_export.calibration.mixture import Mixing, WeightedTexts, calibration_parts
+from spp_export.calibration.reading import ScenarioText, scenario_text, token_texts
 from spp_export.calibration.stored import Kept
 from spp_export.common.arrays import FloatArray
 from spp_export.common.errors import UsageError
@@ -45,6 +46,8 @@ _LOSING = {Role.OUTPUT: "channels", Role.DOWN: "heads"}
 
 
 _PUBLISHED_IMPORTANCE = "head/published"
+# The release cuts its text.
+_PUBLISHED_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,10 @@ def plan_scenario(
     written = compensated_shape(session.source, request.layout, request.compensate, losing)
     if request.strength is None:
         _check_budget(session, artifacts, request, written, latency)
-    calibration, _ = scenario.split()
-    diagnosis = diagnose_scenario(session, artifacts, scenario, request.regime)
+    limit = request.calibration_tokens
+    text = scenario_text(session, scenario, limit)
+    calibration = text.calibration.texts
+    diagnosis = diagnose_scenario(session, artifacts, scenario, request.regime, limit)
     if request.strength is not None:
         _check_budget(session, artifacts, request, written, latency, diagnosis.breadth)
     mixing = requested_mixing(artifacts, request)
@@ -133,12 +138,13 @@ def plan_scenario(
         request.layout,
         request.compensate,
         layers,
-        scenario=scenario_record(scenario),
+        scenario=scenario_record(scenario, text),
         artifacts=artifacts_record(artifacts),
         diagnosis=diagnosis.to_dict(),
         calibration={
             "shrinkage": mixing.shrinkage,
             "scenario_weight": mixing.scenario_weight,
+            "calibration_tokens": request.calibration_tokens,
         },
         predicted=sizes.to_dict(),
         versions=library_versions(),
@@ -194,14 +200,15 @@ def _check_budget(
     )
 
 
-def scenario_record(scenario: Scenario) -> dict[str, Any]:
-    """Which scenario decided, for plan.json."""
+def scenario_record(scenario: Scenario, text: ScenarioText | None = None) -> dict[str, Any]:
+    """Which scenario decided, and how much of it was read, for plan.json."""
     _, held_out = scenario.split()
     return {
         "name": scenario.name,
         "sha256": scenario.sha256,
-        "prompts": len(scenario.prompts),
+        "prompts": len(scenario.conversations),
         "held_out": len(held_out),
+        **({} if text is None else {"tokens": text.to_dict()}),
     }
 
 
@@ -299,7 +306,9 @@ def _attention_probabilities(session: Session, artifacts: Artifacts, text: str) 
 
     shape = session.source.shape
     means = TextMeans("attention", 1, shape.num_layers, shape.hidden_size)
-    observe(session.model, session.source.family, token_batches(session.tokenizer, [text]), [means])
+    (read,) = token_texts(session.tokenizer, [text])
+    batches = token_batches(session.tokenizer, [read.beginning(_PUBLISHED_TOKENS)])
+    observe(session.model, session.source.family, batches, [means])
     logits = np.einsum("ld,lkd->lk", means.values[0], artifacts.weight) + artifacts.bias
     probabilities: FloatArray = 1.0 / (1.0 + np.exp(-logits.astype(np.float64)))
     return probabilities

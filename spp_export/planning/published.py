@@ -73,7 +73,8 @@ def published_text(scenario: Scenario) -> str:
     To be tokenised with the tokenizer's special tokens and cut at 512 tokens. Raises ScenarioError
     where no word is left.
     """
-    text = remove_common_words(scenario.description or scenario.prompts[0])
+    first = scenario.conversations[0]
+    text = remove_common_words(scenario.description or (*first.prompts, first.content)[0])
     if not text:
         raise ScenarioError(
             f"scenario {scenario.name}: the published policy drops common words, and no other word "

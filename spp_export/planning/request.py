@@ -10,6 +10,7 @@ from spp_export.common.options import (
     BUDGET,
     SHARE,
     SHARE_OR_NONE,
+    CalibrationTokens,
     Numbers,
     PathLike,
     Seed,
@@ -32,7 +33,7 @@ DEFAULT_MULTIPLE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanRequest(Seed):
+class PlanRequest(CalibrationTokens, Seed):
     """The options of a plan in `spp plan` and `spp export`."""
 
     units: Units = option(

@@ -10,9 +10,11 @@ import numpy as np
 
 from spp_export.calibration.mixture import Mixing, calibration_parts, gather_parts
 from spp_export.calibration.moments import Moments
+from spp_export.calibration.reading import scenario_text
 from spp_export.calibration.refit import bias, refit_blocks, residual_blocks
 from spp_export.common.arrays import FloatArray
 from spp_export.common.errors import PlanError
+from spp_export.common.options import WINDOW
 from spp_export.data.artifacts import Artifacts
 from spp_export.data.scenario import Scenario
 from spp_export.models.checkpoint.checkpoint import Checkpoint
@@ -175,16 +177,17 @@ def plan_compensation(
     """
     if compiled.compensation == "none":
         return Compensator(session.source, compiled, None)
-    prompts = scenario.split()[0] if scenario else ()
+    limit = calibration_tokens(compiled, request)
+    texts = scenario_text(session, scenario, limit).calibration.texts if scenario else ()
     mixing = _mixing(compiled) or requested_mixing(artifacts, request)
-    parts = calibration_parts(artifacts, compiled.diagnosis.get("mixture"), prompts, mixing)
+    parts = calibration_parts(artifacts, compiled.diagnosis.get("mixture"), texts, mixing)
     moments = gather_parts(session, parts, moment_kinds(compiled, session.source.shape))
     return Compensator(session.source, compiled, moments)
 
 
 def _mixing(compiled: Plan) -> Mixing | None:
     """How the text that decided the plan was mixed, if the plan says so."""
-    if not compiled.calibration:
+    if "shrinkage" not in compiled.calibration and "scenario_weight" not in compiled.calibration:
         return None
     values: list[float] = []
     for key in ("shrinkage", "scenario_weight"):
@@ -197,3 +200,14 @@ def _mixing(compiled: Plan) -> Mixing | None:
             )
         values.append(float(value))
     return Mixing(*values)
+
+
+def calibration_tokens(compiled: Plan, request: PlanRequest) -> int:
+    """How much of a scenario's text is read: as much as when the plan was made, if it says so."""
+    value: Any = compiled.calibration.get("calibration_tokens", request.calibration_tokens)
+    if type(value) is not int or value < WINDOW:
+        raise PlanError(
+            f"plan: calibration.calibration_tokens must be an integer from {WINDOW} on, got "
+            f"{value!r:.40}. Leave it out for the usual number."
+        )
+    return value

@@ -10,61 +10,67 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from spp_export.calibration.activations import MAX_TOKENS, token_batches
+from spp_export.calibration.activations import token_batches
+from spp_export.common.options import WINDOW
 
 
 class Letters:
     """A tokenizer of one token per letter, called as transformers' are."""
 
-    def __call__(self, text, *, truncation, max_length):
-        assert truncation
-        return {"input_ids": [ord(letter) for letter in text][:max_length]}
+    def __call__(self, texts, *, verbose):
+        assert not verbose
+        return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
 
 
 @settings(deadline=None)
 @given(
     texts=st.lists(st.text("abc", max_size=30), max_size=25),
-    max_tokens=st.integers(1, 40),
+    window=st.integers(1, 40),
     budget=st.integers(1, 120),
 )
-def test_batches_hold_every_text_once_within_the_budget(texts, max_tokens, budget):
-    batches = token_batches(Letters(), texts, max_tokens=max_tokens, batch_tokens=budget)
-    order = [index for batch in batches for index in batch.texts]
-    lengths = {i: min(len(text), max_tokens) for i, text in enumerate(texts) if text}
-    assert order == sorted(lengths, key=lambda i: (lengths[i], i))
+def test_batches_hold_every_piece_once_within_the_budget(texts, window, budget):
+    batches = token_batches(Letters(), texts, window=window, batch_tokens=budget)
+    pieces = sorted(
+        (min(window, len(text) - start), index, text[start : start + window])
+        for index, text in enumerate(texts)
+        for start in range(0, len(text), window)
+    )
+    rows = [
+        (int(mask.sum()), index, "".join(map(chr, ids[mask.bool()].tolist())))
+        for batch in batches
+        for index, ids, mask in zip(batch.texts, batch.input_ids, batch.attention_mask, strict=True)
+    ]
+    assert sorted(rows) == sorted(pieces)
+    assert [row[0] for row in rows] == [piece[0] for piece in pieces]
     for batch in batches:
         rows, width = batch.input_ids.shape
         assert rows == len(batch.texts)
-        assert width == max(lengths[i] for i in batch.texts)
+        lengths = batch.attention_mask.sum(1).tolist()
+        assert width == max(lengths)
         assert rows == 1 or rows * width <= budget
-        assert batch.real_tokens == sum(lengths[i] for i in batch.texts)
-        for index, ids, mask in zip(
-            batch.texts, batch.input_ids, batch.attention_mask, strict=True
-        ):
-            length = lengths[index]
+        assert batch.real_tokens == sum(lengths)
+        for length, mask in zip(lengths, batch.attention_mask, strict=True):
             assert mask.tolist() == [1] * length + [0] * (width - length)
-            assert ids[:length].tolist() == [ord(letter) for letter in texts[index][:length]]
     for batch, following in pairwise(batches):
-        # a batch ends only where one more text would break the budget
-        assert (len(batch.texts) + 1) * lengths[following.texts[0]] > budget
+        # a batch ends only where one more piece would break the budget
+        assert (len(batch.texts) + 1) * int(following.attention_mask[0].sum()) > budget
 
 
-def test_a_real_tokenizer_truncates_and_leaves_empty_texts_out(tmp_path):
+def test_a_real_tokenizer_cuts_and_leaves_empty_texts_out(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(
         make_checkpoint(tmp_path, "llama", kv_heads=1, query_heads=2, layers=1)
     )
-    texts = ["", "a", "é", "x" * (MAX_TOKENS + 90)]
+    texts = ["", "a", "é", "x" * WINDOW + "y" * 90]
     batches = token_batches(tokenizer, texts, batch_tokens=4)
-    assert [batch.texts for batch in batches] == [(1, 2), (3,)]
+    assert [batch.texts for batch in batches] == [(1, 2), (3,), (3,)]
     assert batches[0].attention_mask.tolist() == [[1, 0], [1, 1]]
-    assert batches[1].input_ids.shape == (1, MAX_TOKENS)
+    assert [batch.input_ids.shape for batch in batches[1:]] == [(1, 90), (1, WINDOW)]
     assert batches[0].input_ids.dtype == torch.long
-    for batch in batches:
-        for index, ids, mask in zip(
-            batch.texts, batch.input_ids, batch.attention_mask, strict=True
-        ):
-            # a byte-level tokenizer: what is cut off is the end
-            assert texts[index].startswith(tokenizer.decode(ids[mask.bool()]))
+    # a byte-level tokenizer: the pieces are the text
+    assert [tokenizer.decode(batch.input_ids[0]) for batch in batches[1:]] == [
+        "y" * 90,
+        "x" * WINDOW,
+    ]
 
 
 def test_no_text_is_no_batch():

@@ -132,7 +132,7 @@ def test_text_that_was_calibrated_on_judges_nothing(workshop, common, tmp_path):
     trained = (workshop.pools / "figures" / "train.txt").read_text().split("\n\n")[0]
     quiz = tmp_path / "quiz.jsonl"
     quiz.write_text(json.dumps({"prompt": trained.strip(), "answer": "7"}))
-    with pytest.raises(UsageError, match="figures pool, so it cannot judge"):
+    with pytest.raises(UsageError, match=r"figures pool, such as .*, so they cannot judge"):
         spp_export.evaluate(
             workshop.scenario, tmp_path / "out", **REQUEST, eval_set=[quiz], **common
         )

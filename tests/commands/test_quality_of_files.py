@@ -11,6 +11,7 @@ from onnx_exports import exported_onnx
 from transformers import AutoTokenizer
 
 import spp_export
+from spp_export.calibration.reading import chat_text
 from spp_export.commands.quality import DEFAULT_TEXT, default_texts, judged_texts
 from spp_export.common.errors import CheckFailed, QualityError, UsageError
 from spp_export.data.scenario import read_scenario
@@ -51,19 +52,18 @@ def test_without_a_scenario_it_is_measured_on_conversations(workshop, tmp_path):
 def test_of_the_plans_own_scenario_only_what_was_held_out_judges(workshop, tmp_path):
     slim = workshop.exported(NAME)
     scenario, plan = read_scenario(workshop.scenario), read_plan(slim.path / "plan.json")
-    tokenizer = AutoTokenizer.from_pretrained(slim.path)
-    assert judged_texts(scenario, plan, tokenizer) == (scenario.split()[1], HELD_OUT)
+    assert judged_texts(scenario, plan) == (scenario.split()[1], HELD_OUT)
     other = tmp_path / "other.txt"
     other.write_text("A first text.\n\nAnd a second one, which is longer.\n")
-    texts, source = judged_texts(read_scenario(other), plan, tokenizer)
+    texts, source = judged_texts(read_scenario(other), plan)
     assert (len(texts), source) == (2, "text of the scenario")
-    assert judged_texts(None, plan, tokenizer) == (default_texts(tokenizer), DEFAULT_TEXT)
+    assert judged_texts(None, plan) == (default_texts(), DEFAULT_TEXT)
     few = tmp_path / "few.txt"
     few.write_text("Only one.\n")
     short = read_scenario(few)
     record = {"scenario": {"sha256": short.sha256}}
     made = type("Plan", (), record)
-    assert judged_texts(short, made, tokenizer)[1] == DEFAULT_TEXT
+    assert judged_texts(short, made)[1] == DEFAULT_TEXT
     result = convert(slim, tmp_path / "x", scenario=workshop.scenario)
     assert result.report["quantisation"]["source"] == HELD_OUT
 
@@ -71,11 +71,11 @@ def test_of_the_plans_own_scenario_only_what_was_held_out_judges(workshop, tmp_p
 def test_conversations_are_in_the_models_own_template(workshop):
     tokenizer = AutoTokenizer.from_pretrained(workshop.dense(NAME))
     tokenizer.chat_template = None
-    plain = default_texts(tokenizer)
+    plain = [chat_text(tokenizer, text) for text in default_texts()]
     tokenizer.chat_template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
     )
-    chat = default_texts(tokenizer)
+    chat = [chat_text(tokenizer, text) for text in default_texts()]
     assert len(plain) == len(chat) == 24
     for alone, within in zip(plain, chat, strict=True):
         prompt, answer = alone.split("\n\n", 1)

@@ -133,8 +133,8 @@ def test_what_cannot_be_recovered_is_refused(workshop, data, tmp_path):
             spp_export.recover(directory, data, tmp_path / "x", model=dense)
     short = write_texts(tmp_path / "short.txt", ["a"])
     with refused(UsageError, "no text of two tokens"):
-        recover(workshop, name, short, tmp_path / "x")
-    for wrong in ({"steps": 0}, {"rank": 0}, {"learning_rate": 1.0}, {"max_tokens": 1}):
+        recover(workshop, name, short, tmp_path / "x", validation=data)
+    for wrong in ({"steps": 0}, {"rank": 0}, {"learning_rate": 1.5}, {"max_tokens": 1}):
         with refused(UsageError, "expected"):
             recover(workshop, name, data, tmp_path / "x", settings=RecoverSettings(**wrong))
     assert not (tmp_path / "x").exists()

@@ -37,7 +37,7 @@ class Bench:
         self.dense = add_tokens(make_checkpoint(root, FAMILY, **SIZE))
         self.pools = write_pools(root / "pools")
         plain = write_texts(root / "plain.txt", texts("figures", 8, 7))
-        self.text = write_texts(root / "text.txt", [*texts("figures", 7, 7), f"1 + {WORD}"])
+        self.text = write_texts(root / "text.txt", [*texts("figures", 7, 8), f"1 + {WORD}"])
         self.questions = root / "questions.jsonl"
         lines = [{"prompt": f"{i} +", "answer": "7"} for i in range(4)]
         lines.append({"prompt": "9 +", "answer": WORD})

@@ -31,7 +31,11 @@ HOSTILE = {
     "infinite": ("s.jsonl", b'{"prompt": "a", "answer": NaN}', "not a finite number"),
     "half a pair": ("s.jsonl", b'{"prompt": "\\udfff"}', "half of a surrogate pair"),
     "keys twice": ("s.jsonl", b'{"prompt": "a", "prompt": "b"}', "appears twice"),
-    "another kind": ("s.pt", b"PK", "expected a file named .txt, .jsonl or .json"),
+    "another kind": (
+        "s.pt",
+        b"PK",
+        "expected a file named .txt, .jsonl, .json",
+    ),
 }
 
 

@@ -6,11 +6,14 @@ import hashlib
 import io
 import json
 import os
+import random
 
 import pytest
 
 from spp_export.common.errors import ScenarioError, UsageError
-from spp_export.data.scenario import Scenario, Turn, read_scenario
+from spp_export.data.conversation import Turn, plain
+from spp_export.data.duplicates import normalised
+from spp_export.data.scenario import Scenario, read_scenario
 
 
 def write(tmp_path, name, data):
@@ -109,7 +112,11 @@ def test_a_pipe_without_a_suffix_is_read_like_standard_input():
         ("s.jsonl", b'{"prompt": "a"}\n{"prompt": }', "line 2: is not valid JSON"),
         ("s.jsonl", b'\n\n{"prompt": "a", "prompt": "b"}', "line 3: the key 'prompt' appears"),
         ("s.jsonl", b'{"prompt": "a"}\n"b"', "line 2: expected an object, got a string"),
-        ("s.jsonl", b'{"question": "a"}', "line 1: expected the key 'prompt' or 'text'"),
+        (
+            "s.jsonl",
+            b'{"question": "a"}',
+            "line 1: expected one of the keys messages, .*chosen.* it has 'question'. Rename one",
+        ),
         ("s.jsonl", b'{"prompt": 3}', "expected 'prompt' to be a string, got a number"),
         ("s.jsonl", b'{"prompt": true}', "got a boolean"),
         ("s.jsonl", b'{"prompt": " "}', "'prompt' is empty"),
@@ -118,12 +125,12 @@ def test_a_pipe_without_a_suffix_is_read_like_standard_input():
         ("s.jsonl", b'{"prompt": "\\udc00"}', "surrogate"),
         ("s.jsonl", b'{"prompt": ' + b"[" * 70 + b"]" * 70 + b"}", "nested deeper"),
         ("s.json", b"[]", "is an empty list"),
-        ("s.json", b"3", "scenario 0: expected an object, got a number"),
-        ("s.json", b'["a"]', "scenario 0: expected an object, got a string"),
-        ("s.json", b"{}", "expected a list 'turns', got nothing"),
+        ("s.json", b"3", "conversation 1: expected an object, got a number"),
+        ("s.json", b'["a"]', "conversation 1: expected an object, got a string"),
+        ("s.json", b"{}", "conversation 1: expected one of the keys .* it has none"),
         ("s.json", b'{"turns": {}}', "expected a list 'turns', got an object"),
         ("s.json", b'{"turns": []}', "holds no prompt"),
-        ("s.json", b'{"turns": [{"prompt": "a"}, {}]}', "scenario 0, turn 2: expected the key"),
+        ("s.json", b'{"turns": [{"prompt": "a"}, {}]}', "conversation 1, turn 2: expected the key"),
         ("s.json", b'{"turns": [{"prompt": ""}]}', "turn 1: 'prompt' is empty"),
         (
             "s.json",
@@ -172,7 +179,7 @@ def test_a_file_name_that_is_not_unicode(tmp_path):
     ],
 )
 def test_split(count, share, held_out):
-    prompts = tuple(f"p{index}" for index in range(count))
+    prompts = tuple(plain(f"p{index}") for index in range(count))
     calibration, reserved = Scenario("s", "", prompts).split(share)
     assert reserved == tuple(prompts[index] for index in held_out)
     assert calibration == tuple(p for p in prompts if p not in reserved)
@@ -181,4 +188,57 @@ def test_split(count, share, held_out):
 @pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
 def test_split_refuses(share):
     with pytest.raises(UsageError, match="held-out share"):
-        Scenario("s", "", ("a",) * 8).split(share)
+        Scenario("s", "", (plain("a"),) * 8).split(share)
+
+
+def sides(*prompts, share=0.25):
+    calibration, reserved = Scenario("s", "", tuple(map(plain, prompts))).split(share)
+    return [part.content for part in calibration], [part.content for part in reserved]
+
+
+def test_what_is_repeated_is_on_one_side_and_counts_once():
+    prompts = [f"Frage {n} zur Mehrwertsteuer?" for n in range(12)]
+    written = [
+        text
+        for prompt in prompts
+        for text in (prompt, prompt.upper(), f" {prompt}\n", prompt.replace("F", "\uff26"))
+    ]
+    random.Random(3).shuffle(written)
+    calibration, reserved = sides(*written)
+    assert {normalised(text) for text in calibration}.isdisjoint(map(normalised, reserved))
+    assert (len(calibration), len(reserved)) == (36, 3)
+
+
+def test_three_prompts_hold_nothing_out_however_often_they_are_repeated():
+    calibration, reserved = sides(*["Wo?", "Wann?", "Wie?"] * 20)
+    assert (len(calibration), reserved) == (60, [])
+    assert Scenario("s", "", tuple(map(plain, ["Wo?", "WO?", "Wie?"]))).distinct == 2
+
+
+def test_what_holds_another_is_on_its_side():
+    inner = [f"Explain reaction number {n} to me." for n in range(8)]
+    outer = [f"A user asks: {text} Answer briefly." for text in inner]
+    _, reserved = sides(*inner, *outer)
+    assert len(reserved) == 4
+    held = {text for text in inner if text in reserved}
+    assert {text for text in outer if text in reserved} == {
+        f"A user asks: {text} Answer briefly." for text in held
+    }
+
+
+def test_a_large_group_is_not_held_out():
+    _, reserved = sides("one", "two", "three", *["four"] * 30, "five", "six")
+    assert "four" not in reserved
+    assert len(reserved) == 1
+    assert sides("one", "two", "three", *["four"] * 30)[1] == ["three"]
+
+
+def test_conversations_are_never_split(tmp_path):
+    scenarios = [
+        published(f"Topic {n}", *({"prompt": f"Topic {n}, question {turn}?"} for turn in range(3)))
+        for n in range(8)
+    ]
+    scenario = read_scenario(write(tmp_path, "c.json", json.dumps(scenarios)))
+    calibration, reserved = scenario.split()
+    assert (len(calibration), len(reserved)) == (6, 2)
+    assert all(len(each.prompts) == 3 for each in (*calibration, *reserved))

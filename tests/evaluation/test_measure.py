@@ -11,6 +11,7 @@ from factories import VOCAB, mask_in_torch
 from tiny import TEXTS, make_tiny
 
 from spp_export.common.errors import UsageError
+from spp_export.data.conversation import plain
 from spp_export.evaluation.harness.inputs import EvaluationText
 from spp_export.evaluation.harness.measure import DenseReference, measure_row
 
@@ -21,7 +22,7 @@ def tiny(tmp_path_factory):
 
 
 def reference(tiny, texts, **options):
-    named = [EvaluationText(str(i), tuple(t)) for i, t in enumerate(texts)]
+    named = [EvaluationText(str(i), tuple(map(plain, t))) for i, t in enumerate(texts)]
     return DenseReference(tiny.model, tiny.tokenizer, named, VOCAB, **options)
 
 

@@ -11,6 +11,7 @@ from factories import VOCAB, mask_in_torch
 from tiny import TEXTS, make_tiny
 
 from spp_export.common.errors import BudgetError
+from spp_export.data.conversation import plain
 from spp_export.data.scenario import read_scenario
 from spp_export.evaluation.harness.generation import question_set
 from spp_export.evaluation.harness.inputs import EvaluationText
@@ -32,7 +33,8 @@ def tiny(tmp_path_factory):
 @pytest.fixture
 def run(tiny, tmp_path):
     """Runs rows into one file; keeps which were opened. `stop` raises in place of that row."""
-    texts = [EvaluationText(NAMES[0], TEXTS[:4]), EvaluationText(NAMES[1], TEXTS[4:])]
+    parts = [tuple(map(plain, part)) for part in (TEXTS[:4], TEXTS[4:])]
+    texts = [EvaluationText(name, part) for name, part in zip(NAMES, parts, strict=True)]
     reference = DenseReference(tiny.model, tiny.tokenizer, texts, VOCAB)
     opened = []
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from spp_export.common.errors import ArtifactsError, ScenarioError, UsageError
+from spp_export.data.conversation import plain
 from spp_export.data.scenario import Scenario
 from spp_export.planning.published import (
     COMMON_WORDS,
@@ -169,8 +170,11 @@ def test_common_words_and_punctuation_go():
 
 def test_the_description_comes_before_the_first_prompt():
     prompts = ("What is an acid?", "And a base?")
-    assert published_text(Scenario("x", "", prompts, "The scenario of acids")) == "scenario acids"
-    assert published_text(Scenario("x", "", prompts, "")) == "acid"
-    assert published_text(Scenario("x", "", prompts)) == "acid"
+    assert (
+        published_text(Scenario("x", "", tuple(map(plain, prompts)), "The scenario of acids"))
+        == "scenario acids"
+    )
+    assert published_text(Scenario("x", "", tuple(map(plain, prompts)), "")) == "acid"
+    assert published_text(Scenario("x", "", tuple(map(plain, prompts)))) == "acid"
     with pytest.raises(ScenarioError, match="common words"):
-        published_text(Scenario("x", "", ("What is it?",)))
+        published_text(Scenario("x", "", (plain("What is it?"),)))

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 def diagnosis_report(diagnosis: Mapping[str, Any], look: Look) -> RenderableType:
     """The mixture as bars and, where they are given, the probabilities of every layer."""
     lines: list[RenderableType] = [*sections.mixture(diagnosis, look)]
+    if tokens := diagnosis.get("tokens"):
+        lines += sections.tokens_read(tokens)
     if (held_out := diagnosis.get("held_out")) and (read := diagnosis.get("prompts")):
         words = f"read {read} of {read + held_out} prompts; an export holds the others out"
         lines.append(Text(words, style=FAINT))

@@ -39,6 +39,24 @@ def title(plan: Plan, target: str, look: Look) -> Text:
     return text.append("   ").append(single_line(how), style=FAINT)
 
 
+def text_read(scenario: Mapping[str, Any]) -> list[RenderableType]:
+    """How much of a scenario's text was read."""
+    match scenario.get("tokens"):
+        case {
+            "calibration": {"read": int(read), "of": int(there)},
+            "held_out": {"read": int(read_apart), "of": int(there_apart)},
+        }:
+            line = f"read {read:,} of {there:,} tokens to calibrate on"
+            return [Text(f"{line}, {read_apart:,} of {there_apart:,} held out", style=FAINT)]
+    # Of a plan that was written by hand, nothing is known but that this is JSON.
+    return []
+
+
+def tokens_read(tokens: Mapping[str, Any]) -> list[Text]:
+    """How much of a text was read."""
+    return [Text(f"read {tokens['read']:,} of {tokens['of']:,} tokens", style=FAINT)]
+
+
 def mixture(diagnosis: Mapping[str, Any], look: Look) -> list[Text]:
     """Domains by share, as bars; then breadth and regime."""
     match diagnosis:

@@ -115,6 +115,7 @@ def _compiled(
 ) -> list[RenderableType]:
     return [
         sections.title(plan, target, look),
+        *sections.text_read(plan.scenario),
         Text(),
         sections.decision(plan, shape, look),
         *sections.unknown_domain(plan.diagnosis),
@@ -166,6 +167,7 @@ def recover_summary(result: RecoverResult, look: Look) -> RenderableType:
                 f"{result.after.slim_perplexity:.2f}, dense {result.after.dense_perplexity:.2f}"
             )
         )
+    lines += sections.tokens_read(result.measured)
     return Group(*lines, *_verdict(result.report))
 
 

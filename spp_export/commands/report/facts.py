@@ -236,6 +236,7 @@ def _provenance(place: Place) -> dict[str, str]:
         "Plan, SHA-256": place.plan_hash,
         "Scenario": text(plan.scenario.get("name")),
         "Scenario, SHA-256": text(plan.scenario.get("sha256")),
+        "Scenario's text": _text_read(plan),
         "Artifacts, SHA-256": text(plan.artifacts.get("sha256")),
         "Layout": f"{plan.layout}, padded" if plan.padded else plan.layout,
         "Criterion": pairs(plan.criterion).removeprefix("name "),
@@ -246,6 +247,15 @@ def _provenance(place: Place) -> dict[str, str]:
         "Budget realised": _realised(plan),
     }
     return {name: value for name, value in facts.items() if value}
+
+
+def _text_read(plan: Plan) -> str:
+    """How much of the scenario was calibrated on."""
+    tokens = mapping(mapping(plan.scenario.get("tokens")).get("calibration"))
+    read, there = number(tokens.get("read")), number(tokens.get("of"))
+    if read is None or there is None:
+        return ""
+    return f"{integer(read)} of {integer(there)} tokens to calibrate on"
 
 
 def _realised(plan: Plan) -> str:

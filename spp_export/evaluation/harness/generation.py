@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from spp_export.calibration.activations import input_device
 from spp_export.common.progress import progress
-from spp_export.data.scenario import Scenario, Turn
+from spp_export.data.conversation import Turn
+from spp_export.data.scenario import Scenario
 from spp_export.evaluation.bootstrap import array, numbers, weighted_mean
 from spp_export.evaluation.harness.answers import (
     DEFAULT_NEW_TOKENS,

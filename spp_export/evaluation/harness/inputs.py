@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Any
 
+from spp_export.calibration.reading import spread_whole, token_texts
 from spp_export.common.errors import UsageError
 from spp_export.data.artifacts import Artifacts
+from spp_export.data.conversation import Conversation, plain
+from spp_export.data.duplicates import shared_texts
 from spp_export.data.pools import read_pools
 from spp_export.data.scenario import MIN_PROMPTS_TO_HOLD_OUT, Scenario, read_scenario
 
@@ -19,24 +23,27 @@ HELD_OUT = "scenario, held out"
 
 @dataclass(frozen=True)
 class EvaluationText:
-    """A named list of documents; a document is the unit that intervals resample."""
+    """A named list of documents; a document is the unit that intervals resample. `tokens` says how
+    many they have, and of how many of the text, once that was counted."""
 
     name: str
-    documents: tuple[str, ...]
+    documents: tuple[Conversation, ...]
+    tokens: Mapping[str, int] | None = None
 
     @property
     def sha256(self) -> str:
         """Of the documents, in order."""
-        return hashlib.sha256(json.dumps(self.documents).encode()).hexdigest()
+        content = [[(m.role, m.text) for m in document.messages] for document in self.documents]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def held_out_text(scenario: Scenario) -> EvaluationText:
-    """The scenario's held-out prompts; UsageError for a scenario too short to hold any out."""
+    """The scenario's held-out part; UsageError for a scenario too short to hold any out."""
     _, held_out = scenario.split()
     if not held_out:
         raise UsageError(
-            f"scenario {scenario.name}: holds {len(scenario.prompts)} prompts, and it takes at "
-            f"least {MIN_PROMPTS_TO_HOLD_OUT} to keep some for judging. Give it more."
+            f"scenario {scenario.name}: holds {scenario.distinct} prompts that are not alike, and "
+            f"it takes at least {MIN_PROMPTS_TO_HOLD_OUT} to keep some for judging. Give it more."
         )
     return EvaluationText(HELD_OUT, held_out)
 
@@ -47,7 +54,7 @@ def pool_texts(
     """The validation pool of each domain; of every one in the directory without `domains`."""
     pools = read_pools(directory, domains)
     return tuple(
-        EvaluationText(f"{name} pool", documents)
+        EvaluationText(f"{name} pool", tuple(map(plain, documents)))
         for name, documents in zip(pools.domains, pools.val, strict=True)
     )
 
@@ -57,15 +64,20 @@ def conversation_text(scenario: Scenario) -> EvaluationText:
     return EvaluationText(scenario.name, tuple(_conversations(scenario)))
 
 
-def _conversations(scenario: Scenario) -> Iterator[str]:
+def _conversations(scenario: Scenario) -> Iterator[Conversation]:
     if not scenario.turns:
-        yield from scenario.prompts
+        yield from scenario.conversations
         return
-    for _, turns in groupby(scenario.turns, key=lambda turn: turn.session):
-        yield "\n\n".join(
+    sessions = groupby(scenario.turns, key=lambda turn: turn.session)
+    written = {
+        session: "\n\n".join(
             turn.prompt if turn.answer is None else f"{turn.prompt}\n{turn.answer}"
             for turn in turns
         )
+        for session, turns in sessions
+    }
+    for session, conversation in enumerate(scenario.conversations):
+        yield conversation if conversation.chat else plain(written[session])
 
 
 PathLike = str | os.PathLike[str]
@@ -83,20 +95,30 @@ class Inputs:
     texts: tuple[EvaluationText, ...]
 
     def check_unseen(self, artifacts: Iterable[Artifacts]) -> None:
-        """UsageError where a document is one that calibrated the scenario's rows."""
-        calibration, _ = self.scenario.split()
-        seen = {_words(prompt): "the scenario's calibration prompts" for prompt in calibration}
+        """UsageError where a document is one that rows are calibrated on, holds it or is in it."""
+        seen = [("the scenario's calibration prompts", _contents(self.scenario.split()[0]))]
         for source in artifacts:
-            seen |= {
-                _words(text): f"the artifacts' {name} pool" for name, text in source.calibration
-            }
+            for domain in source.domains:
+                pool = [text for name, text in source.calibration if name == domain]
+                seen.append((f"the artifacts' {domain} pool", pool))
+        if self.wrong is not None:
+            seen.append(
+                (f"the prompts of --wrong {self.wrong.name}", _contents(self.wrong.split()[0]))
+            )
         for text in self.texts:
-            for document in self._pieces(text):
-                if place := seen.get(_words(document)):
+            documents = _contents(text.documents)
+            for place, texts in seen:
+                if shared := shared_texts(documents, texts):
                     raise UsageError(
-                        f"text {text.name}: {document[:_EXCERPT]!r} is among {place}, so it cannot "
-                        "judge them. Leave it out."
+                        f"text {text.name}: {len(shared)} of its {len(documents)} documents are "
+                        f"among {place}, such as {documents[shared[0]][:_EXCERPT]!r}, so they "
+                        "cannot judge them. Leave them out."
                     )
+
+    def within(self, tokenizer: Any, limit: int) -> Inputs:
+        """Every text as far as it is read: all, or whole documents spread evenly over one that has
+        more than `limit` tokens."""
+        return replace(self, texts=tuple(_within(tokenizer, text, limit) for text in self.texts))
 
     def check_answers(self) -> None:
         """UsageError unless there are evaluation sets and each holds answers."""
@@ -108,13 +130,6 @@ class Inputs:
                     f"--eval-set {evaluation_set.name}: holds no answer, so --generate has none "
                     "to compare with."
                 )
-
-    def _pieces(self, text: EvaluationText) -> Iterable[str]:
-        """Documents, and of conversations the prompts that they are made of."""
-        yield from text.documents
-        for evaluation_set in self.eval_sets:
-            if evaluation_set.name == text.name:
-                yield from evaluation_set.prompts
 
 
 def read_inputs(
@@ -143,5 +158,12 @@ def read_inputs(
     return Inputs(own, other, sets, tuple(texts))
 
 
-def _words(text: str) -> str:
-    return " ".join(text.split())
+def _within(tokenizer: Any, text: EvaluationText, limit: int) -> EvaluationText:
+    lengths = [document.tokens for document in token_texts(tokenizer, text.documents)]
+    kept = spread_whole(lengths, limit)
+    tokens = {"read": sum(lengths[place] for place in kept), "of": sum(lengths)}
+    return replace(text, documents=tuple(text.documents[place] for place in kept), tokens=tokens)
+
+
+def _contents(conversations: Iterable[Conversation]) -> list[str]:
+    return [conversation.content for conversation in conversations]

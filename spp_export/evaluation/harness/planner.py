@@ -18,7 +18,9 @@ from spp_export.calibration.mixture import (
     calibration_parts,
     gather_parts,
 )
+from spp_export.calibration.reading import scenario_text
 from spp_export.common.errors import UsageError
+from spp_export.common.options import DEFAULT_CALIBRATION_TOKENS
 from spp_export.data.artifacts import Artifacts
 from spp_export.data.scenario import Scenario
 from spp_export.domains.diagnosis import diagnose_prompts
@@ -45,7 +47,7 @@ class Planner:
     """Plans rows for a scenario. What rows share, such as scores and mixtures, is made once.
 
     wrong: another scenario, for the control of that name. others: artifacts by the name that rows
-    give them.
+    give them. calibration_tokens: most that are read of a scenario.
     """
 
     session: Session
@@ -53,6 +55,7 @@ class Planner:
     scenario: Scenario
     wrong: Scenario | None = None
     others: Mapping[str, Artifacts] = field(default_factory=dict)
+    calibration_tokens: int = DEFAULT_CALIBRATION_TOKENS
     _parts: dict[tuple[str, Text], tuple[WeightedTexts, ...]] = field(default_factory=dict)
     _options: dict[Row, UnitOptions] = field(default_factory=dict)
 
@@ -131,15 +134,16 @@ class Planner:
         mixing = requested_mixing(artifacts, PlanRequest())
         if text == "mean":
             return calibration_parts(artifacts, None, (), mixing)
-        prompts, _ = self._scenario(text).split()
+        scenario = self._scenario(text)
+        texts = scenario_text(self.session, scenario, self.calibration_tokens).calibration.texts
         if text == "own":
-            return (WeightedTexts(tuple(prompts), 1.0),)
-        mixture = diagnose_prompts(self.session, artifacts, prompts).shares
+            return (WeightedTexts(texts, 1.0),)
+        mixture = diagnose_prompts(self.session, artifacts, texts).shares
         if text == "single":
             likeliest = max(mixture, key=lambda domain: mixture[domain])
             mixture = {domain: float(domain == likeliest) for domain in mixture}
             mixing = Mixing(0.0, mixing.scenario_weight)
-        return calibration_parts(artifacts, mixture, prompts, mixing)
+        return calibration_parts(artifacts, mixture, texts, mixing)
 
     def _scenario(self, text: Text) -> Scenario:
         if text != "wrong":

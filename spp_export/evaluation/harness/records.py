@@ -33,6 +33,7 @@ _Object = Annotated[dict[str, Any], Field(default_factory=dict)]
 class _Text(Document):
     documents: int
     sha256: str
+    tokens: dict[str, int] | None = None
 
 
 class _Header(Document):

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spp_export.calibration.reading import Text, token_texts
 from spp_export.common.errors import CheckpointError
 from spp_export.common.progress import progress
 from spp_export.evaluation.batches import _TEXTS, exact_dtype, oracle_logits, session_batches
@@ -48,7 +49,7 @@ def check_directory(
     directory: Path,
     session: Session,
     compiled: Plan,
-    prompts: Sequence[str],
+    prompts: Sequence[Text],
     seed: int = 0,
     compensation: Compensator | None = None,
     *,
@@ -115,13 +116,13 @@ def _check_refit(directory: Path, source: Checkpoint, compensation: Compensator)
     )
 
 
-def check_tokenizer(directory: Path, session: Session, prompts: Sequence[str]) -> Check:
+def check_tokenizer(directory: Path, session: Session, prompts: Sequence[Text]) -> Check:
     """The tokenizer that travels gives the source's token ids."""
     from spp_export.evaluation.parity import Check
 
     ours = load_tokenizer(directory)
-    some = list(prompts[:_TEXTS])
-    same = ours(some)["input_ids"] == session.tokenizer(some)["input_ids"]
+    some = prompts[:_TEXTS]
+    same = token_texts(ours, some) == token_texts(session.tokenizer, some)
     return Check("token ids as the source's tokenizer gives them", same)
 
 
