@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from spp_export.common.errors import ScenarioError
+from spp_export.common.installation import install_command
 from spp_export.data.records import COLUMNS, KEYS, unknown_keys
 
 _DELIMITERS = ",;\t|"
@@ -57,8 +58,8 @@ def parquet_rows(data: bytes, label: str, max_bytes: int) -> Iterator[tuple[str,
         if error.name != "pyarrow":
             raise
         raise ScenarioError(
-            f"{label}: Parquet is read with the package pyarrow. Run: pip install pyarrow, or "
-            "write the file as .jsonl."
+            f"{label}: Parquet is read with the package pyarrow. Run: "
+            f"{install_command('pyarrow', extra=False)}, or write the file as .jsonl."
         ) from None
     number = size = 0
     try:

@@ -184,7 +184,7 @@ def test_bad_parquet(tmp_path):
 
 def test_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ScenarioError, match=r"pip install pyarrow, or write the file as \.jsonl"):
+    with pytest.raises(ScenarioError, match=r"Run: .* pyarrow, or write the file as \.jsonl"):
         read(tmp_path, "s.parquet", b"PAR1")
 
 
