@@ -35,6 +35,11 @@ MIN_PROMPTS_TO_HOLD_OUT = 4
 # A paragraph of so many lines is looked at: a person may have meant a prompt by each.
 _MANY_LINES = 8
 _SENTENCE_ENDS = tuple(".?!…。؟।\"')»」』\uff1f\uff01\u201d\u2019")
+# How lines of code begin.
+_CODE = re.compile(
+    r"(import|from|def|class|return|if|elif|else|for|while|with|try|except|raise|assert|yield|const"
+    r"|let|var|public|private|static|using|package|func|fn)\b|@"
+)
 _SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 _log = logging.getLogger(__name__)
@@ -224,7 +229,10 @@ def warn_of_lists(prompts: Sequence[str], label: str) -> None:
 def _look_like_prompts(lines: Sequence[str]) -> bool:
     """Whether most lines end as sentences do, or are too short to be lines of a wrapped text, which
     are about as long as the longest. Lines of code, lists and tables are none."""
-    other = sum(line[:1] in " \t#/|-*>" or line[-1:] in ":;{}(,|=\\" for line in lines)
+    other = sum(
+        line[:1] in " \t#/|-*>" or line[-1:] in ":;{}(,|=\\" or bool(_CODE.match(line))
+        for line in lines
+    )
     if other > len(lines) / 4:
         return False
     sentences = sum(line.endswith(_SENTENCE_ENDS) for line in lines)

@@ -233,6 +233,7 @@ LISTS = {
 TEXTS = {
     "wrapped": ["so many words that the line is full, and then it goes on to"] * 20 + ["the end."],
     "code": ["def f(x):", "    y = x + 1", "    return y * 2", "total = 0"] * 5,
+    "imports": ["import re", "from os import path", "import sys", "from json import dumps"] * 4,
     "a list": [f"- item {n}." for n in range(20)],
     "few lines": ["What is an acid?", "What is a base?"],
 }

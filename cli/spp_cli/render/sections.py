@@ -25,6 +25,9 @@ _SEPARATION, _ANGLE = 10, 4
 _MIXTURE_WIDTH = _NAME + 1 + _BAR + 1 + 6
 
 
+_READ_MORE = "--calibration-tokens reads more"
+
+
 def title(plan: Plan, target: str, look: Look) -> Text:
     """From what to what, and how."""
     text = Text()
@@ -47,14 +50,17 @@ def text_read(scenario: Mapping[str, Any]) -> list[RenderableType]:
             "held_out": {"read": int(read_apart), "of": int(there_apart)},
         }:
             line = f"read {read:,} of {there:,} tokens to calibrate on"
-            return [Text(f"{line}, {read_apart:,} of {there_apart:,} held out", style=FAINT)]
+            line += f", {read_apart:,} of {there_apart:,} held out"
+            more = "" if (read, read_apart) == (there, there_apart) else f"; {_READ_MORE}"
+            return [Text(line + more, style=FAINT)]
     # Of a plan that was written by hand, nothing is known but that this is JSON.
     return []
 
 
 def tokens_read(tokens: Mapping[str, Any]) -> list[Text]:
     """How much of a text was read."""
-    return [Text(f"read {tokens['read']:,} of {tokens['of']:,} tokens", style=FAINT)]
+    more = "" if tokens["read"] == tokens["of"] else f"; {_READ_MORE}"
+    return [Text(f"read {tokens['read']:,} of {tokens['of']:,} tokens{more}", style=FAINT)]
 
 
 def mixture(diagnosis: Mapping[str, Any], look: Look) -> list[Text]:
