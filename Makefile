@@ -68,7 +68,7 @@ help:
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable '.[demo,onnx,gguf,dev]'
+		--constraint constraints.txt --editable '.[onnx,gguf,dev]'
 	@touch $@
 
 demo: $(INSTALLED)

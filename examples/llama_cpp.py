@@ -1,6 +1,6 @@
 """Write a GGUF file with 8-bit weights and run it in llama.cpp.
 
-Needs the extra gguf: pip install 'spp-export[demo,gguf]'. The file works in any recent llama.cpp,
+Needs the extra gguf: pip install '.[gguf]' in a clone. The file works in any recent llama.cpp,
 for example `llama-cli -m out/chemistry-gguf/model.gguf`; this script uses the package xllamacpp.
 """
 

@@ -1,6 +1,6 @@
 """Write an ONNX graph and run it in ONNX Runtime, without PyTorch while it generates.
 
-Needs the extra onnx: pip install 'spp-export[demo,onnx]'
+Needs the extra onnx: pip install '.[onnx]' in a clone
 """
 
 from pathlib import Path

@@ -11,7 +11,7 @@ from spp_bench.bounds import Sizes
 from spp_bench.onnx_weights import stored_weights
 from spp_export.common.errors import OutputError
 from spp_export.common.json_files import read_json
-from spp_export.common.manifest import hash_file
+from spp_export.common.manifest import hash_file, require_export
 from spp_export.formats.onnx.files import onnx_options
 from spp_export.formats.onnx.options import OnnxOptions
 from spp_export.formats.settings import stock_settings
@@ -101,8 +101,7 @@ class Candidate:
 def read_out(directory: Path, source: Checkpoint) -> Out:
     """What a directory holds. Raises OutputError or PlanError where it is nothing to measure."""
     plan = directory / "plan.json"
-    if not plan.is_file():
-        raise OutputError(f"{directory}: no plan.json, so not an export of spp.")
+    require_export(directory)
     compiled = read_plan(plan)
     validate_plan(compiled, source.shape, source.fingerprint)
     return Out(

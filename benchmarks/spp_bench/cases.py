@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from spp_export.common.errors import UsageError
 from spp_export.common.options import DtypeName, check_word
+from spp_export.models.devices import require_device
 
 Ids = NDArray[np.int64]
 
@@ -68,10 +69,4 @@ def check_device(device: str, dtype: str | None) -> None:
         raise UsageError(f"--device {device}: expected cpu, cuda or cuda:N.")
     if dtype is not None:
         check_word("--dtype", dtype, get_args(DtypeName))
-    if device != "cpu":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise UsageError(
-                f"--device {device}: PyTorch finds no CUDA card here. Use --device cpu."
-            )
+    require_device(device)

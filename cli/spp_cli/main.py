@@ -92,7 +92,9 @@ def root(
     context: typer.Context,
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+        typer.Option(
+            "--version", metavar="", callback=_version, is_eager=True, help="Show the version."
+        ),
     ] = False,
 ) -> None:
     """One big language model in, many small scenario-specific ones out.
@@ -190,7 +192,8 @@ def explain(error: Exception) -> tuple[str, int]:
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "spp"
         message = error.format_message().replace("Value error, ", "").rstrip(".")
-        return f"{message}. See '{path} --help'.", 2
+        end = "" if message.endswith(("?", "!")) else "."
+        return f"{message}{end} See '{path} --help'.", 2
     # By name: torch has its own kind, and may not be loaded.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return (
@@ -201,7 +204,12 @@ def explain(error: Exception) -> tuple[str, int]:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}no space left on the disk. Make room, or choose another disk.", 2
     if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}.", 2
+        from spp_export.models.hub import cache_directory
+
+        advice = ""
+        if str(error.filename).startswith(str(cache_directory())):
+            advice = " Set SPP_CACHE to a directory that can be written."
+        return f"{error.filename}: {error.strerror}.{advice}", 2
     what = f"internal error: {type(error).__name__}: {error}"
     return f"{what}; run again with SPP_DEBUG=1 to see where.", 2
 

@@ -100,7 +100,9 @@ def _parameter(item: Field[Any], hint: Any) -> inspect.Parameter:
     known, required = fact(item), item.default is MISSING
     typed = known.type or _typed(hint)
     repeatable = get_origin(typed) is list
-    facts: dict[str, Any] = {"help": known.help, "metavar": known.metavar}
+    # A flag takes no word, so none is shown beside it.
+    metavar = "" if typed is bool else known.metavar
+    facts: dict[str, Any] = {"help": known.help, "metavar": metavar}
     kind = get_args(typed)[0] if repeatable else typed
     if known.parse and not repeatable:
         facts["parser"] = _parser(known.parse)

@@ -126,7 +126,7 @@ def _batches(checkpoint: Checkpoint, prompts: Sequence[Text], seed: int) -> list
     from spp_export.evaluation.batches import check_batches
 
     tokenizer = load_tokenizer(checkpoint.path) if prompts else None
-    return check_batches(checkpoint.shape.vocab_size, prompts, tokenizer, seed)
+    return check_batches(checkpoint, prompts, tokenizer, seed)
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,35 @@ from pathlib import Path
 from typing import Any
 
 from spp_export.common.disk import nearest
+from spp_export.common.errors import reason_of
 from spp_export.common.versions import cpu_name, library_versions
 from spp_export.formats.format import Library
 from spp_export.formats.registry import FORMATS
 from spp_export.models.hub import cache_directory
 
 PARTS = (
-    Library("torch", "torch", "everything that runs a model", "pip install spp-export"),
-    Library("transformers", "transformers", "models and tokenizers", "pip install spp-export"),
+    Library("torch", "torch", "everything that runs a model"),
+    Library("transformers", "transformers", "models and tokenizers"),
     *(library for made in FORMATS.values() for library in made.libraries),
-    Library("peft", "peft", "spp recover", "pip install 'spp-export[recover]'"),
-    Library("lm-eval", "lm_eval", "lm-evaluation-harness", "pip install lm-eval"),
-    Library("triton", "triton", "kernels on CUDA", "pip install triton"),
+    Library("peft", "peft", "spp recover", "recover"),
+    Library("lm-eval", "lm_eval", "lm-evaluation-harness"),
+    Library("triton", "triton", "kernels on CUDA"),
 )
+# What the main job takes, by import names; the default model is a GGUF file.
+_BASE = ("torch", "transformers")
+_DEFAULT_MODEL = (*_BASE, "gguf")
+
+
+def _jobs() -> Iterator[tuple[str, tuple[str, ...]]]:
+    """What commands do, and the libraries that they need for it."""
+    yield "export, plan, diagnose, probe, verify, eval, report, bench", _BASE
+    yield "the same with the default model", _DEFAULT_MODEL
+    for made in FORMATS.values():
+        if made.converted:
+            yield f"export --format {made.name}, convert --format {made.name}", made.required
+    for made in FORMATS.values():
+        yield f"chat with {made.title}", made.runs or _BASE
+    yield "recover", (*_BASE, "peft")
 
 
 @dataclass(frozen=True)
@@ -33,6 +49,21 @@ class InstalledLibrary:
     library: Library
     version: str | None
     problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What commands do; `missing` are the packages that they need for it and do not find, and
+    `install` the commands that add these."""
+
+    what: str
+    missing: tuple[str, ...] = ()
+    install: tuple[str, ...] = ()
+
+    @property
+    def works(self) -> bool:
+        """Whether it can be done here."""
+        return not self.missing
 
 
 @dataclass(frozen=True)
@@ -46,13 +77,15 @@ class CacheFolder:
 
 @dataclass(frozen=True)
 class Examination:
-    """The state of this installation; `problems` are what would stop an export."""
+    """The state of this installation; `problems` are what would stop an export, `jobs` what can be
+    done."""
 
     versions: dict[str, str]
     devices: tuple[dict[str, Any], ...]
     parts: tuple[InstalledLibrary, ...]
     caches: tuple[CacheFolder, ...]
     problems: tuple[str, ...]
+    jobs: tuple[Job, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -60,7 +93,12 @@ class Examination:
             "versions": self.versions,
             "devices": list(self.devices),
             "parts": [
-                {**asdict(part.library), "version": part.version, "problem": part.problem}
+                {
+                    **asdict(part.library),
+                    "install": part.library.install,
+                    "version": part.version,
+                    "problem": part.problem,
+                }
                 for part in self.parts
             ],
             "caches": [
@@ -68,6 +106,7 @@ class Examination:
                 for cache in self.caches
             ],
             "problems": list(self.problems),
+            "commands": [{**asdict(job), "works": job.works} for job in self.jobs],
         }
 
 
@@ -80,8 +119,28 @@ def doctor() -> Examination:
     parts = tuple(map(_examine, PARTS))
     caches = tuple(_caches())
     return Examination(
-        library_versions(), tuple(_devices()), parts, caches, tuple(_problems(parts, caches))
+        library_versions(),
+        tuple(_devices()),
+        parts,
+        caches,
+        tuple(_problems(parts, caches)),
+        tuple(_examined_jobs(parts)),
     )
+
+
+def _examined_jobs(parts: Sequence[InstalledLibrary]) -> Iterator[Job]:
+    working = {part.library.module for part in parts if part.version and part.problem is None}
+    for what, modules in _jobs():
+        libraries = [
+            next(part.library for part in parts if part.library.module == module)
+            for module in modules
+            if module not in working
+        ]
+        yield Job(
+            what,
+            tuple(library.package for library in libraries),
+            tuple(dict.fromkeys(library.install for library in libraries)),
+        )
 
 
 def _examine(library: Library) -> InstalledLibrary:
@@ -92,8 +151,8 @@ def _examine(library: Library) -> InstalledLibrary:
     try:
         importlib.import_module(library.module)
     except Exception as error:  # whatever a broken installation raises is what we are here to tell
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return InstalledLibrary(library, installed, f"{type(error).__name__}: {lines[0]}")
+        problem = f"{type(error).__name__}: {reason_of(error)}"
+        return InstalledLibrary(library, installed, problem)
     return InstalledLibrary(library, installed)
 
 
@@ -167,8 +226,8 @@ def _problems(parts: Sequence[InstalledLibrary], caches: Sequence[CacheFolder]) 
     ]
     names = {installed.library.package: installed for installed in parts}
     problems += [
-        f"{name} is missing, and nothing runs without it. Run: {names[name].library.install}"
-        for name in ("torch", "transformers")
+        f"{name} is missing, and spp is not whole without it. Run: {names[name].library.install}"
+        for name in _DEFAULT_MODEL
         if names[name].version is None
     ]
     problems += [

@@ -80,6 +80,10 @@ def load_many(
     Without names a plan is called what its scenario is, and else after its file. Arguments and
     errors are those of `load`.
     """
+    if device == "auto":
+        raise UsageError(
+            "--device auto: models that share tensors are on one device. Give cpu, or cuda."
+        )
     read = _named(plans)
     session = open_session(model, device=device, dtype=dtype)
     own = session.source.dtype_name if dtype is None else dtype

@@ -19,6 +19,7 @@ from spp_export.calibration.activations import TokenBatch, model_inputs, pad_row
 from spp_export.calibration.reading import Text, token_texts
 from spp_export.commands.requests import RecoverSettings
 from spp_export.common.errors import ModelError, UsageError
+from spp_export.common.installation import install_command, require_package
 from spp_export.models.families import Family
 
 # Adam's: the usual ones.
@@ -144,12 +145,4 @@ def training_batches(
 
 
 def _peft() -> Any:
-    try:
-        import peft
-    except ModuleNotFoundError as error:
-        if error.name != "peft":
-            raise
-        raise UsageError(
-            "recovering needs the package peft. Run: pip install 'spp-export[recover]'"
-        ) from error
-    return peft
+    return require_package("peft", "recovering", install_command("recover"))

@@ -20,7 +20,13 @@ from spp_export.common.errors import (
     UsageError,
 )
 from spp_export.common.json_files import dump_json
-from spp_export.common.manifest import MANIFEST_NAME, check_manifest, hash_file, write_manifest
+from spp_export.common.manifest import (
+    MANIFEST_NAME,
+    check_manifest,
+    hash_file,
+    require_export,
+    write_manifest,
+)
 from spp_export.common.options import command
 from spp_export.common.progress import progress
 from spp_export.common.publish import check_target, publish
@@ -322,8 +328,7 @@ class _Job:
 
 def _plan(directory: Path) -> Plan:
     """The plan of an export that can be recovered. Raises UsageError."""
-    if not (directory / "plan.json").is_file():
-        raise UsageError(f"{directory}: no plan.json, so not an export of spp.")
+    require_export(directory)
     if (written := detect_format(directory)) and written.converted:
         raise UsageError(
             f"{directory}: only exports with safetensors can be trained. Recover that one, and "

@@ -19,7 +19,12 @@ from spp_export.evaluation.harness.table import interval, ranking, units_name
 from spp_export.evaluation.remarks import FEW_TOKENS
 from spp_export.formats.format import Format
 from spp_export.formats.registry import FORMATS, detect_format
-from spp_export.models.checkpoint.checkpoint import Checkpoint, open_source
+from spp_export.models.checkpoint.checkpoint import (
+    ADAPTER_NAME,
+    CONFIG_NAME,
+    Checkpoint,
+    open_source,
+)
 from spp_export.planning import Plan, read_plan
 
 _SIZES = ("parameters", "file_bytes", "kv_bytes_per_token")
@@ -62,6 +67,11 @@ def show(request: ShowRequest) -> Shown:
         raise UsageError(f"{place}: no such file or directory.")
     if place.suffix == ".jsonl" and place.is_file():
         return Shown("evaluation", _evaluation_facts(read_results(place)))
+    if not place.is_dir() and place.suffix != ".json":
+        raise UsageError(
+            f"{place}: expected a plan (.json), results of 'spp eval' (.jsonl), or a directory: an "
+            "export, artifacts, a model."
+        )
     if not place.is_dir():
         return Shown("plan", _plan_facts(read_plan(place)))
     if (place / RESULTS).is_file():
@@ -71,7 +81,7 @@ def show(request: ShowRequest) -> Shown:
         return _artifacts(place)
     if "plan.json" in names:
         return _export(place, detect_format(place, names) or FORMATS["safetensors"])
-    if "config.json" in names:
+    if names & {CONFIG_NAME, ADAPTER_NAME}:  # of an adapter it says what it is
         return Shown("dense model", _model_facts(open_source(place)), _problems(place))
     raise UsageError(
         f"{place}: is neither an export, an artifacts directory, a model nor an evaluation; it has "

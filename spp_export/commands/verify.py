@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from spp_export.commands.quality import gate, measure_file
 from spp_export.commands.requests import VerifyRequest
 from spp_export.common.disk import scratch_folder
-from spp_export.common.errors import OutputError, UsageError
-from spp_export.common.manifest import check_manifest, listed_names
+from spp_export.common.errors import UsageError
+from spp_export.common.manifest import check_manifest, require_export
 from spp_export.common.options import command
 from spp_export.data.scenario import read_scenario
 from spp_export.formats.format import Promise
@@ -33,11 +33,10 @@ def verify(request: VerifyRequest) -> VerifyReport:
 
         assert spp_export.verify("out/chemistry", model="org/name").passed
     """
+    directory = Path(request.out)
+    require_export(directory)
     from spp_export.evaluation.parity import Check, VerifyReport
 
-    directory = Path(request.out)
-    if not (directory / "plan.json").is_file() and "plan.json" not in listed_names(directory):
-        raise OutputError(f"{directory}: no plan.json, so not an export of spp.")
     problems = check_manifest(directory)
     integrity = Check("files as the manifest lists them", not problems, detail="; ".join(problems))
     if problems:

@@ -21,6 +21,17 @@ A message is one line: what is wrong, what was expected and what is there, what 
 
 from __future__ import annotations
 
+_LONGEST_REASON = 300
+
+
+def reason_of(error: BaseException) -> str:
+    """What an exception of another library says, in one line: the cause is often in the last of
+    several."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, KeyError):  # which says no more than the key
+        text = f"{type(error).__name__}: {text}"
+    return text if len(text) <= _LONGEST_REASON else f"{text[: _LONGEST_REASON - 3]}..."
+
 
 class SppError(Exception):
     """Base of every error that `spp` reports as one line; `exit_code` is the process's status."""

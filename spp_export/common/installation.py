@@ -7,15 +7,16 @@ import importlib.util
 import json
 import re
 import shlex
-import shutil
 import sys
 from collections.abc import Sequence
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 from types import ModuleType
-from urllib.parse import unquote, urlsplit
+from typing import TYPE_CHECKING
 
 from spp_export.common.errors import UsageError
+
+if TYPE_CHECKING:
+    from importlib.metadata import Distribution
 
 _NAME = "spp-export"
 _ROOT = Path(__file__).resolve().parents[2]
@@ -62,6 +63,8 @@ def _clone() -> tuple[Path, bool] | None:
     """The clone that this package runs in (True) or was installed from; None without one."""
     if (_ROOT / "pyproject.toml").is_file():
         return _ROOT, True
+    from urllib.parse import unquote, urlsplit
+
     found = _distribution()
     address = urlsplit((_address(found) if found else None) or "")
     place = Path(unquote(address.path))
@@ -70,6 +73,8 @@ def _clone() -> tuple[Path, bool] | None:
 
 
 def _distribution() -> Distribution | None:
+    from importlib.metadata import PackageNotFoundError, distribution
+
     try:
         return distribution(_NAME)
     except PackageNotFoundError:
@@ -88,6 +93,8 @@ def _address(found: Distribution) -> str | None:
 def _installer() -> Sequence[str]:
     """What installs packages into the environment that runs: pipx's own has its name, and others
     may lack pip, as those of uv do."""
+    import shutil
+
     if pipx := _PIPX.search(Path(sys.prefix).as_posix()):
         return ["pipx", "inject", pipx[1]]
     if importlib.util.find_spec("pip") is None:

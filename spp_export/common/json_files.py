@@ -109,6 +109,8 @@ def parse_json(
         text = decode_utf8(text, what=what, error=error)
     if len(text) > MAX_JSON_BYTES:
         raise _too_large(what, MAX_JSON_BYTES, error)
+    if not text.strip():
+        raise error(f"{what}: is empty, expected JSON.")
     try:
         _check_extent(text, max_depth, max_items)
         value = json.loads(

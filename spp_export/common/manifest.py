@@ -15,6 +15,7 @@ from spp_export.common.documents import Document, validated
 from spp_export.common.errors import CheckpointError, OutputError
 from spp_export.common.json_files import MAX_JSON_BYTES, dump_json, parse_json, read_bytes, shown
 
+_PLAN = "plan.json"
 MANIFEST_NAME = "manifest.json"
 _TOOL = "spp"
 _SCHEMA_VERSION = 1
@@ -100,6 +101,21 @@ def wrote(directory: Path) -> bool:
     except CheckpointError:
         return False
     return True
+
+
+def require_export(directory: Path) -> None:
+    """OutputError, which says what is there instead, unless a directory is or was an export."""
+    if not directory.exists():
+        raise OutputError(
+            f"{directory}: no such directory. Give one that 'spp export' or 'spp convert' wrote."
+        )
+    if not directory.is_dir():
+        raise OutputError(
+            f"{directory}: expected a directory that 'spp export' or 'spp convert' wrote, got a "
+            "file."
+        )
+    if not (directory / _PLAN).is_file() and _PLAN not in listed_names(directory):
+        raise OutputError(f"{directory}: no {_PLAN}, so not an export of spp.")
 
 
 def listed_names(directory: Path) -> frozenset[str]:

@@ -239,6 +239,7 @@ def _described(request: Any) -> str:
     return "\n".join(lines)
 
 
+_DEVICE = re.compile(r"cpu|auto|mps|(cuda|xpu)(:\d{1,3})?")
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
@@ -277,6 +278,17 @@ class Device(Request):
     """Where models run."""
 
     device: str = option("cpu", panel=RUNNING, metavar="NAME", help="cpu, cuda, cuda:1, auto.")
+
+    def check(self) -> None:
+        """UsageError for what is the name of no device; whether there is one is another matter."""
+        super().check()
+        check_device_name(self.device)
+
+
+def check_device_name(device: str) -> None:
+    """UsageError for what is the name of no device that a model could run on."""
+    if not _DEVICE.fullmatch(device):
+        raise UsageError(f"--device {device:.40}: expected cpu, cuda, cuda:1, mps, xpu or auto.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from spp_export.common.disk import (
     sync,
     working_place,
 )
-from spp_export.common.errors import OutputError
+from spp_export.common.errors import OutputError, SppError
 from spp_export.common.manifest import wrote
 from spp_export.common.signals import Cleanup
 
@@ -44,7 +44,13 @@ def publish(target: Path, force: bool = False) -> Iterator[Path]:
     with _reporting(target), _parents_of(target), working_place(target) as place:
         work = place / "new"
         work.mkdir()
-        yield work
+        try:
+            yield work
+        except SppError as error:
+            if str(work) not in str(error):
+                raise
+            # Of the place that users know, and not of one that will be gone.
+            raise type(error)(str(error).replace(str(work), str(target))) from error
         _flush(work)
         _check(target, force)
         _move_into_place(work, target, place / ASIDE_NAME, force)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spp_export.common.memory import free_memory
+from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.families import Role
 from spp_export.models.session import Session
 from spp_export.models.shape import resident_parameters
@@ -34,28 +35,30 @@ _RANDOM_TOKENS = 48
 
 
 def check_batches(
-    vocab_size: int, prompts: Sequence[Text], tokenizer: Any, seed: int
+    source: Checkpoint, prompts: Sequence[Text], tokenizer: Any, seed: int
 ) -> list[TokenBatch]:
     """The tokens that parity is checked on: how the first texts begin, or random tokens without
-    any."""
+    any, as many as the model's context holds."""
     import torch
 
     from spp_export.calibration.activations import TokenBatch, token_batches
     from spp_export.calibration.reading import token_texts
 
+    context = source.config.get("max_position_embeddings")
+    room = context if isinstance(context, int) and context > 0 else _TOKENS_PER_TEXT
     if prompts:
-        some = token_texts(tokenizer, prompts[:_TEXTS])
-        return token_batches(tokenizer, [text.beginning(_TOKENS_PER_TEXT) for text in some])
+        most, some = min(_TOKENS_PER_TEXT, room), token_texts(tokenizer, prompts[:_TEXTS])
+        return token_batches(tokenizer, [text.beginning(most) for text in some])
     generator = torch.Generator().manual_seed(seed)
-    size = (_RANDOM_ROWS, _RANDOM_TOKENS)
-    ids = torch.randint(vocab_size, size, generator=generator)
+    size = (_RANDOM_ROWS, min(_RANDOM_TOKENS, room))
+    ids = torch.randint(source.shape.vocab_size, size, generator=generator)
     return [TokenBatch(ids, torch.ones_like(ids), tuple(range(_RANDOM_ROWS)))]
 
 
 def session_batches(session: Session, prompts: Sequence[Text], seed: int) -> list[TokenBatch]:
     """`check_batches` for a session's model, whose tokenizer is read only for prompts."""
     tokenizer = session.tokenizer if prompts else None
-    return check_batches(session.source.shape.vocab_size, prompts, tokenizer, seed)
+    return check_batches(session.source, prompts, tokenizer, seed)
 
 
 def oracle_logits(

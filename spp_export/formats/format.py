@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import ModuleType
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -23,6 +21,7 @@ from typing import (
 )
 
 from spp_export.common.errors import UsageError
+from spp_export.common.installation import install_command, require_package
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -99,13 +98,18 @@ class Library:
     package  as pip names it
     module   as Python imports it
     use      what it is for
-    install  how to get it
+    extra    of this package that has it; None where it is a matter of its own
     """
 
     package: str
     module: str
     use: str
-    install: str
+    extra: str | None = None
+
+    @property
+    def install(self) -> str:
+        """The command that adds it to this installation."""
+        return install_command(self.extra or self.package, extra=self.extra is not None)
 
 
 @dataclass(frozen=True)
@@ -241,6 +245,7 @@ class Format(ABC, Generic[OptionsT]):
     ragged     whether it holds layers whose KV groups differ in size
     libraries   libraries for it
     required   those, by their import names, without which nothing is written or checked
+    runs       those without which 'spp chat' does not run it
     """
 
     name: ClassVar[str]
@@ -256,11 +261,13 @@ class Format(ABC, Generic[OptionsT]):
     ragged: ClassVar[bool] = False
     libraries: ClassVar[tuple[Library, ...]] = ()
     required: ClassVar[tuple[str, ...]] = ()
+    runs: ClassVar[tuple[str, ...]] = ()
 
     def require(self) -> None:
         """UsageError unless all that writing and checking takes is installed."""
-        for module in self.required:
-            require_package(module, self.title, f"pip install 'spp-export[{self.name}]'")
+        for library in self.libraries:
+            if library.module in self.required:
+                require_package(library.module, self.title, library.install)
 
     def holds(self, names: Iterable[str]) -> bool:
         """Whether files of these names hold a model in this format."""
@@ -318,14 +325,3 @@ class Format(ABC, Generic[OptionsT]):
         self, directory: Path, *, device: str, dtype: str | None, threads: int | None
     ) -> RunningModel:
         """The model in a directory. Raises UsageError where it cannot be run here."""
-
-
-def require_package(module: str, title: str, install: str) -> ModuleType:
-    """An optional library by its import name; UsageError that says how to install it."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        # The library's own missing parts are another matter than the library missing.
-        if error.name != module.partition(".")[0]:
-            raise
-        raise UsageError(f"{title} needs the package {error.name}. Run: {install}") from error

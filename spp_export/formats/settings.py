@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spp_export.common.errors import ModelError
+from spp_export.common.errors import ModelError, reason_of
 from spp_export.common.json_files import shown
+from spp_export.common.progress import quiet_transformers
 from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.families import Family
 from spp_export.models.shape import ModelShape
@@ -82,10 +83,12 @@ def stock_settings(
         # A slim model's count, which the stock config would refuse; nothing here depends on it.
         values["num_attention_heads"] = values["num_key_value_heads"] = 1
     try:
-        stock: Any = AutoConfig.for_model(family.model_type, **values)
+        with quiet_transformers():
+            stock: Any = AutoConfig.for_model(family.model_type, **values)
     except Exception as error:  # each version of transformers has its own kinds
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{directory}: config.json is refused by transformers: {first}") from error
+        raise ModelError(
+            f"{directory}: config.json is refused by transformers: {reason_of(error)}"
+        ) from error
     if stock.hidden_act not in _ACTIVATIONS:
         raise ModelError(
             f"{directory}: hidden_act {shown(stock.hidden_act)} is not known here; "
@@ -145,7 +148,6 @@ def _rotary(settings: Settings, family: Family) -> Any:
     try:
         return getattr(modeling, name).rotary_class(config=settings.stock)
     except Exception as error:  # settings are used as they are, whatever they are
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"config.json: rotary settings are refused by transformers: {first:.120}"
+            f"config.json: rotary settings are refused by transformers: {reason_of(error)}"
         ) from error

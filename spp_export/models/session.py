@@ -13,6 +13,7 @@ from spp_export.common.memory import free_memory
 from spp_export.common.progress import progress
 from spp_export.models.checkpoint.checkpoint import Checkpoint, open_source
 from spp_export.models.checkpoint.reader import require_unchanged
+from spp_export.models.devices import require_device
 from spp_export.models.hub import DEMO, locate_model
 from spp_export.models.tokenizer import ModelTokenizer, load_tokenizer
 
@@ -107,6 +108,7 @@ def open_session(
             "--layerwise runs on one device, and --device auto spreads the model over several. "
             "Give one of the two."
         )
+    require_device(device)
     location = locate_model(model)
     source = open_source(location.path, location.name)
     if dtype is None:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from spp_export.common.errors import ModelError
+from spp_export.common.errors import ModelError, reason_of
+from spp_export.common.installation import install_command, require_package
 from spp_export.common.json_files import dump_json
 from spp_export.common.progress import quiet_transformers
 from spp_export.models.checkpoint.checkpoint import TOKENIZER_FILES, read_config
@@ -28,6 +29,9 @@ _WHOLE = "tokenizer.json"
 # Classes that read tokenizer.json as it is, by the names that transformers 4 and 5 give them.
 _PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
+# Without them there is tokenizer.model alone, which other packages read.
+_READ_BY_THEMSELVES = tuple(name for name in _FILES if name != "tokenizer.model")
+_SENTENCEPIECE = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
 
 
 class ModelTokenizer:
@@ -106,6 +110,10 @@ def load_tokenizer(
             f"{shown}: no tokenizer that transformers can load: expected one of "
             f"{', '.join(_FILES)} beside config.json."
         )
+    if not any((directory / file).exists() for file in _READ_BY_THEMSELVES):
+        for module, package in _SENTENCEPIECE.items():
+            install = install_command(package, extra=False)
+            require_package(module, f"{shown}: tokenizer.model", install)
     plain = without_torch and (directory / _WHOLE).is_file()
     # By name: AutoTokenizer imports torch.
     kind = getattr(transformers, "PreTrainedTokenizerFast" if plain else "AutoTokenizer")
@@ -117,9 +125,8 @@ def load_tokenizer(
         # What the tokenizers library panics with is no Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"{shown}: no tokenizer that transformers can load: {first:.300}"
+            f"{shown}: no tokenizer that transformers can load: {reason_of(error)}"
         ) from error
     return ModelTokenizer(loaded, rows, shown)
 

@@ -213,7 +213,7 @@ def test_curves_are_drawn(measured, tmp_path):
     [
         ({"rounds": 0}, "--rounds 0"),
         ({"device": "tpu"}, "--device tpu"),
-        ({"device": "cuda:1"}, "--device cuda:1: PyTorch finds no CUDA card"),
+        ({"device": "cuda:1"}, "--device cuda:1: PyTorch sees no CUDA card"),
         ({"dtype": "int3"}, "--dtype int3"),
         ({"contexts": ()}, "--context"),
     ],

@@ -258,8 +258,9 @@ def test_plan_says_where_it_was_written(library, tmp_path):
             ["plan", "--scenario", "my s.txt", "--keep", "0.6", "--model", "m", "--artifacts", "a"],
             "spp export --scenario 'my s.txt' --model m --artifacts a --keep 0.6",
         ),
+        (["export", "--scenario", "s.txt"], "spp chat out/chemistry --prompt ..."),
         (
-            ["export", "--scenario", "s.txt"],
+            ["export", "--scenario", "s.txt", "--no-verify"],
             "spp verify out/chemistry --scenario s.txt\nnext: spp chat out/chemistry --prompt ...",
         ),
         (

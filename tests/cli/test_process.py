@@ -87,7 +87,16 @@ def test_usage_and_its_errors_import_nothing_heavy(arguments):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["show", "nowhere"], ["plan", "--scenario", "missing.txt"], ["export"], ["diagnose", "-"]],
+    [
+        ["show", "nowhere"],
+        ["plan", "--scenario", "missing.txt"],
+        ["export"],
+        ["diagnose", "-"],
+        ["chat", "nowhere"],
+        ["verify", "nowhere"],
+        ["recover", "nowhere", "--data", "missing.txt"],
+        ["convert", "nowhere", "-o", "elsewhere"],
+    ],
 )
 def test_what_is_refused_before_a_model_is_read_imports_no_torch(arguments):
     modules, _ = imported(*arguments)

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from spp_export import show
-from spp_export.common.errors import ArtifactsError, PlanError, UsageError
+from spp_export.common.errors import ArtifactsError, UsageError
 from spp_export.common.manifest import write_manifest
 from spp_export.data.artifacts import Artifacts, write_artifacts
 
@@ -289,7 +289,7 @@ def test_nothing_we_know(tmp_path):
     with pytest.raises(UsageError, match="neither an export, an artifacts directory, a model nor"):
         show(tmp_path)
     (tmp_path / "text.txt").write_text("hello")
-    with pytest.raises(PlanError, match="not valid JSON"):
+    with pytest.raises(UsageError, match=r"text\.txt: expected a plan"):
         show(tmp_path / "text.txt")
     (tmp_path / "artifacts.json").write_text("{}")
     with pytest.raises(ArtifactsError):

@@ -132,7 +132,7 @@ def test_the_check_that_is_left_can_fail(workshop, tmp_path):
     out = exported_onnx(workshop, NAME, "per-layer", "none", OPTIONS)
     slim = open_checkpoint(workshop.exported(NAME, "per-layer", "none").path)
     weights = GraphWeights(out.path, slim.family, slim.shape, slim.layers)
-    batches = check_batches(slim.shape.vocab_size, (), None, seed=3)
+    batches = check_batches(slim, (), None, seed=3)
 
     def reference(name, change):
         place = write_dequantised(

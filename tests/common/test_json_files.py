@@ -37,7 +37,8 @@ def test_a_byte_order_mark_is_accepted(tmp_path):
 @pytest.mark.parametrize(
     ("data", "match"),
     [
-        (b"", r"not valid JSON at line 1, column 1"),
+        (b"", "is empty, expected JSON"),
+        (b"nothing", r"not valid JSON at line 1, column 1"),
         (b'{"a": 1,\n "b" 2}', r"line 2, column 6"),
         (b"[1] 2", "Extra data"),
         (b'["\x01"]', "Invalid control character"),

@@ -27,6 +27,7 @@ def export(request: ExportRequest, out: Output) -> None:
     if result.pushed:
         out.note(f"pushed to {result.pushed.url}")
     if path:
-        model = non_default(request).get("model")
-        out.hint(command_line("verify", path, model=model, scenario=request.scenario))
+        if not request.verify:
+            model = non_default(request).get("model")
+            out.hint(command_line("verify", path, model=model, scenario=request.scenario))
         out.hint(command_line("chat", path, prompt="..."))

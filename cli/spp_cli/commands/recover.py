@@ -14,7 +14,7 @@ def recover(request: RecoverRequest, out: Output) -> None:
 
     The result has the layout of OUT and is checked as an export is. It is published only where it
     predicts text that it was not trained on better than OUT. An interrupted run goes on where it
-    was. Needs the extra spp-export[recover].
+    was. Needs the extra recover; 'spp doctor' says how to install it.
 
     Example: spp recover out/chemistry --data chemistry.jsonl --steps 200 -o out/recovered
     """
@@ -25,4 +25,4 @@ def recover(request: RecoverRequest, out: Output) -> None:
     from spp_cli.render.summary import recover_summary
 
     out.result(result.to_dict, lambda look: recover_summary(result, look), brief=str(result.path))
-    out.hint(command_line("verify", result.path, model=non_default(request).get("model")))
+    out.hint(command_line("chat", result.path, prompt="..."))

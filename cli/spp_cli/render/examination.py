@@ -12,7 +12,7 @@ from rich.text import Text
 from spp_cli.render.look import BAD, FAINT, GOOD, STRONG, Look, byte_size, single_line
 
 if TYPE_CHECKING:
-    from spp_export.commands.doctor import Examination
+    from spp_export.commands.doctor import Examination, Job
 
 
 def examination_report(examination: Examination, look: Look) -> RenderableType:
@@ -44,6 +44,8 @@ def examination_report(examination: Examination, look: Look) -> RenderableType:
         ("engines and extras", parts),
     ):
         lines += [Text(name, style=STRONG), _table(rows), Text()]
+    jobs = [[Text(job.what), *_possible(job)] for job in examination.jobs]
+    lines += [Text("what commands can do here", style=STRONG), _table(jobs), Text()]
     if not examination.problems:
         return Group(*lines, Text("nothing stands in the way", style=GOOD))
     return Group(
@@ -51,7 +53,16 @@ def examination_report(examination: Examination, look: Look) -> RenderableType:
     )
 
 
-def _table(rows: Sequence[Sequence[str]]) -> Table:
+def _possible(job: Job) -> list[Text]:
+    if job.works:
+        return [Text("yes", style=GOOD), Text()]
+    return [
+        Text("no", style=BAD),
+        Text(f"needs {', '.join(job.missing)}: {'; '.join(job.install)}"),
+    ]
+
+
+def _table(rows: Sequence[Sequence[str | Text]]) -> Table:
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)

@@ -14,14 +14,15 @@ from numpy.typing import NDArray
 
 from spp_export.commands.chat.reader import Reader
 from spp_export.commands.requests import DEFAULT_NEW_TOKENS, ChatRequest
-from spp_export.common.errors import UsageError
+from spp_export.common.errors import CheckpointError, UsageError, reason_of
 from spp_export.common.options import command
 from spp_export.common.progress import progress
 from spp_export.formats.format import Format, ReadsText, RunningModel
 from spp_export.formats.registry import FORMATS, detect_format
 from spp_export.formats.sampling import Chooser, Sampling, greedy
-from spp_export.models.checkpoint.checkpoint import read_config
+from spp_export.models.checkpoint.checkpoint import CONFIG_NAME, read_config
 from spp_export.models.checkpoint.companions import GENERATION_CONFIG, companion_object
+from spp_export.models.checkpoint.reader import nothing_to_read
 from spp_export.models.hub import DEMO, demo_model
 from spp_export.models.stop_tokens import stop_tokens
 from spp_export.models.tokenizer import load_tokenizer
@@ -169,12 +170,14 @@ class Chat:
             prompt.encode()
         except UnicodeEncodeError:
             raise UsageError("the prompt is not UTF-8 text.") from None
+        if not self.raw and not prompt.strip():
+            raise _empty()
         return prompt if self.raw else self._templated(prompt)
 
     def _ids(self, text: str) -> list[int]:
         ids = list(self._tokenizer(text, add_special_tokens=self.raw)["input_ids"])
         if not ids:
-            raise UsageError("the prompt is empty. Give the model something to go on from.")
+            raise _empty()
         return ids
 
     def _room(self, ids: Sequence[int]) -> int:
@@ -188,19 +191,21 @@ class Chat:
         return room
 
     def _templated(self, prompt: str) -> str:
-        from jinja2 import TemplateError
-
         messages = [*self._system, *self._turns, {"role": "user", "content": prompt}]
         try:
             text: str = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is a program of the model's makers
             raise UsageError(
-                f"the model's chat template refuses this conversation: {error}. "
+                f"the model's chat template refuses this conversation: {reason_of(error)}. "
                 "Leave out --system, or use --raw."
             ) from error
         return text
+
+
+def _empty() -> UsageError:
+    return UsageError("the prompt is empty. Give the model something to go on from.")
 
 
 @command(ChatRequest)
@@ -282,6 +287,8 @@ def _find(directory: str | os.PathLike[str]) -> Path:
 def _format(directory: Path) -> Format[Any]:
     """The format of what is in a directory. Raises UsageError where that is no model."""
     made = detect_format(directory)
+    if made is None and (directory / CONFIG_NAME).exists():
+        raise CheckpointError(nothing_to_read(directory))
     if made is None:
         files = " or ".join(made.marker or made.weights for made in FORMATS.values())
         raise UsageError(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from spp_export.common.errors import ModelError, UsageError
 from spp_export.formats.format import FileChecks, Format, Library, ModelFiles, Promise, RunningModel
 from spp_export.formats.gguf.engines import gguf_engines
-from spp_export.formats.gguf.options import BLOCK, GGUF_NAME, INSTALL, GgufOptions
+from spp_export.formats.gguf.options import BLOCK, GGUF_NAME, GgufOptions
 from spp_export.models.engines import Engine
 
 if TYPE_CHECKING:
@@ -30,10 +30,11 @@ class Gguf(Format[GgufOptions]):
     weights = "*.gguf"
     marker = GGUF_NAME
     libraries = (
-        Library("gguf", "gguf", "the default model, --format gguf", INSTALL),
-        Library("xllamacpp", "xllamacpp", "llama.cpp, for GGUF files", INSTALL),
+        Library("gguf", "gguf", "the default model, --format gguf"),
+        Library("xllamacpp", "xllamacpp", "llama.cpp, for GGUF files", "gguf"),
     )
     required = ("gguf",)
+    runs = ("xllamacpp",)
 
     def prepare(self, options: GgufOptions, checkpoint: Checkpoint, plan: Plan) -> ModelFiles:
         from spp_export.formats.gguf.files import GgufFiles

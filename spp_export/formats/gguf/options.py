@@ -8,7 +8,8 @@ from types import ModuleType
 from typing import Literal, get_args
 
 from spp_export.common.errors import UsageError
-from spp_export.formats.format import FormatOptions, require_package
+from spp_export.common.installation import install_command, require_package
+from spp_export.formats.format import FormatOptions
 
 Precision = Literal["fp32", "fp16", "bf16"]
 # Blocks of 32 values of a row with one scale.
@@ -28,9 +29,6 @@ GGUF_NAME = "model.gguf"
 FILE_TYPES: Mapping[Kind, int] = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32}
 _KINDS: Mapping[Precision, Kind] = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 _STORED: Mapping[str, Precision] = {"F16": "fp16", "BF16": "bf16"}
-
-# The extra also has a llama.cpp, xllamacpp.
-INSTALL = "pip install 'spp-export[gguf]'"
 
 
 @dataclass(frozen=True)
@@ -75,4 +73,4 @@ class GgufOptions(FormatOptions):
 
 def require(name: str = "gguf") -> ModuleType:
     """An optional library by its import name; UsageError that says how to install it."""
-    return require_package(name, "GGUF", INSTALL)
+    return require_package(name, "GGUF", install_command(name, extra=False))

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spp_export.common.errors import UsageError
+from spp_export.common.installation import install_command
 from spp_export.formats.format import Feed
 from spp_export.formats.gguf.header import read_gguf
 from spp_export.formats.gguf.llama_cpp import LlamaCpp, is_installed
-from spp_export.formats.gguf.options import INSTALL
 
 # Tokens that llama.cpp tells the probabilities of.
 _LIKELIEST = 512
@@ -74,7 +74,7 @@ def load_gguf(path: Path, device: str, dtype: str | None, threads: int | None) -
         raise UsageError(f"--device {device}: GGUF runs on the CPU here. Drop --device.")
     if not is_installed():
         raise UsageError(
-            f"{path}: 'spp chat' needs the package xllamacpp. Run: {INSTALL}, or talk to it with "
-            "llama.cpp's llama-cli -m."
+            f"{path}: 'spp chat' needs the package xllamacpp. Run: {install_command('gguf')} or "
+            "talk to it with llama.cpp's llama-cli -m."
         )
     return LlamaModel(path, threads)

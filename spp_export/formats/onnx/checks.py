@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spp_export.calibration.activations import TokenBatch
-from spp_export.common.errors import UsageError
+from spp_export.common.errors import UsageError, reason_of
 from spp_export.evaluation.parity import Check, ReferenceLogits
 from spp_export.formats.onnx.options import OnnxOptions, Precision, require
 from spp_export.formats.onnx.read import GraphWeights
@@ -54,8 +54,7 @@ def check_graph(directory: Path) -> Check:
         onnx.checker.check_model(directory / GRAPH_NAME)
         onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return Check(name, False, detail=first)
+        return Check(name, False, detail=reason_of(error))
     return Check(name, True, detail=f"{len(model.graph.node)} nodes")
 
 

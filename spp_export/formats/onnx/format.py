@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from spp_export.formats.format import FileChecks, Format, Library, ModelFiles, Promise, RunningModel
 from spp_export.formats.onnx.engines import onnx_engines
-from spp_export.formats.onnx.options import ATTENTIONS, INSTALL, PRECISIONS, OnnxOptions
+from spp_export.formats.onnx.options import ATTENTIONS, PRECISIONS, OnnxOptions
 from spp_export.models.engines import Engine
 
 if TYPE_CHECKING:
@@ -28,26 +28,15 @@ class Onnx(Format[OnnxOptions]):
     weights = "model.onnx*"
     marker = "model.onnx"
     libraries = (
-        Library("onnx", "onnx", "--format onnx", INSTALL),
-        Library("onnx-ir", "onnx_ir", "--format onnx", INSTALL),
-        Library("onnxruntime", "onnxruntime", "ONNX on the CPU", INSTALL),
-        Library(
-            "onnxruntime-gpu", "onnxruntime", "ONNX on CUDA", "pip install 'spp-export[onnx-gpu]'"
-        ),
-        Library(
-            "onnxruntime-genai",
-            "onnxruntime_genai",
-            "another engine for ONNX directories",
-            "pip install onnxruntime-genai",
-        ),
-        Library(
-            "optimum-onnx",
-            "optimum.onnxruntime",
-            "ORTModelForCausalLM",
-            "pip install 'spp-export[optimum]'",
-        ),
+        Library("onnx", "onnx", "--format onnx", "onnx"),
+        Library("onnx-ir", "onnx_ir", "--format onnx", "onnx"),
+        Library("onnxruntime", "onnxruntime", "ONNX on the CPU", "onnx"),
+        Library("onnxruntime-gpu", "onnxruntime", "ONNX on CUDA", "onnx-gpu"),
+        Library("onnxruntime-genai", "onnxruntime_genai", "another engine for ONNX directories"),
+        Library("optimum-onnx", "optimum.onnxruntime", "ORTModelForCausalLM", "optimum"),
     )
     required = ("onnx", "onnx_ir", "onnxruntime")
+    runs = ("onnxruntime",)
 
     def prepare(self, options: OnnxOptions, checkpoint: Checkpoint, plan: Plan) -> ModelFiles:
         from spp_export.formats.onnx.files import OnnxFiles

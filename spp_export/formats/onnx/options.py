@@ -8,7 +8,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from spp_export.common.errors import UsageError
-from spp_export.formats.format import FormatOptions, require_package
+from spp_export.common.installation import install_command, require_package
+from spp_export.formats.format import FormatOptions
 
 if TYPE_CHECKING:
     from spp_export.models.shape import ModelShape
@@ -37,8 +38,6 @@ GRAPH_VERSION = 1
 # As safetensors spells them.
 STORED: Mapping[Precision, str] = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-
-INSTALL = "pip install 'spp-export[onnx]'"
 
 
 @dataclass(frozen=True)
@@ -134,4 +133,4 @@ class OnnxOptions(FormatOptions):
 
 def require(name: str) -> ModuleType:
     """An optional library by its import name; UsageError that says how to install it."""
-    return require_package(name, "ONNX", INSTALL)
+    return require_package(name, "ONNX", install_command("onnx"))

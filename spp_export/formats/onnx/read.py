@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spp_export.common.errors import CheckpointError
+from spp_export.common.errors import CheckpointError, reason_of
 from spp_export.formats.onnx.options import require
 from spp_export.formats.onnx.projection import EMBEDDING
 from spp_export.formats.onnx.quantise import Quantised, dequantise
@@ -130,6 +130,5 @@ def _graph(directory: Path) -> Any:
     try:
         model = onnx_ir.load(path)
     except Exception as error:  # protobuf's own kinds among them
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path}: cannot be read as ONNX: {first}") from error
+        raise CheckpointError(f"{path}: cannot be read as ONNX: {reason_of(error)}") from error
     return model.graph

@@ -44,7 +44,7 @@ class Safetensors(Format[SafetensorsOptions]):
     reference = "the dense model with the same units masked"
     converted = False
     ragged = True
-    libraries = (Library("vllm", "vllm", "a server for many users", "pip install vllm"),)
+    libraries = (Library("vllm", "vllm", "a server for many users"),)
 
     def prepare(
         self, options: SafetensorsOptions, checkpoint: Checkpoint, plan: Plan

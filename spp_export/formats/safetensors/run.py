@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from spp_export.calibration.activations import input_device
-from spp_export.common.errors import UsageError
 from spp_export.formats.format import Feed
+from spp_export.models.devices import require_device
 from spp_export.models.loader import load_slim
 
 
@@ -52,20 +52,9 @@ class TorchModel:
 
 def load_torch(directory: Path, device: str, dtype: str | None, threads: int | None) -> TorchModel:
     """The model in a directory. Raises UsageError where it cannot be run here."""
-    _check_device(device)
+    require_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
     if dtype is None and device == "cpu":
         dtype = "float32"
     return TorchModel(load_slim(directory, dtype=dtype, device=device))
-
-
-def _check_device(device: str) -> None:
-    if device == "auto":
-        return
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise UsageError(f"--device {device}: expected cpu, cuda, cuda:1 or auto.") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device {device}: PyTorch sees no CUDA card here. Use --device cpu.")

@@ -33,7 +33,7 @@ TOKENIZER_FILES = (
 )
 # What transformers follows without being asked to trust anything: a model to put the weights on,
 # repositories of kernels, another file of weights.
-_ADAPTER_NAME = "adapter_config.json"
+ADAPTER_NAME = "adapter_config.json"
 _CODE_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation")
 _WEIGHTS_KEY = "transformers_weights"
 _MAX_PUBLIC_NAME = 120
@@ -117,7 +117,7 @@ def _open_dense(path: Path, name: str | None, config: Mapping[str, Any]) -> Chec
     shape = family.read_shape(config, _element_bytes(family, stored))
     _check_layers(path, shape, stored, "Fetch the model again.")
     specs = {spec.name: spec for spec in family.tensors(shape, shape.layers)}
-    _check_names(path, family, shape, specs, stored)
+    _check_names(path, family, shape, specs, stored, config)
     tensors = {name: stored[name] for name in specs}
     for spec in specs.values():
         _check_tensor(spec, tensors[spec.name])
@@ -169,14 +169,11 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     if not path.is_dir():
         raise ModelError(f"{path}: expected a model directory.")
+    if os.path.lexists(path / ADAPTER_NAME):
+        raise ModelError(_adapter(path))
     config = read_json(model_file(path, CONFIG_NAME), what="config", error=ModelError)
     if not isinstance(config, dict):
         raise ModelError(f"{path / CONFIG_NAME}: expected a JSON object.")
-    if os.path.lexists(path / _ADAPTER_NAME):
-        raise ModelError(
-            f"{path}: has {_ADAPTER_NAME}, which would load another model in this one's place. "
-            "Merge the adapter into its model, or remove the file."
-        )
     for key in _CODE_KEYS:
         if not _names_no_code(config.get(key)):
             raise ModelError(
@@ -188,6 +185,19 @@ def read_config(path: Path) -> dict[str, Any]:
             "Remove it."
         )
     return config
+
+
+def _adapter(path: Path) -> str:
+    if os.path.lexists(path / CONFIG_NAME):
+        return (
+            f"{path}: has {ADAPTER_NAME}, which would load another model in this one's place. "
+            "Merge the adapter into its model, or remove the file."
+        )
+    return (
+        f"{path}: is a LoRA adapter ({ADAPTER_NAME} and no {CONFIG_NAME}). Merge it into its "
+        "model: peft.AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload()"
+        ".save_pretrained(NEW_DIR), then copy the tokenizer's files."
+    )
 
 
 def _names_no_code(value: Any) -> bool:
@@ -219,8 +229,11 @@ def _check_names(
     shape: ModelShape,
     specs: Mapping[str, TensorSpec],
     stored: Mapping[str, StoredTensor],
+    config: Mapping[str, Any],
 ) -> None:
     head = f"{family.head}.weight"
+    if specs.keys() != stored.keys():
+        _check_architecture(path, family, config)
     if not shape.tied_embeddings and head not in stored:
         raise CheckpointError(
             f"{path}: tensor {show(head)} is missing, and config.json does not tie it to the "
@@ -239,6 +252,17 @@ def _check_names(
         raise CheckpointError(
             f"{path}: {_named(sorted(unknown))} unknown to the {family.model_type} family with "
             "this config. Nothing is skipped silently: remove it, or correct config.json."
+        )
+
+
+def _check_architecture(path: Path, family: Family, config: Mapping[str, Any]) -> None:
+    """Of a model that lacks tensors, or has others: what else it may be."""
+    named = config.get("architectures")
+    kinds = [kind for kind in named if isinstance(kind, str)] if isinstance(named, list) else []
+    if kinds and not any(kind.endswith("ForCausalLM") for kind in kinds):
+        raise ModelError(
+            f"{path}: is a {kinds[0]!s:.60}, which writes no text; expected "
+            f"{family.architecture}. Give the causal language model that it was made from."
         )
 
 

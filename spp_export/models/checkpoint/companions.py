@@ -43,7 +43,10 @@ def companion(directory: Path, name: str) -> Path | None:
     if not os.path.lexists(directory / name):
         return None
     path = model_file(directory, name)
-    if (size := path.stat().st_size) > MAX_COMPANION_BYTES:
+    size = path.stat().st_size
+    if not size and path.suffix in (".json", ".model"):
+        raise ModelError(f"{directory / name}: is empty. Fetch the model again.")
+    if size > MAX_COMPANION_BYTES:
         raise ModelError(
             f"{directory / name}: has {size} bytes, at most {MAX_COMPANION_BYTES} are read. "
             "Fetch the model again."

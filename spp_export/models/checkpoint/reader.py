@@ -30,6 +30,7 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 BLOCK_BYTES = 4 << 20
 _SUFFIX = ".safetensors"
+_PICKLES = (".bin", ".pt", ".pth", ".bin.index.json")
 _MAX_NAME = 120
 
 
@@ -43,7 +44,7 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     if os.path.lexists(directory / WEIGHTS_NAME):
         return read_header(model_file(directory, WEIGHTS_NAME))
     if not os.path.lexists(directory / INDEX_NAME):
-        raise CheckpointError(_nothing_to_read(directory))
+        raise CheckpointError(nothing_to_read(directory))
     index = model_file(directory, INDEX_NAME)
     tensors: dict[str, StoredTensor] = {}
     for name, promised in sorted(_promised(index).items()):
@@ -250,15 +251,22 @@ def _check_against_index(
         )
 
 
-def _nothing_to_read(directory: Path) -> str:
+def nothing_to_read(directory: Path) -> str:
+    """What is said of a directory without weights that are read."""
     if not directory.is_dir():
         return f"{directory}: no such directory."
-    pickles = sorted(path.name for path in directory.glob("pytorch_model*.bin*"))
+    names = sorted(path.name for path in directory.iterdir())
+    pickles = [name for name in names if name.endswith(_PICKLES)]
     if pickles:
         return (
-            f"{directory}: has {pickles[0]} but no safetensors, and pickles are not read. Convert "
-            "it: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR), then copy "
-            "the tokenizer's files."
+            f"{directory}: has {pickles[0]:.80} but no safetensors, and pickles are not read. "
+            "Convert it: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR), then "
+            "copy the tokenizer's files."
+        )
+    if any(name.endswith(_SUFFIX) for name in names):
+        return (
+            f"{directory}: has safetensors, but neither {WEIGHTS_NAME} nor {INDEX_NAME}, which "
+            "says what is in them. Fetch the model again."
         )
     return (
         f"{directory}: expected {WEIGHTS_NAME} or {INDEX_NAME}. "

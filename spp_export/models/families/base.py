@@ -146,9 +146,16 @@ class Family:
                 f"config.json: no head_dim, and hidden_size {hidden} is not a multiple of "
                 f"num_attention_heads {query_heads}. Add head_dim."
             )
+        layers = _size(config, "num_hidden_layers")
+        types = config.get("layer_types")
+        if isinstance(types, list) and len(types) != layers:
+            raise ModelError(
+                f"config.json: layer_types is of {len(types)} layers, and num_hidden_layers is "
+                f"{layers}. Correct the one that is wrong."
+            )
         return ModelShape(
             model_type=self.model_type,
-            num_layers=_size(config, "num_hidden_layers"),
+            num_layers=layers,
             hidden_size=hidden,
             query_heads=query_heads,
             kv_heads=kv_heads,

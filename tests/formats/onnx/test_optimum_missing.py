@@ -15,7 +15,7 @@ def test_a_missing_optimum_says_what_to_install(monkeypatch):
     for name in [name for name in sys.modules if name.startswith("optimum.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delitem(sys.modules, "spp_export.formats.onnx.runtime.optimum", raising=False)
-    with pytest.raises(UsageError, match=r"pip install 'spp-export\[optimum\]'"):
+    with pytest.raises(UsageError, match=r"install .*\[optimum\]"):
         _ = spp_export.formats.onnx.runtime.ORTSlimForCausalLM
 
 

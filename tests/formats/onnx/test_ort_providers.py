@@ -77,13 +77,13 @@ def test_threads_must_be_some(graph: Path) -> None:
 
 def test_without_the_package(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(UsageError, match=r"pip install 'spp-export\[onnx\]'"):
+    with pytest.raises(UsageError, match=r"install .*\[onnx\]"):
         session(graph)
 
 
 def test_without_a_cuda_provider(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CPU])
-    with pytest.raises(UsageError, match=r"pip install 'spp-export\[onnx-gpu\]'") as caught:
+    with pytest.raises(UsageError, match=r"install .*\[onnx-gpu\]") as caught:
         session(graph, "cuda")
     assert "must not both be installed" in str(caught.value)
     assert "\n" not in str(caught.value)

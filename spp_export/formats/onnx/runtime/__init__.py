@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from spp_export.common.errors import UsageError
+from spp_export.common.installation import install_command
 from spp_export.formats.onnx.runtime.generation import Chooser, Sampling, generate, greedy
 from spp_export.formats.onnx.runtime.model import Decoding, OrtModel
 from spp_export.formats.onnx.runtime.providers import session
@@ -35,5 +36,5 @@ def __getattr__(name: str) -> Any:
         if error.name not in {"optimum", "optimum.onnxruntime"}:
             raise
         raise UsageError(
-            f"{name} needs the package optimum-onnx. Run: pip install 'spp-export[optimum]'"
+            f"{name} needs the package optimum-onnx. Run: {install_command('optimum')}"
         ) from error

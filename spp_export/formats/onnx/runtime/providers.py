@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from spp_export.common.errors import CheckpointError, SppError, UsageError
+from spp_export.common.installation import install_command
 from spp_export.formats.onnx.options import require
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -27,7 +28,7 @@ def cuda_index(device: str) -> int | None:
     """The card that "cuda" or "cuda:N" names; None for "cpu". UsageError for anything else."""
     match = _DEVICE.fullmatch(device)
     if not match:
-        raise UsageError(f"device {device!r:.40}: expected cpu, cuda or cuda:N for an ONNX model.")
+        raise UsageError(f"--device {device:.40}: expected cpu, cuda or cuda:N for an ONNX model.")
     return None if match[1] else int(match[2] or 0)
 
 
@@ -104,9 +105,9 @@ def _options(runtime: ModuleType, threads: int | None) -> Any:
 def _find_cuda(runtime: ModuleType) -> None:
     if CUDA not in runtime.get_available_providers():
         raise UsageError(
-            "device cuda: the installed onnxruntime has no CUDA provider. Run: "
-            "pip uninstall onnxruntime onnxruntime-gpu && pip install 'spp-export[onnx-gpu]' "
-            "(onnxruntime and onnxruntime-gpu must not both be installed)."
+            "--device cuda: the installed onnxruntime has no CUDA provider. Uninstall onnxruntime "
+            "and onnxruntime-gpu, which must not both be installed, then run: "
+            f"{install_command('onnx-gpu')}"
         )
     if preload := getattr(runtime, "preload_dlls", None):
         # It prints what it does not find, which the session then misses.
@@ -117,5 +118,5 @@ def _find_cuda(runtime: ModuleType) -> None:
 def _no_cuda(what: str, reason: str) -> UsageError:
     return UsageError(
         f"{what}: CUDA cannot be used: {reason}. See nvidia-smi for the driver, run "
-        "pip install 'spp-export[onnx-gpu]' for the libraries, or use --device cpu."
+        f"{install_command('onnx-gpu')} for the libraries, or use --device cpu."
     )
