@@ -33,8 +33,8 @@ _ROOM = {"fp32": 64.0, "fp16": 4.0, "bf16": 4.0}
 # What quantising takes from a weight, as a share of its norm, in the worst form: uniform over a
 # step that is the block's range over 2^bits - 1, with room for blocks of uneven values.
 # KL to the model of a graph's own weights that rounding of activations may take, as a share of the
-# uniform distribution's.
-_SHARE_OF_UNIFORM = 0.1
+# uniform distribution's: in blocks, and by tensor. Of the default model in int4 it is 0.003.
+_SHARE_OF_UNIFORM = {"int4": 0.03, "int8": 0.03, "int8-dynamic": 0.1}
 _LOST_QUANTISED = {"int4": 0.25, "int8": 0.02, "int8-dynamic": 0.05}
 
 Logits = NDArray[np.float32]
@@ -122,11 +122,12 @@ def check_quantised(
     exact = model.with_exact_products()
     checks = () if exact is None else check_logits(exact, reference, options)
     name = f"{options.quant} graph against the model of its own weights"
-    return (*checks, _check_agreement(name, model, reference))
+    share = _SHARE_OF_UNIFORM[str(options.quant)]
+    return (*checks, _check_agreement(name, model, reference, share))
 
 
-def _check_agreement(name: str, model: OrtModel, reference: ReferenceLogits) -> Check:
-    """Mean KL in nats, beside a share of what the uniform distribution has."""
+def _check_agreement(name: str, model: OrtModel, reference: ReferenceLogits, share: float) -> Check:
+    """Mean KL in nats, at most a share of what the uniform distribution has."""
     kl = uniform = 0.0
     tokens = 0
     pairs = zip(_exact_rows(reference), row_logits(model, reference.batches), strict=True)
@@ -137,7 +138,7 @@ def _check_agreement(name: str, model: OrtModel, reference: ReferenceLogits) -> 
         kl += float((p * (log_p - log_q)).sum())
         uniform += float((p * (log_p + np.log(exact.shape[-1]))).sum())
         tokens += len(exact)
-    mean, limit = kl / tokens, _SHARE_OF_UNIFORM * uniform / tokens
+    mean, limit = kl / tokens, share * uniform / tokens
     return Check(name, mean <= limit, mean, limit, f"mean KL in nats, {tokens} tokens")
 
 
