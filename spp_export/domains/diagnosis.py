@@ -148,10 +148,9 @@ def diagnose_activations(
 
     Without `regime` it is chosen: out-of-domain when the text is unfamiliar, or when the in-domain
     probabilities of the prompts' likeliest domains are, on average, below the artifacts' threshold;
-    else cross-domain
-    when two or more domains have at least their threshold's share of the mixture. The temperatures
-    of cross-domain text are for prompts that mix domains: a prompt plainly of one domain, in a
-    scenario of several, is still read at those of in-domain text.
+    else cross-domain when two or more domains have at least their threshold's share of the mixture.
+    The temperatures of cross-domain text are for prompts that mix domains: a prompt plainly of one
+    domain, in a scenario of several, is still read at those of in-domain text.
     """
     probabilities_NPK = probe_probabilities(pooled_NLd, artifacts, regime or IN_DOMAIN)
     familiar = Familiar.of(artifacts)

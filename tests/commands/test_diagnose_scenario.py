@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 import spp_export
 from spp_export.common.errors import ArtifactsError, OutputError, ScenarioError, UsageError
+from spp_export.data.scenario import read_scenario
 
 NAME = "llama-gqa-bias"
 DOMAINS = tuple(ALPHABETS)
@@ -45,7 +46,7 @@ def test_a_domain_is_recognised(workshop, scenarios, name, domain):
     assert found.mixture.sum() == pytest.approx(1)
     assert (found.mixture >= 0).all()
     assert 0 <= found.breadth <= 1
-    assert found.prompts == 6
+    assert (found.prompts, found.held_out) == (5, 1)
 
 
 @pytest.mark.parametrize("name", [case.name for case in CASES])
@@ -70,7 +71,8 @@ def test_probabilities_are_those_of_the_probes_by_the_formula(workshop, scenario
         layer.post_attention_layernorm.register_forward_pre_hook(
             lambda _, args, rows=rows: rows.append(args[0][0].double().mean(0).numpy())
         )
-    prompts = scenarios["all"].read_text().strip().split("\n\n")
+    calibration, _ = read_scenario(scenarios["all"]).split()
+    prompts = [conversation.content for conversation in calibration]
     with torch.no_grad():
         for prompt in prompts:
             model(**tokenizer(prompt, return_tensors="pt"))
@@ -99,7 +101,8 @@ def test_layers_are_reported_on_request(workshop, scenarios):
 
 
 def test_the_order_and_padding_of_prompts_do_not_count(workshop, tmp_path):
-    prompts = [*texts("figures", 3, 5, 100, 120), *texts("small", 3, 5, 1, 3)]
+    # So few that none is held out.
+    prompts = [*texts("figures", 2, 5, 100, 120), *texts("small", 1, 5, 1, 3)]
 
     def found(name, prompts):
         return diagnose(workshop, write_texts(tmp_path / name, prompts), regime="in-domain")
@@ -120,11 +123,11 @@ def test_text_of_no_domain_still_has_a_mixture(workshop, tmp_path, name, prompts
     assert 0 <= found.breadth <= 1
 
 
-def test_export_diagnoses_without_the_held_out_prompts(workshop):
+def test_export_and_diagnose_read_the_same_part_of_a_file(workshop):
     result = workshop.exported(NAME, "per-layer", "none").result
-    assert diagnose(workshop, workshop.scenario).prompts == 8
-    assert result.diagnosis.prompts == 6
-    assert result.plan.diagnosis["prompts"] == 6
+    alone = diagnose(workshop, workshop.scenario)
+    assert (alone.prompts, alone.held_out) == (6, 2)
+    assert alone.to_dict() == result.diagnosis.to_dict() == dict(result.plan.diagnosis)
 
 
 def test_regimes(workshop, scenarios):
