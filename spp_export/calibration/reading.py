@@ -223,5 +223,5 @@ def read_pools_within(tokenizer: Any, pools: Pools, limit: int) -> PoolsReading:
         available += sum(lengths)
         return tuple(prompts[place] for place in kept)
 
-    parts = {name: tuple(map(within, getattr(pools, name))) for name in ("train", "val")}
-    return PoolsReading(replace(pools, **parts), tokens, available)
+    train, val = (tuple(map(within, part)) for part in (pools.train, pools.val))
+    return PoolsReading(replace(pools, train=train, val=val), tokens, available)

@@ -160,8 +160,8 @@ class Scoring:
         family, shape = session.source.family, session.source.shape
         history = None
         if not full:
-            pools = [text for part in self.parts if part.domain for text in part.texts]
-            history = history_of(session, pools)
+            texts = [text for part in self.parts if part.domain for text in part.texts]
+            history = history_of(session, [text for text in texts if isinstance(text, str)])
         return scenario_scores(
             session.model,
             family,
