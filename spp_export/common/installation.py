@@ -51,12 +51,12 @@ def _parts(extra: str) -> list[str]:
     if clone is not None:
         place, editable = clone
         return [*(["-e"] if editable else []), f"{place}[{extra}]"]
-    found = _distribution()
-    if found is None or _address(found) is None:
+    installed = _distribution()
+    if installed is None or _address(installed) is None:
         return [f"{_NAME}[{extra}]"]
-    wanted = re.compile(rf"""extra\s*==\s*["']{re.escape(extra)}["']""")
-    needed = (line.partition(";") for line in found.requires or ())
-    return [name.strip() for name, _, marker in needed if wanted.search(marker)]
+    of_extra = re.compile(rf"""extra\s*==\s*["']{re.escape(extra)}["']""")
+    needed = (line.partition(";") for line in installed.requires or ())
+    return [name.strip() for name, _, marker in needed if of_extra.search(marker)]
 
 
 def _clone() -> tuple[Path, bool] | None:
@@ -65,8 +65,8 @@ def _clone() -> tuple[Path, bool] | None:
         return _ROOT, True
     from urllib.parse import unquote, urlsplit
 
-    found = _distribution()
-    address = urlsplit((_address(found) if found else None) or "")
+    installed = _distribution()
+    address = urlsplit((_address(installed) if installed else None) or "")
     place = Path(unquote(address.path))
     known = address.scheme == "file" and (place / "pyproject.toml").is_file()
     return (place, False) if known else None
@@ -81,10 +81,10 @@ def _distribution() -> Distribution | None:
         return None
 
 
-def _address(found: Distribution) -> str | None:
+def _address(installed: Distribution) -> str | None:
     """Where the package came from, if not from an index (PEP 610)."""
     try:
-        url = json.loads(found.read_text("direct_url.json") or "{}").get("url")
+        url = json.loads(installed.read_text("direct_url.json") or "{}").get("url")
     except (ValueError, AttributeError):
         return None
     return url if isinstance(url, str) else None
