@@ -31,7 +31,6 @@ def probe(request: ProbeRequest) -> Artifacts:
     each fourth text validates.
 
         spp_export.probe("pools", "artifacts", model="org/name")
-        spp_export.probe(add_domain={"law": "law.txt"}, output="with-law")
     """
     from spp_export.domains.probe_model import ProbeSettings, probe_model
     from spp_export.domains.scores import DEFAULT_CRITERIA

@@ -21,7 +21,7 @@ from spp_export.common.manifest import check_manifest
 
 NAME = "llama-mha-tied"
 FORMATS = ("safetensors", "onnx")
-SMALL, SAMPLE = 2400, 64  # bytes of a file that is tried at every offset, and offsets of others
+SMALL, SAMPLE = 4000, 64  # bytes of a file that is tried at every offset, and offsets of others
 
 
 @pytest.fixture(scope="module", params=FORMATS)

@@ -16,7 +16,7 @@ from spp_cli.main import app
 from spp_export import RecoverSettings
 from spp_export.commands import recover as module
 from spp_export.commands.lora import Recovery
-from spp_export.common.errors import CheckpointError, QualityError, UsageError
+from spp_export.common.errors import CheckpointError, OutputError, QualityError, UsageError
 from spp_export.common.manifest import check_manifest
 
 NAMES = [case.name for case in CASES]
@@ -125,11 +125,11 @@ def test_what_cannot_be_recovered_is_refused(workshop, data, tmp_path):
     name = NAMES[0]
     padded = workshop.exported(name, "padded")
     dense = str(padded.dense)
-    for directory, match in (
-        (padded.path, "padded with zeros"),
-        (padded.dense, "no plan.json"),
+    for directory, error, match in (
+        (padded.path, UsageError, "padded with zeros"),
+        (padded.dense, OutputError, "no plan.json, so not an export of spp"),
     ):
-        with refused(UsageError, match):
+        with refused(error, match):
             spp_export.recover(directory, data, tmp_path / "x", model=dense)
     short = write_texts(tmp_path / "short.txt", ["a"])
     with refused(UsageError, "no text of two tokens"):
@@ -156,7 +156,7 @@ def test_the_command_says_what_it_did(workshop, data, tmp_path):
     assert found.exit_code == 0, found.output
     assert "4 steps" in found.stdout
     assert "perplexity" in found.stdout
-    assert "spp verify" in found.stderr
+    assert "next: spp chat" in found.stderr
 
 
 def test_what_is_converted_from_it_says_that_the_dense_model_does_not_know_it(

@@ -246,8 +246,12 @@ def test_another_tokenizer_is_found_on_text(workshop, copy, good):
 
 
 def test_what_is_no_export_is_an_error(workshop, tmp_path, good):
-    for path in (tmp_path, tmp_path / "nothing", good.dense, workshop.artifacts(NAME)):
-        with pytest.raises(OutputError, match=r"no plan.json, so not an export of spp") as caught:
+    nothing = tmp_path / "nothing"
+    for path in (tmp_path, nothing, good.dense, workshop.artifacts(NAME)):
+        message = (
+            "no such directory" if path == nothing else "no plan.json, so not an export of spp"
+        )
+        with pytest.raises(OutputError, match=message) as caught:
             check(path, good)
         assert caught.value.exit_code == 2
     with pytest.raises(ModelError, match="no such directory"):

@@ -275,7 +275,7 @@ _PUBLISHED = json.dumps(
                 {"prompt": "And 3?", "answer": ["6"]},
             ],
         },
-        {"turns": []},
+        {"turns": [{"query": "And 4?"}]},
     ]
 )
 _OLD_ROPE = {"rope_scaling": {"type": "linear", "factor": 2.0}}

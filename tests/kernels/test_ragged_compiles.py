@@ -19,7 +19,7 @@ pointers = dict.fromkeys(("starts", "ends", "heads", "first"), "*i64")
 pointers |= dict.fromkeys(("parts", "sums"), "*fp32") | {"scale": "fp32"}
 blocks = {"CAUSAL": True, "BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_D": 16, "WIDEN": False, "BLOCK_P": 8}
 for element, fixed in (("*fp32", {}), ("*bf16", {"starts": None, "ends": None, "CAUSAL": False})):
-    types = pointers | dict.fromkeys(("query", "key", "value", "found"), element)
+    types = pointers | dict.fromkeys(("query", "key", "value", "output"), element)
     for kernel in (kernels._whole, kernels._split, kernels._join):
         constants = {k: v for k, v in (blocks | fixed).items() if k in kernel.arg_names}
         signature = {name: types.get(name, "i32") for name in kernel.arg_names}

@@ -144,7 +144,7 @@ def test_refusals(tmp_path, valid, path, value, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "not valid JSON"),
+        ("", "is empty, expected JSON"),
         ("[]", "the document is a list of 0"),
         ('{"a": 1, "a": 2}', "appears twice"),
         ('{"rest": NaN}', "not a finite number"),
