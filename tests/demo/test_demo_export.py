@@ -51,8 +51,10 @@ def all_cores():
     torch.set_num_threads(before)
 
 
-def few_texts(directory):
+@pytest.fixture(scope="module")
+def few_texts(tmp_path_factory):
     """The model's artifacts with a twelfth of the text of every domain, as their directory."""
+    directory = tmp_path_factory.mktemp("demo") / "artifacts"
     artifacts = read_artifacts(bundled_artifacts())
     thin = replace(artifacts, calibration=artifacts.calibration[::12])
     assert {domain for domain, _ in thin.calibration} == set(artifacts.domains)
@@ -62,10 +64,9 @@ def few_texts(directory):
 
 
 @pytest.fixture(scope="module", params=["few texts", pytest.param("all texts", marks=SLOW)])
-def demo(request, tmp_path_factory):
-    root = tmp_path_factory.mktemp("demo")
-    target = root / "chemistry"
-    artifacts = few_texts(root / "artifacts") if request.param == "few texts" else None
+def demo(request, few_texts, tmp_path_factory):
+    target = tmp_path_factory.mktemp("demo") / "chemistry"
+    artifacts = few_texts if request.param == "few texts" else None
     result = export(SCENARIO, target, artifacts=artifacts, keep=0.8)
     dense = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.float32)
     slim = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
@@ -73,12 +74,13 @@ def demo(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def uniform(tmp_path_factory):
-    """Without what takes long: no re-fit, no checks."""
+def uniform(few_texts, tmp_path_factory):
+    """Without what takes long: few texts, no re-fit, no checks."""
     target = tmp_path_factory.mktemp("demo") / "uniform"
     return export(
         SCENARIO,
         target,
+        artifacts=few_texts,
         keep=0.8,
         layout="uniform",
         compensate="none",
