@@ -15,7 +15,7 @@ from types import FrameType
 import pytest
 
 # No slow machine takes this long for a test; no test has a limit of its own.
-_DEADLOCK_MINUTES = 60
+_DEADLOCK_MINUTES = 15
 
 # transformers copies a checkpoint's own code here before it runs it, and reads the variables once,
 # when it is first imported.

@@ -25,7 +25,7 @@ from spp_export.common.disk import clear_leftovers, free_space, working_place
 from spp_export.common.errors import OutputError
 from spp_export.common.manifest import hash_file
 from spp_export.models.checkpoint.checkpoint import TOKENIZER_FILES, Checkpoint
-from spp_export.models.checkpoint.companions import companion
+from spp_export.models.checkpoint.companions import TOKENIZER_CONFIG, companion
 from spp_export.models.checkpoint.reader import as_bytes, blocks
 from spp_export.models.checkpoint.writer import Shard, TensorEntry, header_of
 from spp_export.models.hub import cache_directory
@@ -45,20 +45,26 @@ _DTYPES = {4: "F32", 8: "F64"}
 
 
 def cache_paths(
-    source: Checkpoint, texts: Sequence[str | TokenText], kinds: Iterable[str], dtype: str
-) -> dict[str, Path]:
-    """The file of each kind of statistics of `texts`, whether or not it is there.
+    source: Checkpoint,
+    collections: Sequence[Sequence[str | TokenText]],
+    kinds: Iterable[str],
+    dtype: str,
+) -> list[dict[str, Path]]:
+    """The file of each kind of statistics of each collection of texts, whether or not it is there.
 
     `dtype` is the one that the model computes in.
     """
-    sample, reading = _sample(source), _tokenizer(source.path)
-    content = [text.runs if isinstance(text, TokenText) else text for text in texts]
-    paths = {}
-    for kind in kinds:
-        decided = json.dumps([_VERSIONS[kind], source.fingerprint, sample, reading, dtype, content])
-        key = hashlib.sha256(decided.encode()).hexdigest()
-        paths[kind] = cache_directory() / "statistics" / f"{key[:32]}.safetensors"
-    return paths
+    kinds, model = tuple(kinds), (source.fingerprint, _sample(source), _tokenizer(source.path))
+    collected = []
+    for texts in collections:
+        content = [text.runs if isinstance(text, TokenText) else text for text in texts]
+        paths = {}
+        for kind in kinds:
+            decided = json.dumps([_VERSIONS[kind], *model, dtype, content])
+            key = hashlib.sha256(decided.encode()).hexdigest()
+            paths[kind] = cache_directory() / "statistics" / f"{key[:32]}.safetensors"
+        collected.append(paths)
+    return collected
 
 
 def _sample(source: Checkpoint) -> str:
@@ -75,7 +81,7 @@ def _sample(source: Checkpoint) -> str:
 def _tokenizer(directory: Path) -> str:
     """SHA-256 of the files that say how text is read."""
     digest = hashlib.sha256()
-    for name in ("tokenizer_config.json", *TOKENIZER_FILES):
+    for name in (TOKENIZER_CONFIG, *TOKENIZER_FILES):
         if path := companion(directory, name):
             digest.update(f"{name}\0{hash_file(path).sha256}\n".encode())
     return digest.hexdigest()
@@ -171,8 +177,8 @@ def require_cache_space(
     that are not in it yet."""
     missing = {
         path: statistics_bytes(session.source.shape, kind)
-        for collection in texts
-        for kind, path in cache_paths(session.source, collection, kinds, session.dtype).items()
+        for paths in cache_paths(session.source, texts, kinds, session.dtype)
+        for kind, path in paths.items()
         if not path.exists()
     }
     count, free = sum(missing.values()), free_space(cache_directory())

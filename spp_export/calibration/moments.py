@@ -209,7 +209,7 @@ def gather_all(
     for.
     """
     kinds, layers = tuple(kinds), source.shape.num_layers
-    gathered = tuple(Collection(cache_paths(source, texts, kinds, dtype)) for texts in collections)
+    gathered = tuple(map(Collection, cache_paths(source, collections, kinds, dtype)))
     missing = [
         {
             kind

@@ -25,7 +25,7 @@ from spp_export.common.manifest import check_manifest, write_manifest, wrote
 from spp_export.common.options import command
 from spp_export.common.publish import check_target, publish
 from spp_export.data.scenario import Scenario, read_scenario
-from spp_export.formats.format import Comparison, FormatOptions, ModelFiles
+from spp_export.formats.format import CardFacts, Comparison, FormatOptions, ModelFiles
 from spp_export.formats.registry import FORMATS, detect_format, format_of
 from spp_export.formats.safetensors.verify import RECOVERY_NAME
 from spp_export.models.checkpoint.checkpoint import TOKENIZER_FILES, Checkpoint, open_checkpoint
@@ -33,7 +33,8 @@ from spp_export.models.checkpoint.companions import companion, copy_companions, 
 from spp_export.models.engines import Engine
 from spp_export.models.hub import locate_model, model_license
 from spp_export.models.tokenizer import has_tokenizer, load_tokenizer
-from spp_export.planning import LayerPlan, Plan, read_plan
+from spp_export.planning import Plan, read_plan
+from spp_export.planning.plan import dense_plan
 
 if TYPE_CHECKING:
     from spp_export.calibration.activations import TokenBatch
@@ -111,7 +112,7 @@ def convert(request: ConvertRequest) -> ConvertResult:
         copy_companions(place.path, (*terms(place.path), RECOVERY_NAME), work)
         slim_plan = plan if (place.path / "plan.json").exists() else None
         license_name = model_license(place.path)
-        card = files.card(target.name, report, license_name, converted=slim_plan)
+        card = files.card(CardFacts(target.name, report, license_name, converted=slim_plan))
         (work / "README.md").write_text(card, encoding="utf-8")
         write_manifest(work)
         nbytes = sum(path.stat().st_size for path in work.glob(made.weights))
@@ -218,12 +219,4 @@ def _plan(checkpoint: Checkpoint) -> Plan:
             f"{checkpoint.path}: has no plan.json, so not a whole export. Give the directory that "
             "'spp export' wrote."
         )
-    shape = checkpoint.shape
-    everything = LayerPlan(tuple(range(shape.kv_heads)), tuple(range(shape.query_heads)), None)
-    return Plan(
-        model_fingerprint=checkpoint.fingerprint,
-        model_source=checkpoint.name,
-        layout="uniform",
-        compensation="none",
-        layers=(everything,) * shape.num_layers,
-    )
+    return dense_plan(checkpoint.shape, checkpoint.fingerprint, checkpoint.name)

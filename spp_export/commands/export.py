@@ -24,6 +24,7 @@ from spp_export.commands.needs import (
 )
 from spp_export.commands.push import PushResult, check_hub, push_to_hub
 from spp_export.commands.requests import ExportRequest
+from spp_export.common.disk import scratch_folder
 from spp_export.common.errors import (
     CheckFailed,
     OutputError,
@@ -35,7 +36,7 @@ from spp_export.common.options import command
 from spp_export.common.publish import check_target, publish
 from spp_export.data.artifacts import Artifacts, open_artifacts
 from spp_export.data.scenario import MIN_PROMPTS_TO_HOLD_OUT, Scenario, read_scenario
-from spp_export.formats.format import ModelFiles
+from spp_export.formats.format import CardFacts, ModelFiles
 from spp_export.formats.promised import promised_checkpoint
 from spp_export.formats.registry import FORMATS
 from spp_export.formats.safetensors.write import COMPANIONS, write_slim
@@ -173,9 +174,16 @@ class _Job:
                 files.write(slim, work)
         failure: CheckFailed | None = None
         if request.verify:
-            with self.clock("verify"):
+            with self.clock("verify"), scratch_folder(prefix="spp-check-") as scratch:
                 report, failure = check_export(
-                    self.session, result, self.text, (slim, work), files, request, compensation
+                    self.session,
+                    result,
+                    self.text,
+                    (slim, work),
+                    files,
+                    request,
+                    compensation,
+                    scratch,
                 )
             (work / "verify.json").write_text(dump_json(report), encoding="utf-8")
             if failure and not request.keep_failed:
@@ -183,7 +191,7 @@ class _Job:
             result = replace(result, report=report)
         license_name = model_license(self.session.source.path)
         slim_facts = result.plan, result.shape, result.predicted
-        card = files.card(name, result.report, license_name, slim_facts)
+        card = files.card(CardFacts(name, result.report, license_name, slim_facts))
         (work / "README.md").write_text(card, encoding="utf-8")
         if not made.converted:
             write_manifest(work, written.records)

@@ -10,7 +10,6 @@ from spp_export.calibration.reading import TokenText, scenario_text
 from spp_export.commands.export_request import ExportResult
 from spp_export.commands.quality import measure_file, record_quality
 from spp_export.commands.requests import ExportRequest
-from spp_export.common.disk import scratch_folder
 from spp_export.common.errors import (
     CheckFailed,
     ParityError,
@@ -36,25 +35,13 @@ def check_export(
     files: ModelFiles,
     request: ExportRequest,
     compensation: Compensator,
+    scratch: Path,
 ) -> tuple[dict[str, Any], CheckFailed | None]:
     """The content of verify.json, and the error to raise if a check failed.
 
-    places: of the slim checkpoint, and of the files made from it
+    places: of the slim checkpoint, and of the files made from it. scratch: of the caller, for what
+    is needed no longer than the checks.
     """
-    with scratch_folder(prefix="spp-check-") as scratch:
-        return _check(session, result, scenario, places, files, request, compensation, scratch)
-
-
-def _check(
-    session: Session,
-    result: ExportResult,
-    scenario: Scenario | None,
-    places: tuple[Path, Path],
-    files: ModelFiles,
-    request: ExportRequest,
-    compensation: Compensator,
-    scratch: Path,
-) -> tuple[dict[str, Any], CheckFailed | None]:
     import torch
 
     from spp_export.evaluation.parity import VerifyReport

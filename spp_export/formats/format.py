@@ -161,6 +161,22 @@ class FileChecks:
     quantised: bool = False
 
 
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card says beside what the files are.
+
+    report     the content of verify.json, where there were checks
+    slim       of an export: its plan, the dense model's sizes and its own
+    converted  of a conversion: the plan of the slim model that was converted
+    """
+
+    name: str
+    report: Mapping[str, Any] | None
+    license_name: str | None
+    slim: tuple[Plan, ModelShape, Predicted] | None = None
+    converted: Plan | None = None
+
+
 class ModelFiles(ABC):
     """The files of one checkpoint in one format, planned and not yet written.
 
@@ -186,16 +202,8 @@ class ModelFiles(ABC):
         """Every check on what was just written to `out`."""
 
     @abstractmethod
-    def card(
-        self,
-        name: str,
-        report: Mapping[str, Any] | None,
-        license_name: str | None,
-        slim: tuple[Plan, ModelShape, Predicted] | None = None,
-        converted: Plan | None = None,
-    ) -> str:
-        """README.md: of an export by `slim`, its plan, the dense model's sizes and its own; else of
-        a conversion, of a slim model with the plan `converted`."""
+    def card(self, facts: CardFacts) -> str:
+        """The content of README.md."""
 
 
 # Takes in tokens after those it has taken in before, and gives the logits [V] after the last.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import subprocess
 import sys
 import time
@@ -297,6 +298,17 @@ class Terminal:
     def type(self, text):
         os.write(self._ours, text.encode())
 
+    def type_until(self, key, words):
+        """The same key until these words come: before readline waits for keys, the terminal echoes
+        them itself, and a signal of then is seen with the next key only."""
+        while words not in self._seen:
+            self.type(key)
+            while select.select([self._ours], [], [], 1)[0]:
+                self._seen += os.read(self._ours, 1024).decode()
+                if words in self._seen:
+                    break
+        self.expect(words)
+
     def close(self):
         self.process.kill()
         self.process.wait()
@@ -325,10 +337,8 @@ def test_a_dialogue_on_a_terminal(terminal):
     shell.expect("peak memory")
     shell.expect("> ")
     shell.type("a line that is dropped")
-    # Seen once it is being edited; a signal before that waits in readline for the next key.
     shell.expect("dropped")
-    shell.type("\x03")
-    shell.expect("> ")
+    shell.type_until("\x03", "> ")
     shell.type("x" * 80 + "\n")
     assert "Shorten the prompt" in shell.expect("/reset.")
     shell.expect("> ")

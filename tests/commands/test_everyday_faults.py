@@ -47,6 +47,8 @@ def commands(workshop, tmp_path, monkeypatch, capsys):
         "text": workshop.scenario,
     }
 
+    capsys.readouterr()  # what the making of these places may have said
+
     def call(line, *more, **other):
         words = [word.format(**{**places, **other}) for word in line.split()]
         status = run([*words, *more, "--quiet"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from spp_export.common.json_files import dump_json
 from spp_export.common.progress import progress
 from spp_export.formats.card import gguf_card
 from spp_export.formats.dequantised import write_dequantised
-from spp_export.formats.format import Comparison, FileChecks, ModelFiles
+from spp_export.formats.format import CardFacts, Comparison, FileChecks, ModelFiles
 from spp_export.formats.gguf.contents import Contents, gguf_contents
 from spp_export.formats.gguf.engines import gguf_engines
 from spp_export.formats.gguf.header import read_gguf
@@ -27,8 +26,6 @@ from spp_export.planning import Plan
 
 if TYPE_CHECKING:
     from spp_export.formats.gguf.checks import EngineResult
-    from spp_export.models.shape import ModelShape
-    from spp_export.planning.bound import Predicted
 
 _KEY = "spp_gguf"
 
@@ -95,16 +92,16 @@ class GgufFiles(ModelFiles):
         quantised = self.contents.options.quant is not None
         return FileChecks((header, held, *engine.checks), context, model, quantised)
 
-    def card(
-        self,
-        name: str,
-        report: Mapping[str, Any] | None,
-        license_name: str | None,
-        slim: tuple[Plan, ModelShape, Predicted] | None = None,
-        converted: Plan | None = None,
-    ) -> str:
+    def card(self, facts: CardFacts) -> str:
         return gguf_card(
-            name, self._base, self.summary, report, self.engines, license_name, slim, converted
+            facts.name,
+            self._base,
+            self.summary,
+            facts.report,
+            self.engines,
+            facts.license_name,
+            facts.slim,
+            facts.converted,
         )
 
 

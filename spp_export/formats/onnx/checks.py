@@ -30,11 +30,11 @@ from spp_export.models.families import TensorSpec
 # several times, and a little beside.
 _ROUNDINGS = 4.0
 _ROOM = {"fp32": 64.0, "fp16": 4.0, "bf16": 4.0}
-# What quantising takes from a weight, as a share of its norm, in the worst form: uniform over a
-# step that is the block's range over 2^bits - 1, with room for blocks of uneven values.
 # KL to the model of a graph's own weights that rounding of activations may take, as a share of the
 # uniform distribution's: in blocks, and by tensor. Of the default model in int4 it is 0.003.
 _SHARE_OF_UNIFORM = {"int4": 0.03, "int8": 0.03, "int8-dynamic": 0.1}
+# What quantising takes from a weight, as a share of its norm, in the worst form: uniform over a
+# step that is the block's range over 2^bits - 1, with room for blocks of uneven values.
 _LOST_QUANTISED = {"int4": 0.25, "int8": 0.02, "int8-dynamic": 0.05}
 
 Logits = NDArray[np.float32]

@@ -10,7 +10,7 @@ from spp_export.common.errors import ModelError, UsageError
 from spp_export.common.progress import progress
 from spp_export.formats.card import onnx_card
 from spp_export.formats.dequantised import write_dequantised
-from spp_export.formats.format import Comparison, FileChecks, ModelFiles
+from spp_export.formats.format import CardFacts, Comparison, FileChecks, ModelFiles
 from spp_export.formats.onnx.engines import onnx_engines
 from spp_export.formats.onnx.options import OnnxOptions
 from spp_export.formats.onnx.read import GraphWeights
@@ -22,8 +22,6 @@ from spp_export.planning import Plan
 
 if TYPE_CHECKING:
     from spp_export.evaluation.parity import Check
-    from spp_export.models.shape import ModelShape
-    from spp_export.planning.bound import Predicted
 
 
 class OnnxFiles(ModelFiles):
@@ -76,17 +74,16 @@ class OnnxFiles(ModelFiles):
         module = OrtModule(model, against.device)
         return FileChecks((valid, held, *checks), context, module, options.quant is not None)
 
-    def card(
-        self,
-        name: str,
-        report: Mapping[str, Any] | None,
-        license_name: str | None,
-        slim: tuple[Plan, ModelShape, Predicted] | None = None,
-        converted: Plan | None = None,
-    ) -> str:
-        attention = self._options.attention
+    def card(self, facts: CardFacts) -> str:
         return onnx_card(
-            name, self._base, attention, report, self.engines, license_name, slim, converted
+            facts.name,
+            self._base,
+            self._options.attention,
+            facts.report,
+            self.engines,
+            facts.license_name,
+            facts.slim,
+            facts.converted,
         )
 
 

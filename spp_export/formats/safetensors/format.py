@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spp_export.formats.format import (
+    CardFacts,
     Comparison,
     FileChecks,
     Format,
@@ -21,9 +22,8 @@ from spp_export.models.engines import Engine, engines_for
 
 if TYPE_CHECKING:
     from spp_export.models.checkpoint.checkpoint import Checkpoint
-    from spp_export.models.shape import LayerShape, ModelShape
+    from spp_export.models.shape import LayerShape
     from spp_export.planning import Plan
-    from spp_export.planning.bound import Predicted
 
 
 @dataclass(frozen=True)
@@ -102,15 +102,8 @@ class SafetensorsFiles(ModelFiles):
     def check(self, out: Path, against: Comparison) -> FileChecks:
         return FileChecks()
 
-    def card(
-        self,
-        name: str,
-        report: Mapping[str, Any] | None,
-        license_name: str | None,
-        slim: tuple[Plan, ModelShape, Predicted] | None = None,
-        converted: Plan | None = None,
-    ) -> str:
+    def card(self, facts: CardFacts) -> str:
         from spp_export.formats.card import model_card
 
-        assert slim
-        return model_card(name, *slim, report, self.engines, license_name)
+        assert facts.slim
+        return model_card(facts.name, *facts.slim, facts.report, self.engines, facts.license_name)
