@@ -36,6 +36,11 @@ if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# Conversations of those that come with spp. A tiny model's quality on all of them takes longer than
+# the rest of its conversion.
+_FEW = 4
+
+
 def _deadlock(number: int, frame: FrameType | None) -> None:
     pytest.fail(
         f"no end after {_DEADLOCK_MINUTES} minutes: a deadlock or a hang, not a slow machine."
@@ -59,6 +64,30 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 def pytest_collection_finish() -> None:
     """What is there by now stays: thousands of tests and modules that no collection need visit."""
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_conversations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pytest.MonkeyPatch]:
+    """Measure on some of the conversations that come with spp; `all_conversations` has the rest."""
+    from spp_export.commands import quality
+
+    lines = quality._CONVERSATIONS.read_text(encoding="utf-8").splitlines(keepends=True)
+    few = tmp_path_factory.mktemp("conversations") / quality._CONVERSATIONS.name
+    few.write_text("".join(lines[:_FEW]), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quality, "_CONVERSATIONS", few)
+        yield patch
+
+
+@pytest.fixture
+def all_conversations(few_conversations: pytest.MonkeyPatch) -> Iterator[None]:
+    """Measure on all of them, as users do."""
+    from spp_export.commands import quality
+
+    few = quality._CONVERSATIONS
+    few_conversations.undo()
+    yield
+    few_conversations.setattr(quality, "_CONVERSATIONS", few)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

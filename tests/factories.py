@@ -145,6 +145,9 @@ class Case:
     family: str
     options: dict[str, Any] = field(hash=False)
 
+    def __str__(self) -> str:
+        return self.name
+
     def make(self, tmp_path: Path, **changes: Any) -> Path:
         """Write the case's checkpoint below `tmp_path`."""
         return make_checkpoint(tmp_path, self.family, **{**self.options, **changes})

@@ -145,4 +145,4 @@ def training_batches(
 
 
 def _peft() -> Any:
-    return require_package("peft", "recovering", install_command("recover"))
+    return require_package("peft", "recovering", lambda: install_command("recover"))

@@ -8,7 +8,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -32,10 +32,11 @@ def install_command(what: str, *, extra: bool = True) -> str:
     return shlex.join([*_installer(), *(_parts(what) if extra else [what])])
 
 
-def require_package(module: str, title: str, install: str) -> ModuleType:
+def require_package(module: str, title: str, install: Callable[[], str]) -> ModuleType:
     """An optional library by its import name; UsageError that says how to install it.
 
-    install  the command, from `install_command`
+    install  gives the command, of `install_command`, which takes longer to find than a library that
+             is there
     """
     try:
         return importlib.import_module(module)
@@ -43,7 +44,7 @@ def require_package(module: str, title: str, install: str) -> ModuleType:
         # The library's own missing parts are another matter than the library missing.
         if error.name != module.partition(".")[0]:
             raise
-        raise UsageError(f"{title} needs the package {error.name}. Run: {install}") from error
+        raise UsageError(f"{title} needs the package {error.name}. Run: {install()}") from error
 
 
 def _parts(extra: str) -> list[str]:

@@ -111,6 +111,10 @@ class Library:
         """The command that adds it to this installation."""
         return install_command(self.extra or self.package, extra=self.extra is not None)
 
+    def require(self, title: str) -> None:
+        """UsageError, with the command, where it is missing; `title` is what needs it."""
+        require_package(self.module, title, lambda: self.install)
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -275,7 +279,7 @@ class Format(ABC, Generic[OptionsT]):
         """UsageError unless all that writing and checking takes is installed."""
         for library in self.libraries:
             if library.module in self.required:
-                require_package(library.module, self.title, library.install)
+                library.require(self.title)
 
     def holds(self, names: Iterable[str]) -> bool:
         """Whether files of these names hold a model in this format."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def load_tokenizer(
         )
     if not any((directory / file).exists() for file in _READ_BY_THEMSELVES):
         for module, package in _SENTENCEPIECE.items():
-            install = install_command(package, extra=False)
+            install = partial(install_command, package, extra=False)
             require_package(module, f"{shown}: tokenizer.model", install)
     plain = without_torch and (directory / _WHOLE).is_file()
     # By name: AutoTokenizer imports torch.

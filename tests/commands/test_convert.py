@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 
@@ -9,6 +10,7 @@ import pytest
 from exporting import CASE, refused, tree
 from factories import CASES, format_options, random_layers, read_config, shape_of, write_slim
 from onnx_exports import FILES, FORMS, exported_onnx
+from pairs import few
 
 import spp_export
 import spp_export.formats.onnx.checks as onnx_checks
@@ -61,9 +63,10 @@ def test_a_dense_model(workshop, tmp_path, case):
     assert report.passed, report.failures
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("quant", [None, "int8", "int4"])
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(
+    ("form", "precision", "quant"),
+    few(itertools.product(FORMS, ("fp32", "fp16"), (None, "int8", "int4"))),
+)
 def test_every_form(workshop, tmp_path, form, precision, quant):
     slim = workshop.exported(NAME, "per-layer", "lstsq")
     options = OnnxOptions(form, precision, quant)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import onnxruntime
@@ -13,6 +15,7 @@ import torch
 from exporting import CASE, Exported, load, logits, masked, refused, stored, tokens, tree
 from factories import CASES, format_options, read_config
 from onnx_exports import FILES, FORMS, export_onnx, exported_onnx
+from pairs import few, pairs
 
 import spp_export
 import spp_export.formats.onnx.checks as onnx_checks
@@ -48,9 +51,13 @@ def _asked() -> list[Asked]:
     return [Asked(*plan, FORMS[index % 3]) for index, plan in enumerate(plans)]
 
 
+def covered(asked: Asked) -> set[Hashable]:
+    return pairs(astuple(asked))
+
+
 @pytest.fixture(
     scope="module",
-    params=_asked(),
+    params=few(_asked(), covered),
     ids=lambda a: f"{a.case}-{a.layout}-{a.compensate}-{a.form}",
 )
 def asked(request: pytest.FixtureRequest) -> Asked:
@@ -145,8 +152,9 @@ def test_verify_agrees(out, workshop):
         assert report.context["onnx"]["precision"] == "fp32"
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("case", ["qwen2-mha-window", "qwen3-gqa-tied"])
+@pytest.mark.parametrize(
+    ("case", "form"), few(itertools.product(("qwen2-mha-window", "qwen3-gqa-tied"), FORMS), set)
+)
 def test_half_precision_keeps_its_tolerance(workshop, case, form):
     options = OnnxOptions(form, "fp16")
     out = exported_onnx(workshop, case, "per-layer", "lstsq", options)
@@ -451,8 +459,9 @@ def test_a_graph_that_answers_to_padding_on_the_left_is_found(workshop, tmp_path
         export_onnx(workshop, workshop.exported(NAME), tmp_path / "x", OnnxOptions())
 
 
-@pytest.mark.parametrize("quant", [None, "int8"])
-@pytest.mark.parametrize("compensate", ["none", "lstsq"])
+@pytest.mark.parametrize(
+    ("compensate", "quant"), few(itertools.product(("none", "lstsq"), (None, "int8")), set)
+)
 def test_ragged_layers_are_filled_with_zeros(workshop, tmp_path, compensate, quant):
     """Every KV head of a graph serves the same number of query heads."""
     asked = {"layout": "ragged", "compensate": compensate}

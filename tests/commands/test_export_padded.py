@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 
@@ -22,6 +23,7 @@ from exporting import (
 )
 from factories import CASES, format_options, ragged_layers, random_layers, read_config, shape_of
 from onnx_exports import seal
+from pairs import few
 from safetensors.torch import save_file
 
 import spp_export
@@ -32,15 +34,16 @@ NAME = "qwen2-gqa-tied"
 PAD = {"pad": True}
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
-def name(request: pytest.FixtureRequest) -> str:
-    return request.param.name
+WRITTEN = [
+    f"{case.name} {compensate}" for case in CASES for compensate in ("none", "lstsq", "bias")
+]
 
 
-@pytest.fixture(scope="module", params=["none", "lstsq", "bias"])
-def both(workshop, name: str, request: pytest.FixtureRequest) -> tuple[Exported, Exported]:
+@pytest.fixture(scope="module", params=few(WRITTEN, str.split))
+def both(workshop, request: pytest.FixtureRequest) -> tuple[Exported, Exported]:
     """One plan, written as it is and padded."""
-    made = (workshop.exported(name, layout, request.param) for layout in ("ragged", "padded"))
+    name, compensate = request.param.split()
+    made = (workshop.exported(name, layout, compensate) for layout in ("ragged", "padded"))
     return next(made), next(made)
 
 
@@ -161,8 +164,10 @@ def test_regular_layouts_have_nothing_to_pad(workshop, tmp_path, layout):
     assert not (tmp_path / "slim").exists()
 
 
-@pytest.mark.parametrize("quant", [None, "int8", "int4"])
-@pytest.mark.parametrize("form", ["gqa", "gqa-bias", "standard"])
+@pytest.mark.parametrize(
+    ("form", "quant"),
+    few(itertools.product(("gqa", "gqa-bias", "standard"), (None, "int8", "int4")), set),
+)
 def test_padded_layers_go_to_onnx(workshop, tmp_path, form, quant):
     request = {"pad": True, **format_options(OnnxOptions(form, quant=quant))}
     out = tmp_path / "onnx"

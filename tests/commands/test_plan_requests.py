@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ import pytest
 import torch
 from exporting import kept_heads, load, stored, texts, write_texts
 from factories import CASES, read_config, slice_in_torch
+from pairs import few
 from safetensors.numpy import load_file
 
 import spp_export
@@ -33,8 +35,9 @@ def parameters(dense: Path, result: spp_export.PlanResult) -> int:
     return sum(tensor.numel() for tensor in tensors.values())
 
 
-@pytest.mark.parametrize("name", [case.name for case in CASES])
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize(
+    ("name", "criterion"), few(itertools.product([case.name for case in CASES], CRITERIA), set)
+)
 def test_every_criterion_keeps_within_the_share(workshop, name, criterion):
     result = workshop.plan(name, keep=0.6, criterion=criterion, compensate="none")
     dense = stored(workshop.dense(name))
@@ -182,9 +185,15 @@ def with_whitelist(workshop, tmp_path, name: str, pairs) -> Path:
     return edited
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
-@pytest.mark.parametrize("layout", ["per-layer", "uniform"])
-@pytest.mark.parametrize("name", ["llama-mha-tied", NAME, "qwen2-gqa-tied"])
+@pytest.mark.parametrize(
+    ("name", "layout", "criterion"),
+    few(
+        itertools.product(
+            ("llama-mha-tied", NAME, "qwen2-gqa-tied"), ("per-layer", "uniform"), CRITERIA
+        ),
+        set,
+    ),
+)
 def test_whitelisted_heads_stay(workshop, tmp_path, name, layout, criterion):
     heads = read_config(workshop.dense(name))["num_attention_heads"]
     asked = {"keep": 0.55, "criterion": criterion, "layout": layout, "compensate": "none"}

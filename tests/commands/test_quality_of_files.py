@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 from exporting import refused
 from factories import format_options
@@ -33,6 +34,7 @@ def convert(slim, target, **request):
     return spp_export.convert(slim.path, target, **format_options(OPTIONS), **request)
 
 
+@pytest.mark.usefixtures("all_conversations")
 def test_without_a_scenario_it_is_measured_on_conversations(workshop, tmp_path):
     result = convert(workshop.exported(NAME), tmp_path / "x")
     cost = result.report["quantisation"]
@@ -68,6 +70,7 @@ def test_of_the_plans_own_scenario_only_what_was_held_out_judges(workshop, tmp_p
     assert result.report["quantisation"]["source"] == HELD_OUT
 
 
+@pytest.mark.usefixtures("all_conversations")
 def test_conversations_are_in_the_models_own_template(workshop):
     tokenizer = AutoTokenizer.from_pretrained(workshop.dense(NAME))
     tokenizer.chat_template = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from exporting import CASES, refused, stored, texts, tree, write_texts
 from factories import read_config
+from pairs import few, of_family
 from typer.testing import CliRunner
 
 import spp_export
@@ -37,11 +39,14 @@ def recover(workshop, name, data, target, layout="per-layer", settings=FEW, **op
     return exported, result
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("layout", ["per-layer", "uniform", "ragged"])
-def test_only_projections_change_and_the_result_verifies(workshop, data, tmp_path, name, layout):
+@pytest.mark.parametrize(
+    ("case", "layout"),
+    few(itertools.product(CASES, ("per-layer", "uniform", "ragged")), of_family),
+    ids=str,
+)
+def test_only_projections_change_and_the_result_verifies(workshop, data, tmp_path, case, layout):
     target = tmp_path / "recovered"
-    exported, result = recover(workshop, name, data, target, layout)
+    exported, result = recover(workshop, case.name, data, target, layout)
     assert result.path == target
     assert result.after.slim_perplexity < result.before.slim_perplexity
     assert result.before.dense_perplexity == result.after.dense_perplexity

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -17,14 +18,16 @@ from exporting import KEEP, tree
 
 NAME = "llama-gqa-bias"
 _EXPORT = """
-import os, sys, time
+import json, os, sys, time
 os.umask(int(sys.argv[2], 8))
 os.chdir(sys.argv[3])
 time.tzset()
 import locale
 locale.setlocale(locale.LC_ALL, "")
 from spp_cli.main import run
-sys.exit(run(sys.argv[4:]))
+for more in json.loads(sys.argv[4]):
+    if status := run([*sys.argv[5:], *more]):
+        sys.exit(status)
 """
 HERE = {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8", "TZ": "UTC"}
 ELSEWHERE = {
@@ -44,51 +47,57 @@ FORMS = {
 
 
 def export(
-    workshop, target: Path, form: str, changes: dict[str, str], umask: str = "022"
-) -> dict[str, bytes]:
-    """An export with the re-fit by a process of its own, from an empty cache."""
+    workshop,
+    root: Path,
+    forms: Iterable[str],
+    changes: dict[str, str],
+    umask: str = "022",
+    name: str = "out",
+) -> dict[str, dict[str, bytes]]:
+    """Exports with the re-fit, to `root` / form / `name`, by one process, from an empty cache."""
     artifacts = workshop.artifacts(NAME)
-    elsewhere = target.parent
-    elsewhere.mkdir(parents=True, exist_ok=True)
+    root.mkdir(parents=True)
     arguments = ["export", "--model", workshop.dense(NAME), "--artifacts", artifacts]
     arguments += ["--scenario", workshop.scenario, "--keep", KEEP, "--compensate", "lstsq"]
     # By a relative name: another directory to be in is another word for each of them.
-    paths = [os.path.relpath(a, elsewhere) if isinstance(a, Path) else a for a in arguments]
-    command = [sys.executable, "-c", _EXPORT, "-", umask, elsewhere, *paths]
-    command += ["-o", target.name, "--quiet", *FORMS[form]]
+    paths = [os.path.relpath(a, root) if isinstance(a, Path) else a for a in arguments]
+    runs = [["-o", f"{form}/{name}", *FORMS[form]] for form in forms]
+    command = [sys.executable, "-c", _EXPORT, "-", umask, root, json.dumps(runs), *paths, "--quiet"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **HERE, **changes}
-    environment["SPP_CACHE"] = str(elsewhere / "cache")
+    environment["SPP_CACHE"] = str(root / "cache")
     result = subprocess.run(
         list(map(str, command)), env=environment, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
-    return tree(target)
+    return {form: tree(root / form / name) for form in forms}
 
 
 @pytest.fixture(scope="module")
 def first(workshop, tmp_path_factory) -> dict[str, dict[str, bytes]]:
     """The export of every form that others are compared with."""
-    root = tmp_path_factory.mktemp("first")
-    return {form: export(workshop, root / form / "out", form, {}) for form in FORMS}
+    return export(workshop, tmp_path_factory.mktemp("first") / "here", FORMS, {})
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_another_process_writes_the_same_bytes(workshop, first, tmp_path, form):
+def test_another_process_writes_the_same_bytes(workshop, first, tmp_path):
     """But for the directory's name, which is the title of its card."""
-    target = tmp_path / "deep" / "er" / "other name"
-    found = export(workshop, target, form, ELSEWHERE, umask="077")
-    assert found.keys() == first[form].keys()
-    differs = {name for name in found if found[name] != first[form][name]}
-    assert differs == {"README.md", "manifest.json"}
-    card = found["README.md"].decode().replace("other name", "out")
-    assert card == first[form]["README.md"].decode()
-    listed, before = (json.loads(files["manifest.json"])["files"] for files in (found, first[form]))
-    assert {name for name in listed if listed[name] != before[name]} == {"README.md"}
+    root = tmp_path / "deep" / "er"
+    other = export(workshop, root, FORMS, ELSEWHERE, umask="077", name="other name")
+    for form, found in other.items():
+        assert found.keys() == first[form].keys()
+        differs = {name for name in found if found[name] != first[form][name]}
+        assert differs == {"README.md", "manifest.json"}
+        card = found["README.md"].decode().replace("other name", "out")
+        assert card == first[form]["README.md"].decode()
+        listed, before = (
+            json.loads(files["manifest.json"])["files"] for files in (found, first[form])
+        )
+        assert {name for name in listed if listed[name] != before[name]} == {"README.md"}
 
 
 def test_the_number_of_threads_changes_what_was_measured_and_no_weights(workshop, first, tmp_path):
-    files = export(workshop, tmp_path / "out", "safetensors", {"OMP_NUM_THREADS": "2"})
-    before = first["safetensors"]
+    form = "safetensors"
+    files = export(workshop, tmp_path / "two", [form], {"OMP_NUM_THREADS": "2"})[form]
+    before = first[form]
     differs = {name for name in files if files[name] != before[name]}
     assert differs <= {"README.md", "manifest.json", "plan.json", "verify.json"}
     plan, plan_before = (json.loads(each["plan.json"]) for each in (files, before))

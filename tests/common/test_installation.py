@@ -103,8 +103,8 @@ def test_a_missing_library_is_one_line_and_a_broken_one_is_not_hidden(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match=r"^Maps needs the package nowhere_at_all\. Run: get it$"):
-        require_package("nowhere_at_all.inside", "Maps", "get it")
+        require_package("nowhere_at_all.inside", "Maps", lambda: "get it")
     (tmp_path / "half_installed.py").write_text("import nowhere_at_all")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="nowhere_at_all"):
-        require_package("half_installed", "Maps", "get it")
+        require_package("half_installed", "Maps", lambda: "get it")

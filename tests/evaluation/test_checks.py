@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
 import pytest
 import torch
 from factories import CASES, make_checkpoint, mask_in_torch, random_layers, shape_of, write_slim
+from pairs import few, of_family
 from untouched import assert_untouched, compensation, logits, plan_of, state
 
 from spp_export.calibration.activations import TokenBatch
@@ -67,7 +69,12 @@ def any_pair(request, tmp_path_factory):
     return Pair(request.param.make(tmp_path_factory.mktemp("pair")))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("any_pair", "dtype"),
+    few(itertools.product(CASES, DTYPES), of_family),
+    indirect=["any_pair"],
+    ids=str,
+)
 def test_a_good_model_passes_everything(any_pair, dtype):
     slim = load_slim(any_pair.slim, dtype)
     for check in any_pair.checks(slim, any_pair.reference(dtype)).values():

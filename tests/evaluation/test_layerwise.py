@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 
@@ -17,6 +18,7 @@ from factories import (
     uniform_layers,
     write_slim,
 )
+from pairs import few, of_family
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, DynamicCache
 from untouched import IDS, compensation, plan_of
@@ -110,7 +112,17 @@ def in_memory(model):
     return sum(p.numel() for p in model.parameters() if p.device.type != "meta")
 
 
-@pytest.mark.parametrize("dtype", OWN, ids=str)
+def few_of(name, values):
+    """Some of the cases with some of these values, all of the values with every family."""
+    return pytest.mark.parametrize(
+        ("checkpoints", name),
+        few(itertools.product(CASES, values), of_family),
+        indirect=["checkpoints"],
+        ids=str,
+    )
+
+
+@few_of("dtype", OWN)
 def test_logits_are_those_of_the_model_in_memory(checkpoints, dtype):
     for layout in (None, *checkpoints.slim):
         whole, stream = checkpoints.models(layout, dtype)
@@ -123,7 +135,7 @@ def test_logits_are_those_of_the_model_in_memory(checkpoints, dtype):
         assert in_memory(stream) == checkpoints.shape.hidden_size  # the last norm
 
 
-@pytest.mark.parametrize("prompt", [1, 9])
+@few_of("prompt", [1, 9])
 def test_steps_of_one_decoding_go_through_the_layers_together(checkpoints, prompt):
     """Windows of six tokens included, which the prompt fills, or the steps."""
     for layout in (None, *checkpoints.slim):
@@ -137,7 +149,7 @@ def test_steps_of_one_decoding_go_through_the_layers_together(checkpoints, promp
         assert equal(logits_of_calls(stream, calls(stream)), logits_of_calls(whole, calls(whole)))
 
 
-@pytest.mark.parametrize("compensate", ["none", "weights", "bias"])
+@few_of("compensate", ["none", "weights", "bias"])
 def test_every_check_finds_the_same(checkpoints, compensate):
     """All layouts, and projections with and without biases in the oracle's place."""
     for layout in checkpoints.slim:

@@ -9,7 +9,8 @@ token takes other kernels, so it is compared by the tokens it gives.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from factories import (
     shape_of,
     write_slim,
 )
+from pairs import few, of_family
 from transformers import AutoModel, PreTrainedModel
 
 from spp_export.common.progress import quiet_transformers
@@ -42,6 +44,21 @@ class Pair:
     slim: Path
 
 
+SLOW = pytest.mark.slow
+LAYOUTS = ("per-layer", "ragged")
+
+
+def few_of(name: str, values: Iterable[object]) -> pytest.MarkDecorator:
+    """Some of the cases, in some of the layouts, with some of these values: with every family and
+    with every layout all of them."""
+    return pytest.mark.parametrize(
+        ("case", "layout", name),
+        few(itertools.product(CASES, LAYOUTS, values), of_family),
+        indirect=["case", "layout"],
+        ids=str,
+    )
+
+
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
 def case(request: pytest.FixtureRequest) -> Case:
     return request.param
@@ -52,7 +69,7 @@ def dense(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return case.make(tmp_path_factory.mktemp(case.name))
 
 
-@pytest.fixture(scope="module", params=["per-layer", "ragged"])
+@pytest.fixture(scope="module", params=LAYOUTS)
 def layout(request: pytest.FixtureRequest) -> Layout:
     return request.param
 
@@ -90,7 +107,9 @@ def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     return model(ids).logits
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
+)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_logits_equal_the_masked_dense_model(dense, layout, attention, seed):
     pair = make_pair(dense, layout, seed)
@@ -137,18 +156,18 @@ def test_attention_can_be_switched_after_loading(pair):
     assert difference.abs().max().item() == 0.0
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"cache_implementation": "static", "disable_compile": True},
-        {"use_cache": False},
-        {"num_beams": 2},
-        {"num_beams": 2, "use_cache": False},
-    ],
-    ids=["dynamic", "static", "uncached", "beams", "uncached-beams"],
-)
-def test_generation_follows_the_masked_dense_model(pair, options):
+GENERATIONS = {
+    "dynamic": {},
+    "static": {"cache_implementation": "static", "disable_compile": True},
+    "uncached": {"use_cache": False},
+    "beams": {"num_beams": 2},
+    "uncached-beams": {"num_beams": 2, "use_cache": False},
+}
+
+
+@few_of("generation", GENERATIONS)
+def test_generation_follows_the_masked_dense_model(pair, generation):
+    options = GENERATIONS[generation]
     ids, attends = tokens(batch=2, length=14), torch.ones(2, 14, dtype=torch.long)
     ids[0, :5], attends[0, :5] = 0, 0  # left padding
     common = {"attention_mask": attends, "do_sample": False, "max_new_tokens": 8}
@@ -160,7 +179,7 @@ def test_generation_follows_the_masked_dense_model(pair, options):
     assert slim.generate(ids, **common, **options).tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@few_of("dtype", (torch.float32, torch.bfloat16, torch.float16))
 def test_no_type_loses_more_than_the_masked_dense_model_does(pair, dtype):
     """err(slim) <= err(masked dense) + small, both against float64."""
     with masked(pair) as model:

@@ -73,4 +73,4 @@ class GgufOptions(FormatOptions):
 
 def require(name: str = "gguf") -> ModuleType:
     """An optional library by its import name; UsageError that says how to install it."""
-    return require_package(name, "GGUF", install_command(name, extra=False))
+    return require_package(name, "GGUF", lambda: install_command(name, extra=False))

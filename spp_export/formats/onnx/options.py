@@ -133,4 +133,4 @@ class OnnxOptions(FormatOptions):
 
 def require(name: str) -> ModuleType:
     """An optional library by its import name; UsageError that says how to install it."""
-    return require_package(name, "ONNX", install_command("onnx"))
+    return require_package(name, "ONNX", lambda: install_command("onnx"))
