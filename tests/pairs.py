@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
@@ -21,10 +22,15 @@ def few(rows: Iterable[Any], covered: Callable[[Any], Iterable[Hashable]] = pair
     """
     rows = list(rows)
     covers = [set(covered(row)) for row in rows]
-    left, chosen = set().union(*covers), set()
+    left, chosen, times = set().union(*covers), set(), Counter()
     while left:
-        best = max(range(len(rows)), key=lambda index: len(covers[index] & left))
+        # Of rows that are as good, one with what came seldom.
+        best = max(
+            range(len(rows)),
+            key=lambda index: (len(covers[index] & left), -sum(times[it] for it in covers[index])),
+        )
         left -= covers[best]
+        times.update(covers[best])
         chosen.add(best)
     return [
         pytest.param(

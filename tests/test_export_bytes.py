@@ -61,7 +61,9 @@ def hashes(name: str, root: Path) -> dict[str, dict[str, str]]:
     dense = gguf_cases.make(name, root) if name in gguf_cases.FAMILIES else CASE[name].make(root)
     for label, layout, options in forms(name):
         target = root / label.replace(" ", "-")
-        spp_export.export(output=target, model=str(dense), plan=plan_of(dense, layout), **options)
+        plan = plan_of(dense, layout)
+        # Checks change none of these files.
+        spp_export.export(output=target, model=str(dense), plan=plan, verify=False, **options)
         table[label] = {
             str(path.relative_to(target)): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted(target.rglob("*"))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 from factories import CASES, ragged_layers, random_layers, shape_of, write_slim
+from pairs import few
 
 import spp_kernels.ragged_attention as kernels
 from spp_export.models.loader import load_slim
@@ -63,19 +65,20 @@ def test_logits_of_real_tokens_are_those_of_sdpa(slim, inputs):
     assert (found - expected).abs().max().item() < CLOSE
 
 
+GENERATIONS = {
+    "dynamic": {},
+    "static": {"cache_implementation": "static", "disable_compile": True},
+    "uncached": {"use_cache": False},
+    "beams": {"num_beams": 2},
+}
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"cache_implementation": "static", "disable_compile": True},
-        {"use_cache": False},
-        {"num_beams": 2},
-    ],
-    ids=["dynamic", "static", "uncached", "beams"],
+    ("inputs", "generation"), few(itertools.product(("whole", "left"), GENERATIONS), set)
 )
-@pytest.mark.parametrize("inputs", ["whole", "left"])
-def test_generation_is_that_of_sdpa(slim, inputs, options):
-    common = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8, **options}
+def test_generation_is_that_of_sdpa(slim, inputs, generation):
+    common = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8}
+    common |= GENERATIONS[generation]
     expected, found = (model.generate(**INPUTS[inputs], **common) for model in both(slim))
     assert found.tolist() == expected.tolist()
 

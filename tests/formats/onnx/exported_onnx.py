@@ -5,14 +5,17 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import factories
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pairs import few, of_family
 from transformers import PreTrainedModel
 
 from spp_export.formats.onnx import OnnxOptions
@@ -25,6 +28,13 @@ CASES = {case.name: case for case in factories.CASES}
 # One case where not all are needed: its layers see six tokens only, so that positions matter.
 WINDOWED = "mistral-window-tied"
 ALL = [(name, form) for name in CASES for form in ATTENTIONS]
+
+
+def few_of(rows: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """Rows of a case's name and other things: with every family all of these."""
+    return few(rows, lambda row: of_family((CASES[row[0]], *row[1:])))
+
+
 _ROOT = Path(tempfile.mkdtemp(prefix="spp-onnx-"))
 atexit.register(shutil.rmtree, _ROOT, ignore_errors=True)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 from factories import CASES, Case, random_layers, shape_of, uniform_layers, write_slim
 from greedy import clear_prompt, random_prompts
+from pairs import few, of_family
 from transformers import AutoTokenizer
 
 from spp_export import load_slim
@@ -48,8 +50,9 @@ def slim_of(case: Case, tmp_path: Path) -> Path:
     return write_slim(tmp_path / "slim", dense, random_layers(shape_of(dense), 5))
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    ("case", "attention"), few(itertools.product(CASES, ATTENTIONS), of_family), ids=str
+)
 def test_every_family_says_what_the_slim_model_says(case, tmp_path, attention):
     """Prompts longer than the sliding windows, in a batch of two."""
     slim = slim_of(case, tmp_path)

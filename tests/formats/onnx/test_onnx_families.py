@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
+from pairs import few, of_family
 
 from spp_export.formats.onnx import OnnxOptions
 from spp_export.formats.onnx.options import ATTENTIONS, Attention
@@ -88,8 +90,9 @@ def _assert_close(found: NDArray[np.float64], truth: NDArray[np.float64]) -> Non
     assert np.abs(found - truth).max() <= limit
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("case", factories.CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    ("case", "attention"), few(itertools.product(factories.CASES, ATTENTIONS), of_family), ids=str
+)
 def test_slim_graph_gives_pytorchs_logits(
     case: factories.Case, attention: Attention, tmp_path: Path
 ) -> None:
