@@ -1,6 +1,6 @@
 """Write slim checkpoints of every case with what they must compute, for check_loading.py to read.
 
-    python tests/loading/build_loading.py OUT
+    python tests/loading/build_loading.py OUT [--few]
 
 makes OUT/<case>/model, the checkpoint, and OUT/<case>/expected.safetensors, computed in float64 by
 the masked dense model: left-padded prompts, their logits, the greedy continuation without a cache.
@@ -37,25 +37,30 @@ PROMPTS = ("Sulfuric acid is", "The treaty of 1648 ended a war that")
 NEW_TOKENS = 6
 
 
-def build_all(out: Path) -> None:
+def build_all(out: Path, few: bool = False) -> None:
     """Every case with a random per-layer plan, and of every family one uniform checkpoint, a ragged
-    one, and one with biases on o_proj and down_proj, which few stock models have."""
+    one, and one with biases on o_proj and down_proj, which few stock models have; of few, every
+    second case, and of every family one of the others."""
     for seed, case in enumerate(CASES):
+        if few and seed % 2:
+            continue
         dense = case.make(out / case.name)
         build(out / case.name, dense, random_layers(shape_of(dense), seed), "per-layer")
-    for family in sorted({case.family for case in CASES}):
-        target = out / f"{family}-uniform"
-        dense = Case(family, family, {"kv_heads": 4, "query_heads": 8}).make(target)
-        layers = uniform_layers(shape_of(dense), 0, kv_heads=2, group_size=2, channels=40)
-        build(target, dense, layers, "uniform")
-        target = out / f"{family}-ragged"
-        dense = Case(family, family, {"kv_heads": 4, "query_heads": 8}).make(target)
-        build(target, dense, ragged_layers(shape_of(dense), 2), "ragged")
-        target = out / f"{family}-biased"
-        dense = Case(family, family, {"kv_heads": 4, "query_heads": 8}).make(target)
-        shape = shape_of(dense)
-        layers = random_layers(shape, 1)
-        build(target, dense, layers, "per-layer", random_biases(shape))
+    for number, family in enumerate(sorted({case.family for case in CASES})):
+        for place, kind in enumerate(("uniform", "ragged", "biased")):
+            if few and place != number % 3:
+                continue
+            target = out / f"{family}-{kind}"
+            dense = Case(family, family, {"kv_heads": 4, "query_heads": 8}).make(target)
+            shape = shape_of(dense)
+            if kind == "uniform":
+                layers = uniform_layers(shape, 0, kv_heads=2, group_size=2, channels=40)
+                build(target, dense, layers, "uniform")
+            elif kind == "ragged":
+                build(target, dense, ragged_layers(shape, 2), "ragged")
+            else:
+                layers = random_layers(shape, 1)
+                build(target, dense, layers, "per-layer", random_biases(shape))
 
 
 def random_biases(shape: ModelShape) -> dict[str, torch.Tensor]:
@@ -100,4 +105,4 @@ def build(
 
 
 if __name__ == "__main__":
-    build_all(Path(sys.argv[1]))
+    build_all(Path(sys.argv[1]), few="--few" in sys.argv)

@@ -58,10 +58,12 @@ def test_importing_the_package_is_light(tmp_path):
     assert run("-c", code, cwd=tmp_path).stdout == "set()\n"
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory) -> Path:
+@pytest.fixture(
+    scope="module", params=[["--few"], pytest.param([], marks=pytest.mark.slow)], ids=["few", "all"]
+)
+def built(request, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("built")
-    result = run(str(TESTS / "loading" / "build_loading.py"), str(out), cwd=out)
+    result = run(str(TESTS / "loading" / "build_loading.py"), str(out), *request.param, cwd=out)
     assert result.returncode == 0, result.stderr
     return out
 
