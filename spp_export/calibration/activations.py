@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spp_export.calibration.reading import Text, token_texts
+from spp_export.calibration.reading import Text, TokenText, token_texts
 from spp_export.common.options import WINDOW
 from spp_export.common.progress import progress
 from spp_export.models.families import Family
@@ -34,11 +34,21 @@ _FREE_SHARE = 0.25
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Right-padded token ids [B,S], their mask [B,S] and the index of each row's text."""
+    """Right-padded token ids [B,S], their mask [B,S] and the index of each row's text.
+
+    answers [B,S]: which of them are the model's to say; None where all are.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
     texts: tuple[int, ...]
+    answers: Tensor | None = None
+
+    @property
+    def predicted(self) -> Tensor:
+        """Whether each token but a row's first one counts where tokens are predicted: [B,S-1]."""
+        mask = self.attention_mask[:, 1:].bool()
+        return mask if self.answers is None else mask & self.answers[:, 1:]
 
     @property
     def real_tokens(self) -> int:
@@ -89,27 +99,31 @@ def token_batches(
         for piece in text.pieces(window)
     ]
     # Stable: pieces of one length stay in the order of the texts.
-    pieces.sort(key=lambda row: len(row[1]))
+    pieces.sort(key=lambda row: row[1].tokens)
     batches: list[TokenBatch] = []
     start = 0
     while start < len(pieces):
         stop = start + 1
-        while stop < len(pieces) and (stop + 1 - start) * len(pieces[stop][1]) <= batch_tokens:
+        while stop < len(pieces) and (stop + 1 - start) * pieces[stop][1].tokens <= batch_tokens:
             stop += 1
         batches.append(pad_rows(pieces[start:stop]))
         start = stop
     return batches
 
 
-def pad_rows(rows: Sequence[tuple[int, Sequence[int]]]) -> TokenBatch:
-    """A batch of token ids, each with the index of its text."""
-    width = max(len(ids) for _, ids in rows)
-    input_ids = torch.zeros((len(rows), width), dtype=torch.long)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for row, (_, ids) in enumerate(rows):
-        input_ids[row, : len(ids)] = torch.tensor(ids)
-        mask[row, : len(ids)] = 1
-    return TokenBatch(input_ids, mask, tuple(index for index, _ in rows))
+def pad_rows(rows: Sequence[tuple[int, TokenText]]) -> TokenBatch:
+    """A batch of texts of one run, each with the index of the text that it is of."""
+    size = (len(rows), max(text.tokens for _, text in rows))
+    input_ids = torch.zeros(size, dtype=torch.long)
+    mask = torch.zeros(size, dtype=torch.long)
+    answers = torch.zeros(size, dtype=torch.bool)
+    for row, (_, text) in enumerate(rows):
+        ((ids,), count) = text.runs, text.tokens
+        input_ids[row, :count] = torch.tensor(ids)
+        mask[row, :count] = 1
+        answers[row, :count] = torch.tensor(list(text.answers[0])) if text.answers else True
+    told = any(text.answers for _, text in rows)
+    return TokenBatch(input_ids, mask, tuple(index for index, _ in rows), answers if told else None)
 
 
 def observe(

@@ -20,7 +20,6 @@ from safetensors import SafetensorError, safe_open
 
 from spp_export.calibration.reading import TokenText
 from spp_export.calibration.stored import note
-from spp_export.common.arrays import FloatArray
 from spp_export.common.disk import clear_leftovers, free_space, working_place
 from spp_export.common.errors import OutputError
 from spp_export.common.manifest import hash_file
@@ -40,8 +39,8 @@ _VERSIONS = {
 }
 KINDS = tuple(_VERSIONS)
 _SAMPLE_BYTES = 4096
-# By size of an element.
-_DTYPES = {4: "F32", 8: "F64"}
+Array = np.ndarray[Any, np.dtype[Any]]
+_DTYPES = {"float32": "F32", "float64": "F64", "int32": "I32"}
 
 
 def cache_paths(
@@ -54,10 +53,10 @@ def cache_paths(
 
     `dtype` is the one that the model computes in.
     """
-    kinds, model = tuple(kinds), (source.fingerprint, _sample(source), _tokenizer(source.path))
+    kinds, model = tuple(kinds), model_key(source)
     collected = []
     for texts in collections:
-        content = [text.runs if isinstance(text, TokenText) else text for text in texts]
+        content = [_content(text) for text in texts]
         paths = {}
         for kind in kinds:
             decided = json.dumps([_VERSIONS[kind], *model, dtype, content])
@@ -65,6 +64,15 @@ def cache_paths(
             paths[kind] = cache_directory() / "statistics" / f"{key[:32]}.safetensors"
         collected.append(paths)
     return collected
+
+
+def model_key(source: Checkpoint) -> tuple[str, str, str]:
+    """What tells a model, its weights and its tokenizer from all others."""
+    return source.fingerprint, _sample(source), _tokenizer(source.path)
+
+
+def _content(text: str | TokenText) -> Any:
+    return text.runs if isinstance(text, TokenText) else text
 
 
 def _sample(source: Checkpoint) -> str:
@@ -96,7 +104,7 @@ def is_whole(path: Path, names: Iterable[str]) -> bool:
         return False
 
 
-def write(path: Path, tensors: Mapping[str, FloatArray], model: str = "") -> None:
+def write(path: Path, tensors: Mapping[str, Array], model: str = "") -> None:
     """Write a file whole or not at all. Raises OutputError where the cache does not take it."""
     sizes = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     with writing(path, sizes, model) as put:
@@ -107,7 +115,7 @@ def write(path: Path, tensors: Mapping[str, FloatArray], model: str = "") -> Non
 @contextmanager
 def writing(
     path: Path, sizes: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], model: str = ""
-) -> Iterator[Callable[[str, FloatArray], None]]:
+) -> Iterator[Callable[[str, Array], None]]:
     """As `write`, of tensors that are given one at a time, in any order, to what this yields.
 
     `sizes` has dtype and shape of each; the file is there once all were given. `model` is the name
@@ -115,9 +123,7 @@ def writing(
     """
     # Wider elements first, so that each tensor is aligned to its element.
     order = sorted(sizes, key=lambda name: -sizes[name][0].itemsize)
-    entries = [
-        TensorEntry(name, _DTYPES[sizes[name][0].itemsize], sizes[name][1]) for name in order
-    ]
+    entries = [TensorEntry(name, _DTYPES[sizes[name][0].name], sizes[name][1]) for name in order]
     shard = Shard(path.name, tuple(entries))
     header = header_of(shard, {"model": model})
     starts = accumulate((entry.nbytes for entry in entries), initial=len(header))
@@ -131,7 +137,7 @@ def writing(
             os.truncate(new, len(header) + shard.nbytes)
             _write_at(file, 0, memoryview(header))
 
-        def put(name: str, tensor: FloatArray) -> None:
+        def put(name: str, tensor: Array) -> None:
             assert (tensor.dtype, tensor.shape) == sizes[name], name
             with _reporting(path):
                 _write_at(file, begins.pop(name), as_bytes(np.ascontiguousarray(tensor)))
@@ -163,11 +169,10 @@ def _reporting(path: Path) -> Iterator[None]:
         ) from error
 
 
-def read(path: Path, name: str) -> FloatArray:
-    """One tensor of a file."""
+def read(path: Path, name: str) -> Any:
+    """One tensor of a file, as it was written."""
     with safe_open(path, framework="numpy") as file:
-        tensor: FloatArray = file.get_tensor(name)
-    return tensor
+        return file.get_tensor(name)
 
 
 def require_cache_space(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from spp_export.calibration.cache import require_cache_space
 from spp_export.calibration.moments import Collection, Moments, gather_all
-from spp_export.calibration.reading import TokenText
+from spp_export.calibration.reading import TokenText, dialogue_text
 from spp_export.common.errors import PlanError, UsageError
 from spp_export.data.artifacts import Artifacts
 from spp_export.models.session import Session
@@ -93,10 +93,7 @@ def gather_parts(session: Session, parts: Sequence[WeightedTexts], kinds: Sequen
 def _pool_parts(
     artifacts: Artifacts, mixture: Mapping[str, float] | None, shrinkage: float
 ) -> list[WeightedTexts]:
-    texts = {
-        domain: tuple(text for name, text in artifacts.calibration if name == domain)
-        for domain in artifacts.domains
-    }
+    texts = {domain: _pool_texts(artifacts, domain) for domain in artifacts.domains}
     present = [domain for domain in artifacts.domains if texts[domain]]
     if not present:
         return []
@@ -115,6 +112,14 @@ def _pool_parts(
         for domain in present
         if weights[domain]
     ]
+
+
+def _pool_texts(artifacts: Artifacts, domain: str) -> tuple[str | TokenText, ...]:
+    """A domain's prompts with their answers; where the artifacts have none, its texts."""
+    dialogues = [one for one in artifacts.dialogues if one.domain == domain]
+    if dialogues:
+        return tuple(dialogue_text(one.tokens, one.answer) for one in dialogues)
+    return tuple(text for name, text in artifacts.calibration if name == domain)
 
 
 def _check_mixture(mixture: Mapping[str, float], domains: Sequence[str]) -> None:

@@ -136,7 +136,8 @@ class Collection:
 
     def _read(self, kind: str, name: str) -> FloatArray:
         assert kind in self.parts, f"{kind} statistics were not gathered"
-        return read(self.parts[kind], name)
+        values: FloatArray = read(self.parts[kind], name)
+        return values
 
 
 @dataclass(frozen=True)

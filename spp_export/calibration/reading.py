@@ -12,6 +12,7 @@ from spp_export.common.options import WINDOW
 from spp_export.data.conversation import Conversation, Message
 from spp_export.data.pools import Pools
 from spp_export.data.scenario import Scenario
+from spp_export.models.stop_tokens import turn_end
 
 if TYPE_CHECKING:
     from spp_export.models.session import Session
@@ -24,24 +25,48 @@ _DATE = "01 Jan 2026"
 
 @dataclass(frozen=True)
 class TokenText:
-    """What is read of a text, as token ids: runs, each from a beginning of its own."""
+    """What is read of a text, as token ids: runs, each from a beginning of its own.
+
+    answers: a byte for each token of each run, 1 where it is the model's to say; None where nobody
+    tells who speaks, so that all tokens count.
+    """
 
     runs: tuple[tuple[int, ...], ...]
+    answers: tuple[bytes, ...] | None = None
 
     @property
     def tokens(self) -> int:
         """How many there are."""
         return sum(map(len, self.runs))
 
-    def pieces(self, window: int) -> Iterator[tuple[int, ...]]:
-        """The runs, those of more than `window` tokens cut after every `window` of them."""
-        for run in self.runs:
+    def pieces(self, window: int) -> Iterator[TokenText]:
+        """Texts of one run each: the runs, those of more than `window` tokens cut after every
+        `window` of them."""
+        for place, run in enumerate(self.runs):
             for start in range(0, len(run), window):
-                yield run[start : start + window]
+                yield self._cut(place, start, start + window)
 
     def beginning(self, count: int) -> TokenText:
         """The first tokens, at most `count`, of the first run that has any."""
-        return TokenText(tuple(run[:count] for run in self.runs if run)[:1])
+        first = (self._cut(place, 0, count) for place, run in enumerate(self.runs) if run)
+        return next(first, TokenText(()))
+
+    def _cut(self, place: int, start: int, stop: int) -> TokenText:
+        answers = self.answers and (self.answers[place][start:stop],)
+        return TokenText((self.runs[place][start:stop],), answers)
+
+
+def dialogue_text(ids: Sequence[int], answer: int) -> TokenText:
+    """A prompt and its answer, which the last tokens are."""
+    return TokenText((tuple(ids),), (bytes(len(ids) - answer) + b"\1" * answer,))
+
+
+def joined(pieces: Sequence[TokenText]) -> TokenText:
+    """One text of the runs of several, which either all tell who speaks or none."""
+    runs = tuple(run for piece in pieces for run in piece.runs)
+    if any(piece.answers is None for piece in pieces):
+        return TokenText(runs)
+    return TokenText(runs, tuple(of_run for piece in pieces for of_run in piece.answers or ()))
 
 
 # A string is read as it stands.
@@ -55,53 +80,89 @@ def token_texts(tokenizer: Any, texts: Sequence[Text]) -> list[TokenText]:
     Raises ScenarioError for a chat that the template does not take.
     """
     written = [_written(tokenizer, text) for text in texts]
-    runs = _encoded(tokenizer, [string for strings in written for string in strings])
+    read = _encoded(tokenizer, [one for of_text in written for one in of_text])
     return [
-        text if isinstance(text, TokenText) else TokenText(tuple(next(runs) for _ in strings))
-        for text, strings in zip(texts, written, strict=True)
+        text if isinstance(text, TokenText) else joined([next(read) for _ in of_text])
+        for text, of_text in zip(texts, written, strict=True)
     ]
 
 
-class _Templated(str):
-    """What a chat template wrote, special tokens included."""
+@dataclass(frozen=True)
+class _Written:
+    """A string that is read from its own beginning.
 
-    __slots__ = ()
+    templated: a chat template wrote it, special tokens included. answers: where in it the assistant
+    speaks, as (start, end), where that is known.
+    """
+
+    text: str
+    templated: bool = False
+    answers: tuple[tuple[int, int], ...] | None = None
 
 
-def _written(tokenizer: Any, text: Text) -> tuple[str, ...]:
-    """The strings that a text is, each read from its own beginning."""
+def _written(tokenizer: Any, text: Text) -> tuple[_Written, ...]:
+    """The strings that a text is."""
     if isinstance(text, TokenText):
         return ()
     if isinstance(text, str):
-        return (text,)
-    return (chat_text(tokenizer, text),) if text.chat else text.prompts
+        return (_Written(text),)
+    return (_chat(tokenizer, text),) if text.chat else tuple(map(_Written, text.prompts))
 
 
-def chat_text(tokenizer: Any, conversation: Conversation) -> str:
-    """A conversation as the model's chat template writes it; without one, what is said, with blank
-    lines between.
+def chat_text(tokenizer: Any, conversation: Conversation, *, asking: bool = False) -> str:
+    """A conversation as the model's chat template writes it, up to where the assistant's answer
+    begins where it is `asking` for one; without a template, what is said, with blank lines between.
 
     Many templates know users and assistants in turn, and no other role. For them the system's
     message begins the user's first one, a tool speaks as the user does, and messages in a row of
     one role are one. Raises ScenarioError where that does not do either.
     """
+    return _chat(tokenizer, conversation, asking=asking).text
+
+
+def question_ids(tokenizer: Any, conversations: Sequence[Conversation]) -> list[tuple[int, ...]]:
+    """The token ids of each conversation up to where the assistant's next answer begins: as the
+    chat template writes it, else its text, to be continued."""
+    written = [_chat(tokenizer, conversation, asking=True) for conversation in conversations]
+    return [text.runs[0] for text in _encoded(tokenizer, written)]
+
+
+def _chat(tokenizer: Any, conversation: Conversation, *, asking: bool = False) -> _Written:
     if not getattr(tokenizer, "chat_template", None):
-        return "\n\n".join(message.text for message in conversation.messages)
+        text = "\n\n".join(message.text for message in conversation.messages)
+        return _Written(text, answers=_answers(text, conversation.messages))
     reason = ""
     for messages in (conversation.messages, _in_turn(conversation.messages)):
         written = [{"role": message.role, "content": message.text} for message in messages]
         try:
             # The date is in some templates: the same text every day.
-            return _Templated(
-                tokenizer.apply_chat_template(written, tokenize=False, date_string=_DATE)
+            text = tokenizer.apply_chat_template(
+                written, tokenize=False, add_generation_prompt=asking, date_string=_DATE
             )
         except Exception as error:  # whatever the author of a template thought of
             reason = (str(error).splitlines() or [type(error).__name__])[0]
+        else:
+            return _Written(text, True, _answers(text, messages))
     first = " ".join(conversation.messages[0].text.split())
     raise ScenarioError(
         f"the conversation that begins {first[:60]!r} does not fit the model's chat template "
         f"({reason:.120}). Leave it out."
     )
+
+
+def _answers(written: str, messages: Sequence[Message]) -> tuple[tuple[int, int], ...] | None:
+    """Where in what was written of messages the assistant speaks; None where it does not, or where
+    the template did not write what was said."""
+    spans, end = [], 0
+    for message in messages:
+        said = message.text.strip()
+        start = written.find(said, end)
+        if start < 0:
+            return None
+        end = start + len(said)
+        if message.role == "assistant" and said:
+            spans.append((start, end))
+    return tuple(spans) or None
 
 
 def _in_turn(messages: Sequence[Message]) -> list[Message]:
@@ -115,15 +176,46 @@ def _in_turn(messages: Sequence[Message]) -> list[Message]:
     return alternating
 
 
-def _encoded(tokenizer: Any, strings: Sequence[str]) -> Iterator[tuple[int, ...]]:
+def _encoded(tokenizer: Any, strings: Sequence[_Written]) -> Iterator[TokenText]:
+    """Texts of one run each."""
+    tells_places = getattr(tokenizer, "is_fast", False)
+    ending = turn_end(tokenizer) if any(one.answers for one in strings) else None
     for start in range(0, len(strings), _TOGETHER):
         some = strings[start : start + _TOGETHER]
-        for templated, group in groupby(some, key=lambda text: isinstance(text, _Templated)):
-            options = {"add_special_tokens": False} if templated else {}
+        for templated, group in groupby(some, key=lambda one: one.templated):
+            together = list(group)
+            options: dict[str, Any] = {"add_special_tokens": False} if templated else {}
+            if tells_places and any(one.answers for one in together):
+                options["return_offsets_mapping"] = True
             # Not verbose: the tokenizer warns of what is longer than the model's context.
-            yield from map(
-                tuple, tokenizer(list(map(str, group)), verbose=False, **options)["input_ids"]
-            )
+            encoded = tokenizer([one.text for one in together], verbose=False, **options)
+            places = encoded.get("offset_mapping", [None] * len(together))
+            for one, ids, of_ids in zip(together, encoded["input_ids"], places, strict=True):
+                answers = None
+                if one.answers and of_ids is not None:
+                    answers = (_marks(ids, of_ids, one.answers, ending),)
+                yield TokenText((tuple(ids),), answers)
+
+
+def _marks(
+    ids: Sequence[int],
+    places: Sequence[tuple[int, int]],
+    answers: Sequence[tuple[int, int]],
+    ending: int | None,
+) -> bytes:
+    """A byte per token: 1 for those of answers, and for the token `ending` after one.
+
+    places: where in the string each token is, as (start, end).
+    """
+    marks = bytearray(len(ids))
+    token = 0
+    for start, end in answers:
+        while token < len(ids) and places[token][0] < end:
+            marks[token] = start < places[token][1]
+            token += 1
+        if token < len(ids) and ids[token] == ending:
+            marks[token] = 1
+    return bytes(marks)
 
 
 @dataclass(frozen=True)
@@ -147,11 +239,11 @@ def read_texts(tokenizer: Any, texts: Sequence[Text], limit: int) -> Reading:
     if available <= limit:
         return Reading(tuple(encoded), available, available)
     pieces = [(i, piece) for i, text in enumerate(encoded) for piece in text.pieces(WINDOW)]
-    runs: dict[int, list[tuple[int, ...]]] = {}
-    for place in spread([len(piece) for _, piece in pieces], limit):
+    taken: dict[int, list[TokenText]] = {}
+    for place in spread([piece.tokens for _, piece in pieces], limit):
         index, piece = pieces[place]
-        runs.setdefault(index, []).append(piece)
-    read = tuple(TokenText(tuple(of_text)) for of_text in runs.values())
+        taken.setdefault(index, []).append(piece)
+    read = tuple(map(joined, taken.values()))
     return Reading(read, sum(text.tokens for text in read), available)
 
 

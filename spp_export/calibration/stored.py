@@ -27,7 +27,7 @@ from spp_export.models.hub import DEMO_NAME, cache_directory
 
 LIMIT_VARIABLE = "SPP_CACHE_LIMIT"
 DEFAULT_LIMIT = 50_000_000_000
-STATISTICS, RECOVERIES, MODELS = "statistics", "recoveries", "models"
+STATISTICS, RECOVERIES, ANSWERS, MODELS = "statistics", "recoveries", "answers", "models"
 # Of a safetensors header, which names the model.
 _LONGEST_HEADER = 1 << 20
 _log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ _KEPT: ContextVar[list[Path] | None] = ContextVar("kept", default=None)
 class CachedFile:
     """A file of the cache, or the directory of a model.
 
-    kind   "statistics", "recoveries" or "models"
+    kind   "statistics", "recoveries", "answers" or "models"
     model  the model that it is of; "" where it does not say
     used   when it was last used, in seconds since 1970
     """
@@ -80,7 +80,7 @@ def cached_files() -> list[CachedFile]:
     """Everything in the cache, least recently used first."""
     root = cache_directory()
     files = []
-    for kind in (STATISTICS, RECOVERIES, MODELS):
+    for kind in (STATISTICS, RECOVERIES, ANSWERS, MODELS):
         for path in sorted(root.glob(f"{kind}/[!.]*")):
             with contextlib.suppress(FileNotFoundError):
                 if kind == MODELS and path.is_dir():

@@ -16,7 +16,7 @@ from spp_export.commands.needs import (
     check_readable,
     convert_needs,
 )
-from spp_export.commands.quality import measure_file, record_quality
+from spp_export.commands.quality import judged_texts, measure_file, record_quality
 from spp_export.commands.requests import ConvertRequest
 from spp_export.common.disk import scratch_folder
 from spp_export.common.errors import CheckFailed, ModelError, OutputError, ParityError
@@ -178,8 +178,7 @@ class _Check:
                 model,
                 checked.model or model,
                 load_tokenizer(checkpoint.path),
-                self.scenario,
-                self.plan,
+                *judged_texts(self.scenario, self.plan),
             )
         return record_quality(content, "quantisation", quality, limit)
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spp_export.calibration.reading import TokenText, scenario_text
+from spp_export.calibration.answers import scenario_traffic
+from spp_export.calibration.reading import Text
 from spp_export.commands.export_request import ExportResult
-from spp_export.commands.quality import measure_file, record_quality
+from spp_export.commands.quality import judged_texts, measure_file, record_quality
 from spp_export.commands.requests import ExportRequest
 from spp_export.common.errors import (
     CheckFailed,
@@ -20,7 +21,7 @@ from spp_export.evaluation.batches import exact_dtype, slim_reference
 from spp_export.formats.format import Comparison, ModelFiles
 from spp_export.formats.safetensors.verify import check_directory
 from spp_export.models.session import Session
-from spp_export.slicing.compensation import Compensator
+from spp_export.slicing.compensation import Compensator, plan_answering
 
 if TYPE_CHECKING:
     from spp_export.calibration.activations import TokenBatch
@@ -45,7 +46,7 @@ def check_export(
     import torch
 
     from spp_export.evaluation.parity import VerifyReport
-    from spp_export.evaluation.quality import measure_quality
+    from spp_export.evaluation.quality import HELD_OUT
 
     texts = scenario.conversations if scenario else ()
     slim, out = places
@@ -73,22 +74,24 @@ def check_export(
     if not report.passed:
         return {**content, "passed": False}, _defect(report)
     model, quality = converted.model or checked.slim, None
-    held_out: tuple[TokenText, ...] = ()
+    judged: Sequence[Text] = ()
+    source = HELD_OUT
     if scenario:
-        held_out = scenario_text(session, scenario, request.calibration_tokens).held_out.texts
+        limit, answering = request.calibration_tokens, plan_answering(result.plan, request)
+        judged = scenario_traffic(session, scenario, limit, answering).held_out.texts
     if converted.quantised:
-        judged = session.tokenizer, scenario, result.plan
-        quality = measure_file(session.model, model, *judged)
-        cost = measure_file(checked.slim, model, *judged)
+        if not judged:
+            judged, source = judged_texts(scenario, result.plan)
+        cost = measure_file(checked.slim, model, session.tokenizer, judged, source)
         content["quantisation"] = cost.to_dict() if cost else None
-    elif held_out:
-        quality = measure_quality(session.model, model, session.tokenizer, held_out)
+    if judged:
+        quality = measure_file(session.model, model, session.tokenizer, judged, source)
     content, worse = record_quality(content, "quality", quality, request.max_kl)
-    limit = request.max_perplexity
-    if limit is None or worse:
+    most = request.max_perplexity
+    if most is None or worse:
         return content, worse
-    within = quality is not None and quality.ratio <= limit
-    content["quality_gate"] = {"max_perplexity_ratio": limit, "passed": within}
+    within = quality is not None and quality.ratio <= most
+    content["quality_gate"] = {"max_perplexity_ratio": most, "passed": within}
     content["passed"] = content["passed"] and within
     if quality is None:
         return content, QualityError(
@@ -96,7 +99,7 @@ def check_export(
         )
     if not within:
         return content, QualityError(
-            f"held-out perplexity is {quality.ratio:.3f}x dense, the gate allows {limit:g}x. "
+            f"held-out perplexity is {quality.ratio:.3f}x dense, the gate allows {most:g}x. "
             "Keep more (--keep) or raise the gate."
         )
     return content, None

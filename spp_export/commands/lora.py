@@ -129,7 +129,7 @@ def training_batches(
         (index, piece)
         for index, text in enumerate(token_texts(tokenizer, texts))
         for piece in text.pieces(settings.max_tokens)
-        if len(piece) > 1
+        if piece.tokens > 1
     ]
     if not rows:
         raise UsageError("--data has no text of two tokens or more for this model.")

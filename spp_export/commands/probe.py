@@ -51,7 +51,13 @@ def probe(request: ProbeRequest) -> Artifacts:
     texts, named = pools
     others = tuple(name for name in texts.domains if name not in named)
     options = ProbeSettings(
-        request.select, names, request.units, request.seed, request.calibration_tokens
+        request.select,
+        names,
+        request.units,
+        request.seed,
+        request.calibration_tokens,
+        # A model that runs from disk would read all of it again for every token.
+        0 if session.from_disk else request.answer_tokens,
     )
     options.check(len(named))
     check_readable(session.source.path, TOKENIZER_FILES)

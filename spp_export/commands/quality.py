@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spp_export.calibration.reading import read_texts
+from spp_export.calibration.reading import Text, read_texts
 from spp_export.common.errors import QualityError
 from spp_export.common.options import DEFAULT_CALIBRATION_TOKENS
 from spp_export.data.conversation import Conversation, Message
@@ -60,13 +60,13 @@ def measure_file(
     reference: nn.Module,
     model: nn.Module,
     tokenizer: Any,
-    scenario: Scenario | None,
-    plan: Plan | None,
+    texts: Sequence[Text],
+    source: str,
 ) -> Quality | None:
-    """Quality of the model in a file beside the one it is compared with, on `judged_texts`."""
+    """Quality of the model in a file beside the one it is compared with, on texts that `source`
+    names, such as those of `judged_texts`."""
     from spp_export.evaluation.quality import measure_quality
 
-    texts, source = judged_texts(scenario, plan)
     read = read_texts(tokenizer, texts, DEFAULT_CALIBRATION_TOKENS).texts
     return measure_quality(reference, model, tokenizer, read, source)
 

@@ -20,6 +20,7 @@ from spp_export.common.options import (
     PUBLISHING,
     RUNNING,
     SHARE,
+    AnswerTokens,
     Artifacts,
     CalibrationTokens,
     Device,
@@ -93,7 +94,7 @@ class DiagnoseRequest(CalibrationTokens, Layerwise, Dtype, Artifacts, Model):
 
 
 @dataclass(frozen=True)
-class ProbeRequest(CalibrationTokens, Force, Seed, Dtype, Artifacts, Model):
+class ProbeRequest(AnswerTokens, CalibrationTokens, Force, Seed, Dtype, Artifacts, Model):
     """A model's artifacts."""
 
     pools: PathLike | None = option(

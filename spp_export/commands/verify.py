@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spp_export.commands.quality import gate, measure_file
+from spp_export.commands.quality import gate, judged_texts, measure_file
 from spp_export.commands.requests import VerifyRequest
 from spp_export.common.disk import scratch_folder
 from spp_export.common.errors import UsageError
@@ -64,7 +64,9 @@ def verify(request: VerifyRequest) -> VerifyReport:
         if not report.passed or not (checked.quantised or request.max_kl is not None):
             return report
         assert checked.model
-        quality = measure_file(session.model, checked.model, session.tokenizer, scenario, compiled)
+        quality = measure_file(
+            session.model, checked.model, session.tokenizer, *judged_texts(scenario, compiled)
+        )
     context = {**checked.context, "quality": quality.to_dict() if quality else None}
     failure, checks = gate(quality, request.max_kl), report.checks
     if request.max_kl is not None:

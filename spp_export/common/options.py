@@ -44,6 +44,9 @@ WINDOW = 512
 # times as many tokens, and reading them takes about as long as reading three of its pools.
 DEFAULT_CALIBRATION_TOKENS = 64 * WINDOW
 
+# Of an answer of the dense model's that slim models are made for and judged on.
+DEFAULT_ANSWER_TOKENS = 96
+
 P = ParamSpec("P")
 RequestT = TypeVar("RequestT", bound="Request")
 Result = TypeVar("Result")
@@ -354,6 +357,21 @@ class CalibrationTokens(Request):
         parse=parse_count,
         help="Most tokens to read of a text: of what is calibrated on, and of what is held out. "
         "Of a longer text, pieces spread evenly over it are read.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerTokens(Request):
+    """How long answers are that the dense model gives."""
+
+    answer_tokens: int = option(
+        DEFAULT_ANSWER_TOKENS,
+        panel=RUNNING,
+        least=0,
+        metavar="N",
+        parse=parse_count,
+        help="Most tokens of the dense model's answer to a prompt that comes without one; 0 reads "
+        "the text of prompts alone.",
     )
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -147,6 +147,23 @@ class _CalibrationText(Document):
     text: str
 
 
+class _Dialogue(Document):
+    model_config = _OTHERS_TOO
+    domain: str
+    tokens: Annotated[Rows[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    answer: Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True, slots=True)
+class Dialogue:
+    """A prompt of a domain's pool and the model's answer, as the token ids that the model reads and
+    writes, of which the last `answer` are its own."""
+
+    domain: str
+    tokens: tuple[int, ...]
+    answer: int
+
+
 @dataclass(frozen=True, eq=False)
 class Artifacts:
     """Probes, importance and whitelist of one model, over K domains and L layers of H query heads.
@@ -160,6 +177,7 @@ class Artifacts:
     importance       `head/<criterion>` [K,L,H], `channel/<criterion>` [K,L,I]
     whitelist        (layer, head) pairs that every plan keeps
     calibration      (domain, text) pairs they were made from
+    dialogues        some of these texts as prompts, with the model's own answers
     manifest         where they come from: pools, counts, seeds, versions; JSON values only
     sha256           of the directory's files; "" before they are written
     familiar         what text they know, at the P layers of the manifest's `familiarity`: `means`
@@ -179,6 +197,7 @@ class Artifacts:
     manifest: Mapping[str, Any]
     sha256: str = ""
     familiar: Mapping[str, Array] = field(default_factory=dict)
+    dialogues: tuple[Dialogue, ...] = ()
 
     @property
     def num_layers(self) -> int:
@@ -257,6 +276,7 @@ def read_artifacts(directory: str | os.PathLike[str]) -> Artifacts:
             f"artifacts {root}/probes.safetensors: expected the tensors "
             f"{', '.join(_PROBE_TENSORS)}, got {_names({**probes, **familiar})}."
         )
+    calibration, dialogues = _calibration(root / "calibration.jsonl", data["calibration.jsonl"])
     artifacts = Artifacts(
         fingerprint=header.model.fingerprint,
         domains=header.domains,
@@ -264,10 +284,11 @@ def read_artifacts(directory: str | os.PathLike[str]) -> Artifacts:
         **probes,
         importance=_tensors(root / "importance.safetensors", data["importance.safetensors"]),
         whitelist=whitelist_pairs(data["whitelist.json"], f"artifacts {root}/whitelist.json"),
-        calibration=tuple(_calibration(root / "calibration.jsonl", data["calibration.jsonl"])),
+        calibration=calibration,
         manifest=value["manifest"],
         sha256=_digest(data),
         familiar=familiar,
+        dialogues=dialogues,
     )
     check_artifacts(artifacts, f"artifacts {root}")
     for key, size in _model_sizes(artifacts).items():
@@ -308,6 +329,11 @@ def check_model(artifacts: Artifacts, fingerprint: str, shape: ModelShape) -> st
             f"artifacts: made for a model of {_sizes(ours)}; "
             f"this one has {_sizes(theirs)}. {remedy}"
         )
+    highest = max((max(one.tokens) for one in artifacts.dialogues), default=0)
+    if highest >= shape.vocab_size:
+        raise ArtifactsError(
+            f"artifacts: hold the token {highest}, and this model has {shape.vocab_size}. {remedy}"
+        )
     if artifacts.fingerprint:
         return None
     return (
@@ -324,10 +350,11 @@ def _encode(artifacts: Artifacts) -> dict[str, bytes]:
         "regimes": artifacts.regimes,
         "manifest": artifacts.manifest,
     }
-    lines = (
-        json.dumps({"domain": domain, "text": text}, ensure_ascii=False) + "\n"
-        for domain, text in artifacts.calibration
-    )
+    entries: list[dict[str, Any]] = [
+        {"domain": domain, "text": text} for domain, text in artifacts.calibration
+    ]
+    entries += map(asdict, artifacts.dialogues)
+    lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
     probes = {name: getattr(artifacts, name) for name in _PROBE_TENSORS}
     probes |= {_FAMILIAR_KEYS[name]: array for name, array in artifacts.familiar.items()}
     data = {
@@ -380,15 +407,24 @@ def _tensors(path: Path, data: bytes) -> dict[str, Array]:
     return tensors
 
 
-def _calibration(path: Path, data: bytes) -> Iterable[tuple[str, str]]:
+def _calibration(
+    path: Path, data: bytes
+) -> tuple[tuple[tuple[str, str], ...], tuple[Dialogue, ...]]:
+    """Texts by domain, and dialogues, of which every line is one."""
+    texts, dialogues = [], []
     text = decode_utf8(data, what=f"artifacts {path}", error=ArtifactsError)
     for number, line in enumerate(text_lines(text), start=1):
         if not line.strip():
             continue
         where = f"artifacts {path}: line {number}"
         entry = parse_json(line, what=where, error=ArtifactsError)
-        document = validated(_CalibrationText, entry, what=where, error=ArtifactsError)
-        yield document.domain, document.text
+        if isinstance(entry, dict) and "tokens" in entry:
+            spoken = validated(_Dialogue, entry, what=where, error=ArtifactsError)
+            dialogues.append(Dialogue(spoken.domain, spoken.tokens, spoken.answer))
+        else:
+            document = validated(_CalibrationText, entry, what=where, error=ArtifactsError)
+            texts.append((document.domain, document.text))
+    return tuple(texts), tuple(dialogues)
 
 
 def _names(names: Iterable[str]) -> str:
@@ -443,11 +479,19 @@ def check_artifacts(artifacts: Artifacts, label: str) -> None:
     _check_whitelist(artifacts, label)
     if settings.probe_layers is not None:
         _check_layers(settings.probe_layers, layers, f"{label}: manifest.probe_layers")
-    for number, (domain, _) in enumerate(artifacts.calibration, start=1):
+    domains = [domain for domain, _ in artifacts.calibration]
+    domains += [dialogue.domain for dialogue in artifacts.dialogues]
+    for number, domain in enumerate(domains, start=1):
         if domain not in artifacts.domains:
             raise ArtifactsError(
                 f"{label}: calibration text {number} is of the domain {domain!r:.60}, "
                 f"known are {', '.join(artifacts.domains):.300}."
+            )
+    for number, dialogue in enumerate(artifacts.dialogues, start=1):
+        if dialogue.answer > len(dialogue.tokens):
+            raise ArtifactsError(
+                f"{label}: dialogue {number} has an answer of {dialogue.answer} tokens and "
+                f"{len(dialogue.tokens)} tokens in all."
             )
 
 

@@ -30,6 +30,18 @@ class Conversation:
         return tuple(message.text for message in self.messages if message.role == "user")
 
     @property
+    def answered(self) -> bool:
+        """Whether it tells what the assistant says."""
+        return self.chat and any(message.role == "assistant" for message in self.messages)
+
+    @property
+    def questions(self) -> tuple[Conversation, ...]:
+        """What an assistant would be asked: the whole of a chat, each text by itself otherwise."""
+        if self.chat:
+            return (self,)
+        return tuple(Conversation((Message("user", text),), chat=True) for text in self.prompts)
+
+    @property
     def content(self) -> str:
         """All that is said, by which conversations are compared; but what the model was told to be
         is the same for many of them, and counts only where there is nothing else."""

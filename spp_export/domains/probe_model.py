@@ -16,14 +16,16 @@ from spp_export.calibration.activations import (
     observe,
     token_batches,
 )
+from spp_export.calibration.answers import answer
 from spp_export.calibration.moments import Collection, gather_all
-from spp_export.calibration.reading import read_pools_within
+from spp_export.calibration.reading import question_ids, read_pools_within, spread
 from spp_export.common.arrays import FloatArray, IntArray
 from spp_export.common.errors import UsageError
-from spp_export.common.options import DEFAULT_CALIBRATION_TOKENS
+from spp_export.common.options import DEFAULT_CALIBRATION_TOKENS, WINDOW
 from spp_export.common.progress import progress
 from spp_export.common.versions import library_versions
-from spp_export.data.artifacts import Artifacts
+from spp_export.data.artifacts import Artifacts, Dialogue
+from spp_export.data.conversation import Conversation, Message
 from spp_export.data.pools import Pools
 from spp_export.domains.axes import choose_space
 from spp_export.domains.diagnosis import CROSS_DOMAIN, IN_DOMAIN, OUT_OF_DOMAIN
@@ -52,6 +54,9 @@ from spp_export.importance.base import Criterion
 from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.checkpoint.reader import read_float
 
+# Prompts of a domain that are answered: a scenario mixes several domains.
+DIALOGUES = 48
+
 
 @dataclass(frozen=True)
 class ProbeSettings:
@@ -60,6 +65,7 @@ class ProbeSettings:
     select: how many of the candidate domains to take, greedily; None takes all. criteria: names
     of importance; units: "heads", or "both" heads and MLP channels. seed: of all that is drawn.
     calibration_tokens: most that are read of a pool's training text, and of its validation text.
+    answer_tokens: of an answer of the model's to a prompt of a pool; 0 for none.
     """
 
     select: int | None = None
@@ -67,6 +73,7 @@ class ProbeSettings:
     units: str = "both"
     seed: int = 0
     calibration_tokens: int = DEFAULT_CALIBRATION_TOKENS
+    answer_tokens: int = 0
 
     def check(self, candidates: int) -> tuple[Criterion, ...]:
         """The criteria; UsageError for what cannot be."""
@@ -172,6 +179,28 @@ def probe_model(
         manifest=manifest,
         sha256="",
         familiar=familiar.arrays(),
+        dialogues=_dialogues(dense, pools, request),
+    )
+
+
+def _dialogues(dense: Dense, pools: Pools, request: ProbeSettings) -> tuple[Dialogue, ...]:
+    """Prompts of every domain, spread evenly over its training text, with the model's answers."""
+    if not request.answer_tokens:
+        return ()
+    asked: list[tuple[str, tuple[int, ...]]] = []
+    for domain, texts in zip(pools.domains, pools.train, strict=True):
+        prompts = [Conversation((Message("user", text),), chat=True) for text in texts]
+        questions = [
+            ids
+            for ids in question_ids(dense.tokenizer, prompts)
+            if len(ids) + request.answer_tokens <= WINDOW
+        ]
+        places = spread([1] * len(questions), DIALOGUES)
+        asked += [(domain, questions[place]) for place in places]
+    answers = answer(dense, [ids for _, ids in asked], request.answer_tokens, request.seed)
+    return tuple(
+        Dialogue(domain, text.runs[0], len(text.runs[0]) - len(ids))
+        for (domain, ids), text in zip(asked, answers, strict=True)
     )
 
 

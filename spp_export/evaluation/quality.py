@@ -112,7 +112,7 @@ def measure_quality(
 
 def documents_of(batch: TokenBatch) -> Tensor:
     """Index [T] of the text that each predicted token of a batch is of."""
-    counts = batch.attention_mask[:, 1:].sum(1)
+    counts = batch.predicted.sum(1)
     return torch.tensor(batch.texts).repeat_interleave(counts)
 
 
@@ -141,5 +141,5 @@ def next_token_log_probabilities(model: nn.Module, batch: TokenBatch) -> tuple[T
 
 def _log_probabilities(logits: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
     ids = batch.input_ids.to(logits.device)
-    predicted = batch.attention_mask[:, 1:].bool().to(logits.device)
+    predicted = batch.predicted.to(logits.device)
     return logits[:, :-1][predicted].float().log_softmax(-1), ids[:, 1:][predicted]

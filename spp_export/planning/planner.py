@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from spp_export.calibration.answers import scenario_traffic
 from spp_export.calibration.mixture import Mixing, WeightedTexts, calibration_parts
-from spp_export.calibration.reading import ScenarioText, scenario_text, token_texts
+from spp_export.calibration.reading import ScenarioText, token_texts
 from spp_export.calibration.stored import Kept
 from spp_export.common.arrays import FloatArray
 from spp_export.common.errors import UsageError
@@ -90,16 +91,15 @@ def plan_scenario(
     if request.strength is None:
         _check_budget(session, artifacts, request, written, latency)
     limit = request.calibration_tokens
-    text = scenario_text(session, scenario, limit)
-    calibration = text.calibration.texts
     diagnosis = diagnose_scenario(session, artifacts, scenario, request.regime, limit)
     if request.strength is not None:
         _check_budget(session, artifacts, request, written, latency, diagnosis.breadth)
+    text = scenario_traffic(session, scenario, limit, request.answering)
     mixing = requested_mixing(artifacts, request)
     if request.policy == "published":
         layers, provenance = _published(session, artifacts, scenario, request)
     else:
-        parts = calibration_parts(artifacts, diagnosis.shares, calibration, mixing)
+        parts = calibration_parts(artifacts, diagnosis.shares, text.calibration.texts, mixing)
         scoring = scoring_for(session, artifacts, parts, request, diagnosis.breadth, latency)
         options = scoring.options()
         layers, realised = compile_units(
@@ -145,6 +145,8 @@ def plan_scenario(
             "shrinkage": mixing.shrinkage,
             "scenario_weight": mixing.scenario_weight,
             "calibration_tokens": request.calibration_tokens,
+            "answer_tokens": request.answer_tokens,
+            "answer_seed": request.seed,
         },
         predicted=sizes.to_dict(),
         versions=library_versions(),

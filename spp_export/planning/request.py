@@ -10,6 +10,7 @@ from spp_export.common.options import (
     BUDGET,
     SHARE,
     SHARE_OR_NONE,
+    AnswerTokens,
     CalibrationTokens,
     Numbers,
     PathLike,
@@ -22,6 +23,7 @@ from spp_export.models.shape import Layout, Units
 from spp_export.planning.plan import Compensation
 
 if TYPE_CHECKING:
+    from spp_export.calibration.answers import Answering
     from spp_export.planning.budget import Budget
     from spp_export.planning.latency import LatencyTable
 
@@ -33,7 +35,7 @@ DEFAULT_MULTIPLE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanRequest(CalibrationTokens, Seed):
+class PlanRequest(AnswerTokens, CalibrationTokens, Seed):
     """The options of a plan in `spp plan` and `spp export`."""
 
     units: Units = option(
@@ -162,6 +164,13 @@ class PlanRequest(CalibrationTokens, Seed):
             cost=self.cost,
             max_latency=self.max_latency,
         )
+
+    @property
+    def answering(self) -> Answering:
+        """How the dense model answers prompts."""
+        from spp_export.calibration.answers import Answering
+
+        return Answering(self.answer_tokens, self.seed)
 
     @property
     def criterion_name(self) -> str:

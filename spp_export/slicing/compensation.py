@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from spp_export.calibration.answers import Answering, scenario_traffic
 from spp_export.calibration.mixture import Mixing, calibration_parts, gather_parts
 from spp_export.calibration.moments import Moments
-from spp_export.calibration.reading import scenario_text
+from spp_export.calibration.reading import TokenText
 from spp_export.calibration.refit import bias, refit_blocks, residual_blocks
 from spp_export.common.arrays import FloatArray
 from spp_export.common.errors import PlanError
@@ -178,7 +179,10 @@ def plan_compensation(
     if compiled.compensation == "none":
         return Compensator(session.source, compiled, None)
     limit = calibration_tokens(compiled, request)
-    texts = scenario_text(session, scenario, limit).calibration.texts if scenario else ()
+    texts: tuple[TokenText, ...] = ()
+    if scenario:
+        traffic = scenario_traffic(session, scenario, limit, plan_answering(compiled, request))
+        texts = traffic.calibration.texts
     mixing = _mixing(compiled) or requested_mixing(artifacts, request)
     parts = calibration_parts(artifacts, compiled.diagnosis.get("mixture"), texts, mixing)
     moments = gather_parts(session, parts, moment_kinds(compiled, session.source.shape))
@@ -204,10 +208,23 @@ def _mixing(compiled: Plan) -> Mixing | None:
 
 def calibration_tokens(compiled: Plan, request: PlanRequest) -> int:
     """How much of a scenario's text is read: as much as when the plan was made, if it says so."""
-    value: Any = compiled.calibration.get("calibration_tokens", request.calibration_tokens)
-    if type(value) is not int or value < WINDOW:
+    return _recorded(compiled, "calibration_tokens", request.calibration_tokens, WINDOW)
+
+
+def plan_answering(compiled: Plan, request: PlanRequest) -> Answering:
+    """How prompts are answered: as when the plan was made, if it says so."""
+    usual = request.answering
+    return Answering(
+        _recorded(compiled, "answer_tokens", usual.tokens, 0),
+        _recorded(compiled, "answer_seed", usual.seed, 0),
+    )
+
+
+def _recorded(compiled: Plan, key: str, usual: int, least: int) -> int:
+    value: Any = compiled.calibration.get(key, usual)
+    if type(value) is not int or value < least:
         raise PlanError(
-            f"plan: calibration.calibration_tokens must be an integer from {WINDOW} on, got "
-            f"{value!r:.40}. Leave it out for the usual number."
+            f"plan: calibration.{key} must be an integer from {least} on, got {value!r:.40}. "
+            "Leave it out for the usual number."
         )
     return value

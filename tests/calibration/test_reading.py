@@ -30,7 +30,7 @@ def test_texts_are_read_in_order_each_prompt_from_its_own_beginning():
         ((),),
     ]
     assert [text.tokens for text in read] == [2, 3, 2, 1, 0]
-    assert list(read[1].pieces(1)) == [(97,), (98,), (99,)]
+    assert list(read[1].pieces(1)) == [TokenText(((n,),)) for n in (97, 98, 99)]
     assert read[1].beginning(1) == TokenText(((97,),))
     assert TokenText(((), (5, 6))).beginning(9) == TokenText(((5, 6),))
 
