@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from spp_export.commands.evaluate import evaluate_scenarios as evaluate_scenarios
     from spp_export.commands.export import export as export
     from spp_export.commands.export_request import ExportResult as ExportResult
+    from spp_export.commands.frontier import FrontierResult as FrontierResult
+    from spp_export.commands.frontier import frontier as frontier
     from spp_export.commands.import_artifacts import import_artifacts as import_artifacts
     from spp_export.commands.load import ScenarioModels as ScenarioModels
     from spp_export.commands.load import load as load

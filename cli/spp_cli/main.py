@@ -30,6 +30,7 @@ from spp_cli.commands.diagnose import diagnose
 from spp_cli.commands.doctor import doctor
 from spp_cli.commands.eval import evaluate
 from spp_cli.commands.export import export
+from spp_cli.commands.frontier import frontier
 from spp_cli.commands.plan import plan
 from spp_cli.commands.probe import probe
 from spp_cli.commands.push import push
@@ -62,6 +63,7 @@ for command in (
     export,
     convert,
     plan,
+    frontier,
     diagnose,
     probe,
     verify,

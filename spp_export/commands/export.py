@@ -46,6 +46,7 @@ from spp_export.models.session import Session, open_session
 from spp_export.planning import Plan, dense_plan, read_plan, sample_plan, validate_plan
 from spp_export.planning.bound import Predicted, predicted
 from spp_export.planning.planner import (
+    Planning,
     PlanResult,
     artifacts_record,
     plan_scenario,
@@ -312,7 +313,13 @@ def _decide(
     if plan is None:
         assert artifacts is not None
         assert scenario is not None
-        return plan_scenario(session, artifacts, scenario, request)
+        if not request.seeks_smallest:
+            return plan_scenario(session, artifacts, scenario, request)
+        from spp_export.evaluation.search import PlanSearch
+
+        assert request.max_kl is not None
+        planning = Planning.begin(session, artifacts, scenario, request)
+        return PlanSearch(planning).smallest(request.max_kl).result
     decided = plan if isinstance(plan, Plan) else read_plan(plan)
     source = session.source
     validate_plan(decided, source.shape, source.fingerprint)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from spp_export.common.errors import UsageError
 from spp_export.common.options import (
+    BUDGET,
     CHECKS,
     CONVERTED,
     DANGEROUS,
@@ -80,6 +81,30 @@ class PlanFileRequest(PlanRequest, Force, Layerwise, Dtype, Artifacts, Model):
     output: PathLike | None = output_option(
         None, help="Where to write the plan; without it, only show it."
     )
+
+
+@dataclass(frozen=True)
+class FrontierRequest(PlanRequest, Force, Dtype, Artifacts, Model):
+    """The sizes to try for a scenario."""
+
+    scenario: PathLike = scenario_option()
+    output: PathLike = output_option("", help="Directory to write.")
+    _: KW_ONLY
+    share: tuple[float, ...] = option(
+        (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5),
+        panel=BUDGET,
+        metavar="SHARE",
+        numbers=SHARE,
+        help="Share of what --cost counts that stays; repeatable, 0.95 to 0.5 by default.",
+    )
+
+    def check(self) -> None:
+        """UsageError for a budget, of which this tries many."""
+        super().check()
+        if self.limits != (None,) * 5:
+            raise UsageError("frontier tries many budgets. Drop the budget, or give --share.")
+        if self.policy == "published":
+            raise UsageError("frontier: --policy published has a budget of its own. Drop it.")
 
 
 @dataclass(frozen=True)
@@ -348,6 +373,11 @@ class ExportRequest(
         help="Skip the checks against the masked dense model.",
     )
 
+    @property
+    def seeks_smallest(self) -> bool:
+        """Whether the budget is a quality, to be met by the smallest model that does."""
+        return self.max_kl is not None and self.plan is None and self.limits == (None,) * 5
+
     def check(self) -> None:
         """UsageError for options that exclude each other."""
         super().check()
@@ -358,8 +388,10 @@ class ExportRequest(
             flag = "--" + decided[0].replace("_", "-")
             raise UsageError(f"{flag}: the plan already decides that. Drop {flag}, or --plan.")
         unchecked = self.dry_run or not self.verify
-        if self.max_kl is not None and unchecked:
+        if self.max_kl is not None and unchecked and not (self.seeks_smallest and self.verify):
             raise UsageError("--max-kl: nothing is measured then. Drop --no-verify, --dry-run.")
+        if self.seeks_smallest and self.policy == "published":
+            raise UsageError("--max-kl: --policy published takes its own budget. Give --strength.")
         if self.max_perplexity is not None and unchecked:
             raise UsageError(
                 "--max-perplexity: nothing is measured then. Drop --no-verify, --dry-run."

@@ -26,6 +26,7 @@ from spp_export.models.shape import ModelShape
 from spp_export.planning import (
     LayerPlan,
     Plan,
+    Realised,
     check_feasible,
     compile_units,
     cover,
@@ -39,7 +40,7 @@ from spp_export.planning.budget import Budget, unit_cost
 from spp_export.planning.latency import LatencyTable
 from spp_export.planning.published import published_mask, published_text
 from spp_export.planning.request import PlanRequest
-from spp_export.planning.scoring import Scoring, check_criterion
+from spp_export.planning.scoring import Scoring, UnitOptions, check_criterion
 from spp_export.planning.written import compensated_shape, losing_roles
 
 # A consumer loses inputs unless only the units of the other one may go.
@@ -79,80 +80,129 @@ class PlanResult:
 def plan_scenario(
     session: Session, artifacts: Artifacts, scenario: Scenario, request: PlanRequest
 ) -> PlanResult:
-    """Compile the plan from the scenario's calibration prompts; the held-out ones are not seen."""
-    request.check()
-    shape = session.source.shape
-    latency = request.latency()
-    if latency:
-        latency.check_model(shape)
-    _check_answerable(session, artifacts, request)
-    losing = frozenset(role for role, units in _LOSING.items() if request.units != units)
-    written = compensated_shape(session.source, request.layout, request.compensate, losing)
-    if request.strength is None:
-        _check_budget(session, artifacts, request, written, latency)
-    limit = request.calibration_tokens
-    diagnosis = diagnose_scenario(session, artifacts, scenario, request.regime, limit)
-    if request.strength is not None:
-        _check_budget(session, artifacts, request, written, latency, diagnosis.breadth)
-    text = scenario_traffic(session, scenario, limit, request.answering)
-    mixing = requested_mixing(artifacts, request)
-    if request.policy == "published":
-        layers, provenance = _published(session, artifacts, scenario, request)
-    else:
-        parts = calibration_parts(artifacts, diagnosis.shares, text.calibration.texts, mixing)
-        scoring = scoring_for(session, artifacts, parts, request, diagnosis.breadth, latency)
-        options = scoring.options()
+    """Compile the plan from the scenario's calibration part; the held-out one is not seen."""
+    return Planning.begin(session, artifacts, scenario, request).within()
+
+
+@dataclass(frozen=True)
+class Planning:
+    """Plans of one scenario for any budget: its text, its diagnosis, and what every size of every
+    layer is worth, all known before the first plan.
+
+    options: None where the released algorithm decides.
+    """
+
+    session: Session
+    artifacts: Artifacts
+    scenario: Scenario
+    request: PlanRequest
+    text: ScenarioText
+    diagnosis: Diagnosis
+    mixing: Mixing
+    latency: LatencyTable | None
+    scoring: Scoring | None
+    options: UnitOptions | None
+
+    @classmethod
+    def begin(
+        cls, session: Session, artifacts: Artifacts, scenario: Scenario, request: PlanRequest
+    ) -> Planning:
+        """Check what can be refused, then diagnose and score."""
+        request.check()
+        latency = request.latency()
+        if latency:
+            latency.check_model(session.source.shape)
+        _check_answerable(session, artifacts, request)
+        written = _largest_written(session, request)
+        if request.strength is None:
+            _check_budget(session, artifacts, request, written, latency)
+        limit = request.calibration_tokens
+        diagnosis = diagnose_scenario(session, artifacts, scenario, request.regime, limit)
+        if request.strength is not None:
+            _check_budget(session, artifacts, request, written, latency, diagnosis.breadth)
+        text = scenario_traffic(session, scenario, limit, request.answering)
+        mixing = requested_mixing(artifacts, request)
+        scoring = options = None
+        if request.policy != "published":
+            texts = text.calibration.texts
+            parts = calibration_parts(artifacts, diagnosis.shares, texts, mixing)
+            scoring = scoring_for(session, artifacts, parts, request, diagnosis.breadth, latency)
+            options = scoring.options()
+        found = text, diagnosis, mixing, latency, scoring, options
+        return cls(session, artifacts, scenario, request, *found)
+
+    def within(self, budget: Budget | None = None) -> PlanResult:
+        """The best plan within a budget; without one, within the request's."""
+        session, artifacts, request = self.session, self.artifacts, self.request
+        shape = session.source.shape
+        if self.scoring is None or self.options is None:
+            layers, provenance = _published(session, artifacts, self.scenario, request)
+            written = _largest_written(session, request)
+        else:
+            layers, realised, written = self._layers(self.options, budget or request.budget)
+            provenance = {
+                "criterion": self.scoring.record(),
+                "policy": {"name": "exact", "whitelist": len(artifacts.whitelist)},
+                "budget": {
+                    "asked": {
+                        **(budget or request.budget).to_dict(),
+                        **({"tensor_parallel": request.tp} if request.tp > 1 else {}),
+                    },
+                    "realised": realised.to_dict(),
+                    **({"profile": self.latency.to_dict()} if self.latency else {}),
+                },
+            }
+        sizes = predicted(shape, [layer.shape(shape) for layer in layers], written, self.latency)
+        compiled = Plan(
+            session.source.fingerprint,
+            session.source.name,
+            request.layout,
+            request.compensate,
+            layers,
+            scenario=scenario_record(self.scenario, self.text),
+            artifacts=artifacts_record(artifacts),
+            diagnosis=self.diagnosis.to_dict(),
+            calibration={
+                "shrinkage": self.mixing.shrinkage,
+                "scenario_weight": self.mixing.scenario_weight,
+                "calibration_tokens": request.calibration_tokens,
+                "answer_tokens": request.answer_tokens,
+                "answer_seed": request.seed,
+            },
+            predicted=sizes.to_dict(),
+            versions=library_versions(),
+            **provenance,
+        )
+        return PlanResult(compiled, shape, self.diagnosis, sizes)
+
+    def _layers(
+        self, options: UnitOptions, budget: Budget
+    ) -> tuple[tuple[LayerPlan, ...], Realised, ModelShape]:
+        """The layers, what they come to, and the shape that is written of them."""
+        source, request = self.session.source, self.request
         layers, realised = compile_units(
             options.heads,
             options.channels,
             # Biases that compensation adds are no share of the heads, but parameters all the same.
-            shape if request.max_params is None else written,
-            request.budget,
+            source.shape if budget.max_params is None else _largest_written(self.session, request),
+            budget,
             request.layout,
-            session.source.family.stock_accepts(shape),
-            breadth=diagnosis.breadth,
-            latency=latency,
+            source.family.stock_accepts(source.shape),
+            breadth=self.diagnosis.breadth,
+            latency=self.latency,
             tensor_parallel=request.tp,
         )
         # What lost nothing after all gets no bias.
-        losing = losing_roles(layers, shape)
-        written = compensated_shape(session.source, request.layout, request.compensate, losing)
-        whole = written.parameters([layer.shape(shape) for layer in layers])
-        realised = replace(realised, parameters=whole)
-        provenance = {
-            "criterion": scoring.record(),
-            "policy": {"name": "exact", "whitelist": len(artifacts.whitelist)},
-            "budget": {
-                "asked": {
-                    **request.budget.to_dict(),
-                    **({"tensor_parallel": request.tp} if request.tp > 1 else {}),
-                },
-                "realised": realised.to_dict(),
-                **({"profile": latency.to_dict()} if latency else {}),
-            },
-        }
-    sizes = predicted(shape, [layer.shape(shape) for layer in layers], written, latency)
-    compiled = Plan(
-        session.source.fingerprint,
-        session.source.name,
-        request.layout,
-        request.compensate,
-        layers,
-        scenario=scenario_record(scenario, text),
-        artifacts=artifacts_record(artifacts),
-        diagnosis=diagnosis.to_dict(),
-        calibration={
-            "shrinkage": mixing.shrinkage,
-            "scenario_weight": mixing.scenario_weight,
-            "calibration_tokens": request.calibration_tokens,
-            "answer_tokens": request.answer_tokens,
-            "answer_seed": request.seed,
-        },
-        predicted=sizes.to_dict(),
-        versions=library_versions(),
-        **provenance,
-    )
-    return PlanResult(compiled, shape, diagnosis, sizes)
+        losing = losing_roles(layers, source.shape)
+        written = compensated_shape(source, request.layout, request.compensate, losing)
+        whole = written.parameters([layer.shape(source.shape) for layer in layers])
+        return layers, replace(realised, parameters=whole), written
+
+
+def _largest_written(session: Session, request: PlanRequest) -> ModelShape:
+    """The shape that is written where every consumer that may lose inputs does."""
+    losing = frozenset(role for role, units in _LOSING.items() if request.units != units)
+    return compensated_shape(session.source, request.layout, request.compensate, losing)
 
 
 def _check_answerable(session: Session, artifacts: Artifacts, request: PlanRequest) -> None:

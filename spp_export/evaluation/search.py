@@ -1,0 +1,156 @@
+"""The smallest plan whose model stays as close to the dense one as was asked.
+
+Scores are computed once; every size that is tried is an exact plan of its own, run as the masked
+dense model, which is what its slim model computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from spp_export.common.errors import BudgetError, QualityError, UsageError
+from spp_export.common.progress import progress
+from spp_export.data.scenario import MIN_PROMPTS_TO_HOLD_OUT
+from spp_export.evaluation.oracle import masked_dense
+from spp_export.evaluation.quality import Quality, measure_quality
+from spp_export.models.session import Session
+from spp_export.planning.planner import Planning, PlanResult
+from spp_export.slicing.compensation import plan_compensation
+from spp_export.slicing.projections import Projections
+
+# Of the share that is kept: finer than the sizes of most models are apart.
+_STEPS = 64
+# What is written is rounded to the stored dtype, and is measured once more.
+_MARGIN = 0.98
+
+
+@dataclass(frozen=True)
+class TriedPlan:
+    """A plan of one budget, and its quality on held-out traffic."""
+
+    keep: float
+    result: PlanResult
+    quality: Quality
+
+    @property
+    def parameters(self) -> int:
+        """Of the slim model."""
+        return self.result.predicted.parameters
+
+
+class PlanSearch:
+    """Plans of one scenario, tried at one budget after the other; each share once."""
+
+    def __init__(self, planning: Planning) -> None:
+        session, scenario = planning.session, planning.scenario
+        if session.from_disk:
+            raise UsageError(
+                "a budget of quality tries many plans, and this model runs from disk. Give --keep "
+                "or --max-params, or a device that holds the model."
+            )
+        self._planning = planning
+        self._texts = planning.text.held_out.texts
+        self.tried: dict[float, TriedPlan] = {}
+        if not self._texts:
+            raise UsageError(
+                f"scenario {scenario.name}: a budget of quality needs held-out text, of at least "
+                f"{MIN_PROMPTS_TO_HOLD_OUT} prompts. Give it more, or another budget."
+            )
+
+    def at(self, keep: float) -> TriedPlan:
+        """The best plan that keeps this share of the units' cost. Raises BudgetError."""
+        if keep not in self.tried:
+            budget = replace(self._planning.request.budget, keep=keep, max_params=None)
+            result = self._planning.within(budget)
+            self.tried[keep] = TriedPlan(keep, result, self._measured(result))
+        return self.tried[keep]
+
+    def smallest(self, limit: float) -> TriedPlan:
+        """The smallest plan whose mean KL is at most `limit`, by bisection over kept shares.
+
+        Raises QualityError where the largest plan that drops anything is above it.
+        """
+        good: TriedPlan | None = None
+        low, high = 0, _STEPS
+        with progress("looking for the smallest model", _STEPS.bit_length()) as advance_to:
+            while high - low > 1:
+                middle = (low + high) // 2
+                try:
+                    tried = self.at(middle / _STEPS)
+                except BudgetError:  # smaller than any model of this kind
+                    low = middle
+                else:
+                    fits = tried.quality.mean_kl <= _MARGIN * limit
+                    good = tried if fits else good
+                    low, high = (low, middle) if fits else (middle, high)
+                advance_to(_STEPS.bit_length() - (high - low).bit_length())
+        if good is None:
+            least = min(self.tried.values(), key=lambda one: one.quality.mean_kl, default=None)
+            reached = f" The least was {least.quality.mean_kl:.3g}" if least else ""
+            raise QualityError(
+                f"--max-kl {limit:g}: no plan that removes anything stays within it.{reached}"
+                f"{f', keeping {least.keep:.0%}.' if least else ''} Raise it."
+            )
+        return good
+
+    def _measured(self, result: PlanResult) -> Quality:
+        planning = self._planning
+        session: Session = planning.session
+        compensation = plan_compensation(
+            session, planning.artifacts, result.plan, planning.scenario, planning.request
+        )
+        masked = MaskedModel(session, result, compensation.projections())
+        quality = measure_quality(session.model, masked, session.tokenizer, self._texts)
+        assert quality, "held-out text has answers"
+        return quality
+
+
+class MaskedModel(nn.Module):
+    """The masked dense model of a plan, as a model to call; between calls the dense one is as it
+    was."""
+
+    def __init__(self, session: Session, result: PlanResult, projections: Projections) -> None:
+        super().__init__()
+        self.dense = session.model
+        source = session.source
+        self._masked = source.family, source.shape, result.plan, projections
+
+    def forward(self, **inputs: Any) -> Any:
+        """As of the dense model."""
+        with masked_dense(self.dense, *self._masked) as model:
+            return model(**inputs)
+
+
+def try_shares(search: PlanSearch, shares: Sequence[float]) -> list[TriedPlan]:
+    """Plans at these shares, the largest first; shares that no plan has are left out."""
+    plans = []
+    with progress("drawing the frontier", len(shares)) as advance_to:
+        for number, share in enumerate(sorted(shares, reverse=True), start=1):
+            try:
+                plans.append(search.at(share))
+            except BudgetError:
+                break
+            finally:
+                advance_to(number)
+    return plans
+
+
+def knee(plans: Sequence[TriedPlan]) -> TriedPlan:
+    """Where removing more begins to cost more than it did: the plan furthest below the straight
+    line from the first to the last one, both axes scaled to that line (Kneedle: Satopaa et al.,
+    2011)."""
+    first, last = plans[0], plans[-1]
+    saved = first.parameters - last.parameters
+    lost = last.quality.mean_kl - first.quality.mean_kl
+    if saved <= 0 or lost <= 0:
+        return last
+
+    def gain(plan: TriedPlan) -> float:
+        share = (first.parameters - plan.parameters) / saved
+        return share - (plan.quality.mean_kl - first.quality.mean_kl) / lost
+
+    return max(plans, key=gain)

@@ -1,0 +1,101 @@
+"""Budgets of quality: the frontier of sizes, and the smallest model within a limit of KL."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import spp_export
+from spp_export.common.errors import QualityError, UsageError
+from spp_export.evaluation.search import TriedPlan, knee
+from spp_export.planning.plan_file import read_plan
+
+NAME = "llama-gqa-bias"
+SHARES = (0.9, 0.75, 0.5)
+
+
+@pytest.fixture(scope="module")
+def options(workshop):
+    return {
+        "model": str(workshop.dense(NAME)),
+        "artifacts": workshop.artifacts(NAME),
+        "units": "both",
+        "width_multiple": 1,
+        "answer_tokens": 12,
+    }
+
+
+@pytest.fixture(scope="module")
+def drawn(workshop, options, tmp_path_factory):
+    place = tmp_path_factory.mktemp("frontier") / "out"
+    return spp_export.frontier(workshop.scenario, place, share=SHARES, **options)
+
+
+def test_every_share_has_a_plan_and_its_quality(drawn):
+    assert [plan.keep for plan in drawn.plans] == sorted(SHARES, reverse=True)
+    sizes = [plan.parameters for plan in drawn.plans]
+    assert sizes == sorted(sizes, reverse=True)
+    assert drawn.knee in drawn.plans
+    written = json.loads((drawn.path / "frontier.json").read_text())
+    assert written == json.loads(json.dumps(drawn.to_dict()))
+    for entry, plan in zip(written["plans"], drawn.plans, strict=True):
+        assert read_plan(drawn.path / entry["plan"]).layers == plan.result.plan.layers
+    assert (drawn.path / "frontier.png").stat().st_size > 1000
+
+
+def test_the_quality_is_the_one_that_an_export_of_the_plan_has(drawn, workshop, options, tmp_path):
+    at = drawn.plans[-1]
+    exported = spp_export.export(
+        workshop.scenario,
+        output=tmp_path / "out",
+        plan=drawn.files[-1],
+        model=options["model"],
+        artifacts=options["artifacts"],
+    )
+    quality = exported.report["quality"]
+    assert quality["tokens"] == at.quality.tokens
+    assert quality["mean_kl"] == pytest.approx(at.quality.mean_kl, rel=1e-3, abs=1e-6)
+
+
+def test_the_smallest_model_within_a_limit(drawn, workshop, options, tmp_path):
+    limit = drawn.plans[1].quality.mean_kl * 1.1
+    exported = spp_export.export(
+        workshop.scenario, output=tmp_path / "out", max_kl=limit, **options
+    )
+    assert exported.report["quality"]["mean_kl"] <= limit
+    assert exported.report["kl_gate"]["passed"]
+    assert exported.predicted.parameters <= drawn.plans[1].parameters
+
+
+def test_a_limit_that_no_plan_holds(workshop, options, tmp_path):
+    with pytest.raises(QualityError, match=r"--max-kl 1e-12: no plan that removes anything"):
+        spp_export.export(workshop.scenario, output=tmp_path / "out", max_kl=1e-12, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_refused_before_any_work(workshop, options, tmp_path):
+    with pytest.raises(UsageError, match="frontier tries many budgets"):
+        spp_export.frontier(workshop.scenario, tmp_path / "out", keep=0.8, **options)
+    short = tmp_path / "short.txt"
+    short.write_text("One.\n\nTwo, which is another.")
+    with pytest.raises(UsageError, match="a budget of quality needs held-out text"):
+        spp_export.export(short, output=tmp_path / "out", max_kl=0.1, **options)
+
+
+class _Sized:
+    def __init__(self, parameters):
+        self.predicted = self
+        self.parameters = parameters
+
+
+class _Kl:
+    def __init__(self, mean_kl):
+        self.mean_kl = mean_kl
+
+
+def test_the_knee_is_where_quality_begins_to_fall_fast():
+    figures = [(100, 0.0), (90, 0.01), (80, 0.02), (70, 0.5), (60, 1.0)]
+    plans = [TriedPlan(size / 100, _Sized(size), _Kl(kl)) for size, kl in figures]
+    assert knee(plans).keep == 0.8
+    assert knee(plans[:1]) is plans[0]
