@@ -106,7 +106,7 @@ def test_what_is_refused_before_a_model_is_read_imports_no_torch(arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["frobnicate"], "No such command 'frobnicate'. See 'spp --help'."),
+        (["xyzzy"], "No such command 'xyzzy'. See 'spp --help'."),
         (["plan"], "Missing option '--scenario'. See 'spp plan --help'."),
         (
             ["plan", "--scenario", "x", "--layout", "square"],
@@ -134,8 +134,8 @@ def test_bad_usage_is_one_line_and_exits_with_2(capsys, arguments, message):
 
 
 def test_a_process_ends_with_the_status_and_the_line():
-    result = spp("frobnicate")
-    message = "error: No such command 'frobnicate'. See 'spp --help'.\n"
+    result = spp("xyzzy")
+    message = "error: No such command 'xyzzy'. See 'spp --help'.\n"
     assert (result.returncode, result.stdout, result.stderr) == (2, "", message)
 
 
