@@ -46,7 +46,7 @@ def check_export(
     import torch
 
     from spp_export.evaluation.parity import VerifyReport
-    from spp_export.evaluation.quality import HELD_OUT
+    from spp_export.evaluation.quality import held_out_source
 
     texts = scenario.conversations if scenario else ()
     slim, out = places
@@ -75,10 +75,10 @@ def check_export(
         return {**content, "passed": False}, _defect(report)
     model, quality = converted.model or checked.slim, None
     judged: Sequence[Text] = ()
-    source = HELD_OUT
     if scenario:
         limit, answering = request.calibration_tokens, plan_answering(result.plan, request)
         judged = scenario_traffic(session, scenario, limit, answering).held_out.texts
+    source = held_out_source(judged)
     if converted.quantised:
         if not judged:
             judged, source = judged_texts(scenario, result.plan)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spp_export.calibration.activations import TokenBatch, model_inputs, token_batches
-from spp_export.calibration.reading import Text
+from spp_export.calibration.reading import Text, TokenText
 from spp_export.common.progress import progress
 from spp_export.evaluation.bootstrap import (
     DocumentScores,
@@ -23,6 +23,7 @@ from spp_export.evaluation.remarks import FEW_TOKENS
 from spp_export.models.layerwise import logits_of_calls
 
 HELD_OUT = "held-out text of the scenario"
+ANSWERS = "answers to held-out prompts of the scenario"
 # Logits of a large vocabulary are the memory here: [rows, vocab] in fp32, for two models.
 _BATCH_TOKENS = 512
 
@@ -108,6 +109,12 @@ def measure_quality(
         intervals,
         source,
     )
+
+
+def held_out_source(texts: Sequence[Text]) -> str:
+    """What held-out text is."""
+    told = any(isinstance(text, TokenText) and text.answers for text in texts)
+    return ANSWERS if told else HELD_OUT
 
 
 def documents_of(batch: TokenBatch) -> Tensor:

@@ -16,7 +16,7 @@ from spp_export.common.errors import BudgetError, QualityError, UsageError
 from spp_export.common.progress import progress
 from spp_export.data.scenario import MIN_PROMPTS_TO_HOLD_OUT
 from spp_export.evaluation.oracle import masked_dense
-from spp_export.evaluation.quality import Quality, measure_quality
+from spp_export.evaluation.quality import Quality, held_out_source, measure_quality
 from spp_export.models.session import Session
 from spp_export.planning.planner import Planning, PlanResult
 from spp_export.slicing.compensation import plan_compensation
@@ -54,6 +54,7 @@ class PlanSearch:
             )
         self._planning = planning
         self._texts = planning.text.held_out.texts
+        self._source = held_out_source(self._texts)
         self.tried: dict[float, TriedPlan] = {}
         if not self._texts:
             raise UsageError(
@@ -104,7 +105,9 @@ class PlanSearch:
             session, planning.artifacts, result.plan, planning.scenario, planning.request
         )
         masked = MaskedModel(session, result, compensation.projections())
-        quality = measure_quality(session.model, masked, session.tokenizer, self._texts)
+        quality = measure_quality(
+            session.model, masked, session.tokenizer, self._texts, self._source
+        )
         assert quality, "held-out text has answers"
         return quality
 

@@ -201,9 +201,9 @@ def test_a_conversion_in_words(library):
     lines = [line.rstrip() for line in result.stdout.splitlines()]
     assert lines[0] == "out/chemistry-onnx   per-layer layout"
     assert "ONNX graph: gqa-bias, fp16, int4, 91.2 MB" in lines
-    first = lines.index("quantising: KL 0.031, perplexity 1.030 times")
+    first = lines.index("quantising: KL 0.031, same token 94.3%")
     assert lines[first + 1 : first + 4] == [
-        "  18.20 before, 18.75 after, same first token 94.3%",
+        "  perplexity 1.030 times, 18.20 before, 18.75 after",
         "  1,234 tokens: default conversations",
         "  uncertain: measured on fewer than 2,000 tokens",
     ]

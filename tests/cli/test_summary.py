@@ -71,9 +71,9 @@ def test_checks_quality_engines_and_stages(summary):
     lines = summary.splitlines()
     assert "ok  logits parity with the masked dense model  found 1.9e-05, at most 0.00022" in lines
     assert "ok  keys, shapes, dtypes and finite values     272 tensors" in lines
-    first = lines.index("quality: KL 0.043 [0.031, 0.056], perplexity 1.030 [1.010, 1.051] times")
+    first = lines.index("quality: KL 0.043 [0.031, 0.056], same token 91.2% [88.0%, 94.0%]")
     assert lines[first + 1 : first + 4] == [
-        "  18.20 dense, 18.75 slim, same first token 91.2% [88.0%, 94.0%]",
+        "  perplexity 1.030 [1.010, 1.051] times, 18.20 dense, 18.75 slim",
         "  1,234 tokens: held-out text of the scenario; 95 % intervals in brackets",
         "  uncertain: measured on fewer than 2,000 tokens",
     ]

@@ -281,11 +281,11 @@ def _measured(what: str, figures: Mapping[str, Any], before: str, after: str) ->
         value = "not finite" if figures[name] is None else f"{figures[name]:{form}}"
         return f"{value} [{', '.join(ends)}]" if ends else value
 
-    distances = f"KL {figure('mean_kl', '.3f')}, perplexity {figure('ratio', '.3f')} times"
-    more = [f"same first token {figure('top1', '.1%')}"]
+    distances = f"KL {figure('mean_kl', '.3f')}, same token {figure('top1', '.1%')}"
+    more = [f"perplexity {figure('ratio', '.3f')} times"]
     perplexities = [figures["dense_perplexity"], figures["slim_perplexity"]]
     if None not in perplexities:
-        more.insert(0, f"{perplexities[0]:.2f} {before}, {perplexities[1]:.2f} {after}")
+        more.append(f"{perplexities[0]:.2f} {before}, {perplexities[1]:.2f} {after}")
     brackets = "; 95 % intervals in brackets" if intervals else ""
     lines = [
         Text(f"{what}: ").append(distances, style=STRONG),
