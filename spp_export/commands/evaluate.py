@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spp_export.calibration.answers import Answering
 from spp_export.commands.requests import (
     EvalRequest,
     EvalTexts,
@@ -123,7 +124,7 @@ def evaluate(request: EvaluateRequest) -> EvalResult:
         for name, path in (request.other_artifacts or {}).items()
     }
     inputs.check_unseen([artifacts, *others.values()])
-    inputs = inputs.within(session.tokenizer, request.calibration_tokens)
+    inputs = inputs.within(session, request.calibration_tokens, _answering(request))
     plans = read_plans(session, request.plan)
     rows = standard_rows(
         request.keep,
@@ -135,8 +136,8 @@ def evaluate(request: EvaluateRequest) -> EvalResult:
         ablations=request.ablations,
         other_artifacts=tuple(others),
     )
-    limit = request.calibration_tokens
-    planner = Planner(session, artifacts, inputs.scenario, inputs.wrong, others, limit)
+    amount = request.calibration_tokens, _answering(request)
+    planner = Planner(session, artifacts, inputs.scenario, inputs.wrong, others, *amount)
     opener = RowOpener(session, planner, plans, [text for _, text in artifacts.calibration])
     context = _context(session, request, inputs, artifacts, others)
     with open_records(directory / RESULTS, _header(session, inputs, context)) as file:
@@ -212,6 +213,10 @@ def _missing(rows: Sequence[Row], file: RecordFile, context: Mapping[str, Any]) 
     return any(row_key(row, shared) not in file.done for row in rows)
 
 
+def _answering(request: EvalTexts) -> Answering:
+    return Answering(request.answer_tokens, request.seed)
+
+
 def _context(
     session: Session,
     request: EvalTexts,
@@ -230,6 +235,7 @@ def _context(
         "device": device_type(session.device),
         "seed": request.seed,
         "number of calibration tokens": request.calibration_tokens,
+        "number of answer tokens": request.answer_tokens,
     }
     if others:
         context["set of other artifacts"] = {name: other.sha256 for name, other in others.items()}
@@ -251,7 +257,7 @@ def _header(session: Session, inputs: Inputs, context: Mapping[str, Any]) -> dic
         "wrong": inputs.wrong and scenario_record(inputs.wrong),
         "texts": {
             text.name: {
-                "documents": len(text.documents),
+                "documents": len(text.read),
                 "sha256": text.sha256,
                 "tokens": text.tokens,
             }

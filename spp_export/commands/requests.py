@@ -730,7 +730,7 @@ class EvalRequest(Seed):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalTexts(EvalRequest, CalibrationTokens, Force, Dtype, Artifacts, Model):
+class EvalTexts(EvalRequest, AnswerTokens, CalibrationTokens, Force, Dtype, Artifacts, Model):
     """What an evaluation reads, beside its scenario."""
 
     wrong: PathLike | None = option(

@@ -87,12 +87,13 @@ def test_checks_quality_engines_and_stages(summary):
 def test_a_distance_that_users_notice_is_a_warning():
     far = REPORT["quality"] | {"tokens": 5000, "mean_kl": 0.6, "intervals": {}}
     text = text_of(export_summary(export_result(report=REPORT | {"quality": far}), UNICODE, 0))
-    assert "quality: KL 0.600, perplexity 1.030 times\n" in text
+    assert "quality: KL 0.600, same token 91.2%\n" in text
     assert "  answers will differ noticeably: the mean KL is 0.1 or more\n" in text
     assert "uncertain" not in text
     broken = far | {"mean_kl": None, "ratio": None, "slim_perplexity": None}
     text = text_of(export_summary(export_result(report=REPORT | {"quality": broken}), UNICODE, 0))
-    assert "quality: KL not finite, perplexity not finite times\n" in text
+    assert "quality: KL not finite, same token 91.2%\n" in text
+    assert "perplexity not finite times\n" in text
     assert "answers will differ noticeably" in text
 
 

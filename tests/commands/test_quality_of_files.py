@@ -17,7 +17,7 @@ from spp_export.commands.quality import DEFAULT_TEXT, default_texts, judged_text
 from spp_export.common.errors import CheckFailed, QualityError, UsageError
 from spp_export.data.scenario import read_scenario
 from spp_export.evaluation.batches import check_batches, slim_reference
-from spp_export.evaluation.quality import ANSWERS, HELD_OUT
+from spp_export.evaluation.quality import HELD_OUT
 from spp_export.formats.dequantised import write_dequantised
 from spp_export.formats.onnx import OnnxOptions
 from spp_export.formats.onnx.checks import check_quantised
@@ -67,7 +67,7 @@ def test_of_the_plans_own_scenario_only_what_was_held_out_judges(workshop, tmp_p
     made = type("Plan", (), record)
     assert judged_texts(short, made)[1] == DEFAULT_TEXT
     result = convert(slim, tmp_path / "x", scenario=workshop.scenario)
-    assert result.report["quantisation"]["source"] == ANSWERS
+    assert result.report["quantisation"]["source"] == HELD_OUT
 
 
 @pytest.mark.usefixtures("all_conversations")

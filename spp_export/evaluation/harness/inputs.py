@@ -8,27 +8,32 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
 
-from spp_export.calibration.reading import spread_whole, token_texts
+from spp_export.calibration.answers import Answering, read_traffic
+from spp_export.calibration.reading import TokenText, spread_whole, token_texts
 from spp_export.common.errors import UsageError
 from spp_export.data.artifacts import Artifacts
 from spp_export.data.conversation import Conversation, plain
 from spp_export.data.duplicates import shared_texts
 from spp_export.data.pools import read_pools
 from spp_export.data.scenario import MIN_PROMPTS_TO_HOLD_OUT, Scenario, read_scenario
+from spp_export.models.session import Session
 
 HELD_OUT = "scenario, held out"
 
 
 @dataclass(frozen=True)
 class EvaluationText:
-    """A named list of documents; a document is the unit that intervals resample. `tokens` says how
-    many they have, and of how many of the text, once that was counted."""
+    """A named list of documents; a document is the unit that intervals resample.
+
+    tokens: how many are read, and of how many of the text. read: the documents as the model reads
+    them, prompts with its answers. Both are known once the text was read.
+    """
 
     name: str
     documents: tuple[Conversation, ...]
     tokens: Mapping[str, int] | None = None
+    read: tuple[TokenText, ...] = ()
 
     @property
     def sha256(self) -> str:
@@ -115,10 +120,11 @@ class Inputs:
                         "cannot judge them. Leave them out."
                     )
 
-    def within(self, tokenizer: Any, limit: int) -> Inputs:
+    def within(self, session: Session, limit: int, answering: Answering) -> Inputs:
         """Every text as far as it is read: all, or whole documents spread evenly over one that has
-        more than `limit` tokens."""
-        return replace(self, texts=tuple(_within(tokenizer, text, limit) for text in self.texts))
+        more than `limit` tokens; prompts with the dense model's answers."""
+        texts = (_within(session, text, limit, answering) for text in self.texts)
+        return replace(self, texts=tuple(texts))
 
     def check_answers(self) -> None:
         """UsageError unless there are evaluation sets and each holds answers."""
@@ -158,11 +164,14 @@ def read_inputs(
     return Inputs(own, other, sets, tuple(texts))
 
 
-def _within(tokenizer: Any, text: EvaluationText, limit: int) -> EvaluationText:
-    lengths = [document.tokens for document in token_texts(tokenizer, text.documents)]
-    kept = spread_whole(lengths, limit)
-    tokens = {"read": sum(lengths[place] for place in kept), "of": sum(lengths)}
-    return replace(text, documents=tuple(text.documents[place] for place in kept), tokens=tokens)
+def _within(
+    session: Session, text: EvaluationText, limit: int, answering: Answering
+) -> EvaluationText:
+    lengths = [document.tokens for document in token_texts(session.tokenizer, text.documents)]
+    kept = [text.documents[place] for place in spread_whole(lengths, limit)]
+    # Documents that are kept are read whole, however long their answers make them.
+    reading = read_traffic(session, kept, 2 * max(limit, sum(lengths)), answering)
+    return replace(text, documents=tuple(kept), tokens=reading.to_dict(), read=reading.texts)
 
 
 def _contents(conversations: Iterable[Conversation]) -> list[str]:

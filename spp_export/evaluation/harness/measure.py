@@ -64,7 +64,7 @@ class DenseReference:
         batches = [
             (index, batch)
             for index, text in enumerate(texts)
-            for batch in token_batches(tokenizer, text.documents, batch_tokens=size)
+            for batch in token_batches(tokenizer, text.read or text.documents, batch_tokens=size)
         ]
         _check_predicted(self.texts, batches)
         limit = _limit_bytes(device) if limit_bytes is None else limit_bytes
@@ -94,7 +94,10 @@ def default_batch_tokens(device_type: str) -> int:
 
 def measure_row(reference: DenseReference, opened: Opened) -> list[DocumentScores]:
     """Scores per text of the model that `opened` gives."""
-    sums = [torch.zeros((5, len(text.documents)), dtype=torch.float64) for text in reference.texts]
+    sums = [
+        torch.zeros((5, len(text.read or text.documents)), dtype=torch.float64)
+        for text in reference.texts
+    ]
     done = 0
     with progress("reading the texts", reference.real_tokens) as advance_to:
         for group in reference.groups():
@@ -117,7 +120,7 @@ def _check_predicted(
     texts: Sequence[EvaluationText], batches: Sequence[tuple[int, TokenBatch]]
 ) -> None:
     for index, text in enumerate(texts):
-        if not any(int(b.attention_mask[:, 1:].sum()) for i, b in batches if i == index):
+        if not any(bool(batch.predicted.any()) for i, batch in batches if i == index):
             raise UsageError(f"text {text.name}: holds no document of two tokens or more.")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from spp_export.calibration.answers import Answering, scenario_traffic
 from spp_export.calibration.mixture import (
     Mixing,
     WeightedTexts,
@@ -47,7 +48,7 @@ class Planner:
     """Plans rows for a scenario. What rows share, such as scores and mixtures, is made once.
 
     wrong: another scenario, for the control of that name. others: artifacts by the name that rows
-    give them. calibration_tokens: most that are read of a scenario.
+    give them. calibration_tokens: most that are read of a scenario. answering: of its prompts.
     """
 
     session: Session
@@ -56,6 +57,7 @@ class Planner:
     wrong: Scenario | None = None
     others: Mapping[str, Artifacts] = field(default_factory=dict)
     calibration_tokens: int = DEFAULT_CALIBRATION_TOKENS
+    answering: Answering = field(default_factory=Answering)
     _parts: dict[tuple[str, Text], tuple[WeightedTexts, ...]] = field(default_factory=dict)
     _options: dict[Row, UnitOptions] = field(default_factory=dict)
 
@@ -135,10 +137,16 @@ class Planner:
         if text == "mean":
             return calibration_parts(artifacts, None, (), mixing)
         scenario = self._scenario(text)
-        texts = scenario_text(self.session, scenario, self.calibration_tokens).calibration.texts
+        limit = self.calibration_tokens
+        traffic = scenario_traffic(self.session, scenario, limit, self.answering)
+        texts = traffic.calibration.texts
         if text == "own":
             return (WeightedTexts(texts, 1.0),)
-        mixture = diagnose_prompts(self.session, artifacts, texts).shares
+        mixture = diagnose_prompts(
+            self.session,
+            artifacts,
+            scenario_text(self.session, scenario, limit).calibration.texts,
+        ).shares
         if text == "single":
             likeliest = max(mixture, key=lambda domain: mixture[domain])
             mixture = {domain: float(domain == likeliest) for domain in mixture}
