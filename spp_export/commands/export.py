@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from spp_export.calibration.answers import scenario_traffic
 from spp_export.calibration.reading import scenario_text
 from spp_export.calibration.stored import noting
 from spp_export.commands.export_checks import check_export
@@ -57,6 +58,7 @@ from spp_export.planning.written import written_shape
 from spp_export.slicing.compensation import (
     Compensator,
     calibration_tokens,
+    plan_answering,
     plan_compensation,
 )
 from spp_export.slicing.weights import WrittenWeights
@@ -327,7 +329,8 @@ def _decide(
         # These decide the re-fit, whatever the plan was made for.
         if scenario is not None:
             limit = calibration_tokens(decided, request)
-            text = scenario_text(session, scenario, limit)
+            answering = plan_answering(decided, request)
+            text = scenario_traffic(session, scenario, limit, answering)
             decided = replace(decided, scenario=scenario_record(scenario, text))
         if artifacts is not None:
             decided = replace(decided, artifacts=artifacts_record(artifacts))

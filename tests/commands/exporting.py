@@ -175,7 +175,7 @@ class Workshop:
 
         def make() -> Path:
             path = self.root / name / "artifacts"
-            spp_export.probe(self.pools, path, model=str(self.dense(name)))
+            spp_export.probe(self.pools, path, model=str(self.dense(name)), answer_tokens=0)
             return path
 
         return self.once(f"{name} artifacts", make)
@@ -193,13 +193,15 @@ class Workshop:
         return self.once(f"{name} {layout}-{compensate}", make)
 
     def export(self, name: str, path: Path | None, **asked: Any) -> spp_export.ExportResult:
-        """Export a case anew; `asked` are options of `export`."""
+        """Export a case anew; `asked` are options of `export`. Of prompts the text alone is read,
+        which is what most tests compute again, unless they ask for answers."""
+        text = {} if "plan" in asked else {"answer_tokens": 0}
         return spp_export.export(
             self.scenario,
             path,
             model=str(self.dense(name)),
             artifacts=self.artifacts(name),
-            **{"keep": KEEP, **asked},
+            **{"keep": KEEP, **text, **asked},
         )
 
     def plan(self, name: str, **asked: Any) -> spp_export.PlanResult:
@@ -209,7 +211,7 @@ class Workshop:
             self.scenario,
             model=str(self.dense(name)),
             artifacts=artifacts,
-            **asked,
+            **{"answer_tokens": 0, **asked},
         )
 
 

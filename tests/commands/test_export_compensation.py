@@ -34,7 +34,8 @@ def given_plan(dense: Path, compensation: str) -> Plan:
     kept = {"kv_heads": max(shape.kv_heads // 2, 1), "group_size": max(shape.group_size // 2, 1)}
     layers = uniform_layers(shape, 5, **kept)
     fingerprint = open_source(dense).fingerprint
-    return Plan(fingerprint, "dense", "per-layer", compensation, layers)
+    text = {"answer_tokens": 0}  # of prompts alone
+    return Plan(fingerprint, "dense", "per-layer", compensation, layers, calibration=text)
 
 
 @pytest.mark.parametrize("name", [case.name for case in CASES])

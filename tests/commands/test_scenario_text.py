@@ -26,7 +26,7 @@ def options(workshop):
 
 
 def plan(workshop, path, **more):
-    return spp_export.plan(path, keep=0.7, **options(workshop), **more)
+    return spp_export.plan(path, keep=0.7, answer_tokens=0, **options(workshop), **more)
 
 
 @pytest.fixture
@@ -132,7 +132,10 @@ def test_a_chat_log_is_exported_through_the_chat_template(workshop, chatting, tm
     assert written["tokens"]["held_out"] == {"read": held_out, "of": held_out}
     assert written["tokens"]["calibration"]["of"] == sum(lengths) - held_out
     assert result.report["passed"]
-    assert result.report["quality"]["tokens"] == held_out - 2
+    quality = result.report["quality"]
+    answers = [json.loads(line)["messages"][1]["content"] for line in path.read_text().splitlines()]
+    assert quality["tokens"] == len(answers[3]) + len(answers[7])
+    assert quality["source"] == "answers to held-out prompts of the scenario"
     assert spp_export.verify(tmp_path / "out", model=str(chatting), scenario=path).passed
 
 
