@@ -44,14 +44,17 @@ def calibration_parts(
     mixture: Mapping[str, float] | None,
     prompts: Sequence[TokenText],
     mixing: Mixing,
+    *,
+    answered: bool = True,
 ) -> tuple[WeightedTexts, ...]:
     """The pools, domains weighted by the diagnosis, and the scenario's own; weights sum to one.
 
+    Of pools their dialogues are read, where the artifacts have some and prompts are `answered`.
     `mixture` is the one of plan.json, so that a plan read again gives the same weights; without
     it all domains count alike. Raises UsageError where there is no text at all, PlanError for a
     mixture of other domains.
     """
-    pools = _pool_parts(artifacts, mixture, mixing.shrinkage) if artifacts else []
+    pools = _pool_parts(artifacts, mixture, mixing.shrinkage, answered) if artifacts else []
     own = mixing.scenario_weight if pools else 1.0
     if not prompts:
         own = 0.0
@@ -91,9 +94,9 @@ def gather_parts(session: Session, parts: Sequence[WeightedTexts], kinds: Sequen
 
 
 def _pool_parts(
-    artifacts: Artifacts, mixture: Mapping[str, float] | None, shrinkage: float
+    artifacts: Artifacts, mixture: Mapping[str, float] | None, shrinkage: float, answered: bool
 ) -> list[WeightedTexts]:
-    texts = {domain: _pool_texts(artifacts, domain) for domain in artifacts.domains}
+    texts = {domain: _pool_texts(artifacts, domain, answered) for domain in artifacts.domains}
     present = [domain for domain in artifacts.domains if texts[domain]]
     if not present:
         return []
@@ -114,10 +117,10 @@ def _pool_parts(
     ]
 
 
-def _pool_texts(artifacts: Artifacts, domain: str) -> tuple[str | TokenText, ...]:
-    """A domain's prompts with their answers; where the artifacts have none, its texts."""
+def _pool_texts(artifacts: Artifacts, domain: str, answered: bool) -> tuple[str | TokenText, ...]:
+    """A domain's prompts with their answers; where there are to be none, its texts."""
     dialogues = [one for one in artifacts.dialogues if one.domain == domain]
-    if dialogues:
+    if answered and dialogues:
         return tuple(dialogue_text(one.tokens, one.answer) for one in dialogues)
     return tuple(text for name, text in artifacts.calibration if name == domain)
 

@@ -125,7 +125,9 @@ class Planning:
         scoring = options = None
         if request.policy != "published":
             texts = text.calibration.texts
-            parts = calibration_parts(artifacts, diagnosis.shares, texts, mixing)
+            parts = calibration_parts(
+                artifacts, diagnosis.shares, texts, mixing, answered=request.answer_tokens > 0
+            )
             scoring = scoring_for(session, artifacts, parts, request, diagnosis.breadth, latency)
             options = scoring.options()
         found = text, diagnosis, mixing, latency, scoring, options

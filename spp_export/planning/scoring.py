@@ -161,7 +161,7 @@ class Scoring:
         history = None
         if not full:
             texts = [text for part in self.parts if part.domain for text in part.texts]
-            history = history_of(session, [text for text in texts if isinstance(text, str)])
+            history = history_of(session, texts)
         return scenario_scores(
             session.model,
             family,

@@ -179,12 +179,15 @@ def plan_compensation(
     if compiled.compensation == "none":
         return Compensator(session.source, compiled, None)
     limit = calibration_tokens(compiled, request)
+    answering = plan_answering(compiled, request)
     texts: tuple[TokenText, ...] = ()
     if scenario:
-        traffic = scenario_traffic(session, scenario, limit, plan_answering(compiled, request))
+        traffic = scenario_traffic(session, scenario, limit, answering)
         texts = traffic.calibration.texts
     mixing = _mixing(compiled) or requested_mixing(artifacts, request)
-    parts = calibration_parts(artifacts, compiled.diagnosis.get("mixture"), texts, mixing)
+    mixture = compiled.diagnosis.get("mixture")
+    answered = answering.tokens > 0
+    parts = calibration_parts(artifacts, mixture, texts, mixing, answered=answered)
     moments = gather_parts(session, parts, moment_kinds(compiled, session.source.shape))
     return Compensator(session.source, compiled, moments)
 

@@ -134,8 +134,9 @@ class Planner:
 
     def _mixed(self, artifacts: Artifacts, text: Text) -> tuple[WeightedTexts, ...]:
         mixing = requested_mixing(artifacts, PlanRequest())
+        answered = self.answering.tokens > 0
         if text == "mean":
-            return calibration_parts(artifacts, None, (), mixing)
+            return calibration_parts(artifacts, None, (), mixing, answered=answered)
         scenario = self._scenario(text)
         limit = self.calibration_tokens
         traffic = scenario_traffic(self.session, scenario, limit, self.answering)
@@ -151,7 +152,7 @@ class Planner:
             likeliest = max(mixture, key=lambda domain: mixture[domain])
             mixture = {domain: float(domain == likeliest) for domain in mixture}
             mixing = Mixing(0.0, mixing.scenario_weight)
-        return calibration_parts(artifacts, mixture, texts, mixing)
+        return calibration_parts(artifacts, mixture, texts, mixing, answered=answered)
 
     def _scenario(self, text: Text) -> Scenario:
         if text != "wrong":

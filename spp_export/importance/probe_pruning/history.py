@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spp_export.calibration.activations import TokenBatch, input_device
+from spp_export.calibration.reading import TokenText
 from spp_export.common.errors import UsageError
 from spp_export.common.progress import progress
 from spp_export.importance.probe_pruning.blocks import AttentionBlock, ProbedBlock, layer_blocks
@@ -98,17 +99,19 @@ def _finished(moments: Sequence[PositionMoments]) -> tuple[Tensor, ...]:
     return tuple(layer.values.float().cpu() for layer in moments)
 
 
-def history_of(session: Session, texts: Sequence[str]) -> History:
+def history_of(session: Session, texts: Sequence[str | TokenText]) -> History:
     """Position-resolved moments of `texts` on the dense model."""
     from spp_export.calibration.activations import token_batches
 
-    key = ("history", tuple(sorted(texts)))
+    # One order, whatever the weights of the collections that they are of.
+    ordered = sorted(texts, key=str)
+    key = ("history", tuple(ordered))
     if key not in session.remembered:
         session.remembered[key] = gather_history(
             session.model,
             session.source.family,
             session.source.shape,
-            token_batches(session.tokenizer, sorted(texts)),
+            token_batches(session.tokenizer, ordered),
         )
     remembered: History = session.remembered[key]
     return remembered
