@@ -55,7 +55,7 @@ from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.checkpoint.reader import read_float
 
 # Prompts of a domain that are answered: a scenario mixes several domains.
-DIALOGUES = 48
+DIALOGUES = 32
 
 
 @dataclass(frozen=True)
