@@ -186,7 +186,7 @@ fuzz: $(INSTALLED)
 	$(BIN)/python -m pytest tests/fuzz -m slow -s
 
 # All of these continue where they were interrupted.
-EVAL := $(BIN)/spp eval --pools $(DATA)/pools
+EVAL := $(BIN)/spp eval --answer-tokens 0 --pools $(DATA)/pools
 CHEMISTRY := --scenario $(DATA)/scenarios/chemistry.txt --wrong $(DATA)/scenarios/history.txt \
 	--domain chemistry
 

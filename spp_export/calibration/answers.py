@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -50,6 +51,7 @@ MOST = 128
 _VERSION = "answers: sampled by transformers, v1"
 # Rows of a batch: each step reads all weights once for all of them.
 _ROWS = 32
+_log = logging.getLogger(__name__)
 _SAMPLING = ("temperature", "top_p", "top_k")
 
 
@@ -69,6 +71,11 @@ def scenario_traffic(
     """Both parts of a scenario as `read_traffic` reads them; made once in a session."""
     key = ("scenario traffic", scenario, limit, answering)
     if key not in session.remembered:
+        if answering.tokens and session.from_disk:
+            _log.warning(
+                "prompts are read without answers: the model runs from disk, and would be read "
+                "again for every token. Give conversations with answers."
+            )
         session.remembered[key] = ScenarioText(
             *(read_traffic(session, part, limit, answering) for part in scenario.split())
         )

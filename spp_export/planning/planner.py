@@ -168,7 +168,7 @@ class Planning:
                 "shrinkage": self.mixing.shrinkage,
                 "scenario_weight": self.mixing.scenario_weight,
                 "calibration_tokens": request.calibration_tokens,
-                "answer_tokens": request.answer_tokens,
+                "answer_tokens": 0 if self.session.from_disk else request.answer_tokens,
                 "answer_seed": request.seed,
             },
             predicted=sizes.to_dict(),

@@ -44,6 +44,7 @@ def first(workshop, common, tmp_path_factory):
         "domain": ("figures",),
         "generate": True,
         "max_new_tokens": 3,
+        "answer_tokens": 0,  # as the exports that are compared with
     }
     plan = workshop.exported(NAME, "per-layer", "lstsq").path / "plan.json"
     arguments = {

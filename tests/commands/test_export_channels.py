@@ -130,7 +130,8 @@ class Bench:
         dense = self.workshop.dense(asked.case)
         layers = layers_for(shape_of(dense), asked.layout)
         fingerprint = open_source(dense).fingerprint
-        return Plan(fingerprint, "dense", asked.layout, asked.compensate, layers)
+        text = {"answer_tokens": 0}  # of prompts alone
+        return Plan(fingerprint, "dense", asked.layout, asked.compensate, layers, calibration=text)
 
     def exported(self, asked: Asked) -> Exported:
         if asked not in self._exports:

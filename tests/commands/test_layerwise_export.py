@@ -39,6 +39,7 @@ def test_an_export_is_the_same_byte_for_byte(
             model=str(workshop.dense(name)),
             artifacts=workshop.artifacts(name),
             keep=0.7,
+            answer_tokens=0,
             layout="ragged" if layout == "padded" else layout,
             compensate=compensate,
             units="heads" if layout == "uniform" else "both",
@@ -111,6 +112,7 @@ def test_criteria_that_need_the_whole_model_say_so(workshop, criterion):
             model=str(workshop.dense("llama-mqa")),
             artifacts=workshop.artifacts("llama-mqa"),
             keep=0.7,
+            answer_tokens=0,
             criterion=criterion,
             layerwise=True,
         )
