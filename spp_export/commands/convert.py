@@ -102,7 +102,7 @@ def convert(request: ConvertRequest) -> ConvertResult:
     with publish(target, request.force) as work:
         files.write(place.path, work)
         if verify:
-            with scratch_folder(prefix="spp-check-") as scratch:
+            with scratch_folder(work.parent, "check-") as scratch:
                 job = _Check(work, checkpoint, files, batches, scenario, plan, request, scratch)
                 report, failure = job.run()
             (work / "verify.json").write_text(dump_json(report), encoding="utf-8")

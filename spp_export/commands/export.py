@@ -177,7 +177,7 @@ class _Job:
                 files.write(slim, work)
         failure: CheckFailed | None = None
         if request.verify:
-            with self.clock("verify"), scratch_folder(prefix="spp-check-") as scratch:
+            with self.clock("verify"), scratch_folder(work.parent, "check-") as scratch:
                 report, failure = check_export(
                     self.session,
                     result,
