@@ -75,17 +75,18 @@ def check_export(
         return {**content, "passed": False}, _defect(report)
     model, quality = converted.model or checked.slim, None
     judged: Sequence[Text] = ()
+    limit = request.calibration_tokens
     if scenario:
-        limit, answering = request.calibration_tokens, plan_answering(result.plan, request)
+        answering = plan_answering(result.plan, request)
         judged = scenario_traffic(session, scenario, limit, answering).held_out.texts
     source = held_out_source(judged)
     if converted.quantised:
         if not judged:
             judged, source = judged_texts(scenario, result.plan)
-        cost = measure_file(checked.slim, model, session.tokenizer, judged, source)
+        cost = measure_file(checked.slim, model, session.tokenizer, judged, source, limit)
         content["quantisation"] = cost.to_dict() if cost else None
     if judged:
-        quality = measure_file(session.model, model, session.tokenizer, judged, source)
+        quality = measure_file(session.model, model, session.tokenizer, judged, source, limit)
     content, worse = record_quality(content, "quality", quality, request.max_kl)
     most = request.max_perplexity
     if most is None or worse:

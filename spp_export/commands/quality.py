@@ -62,12 +62,13 @@ def measure_file(
     tokenizer: Any,
     texts: Sequence[Text],
     source: str,
+    limit: int = DEFAULT_CALIBRATION_TOKENS,
 ) -> Quality | None:
-    """Quality of the model in a file beside the one it is compared with, on texts that `source`
-    names, such as those of `judged_texts`."""
+    """Quality of the model in a file beside the one it is compared with, on at most `limit` tokens
+    of texts that `source` names, such as those of `judged_texts`."""
     from spp_export.evaluation.quality import measure_quality
 
-    read = read_texts(tokenizer, texts, DEFAULT_CALIBRATION_TOKENS).texts
+    read = read_texts(tokenizer, texts, limit).texts
     return measure_quality(reference, model, tokenizer, read, source)
 
 

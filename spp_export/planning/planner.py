@@ -126,7 +126,11 @@ class Planning:
         if request.policy != "published":
             texts = text.calibration.texts
             parts = calibration_parts(
-                artifacts, diagnosis.shares, texts, mixing, answered=request.answer_tokens > 0
+                artifacts,
+                diagnosis.shares,
+                texts,
+                mixing,
+                answered=_answer_tokens(session, request) > 0,
             )
             scoring = scoring_for(session, artifacts, parts, request, diagnosis.breadth, latency)
             options = scoring.options()
@@ -168,7 +172,7 @@ class Planning:
                 "shrinkage": self.mixing.shrinkage,
                 "scenario_weight": self.mixing.scenario_weight,
                 "calibration_tokens": request.calibration_tokens,
-                "answer_tokens": 0 if self.session.from_disk else request.answer_tokens,
+                "answer_tokens": _answer_tokens(session, request),
                 "answer_seed": request.seed,
             },
             predicted=sizes.to_dict(),
@@ -199,6 +203,12 @@ class Planning:
         written = compensated_shape(source, request.layout, request.compensate, losing)
         whole = written.parameters([layer.shape(source.shape) for layer in layers])
         return layers, replace(realised, parameters=whole), written
+
+
+def _answer_tokens(session: Session, request: PlanRequest) -> int:
+    """How long answers are: as asked, and none of a model that runs from disk. What is planned on
+    is what the plan says, and so what is re-fitted on."""
+    return 0 if session.from_disk else request.answer_tokens
 
 
 def _largest_written(session: Session, request: PlanRequest) -> ModelShape:

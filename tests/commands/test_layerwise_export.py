@@ -12,6 +12,7 @@ from exporting import tree
 import spp_export
 from spp_export.common.errors import UsageError
 from spp_export.models.session import open_session
+from spp_export.planning import planner
 
 # Every family, layout and compensation; windows, biases, tied and untied heads.
 EXPORTS = [
@@ -119,3 +120,23 @@ def test_criteria_that_need_the_whole_model_say_so(workshop, criterion):
             criterion=criterion,
             layerwise=True,
         )
+
+
+def test_what_is_planned_on_is_what_the_plan_says(workshop, tmp_path, monkeypatch):
+    """A model on disk answers nothing: answers of pools count neither then nor at the re-fit."""
+    artifacts = tmp_path / "artifacts"
+    model = str(workshop.dense("llama-mqa"))
+    spp_export.probe(workshop.pools, artifacts, model=model, answer_tokens=4)
+    read = []
+    parts = planner.calibration_parts
+
+    def seen(*arguments, answered):
+        read.append(answered)
+        return parts(*arguments, answered=answered)
+
+    monkeypatch.setattr(planner, "calibration_parts", seen)
+    for layerwise in (False, True):
+        result = spp_export.plan(
+            workshop.scenario, model=model, artifacts=artifacts, layerwise=layerwise
+        )
+        assert read.pop() == (result.plan.calibration["answer_tokens"] > 0) == (not layerwise)
