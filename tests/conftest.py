@@ -61,6 +61,11 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The default model's first: with tests spread over processes, one of them sets it up alone."""
+    items.sort(key=lambda item: item.get_closest_marker("demo") is None)
+
+
 def pytest_collection_finish() -> None:
     """What is there by now stays: thousands of tests and modules that no collection need visit."""
     gc.freeze()

@@ -41,6 +41,12 @@ def few(rows: Iterable[Any], covered: Callable[[Any], Iterable[Hashable]] = pair
     ]
 
 
+def each(row: Sequence[Any]) -> set[Hashable]:
+    """Of a row of a case of `factories` and other values: the case's family, and every value."""
+    case, *others = row
+    return {case.family, *others}
+
+
 def of_family(row: Sequence[Any]) -> set[Hashable]:
     """Of a row of a case of `factories` and other values: the case, every pair of its family and
     one of the others, and every pair of these."""

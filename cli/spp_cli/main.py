@@ -56,6 +56,7 @@ _QUIET_LIBRARIES = {
 
 app = typer.Typer(
     name="spp",
+    cls=options.Group,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
@@ -76,8 +77,8 @@ for command in (
     doctor,
     cache,
 ):
-    app.command()(command)
-app.command(name="eval")(evaluate)
+    app.command(cls=options.Command)(command)
+app.command(name="eval", cls=options.Command)(evaluate)
 app.add_typer(artifacts_app, name="artifacts")
 
 
@@ -94,9 +95,7 @@ def root(
     context: typer.Context,
     version: Annotated[
         bool,
-        typer.Option(
-            "--version", metavar="", callback=_version, is_eager=True, help="Show the version."
-        ),
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
     """One big language model in, many small scenario-specific ones out.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from spp_cli.output import Output
 from spp_export.common.options import (
@@ -37,6 +38,30 @@ RequestT = TypeVar("RequestT", bound=Request)
 # On a help page in this order; those of a single command come where the gap is.
 _FIRST = (MAKE, CONVERTED, BUDGET)
 _PANELS = (*_FIRST, "", CHECKS, PUBLISHING, RUNNING, DANGEROUS)
+
+
+def _plain(parameters: list[Any]) -> list[Any]:
+    """A flag takes no word, so none is shown beside it; nor beside typer's own."""
+    for parameter in parameters:
+        if getattr(parameter, "is_flag", False):
+            parameter.metavar = ""
+    return parameters
+
+
+class Command(TyperCommand):
+    """A command whose flags show no word."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """As of the class above."""
+        return _plain(super().get_params(ctx))
+
+
+class Group(TyperGroup):
+    """A group of such commands."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """As of the class above."""
+        return _plain(super().get_params(ctx))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +125,7 @@ def _parameter(item: Field[Any], hint: Any) -> inspect.Parameter:
     known, required = fact(item), item.default is MISSING
     typed = known.type or _typed(hint)
     repeatable = get_origin(typed) is list
-    # A flag takes no word, so none is shown beside it.
-    metavar = "" if typed is bool else known.metavar
-    facts: dict[str, Any] = {"help": known.help, "metavar": metavar}
+    facts: dict[str, Any] = {"help": known.help, "metavar": known.metavar}
     kind = get_args(typed)[0] if repeatable else typed
     if known.parse and not repeatable:
         facts["parser"] = _parser(known.parse)

@@ -164,7 +164,7 @@ def _reporting(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OutputError(
-            f"{path.parent}: statistics cannot be kept ({error.strerror or error}). "
+            f"{path.parent}: {path.parent.name} cannot be kept ({error.strerror or error}). "
             "Make room, or set SPP_CACHE to a directory on another disk."
         ) from error
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spp_export.commands.quality import gate, judged_texts, measure_file
 from spp_export.commands.requests import VerifyRequest
-from spp_export.common.disk import scratch_folder
+from spp_export.common.disk import clear_leftovers, scratch_folder, working_place
 from spp_export.common.errors import UsageError
 from spp_export.common.manifest import check_manifest, require_export
 from spp_export.common.options import command
@@ -57,7 +58,10 @@ def verify(request: VerifyRequest) -> VerifyReport:
     validate_plan(compiled, session.source.shape, session.source.fingerprint)
     scenario = None if request.scenario is None else read_scenario(request.scenario)
     prompts = scenario.conversations if scenario else ()
-    with scratch_folder(prefix="spp-check-") as scratch:
+    # Where temporary files go, with a lock: what a killed one left, the next removes.
+    beside = Path(tempfile.gettempdir()) / "spp-verify"
+    clear_leftovers(beside)
+    with working_place(beside) as place, scratch_folder(place) as scratch:
         against = Promise(session, compiled, prompts, request.seed, scratch)
         checked = made.verify(directory, against)
         report = VerifyReport((integrity, *checked.checks), checked.context)

@@ -112,6 +112,7 @@ def test_a_failing_export_is_one_line(tmp_path):
     assert found == {"error": "KeyError: 'unknown to the child'"}
 
 
+@pytest.mark.slow
 def test_the_command_writes_rows_and_removes_its_graphs(slim, tmp_path, monkeypatch, capsys):
     failing = Candidate("failing", "fails", lambda: None)
     monkeypatch.setitem(CANDIDATES, failing.name, failing)  # which the child does not know

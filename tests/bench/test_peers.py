@@ -186,6 +186,7 @@ def test_too_little_memory_skips_logits_with_a_reason(source, plans, monkeypatch
     assert steps[1][1][3] is None
 
 
+@pytest.mark.slow
 def test_the_command_writes_rows_and_removes_what_it_wrote(source, tmp_path, monkeypatch, capsys):
     absent = Candidate("absent", "is not there", lambda model: export_by_spp, "no-such-package")
     broken = Candidate("broken", "fails", lambda model: export_by_spp)  # unknown to the child

@@ -302,9 +302,21 @@ def test_errors_become_one_line_and_a_status(error, message, code):
     assert explain(error) == (message, code)
 
 
-@pytest.mark.parametrize(
-    "command", ["export", "plan", "diagnose", "probe", "verify", "show", "artifacts"]
-)
+COMMANDS = [
+    *("export", "convert", "plan", "frontier", "diagnose", "probe", "verify", "recover", "bench"),
+    *("report", "push", "show", "chat", "doctor", "cache", "eval", "artifacts", "artifacts import"),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_a_runnable_example(command):
-    text = invoke(command, "--help").stdout
-    assert f"Example: spp {command} " in text
+    text = invoke(*command.split(), "--help").stdout
+    assert f"Example: spp {command}" in text
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_no_word_is_shown_beside_a_flag(command):
+    """Nor beside those that every typer command has."""
+    text = invoke(*command.split(), "--help").stdout
+    assert "--help" in text
+    assert "<bool" not in text

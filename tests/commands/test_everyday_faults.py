@@ -3,7 +3,9 @@ line, and advice that is about the fault."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 import sys
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 from spp_cli.main import run
+from spp_export.calibration import cache
 
 NAME = "qwen2-gqa-tied"
 INDEX = "model.safetensors.index.json"
@@ -283,6 +286,29 @@ def test_a_cache_that_cannot_be(commands, tmp_path, monkeypatch, where):
         assert status in (0, 2), name
         if status:
             assert re.search("SPP_CACHE|cannot be written", errors), (name, errors)
+
+
+@pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EACCES, errno.EDQUOT, errno.EROFS])
+@pytest.mark.parametrize("place", ["statistics", "answers"])
+def test_a_cache_that_takes_no_more(commands, tmp_path, monkeypatch, place, fault):
+    """Nothing half-written stays, and the next run is as if there had been none."""
+    monkeypatch.setenv("SPP_CACHE", str(tmp_path / "cache"))
+    write_at = cache._write_at
+
+    def failing(file, begin, data):
+        if begin and f"/{place}/" in str(file.name):
+            raise OSError(fault, os.strerror(fault))
+        write_at(file, begin, data)
+
+    line = COMMANDS["export"] + " --answer-tokens 4"
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_write_at", failing)
+        status, errors = commands(line)
+    assert status == 2
+    assert f"/{place}: {place} cannot be kept ({os.strerror(fault)}). " in errors
+    assert "set SPP_CACHE to a directory on another disk" in errors
+    assert not list((tmp_path / "cache").rglob(".*"))
+    assert commands(line)[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -310,6 +310,7 @@ ELSEWHERE = [
 ]
 
 
+@pytest.mark.slow
 def test_transformers_alone_loads_them_and_generates(bench, tmp_path):
     """In another process, without this package: remote code for per-layer, none for uniform."""
     exports = [bench.exported(asked) for asked in ELSEWHERE]

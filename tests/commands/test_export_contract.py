@@ -9,7 +9,7 @@ import os
 import re
 import stat
 from collections.abc import Hashable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -27,7 +27,7 @@ from exporting import (
     written_heads,
 )
 from factories import CASES, read_config
-from pairs import few, pairs
+from pairs import few, of_family
 from transformers import AutoTokenizer, GenerationConfig
 
 import spp_export
@@ -60,7 +60,7 @@ WRITTEN = [
 
 
 def covered(asked: Asked) -> set[Hashable]:
-    return pairs(astuple(asked))
+    return of_family((CASE[asked.case], asked.layout, asked.compensate))
 
 
 @pytest.fixture(
@@ -268,8 +268,10 @@ def test_a_stock_config_without_a_bias_on_o_proj_refuses_one(workshop, tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("compensate", ["none", "lstsq", "bias"])
+@pytest.mark.parametrize(
+    ("dtype", "compensate"),
+    few(itertools.product(("bfloat16", "float16"), ("none", "lstsq", "bias")), set),
+)
 def test_the_stored_type_stays(workshop, tmp_path, dtype, compensate):
     dense = CASE["qwen3-gqa-tied"].make(tmp_path, dtype=dtype)
     spp_export.probe(workshop.pools, tmp_path / "artifacts", model=str(dense))

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Hashable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import onnxruntime
@@ -15,7 +15,7 @@ import torch
 from exporting import CASE, Exported, load, logits, masked, refused, stored, tokens, tree
 from factories import CASES, format_options, read_config
 from onnx_exports import FILES, FORMS, export_onnx, exported_onnx
-from pairs import few, pairs
+from pairs import few, of_family
 
 import spp_export
 import spp_export.formats.onnx.checks as onnx_checks
@@ -52,7 +52,7 @@ def _asked() -> list[Asked]:
 
 
 def covered(asked: Asked) -> set[Hashable]:
-    return pairs(astuple(asked))
+    return of_family((CASE[asked.case], asked.layout, asked.compensate, asked.form))
 
 
 @pytest.fixture(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from exporting import CASES, refused, stored, texts, tree, write_texts
 from factories import read_config
-from pairs import few, of_family
+from pairs import each, few
 from typer.testing import CliRunner
 
 import spp_export
@@ -41,7 +41,7 @@ def recover(workshop, name, data, target, layout="per-layer", settings=FEW, **op
 
 @pytest.mark.parametrize(
     ("case", "layout"),
-    few(itertools.product(CASES, ("per-layer", "uniform", "ragged")), of_family),
+    few(itertools.product(CASES, ("per-layer", "uniform", "ragged")), each),
     ids=str,
 )
 def test_only_projections_change_and_the_result_verifies(workshop, data, tmp_path, case, layout):

@@ -45,7 +45,16 @@ def test_two_exports_have_the_same_bytes(workshop, tmp_path, layout, compensate)
     assert [name for name in one if one[name] != other[name]] == []
 
 
-@pytest.mark.parametrize("name", [NAME, "mistral-window-tied", "qwen2-mha-window"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        NAME,
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in ("mistral-window-tied", "qwen2-mha-window")
+        ),
+    ],
+)
 def test_a_cold_cache_changes_nothing(workshop, tmp_path, cold, name):
     """First without a cache, then with what that left, then with what `probe` left."""
     for place in ("cold", "warm"):

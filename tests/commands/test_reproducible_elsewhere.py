@@ -94,6 +94,7 @@ def test_another_process_writes_the_same_bytes(workshop, first, tmp_path):
         assert {name for name in listed if listed[name] != before[name]} == {"README.md"}
 
 
+@pytest.mark.slow
 def test_the_number_of_threads_changes_what_was_measured_and_no_weights(workshop, first, tmp_path):
     form = "safetensors"
     files = export(workshop, tmp_path / "two", [form], {"OMP_NUM_THREADS": "2"})[form]

@@ -18,7 +18,7 @@ from factories import (
     uniform_layers,
     write_slim,
 )
-from pairs import few, of_family
+from pairs import each, few
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, DynamicCache
 from untouched import IDS, compensation, plan_of
@@ -81,7 +81,9 @@ class Checkpoints:
         return self._loaded[layout, dtype]
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+@pytest.fixture(
+    scope="module", params=few(CASES, lambda case: {case.family}), ids=lambda case: case.name
+)
 def checkpoints(request, tmp_path_factory):
     return Checkpoints(request.param, tmp_path_factory.mktemp("layerwise"))
 
@@ -113,10 +115,10 @@ def in_memory(model):
 
 
 def few_of(name, values):
-    """Some of the cases with some of these values, all of the values with every family."""
+    """Some of the cases with some of these values: every family, and every value."""
     return pytest.mark.parametrize(
         ("checkpoints", name),
-        few(itertools.product(CASES, values), of_family),
+        few(itertools.product(CASES, values), each),
         indirect=["checkpoints"],
         ids=str,
     )

@@ -68,7 +68,11 @@ def built(request, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("mode", [[], ["--registered"]], ids=["remote-code", "registered"])
+@pytest.mark.parametrize(
+    "mode",
+    [[], pytest.param(["--registered"], marks=pytest.mark.slow)],
+    ids=["remote-code", "registered"],
+)
 def test_checkpoints_load_in_a_fresh_process(built, tmp_path, mode):
     script = TESTS / "loading" / "check_loading.py"
     result = run(str(script), str(built), *mode, cwd=tmp_path)

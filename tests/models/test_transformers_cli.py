@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import transformers
 
 from spp_export.models.modeling import __all__ as CLASSES
@@ -39,6 +40,7 @@ def test_it_is_the_command_line_of_transformers():
         assert (result.returncode, result.stdout.strip()) == (0, transformers.__version__)
 
 
+@pytest.mark.slow
 def test_the_classes_are_where_its_server_looks():
     """transformers replaces its package in sys.modules once while it is imported."""
     if transformers.__version__.startswith("4."):

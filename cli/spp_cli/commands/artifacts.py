@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import typer
 
-from spp_cli.options import command, command_line, help_without_command
+from spp_cli.options import Command, Group, command, command_line, help_without_command
 from spp_cli.output import Output
 from spp_export.commands.requests import ImportRequest
 from spp_export.common.options import non_default
 
-artifacts_app = typer.Typer()
+artifacts_app = typer.Typer(cls=Group)
 
 
 @artifacts_app.callback(invoke_without_command=True)
@@ -21,7 +21,7 @@ def artifacts(context: typer.Context) -> None:
     help_without_command(context)
 
 
-@artifacts_app.command("import")
+@artifacts_app.command("import", cls=Command)
 @command(ImportRequest)
 def import_(request: ImportRequest, out: Output) -> None:
     """Turn artifacts of the published format into ours.

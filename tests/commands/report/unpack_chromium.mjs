@@ -6,7 +6,7 @@
 import { execFileSync } from "node:child_process";
 import { mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { createRequire } from "node:module";
-import { dirname, join } from "node:path";
+import { dirname, join, resolve } from "node:path";
 import { brotliDecompressSync } from "node:zlib";
 
 const START = `#!/bin/sh
@@ -15,11 +15,11 @@ export LD_LIBRARY_PATH="$here/lib" FONTCONFIG_FILE="$here/fonts.conf"
 exec "$here/chromium" "$@"
 `;
 // The fonts that came along and no others: a page looks the same on every machine.
-const FONTS = `<?xml version="1.0"?>
+const fonts = (target) => `<?xml version="1.0"?>
 <!DOCTYPE fontconfig SYSTEM "fonts.dtd">
 <fontconfig>
   <dir prefix="relative">fonts</dir>
-  <cachedir prefix="relative">font-cache</cachedir>
+  <cachedir>${join(target, "font-cache")}</cachedir>
 </fontconfig>
 `;
 
@@ -33,5 +33,5 @@ for (const name of readdirSync(packed)) {
   if (name.endsWith(".tar.br")) execFileSync("tar", ["-x", "-C", target], { input: data });
   else writeFileSync(join(target, name.replace(/\.br$/, "")), data, { mode: 0o755 });
 }
-writeFileSync(join(target, "fonts.conf"), FONTS);
+writeFileSync(join(target, "fonts.conf"), fonts(resolve(target)));
 writeFileSync(join(target, "chromium.sh"), START, { mode: 0o755 });
