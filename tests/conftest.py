@@ -9,10 +9,12 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 
 import pytest
+from pairs import chosen
 
 # No slow machine takes this long for a test; no test has a limit of its own.
 _DEADLOCK_MINUTES = 15
@@ -35,6 +37,8 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+
+_NO_ROW = SimpleNamespace(params={})
 
 # Conversations of those that come with spp. A tiny model's quality on all of them takes longer than
 # the rest of its conversion.
@@ -61,9 +65,40 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The default model's first: with tests spread over processes, one of them sets it up alone."""
+    """The default model's tests first: spread over processes, one of them sets it up alone. Rows
+    that a file thins out are slow."""
     items.sort(key=lambda item: item.get_closest_marker("demo") is None)
+    rows: dict[tuple[Path, str], list[pytest.Function]] = {}
+    for item in items:
+        if item.get_closest_marker("thinned") and not item.get_closest_marker("slow"):
+            assert isinstance(item, pytest.Function)
+            rows.setdefault((item.path, item.originalname), []).append(item)
+    for of_test in rows.values():
+        marker = of_test[0].get_closest_marker("thinned")
+        assert marker
+        kept = chosen([_values(item) for item in of_test], lambda row: row, **marker.kwargs)
+        for index, item in enumerate(of_test):
+            if index not in kept:
+                item.add_marker(pytest.mark.slow)
+
+
+def _values(item: pytest.Function) -> set[str]:
+    """What a row has: the value of every parameter, that of every field of one, and the family of a
+    case that is given by its name."""
+    from factories import CASES  # torch, which reads the variables above when it is imported
+
+    family = {case.name: case.family for case in CASES}
+    values = {"a row"}
+    for name, value in getattr(item, "callspec", _NO_ROW).params.items():
+        values.add(f"{name} {value!r}")
+        parts = vars(value).items() if is_dataclass(value) else [(name, value)]
+        values |= {f"{part} {of_part!r}" for part, of_part in parts}
+        for _, word in parts:
+            if isinstance(word, str):
+                values |= {family[case] for case in word.split() if case in family}
+    return values
 
 
 def pytest_collection_finish() -> None:

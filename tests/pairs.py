@@ -21,9 +21,24 @@ def few(rows: Iterable[Any], covered: Callable[[Any], Iterable[Hashable]] = pair
     covered  what a row covers: every pair of its values, if nothing else is said
     """
     rows = list(rows)
+    kept = chosen(rows, covered)
+    return [
+        pytest.param(
+            *(row if isinstance(row, tuple) else (row,)),
+            marks=() if index in kept else pytest.mark.slow,
+        )
+        for index, row in enumerate(rows)
+    ]
+
+
+def chosen(
+    rows: Sequence[Any], covered: Callable[[Any], Iterable[Hashable]], most: int | None = None
+) -> set[int]:
+    """Indices of rows, at most so many, that cover together all that the rows cover, or as much as
+    they can."""
     covers = [set(covered(row)) for row in rows]
-    left, chosen, times = set().union(*covers), set(), Counter()
-    while left:
+    left, kept, times = set().union(*covers), set[int](), Counter[Hashable]()
+    while left and (most is None or len(kept) < most):
         # Of rows that are as good, one with what came seldom.
         best = max(
             range(len(rows)),
@@ -31,14 +46,8 @@ def few(rows: Iterable[Any], covered: Callable[[Any], Iterable[Hashable]] = pair
         )
         left -= covers[best]
         times.update(covers[best])
-        chosen.add(best)
-    return [
-        pytest.param(
-            *(row if isinstance(row, tuple) else (row,)),
-            marks=() if index in chosen else pytest.mark.slow,
-        )
-        for index, row in enumerate(rows)
-    ]
+        kept.add(best)
+    return kept
 
 
 def each(row: Sequence[Any]) -> set[Hashable]:

@@ -229,6 +229,7 @@ def test_the_report_names_what_is_wrong():
     assert notes[2] == "peer: logits not compared: no memory"
 
 
+@pytest.mark.slow
 def test_results_are_loaded_without_this_project():
     script = "import sys, spp_campaigns.peers.check; sys.exit('spp_export' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0

@@ -25,6 +25,8 @@ from spp_export.common.progress import show_progress
 from spp_export.models.families import FAMILIES
 from spp_export.models.loader import load_dense
 
+pytestmark = pytest.mark.thinned
+
 TEXTS = (
     "Benzene is aromatic.",
     "",

@@ -13,6 +13,8 @@ import pytest
 
 from spp_cli.main import run
 
+pytestmark = pytest.mark.thinned(most=4)
+
 ROOT = Path(__file__).parents[2]
 # What help may import beside the standard library; the help of a command also what checks requests.
 LIGHT = {"annotated_doc", "click", "markdown_it", "mdurl", "pygments", "rich", "shellingham"}

@@ -18,6 +18,8 @@ from spp_export.common.errors import ModelError, UsageError
 from spp_export.formats.onnx.options import OnnxOptions
 from spp_export.formats.onnx.write import write_onnx
 
+pytestmark = pytest.mark.thinned(most=3)
+
 CASE = {case.name: case for case in CASES}
 EOS, OFFSET = 2, 3
 TEMPLATE = (

@@ -25,6 +25,8 @@ from spp_export.common.errors import (
 )
 from spp_export.evaluation.parity import Check
 
+pytestmark = pytest.mark.thinned(most=4)
+
 NAME = "qwen3-gqa-tied"
 
 

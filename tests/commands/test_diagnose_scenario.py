@@ -18,6 +18,8 @@ import spp_export
 from spp_export.common.errors import ArtifactsError, OutputError, ScenarioError, UsageError
 from spp_export.data.scenario import read_scenario
 
+pytestmark = pytest.mark.thinned(most=3)
+
 NAME = "llama-gqa-bias"
 DOMAINS = tuple(ALPHABETS)
 

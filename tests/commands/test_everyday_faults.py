@@ -16,6 +16,8 @@ import torch
 from spp_cli.main import run
 from spp_export.calibration import cache
 
+pytestmark = pytest.mark.thinned(most=12)
+
 NAME = "qwen2-gqa-tied"
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00001-of-00002.safetensors"

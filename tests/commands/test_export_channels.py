@@ -49,6 +49,8 @@ from spp_export.planning import LayerPlan, Plan
 from spp_export.slicing import compensation
 from spp_export.slicing.compensation import Compensator
 
+pytestmark = pytest.mark.thinned(most=4)
+
 O_PROJ, DOWN_PROJ = CONSUMERS
 CALIBRATION = [0, 1, 2, 4, 5, 6]  # of eight prompts every fourth is held out
 PROMPT = "12 + 30 = 42"

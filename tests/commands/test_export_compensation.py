@@ -18,6 +18,8 @@ from spp_export.models.checkpoint.checkpoint import open_source
 from spp_export.models.session import open_session
 from spp_export.planning import Plan
 
+pytestmark = pytest.mark.thinned(most=2)
+
 
 @pytest.fixture(scope="module")
 def uneven(tmp_path_factory) -> Path:

@@ -33,6 +33,8 @@ from transformers import AutoTokenizer, GenerationConfig
 import spp_export
 from spp_export.common.errors import PlanError
 
+pytestmark = pytest.mark.thinned(most=4)
+
 # Families whose stock config can give o_proj a bias.
 BIASED = {"llama", "qwen3"}
 # "padded" is layout ragged, written with --pad.

@@ -13,6 +13,8 @@ import spp_export.slicing.compensation as compensation_module
 import spp_export.slicing.weights as slim_module
 from spp_export.common.errors import CheckFailed, ParityError, QualityError, UsageError
 
+pytestmark = pytest.mark.thinned(most=4)
+
 NAME = "llama-gqa-bias"
 
 

@@ -12,6 +12,8 @@ from factories import random_layers, shape_of
 import spp_export
 from spp_export.common.errors import PlanError, UsageError
 
+pytestmark = pytest.mark.thinned(most=3)
+
 NAME = "llama-gqa-bias"
 
 

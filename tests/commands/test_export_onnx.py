@@ -24,6 +24,8 @@ from spp_export.common.errors import CheckFailed, OutputError, ParityError, Qual
 from spp_export.evaluation.parity import Check
 from spp_export.formats.onnx.options import QUANTS
 
+pytestmark = pytest.mark.thinned(most=4)
+
 NAME = "llama-gqa-bias"
 # Families whose stock config can give o_proj a bias.
 BIASED = {"llama", "qwen3"}

@@ -32,6 +32,8 @@ import spp_export
 from spp_export import OnnxOptions
 from spp_export.common.errors import ModelError, PlanError, UsageError
 
+pytestmark = pytest.mark.thinned(most=3)
+
 NAME = "qwen2-gqa-tied"
 PAD = {"pad": True}
 

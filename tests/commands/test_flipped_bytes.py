@@ -22,6 +22,8 @@ from spp_export import OnnxOptions
 from spp_export.common.errors import ModelError, SppError
 from spp_export.common.manifest import check_manifest
 
+pytestmark = pytest.mark.thinned(most=6)
+
 NAME = "llama-mha-tied"
 FORMATS = ("safetensors", "onnx")
 SMALL, SAMPLE = 4000, 64  # bytes of a file that is tried at every offset, and offsets of others

@@ -6,6 +6,8 @@ import pytest
 from exporting import load_elsewhere, logits, masked
 from transformers import AutoTokenizer
 
+pytestmark = pytest.mark.thinned(most=6)
+
 PROMPT = "12 + 30 = 42"
 CASES = (
     ("llama-gqa-bias", "per-layer", "lstsq"),

@@ -14,6 +14,8 @@ from spp_export.common.errors import UsageError
 from spp_export.models.session import open_session
 from spp_export.planning import planner
 
+pytestmark = pytest.mark.thinned(most=2)
+
 # Every family, layout and compensation; windows, biases, tied and untied heads.
 EXPORTS = [
     ("llama-gqa-bias", "ragged", "lstsq"),

@@ -20,6 +20,8 @@ import spp_export
 from spp_export.common.errors import BudgetError
 from spp_export.planning import read_plan
 
+pytestmark = pytest.mark.thinned
+
 NAME = "llama-gqa-bias"
 CRITERIA = ("energy", "axis", "obs")
 

@@ -21,6 +21,8 @@ from spp_export.commands.lora import Recovery
 from spp_export.common.errors import CheckpointError, OutputError, QualityError, UsageError
 from spp_export.common.manifest import check_manifest
 
+pytestmark = pytest.mark.thinned(most=3)
+
 NAMES = [case.name for case in CASES]
 FEW = RecoverSettings(steps=6, rank=2, alpha=4, learning_rate=1e-2, batch_size=2)
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

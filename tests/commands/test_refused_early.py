@@ -11,6 +11,8 @@ from spp_cli.render.look import UNICODE
 from spp_cli.render.summary import export_summary
 from spp_export.common.errors import BudgetError, ModelError, PlanError, UsageError
 
+pytestmark = pytest.mark.thinned(most=8)
+
 MODES = ({}, {"dry_run": True}, {"verify": False})
 
 

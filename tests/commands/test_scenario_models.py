@@ -13,6 +13,8 @@ import spp_export
 from spp_export.common.errors import PlanError, UsageError
 from spp_export.planning import read_plan
 
+pytestmark = pytest.mark.thinned(most=3)
+
 NAMES = [case.name for case in CASES]
 IDS = torch.tensor([[3, 9, 27, 11, 5, 8, 2, 30]])
 

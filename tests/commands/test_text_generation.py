@@ -6,6 +6,8 @@ import pytest
 from exporting import masked, pipelines_elsewhere
 from transformers import AutoTokenizer
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "12 + 30 = 42"
 CASES = (
     ("llama-gqa-bias", "per-layer"),

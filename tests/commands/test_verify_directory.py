@@ -15,6 +15,8 @@ import spp_export
 from spp_export.common.errors import CheckpointError, ModelError, OutputError, PlanError
 from spp_export.common.manifest import write_manifest
 
+pytestmark = pytest.mark.thinned(most=8)
+
 NAME = "llama-gqa-bias"
 FILES = (
     "README.md",

@@ -19,6 +19,8 @@ from spp_export.formats.onnx import OnnxOptions
 from spp_export.formats.onnx.checks import check_graph
 from spp_export.formats.onnx.runtime import OrtModel
 
+pytestmark = pytest.mark.thinned(most=8)
+
 NAME = "mistral-window-tied"
 INT4 = OnnxOptions(quant="int4")
 INTEGRITY = "files as the manifest lists them"

@@ -221,6 +221,7 @@ for path, trust in ((per_layer, True), (uniform, False)):
 """
 
 
+@SLOW
 def test_they_load_and_talk_in_a_process_that_knows_nothing_of_us(demo, uniform, tmp_path):
     """As in a user's own script: another directory, no network; uniform needs no code of ours."""
     environment = {k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "SPP_CACHE"}}

@@ -27,6 +27,8 @@ from spp_export.evaluation.parity import (
 from spp_export.models.families import FAMILIES, Role
 from spp_export.models.loader import load_dense, load_slim
 
+pytestmark = pytest.mark.thinned(most=4)
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 

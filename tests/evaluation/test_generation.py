@@ -19,6 +19,8 @@ from spp_export.evaluation.harness.generation import (
     question_set,
 )
 
+pytestmark = pytest.mark.thinned(most=3)
+
 PROMPTS = ("Why?", "What is the lightest element of all of them?", "a", "Name a metal, please.")
 TEMPLATE = (
     "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"

@@ -48,6 +48,8 @@ from spp_export.models.layerwise import logits_of_calls, open_layerwise, stream_
 from spp_export.models.loader import load_dense, load_slim
 from spp_export.models.shape import resident_parameters
 
+pytestmark = pytest.mark.thinned
+
 TEXTS = ("Gold melts at 1064 degrees.", "", "Why?", "Iron rusts in damp air, gold does not.")
 OWN = [torch.float64, torch.bfloat16]
 

@@ -15,6 +15,8 @@ from spp_export.models.families import FAMILIES, Role
 from spp_export.models.loader import load_dense
 from spp_export.slicing.projections import Projection
 
+pytestmark = pytest.mark.thinned(most=4)
+
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("seed", [0, 1])

@@ -22,7 +22,7 @@ def test_some_of_every_fault():
     assert "every promise held" in result.stdout
 
 
-def test_a_signal_at_every_bytecode_of_taking_and_giving_back():
+def test_a_signal_at_many_bytecodes_of_taking_and_giving_back():
     script = HERE / "every_bytecode.py"
     result = subprocess.run([sys.executable, script, "--small"], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

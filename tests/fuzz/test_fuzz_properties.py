@@ -42,6 +42,8 @@ from spp_export.planning.latency import read_latency_table
 from spp_export.planning.plan import PROVENANCE
 from spp_export.slicing.config import slim_config
 
+pytestmark = pytest.mark.thinned
+
 # The same inputs every time, none kept on disk, and no verdict by the clock.
 _FIXED = {
     "derandomize": True,

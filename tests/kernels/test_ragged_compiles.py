@@ -54,11 +54,8 @@ for element, size, rows in (("*bf16", 2, 64), ("*fp32", 4, 32)):
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize(
-    "code",
-    [CODE, pytest.param(SHARED, marks=pytest.mark.slow)],
-    ids=["every kernel", "within shared memory"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("code", [CODE, SHARED], ids=["every kernel", "within shared memory"])
 def test_kernels_compile_for_a_card(code, tmp_path):
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)

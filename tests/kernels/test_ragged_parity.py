@@ -20,6 +20,8 @@ from spp_kernels import ragged_attention as package
 from spp_kernels.ragged_attention import choice, ragged_attention
 from spp_kernels.ragged_attention.problem import visible
 
+pytestmark = pytest.mark.thinned
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLEMENTATIONS = [
     "sdpa",

@@ -34,6 +34,8 @@ from spp_export.common.progress import quiet_transformers
 from spp_export.models.loader import load_dense, load_slim
 from spp_export.planning import LayerPlan, Layout
 
+pytestmark = pytest.mark.thinned(most=4)
+
 
 @dataclass(frozen=True)
 class Pair:

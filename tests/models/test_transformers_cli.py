@@ -11,6 +11,8 @@ import transformers
 
 from spp_export.models.modeling import __all__ as CLASSES
 
+pytestmark = pytest.mark.slow
+
 # In place of the command line: what the server knows as the package `transformers`.
 _FIND = """
 import sys, types
@@ -40,7 +42,6 @@ def test_it_is_the_command_line_of_transformers():
         assert (result.returncode, result.stdout.strip()) == (0, transformers.__version__)
 
 
-@pytest.mark.slow
 def test_the_classes_are_where_its_server_looks():
     """transformers replaces its package in sys.modules once while it is imported."""
     if transformers.__version__.startswith("4."):

@@ -13,6 +13,8 @@ from pairs import few
 import spp_kernels.ragged_attention as kernels
 from spp_export.models.loader import load_slim
 
+pytestmark = pytest.mark.thinned(most=4)
+
 CLOSE = 1e-12
 
 

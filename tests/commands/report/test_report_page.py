@@ -18,6 +18,8 @@ from spp_cli.main import run
 from spp_export.common.errors import ArtifactsError, OutputError, PlanError, UsageError
 from spp_export.data.artifacts import Artifacts, write_artifacts
 
+pytestmark = pytest.mark.thinned(most=3)
+
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
 DEMO_FINGERPRINT = json.loads(
     (RESULTS / "eval-chemistry" / "results.jsonl").read_text().partition("\n")[0]

@@ -22,6 +22,8 @@ from spp_export.formats.gguf.write import write_gguf
 from spp_export.models.checkpoint.checkpoint import open_checkpoint
 from spp_export.models.loader import load_slim
 
+pytestmark = pytest.mark.thinned(most=6)
+
 pytest.importorskip("xllamacpp")
 # What llama.cpp loads each as: dense, uniform and per-layer.
 ARCHITECTURES = {

@@ -19,6 +19,8 @@ from spp_export.formats.onnx.runtime.model import OrtModel
 from spp_export.formats.onnx.write import write_onnx
 from spp_export.models.hub import locate_model
 
+pytestmark = pytest.mark.thinned(most=4)
+
 og = pytest.importorskip("onnxruntime_genai")
 
 ATTENTIONS = ("gqa", "gqa-bias", "standard")

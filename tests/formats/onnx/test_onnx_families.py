@@ -21,6 +21,8 @@ from spp_export.formats.onnx.options import ATTENTIONS, Attention
 from spp_export.formats.onnx.write import write_onnx
 from spp_export.models.loader import load_slim
 
+pytestmark = pytest.mark.thinned(most=4)
+
 BY_NAME = {case.name: case for case in factories.CASES}
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _PROMPT, _STEPS = 19, 6

@@ -20,6 +20,8 @@ from spp_export.common.errors import CheckpointError, UsageError
 from spp_export.formats.onnx.options import ATTENTIONS, Attention
 from spp_export.formats.onnx.runtime import Decoding, Sampling, generate, greedy
 
+pytestmark = pytest.mark.thinned(most=4)
+
 PROMPTS = [random_ids(length, seed=length).tolist() for length in (9, 3, 14)]
 STEPS = 12
 

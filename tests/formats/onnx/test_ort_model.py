@@ -30,6 +30,8 @@ from spp_export.formats.onnx.runtime import Decoding, OrtModel
 from spp_export.formats.onnx.runtime.cache import to_float32
 from spp_export.models.loader import load_slim
 
+pytestmark = pytest.mark.thinned(most=4)
+
 BOTH_SIDES: tuple[Attention, ...] = ("gqa-bias", "standard")
 
 

@@ -14,6 +14,8 @@ from spp_export.common.errors import CheckpointError, ModelError, SppError
 from spp_export.formats.settings import rotary_tables, settings_of
 from spp_export.models.checkpoint.checkpoint import open_checkpoint, open_source
 
+pytestmark = pytest.mark.thinned
+
 SIZES = (
     "num_hidden_layers",
     "num_attention_heads",
