@@ -11,6 +11,8 @@ VLLM := 0.33.0
 # Tests start some hundred processes: what these import is compiled once, whatever a shell has set.
 export PYTHONDONTWRITEBYTECODE :=
 
+PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
+
 DATA := benchmarks/data
 RESULTS := benchmarks/results
 LM_EVAL := build/venv-lm-eval
@@ -85,10 +87,10 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n logical --maxprocesses 8 --dist worksteal
+	$(PYTEST) -m "not slow and not gpu"
 
 test-all: check
-	$(BIN)/python -m pytest
+	$(PYTEST)
 	$(MAKE) test-loading
 	$(MAKE) test-lm-eval
 	$(MAKE) test-serving

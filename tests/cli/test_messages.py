@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from typer.main import get_command
 
-from spp_cli.main import app, run
+from spp_cli.main import run
 
 NO_EXPORT = "Give one that 'spp export' or 'spp convert' wrote."
 NO_PLAN = "expected a plan (.json), results of 'spp eval' (.jsonl), or a directory: an export, "
@@ -57,20 +56,3 @@ def test_one_line_says_what_is_wrong(
     assert found.startswith(f"error: {message}")
     assert found.count("\n") == 1
     assert "?." not in found
-
-
-def test_help_shows_no_type_beside_a_flag() -> None:
-    """A flag takes no word."""
-    commands = dict(get_command(app).commands)  # type: ignore[attr-defined]
-    commands |= commands.pop("artifacts").commands
-    flags = [
-        (name, parameter)
-        for name, command in commands.items()
-        for parameter in command.params
-        if getattr(parameter, "is_flag", False)
-    ]
-    assert len(flags) > len(commands)
-    shown = {
-        f"{name} {parameter.name}": parameter.display_type_rich(None) for name, parameter in flags
-    }
-    assert set(shown.values()) == {""}, shown

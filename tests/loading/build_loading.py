@@ -1,6 +1,6 @@
 """Write slim checkpoints of every case with what they must compute, for check_loading.py to read.
 
-    python tests/loading/build_loading.py OUT [--few]
+    python tests/loading/build_loading.py OUT
 
 makes OUT/<case>/model, the checkpoint, and OUT/<case>/expected.safetensors, computed in float64 by
 the masked dense model: left-padded prompts, their logits, the greedy continuation without a cache.
@@ -37,17 +37,14 @@ PROMPTS = ("Sulfuric acid is", "The treaty of 1648 ended a war that")
 NEW_TOKENS = 6
 
 
-def build_all(out: Path, few: bool = False) -> None:
+def build_all(out: Path) -> None:
     """Every case with a random per-layer plan, and of every family one uniform checkpoint, a ragged
-    one, and one with biases on o_proj and down_proj, which few stock models have; of few, one of
-    every family, by turns."""
-    for seed, case in enumerate(CASES[:1] if few else CASES):
+    one, and one with biases on o_proj and down_proj, which few stock models have."""
+    for seed, case in enumerate(CASES):
         dense = case.make(out / case.name)
         build(out / case.name, dense, random_layers(shape_of(dense), seed), "per-layer")
-    for number, family in enumerate(sorted({case.family for case in CASES})):
-        for place, kind in enumerate(("uniform", "ragged", "biased")):
-            if few and place != number % 3:
-                continue
+    for family in sorted({case.family for case in CASES}):
+        for kind in ("uniform", "ragged", "biased"):
             target = out / f"{family}-{kind}"
             dense = Case(family, family, {"kv_heads": 4, "query_heads": 8}).make(target)
             shape = shape_of(dense)
@@ -103,4 +100,4 @@ def build(
 
 
 if __name__ == "__main__":
-    build_all(Path(sys.argv[1]), few="--few" in sys.argv)
+    build_all(Path(sys.argv[1]))

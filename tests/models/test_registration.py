@@ -58,21 +58,16 @@ def test_importing_the_package_is_light(tmp_path):
     assert run("-c", code, cwd=tmp_path).stdout == "set()\n"
 
 
-@pytest.fixture(
-    scope="module", params=[["--few"], pytest.param([], marks=pytest.mark.slow)], ids=["few", "all"]
-)
-def built(request, tmp_path_factory) -> Path:
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("built")
-    result = run(str(TESTS / "loading" / "build_loading.py"), str(out), *request.param, cwd=out)
+    result = run(str(TESTS / "loading" / "build_loading.py"), str(out), cwd=out)
     assert result.returncode == 0, result.stderr
     return out
 
 
-@pytest.mark.parametrize(
-    "mode",
-    [[], pytest.param(["--registered"], marks=pytest.mark.slow)],
-    ids=["remote-code", "registered"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [[], ["--registered"]], ids=["remote-code", "registered"])
 def test_checkpoints_load_in_a_fresh_process(built, tmp_path, mode):
     script = TESTS / "loading" / "check_loading.py"
     result = run(str(script), str(built), *mode, cwd=tmp_path)
