@@ -1,16 +1,21 @@
-"""`recover`: LoRA on an export, merged back into a checkpoint of the same layout."""
+"""`recover`: an export is trained further, into a checkpoint of the same layout."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spp_export.calibration.reading import read_texts
+import numpy as np
+
+from spp_export.calibration.answers import Answering, read_traffic
+from spp_export.calibration.reading import TokenText, read_texts, token_texts
 from spp_export.commands.requests import RecoverRequest
 from spp_export.common.errors import (
     CheckFailed,
@@ -52,13 +57,24 @@ if TYPE_CHECKING:
     import torch
 
     from spp_export.calibration.activations import TokenBatch
-    from spp_export.commands.lora import Recovery
+    from spp_export.commands.training import Training
     from spp_export.evaluation.parity import ReferenceLogits
     from spp_export.evaluation.quality import Quality
 
 SCHEMA_VERSION = 1
 # Steps between two states that an interrupted run can go on from.
 _KEPT_EVERY = 20
+# Of the texts, every so manieth says when to stop; with fewer none does.
+_WATCHED = 8
+# Measures in a row that find nothing better, after which training ends.
+_PATIENCE = 4
+_ALL = sys.maxsize
+_JUDGED = {
+    "answers": "answers to prompts that were not trained on",
+    "text": "text that was not trained on",
+}
+# Rounds of training with other answers to the same prompts; later ones repeat these.
+_ROUNDS = 4
 # What is said of a weight that leaves the range of its dtype.
 _UNFIT = {"origin": "a trained value", "advice": "Use a smaller --learning-rate."}
 # Files of an export that are written anew.
@@ -98,7 +114,8 @@ class RecoverResult:
 
 @command(RecoverRequest)
 def recover(request: RecoverRequest) -> RecoverResult:
-    """Train adapters on text and write the merged model; the export stays as it is.
+    """Train an export on what the dense model answers, or on text, and write the trained model; the
+    export stays as it is.
 
     An interrupted run goes on where it was. Raises ParityError where the written model is not the
     one that was trained, QualityError where it is no better than before: then nothing is published
@@ -115,11 +132,16 @@ def recover(request: RecoverRequest) -> RecoverResult:
     trained, measured = _split(request, text)
     session = open_session(request.model, device=request.device, dtype="float32")
     validate_plan(plan, session.source.shape, session.source.fingerprint)
+    if request.learn == "answers" and session.from_disk:
+        raise UsageError(
+            "--learn answers: every step asks the dense model, and this one runs from disk. Use a "
+            "machine with more memory, or --learn text."
+        )
     job = _Job(source_dir, plan, session, request, trained, measured)
-    recovery, resumed, before = job.train()
-    losses = tuple(recovery.losses)
+    training, resumed, before = job.train()
+    losses = tuple(training.losses)
     with publish(target, request.force) as work:
-        reference, merged = job.merged(recovery)
+        reference, merged = job.merged(training)
         _copy(source_dir, work)
         written = job.write(merged, work)
         record = job.record(text, losses, before)
@@ -136,6 +158,16 @@ def recover(request: RecoverRequest) -> RecoverResult:
     return RecoverResult(target, before, after, losses, resumed, report, job.measured)
 
 
+@dataclass(frozen=True)
+class _Best:
+    """The best model so far on what is watched, after so many steps: the trained values, none
+    before the first step."""
+
+    distance: float
+    step: int
+    values: Mapping[str, torch.Tensor]
+
+
 class _Job:
     """One recovery."""
 
@@ -149,41 +181,82 @@ class _Job:
         measured: Sequence[Conversation],
     ) -> None:
         self._directory, self._plan, self._session = directory, plan, session
-        self._settings, self._trained = settings, trained
+        self._settings, self._prompts = settings, trained
         self._tokenizer = load_tokenizer(directory)
-        read = read_texts(self._tokenizer, measured, settings.calibration_tokens)
+        if settings.learn == "answers":
+            answering = Answering(settings.answer_tokens, settings.seed)
+            read = read_traffic(session, measured, settings.calibration_tokens, answering)
+        else:
+            read = read_texts(self._tokenizer, measured, settings.calibration_tokens)
         self._measured, self.measured = read.texts, read.to_dict()
         content = [[(m.role, m.text) for m in conversation.messages] for conversation in trained]
         decided = [hash_file(directory / MANIFEST_NAME).sha256, settings.to_dict(), content]
         key = hashlib.sha256(json.dumps(decided).encode()).hexdigest()[:32]
         self._state = cache_directory() / "recoveries" / f"{key}.safetensors"
 
-    def train(self) -> tuple[Recovery, int, Quality | None]:
-        """Adapters after the last step, the steps that were there already, and the quality before
-        the first one."""
-        from spp_export.commands.lora import Recovery, training_batches
+    def train(self) -> tuple[Training, int, Quality | None]:
+        """The model after the step that was best, the steps that were there already, and the
+        quality before the first one."""
+        from spp_export.commands.training import Training, training_batches
         from spp_export.models.loader import load_slim
 
-        session, settings = self._session, self._settings
-        batches = training_batches(self._tokenizer, self._trained, settings)
+        session, settings, shape = self._session, self._settings, self._session.source.shape
+        texts, watched = self._texts()
+        batches = training_batches(self._tokenizer, texts, settings)
         slim = load_slim(self._directory, dtype=session.torch_dtype, device=session.device)
-        slim.requires_grad_(False)
         before = self._quality(slim)
-        recovery = Recovery(slim, session.source.family, settings)
-        resumed = self._resume(recovery)
+        cut = [
+            index
+            for index, (kept, whole) in enumerate(
+                zip(self._plan.written_shapes(shape), shape.layers, strict=True)
+            )
+            if kept != whole
+        ]
+        dense = session.model if settings.learn == "answers" else None
+        training = Training(slim, session.source.family, settings, cut, dense)
+        best = self._resume(training) or self._first(training, watched)
+        resumed = training.done
         with progress("recovering", float(settings.steps)) as advance_to:
             for batch in batches[resumed:]:
-                recovery.step(batch)
-                advance_to(recovery.done)
-                if recovery.done % _KEPT_EVERY == 0:
-                    self._keep(recovery)
-        return recovery, resumed, before
+                if watched and training.done - best.step >= _PATIENCE * settings.watch_every:
+                    break
+                training.step(batch)
+                advance_to(training.done)
+                last = training.done == len(batches)
+                if watched and (training.done % settings.watch_every == 0 or last):
+                    found = self._distance(training, watched)
+                    if found < best.distance:
+                        best = _Best(found, training.done, training.values())
+                if training.done % _KEPT_EVERY == 0:
+                    self._keep(training, best)
+        if best.values:
+            training.restore(best.values)
+        self.best_step = best.step if watched else training.done
+        return training, resumed, before
 
-    def merged(self, recovery: Recovery) -> tuple[ReferenceLogits, dict[str, torch.Tensor]]:
-        """Logits that the written model must give, and the weights that adapters have changed.
+    def _texts(self) -> tuple[Sequence[TokenText], Sequence[TokenText]]:
+        """What is trained on, and what says when to stop."""
+        settings, prompts = self._settings, self._prompts
+        apart = range(_WATCHED - 1, len(prompts), _WATCHED) if settings.watch_every else range(0)
+        watched = [prompts[index] for index in apart]
+        rest = [prompt for index, prompt in enumerate(prompts) if index not in apart]
+        if settings.learn == "text":
+            return token_texts(self._tokenizer, rest), token_texts(self._tokenizer, watched)
+        rounds = min(-(-settings.steps * settings.batch_size // len(rest)), _ROUNDS)
+        seeds = range(settings.seed + 1, settings.seed + 1 + rounds)
+        read = [text for seed in seeds for text in self._answered(rest, seed)]
+        return read, self._answered(watched, settings.seed)
 
-        The oracle is the model with its adapters beside it; rounding is what merging them and
-        storing the sums does to it.
+    def _answered(self, prompts: Sequence[Conversation], seed: int) -> Sequence[TokenText]:
+        """All of the prompts, with answers."""
+        answering = Answering(self._settings.answer_tokens, seed, most=len(prompts))
+        return read_traffic(self._session, prompts, _ALL, answering).texts
+
+    def merged(self, training: Training) -> tuple[ReferenceLogits, dict[str, torch.Tensor]]:
+        """Logits that the written model must give, and the weights that training has changed.
+
+        The oracle is the model as it was trained, with its adapters beside it; rounding is what
+        merging them and storing the sums does to it.
         """
         import torch
 
@@ -195,17 +268,13 @@ class _Job:
         shape = session.source.shape
         layers = self._plan.written_shapes(shape)
         exact = wide_dtype(torch.float32, 2 * shape.parameters(layers), session.device)
-        wide = tuple(real_logits(recovery.model.to(exact), batches))
-        recovery.model.to(torch.float32)
-        names = {
-            name.removesuffix(".base_layer.weight").removeprefix("base_model.model.") + ".weight"
-            for name, _ in recovery.model.named_parameters()
-            if name.endswith(".base_layer.weight")
-        }
-        model = recovery.merge()
+        wide = tuple(real_logits(training.model.to(exact), batches))
+        training.model.to(torch.float32)
+        names = training.changed
+        model = training.finished()
         stored = stored_tensors(self._directory)
         changed: dict[str, torch.Tensor] = {}
-        for name in sorted(names):
+        for name in names:
             parameter = model.get_parameter(name)
             parameter.data = parameter.data.to(_torch_dtype(stored[name])).to(parameter.dtype)
             changed[name] = parameter.data
@@ -237,7 +306,7 @@ class _Job:
         checks, after = checked.report.checks, None
         if checked.slim is not None:
             merged = check_parity(checked.slim, reference)
-            checks += (replace(merged, name="written model against the one with adapters"),)
+            checks += (replace(merged, name="written model against the trained one"),)
             after = self._quality(checked.slim)
         report = VerifyReport(checks, checked.report.context)
         content = report.to_dict()
@@ -246,16 +315,18 @@ class _Job:
         if not report.passed:
             first = report.failures[0]
             return content, after, ParityError(f"{first.name}: {first.describe()}")
-        if before and after and not after.slim_perplexity < before.slim_perplexity:
-            return (
-                content,
-                after,
-                QualityError(
-                    f"perplexity on text that was not trained on is {after.slim_perplexity:.4g}, "
-                    f"and was {before.slim_perplexity:.4g}. Give more text, or fewer --steps."
-                ),
+        if before and after and not self._figure(after) < self._figure(before):
+            figure = "mean KL" if self._settings.learn == "answers" else "perplexity"
+            worse = QualityError(
+                f"{figure} on {after.source} is {self._figure(after):.4g}, and was "
+                f"{self._figure(before):.4g}. Give more text, or fewer --steps."
             )
+            return content, after, worse
         return content, after, None
+
+    def _figure(self, quality: Quality) -> float:
+        """What training is to make smaller."""
+        return quality.mean_kl if self._settings.learn == "answers" else quality.slim_perplexity
 
     def record(
         self, text: Scenario, losses: Sequence[float], before: Quality | None
@@ -271,8 +342,9 @@ class _Job:
                 "name": self._directory.resolve().name,
                 "manifest_sha256": hash_file(self._directory / MANIFEST_NAME).sha256,
             },
-            "data": {"name": text.name, "sha256": text.sha256, "texts": len(self._trained)},
+            "data": {"name": text.name, "sha256": text.sha256, "texts": len(self._prompts)},
             "settings": self._settings.to_dict(),
+            "steps": {"taken": len(losses), "best": self.best_step},
             "loss": rounded(
                 {
                     "first": sum(losses[:tenth]) / tenth,
@@ -305,25 +377,45 @@ class _Job:
     def _quality(self, slim: Any) -> Quality | None:
         from spp_export.evaluation.quality import measure_quality
 
-        session = self._session
-        return measure_quality(
-            session.model, slim, self._tokenizer, self._measured, "text that was not trained on"
-        )
+        source = _JUDGED[self._settings.learn]
+        return measure_quality(self._session.model, slim, self._tokenizer, self._measured, source)
 
-    def _keep(self, recovery: Recovery) -> None:
+    def _distance(self, training: Training, watched: Sequence[TokenText]) -> float:
+        """What training is to make smaller, on the texts that say when to stop."""
+        from spp_export.evaluation.quality import measure_quality
+
+        dense = self._session.model
+        found = (
+            measure_quality(dense, training.model, self._tokenizer, watched) if watched else None
+        )
+        return math.inf if found is None else self._figure(found)
+
+    def _first(self, training: Training, watched: Sequence[TokenText]) -> _Best:
+        values = training.values() if watched else {}
+        return _Best(self._distance(training, watched), 0, values)
+
+    def _keep(self, training: Training, best: _Best) -> None:
         from spp_export.calibration.cache import write
 
-        write(self._state, {name: value.numpy() for name, value in recovery.state().items()})
+        tensors = {name: value.numpy() for name, value in training.state().items()}
+        tensors["best"] = np.array([best.distance, best.step])
+        tensors |= {f"best/{name}": value.numpy() for name, value in best.values.items()}
+        write(self._state, tensors)
 
-    def _resume(self, recovery: Recovery) -> int:
+    def _resume(self, training: Training) -> _Best | None:
+        """What an earlier run had found best, where there was one."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
-            recovery.resume(load_file(self._state))
+            state = load_file(self._state)
+            training.resume(state)
+            distance, step = state["best"].tolist()
         except (FileNotFoundError, SafetensorError, KeyError):
-            return 0
-        return recovery.done
+            return None
+        start = "best/"
+        values = {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
+        return _Best(distance, int(step), values)
 
 
 def _plan(directory: Path) -> Plan:

@@ -582,10 +582,33 @@ class ChatRequest(AnswerRequest, Dtype, Artifacts, Model):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class RecoverSettings(Seed):
-    """How adapters are trained: an option each, and part of recovery.json."""
+# At which few steps do most and none diverge.
+_LEARNING_RATES = {"adapters": 5e-4, "weights": 5e-5}
 
+
+@dataclass(frozen=True, kw_only=True)
+class RecoverSettings(AnswerTokens, Seed):
+    """How an export is trained: an option each, and part of recovery.json."""
+
+    learn: Literal["answers", "text"] = option(
+        "answers",
+        panel=TRAINING,
+        help="answers: what the dense model says to the prompts of --data, and how likely each of "
+        "its tokens was. text: the text of --data itself.",
+    )
+    train: Literal["adapters", "weights"] = option(
+        "adapters",
+        panel=TRAINING,
+        help="adapters: LoRA on every projection. weights: the projections of the layers that were "
+        "cut.",
+    )
+    temperature: float = option(
+        1.0,
+        panel=TRAINING,
+        metavar="T",
+        numbers=Numbers("a number above 0, such as 2", above=True),
+        help="At which the dense model's distribution is learnt.",
+    )
     steps: int = option(200, panel=TRAINING, least=1, metavar="N", help="Optimiser steps.")
     rank: int = option(8, panel=TRAINING, least=1, metavar="N", help="Of the adapters.")
     alpha: int = option(
@@ -595,12 +618,12 @@ class RecoverSettings(Seed):
         metavar="N",
         help="Adapters count alpha / rank times.",
     )
-    learning_rate: float = option(
-        5e-4,
+    learning_rate: float | None = option(
+        None,
         panel=TRAINING,
         metavar="RATE",
         numbers=Numbers("a number between 0 and 1, such as 0.0005", most=1, above=True),
-        help="At its highest.",
+        help="At its highest; 0.0005 for adapters and 0.00005 for weights by default.",
     )
     batch_size: int = option(4, panel=TRAINING, least=1, metavar="N", help="Texts per step.")
     max_tokens: int = option(
@@ -610,19 +633,32 @@ class RecoverSettings(Seed):
         metavar="N",
         help="Longest text to train on; a longer one is cut into several.",
     )
+    watch_every: int = option(
+        25,
+        panel=TRAINING,
+        metavar="N",
+        help="Steps between two measures of an eighth of the texts, which is not trained on: the "
+        "best model of all counts, and training ends where it gets no better. 0 never measures.",
+    )
+
+    @property
+    def highest_rate(self) -> float:
+        """The learning rate at its highest."""
+        return self.learning_rate or _LEARNING_RATES[self.train]
 
     def rate(self, step: int) -> float:
-        """Learning rate of a step, counted from 0: it rises for a tenth of the steps, then falls
-        to zero."""
+        """Learning rate of a step, counted from 0: it rises for a tenth of the steps, then falls to
+        zero as half a cosine does (Loshchilov and Hutter, arXiv 1608.03983)."""
         warm = max(1, math.ceil(0.1 * self.steps))
         if step < warm:
-            return self.learning_rate * (step + 1) / warm
-        return self.learning_rate * (self.steps - step) / max(1, self.steps - warm)
+            return self.highest_rate * (step + 1) / warm
+        passed = (step - warm) / max(1, self.steps - warm)
+        return self.highest_rate * 0.5 * (1 + math.cos(math.pi * passed))
 
     def to_dict(self) -> dict[str, Any]:
         """For recovery.json."""
-        names = ("steps", "rank", "alpha", "learning_rate", "batch_size", "max_tokens", "seed")
-        return {name: getattr(self, name) for name in names}
+        names = [item.name for item in fields(RecoverSettings)]
+        return {**{name: getattr(self, name) for name in names}, "learning_rate": self.highest_rate}
 
 
 @dataclass(frozen=True)

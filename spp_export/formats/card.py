@@ -31,10 +31,17 @@ _SAME_WEIGHTS = "the PyTorch model of the same weights"
 _RECOVERED = """\
 ## Recovered
 
-The slim model was then trained for {steps} steps of {batch_size} texts with LoRA (rank {rank}, \
-alpha {alpha}, learning rate {learning_rate:g}) on {texts} texts of {name}, and the adapters are \
-merged into its weights. Its loss on them went from {first} to {last} nats per token.
+The slim model was then trained for {taken} steps of {batch_size} texts {how}, learning rate \
+{learning_rate:g}, on {what} {texts} texts of {name}; it is as it was after step {best}. Its loss \
+on them went from {first} to {last} nats per token.
 """
+
+
+_TRAINED = {
+    "adapters": "with LoRA (rank {rank}, alpha {alpha}) that is merged into its weights",
+    "weights": "in the projections of the layers that were cut",
+}
+_LEARNT = {"answers": "what the dense model answers to the", "text": "the"}
 
 
 def model_card(
@@ -55,11 +62,15 @@ def model_card(
 def recovery_section(checks: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     """The card's section on further training of a slim checkpoint; `record` is recovery.json."""
     data = {**record["data"], "name": _escaped(str(record["data"]["name"]))}
-    section = _RECOVERED.format_map({**record["settings"], **record["loss"], **data})
+    settings = record["settings"]
+    how, what = _TRAINED[settings["train"]].format_map(settings), _LEARNT[settings["learn"]]
+    facts = {**settings, **record["loss"], **record["steps"], **data, "how": how, "what": what}
+    section = _RECOVERED.format_map(facts)
     quality, before = checks.get("quality"), record.get("before")
     if quality and before:
         section += (
-            f"\nOn text that was not trained on: perplexity {quality['slim_perplexity']}, before "
+            f"\nOn {quality['source']}: mean KL to the dense model {quality['mean_kl']}, before "
+            f"{before['mean_kl']}; perplexity {quality['slim_perplexity']}, before "
             f"{before['slim_perplexity']}, dense {quality['dense_perplexity']}.\n"
         )
     return section

@@ -1,4 +1,4 @@
-"""`recover`: LoRA on an export, merged, checked, taken up where it was interrupted."""
+"""`recover`: an export trained further, checked, taken up where it was interrupted."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ import spp_export
 from spp_cli.main import app
 from spp_export import RecoverSettings
 from spp_export.commands import recover as module
-from spp_export.commands.lora import Recovery
+from spp_export.commands.training import Training
 from spp_export.common.errors import CheckpointError, OutputError, QualityError, UsageError
 from spp_export.common.manifest import check_manifest
 
 pytestmark = pytest.mark.thinned(most=3)
 
 NAMES = [case.name for case in CASES]
-FEW = RecoverSettings(steps=6, rank=2, alpha=4, learning_rate=1e-2, batch_size=2)
+FEW = RecoverSettings(
+    learn="text", watch_every=3, steps=6, rank=2, alpha=4, learning_rate=1e-2, batch_size=2
+)
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -91,7 +93,7 @@ def test_what_is_merged_is_the_base_and_a_low_rank_change(workshop, data, tmp_pa
 def test_an_interrupted_run_goes_on_to_the_same_bytes(workshop, data, tmp_path, monkeypatch):
     _, whole = recover(workshop, NAMES[0], data, tmp_path / "whole" / "name")
     monkeypatch.setattr(module, "_KEPT_EVERY", 2)
-    step, taken = Recovery.step, []
+    step, taken = Training.step, []
 
     def interrupted(self, batch):
         if len(taken) == 5:
@@ -99,11 +101,11 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(workshop, data, tmp_path, 
         taken.append(1)
         return step(self, batch)
 
-    monkeypatch.setattr(Recovery, "step", interrupted)
+    monkeypatch.setattr(Training, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         recover(workshop, NAMES[0], data, tmp_path / "again" / "name")
     assert not (tmp_path / "again" / "name").exists()
-    monkeypatch.setattr(Recovery, "step", step)
+    monkeypatch.setattr(Training, "step", step)
     _, again = recover(workshop, NAMES[0], data, tmp_path / "again" / "name")
     assert (whole.resumed, again.resumed) == (0, 4)
     assert again.losses == whole.losses

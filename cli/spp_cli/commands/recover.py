@@ -10,11 +10,13 @@ from spp_export.common.options import non_default
 
 @command(RecoverRequest)
 def recover(request: RecoverRequest, out: Output) -> None:
-    """Train an export for a few steps with LoRA, and write the merged model.
+    """Train an export to answer as the dense model does, and write the result.
 
-    The result has the layout of OUT and is checked as an export is. It is published only where it
-    predicts text that it was not trained on better than OUT. An interrupted run goes on where it
-    was. Needs the extra recover; 'spp doctor' says how to install it.
+    The dense model answers the prompts of --data, and the export learns how likely it found every
+    token; --learn text learns a text itself. The result has the layout of OUT and is checked as an
+    export is. It is published only where it is nearer to the dense model than OUT on prompts that
+    it was not trained on. An interrupted run goes on where it was. Adapters need the extra recover;
+    'spp doctor' says how to install it.
 
     Example: spp recover out/chemistry --data chemistry.jsonl --steps 200 -o out/recovered
     """

@@ -161,12 +161,16 @@ def recover_summary(result: RecoverResult, look: Look) -> RenderableType:
         line.append(f", from step {result.resumed} on", style=FAINT)
     lines: list[RenderableType] = [line]
     if result.before and result.after:
+        before, after = result.before, result.after
         lines.append(
             Text(
-                f"perplexity {result.before.slim_perplexity:.2f} {look.arrow} "
-                f"{result.after.slim_perplexity:.2f}, dense {result.after.dense_perplexity:.2f}"
+                f"mean KL {before.mean_kl:.3f} {look.arrow} {after.mean_kl:.3f}, same token "
+                f"{before.top1:.1%} {look.arrow} {after.top1:.1%}, perplexity "
+                f"{before.slim_perplexity:.2f} {look.arrow} {after.slim_perplexity:.2f}, dense "
+                f"{after.dense_perplexity:.2f}"
             )
         )
+        lines.append(Text(f"on {after.tokens} tokens of {after.source}", style=FAINT))
     lines += sections.tokens_read(result.measured)
     return Group(*lines, *_verdict(result.report))
 

@@ -1,0 +1,224 @@
+"""Training of a slim model: a few steps, of adapters that are merged into it or of its own weights.
+
+Low-rank adapters are from Hu et al., "LoRA" (2021); recovering a pruned model with them is what
+LLM-Pruner and LoRAPrune do, and distilling it from the dense one on what that one says is what
+Minitron does (Muralidharan et al., arXiv 2407.14679). The adapters and their merging are PEFT's,
+the loop is ours: a few lines that give the same numbers again when they are interrupted and taken
+up.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div
+
+from spp_export.calibration.activations import TokenBatch, model_inputs, pad_rows
+from spp_export.calibration.reading import Text, TokenText, token_texts
+from spp_export.commands.requests import RecoverSettings
+from spp_export.common.errors import ModelError, UsageError
+from spp_export.common.installation import install_command, require_package
+from spp_export.models.families import Family
+
+# Adam's: the usual ones.
+_BETAS, _EPSILON = (0.9, 0.999), 1e-8
+_MOST_NORM = 1.0
+_ADAPTERS = "base_model.model."
+_BASE = ".base_layer.weight"
+
+
+class Training:
+    """A slim model in training, and how far that is.
+
+    model   with adapters beside its weights, which stay as they are until `finished`, or as it is
+    family  names of its projections
+    layers  those whose weights are trained where there are no adapters: the ones that were cut
+    dense   the model to learn from; None learns from the text itself
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        family: Family,
+        settings: RecoverSettings,
+        layers: Sequence[int],
+        dense: nn.Module | None = None,
+    ) -> None:
+        roles = (
+            *(family.query, family.key, family.value, family.output),
+            *(family.gate, family.up, family.down),
+        )
+        model.requires_grad_(False)
+        if settings.train == "adapters":
+            model = _with_adapters(model, roles, settings)
+        else:
+            for layer in layers:
+                for role in roles:
+                    name = family.layer_name(layer, role)
+                    model.get_parameter(f"{name}.weight").requires_grad_(True)
+        self.model: Any = model
+        self.settings = settings
+        self.losses: list[float] = []
+        self._dense = dense
+        self._trained = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+        self._optimiser = torch.optim.AdamW(
+            self._trained.values(), lr=0.0, betas=_BETAS, eps=_EPSILON, weight_decay=0.0
+        )
+
+    @property
+    def done(self) -> int:
+        """Steps taken."""
+        return len(self.losses)
+
+    @property
+    def changed(self) -> list[str]:
+        """Names in the checkpoint of the weights that training changes."""
+        if self.settings.train == "weights":
+            return sorted(self._trained)
+        return sorted(
+            f"{name.removeprefix(_ADAPTERS).removesuffix(_BASE)}.weight"
+            for name, _ in self.model.named_parameters()
+            if name.endswith(_BASE)
+        )
+
+    def step(self, batch: TokenBatch) -> float:
+        """Train on one batch; its loss in nats per token. Raises ModelError where it diverges."""
+        for group in self._optimiser.param_groups:
+            group["lr"] = self.settings.rate(self.done)
+        self.model.train()
+        loss = self._loss(batch)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise ModelError(
+                f"step {self.done}: the loss is not a number. Use a smaller --learning-rate."
+            )
+        loss.backward()
+        nn.utils.clip_grad_norm_(self._trained.values(), _MOST_NORM)
+        self._optimiser.step()
+        self._optimiser.zero_grad(set_to_none=True)
+        self.model.eval()
+        self.losses.append(value)
+        return value
+
+    def _loss(self, batch: TokenBatch) -> Tensor:
+        """Mean over predicted tokens of -log q, or of T^2 KL(p_T || q_T), p_T being the dense
+        model's distribution at temperature T (Hinton et al., arXiv 1503.02531)."""
+        logits, predicted = _predictions(self.model, batch)
+        if self._dense is None:
+            targets = batch.input_ids[:, 1:].to(logits.device)[predicted]
+            return cross_entropy(logits.float(), targets)
+        with torch.no_grad():
+            dense, _ = _predictions(self._dense, batch)
+        temperature = self.settings.temperature
+        log_q = (logits.float() / temperature).log_softmax(-1)
+        log_p = (dense.to(logits.device).float() / temperature).log_softmax(-1)
+        distance = kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+        return temperature**2 * distance
+
+    def values(self) -> dict[str, Tensor]:
+        """What is trained, on the CPU."""
+        return {name: value.detach().cpu().clone() for name, value in self._trained.items()}
+
+    def restore(self, values: Mapping[str, Tensor]) -> None:
+        """Go back to `values` of before."""
+        for name, parameter in self._trained.items():
+            parameter.data.copy_(values[name])
+
+    def state(self) -> dict[str, Tensor]:
+        """All that `resume` needs, on the CPU."""
+        tensors = {"losses": torch.tensor(self.losses, dtype=torch.float64)}
+        tensors |= {f"value/{name}": value for name, value in self.values().items()}
+        for name, parameter in self._trained.items():
+            for key, moment in self._optimiser.state[parameter].items():
+                tensors[f"{key}/{name}"] = moment.detach().cpu().clone()
+        return tensors
+
+    def resume(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from a `state` of the same model and settings."""
+        self.losses = [float(loss) for loss in state["losses"]]
+        self.restore({name: state[f"value/{name}"] for name in self._trained})
+        for name, parameter in self._trained.items():
+            self._optimiser.state[parameter] = {
+                key: state[f"{key}/{name}"].to(parameter.device if key != "step" else "cpu")
+                for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+
+    def finished(self) -> nn.Module:
+        """The model with what was trained in its own weights; this object cannot be used
+        afterwards."""
+        if self.settings.train == "adapters":
+            self.model = self.model.merge_and_unload()
+        self.model.requires_grad_(False)
+        trained: nn.Module = self.model.eval()
+        return trained
+
+
+def _with_adapters(model: nn.Module, roles: Sequence[str], settings: RecoverSettings) -> nn.Module:
+    peft = _peft()
+    config = peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=0.0,
+        target_modules=[role.rpartition(".")[2] for role in roles],
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    # PEFT draws from torch's own generator, which is the caller's.
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # It still asks transformers by names that the next version of that will not have.
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.manual_seed(settings.seed)
+        adapted: nn.Module = peft.get_peft_model(model, config)
+    return adapted
+
+
+def _predictions(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """Logits [T,V] of the T predicted tokens, and which of the batch's [B,S-1] they are."""
+    logits: Tensor = model(**model_inputs(model, batch)).logits
+    predicted = batch.predicted.to(logits.device)
+    return logits[:, :-1][predicted], predicted
+
+
+def training_batches(
+    tokenizer: Any, texts: Sequence[Text], settings: RecoverSettings
+) -> list[TokenBatch]:
+    """One batch per step: every text once per round, each round in a new order by the seed. What is
+    longer than the settings' `max_tokens` is cut into several texts.
+
+    Raises UsageError where no text has a token to predict.
+    """
+    rows = [
+        (index, piece)
+        for index, text in enumerate(token_texts(tokenizer, texts))
+        for piece in text.pieces(settings.max_tokens)
+        if _teaches(piece)
+    ]
+    if not rows:
+        raise UsageError("--data has no text of two tokens or more for this model.")
+    generator = torch.Generator().manual_seed(settings.seed)
+    count = settings.steps * settings.batch_size
+    order: list[int] = []
+    while len(order) < count:
+        order += torch.randperm(len(rows), generator=generator).tolist()
+    size = settings.batch_size
+    return [
+        pad_rows([rows[i] for i in order[start : start + size]]) for start in range(0, count, size)
+    ]
+
+
+def _teaches(piece: TokenText) -> bool:
+    """Whether a text of one run has a token to predict."""
+    return piece.tokens > 1 and (piece.answers is None or any(piece.answers[0][1:]))
+
+
+def _peft() -> Any:
+    return require_package("peft", "recovering", lambda: install_command("recover"))
