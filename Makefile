@@ -25,7 +25,7 @@ DOCS := build/venv-docs
 .PHONY: help demo artifacts check test test-all test-loading test-lm-eval test-optimum \
 	test-transformers-js test-vllm test-report test-serving test-faults test-examples fuzz docs eval eval-finance \
 	eval-answers eval-ablations lm-eval picture bench bench-onnx bench-gpu bench-peers latency-plan \
-	onnx-exporters onnx-memory onnx-parity gguf-parity ragged many recovery scale layerwise \
+	onnx-exporters onnx-memory onnx-parity gguf-parity ragged many recovery distillation scale layerwise \
 	blocked-moments compile-time start-time reference clean
 
 help:
@@ -64,6 +64,7 @@ help:
 	@echo "make blocked-moments  what moments in blocks cost the re-fit of a wide MLP"
 	@echo "make scale         slicing 1, 4 and 15 GB beside cp: time and peak memory; 30 GB of disk"
 	@echo "make layerwise     peak memory of verifying layer by layer: 4 GB, and a 14B model's shape"
+	@echo "make distillation  distance from the dense model before and after learning its answers"
 	@echo "make recovery      perplexity before and after LoRA, 40 % of head parameters removed"
 	@echo "make compile-time  time from scores to plan"
 
@@ -312,6 +313,11 @@ layerwise: $(INSTALLED)
 		--json $(RESULTS)/layerwise-cpu.json
 	$(BIN)/python -m spp_campaigns.layerwise_memory --qwen2-14b --tokens 16 --dir build \
 		--json $(RESULTS)/layerwise-14b-cpu.json
+
+distillation: $(INSTALLED)
+	$(BIN)/python -m spp_campaigns.distillation --scenario $(DATA)/scenarios/chemistry.txt \
+		--data $(DATA)/pools/chemistry/train.txt --validation $(DATA)/pools/chemistry/val.txt \
+		--keep 0.8 --learn answers --learn text --dir build --json $(RESULTS)/distillation-cpu.json
 
 recovery: $(INSTALLED)
 	mkdir -p build

@@ -1,4 +1,4 @@
-"""What LoRA recovery is worth: `python -m spp_campaigns.recovery --model demo --keep 0.6`.
+"""What LoRA on text is worth: `python -m spp_campaigns.recovery --model demo --keep 0.6`.
 
 Exports a scenario with and without compensation, recovers both on a pool's training text, and
 measures perplexity on its validation text, which nothing was chosen or trained on: dense, slim,
@@ -87,6 +87,8 @@ def _row(name: str, options: argparse.Namespace, place: Path) -> dict[str, Any]:
         place / f"{name}-recovered",
         model=options.model,
         validation=options.validation,
+        learn="text",
+        watch_every=0,
         steps=options.steps,
         max_tokens=options.max_tokens,
     )

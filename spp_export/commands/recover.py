@@ -149,6 +149,7 @@ def recover(request: RecoverRequest) -> RecoverResult:
         report, after, failure = job.verify(work, reference, before)
         (work / "verify.json").write_text(dump_json(report), encoding="utf-8")
         if failure and not request.keep_failed:
+            job.forget()
             raise failure
         (work / "README.md").write_text(job.card(target.name, report, record), encoding="utf-8")
         write_manifest(work, written)

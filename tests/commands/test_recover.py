@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
-from exporting import CASES, refused, stored, texts, tree, write_texts
+from exporting import CASES, load, refused, stored, texts, tree, write_texts
 from factories import read_config
 from pairs import each, few
 from typer.testing import CliRunner
@@ -16,10 +17,13 @@ from typer.testing import CliRunner
 import spp_export
 from spp_cli.main import app
 from spp_export import RecoverSettings
+from spp_export.calibration.activations import pad_rows
+from spp_export.calibration.reading import dialogue_text
 from spp_export.commands import recover as module
 from spp_export.commands.training import Training
 from spp_export.common.errors import CheckpointError, OutputError, QualityError, UsageError
 from spp_export.common.manifest import check_manifest
+from spp_export.models.checkpoint.checkpoint import open_source
 
 pytestmark = pytest.mark.thinned(most=3)
 
@@ -72,6 +76,70 @@ def test_only_projections_change_and_the_result_verifies(workshop, data, tmp_pat
     assert record["loss"]["last"] < record["loss"]["first"]
 
 
+def answering(**options):
+    """Settings by which a tiny model learns from answers."""
+    known = {"rank": 4, "alpha": 8, "learning_rate": 1e-3, "batch_size": 4, "answer_tokens": 24}
+    return RecoverSettings(**{"steps": 40, "watch_every": 20, **known, **options})
+
+
+@pytest.mark.parametrize("train", ["adapters", "weights"])
+@pytest.mark.parametrize("name", few(NAMES, lambda name: {name.split("-")[0]}))
+def test_it_learns_what_the_dense_model_answers(workshop, data, tmp_path, name, train):
+    target = tmp_path / "recovered"
+    settings = answering(train=train)
+    exported, result = recover(workshop, name, data, target, settings=settings)
+    assert result.after.mean_kl < 0.9 * result.before.mean_kl
+    assert "answers to prompts that were not trained on" in result.after.source
+    assert spp_export.verify(target, model=str(exported.dense)).passed
+    record = json.loads((target / "recovery.json").read_text())
+    assert record["settings"] == settings.to_dict()
+    assert 0 < record["steps"]["best"] <= record["steps"]["taken"] == len(result.losses)
+    before, after = exported.tensors, stored(target)
+    layers, heads = exported.result.plan.layers, read_config(exported.dense)["num_attention_heads"]
+    for key, tensor in after.items():
+        trained = key.endswith(".weight") and key.split(".")[-2] in PROJECTIONS
+        if trained and train == "weights":
+            trained = len(layers[int(key.split(".")[2])].query_heads) < heads
+        assert torch.equal(tensor, before[key]) != trained, key
+
+
+def test_the_loss_is_the_distance_from_the_dense_models_distribution(workshop):
+    """At a temperature, times its square; over the answers alone."""
+    exported = workshop.exported(NAMES[0])
+    dense, slim = load(exported.dense), load(exported.path)
+    text = dialogue_text((5, 6, 7, 8, 9, 10, 11), 3)
+    batch = pad_rows([(0, text), (1, dialogue_text((12, 13, 14), 1))])
+    family = open_source(exported.dense).family
+    settings = answering(temperature=2.0, learning_rate=1e-9)
+    found = Training(slim, family, settings, [0], dense).step(batch)
+    rows = [((5, 6, 7, 8, 9, 10, 11), (3, 4, 5)), ((12, 13, 14), (1,))]
+    distances = []
+    for ids, places in rows:
+        p, q = (
+            (model(torch.tensor([ids])).logits[0].detach() / 2).softmax(-1)
+            for model in (dense, load(exported.path))
+        )
+        distances += [float((p[at] * (p[at] / q[at]).log()).sum()) for at in places]
+    assert found == pytest.approx(4 * sum(distances) / len(distances), rel=1e-6)
+
+
+def test_it_ends_where_it_gets_no_better_and_takes_the_best(workshop, data, tmp_path):
+    """With a rate at which a few steps help and many do harm."""
+    target = tmp_path / "recovered"
+    settings = answering(steps=200, watch_every=2, learning_rate=5e-3)
+    _, result = recover(workshop, NAMES[0], data, target, settings=settings)
+    record = json.loads((target / "recovery.json").read_text())["steps"]
+    assert record["taken"] == len(result.losses) < 200
+    assert record["taken"] == record["best"] + 4 * 2
+    assert result.after.mean_kl < result.before.mean_kl
+
+
+def test_answers_of_a_model_on_disk_are_refused(workshop, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "open_session", partial(module.open_session, layerwise=True))
+    with refused(UsageError, "--learn answers: every step asks the dense model"):
+        recover(workshop, NAMES[0], data, tmp_path / "x", settings=answering())
+
+
 @pytest.mark.parametrize("compensate", ["lstsq", "bias"])
 def test_compensated_exports_are_recovered_too(workshop, data, tmp_path, compensate):
     target = tmp_path / "recovered"
@@ -90,8 +158,16 @@ def test_what_is_merged_is_the_base_and_a_low_rank_change(workshop, data, tmp_pa
     assert size[2] < 1e-2 * size[1]
 
 
-def test_an_interrupted_run_goes_on_to_the_same_bytes(workshop, data, tmp_path, monkeypatch):
-    _, whole = recover(workshop, NAMES[0], data, tmp_path / "whole" / "name")
+@pytest.mark.parametrize(
+    "settings",
+    [FEW, answering(steps=6, watch_every=2, train="weights")],
+    ids=["text", "answers"],
+)
+def test_an_interrupted_run_goes_on_to_the_same_bytes(
+    workshop, data, tmp_path, monkeypatch, settings
+):
+    recovered = partial(recover, workshop, NAMES[0], data, settings=settings)
+    _, whole = recovered(tmp_path / "whole" / "name")
     monkeypatch.setattr(module, "_KEPT_EVERY", 2)
     step, taken = Training.step, []
 
@@ -103,10 +179,10 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(workshop, data, tmp_path, 
 
     monkeypatch.setattr(Training, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        recover(workshop, NAMES[0], data, tmp_path / "again" / "name")
+        recovered(tmp_path / "again" / "name")
     assert not (tmp_path / "again" / "name").exists()
     monkeypatch.setattr(Training, "step", step)
-    _, again = recover(workshop, NAMES[0], data, tmp_path / "again" / "name")
+    _, again = recovered(tmp_path / "again" / "name")
     assert (whole.resumed, again.resumed) == (0, 4)
     assert again.losses == whole.losses
     assert tree(tmp_path / "again") == tree(tmp_path / "whole")
@@ -161,7 +237,8 @@ def test_the_command_says_what_it_did(workshop, data, tmp_path):
     exported = workshop.exported(NAMES[0])
     arguments = ["recover", str(exported.path), "--data", str(data), "--steps", "4", "--rank", "2"]
     arguments += ["--model", str(exported.dense), "-o", str(tmp_path / "r"), "--batch-size", "2"]
-    found = CliRunner().invoke(app, [*arguments, "--learning-rate", "0.01"])
+    arguments += ["--learn", "text", "--learning-rate", "0.01"]
+    found = CliRunner().invoke(app, arguments)
     assert found.exit_code == 0, found.output
     assert "4 steps" in found.stdout
     assert "perplexity" in found.stdout
