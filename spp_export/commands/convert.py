@@ -168,8 +168,8 @@ class _Check:
             first = report.failures[0]
             failure = ParityError(f"{first.name}: {first.describe()} This is a defect of spp.")
             return report.to_dict(), failure
-        content, limit = report.to_dict(), self.request.max_kl
-        if not checked.quantised and limit is None:
+        content, wanted = report.to_dict(), self.request.wanted
+        if not (checked.quantised or wanted.given):
             return content, None
         quality = None
         if has_tokenizer(checkpoint.path):
@@ -180,7 +180,7 @@ class _Check:
                 load_tokenizer(checkpoint.path),
                 *judged_texts(self.scenario, self.plan),
             )
-        return record_quality(content, "quantisation", quality, limit)
+        return record_quality(content, "quantisation", quality, wanted)
 
 
 def _preflight(

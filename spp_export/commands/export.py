@@ -319,9 +319,8 @@ def _decide(
             return plan_scenario(session, artifacts, scenario, request)
         from spp_export.evaluation.search import PlanSearch
 
-        assert request.max_kl is not None
         planning = Planning.begin(session, artifacts, scenario, request)
-        return PlanSearch(planning).smallest(request.max_kl).result
+        return PlanSearch(planning).smallest(request.wanted).result
     decided = plan if isinstance(plan, Plan) else read_plan(plan)
     source = session.source
     validate_plan(decided, source.shape, source.fingerprint)

@@ -87,7 +87,7 @@ def check_export(
         content["quantisation"] = cost.to_dict() if cost else None
     if judged:
         quality = measure_file(session.model, model, session.tokenizer, judged, source, limit)
-    content, worse = record_quality(content, "quality", quality, request.max_kl)
+    content, worse = record_quality(content, "quality", quality, request.wanted)
     most = request.max_perplexity
     if most is None or worse:
         return content, worse

@@ -13,7 +13,7 @@ from spp_export.common.errors import QualityError
 from spp_export.common.options import DEFAULT_CALIBRATION_TOKENS
 from spp_export.data.conversation import Conversation, Message
 from spp_export.data.scenario import Scenario
-from spp_export.evaluation.remarks import NOTICEABLE_KL
+from spp_export.evaluation.remarks import NOTICEABLE_KL, Wanted
 from spp_export.planning import Plan
 
 if TYPE_CHECKING:
@@ -73,31 +73,33 @@ def measure_file(
 
 
 def record_quality(
-    content: dict[str, Any], name: str, quality: Quality | None, max_kl: float | None
+    content: dict[str, Any], name: str, quality: Quality | None, wanted: Wanted
 ) -> tuple[dict[str, Any], QualityError | None]:
     """verify.json's content with a quality under `name`, and the error where it is beyond the
     limit."""
     content[name] = quality.to_dict() if quality else None
-    failure = gate(quality, max_kl)
-    if max_kl is not None:
-        content["kl_gate"] = {"max_kl": max_kl, "passed": failure is None}
+    failure = gate(quality, wanted)
+    if wanted.given:
+        content["distance_gate"] = {**wanted.to_dict(), "passed": failure is None}
         content["passed"] = content["passed"] and failure is None
     return content, failure
 
 
-def gate(quality: Quality | None, max_kl: float | None) -> QualityError | None:
-    """The error for a measured mean KL above the limit; below it, a warning where users will
+def gate(quality: Quality | None, wanted: Wanted) -> QualityError | None:
+    """The error for a model that is further off than wanted; else a warning where users will
     notice."""
     if quality is None:
-        if max_kl is None:
+        if not wanted.given:
             return None
-        return QualityError("--max-kl: there is no text to measure on. Add --scenario FILE.")
+        flags = " and ".join(wanted.given)
+        return QualityError(f"{flags}: there is no text to measure on. Add --scenario FILE.")
     figure = f"mean KL is {quality.mean_kl:.3g} nats on {quality.tokens:,} tokens"
     figure += f" ({quality.source})"
-    # A model that is broken has no figure that compares.
-    if max_kl is not None and not quality.mean_kl <= max_kl:
+    if not wanted.held_by(quality.mean_kl, quality.top1):
+        asked = " and ".join(f"{flag} {value:g}" for flag, value in wanted.given.items())
         return QualityError(
-            f"{figure}, --max-kl allows {max_kl:g}. Keep more, use more bits, or raise it."
+            f"{figure}, same token {quality.top1:.1%}; {asked} is not held. Keep more, use more "
+            "bits, or ask for less."
         )
     if not quality.mean_kl < NOTICEABLE_KL:
         _log.warning(

@@ -44,6 +44,7 @@ from spp_export.common.options import (
     parse_duration,
     scenario_option,
 )
+from spp_export.evaluation.remarks import Wanted
 from spp_export.formats.format import Format, FormatOptions
 from spp_export.formats.registry import FORMATS, options_of
 from spp_export.models.shape import ModelShape, Units
@@ -314,6 +315,19 @@ class Distance(Request):
         help="Publish only if the mean KL to the model it is made from is at most this; 0.1 is "
         "where answers begin to differ noticeably.",
     )
+    same_token: float | None = option(
+        None,
+        panel=CHECKS,
+        metavar="SHARE",
+        numbers=SHARE,
+        help="Publish only if it finds the same token likeliest as the model it is made from, at "
+        "least this often.",
+    )
+
+    @property
+    def wanted(self) -> Wanted:
+        """Both together."""
+        return Wanted(self.max_kl, self.same_token)
 
 
 @dataclass(frozen=True)
@@ -376,7 +390,7 @@ class ExportRequest(
     @property
     def seeks_smallest(self) -> bool:
         """Whether the budget is a quality, to be met by the smallest model that does."""
-        return self.max_kl is not None and self.plan is None and self.limits == (None,) * 5
+        return bool(self.wanted.given) and self.plan is None and self.limits == (None,) * 5
 
     def check(self) -> None:
         """UsageError for options that exclude each other."""
@@ -388,10 +402,11 @@ class ExportRequest(
             flag = "--" + decided[0].replace("_", "-")
             raise UsageError(f"{flag}: the plan already decides that. Drop {flag}, or --plan.")
         unchecked = self.dry_run or not self.verify
-        if self.max_kl is not None and unchecked and not (self.seeks_smallest and self.verify):
-            raise UsageError("--max-kl: nothing is measured then. Drop --no-verify, --dry-run.")
+        given = " and ".join(self.wanted.given)
+        if given and unchecked and not (self.seeks_smallest and self.verify):
+            raise UsageError(f"{given}: nothing is measured then. Drop --no-verify, --dry-run.")
         if self.seeks_smallest and self.policy == "published":
-            raise UsageError("--max-kl: --policy published takes its own budget. Give --strength.")
+            raise UsageError(f"{given}: --policy published takes its own budget. Give --strength.")
         if self.max_perplexity is not None and unchecked:
             raise UsageError(
                 "--max-perplexity: nothing is measured then. Drop --no-verify, --dry-run."

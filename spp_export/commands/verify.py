@@ -29,8 +29,8 @@ def verify(request: VerifyRequest) -> VerifyReport:
 
     Logits are compared on the scenario's text, or on seeded random tokens without one: parity does
     not depend on the text. Quality does, and is measured of quantised weights, and of others for
-    `max_kl`, on the scenario's held-out text or on conversations that come with spp. Raises
-    OutputError where the directory is no export.
+    `max_kl` and `same_token`, on the scenario's held-out text or on conversations that come with
+    spp. Raises OutputError where the directory is no export.
 
         assert spp_export.verify("out/chemistry", model="org/name").passed
     """
@@ -65,16 +65,15 @@ def verify(request: VerifyRequest) -> VerifyReport:
         against = Promise(session, compiled, prompts, request.seed, scratch)
         checked = made.verify(directory, against)
         report = VerifyReport((integrity, *checked.checks), checked.context)
-        if not report.passed or not (checked.quantised or request.max_kl is not None):
+        if not report.passed or not (checked.quantised or request.wanted.given):
             return report
         assert checked.model
         quality = measure_file(
             session.model, checked.model, session.tokenizer, *judged_texts(scenario, compiled)
         )
     context = {**checked.context, "quality": quality.to_dict() if quality else None}
-    failure, checks = gate(quality, request.max_kl), report.checks
-    if request.max_kl is not None:
-        kl = quality.mean_kl if quality else None
-        limit = Check("mean KL to the dense model", failure is None, kl, request.max_kl)
+    failure, checks = gate(quality, request.wanted), report.checks
+    if request.wanted.given:
+        limit = Check("distance from the dense model", failure is None, detail=str(failure or ""))
         checks = (*checks, limit)
     return VerifyReport(checks, context)

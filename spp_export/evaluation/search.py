@@ -17,6 +17,7 @@ from spp_export.common.progress import progress
 from spp_export.data.scenario import MIN_PROMPTS_TO_HOLD_OUT
 from spp_export.evaluation.oracle import masked_dense
 from spp_export.evaluation.quality import Quality, held_out_source, measure_quality
+from spp_export.evaluation.remarks import Wanted
 from spp_export.models.session import Session
 from spp_export.planning.planner import Planning, PlanResult
 from spp_export.slicing.compensation import plan_compensation
@@ -70,10 +71,11 @@ class PlanSearch:
             self.tried[keep] = TriedPlan(keep, result, self._measured(result))
         return self.tried[keep]
 
-    def smallest(self, limit: float) -> TriedPlan:
-        """The smallest plan whose mean KL is at most `limit`, by bisection over kept shares.
+    def smallest(self, wanted: Wanted) -> TriedPlan:
+        """The smallest plan that is as near to the dense model as wanted, by bisection over kept
+        shares; what was wanted is in its record.
 
-        Raises QualityError where the largest plan that drops anything is above it.
+        Raises QualityError where the largest plan that drops anything is not.
         """
         good: TriedPlan | None = None
         low, high = 0, _STEPS
@@ -85,18 +87,24 @@ class PlanSearch:
                 except BudgetError:  # smaller than any model of this kind
                     low = middle
                 else:
-                    fits = tried.quality.mean_kl <= _MARGIN * limit
+                    fits = wanted.held_by(tried.quality.mean_kl, tried.quality.top1, _MARGIN)
                     good = tried if fits else good
                     low, high = (low, middle) if fits else (middle, high)
                 advance_to(_STEPS.bit_length() - (high - low).bit_length())
         if good is None:
             least = min(self.tried.values(), key=lambda one: one.quality.mean_kl, default=None)
-            reached = f" The least was {least.quality.mean_kl:.3g}" if least else ""
+            asked = " and ".join(f"{flag} {value:g}" for flag, value in wanted.given.items())
+            nearest = ""
+            if least:
+                of = least.quality
+                nearest = f" The nearest keeps {least.keep:.0%}: mean KL {of.mean_kl:.3g}, "
+                nearest += f"same token {of.top1:.1%}."
             raise QualityError(
-                f"--max-kl {limit:g}: no plan that removes anything stays within it.{reached}"
-                f"{f', keeping {least.keep:.0%}.' if least else ''} Raise it."
+                f"{asked}: no plan that removes anything holds it.{nearest} Ask for less."
             )
-        return good
+        plan = good.result.plan
+        budget = {**plan.budget, "asked": {**plan.budget["asked"], **wanted.to_dict()}}
+        return replace(good, result=replace(good.result, plan=replace(plan, budget=budget)))
 
     def _measured(self, result: PlanResult) -> Quality:
         planning = self._planning

@@ -114,11 +114,12 @@ def test_a_model_without_a_tokenizer_is_one_line(workshop, tmp_path):
 
 def test_progress_reaches_its_end(workshop, tmp_path):
     """Every bar that is drawn is drawn full."""
-    seen: dict[str, tuple[float | None, list[float]]] = {}
+    seen: list[tuple[str, float | None, list[float]]] = []
 
     @contextmanager
     def progress(description, total):
-        steps = seen.setdefault(description, (total, []))[1]
+        steps: list[float] = []
+        seen.append((description, total, steps))
         yield steps.append
 
     with show_progress(progress):
@@ -128,10 +129,9 @@ def test_progress_reaches_its_end(workshop, tmp_path):
             model=str(workshop.dense(NAME)),
             artifacts=workshop.artifacts(NAME),
         )
-    assert {"diagnosing the scenario", "weighing heads", "slicing", "measuring quality"} <= set(
-        seen
-    )
-    for description, (total, steps) in seen.items():
+    named = {"diagnosing the scenario", "weighing heads", "slicing", "measuring quality"}
+    assert named <= {description for description, _, _ in seen}
+    for description, total, steps in seen:
         if total is not None:
             assert steps == sorted(steps), description
             assert steps[-1] == total, description

@@ -64,8 +64,20 @@ def test_the_smallest_model_within_a_limit(drawn, workshop, options, tmp_path):
         workshop.scenario, output=tmp_path / "out", max_kl=limit, **options
     )
     assert exported.report["quality"]["mean_kl"] <= limit
-    assert exported.report["kl_gate"]["passed"]
+    assert exported.report["distance_gate"]["passed"]
     assert exported.predicted.parameters <= drawn.plans[1].parameters
+    assert exported.plan.budget["asked"]["max_kl"] == limit
+
+
+def test_the_smallest_model_that_finds_the_same_tokens(drawn, workshop, options, tmp_path):
+    share = drawn.plans[1].quality.top1 * 0.99
+    exported = spp_export.export(
+        workshop.scenario, output=tmp_path / "out", same_token=share, **options
+    )
+    assert exported.report["quality"]["top1"] >= share
+    assert exported.report["distance_gate"] == {"same_token": share, "passed": True}
+    assert exported.predicted.parameters <= drawn.plans[1].parameters
+    assert exported.plan.budget["asked"]["same_token"] == share
 
 
 def test_a_limit_that_no_plan_holds(workshop, options, tmp_path):

@@ -87,24 +87,26 @@ def test_conversations_are_in_the_models_own_template(workshop):
 
 def test_a_limit_refuses_to_publish(workshop, tmp_path, caplog):
     slim = workshop.exported(NAME)
-    with refused(QualityError, "--max-kl allows 1e-09"):
+    with refused(QualityError, "--max-kl 1e-09 is not held"):
         convert(slim, tmp_path / "x", max_kl=1e-9)
     assert list(tmp_path.iterdir()) == []
     with refused(CheckFailed, "Published all the same"):
         convert(slim, tmp_path / "x", max_kl=1e-9, keep_failed=True)
     report = json.loads((tmp_path / "x" / "verify.json").read_text())
-    assert (report["passed"], report["kl_gate"]) == (False, {"max_kl": 1e-9, "passed": False})
-    assert convert(slim, tmp_path / "y", max_kl=100.0).report["kl_gate"]["passed"]
+    assert (report["passed"], report["distance_gate"]) == (False, {"max_kl": 1e-9, "passed": False})
+    assert convert(slim, tmp_path / "y", max_kl=100.0).report["distance_gate"]["passed"]
     with refused(UsageError, "--max-kl: nothing is measured then"):
         convert(slim, tmp_path / "z", max_kl=1.0, verify=False)
 
 
 def test_an_export_has_the_same_limit(workshop, tmp_path):
-    with refused(QualityError, "--max-kl allows 1e-12"):
+    with refused(QualityError, "--max-kl 1e-12 is not held"):
         workshop.export(NAME, tmp_path / "x", compensate="none", max_kl=1e-12)
     assert list(tmp_path.iterdir()) == []
     result = workshop.export(NAME, tmp_path / "y", compensate="none", max_kl=50.0)
-    assert result.report["kl_gate"] == {"max_kl": 50.0, "passed": True}
+    assert result.report["distance_gate"] == {"max_kl": 50.0, "passed": True}
+    with refused(QualityError, "same token .*; --same-token 0.9999 is not held"):
+        workshop.export(NAME, tmp_path / "z", compensate="none", same_token=0.9999, keep=0.5)
 
 
 def test_noticeable_distances_are_a_warning(workshop, tmp_path, caplog, monkeypatch):
@@ -125,7 +127,7 @@ def test_verify_measures_what_was_quantised(workshop):
     assert quality["source"] == DEFAULT_TEXT
     assert quality["mean_kl"] > 0
     worse = spp_export.verify(out.path, model=str(out.dense), max_kl=quality["mean_kl"] / 2)
-    assert [check.name for check in worse.failures] == ["mean KL to the dense model"]
+    assert [check.name for check in worse.failures] == ["distance from the dense model"]
     plain = workshop.exported(NAME)
     assert "quality" not in spp_export.verify(plain.path, model=str(plain.dense)).context
 
