@@ -170,6 +170,7 @@ $(CHROMIUM)/.installed: tests/commands/report/package.json tests/commands/report
 
 test-faults: $(INSTALLED)
 	PYTHONPATH=tests:tests/commands $(BIN)/python tests/faults/campaign.py
+	PYTHONPATH=tests:tests/commands $(BIN)/python tests/faults/campaign.py --small --seed 1 --rounds 100
 	$(BIN)/python tests/faults/every_bytecode.py
 
 test-examples: $(INSTALLED)

@@ -44,6 +44,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--seed", type=int, default=0, help="decides every moment and step")
     parser.add_argument("--small", action="store_true", help="some ten cases only")
+    parser.add_argument("--rounds", type=int, default=1, help="so many, each with the next seed")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="spp-faults-") as folder:
         root = Path(folder)
@@ -56,10 +57,11 @@ def main() -> int:
         try:
             bench = Workbench(root)
             gc.freeze()  # or the collector of every child copies what it shares with its parent
-            campaign(bench, tally, random.Random(options.seed), options.small)
-            left = {path.name for path in (root / "TMPDIR").iterdir()} - {ONNX_RUNTIME_OWN}
-            left |= {path.name for path in (root / "SPP_CACHE").rglob(".*")}
-            promise(not left, f"left in TMPDIR or in the cache: {left}")
+            for seed in range(options.seed, options.seed + options.rounds):
+                campaign(bench, tally, random.Random(seed), options.small)
+                left = {path.name for path in (root / "TMPDIR").iterdir()} - {ONNX_RUNTIME_OWN}
+                left |= {path.name for path in (root / "SPP_CACHE").rglob(".*")}
+                promise(not left, f"left in TMPDIR or in the cache, seed {seed}: {left}")
         except BrokenPromiseError as error:
             print(error, file=sys.stderr)
             return 1
