@@ -28,6 +28,7 @@ from spp_export.calibration.reading import (
     read_texts,
     spread,
     spread_whole,
+    token_texts,
 )
 from spp_export.calibration.stored import ANSWERS, trim
 from spp_export.common.options import DEFAULT_ANSWER_TOKENS, WINDOW
@@ -76,11 +77,35 @@ def scenario_traffic(
                 "prompts are read without answers: the model runs from disk, and would be read "
                 "again for every token. Give conversations with answers."
             )
-        session.remembered[key] = ScenarioText(
-            *(read_traffic(session, part, limit, answering) for part in scenario.split())
-        )
+        parts = [read_traffic(session, part, limit, answering) for part in scenario.split()]
+        session.remembered[key] = ScenarioText(*parts)
+        _say_what_is_otherwise(parts, answering)
     traffic: ScenarioText = session.remembered[key]
     return traffic
+
+
+def _say_what_is_otherwise(parts: Sequence[Reading], answering: Answering) -> None:
+    """Nothing is left out, or read in another way, without a word."""
+    if unasked := sum(part.unasked for part in parts):
+        _log.warning(
+            "prompts that are not read: %d. At most %d of each part are answered, spread evenly.",
+            unasked,
+            answering.most,
+        )
+    if documents := sum(part.documents for part in parts):
+        _log.warning(
+            "prompts that are read as text, without answers: %d. With an answer of %d tokens they "
+            "are longer than %d. Use fewer --answer-tokens, or give conversations with answers.",
+            documents,
+            answering.tokens,
+            WINDOW,
+        )
+    if untold := sum(part.untold for part in parts):
+        _log.warning(
+            "conversations that count whole, and not their answers alone: %d. The model's chat "
+            "template writes what was said in another form.",
+            untold,
+        )
 
 
 class Dense(Protocol):
@@ -243,7 +268,7 @@ def read_traffic(
     tokens = answering.tokens
     if not tokens or session.from_disk:
         return read_texts(session.tokenizer, conversations, limit)
-    told = [conversation for conversation in conversations if conversation.answered]
+    told = token_texts(session.tokenizer, [one for one in conversations if one.answered])
     open_ = [asked for one in conversations if not one.answered for asked in one.questions]
     questions = question_ids(session.tokenizer, open_)
     short = [ids for ids in questions if len(ids) + tokens <= WINDOW]
@@ -254,4 +279,10 @@ def read_traffic(
     answered = answer(session, chosen, tokens, answering.seed) if chosen else []
     read = read_texts(session.tokenizer, [*answered, *told, *long], limit)
     unread = sum(map(len, short)) - sum(map(len, chosen))
-    return replace(read, available=read.available + unread)
+    return replace(
+        read,
+        available=read.available + unread,
+        unasked=len(short) - len(chosen),
+        documents=len(long),
+        untold=sum(text.answers is None for text in told),
+    )

@@ -220,11 +220,19 @@ def _marks(
 
 @dataclass(frozen=True)
 class Reading:
-    """What is read of a list of texts: `tokens` of the `available` ones."""
+    """What is read of a list of texts: `tokens` of the `available` ones.
+
+    unasked    prompts that were left out, for there are enough others
+    documents  prompts that leave no room for an answer, and are read as text
+    untold     conversations of which the chat template hides who said what, so that all counts
+    """
 
     texts: tuple[TokenText, ...]
     tokens: int
     available: int
+    unasked: int = 0
+    documents: int = 0
+    untold: int = 0
 
     def to_dict(self) -> dict[str, int]:
         """For plan.json and `--json`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from factories import make_checkpoint
 from transformers import AutoModelForCausalLM
 
 from spp_export.calibration.activations import token_batches
-from spp_export.calibration.answers import Answering, read_traffic
+from spp_export.calibration.answers import Answering, read_traffic, scenario_traffic
 from spp_export.calibration.reading import TokenText, token_texts
 from spp_export.common.options import WINDOW
 from spp_export.common.progress import show_progress
@@ -39,6 +40,16 @@ def checkpoint(tmp_path_factory):
 def session(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("SPP_CACHE", str(tmp_path / "cache"))
     return open_session(str(checkpoint))
+
+
+class Halves(NamedTuple):
+    """In place of a scenario."""
+
+    calibration: tuple[Conversation, ...]
+    held_out: tuple[Conversation, ...]
+
+    def split(self):
+        return self
 
 
 def said(text):
@@ -108,6 +119,27 @@ def test_many_prompts_are_asked_in_part(session):
     read = read_traffic(session, many, LIMIT, Answering(tokens=3, most=10))
     assert len(read.texts) == 10
     assert read.tokens < read.available
+
+
+def test_what_is_read_in_another_way_is_said(session, caplog, monkeypatch):
+    """Of both parts together, and once."""
+    long = plain("word " * WINDOW)
+    chat = Conversation((Message("user", "One?"), Message("assistant", "Two.")), chat=True)
+    template = session.tokenizer.chat_template.replace("m['content']", "m['content'].upper()")
+    answering = Answering(tokens=4, most=3)
+    parts = ([*QUESTIONS, plain("Four?"), long, chat], [plain("Five?"), chat])
+    scenario = Halves(*map(tuple, parts))
+    for _ in range(2):
+        scenario_traffic(session, scenario, LIMIT, answering)
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.split(":")[0] for line in lines] == [
+        "prompts that are not read",
+        "prompts that are read as text, without answers",
+    ]
+    caplog.clear()
+    monkeypatch.setattr(session.tokenizer._tokenizer, "chat_template", template)
+    scenario_traffic(session, Halves((chat,), (chat, chat)), LIMIT, answering)
+    assert "conversations that count whole, and not their answers alone: 3." in caplog.text
 
 
 def test_a_text_is_cut_with_its_marks():
