@@ -36,8 +36,12 @@ _VERSIONS = {
     "attention": "attention: what q and o read, and the stream after; fp32, v5",
     "mlp": "mlp: what gate and down read, and the stream after; fp32, blocks of 1536, v2",
     "gradients": "gradients: reductions of |W dL/dW| and gates; fp32, v2",
+    "attention loss": "attention: what o reads, by the squared gradient of its output; fp32, v1",
+    "mlp loss": "mlp: what down reads, by the squared gradient of its output; fp32, v1",
 }
 KINDS = tuple(_VERSIONS)
+# Of kinds whose moments are in units of the loss.
+LOSS = " loss"
 _SAMPLE_BYTES = 4096
 Array = np.ndarray[Any, np.dtype[Any]]
 _DTYPES = {"float32": "F32", "float64": "F64", "int32": "I32"}
@@ -202,4 +206,4 @@ def statistics_bytes(shape: ModelShape, kind: str) -> int:
     heads = shape.query_heads * shape.head_dim
     block = channel_block(shape.channels)
     second = {"attention": heads**2, "mlp": -(-shape.channels // block) * block**2}
-    return 4 * shape.num_layers * second.get(kind, 0)
+    return 4 * shape.num_layers * second.get(kind.removesuffix(LOSS), 0)

@@ -18,7 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from spp_export.calibration.activations import TokenBatch, input_device
+from spp_export.calibration.activations import (
+    SecondMoments,
+    TokenBatch,
+    channel_block,
+    input_device,
+    model_inputs,
+)
 from spp_export.common.arrays import FloatArray
 from spp_export.common.errors import UsageError
 from spp_export.common.progress import progress
@@ -74,6 +80,114 @@ def gradient_reductions(
     return weights.reduced(count) | {
         name: [(row / count).float().numpy() for row in sums] for name, sums in gates.items()
     }
+
+
+def moments_by_loss(
+    model: nn.Module,
+    family: Family,
+    shape: ModelShape,
+    batches: Sequence[TokenBatch],
+    kinds: Sequence[str],
+    *,
+    description: str = "reading gradients",
+) -> dict[str, list[FloatArray]]:
+    """Second moments of what o_proj ("attention") and down_proj ("mlp") read, as of
+    `SecondMoments`, such that `tr(D C D^T)` estimates how many nats of KL, per predicted token, a
+    change D of the projection costs: `C = 1/(2dN) sum over tokens of |g|^2 a a^T`, g the gradient
+    of the sum of -log p over the N tokens that are predicted, with respect to what the projection
+    writes [d].
+
+    That of other tokens than those that the model draws itself is only near it. The model is left
+    as it was found. Raises UsageError where weights are offloaded.
+    """
+    _require_weights(model)
+    heads = shape.query_heads * shape.head_dim
+    observers = {
+        "attention": SecondMoments(shape.num_layers, heads),
+        "mlp": SecondMoments(
+            shape.num_layers, shape.channels, place="down", block=channel_block(shape.channels)
+        ),
+    }
+    wanted = {kind: observers[kind] for kind in kinds}
+    predicted = done = 0
+    current: list[Tensor] = []
+    with ExitStack() as stack:
+        stack.enter_context(_without_weights(model))
+        stack.enter_context(_weighing(model, family, shape, wanted, current))
+        stack.enter_context(torch.enable_grad())
+        total = sum(batch.real_tokens for batch in batches)
+        advance_to = stack.enter_context(progress(description, total))
+        for batch in batches:
+            if bool(batch.predicted.any()):
+                current[:] = [batch.attention_mask.bool()]
+                logits = model(**model_inputs(model, batch)).logits
+                of_predicted = batch.predicted.to(logits.device)
+                targets = batch.input_ids[:, 1:].to(logits.device)[of_predicted]
+                scores = logits[:, :-1][of_predicted].float()
+                cross_entropy(scores, targets, reduction="sum").backward()
+                predicted += len(targets)
+            done += batch.real_tokens
+            advance_to(done)
+    scale = 1 / (2 * shape.hidden_size * max(predicted, 1))
+    return {
+        kind: [(observer.products(i) * scale).numpy() for i in range(shape.num_layers)]
+        for kind, observer in wanted.items()
+    }
+
+
+@contextmanager
+def _without_weights(model: nn.Module) -> Iterator[None]:
+    """Gradients of activations alone, from the embeddings on."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    handle = embeddings.register_forward_hook(lambda _, args, out: out.requires_grad_())
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        handle.remove()
+        for parameter, requires_grad in before:
+            parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def _weighing(
+    model: nn.Module,
+    family: Family,
+    shape: ModelShape,
+    observers: Mapping[str, SecondMoments],
+    current: Sequence[Tensor],
+) -> Iterator[None]:
+    """Show the observers what their projections read, each token times the length of the gradient
+    of what is written; `current` holds the mask [B,S] of the batch."""
+
+    def on_gradient(observer: SecondMoments, layer: int, read: Tensor, gradient: Tensor) -> None:
+        keep = current[0].to(read.device)
+        length = gradient.float().norm(dim=2, keepdim=True)
+        observer.see(layer, (read.float() * length)[keep], keep)
+
+    def on_forward(
+        observer: SecondMoments,
+        layer: int,
+        _module: nn.Module,
+        args: tuple[Tensor, ...],
+        written: Tensor,
+    ) -> None:
+        # Detached: a hook that held its own tensor would keep the batch's graph alive.
+        written.register_hook(partial(on_gradient, observer, layer, args[0].detach()))
+
+    roles = {"attention": family.output, "mlp": family.down}
+    handles = []
+    try:
+        for kind, observer in observers.items():
+            for layer in range(shape.num_layers):
+                module = model.get_submodule(family.layer_name(layer, roles[kind]))
+                handles.append(module.register_forward_hook(partial(on_forward, observer, layer)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _require_weights(model: nn.Module) -> None:

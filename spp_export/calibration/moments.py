@@ -1,6 +1,7 @@
 """Statistics of the dense model on text collections: gathered once, cached, read layer by layer.
 
-Three kinds: "attention" and "mlp" come from one forward pass, "gradients" from a backward pass.
+"attention" and "mlp" come from one forward pass, "gradients" from a backward pass, and from another
+one "attention loss" and "mlp loss", whose moments are weighted so as to be in units of the loss.
 They lie in the user's cache, one file each, so that no pass is made twice and that the matrices of
 a large model never meet in memory once they are written.
 """
@@ -18,6 +19,7 @@ import numpy as np
 
 from spp_export.calibration.cache import (
     KINDS,
+    LOSS,
     cache_paths,
     is_whole,
     read,
@@ -50,6 +52,7 @@ __all__ = ["KINDS", "Collection", "Moments", "gather", "layer_weights"]
 
 # Of the free memory, what sums over activations may take.
 _MEMORY_SHARE = 0.25
+_FORWARD = ("attention", "mlp")
 _GRADIENTS = tuple(field.name for field in fields(Gradients))
 
 
@@ -64,8 +67,9 @@ class Collection:
 
     def blocks(self, kind: str, layer: int) -> FloatArray:
         """Diagonal blocks [n,b,b] of E[a a^T], a [m] the input of o_proj ("attention") or down_proj
-        ("mlp"): block i is of inputs i*b to (i+1)*b, the last one filled up with zeros. Of o_proj's
-        there is one block (m = H*dh), of down_proj's one for up to 1536 channels."""
+        ("mlp"), with " loss" as of `moments_by_loss`: block i is of inputs i*b to (i+1)*b, the last
+        one filled up with zeros. Of o_proj's there is one block (m = H*dh), of down_proj's one for
+        up to 1536 channels."""
         return self._read(kind, f"second/{layer}")
 
     def mean(self, kind: str, layer: int) -> FloatArray:
@@ -222,7 +226,7 @@ def gather_all(
     parts = [
         _Part(
             texts,
-            {kind: collection.parts[kind] for kind in sorted(absent - {"gradients"})},
+            {kind: collection.parts[kind] for kind in sorted(absent) if kind in _FORWARD},
             also[number] if also else (),
         )
         for number, (texts, collection, absent) in enumerate(
@@ -236,6 +240,8 @@ def gather_all(
         if "gradients" in absent:
             reductions = _backward(source, texts, dense, f"{description}, gradients")
             write(collection.parts["gradients"], reductions, source.name)
+        if by_loss := sorted(kind for kind in absent if kind.endswith(LOSS)):
+            _by_loss(source, texts, {k: collection.parts[k] for k in by_loss}, dense, description)
         for kind in absent:
             hold_for(collection, collection.parts[kind])
     if any(missing):
@@ -383,8 +389,34 @@ def _backward(
     return {f"{name}/{i}": row for name, rows in reductions.items() for i, row in enumerate(rows)}
 
 
+def _by_loss(
+    source: Checkpoint,
+    texts: Sequence[str | TokenText],
+    paths: Mapping[str, Path],
+    dense: Callable[[], tuple[nn.Module, Any]],
+    description: str,
+) -> None:
+    from spp_export.calibration.activations import token_batches
+    from spp_export.calibration.gradients import BATCH_TOKENS, moments_by_loss
+
+    model, tokenizer = dense()
+    made = moments_by_loss(
+        model,
+        source.family,
+        source.shape,
+        token_batches(tokenizer, texts, batch_tokens=BATCH_TOKENS),
+        [kind.removesuffix(LOSS) for kind in paths],
+        description=f"{description}, gradients",
+    )
+    for kind, path in paths.items():
+        second = made[kind.removesuffix(LOSS)]
+        write(path, {f"second/{i}": blocks for i, blocks in enumerate(second)}, source.name)
+
+
 def _names(kind: str, layers: int) -> set[str]:
     """Tensors of a whole cache file."""
+    if kind.endswith(LOSS):
+        return {f"second/{i}" for i in range(layers)}
     if kind == "gradients":
         return {f"{name}/{i}" for name in _GRADIENTS for i in range(layers)}
     per_layer = ("second", "mean", "input_square")

@@ -28,6 +28,7 @@ FILES = (
     "magnitude",
     "random",
     "obs",
+    "fisher",
 )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from spp_export.calibration.cache import LOSS
 from spp_export.calibration.statistics import LayerStatistics
 from spp_export.common.arrays import BoolArray, FloatArray, IndexArray
 from spp_export.models.shape import Units
@@ -18,6 +19,7 @@ class Need(StrEnum):
     ACTIVATIONS = "activations"
     MOMENTS = "moments"
     GRADIENTS = "gradients"
+    LOSS = "loss"
     AXIS = "axis"
 
 
@@ -54,6 +56,8 @@ def statistics_read(needs: Iterable[Need], units: Units) -> tuple[str, ...]:
     kinds: list[str] = []
     if needs & {Need.ACTIVATIONS, Need.MOMENTS}:
         kinds += unit_statistics(units)
+    if Need.LOSS in needs:
+        kinds += [kind + LOSS for kind in unit_statistics(units)]
     if Need.GRADIENTS in needs:
         kinds.append("gradients")
     return tuple(kinds)
@@ -96,8 +100,9 @@ class ChannelLosses(Protocol):
 class SetCriterion:
     """A criterion that weighs sets of units, so that it gives losses of sizes and not scores.
 
-    Its losses are energies of what a layer writes; across layers they go by `stream`, and by no
-    other way. A loss is that of the mixture of all text, not a mixture of losses.
+    Its losses are energies of what a layer writes, which across layers go by `stream`; of moments
+    by Need.LOSS they are in nats already, and go by `raw`. There is no other way. A loss is that of
+    the mixture of all text, not a mixture of losses.
     """
 
     name: str

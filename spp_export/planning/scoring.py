@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from spp_export.calibration.cache import LOSS
 from spp_export.calibration.mixture import WeightedTexts, gather_parts
 from spp_export.calibration.moments import Moments
 from spp_export.common.arrays import BoolArray, FloatArray
@@ -42,7 +43,7 @@ def check_criterion(session: Session, artifacts: Artifacts, name: str, units: Un
     """UsageError where this model or these artifacts cannot be scored by a criterion, before
     anything is gathered for it."""
     needs = CRITERIA[name].needs if name in CRITERIA else frozenset({Need.GRADIENTS})
-    if Need.GRADIENTS in needs and session.from_disk:
+    if needs & {Need.GRADIENTS, Need.LOSS} and session.from_disk:
         raise UsageError(
             f"--criterion {name}: needs every weight in memory, and this model runs layer by "
             "layer. Choose another criterion, or --no-layerwise."
@@ -175,7 +176,7 @@ class Scoring:
         )
 
     def _set_options(self, criterion: SetCriterion) -> UnitOptions:
-        """Minus the loss of every size, in units of the residual stream."""
+        """Minus the loss of every size: in units of the residual stream, or in nats."""
         shape = self.session.source.shape
         moments = gather_parts(
             self.session, self.parts, statistics_read(criterion.needs, self.units)
@@ -186,6 +187,7 @@ class Scoring:
             worth, sets = self._weighed(
                 "heads",
                 moments,
+                criterion,
                 lambda layer, weight, blocks: criterion.heads(
                     weight, blocks[0], self.forced[layer].reshape(groups), ragged=self.ragged
                 ),
@@ -195,6 +197,7 @@ class Scoring:
             worth, places = self._weighed(
                 "channels",
                 moments,
+                criterion,
                 lambda _, weight, blocks: criterion.channels(weight, blocks, self.multiple),
             )
             widths = channel_widths(shape.channels, self.multiple)
@@ -202,7 +205,11 @@ class Scoring:
         return UnitOptions(heads, channels)
 
     def _weighed(
-        self, units: Units, moments: Moments, weigh: Callable[..., tuple[FloatArray, Any]]
+        self,
+        units: Units,
+        moments: Moments,
+        criterion: SetCriterion,
+        weigh: Callable[..., tuple[FloatArray, Any]],
     ) -> tuple[FloatArray, Any]:
         """Worth [L,...] of all sizes and what is kept at each, of a consumer of all layers.
 
@@ -211,7 +218,11 @@ class Scoring:
         """
         source, (kind,) = self.session.source, unit_statistics(units)
         module = source.family.output if units == "heads" else source.family.down
-        sensitivity = moments.sensitivity(kind)
+        if Need.LOSS in criterion.needs:
+            kind += LOSS
+            sensitivity: FloatArray = np.ones(source.shape.num_layers)
+        else:
+            sensitivity = moments.sensitivity(kind)
         worth, kept = [], []
         with progress(f"weighing {units}", source.shape.num_layers) as advance_to:
             for layer in range(source.shape.num_layers):

@@ -7,17 +7,21 @@ loss that transformers computes with respect to the gates and the weights.
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from factories import CASES, make_checkpoint, shape_of
+from pairs import few
 from transformers import AutoTokenizer
 
 from spp_export.calibration.activations import token_batches
-from spp_export.calibration.gradients import gradient_reductions
+from spp_export.calibration.gradients import gradient_reductions, moments_by_loss
+from spp_export.calibration.reading import TokenText, dialogue_text
 from spp_export.common.errors import UsageError
 from spp_export.common.progress import show_progress
+from spp_export.evaluation.quality import next_token_log_probabilities
 from spp_export.models.families import FAMILIES
 from spp_export.models.loader import load_dense
 
@@ -236,3 +240,83 @@ def test_an_offloaded_model_is_refused(small):
     model.model.layers[1].mlp.to("meta")
     with pytest.raises(UsageError, match="offloaded"):
         gradient_reductions(model, family, shape, token_batches(tokenizer, TEXTS))
+
+
+def drawn_by(model, count, tokens):
+    """Texts of tokens that the model draws, all but the first three of them its own to say."""
+    with torch.no_grad():
+        written = model.generate(
+            torch.randint(3, 259, (count, 3), generator=torch.Generator().manual_seed(0)),
+            do_sample=True,
+            min_new_tokens=tokens,
+            max_new_tokens=tokens,
+            top_k=0,
+        )
+    return [dialogue_text(row, tokens) for row in written.tolist()]
+
+
+@pytest.mark.parametrize("case", few(CASES, lambda case: {case.family}), ids=str)
+def test_moments_by_loss_are_those_of_every_token_alone(case, tmp_path):
+    model, shape = load_dense(directory := case.make(tmp_path)), shape_of(directory)
+    family = FAMILIES[case.family]
+    texts = [*drawn_by(model, 2, 9), *drawn_by(model, 1, 5), TokenText(((7, 8, 9),))]
+    batches = token_batches(None, texts, batch_tokens=40)
+    before = [(p.requires_grad, p.grad) for p in model.parameters()]
+    found = moments_by_loss(model, family, shape, batches, ["attention", "mlp"])
+    assert [(p.requires_grad, p.grad) for p in model.parameters()] == before
+    sums = {kind: [0.0] * shape.num_layers for kind in found}
+    predicted = 0
+    model = model.double()
+    for text in texts:
+        seen = []
+
+        def keep(key, seen, _, args, out):
+            out.retain_grad()
+            seen.append((key, args[0].detach(), out))
+
+        handles = [
+            model.get_submodule(family.layer_name(layer, role)).register_forward_hook(
+                partial(keep, (kind, layer), seen)
+            )
+            for kind, role in (("attention", family.output), ("mlp", family.down))
+            for layer in range(shape.num_layers)
+        ]
+        (ids,) = text.runs
+        logits = model(torch.tensor([ids])).logits[0]
+        places = [i for i in range(1, len(ids)) if text.answers is None or text.answers[0][i]]
+        sum(-logits[i - 1].log_softmax(-1)[ids[i]] for i in places).backward()
+        predicted += len(places)
+        for (kind, layer), read, written in seen:
+            for a, g in zip(read[0], written.grad[0], strict=True):
+                sums[kind][layer] = sums[kind][layer] + (g @ g) * torch.outer(a, a)
+        for handle in handles:
+            handle.remove()
+    for kind, of_layers in sums.items():
+        for layer, total in enumerate(of_layers):
+            expected = (total / (2 * shape.hidden_size * predicted)).numpy()
+            (block,) = found[kind][layer]
+            np.testing.assert_allclose(block, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_they_foretell_what_a_change_costs_in_nats(tmp_path):
+    """Of a change in no direction, on text that the model has drawn."""
+    directory = make_checkpoint(tmp_path, "llama", kv_heads=2, query_heads=4)
+    model, shape = load_dense(directory).double(), shape_of(directory)
+    texts = drawn_by(model, 24, 40)
+    batches = token_batches(None, texts)
+    found = moments_by_loss(model, FAMILIES["llama"], shape, batches, ["attention", "mlp"])
+    generator = torch.Generator().manual_seed(1)
+    for kind, name in (("attention", "self_attn.o_proj"), ("mlp", "mlp.down_proj")):
+        weight = model.get_parameter(f"model.layers.1.{name}.weight")
+        change = 0.03 * torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+        change *= weight.detach().std()
+        (block,) = found[kind][1]
+        foretold = float((change.numpy() @ block * change.numpy()).sum())
+        with torch.no_grad():
+            plain = [next_token_log_probabilities(model, batch)[0] for batch in batches]
+            weight += change
+            changed = [next_token_log_probabilities(model, batch)[0] for batch in batches]
+            weight -= change
+        p, q = (torch.cat(rows).double() for rows in (plain, changed))
+        cost = float((p.exp() * (p - q)).sum(1).mean())
+        assert foretold == pytest.approx(cost, rel=0.25)

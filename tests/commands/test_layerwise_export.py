@@ -110,7 +110,7 @@ def test_several_devices_and_one_layer_at_a_time_exclude_each_other(workshop):
         open_session(str(workshop.dense("llama-mqa")), device="auto", layerwise=True)
 
 
-@pytest.mark.parametrize("criterion", ["taylor", "full-batch-probing-scenario"])
+@pytest.mark.parametrize("criterion", ["taylor", "fisher", "full-batch-probing-scenario"])
 def test_criteria_that_need_the_whole_model_say_so(workshop, criterion):
     with pytest.raises(UsageError, match="every weight in memory"):
         spp_export.plan(

@@ -23,7 +23,7 @@ from spp_export.planning import read_plan
 pytestmark = pytest.mark.thinned
 
 NAME = "llama-gqa-bias"
-CRITERIA = ("energy", "axis", "obs")
+CRITERIA = ("energy", "axis", "obs", "fisher")
 
 
 def kv_bytes(result: spp_export.PlanResult, config) -> int:
