@@ -198,10 +198,12 @@ class _Job:
     def train(self) -> tuple[Training, int, Quality | None]:
         """The model after the step that was best, the steps that were there already, and the
         quality before the first one."""
-        from spp_export.commands.training import Training, training_batches
+        from spp_export.commands.training import Training, require_peft, training_batches
         from spp_export.models.loader import load_slim
 
         session, settings, shape = self._session, self._settings, self._session.source.shape
+        if settings.train == "adapters":
+            require_peft()  # before the dense model is asked for answers
         texts, watched = self._texts()
         batches = training_batches(self._tokenizer, texts, settings)
         slim = load_slim(self._directory, dtype=session.torch_dtype, device=session.device)

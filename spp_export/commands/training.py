@@ -163,7 +163,7 @@ class Training:
 
 
 def _with_adapters(model: nn.Module, roles: Sequence[str], settings: RecoverSettings) -> nn.Module:
-    peft = _peft()
+    peft = require_peft()
     config = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -220,5 +220,6 @@ def _teaches(piece: TokenText) -> bool:
     return piece.tokens > 1 and (piece.answers is None or any(piece.answers[0][1:]))
 
 
-def _peft() -> Any:
+def require_peft() -> Any:
+    """The library of adapters; UsageError with what to install where it is missing."""
     return require_package("peft", "recovering", lambda: install_command("recover"))
