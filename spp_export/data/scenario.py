@@ -140,7 +140,7 @@ def read_scenario(path: str | os.PathLike[str], *, stdin: BinaryIO | None = None
     if kind not in _SUFFIXES:
         raise ScenarioError(
             f"{label}: expected a file named {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}, got "
-            f"{kind!r}."
+            f"{kind!r}. A copy named .txt is read as text."
         )
     digest = hashlib.sha256(data).hexdigest()
     if kind == ".parquet":
