@@ -21,7 +21,7 @@ def parser(description: str | None, *, writes: bool = False) -> argparse.Argumen
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--json", type=Path, help="file to write")
     if writes:
-        made.add_argument("--dir", type=Path, help="where models are written and thrown away")
+        made.add_argument("--dir", type=Path, help="where temporary models are written")
     return made
 
 

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one."""
     made = parser(__doc__, writes=True)
     made.add_argument("--model", default="demo", help="directory or demo")
-    made.add_argument("--artifacts", help="of the model; the demo model's come with spp")
+    made.add_argument("--artifacts", help="artifacts of the model; not needed for demo")
     made.add_argument("--scenario", required=True, help="scenario file")
     made.add_argument("--data", required=True, help="prompts to train on")
     made.add_argument("--validation", required=True, help="prompts to measure on")
@@ -53,8 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--units", default="both", help="heads, channels or both")
     made.add_argument("--learn", action="append", help="answers, text; repeatable")
     made.add_argument("--train", default="adapters", help="adapters or weights")
-    made.add_argument("--seeds", type=int, default=1, help="how many")
-    made.add_argument("--steps", type=int, default=200, help="of the optimiser")
+    made.add_argument("--seeds", type=int, default=1, help="number of seeds")
+    made.add_argument("--steps", type=int, default=200, help="steps of the optimiser")
     options = made.parse_args(arguments)
     with scratch(options) as place:
         rows = [

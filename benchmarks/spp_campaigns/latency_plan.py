@@ -257,7 +257,7 @@ def parser() -> argparse.ArgumentParser:
     """The options."""
     made = argparse.ArgumentParser(prog="spp_campaigns.latency_plan", description=__doc__)
     made.add_argument("--model", default=DEMO)
-    made.add_argument("--artifacts", type=Path, help="of another model than the default one")
+    made.add_argument("--artifacts", type=Path, help="artifacts, unless for the default model")
     made.add_argument("--scenario", type=Path, default=_SCENARIO)
     made.add_argument("--profile", type=Path, help="a table; measured first by default")
     made.add_argument("--keep", type=float, default=0.7, help="share of parameters")

@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print what was measured; 1 if a check or the limit fails."""
     made = parser(__doc__, writes=True)
     made.add_argument("--gigabytes", type=float, default=4.0, help="size of the dense model")
-    made.add_argument("--qwen2-14b", action="store_true", help="of that shape instead, 29.5 GB")
+    made.add_argument("--qwen2-14b", action="store_true", help="that shape instead, 29.5 GB")
     made.add_argument("--tokens", type=int, default=192, help="tokens that logits are checked on")
     options = made.parse_args(arguments)
     with scratch(options) as place:

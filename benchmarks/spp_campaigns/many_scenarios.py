@@ -41,9 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made = parser(__doc__, writes=True)
     made.add_argument("scenarios", nargs="+", help="scenario files")
     made.add_argument("--model", default="demo", help="directory or demo")
-    made.add_argument("--artifacts", help="of the model; the demo model's come with spp")
+    made.add_argument("--artifacts", help="artifacts of the model; not needed for demo")
     made.add_argument("--keep", type=float, default=0.5, help="share of head parameters")
-    made.add_argument("--limit", type=float, default=1.5, help="most memory over dense")
+    made.add_argument("--limit", type=float, default=1.5, help="highest memory over dense")
     options = made.parse_args(arguments)
     ways = {}
     with scratch(options) as place:

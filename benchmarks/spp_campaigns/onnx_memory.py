@@ -51,7 +51,7 @@ def main() -> int:
     """Measure every precision, print the results, and write them where asked."""
     made = parser(__doc__, writes=True)
     made.add_argument("--gigabytes", type=float, default=4.0)
-    made.add_argument("--model", type=Path, help="a checkpoint that exists, instead of a new one")
+    made.add_argument("--model", type=Path, help="an existing checkpoint instead of a new one")
     made.add_argument("--precision", choices=PRECISIONS, action="append", help="repeatable")
     options = made.parse_args()
     rows, lines = [], []

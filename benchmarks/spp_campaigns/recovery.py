@@ -33,13 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; 1 if recovery does not lower perplexity."""
     made = parser(__doc__, writes=True)
     made.add_argument("--model", default="demo", help="directory or demo")
-    made.add_argument("--artifacts", help="of the model; the demo model's come with spp")
+    made.add_argument("--artifacts", help="artifacts of the model; not needed for demo")
     made.add_argument("--scenario", required=True, help="scenario file")
     made.add_argument("--data", required=True, help="text to train on")
     made.add_argument("--validation", required=True, help="text to measure on")
     made.add_argument("--keep", type=float, default=0.6, help="share of head parameters")
-    made.add_argument("--steps", type=int, default=60, help="of the optimiser")
-    made.add_argument("--max-tokens", type=int, default=128, help="of a text that are read")
+    made.add_argument("--steps", type=int, default=60, help="steps of the optimiser")
+    made.add_argument("--max-tokens", type=int, default=128, help="tokens read of each text")
     options = made.parse_args(arguments)
     with scratch(options) as place:
         rows = [_row(name, options, place) for name in ("lstsq", "none", "dense")]

@@ -2,11 +2,11 @@
 
 For every size, builds a random bf16 checkpoint of the Llama family, sharded and untied, and
 exports a plan that keeps about 0.8 of the head parameters, each time in a fresh process: open,
-slice, write, hash, flush, publish. Exports take turns with `cp` of
-the same files to the same disk, and a flush. The model is out of the page cache at the start of each run; with
---warm it is in it, and only memory is judged, since SHA-256 of a file then takes longer than its
-copy. The smallest model is also exported as ONNX; with --verify every model is also exported by
-`spp export --plan`, with all its checks.
+slice, write, hash, flush, publish. Exports take turns with `cp` of the same files to the same disk,
+and a flush. The model is out of the page cache at the start of each run; with --warm it is in it,
+and only memory is judged, since SHA-256 of a file then takes longer than its copy. The smallest
+model is also exported as ONNX; with --verify every model is also exported by `spp export --plan`,
+with all its checks.
 
 Needs twice the largest size in free space. Exits with 1 if slicing takes more than 1.5 times as
 long as `cp` and flush (the best of each), or more memory than 300 MB plus twice the largest
@@ -162,10 +162,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print a row per size and job; 1 if a limit is exceeded."""
     made = parser(__doc__, writes=True)
     made.add_argument("--gigabytes", type=float, nargs="+", default=[1.0, 4.0, 15.0])
-    made.add_argument("--repeats", type=int, default=2, help="times each is measured")
+    made.add_argument("--repeats", type=int, default=2, help="how often each is measured")
     made.add_argument("--warm", action="store_true", help="with the model in the page cache")
-    made.add_argument("--no-onnx", action="store_true", help="leave out the graph")
-    made.add_argument("--verify", action="store_true", help="also the whole export, checked")
+    made.add_argument("--no-onnx", action="store_true", help="leave out the ONNX export")
+    made.add_argument("--verify", action="store_true", help="also spp export with all checks")
     options = made.parse_args(arguments)
     rows = []
     for size in sorted(options.gigabytes):

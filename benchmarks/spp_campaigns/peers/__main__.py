@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--only", action="append", choices=list(CANDIDATES), help="repeatable")
     made.add_argument("--plan", action="append", choices=PLANS, help="repeatable")
     made.add_argument(
-        "--precision", choices=list(EQUAL_WITHIN), default="float32", help="of the compared logits"
+        "--precision", choices=list(EQUAL_WITHIN), default="float32", help="for comparing logits"
     )
     made.add_argument("--limit", type=float, default=300, help="seconds that a step may take")
     options = made.parse_args(arguments)
