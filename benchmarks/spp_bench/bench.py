@@ -1,4 +1,4 @@
-"""`bench`: dense and slim models side by side in one process, once they were shown to be right."""
+"""`bench`: dense and slim models side by side in one process, once they are known to be right."""
 
 from __future__ import annotations
 
@@ -41,8 +41,9 @@ from spp_export.models.hub import DEMO, cache_directory, locate_model
 
 @dataclass(frozen=True)
 class BenchRequest:
-    """What to measure. `threads` None is every physical core, `dtype` None float32 on the CPU and
-    the stored dtype elsewhere; `rounds` are those that count, one more warms up."""
+    """What to measure. `threads` None means every physical core; `dtype` None means float32 on the
+    CPU and the stored dtype elsewhere; `rounds` counts the timed rounds, without the one that
+    warms up."""
 
     batches: tuple[int, ...] = (1,)
     contexts: tuple[int, ...] = (128,)
@@ -85,9 +86,9 @@ def bench(
 ) -> dict[str, Any]:
     """Measure directories beside the dense model; the document of `spp_bench.schema`.
 
-    With `results` the document is kept there, and cells that it has are not measured again; curves
-    go to the directory `plots`. Its `problems` say what makes the run fail. Raises ParityError,
-    before any figure, for a model that does not compute what it should.
+    With `results` the document is kept in that file, and cells already in it are not measured
+    again; curves go to the directory `plots`. The document's `problems` say what makes the run
+    fail. Raises ParityError, before any figure, for a model that does not compute what it should.
     """
     request = request or BenchRequest()
     cells = request.check()
@@ -119,7 +120,8 @@ def _read_outs(outs: Sequence[str | os.PathLike[str]], source: Checkpoint) -> li
 def _candidates(
     outs: Sequence[Out], source: Checkpoint, dtype: str, genai: bool
 ) -> Iterator[list[Candidate]]:
-    """All rows, dense ones first; dense graphs exist as long as the context is open."""
+    """All rows, dense ones first; the dense models' ONNX graphs exist as long as the context is
+    open."""
     windows = windows_of(source)
     rows = [torch_candidate(source, None, dtype, windows)]
     rows += [torch_candidate(source, out, dtype, windows) for out in outs if out.onnx is None]
@@ -154,7 +156,7 @@ def _export_dense(source: Checkpoint, directory: Path, options: OnnxOptions) -> 
 
 
 class _Run:
-    """One run: its header decides what of an earlier one may stay."""
+    """One run. Its header decides which cells of an earlier run may be kept."""
 
     def __init__(
         self,
@@ -180,7 +182,7 @@ class _Run:
         self.header = header(model, request.options(dtype, threads), candidates)
 
     def measure(self, cells: Sequence[Cell], model: str, force: bool) -> dict[str, Any]:
-        """Everything that no earlier run has; the whole document."""
+        """Measure everything that no earlier run has; return the whole document."""
         before = self.results and earlier(self.results, self.header, force)
         if before and not same_files(before["gate"], self.outs):
             if not force:
@@ -211,7 +213,8 @@ class _Run:
         }
 
     def _memory(self, document: dict[str, Any], cells: Sequence[Cell]) -> None:
-        """Before this process loads a model, so that there is room for one at a time."""
+        """Measure memory. Called before this process loads a model, so that there is room for
+        each."""
         if not self.request.memory:
             return
         done = {record["name"]: record for record in document["memory"]}

@@ -1,8 +1,8 @@
 """Attention and MLP blocks of chosen sizes, with random weights, ready to be timed.
 
 They are layers of the classes that run slim checkpoints, in one model whose every layer has sizes
-of its own. There are so many copies of each that no cache holds them all between two passes, as
-between the layers of a real model.
+of its own. There are so many copies of each that the processor's cache cannot hold them all
+between two passes, just as it cannot hold the layers of a real model.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from spp_export.slicing.config import slim_config
 # More than the caches of a processor or a card hold.
 _COLD_BYTES = 1 << 28
 _MOST_COPIES = 16
-# These describe windows of attention, which `profile` has found wider than the context.
+# These describe attention windows, which `profile` has found to be wider than the context.
 _WINDOWS = {"sliding_window": None, "use_sliding_window": False, "layer_types": None}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """In what a block is timed: one token per sequence after `context` cached ones, or a prompt of
-    as many."""
+    """What a block is timed on: one token per sequence after `context` cached ones, or a prompt of
+    `context` tokens."""
 
     phase: Phase
     batch: int
@@ -56,8 +56,8 @@ class Setting:
 class _Cache:
     """Keys and values of the tokens before; every call is the step that follows them.
 
-    In place: the last position of a buffer is written, as by a static cache. Else all is copied to
-    a longer one, as by the growing cache of transformers.
+    In place: the last position of a buffer is written, as in a static cache. Otherwise everything
+    is copied to a longer buffer, as in the growing cache of transformers.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, in_place: bool) -> None:
@@ -86,7 +86,7 @@ class Pass:
 
 
 def copies_of(shape: ModelShape, layers: Sequence[LayerShape], element_bytes: int) -> int:
-    """How many copies of these layers no cache holds."""
+    """How many copies of these layers are too many for any processor cache."""
     parameters = shape.head_parameters(layers)
     parameters += sum(layer.channels for layer in layers) * shape.channel_parameters
     return min(_MOST_COPIES, max(1, math.ceil(_COLD_BYTES / (parameters * element_bytes))))
@@ -100,11 +100,11 @@ def make_passes(
     widths: Sequence[int],
     setting: Setting,
 ) -> list[Pass]:
-    """Passes over blocks of these counts of query and KV heads, and of these widths, and over the
-    rest of a step. config: the model's config.json.
+    """Passes over attention blocks with these numbers of query and KV heads, over MLP blocks of
+    these widths, and over the rest of a step. config: the model's config.json.
 
-    On the CPU a pass is one block, short enough that other work seldom interrupts it; on a card a
-    CUDA graph of all copies.
+    On the CPU a pass is one block, short enough that other work seldom interrupts it; on a card it
+    is a CUDA graph of all copies.
     """
     dtype: torch.dtype = getattr(torch, setting.dtype)
     kinds = max(len(attention), len(widths))

@@ -1,7 +1,7 @@
-"""What a model must move and compute in a cell, and how much faster than another it can be.
+"""What a model must move and compute in a cell, and how much faster than another model it can be.
 
 A decode step reads every weight it multiplies by once and every cached key and value once; prefill
-does two operations per weight and token, and attention's own. Whichever takes longer at the
+does two operations per weight and token, plus those of attention. Whichever takes longer at the
 device's measured rates sets the pace, and the bound on a speed-up is the ratio of those times.
 """
 
@@ -14,10 +14,10 @@ from typing import Literal
 from spp_bench.cases import Cell
 from spp_export.models.shape import LayerShape, ModelShape
 
-# Under this no measurement tells a gain from noise.
+# Below this, no measurement can tell a gain from noise.
 NO_GAIN = 1.02
-# What placement of weights in memory and the clock's drift shift between two models in one process,
-# on top of what the rounds show.
+# How far the placement of weights in memory and the clock's drift may shift a ratio between two
+# models in one process, on top of what the rounds show.
 SYSTEMATIC = 0.03
 
 Term = Literal["bytes", "operations"]
@@ -56,13 +56,13 @@ class Work:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a model in the format it is run in.
+    """The sizes of a model in the format it is run in.
 
     shape             the dense model's, with the biases that are there
     layers            what every layer has
     windows           per layer, how many last tokens attention sees; None is all of them
     read_bytes        weights that a decode step reads
-    kv_element_bytes  of one element of the cache
+    kv_element_bytes  bytes of one element of the cache
     every_logit       whether prefill computes the logits of every token or of the last
     """
 
@@ -83,7 +83,7 @@ class Sizes:
         return cell.batch * per_head * seen
 
     def decode(self, cell: Cell, new_tokens: int) -> Work:
-        """An average step of `new_tokens` after the cell's context."""
+        """The work of an average one of `new_tokens` steps after the cell's context."""
         cached = cell.context + (new_tokens + 1) / 2
         per_token = 2 * (self._layer_parameters + self._head_parameters)
         attention = 4 * self.shape.head_dim * self._pairs(_seen, cached)
@@ -92,7 +92,7 @@ class Sizes:
         )
 
     def prefill(self, cell: Cell) -> Work:
-        """All of the cell's prompts in one pass."""
+        """The work of one pass over all of the cell's prompts."""
         logits = cell.context if self.every_logit else 1
         attention = 4 * self.shape.head_dim * self._pairs(_seen_by_prompt, cell.context)
         operations = cell.context * (2 * self._layer_parameters + attention)
@@ -121,7 +121,8 @@ def _seen(cached: float, window: int | None) -> float:
 
 
 def _seen_by_prompt(tokens: float, window: int | None) -> float:
-    """By a prompt's token on average: all of the first ones, then as many as the window has."""
+    """How many tokens a prompt's token sees on average: all earlier ones at first, then at most
+    the window."""
     filling = _seen(tokens, window)
     return filling - filling * (filling - 1) / (2 * tokens)
 
@@ -141,11 +142,11 @@ class Bound:
     term: Term
 
     def efficiency(self, speedup: float) -> float | None:
-        """The share of the possible gain that was had; None where none is possible."""
+        """The share of the possible gain that was reached; None where no gain is possible."""
         return (speedup - 1) / (self.value - 1) if self.value > NO_GAIN else None
 
     def exceeded(self, low: float) -> bool:
-        """Whether a speed-up that is at least `low` cannot be."""
+        """Whether a speed-up of at least `low` is impossible."""
         return low > self.ceiling * (1 + SYSTEMATIC)
 
 

@@ -1,4 +1,4 @@
-"""Which models stand in a run, and which of them each is compared with."""
+"""Which models take part in a run, and what each of them is compared with."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ class Made:
 class Candidate:
     """One model on one engine: a row of the tables.
 
-    baseline         name of the dense row that its speed-up is over; None for a dense row
-    predicted_bytes  of all weights, from the plan and the dtype; None where a quantiser decides
-    spare_tokens     that the cache has room for beside those that are fed
+    baseline         name of the dense row that its speed-up is relative to; None for a dense row
+    predicted_bytes  bytes of all weights, from the plan and dtype; None where a quantiser decides
+    spare_tokens     tokens that the cache has room for beyond those that are fed
     made             what the model is made of where no directory holds it
     """
 
@@ -99,7 +99,7 @@ class Candidate:
 
 
 def read_out(directory: Path, source: Checkpoint) -> Out:
-    """What a directory holds. Raises OutputError or PlanError where it is nothing to measure."""
+    """What a directory holds. Raises OutputError or PlanError where that cannot be measured."""
     plan = directory / "plan.json"
     require_export(directory)
     compiled = read_plan(plan)
@@ -172,7 +172,7 @@ def in_genai(candidate: Candidate) -> Candidate:
 
 
 def form(options: OnnxOptions) -> str:
-    """A graph's form in a word or three: gqa, gqa int4, standard fp16."""
+    """A graph's form in a few words: gqa, gqa int4, standard fp16."""
     parts = [options.attention, options.precision if options.precision != "fp32" else None]
     return " ".join(part for part in (*parts, options.quant) if part)
 

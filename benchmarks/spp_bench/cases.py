@@ -35,7 +35,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Prompts [B,S], and the tokens [B,N] that are decoded after them whatever a model says."""
+    """Prompts [B,S], and the tokens [B,N] that are fed after them, whatever a model would
+    choose."""
 
     prompt: Ids
     continuation: Ids
@@ -50,7 +51,7 @@ def grid(batches: Sequence[int], contexts: Sequence[int]) -> tuple[Cell, ...]:
 
 
 def tokens(cell: Cell, new_tokens: int, vocab_size: int, seed: int = 0) -> Tokens:
-    """Random tokens, the same for every model: real ids, so that nothing is padding."""
+    """Random tokens, the same for every model: ordinary ids, so that nothing is padding."""
     random = np.random.default_rng([seed, cell.batch, cell.context])
     ids = random.integers(0, vocab_size, (cell.batch, cell.context + new_tokens), dtype=np.int64)
     return Tokens(ids[:, : cell.context].copy(), ids[:, cell.context :].copy())
@@ -64,7 +65,7 @@ def check_counts(counts: Mapping[str, int | None]) -> None:
 
 
 def check_device(device: str, dtype: str | None) -> None:
-    """UsageError for what is no device or precision, and for a card that is not there."""
+    """UsageError for an unknown device or precision, and for a card that is not there."""
     if device != "cpu" and not device.startswith("cuda"):
         raise UsageError(f"--device {device}: expected cpu, cuda or cuda:N.")
     if dtype is not None:

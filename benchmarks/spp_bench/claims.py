@@ -1,7 +1,7 @@
 """Published headline figures as rows beside ours: what was claimed, what is measured, the bound.
 
-The claims are those of SubspacePath Pruner's project page and paper for its prompt-time masks. They
-were measured with answers whose lengths differed, and by a mask that shrinks nothing.
+The claims are those of SubspacePath Pruner's project page and paper for its prompt-time masks.
+They were measured with answers of different lengths, and with a mask that shrinks nothing.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ COMPILE_SECONDS = (0.027, 0.068)
 SPEEDUPS = (1.24, 3.22)
 MEMORY_GB = (13.0, 12.1)
 _SEEDS = 9
-# Each forwards all of a scenario's prompts.
+# Each sample runs all of a scenario's prompts through the model.
 _TEXTS = 2
 
 
 def claim_rows(
     document: Mapping[str, Any], shape: ModelShape, keep: float = 0.7, *, demo: bool = False
 ) -> list[dict[str, Any]]:
-    """Rows of a claim, what ours is of, and the least and the most of published, measured and bound
-    over all cells. `keep` is the share of the heads' parameters that the timed plan keeps. `demo`
-    times the way from a scenario's text as well, for which the model has to be the default one."""
+    """A row per claim: its name, what our figure is measured on, and the least and most of the
+    published, measured and bounding values over all cells. `keep` is the share of the heads'
+    parameters that the timed plan keeps. `demo` also times the way from a scenario's text to a
+    plan, which needs the default model."""
     return [
         _compile_row(shape, keep),
         *(_diagnosis_row(keep) if demo else ()),
@@ -89,7 +90,8 @@ def _speedup_rows(document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _memory_rows(document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Dense over slim, since the published pair is of another model; the bound is predicted."""
+    """Ratios of dense to slim, since the published pair is for another model; the bound is
+    predicted."""
     records = {record["name"]: record for record in document["memory"]}
     for candidate in document["candidates"]:
         if candidate["baseline"] in records and candidate["name"] in records:

@@ -15,7 +15,7 @@ _CACHES = 1 << 28
 
 
 def wall_clock(work: Callable[[], Any], /) -> float:
-    """For work that is done when its call returns."""
+    """The wall clock, for work that is done when its call returns."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
@@ -27,8 +27,8 @@ def clock_for(device: str) -> Clock:
 
 
 def cold_clock_for(device: str) -> Clock:
-    """As `clock_for`, for work of microseconds: on a card it follows a read of more than the caches
-    hold, which leaves none of its tensors there, and during which it is launched."""
+    """As `clock_for`, for work of microseconds. On a card it is launched during a read of more
+    than the caches hold, so that none of its tensors are cached when it starts."""
     if not device.startswith("cuda"):
         return wall_clock
     import torch
@@ -55,7 +55,7 @@ def _cuda_clock(device: str, before: Callable[[], Any] = lambda: None) -> Clock:
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Without Python's collector, whose pauses would be counted to whoever runs."""
+    """Turn off Python's garbage collector, whose pauses would be counted against whatever runs."""
     was_on = gc.isenabled()
     gc.collect()
     gc.disable()

@@ -15,7 +15,7 @@ from spp_bench.engines.runner import Logits, Runner
 from spp_export.common.errors import ParityError
 from spp_export.common.manifest import MANIFEST_NAME, hash_file
 
-# A runner that feeds other tokens, positions or weights is wrong by about 1; rounding by this.
+# A runner with wrong tokens, positions or weights is off by about 1; rounding by no more than this.
 _ROOM = {"fp32": 1e-3, "float32": 1e-3, "float64": 1e-6}
 _ROOM_OF_HALVES = 0.1
 _QUANTISED = ("int8", "int4", "int8-dynamic")
@@ -23,7 +23,8 @@ _TOKENS = 16
 
 
 def manifest_hash(out: Out) -> str | None:
-    """SHA-256 of a directory's manifest, which knows every file; None where there is none."""
+    """SHA-256 of a directory's manifest, which lists every file; None where there is no
+    manifest."""
     path = out.directory / MANIFEST_NAME
     return hash_file(path).sha256 if path.is_file() else None
 
@@ -63,9 +64,9 @@ def check_agreement(
     """The same weights must give the same logits on every engine, after prefill and `steps` of
     decoding.
 
-    Compared within each model (dense, or of the same plan) by the difference over the length of
-    the first runner's logits; a quantised graph is held to the checks of its directory alone.
-    Raises ParityError.
+    Runners are compared within each model (dense, or of the same plan) by the difference relative
+    to the length of the first runner's logits; a quantised graph only has to pass the checks of
+    its directory. Raises ParityError.
     """
     fed = tokens(Cell(1, _TOKENS), steps, vocab_size)
     first: dict[str | None, tuple[str, list[Logits]]] = {}
@@ -102,7 +103,7 @@ def _logits(runner: Runner, prompt: Any, continuation: Any, decoding: bool) -> l
 
 
 def distance(logits: Logits, reference: Logits) -> float:
-    """How far logits are from others, as a share of the others' length."""
+    """How far logits are from the reference, as a share of the reference's length (norm)."""
     return float(np.linalg.norm(logits - reference) / np.linalg.norm(reference))
 
 
@@ -112,8 +113,8 @@ def rounding_room(candidate: Candidate) -> float:
 
 
 def same_files(gate: Sequence[Mapping[str, Any]], outs: Sequence[Out]) -> bool:
-    """Whether an earlier run's gate saw these very directories, by their manifests; what the
-    manifests list is checked against the disk."""
+    """Whether an earlier run's gate saw these same directories, by their manifests; the files that
+    the manifests list are checked against the disk."""
     from spp_export.common.manifest import check_manifest
 
     seen = {record["name"]: record["manifest"] for record in gate}

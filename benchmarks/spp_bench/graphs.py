@@ -1,4 +1,4 @@
-"""Work on a card captured once and launched as a whole, so that nothing waits for Python."""
+"""Work on a card, captured once and launched as a whole, so that nothing waits for Python."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ Result = TypeVar("Result")
 
 
 def cuda_graph(work: Callable[[], Result]) -> Callable[[], Result]:
-    """What does some work on the current device again, on the same memory, and returns what the
-    capture did. It runs once before, to load what it needs."""
+    """A call that repeats some work on the current device, on the same memory, and returns what
+    the captured run returned. The work runs once before the capture, to load what it needs."""
     current, side = torch.cuda.current_stream(), torch.cuda.Stream()
     side.wait_stream(current)
     with torch.cuda.stream(side):
@@ -31,5 +31,5 @@ def cuda_graph(work: Callable[[], Result]) -> Callable[[], Result]:
 
 
 def on_device(device: str | torch.device) -> AbstractContextManager[Any]:
-    """Where it is a card, the one that streams and graphs are made on."""
+    """Make this device, if it is a card, the one that streams and graphs are made on."""
     return torch.cuda.device(device) if torch.device(device).type == "cuda" else nullcontext()

@@ -20,7 +20,7 @@ Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
 WARM_UP_ROUNDS = 1
-# Threads of one library go on spinning for a while after its work, and would slow the next one.
+# Threads of one library keep spinning for a while after its work, and would slow the next one.
 _SETTLE_SECONDS = 0.1
 _CONFIDENCE = 0.99
 
@@ -40,9 +40,9 @@ class Samples:
 def in_turn(
     cells: Sequence[Cell], new_tokens: int, rounds: int, runners: int
 ) -> Iterator[tuple[Cell, Callable[[], None]]]:
-    """Cells, each with what is to be called after every runner's turn, warm-up included.
+    """Cells, each with a function to call after every runner's turn, warm-up included.
 
-    A cell's share of the bar is about what it takes.
+    A cell's share of the progress bar is about its share of the time.
     """
     costs = [cell.batch * (cell.context + 4 * new_tokens) for cell in cells]
     turns = (rounds + WARM_UP_ROUNDS) * runners
@@ -87,10 +87,10 @@ def measure_cell(
 
 @dataclass(frozen=True)
 class Speedup:
-    """Of paired rounds: median, 20th and 80th percentile, and what it is at least.
+    """A speed-up from paired rounds: median, 20th and 80th percentile, and a lower limit.
 
     `low` is below the true median with 99 % confidence, by the order of the rounds alone; with
-    fewer than seven rounds it is the smallest of them, which says less.
+    fewer than seven rounds it is the smallest of them, with less confidence.
     """
 
     median: float
@@ -100,18 +100,18 @@ class Speedup:
 
 
 def speedup(dense: Sequence[float], slim: Sequence[float]) -> Speedup:
-    """How much faster the second is, from the ratios of the same rounds."""
+    """How much faster the second is, from the ratio of times in each round."""
     ratios = np.sort(np.asarray(dense) / np.asarray(slim))
     p20, median, p80 = (float(value) for value in np.quantile(ratios, [0.2, 0.5, 0.8]))
     return Speedup(median, p20, p80, float(ratios[_low_rank(len(ratios))]))
 
 
 def _low_rank(count: int) -> int:
-    """The highest rank, from 0, whose value is above the true median with at most 1 %; 0 at
-    least."""
+    """The highest rank, from 0, whose value is above the true median with a probability of at most
+    1 %; at least 0."""
     rank, as_few = 0, 1
     while rank < count:
-        # Samples below the median are as many as heads of tossed coins.
+        # The number of samples below the median is distributed like heads of tossed coins.
         as_few += math.comb(count, rank + 1)
         if as_few / 2**count > 1 - _CONFIDENCE:
             break

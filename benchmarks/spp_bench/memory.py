@@ -1,4 +1,4 @@
-"""Memory of every model, each in a fresh process, and whether it is what the plan promised."""
+"""Memory of every model, each in a fresh process, and whether it is what the plan predicts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def measure_memory(
 def hold(
     candidate: Candidate, cells: Sequence[Cell], new_tokens: int, device: str, threads: int
 ) -> dict[str, Any]:
-    """Load a model in this process, run every cell once, and tell what was held at most."""
+    """Load a model in this process, run every cell once, and return the most memory that was
+    held."""
     _import_engine(candidate.engine, device, threads)
     before = held(device)
     restart_peak(device)
@@ -45,7 +46,7 @@ def hold(
         runner.prefill(fed.prompt)
         runner.decode(fed.continuation)
         most = peak(device)
-        # After the peak: some engines tell the sizes of their cache by copying it.
+        # After the peak: some engines give the sizes of their cache only by copying it.
         records.append({**cell.to_dict(), "kv_bytes": runner.kv_bytes(), "peak_bytes": most})
         runner.forget()
     return {
@@ -58,7 +59,7 @@ def hold(
 
 
 def _import_engine(engine: str, device: str, threads: int) -> None:
-    """What every model of this engine needs is no model's memory."""
+    """Import what every model of this engine needs, so that no model is charged for it."""
     if engine in ("torch", "graph"):
         import torch
 
@@ -98,8 +99,8 @@ def with_prediction(
 def predicted_kv(candidate: Candidate, cell: Cell, new_tokens: int) -> int:
     """Bytes of the cache after a cell: every token that was fed.
 
-    PyTorch drops what a sliding window no longer sees, up to the window less the token to come;
-    ONNX Runtime keeps all.
+    PyTorch keeps only what a sliding window still sees: its width less one, for the token to come.
+    ONNX Runtime keeps everything.
     """
     length = cell.context + new_tokens + candidate.spare_tokens
     sizes = candidate.sizes

@@ -16,8 +16,8 @@ _HALF_BYTE = ("INT4", "UINT4")
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """Bytes of all weights, and of those that a decode step reads: rows of an embedding are
-    gathered, whole tables are not."""
+    """Bytes of all weights, and of those that a decode step reads: rows of an embedding, not the
+    whole table."""
 
     total: int
     read: int

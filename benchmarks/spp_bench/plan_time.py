@@ -28,7 +28,8 @@ SCENARIO = Path(__file__).resolve().parents[1] / "data" / "scenarios" / "chemist
 
 
 def from_scores(shape: ModelShape, units: Units, keep: float, seeds: int) -> dict[str, Any]:
-    """Quantiles of the milliseconds of one compilation of random scores at this keep share.
+    """Quantiles of the milliseconds that it takes to compile random scores into a plan at this
+    keep share.
 
     Every plan is checked for optimality by its own bound.
     """
@@ -65,14 +66,13 @@ class TimeFromText:
 def from_text(keep: float, samples: int, scenario: Path = SCENARIO) -> TimeFromText:
     """Plan for a scenario on the default model, after one of its prompts was read to warm up.
 
-    The model, the artifacts and the scores that they hold for every domain are in memory before;
-    what is timed is the text's forward pass, the diagnosis, the mixture of scores, and the
-    allocation.
+    The model, the artifacts and their scores for every domain are already in memory; what is timed
+    is the text's forward pass, the diagnosis, the mixing of scores, and the allocation.
     """
     text = read_scenario(str(scenario))
     session = open_session(DEMO)
     artifacts = open_artifacts(None, DEMO, session.source)
-    # Of its criteria the artifacts hold these scores, so that no other text is forwarded.
+    # The artifacts hold scores of this criterion, so that no other text is run through the model.
     request = PlanRequest(keep=keep, criterion="energy", adapt=False)
     calibration, _ = text.split()
     diagnose_prompts(session, artifacts, calibration[:1])

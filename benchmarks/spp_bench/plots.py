@@ -22,9 +22,9 @@ _WIDTH, _HEIGHT = 5.5, 4.0
 
 
 def write_plots(document: Mapping[str, Any], directory: Path) -> list[Path]:
-    """Write speedup.png and, where memory was measured, memory.png; the files written.
+    """Write speedup.png and, where memory was measured, memory.png; return the files written.
 
-    Raises OutputError where the disk refuses.
+    Raises OutputError where a file cannot be written.
     """
     figures = {"speedup.png": _speedups(document)}
     if document["memory"]:
@@ -54,7 +54,7 @@ def _panels(document: Mapping[str, Any], titles: Sequence[str]) -> tuple[Any, di
 
 
 def _speedups(document: Mapping[str, Any]) -> Any:
-    """Measured speed-ups with their 20th and 80th percentiles, solid; bounds, dashed."""
+    """Measured speed-ups with their 20th and 80th percentiles (solid), and bounds (dashed)."""
     figure, panels = _panels(document, PHASES)
     slim = [c["name"] for c in document["candidates"] if c["baseline"]]
     for (batch, phase), axes in panels.items():
@@ -81,7 +81,7 @@ def _speedups(document: Mapping[str, Any]) -> Any:
 
 
 def _memory(document: Mapping[str, Any]) -> Any:
-    """Weights and cache, solid, and what the process held at its peak, dotted."""
+    """Weights and cache (solid), and what the process held at its peak (dotted)."""
     figure, panels = _panels(document, ["memory"])
     for (batch, _), axes in panels.items():
         axes.set_ylabel("MB")

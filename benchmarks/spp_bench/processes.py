@@ -1,7 +1,7 @@
 """A function in a fresh process, and how much memory a process holds.
 
-Fresh, for what this process has loaded or freed before would be counted as well. Imports nothing of
-this project: some of what runs here must not see it.
+The process is fresh because what an older one has loaded or freed would be counted as well. This
+module imports nothing of this project, since some of what runs here must not see it.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def run_fresh(
     limit_s: float | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """What a module's function returns in a fresh process, or {"error"} in one line where it fails
-    or takes more than `limit_s`. Arguments are pickled, the answer is JSON."""
+    """What a module's function returns in a fresh process, or {"error"}, one line, where it fails
+    or takes more than `limit_s` seconds. Arguments are pickled, the answer is JSON."""
     module = function.__module__
     if module == "__main__":
         spec = sys.modules["__main__"].__spec__
@@ -80,7 +80,7 @@ def _run(
 
 
 def single_line(text: str) -> str:
-    """The beginning of what went wrong."""
+    """What went wrong, in one line, cut short where it is long."""
     return " ".join(text.split())[:_LONGEST_ERROR]
 
 
@@ -108,7 +108,7 @@ def peak(device: str = "cpu") -> int:
         import torch
 
         return torch.cuda.max_memory_allocated(device)
-    # Not getrusage's first: it may still be the parent's, which had this process's memory before.
+    # Not from getrusage first: it may still give the peak of the parent process.
     return status_bytes("VmHWM") or _resource_peak()
 
 
@@ -123,7 +123,7 @@ def restart_peak(device: str = "cpu") -> None:
 
 
 def status_bytes(field: str) -> int:
-    """A field of this process's status in bytes; 0 where the system does not tell."""
+    """A field of this process's status, in bytes; 0 where the system does not have it."""
     status = _PROC / "status"
     if status.exists():
         for line in status.read_text(encoding="ascii", errors="replace").splitlines():
@@ -142,7 +142,7 @@ def _resource_peak() -> int:
 
 
 def main(module: str, name: str, answer: str) -> None:
-    """Answer a job that our own parent process wrote to the standard input."""
+    """Run a job that our own parent process wrote to standard input, and answer it."""
     arguments = pickle.load(sys.stdin.buffer)
     result = getattr(import_module(module), name)(*arguments)
     Path(answer).write_text(json.dumps(result), encoding="utf-8")

@@ -1,9 +1,10 @@
 """Latency tables: `spp bench --profile`.
 
 Times an attention block (norm, q, k, v, rotary, attention over the cache, o_proj, residual) of
-every regular shape, an MLP block (norm, gate, up, down, residual) of a grid of widths, and the rest
-of a step (embedding, final norm, logits), in turns, the first round thrown away. `spp plan --cost
-latency` interpolates between the widths. The file's format is in spp_export/planning/latency.py.
+every regular shape, an MLP block (norm, gate, up, down, residual) of a grid of widths, and the
+rest of a step (embedding, final norm, logits), in turns. The first rounds are thrown away.
+`spp plan --cost latency` interpolates between the widths. The file's format is in
+spp_export/planning/latency.py.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ from spp_export.planning.latency import PHASES, SCHEMA_VERSION, SIZES, Phase, re
 if TYPE_CHECKING:
     from spp_bench.blocks import Pass, PassKind
 
-# Of all multiples of the width multiple, which are too many; the rest is interpolated.
+# The multiples of the width multiple are too many to measure; the rest is interpolated.
 MOST_WIDTHS = 13
 WARM_UP_ROUNDS = 2
 
 
 @dataclass(frozen=True)
 class ProfileRequest:
-    """What to measure. `threads` None is every physical core, `dtype` None float32 on the CPU and
-    the stored dtype elsewhere; `rounds` are those that count."""
+    """What to measure. `threads` None means every physical core; `dtype` None means float32 on the
+    CPU and the stored dtype elsewhere; `rounds` counts the timed rounds."""
 
     phase: str = "decode"
     batch: int = 1
@@ -122,7 +123,7 @@ def profile(
 
 
 def grid(shape: ModelShape, multiple: int) -> list[int]:
-    """Widths to measure: the narrowest, all of them, and evenly spread ones between."""
+    """Widths to measure: the narrowest, the full one, and evenly spread ones between."""
     widths = channel_widths(shape.channels, multiple)
     count = min(MOST_WIDTHS, len(widths))
     at = np.unique(np.linspace(0, len(widths) - 1, count).round().astype(int))
@@ -197,8 +198,8 @@ def in_turns(
 ) -> dict[PassKind, list[float]]:
     """Seconds of a block of every kind, in every pass that counts.
 
-    Every round has an order of its own, drawn at random: what a pass leaves in the caches would
-    else always be met by the same next one.
+    Every round has a random order of its own. Otherwise the same pass would always find what the
+    same other one left in the caches.
     """
     random = np.random.default_rng(seed)
     times: dict[PassKind, list[float]] = {entry.kind: [] for entry in passes}

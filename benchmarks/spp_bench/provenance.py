@@ -1,4 +1,4 @@
-"""What a results file says of where it comes from: machine, libraries, revision."""
+"""What a results file says about its origin: machine, libraries, revision."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def _memory_bytes() -> int | None:
 
 
 def versions(*also: str) -> dict[str, str]:
-    """Versions of Python, ourselves, everything that ran a model, and the packages `also`."""
+    """Versions of Python, this project, everything that ran a model, and the packages in
+    `also`."""
     installed = library_versions()
     for name in (*_OPTIONAL, *also):
         with suppress(PackageNotFoundError):

@@ -1,4 +1,4 @@
-"""What a run found, as tables of text: rows for a terminal, whoever draws them."""
+"""What a run found, as tables of text, for any program that draws them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ _HEADS: Mapping[Phase, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Panel:
-    """A titled table. `wrong` are rows, from 0, that cannot be right; `text` columns of words."""
+    """A titled table. `wrong` lists rows, from 0, that cannot be right; `text` lists columns of
+    words."""
 
     title: str
     head: tuple[str, ...]
@@ -63,7 +64,7 @@ def _row(name: str, record: Mapping[str, Any], phase: Phase) -> tuple[str, ...]:
 
 
 def _gain(over: Mapping[str, Any] | None) -> tuple[str, str, str]:
-    """Speed-up, bound, and what share of the possible gain was had."""
+    """Speed-up, bound, and the share of the possible gain that was reached."""
     if over is None:
         return "", "", ""
     if over["above_bound"]:
@@ -76,7 +77,8 @@ def _gain(over: Mapping[str, Any] | None) -> tuple[str, str, str]:
 
 
 def _memory(document: Mapping[str, Any]) -> Panel:
-    """Weights and cache as measured, and what the process held more than before it loaded."""
+    """Weights and cache as measured, and what the process held beyond what it held before
+    loading."""
     rows: list[tuple[str, ...]] = []
     wrong = set()
     for record in document["memory"]:

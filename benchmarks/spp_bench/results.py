@@ -1,4 +1,4 @@
-"""The results document: what a run measured, what of an earlier run may be kept, and its schema.
+"""The results document: what a run measured, and which cells of an earlier run may be kept.
 
 `benchmarks/README.md` says what every field means; `spp_bench.schema` checks them.
 """
@@ -25,14 +25,14 @@ from spp_export.common.errors import OutputError
 from spp_export.common.json_files import dump_json, read_json
 
 SCHEMA_VERSION = 1
-# What must be the same for a cell of an earlier run to stand beside one of this run.
+# What must be the same before a cell of an earlier run may stand beside one of this run.
 IDENTITY = ("schema_version", "machine", "versions", "git", "model", "options", "candidates")
 
 
 def header(
     model: Mapping[str, Any], options: Mapping[str, Any], candidates: Sequence[Candidate]
 ) -> dict[str, Any]:
-    """What a document begins with: where its figures come from, by the names in `IDENTITY`."""
+    """What a document begins with: where its figures come from, under the names in `IDENTITY`."""
     return {
         "schema_version": SCHEMA_VERSION,
         "machine": provenance.machine(options["device"]),
@@ -135,7 +135,7 @@ class _Figures:
 
 
 def problems(document: Mapping[str, Any]) -> list[str]:
-    """Why a run failed, one line each: speed-ups above the bound, memory that was not promised."""
+    """Why a run failed, one line each: speed-ups above the bound, memory off the prediction."""
     lines = []
     for cell in document["cells"]:
         for row in cell["rows"]:
@@ -153,16 +153,16 @@ def problems(document: Mapping[str, Any]) -> list[str]:
 
 
 def earlier(path: Path, header: Mapping[str, Any], force: bool) -> dict[str, Any] | None:
-    """A results file of the same machine, models and options to go on with; None without one.
+    """A results file of the same machine, models and options to go on with; None if there is none.
 
-    Raises OutputError for one of others, unless it may be replaced.
+    Raises OutputError for a file that differs in these, unless it may be replaced.
     """
     if not path.exists():
         return None
     document = read_json(path, what="results", error=OutputError)
     try:
         check(document)
-        # The same values as they look after being written and read.
+        # The same values, as they look after being written and read back.
         now = json.loads(json.dumps(header))
         different = [key for key in IDENTITY if document[key] != now[key]]
     except ValueError as error:

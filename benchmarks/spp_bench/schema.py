@@ -150,7 +150,7 @@ class ResultsDocument(Document):
 
 
 def check(value: Any) -> None:
-    """ValueError, with the place, where a document is not of the schema."""
+    """Raise ValueError, naming the place, where a document does not follow the schema."""
     try:
         ResultsDocument.model_validate(value)
     except ValidationError as problem:

@@ -1,4 +1,4 @@
-"""How many threads PyTorch works with."""
+"""The number of threads that PyTorch uses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def torch_threads(threads: int) -> Iterator[None]:
-    """This many threads for a while."""
+    """Use this many threads inside the context."""
     import torch
 
     before = torch.get_num_threads()

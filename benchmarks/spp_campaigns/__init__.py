@@ -1,1 +1,2 @@
-"""What only the repository runs, by `make`: each module is `python -m spp_campaigns.<name>`."""
+"""What is run only in this repository, by `make`: each module is
+`python -m spp_campaigns.<name>`."""

@@ -1,4 +1,4 @@
-"""Random checkpoints of any size, plans for them, and what `cp` takes of the same disk."""
+"""Random checkpoints of any size, plans for them, and the time of `cp` on the same disk."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ CONFIG: dict[str, Any] = {
     "vocab_size": 32000,
     "dtype": "bfloat16",
 }
-# (KV groups, query heads of each) that layers keep in turn: 0.80, 0.875 and 0.75 of the heads.
+# (KV groups, query heads in each) that layers keep in turn: 0.80, 0.875, 0.75 of the heads.
 KEPT = ((8, 3), (7, 4), (6, 4))
 SHARD_BYTES = 1_000_000_000
 
 
 def build(directory: Path, gigabytes: float) -> None:
-    """Write a random bf16 model of the Llama kind of about this size, untied and sharded, a block
-    at a time."""
+    """Write a random bf16 model of the Llama family of about this size, untied and sharded, one
+    block at a time."""
     family = family_of(CONFIG)
     single = family.read_shape({**CONFIG, "num_hidden_layers": 1}, 2)
     outside = 2 * single.parameters(())
@@ -60,7 +60,7 @@ def _random_blocks(entry: TensorEntry, random: np.random.Generator) -> Iterator[
     left = entry.nbytes // 2
     while left:
         count = min(left, 1 << 21)
-        # Without the top bit of the exponent every pattern is a number below 2.
+        # Without the top bit of the exponent, every bit pattern is a number below 2.
         yield random.integers(0, 1 << 16, count, dtype=np.uint16) & np.uint16(0xBFFF)
         left -= count
 
@@ -82,7 +82,7 @@ def plan_for(source: Checkpoint, channels: float = 1.0) -> Plan:
 
 
 def copy(model: Path, target: Path) -> tuple[float, float]:
-    """Seconds of `cp`, and of `cp` and a flush of what it wrote."""
+    """Seconds of `cp`, and of `cp` with a flush of what it wrote."""
     start = time.perf_counter()
     subprocess.run(["cp", "-r", str(model), str(target)], check=True)
     copied = time.perf_counter()
@@ -91,7 +91,8 @@ def copy(model: Path, target: Path) -> tuple[float, float]:
 
 
 def prepare(model: Path, cold: bool) -> None:
-    """Let earlier writes reach the disk; take the model out of the page cache, or into it."""
+    """Let earlier writes reach the disk, and drop the model from the page cache or read it into
+    it."""
     os.sync()
     for path in model.iterdir():
         with path.open("rb") as file:
@@ -104,8 +105,8 @@ def prepare(model: Path, cold: bool) -> None:
 
 @contextmanager
 def watching_memory() -> Iterator[dict[str, int]]:
-    """Yield the most anonymous memory, `peak`, while this lasts: what is mapped from files is not
-    counted."""
+    """Yield an object whose `peak` is the most anonymous memory held meanwhile; what is mapped
+    from files is not counted."""
     anonymous, done = {"peak": 0}, threading.Event()
 
     def watch() -> None:

@@ -1,8 +1,8 @@
 """What blocks of moments cost the re-fit of down_proj: `python -m spp_campaigns.blocked_moments`.
 
 Wide MLPs keep their moments in blocks of at most 1536 channels. The default model's 1536 fit in
-one, so that what smaller blocks lose against the whole can be measured on it: the share of
-down_proj's output energy that is lost with a fifth of the channels gone, those that write least.
+one, so it can show what smaller blocks lose against the whole: the share of down_proj's output
+energy that is lost with a fifth of the channels removed, those that write least.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _KEEP = 0.8
 
 
 def diagonal_blocks(second: FloatArray, width: int) -> FloatArray:
-    """The diagonal blocks [n,b,b] of a matrix [m,m], b = `width` dividing m."""
+    """The diagonal blocks [n,b,b] of a matrix [m,m]; b is `width`, which must divide m."""
     starts = range(0, len(second), width)
     return np.stack([second[i : i + width, i : i + width] for i in starts])
 

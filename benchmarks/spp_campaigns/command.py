@@ -1,4 +1,4 @@
-"""What the command lines of the campaigns have in common."""
+"""What the campaigns' command lines have in common."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def parser(description: str | None, *, writes: bool = False) -> argparse.Argumen
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--json", type=Path, help="file to write")
     if writes:
-        made.add_argument("--dir", type=Path, help="where models are written and thrown away")
+        made.add_argument("--dir", type=Path, help="where temporary models are written")
     return made
 
 
 @contextmanager
 def scratch(options: argparse.Namespace) -> Iterator[Path]:
-    """A directory for what is thrown away, in `--dir`."""
+    """A temporary directory in `--dir`."""
     with TemporaryDirectory(prefix="spp-", dir=options.dir) as directory:
         yield Path(directory)
 
 
 def finish(options: argparse.Namespace, document: Mapping[str, Any], *lines: str) -> None:
-    """Print what was measured, and write the document where `--json` says."""
+    """Print what was measured, and write the document to the file of `--json`."""
     print("\n".join(lines))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def finish(options: argparse.Namespace, document: Mapping[str, Any], *lines: str
 
 
 def machine(*also: str) -> dict[str, Any]:
-    """Processor, cores and library versions, those of the packages `also` among them."""
+    """Processor, cores and library versions, including those of the packages in `also`."""
     return {"cpu": cpu_name(), "cores": os.cpu_count(), **versions(*also)}
 
 
@@ -51,8 +51,8 @@ def words(values: Mapping[str, Any]) -> str:
 
 
 def table(columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows in columns, the first to the left. columns: the format of every title's cell, over the
-    fields of a row; the cell is empty where the row has no such field."""
+    """Rows in columns, the first one aligned to the left. columns: for every title, the format of
+    its cells, over the fields of a row; a cell is empty where the row has no such field."""
     lines = [list(columns), *([_cell(form, row) for form in columns.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(

@@ -1,8 +1,8 @@
 """Time from scores to a compiled plan: `python -m spp_campaigns.compile_time [--json FILE]`.
 
-One sample is scores to plan, for heads or for heads and channels together, on scores drawn from a
-seeded generator, at one keep share. The plans are checked for optimality by their own bound before
-any time is reported.
+One sample goes from scores to a plan, for heads or for heads and channels together, at one keep
+share; the scores come from a seeded generator. The plans are checked for optimality by their own
+bound before any time is reported.
 """
 
 from __future__ import annotations

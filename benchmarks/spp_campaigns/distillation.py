@@ -1,9 +1,10 @@
 """What learning from the dense model is worth: `python -m spp_campaigns.distillation --model demo`.
 
-Exports a scenario at some sizes and trains each export for the same number of steps on what the
-dense model answers to the prompts of a pool, and on the text of these prompts, with some seeds.
-Distances are measured on answers to the validation prompts of the pool, which nothing was chosen or
-trained on."""
+Exports a scenario at several sizes and trains each export with several seeds, always for the same
+number of steps: on the dense model's answers to the prompts of a pool, and on the text of these
+prompts. Distances are measured on answers to the pool's validation prompts, on which nothing was
+chosen or trained.
+"""
 
 from __future__ import annotations
 
@@ -40,10 +41,11 @@ _COLUMNS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; 1 where learning from answers does not bring a model nearer."""
+    """Print the table; 1 if learning from answers does not bring a model nearer to the dense
+    one."""
     made = parser(__doc__, writes=True)
     made.add_argument("--model", default="demo", help="directory or demo")
-    made.add_argument("--artifacts", help="of the model; the demo model's come with spp")
+    made.add_argument("--artifacts", help="artifacts of the model; not needed for demo")
     made.add_argument("--scenario", required=True, help="scenario file")
     made.add_argument("--data", required=True, help="prompts to train on")
     made.add_argument("--validation", required=True, help="prompts to measure on")
@@ -51,8 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--units", default="both", help="heads, channels or both")
     made.add_argument("--learn", action="append", help="answers, text; repeatable")
     made.add_argument("--train", default="adapters", help="adapters or weights")
-    made.add_argument("--seeds", type=int, default=1, help="how many")
-    made.add_argument("--steps", type=int, default=200, help="of the optimiser")
+    made.add_argument("--seeds", type=int, default=1, help="number of seeds")
+    made.add_argument("--steps", type=int, default=200, help="steps of the optimiser")
     options = made.parse_args(arguments)
     with scratch(options) as place:
         rows = [
@@ -94,7 +96,8 @@ def _of_size(keep: float, options: argparse.Namespace, place: Path) -> list[dict
 def _row(
     slim: Path, learn: Any, seed: int, before: Quality, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """One training. Worse by its own measure is written as well, and judged as the others are."""
+    """One training run. A result that is worse by its own measure is kept as well, and judged like
+    the others."""
     target = slim.with_name(f"{slim.name}-{learn}-{seed}")
     began = time.perf_counter()
     with contextlib.suppress(QualityError):
@@ -124,7 +127,8 @@ def _row(
 
 
 def _judged(directory: Path, options: argparse.Namespace) -> Quality:
-    """On answers to the validation prompts, from the cache after the first time."""
+    """Distances on answers to the validation prompts, which come from the cache after the first
+    time."""
     session = open_session(options.model)
     prompts = read_scenario(options.validation).conversations
     answers = read_traffic(session, prompts, DEFAULT_CALIBRATION_TOKENS, Answering()).texts

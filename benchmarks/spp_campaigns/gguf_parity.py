@@ -1,9 +1,10 @@
-"""Greedy tokens of a slim model in llama.cpp: `python -m spp_campaigns.gguf_parity SLIM=GGUF ...`.
+"""Greedy decoding of a slim model in llama.cpp:
+`python -m spp_campaigns.gguf_parity SLIM=GGUF ...`.
 
 Ten prompts through the chat template, 32 tokens each: PyTorch in single precision (the safetensors
 directory SLIM) and llama.cpp (the unquantised GGUF directory made from it). Where two tokens
-differ, the text is the same up to there, so the margin between them tells a near tie, which
-rounding decides, from a defect. Exits with 1 for the latter.
+differ, the text before them is the same, so the margin between their logits tells a near tie,
+which rounding decides, from a defect. Exits with 1 for a defect.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from spp_campaigns.command import finish, machine, parser
 from spp_campaigns.onnx_parity import PROMPTS
 
 _NEW_TOKENS = 32
-# What two such programs may differ by in the difference of two logits: largest seen is 1e-4.
+# How far a difference of two logits may differ between two such programs: 1e-4 was seen.
 _NEAR_TIE = 1e-3
 _LIKELIEST = 8
 
 
 def compare(slim: Path, gguf: Path) -> dict[str, Any]:
-    """Every prompt's tokens by both, and where they part."""
+    """Every prompt's tokens from both, and where they differ."""
     import torch
 
     from spp_export.formats.gguf.llama_cpp import LlamaCpp, engine_name

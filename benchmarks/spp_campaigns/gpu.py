@@ -1,9 +1,10 @@
-"""Every published backbone on a CUDA card, in one call: `python -m spp_campaigns.gpu --json DIR`.
+"""Every published model shape on a CUDA card, in one call:
+`python -m spp_campaigns.gpu --json DIR`.
 
 Needs the repository and a Python with torch, transformers, numpy, safetensors and triton; no
 weights, no network, no installation: `PYTHONPATH=.:cli:kernels:benchmarks`. Results are written
-after every cell, and a later call goes on with what is missing. What the time budget did not reach
-is listed at the end and in summary.json.
+after every cell, and a later call measures what is missing. What the time budget did not reach is
+listed at the end and in summary.json.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from spp_bench.shapes.plans import LAYOUTS, ShapePlan, Variant, shape_plan, vari
 from spp_bench.shapes.shapes import BACKBONES, Published, published
 from spp_export.common.errors import BudgetError, ParityError, SppError
 
-# The middle first: should time run out, it says the most.
+# The middle first: if time runs out, it says the most.
 KEEPS = (0.7, 0.5, 0.9)
 ROUNDS, EAGER_ROUNDS, NEW_TOKENS = 5, 2, 8
 _MANY, _MANY_CONTEXT, _LONG, _SHORT = 16, 4096, 8192, 128
@@ -60,13 +61,14 @@ class Time:
         return self.seconds - (time.monotonic() - self.start)
 
     def part(self, share: float) -> Time:
-        """A share of what is left, from now on."""
+        """A share of the time that is left, from now on."""
         return Time(max(0.0, self.left) * share)
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a call is to do. `request` names the device, the rounds and the tokens decoded."""
+    """What a call should do. `request` names the device, the rounds and the number of tokens
+    decoded."""
 
     directory: Path
     request: BenchRequest
@@ -91,13 +93,13 @@ class Outcome:
         }
 
     def leave_out(self, what: str, why: str) -> None:
-        """Note what there is no figure of."""
+        """Note what there is no figure for."""
         print(f"left out: {what}: {why}", flush=True)
         self.summary["left_out"].append({"what": what, "why": why})
         self.keep()
 
     def fail(self, what: str, error: Exception) -> None:
-        """Note what there is no figure of because it is wrong or does not run."""
+        """Note what there is no figure for because it is wrong or does not run."""
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         self.summary["problems"].append(f"{what}: {why}")
         self.leave_out(what, why)
@@ -157,11 +159,11 @@ def line(row: Mapping[str, Any]) -> str:
 
 
 def cells_of(of: Published, request: BenchRequest, free_bytes: int | None) -> dict[Cell, Timed]:
-    """The cells of a shape, and what is timed in each; None bytes are as many as it takes.
+    """The cells of a shape, and what is timed in each; None bytes means as many as needed.
 
-    Python's launches matter most with one short text, so eager decoding is timed there; a prompt's
-    reading where it is long enough for figures and short enough for the budget. On the CPU, where
-    there are no graphs, both are timed everywhere.
+    Launching from Python matters most with one short text, so eager decoding is timed there;
+    prefill is timed where prompts are long enough for figures and short enough for the budget. On
+    the CPU, where there are no graphs, both are timed everywhere.
     """
     eager, on_card = Timed(rounds=EAGER_ROUNDS), request.device != "cpu"
     reading = Timed(frozenset({"prefill"}), EAGER_ROUNDS) if on_card else eager
@@ -179,7 +181,7 @@ def cells_of(of: Published, request: BenchRequest, free_bytes: int | None) -> di
 
 
 def _fits(of: Published, cell: Cell, request: BenchRequest, free_bytes: int | None) -> bool:
-    """Whether the dense model, one as large again and a cache have room."""
+    """Whether there is room for the dense model, another one as large, and a cache."""
     if free_bytes is None:
         return True
     shape = of.shape
@@ -190,7 +192,7 @@ def _fits(of: Published, cell: Cell, request: BenchRequest, free_bytes: int | No
 
 
 def run(task: Task, budget: Time) -> dict[str, Any]:
-    """Do as much of a task as the budget allows; what summary.json holds."""
+    """Do as much of a task as the budget allows; return what summary.json holds."""
     outcome = Outcome(task.directory, task.request.device)
     rates = _once(lambda: measure_rates(task.request.device, _dtype(task.request)))
     models = budget.part(1 - _KERNEL_SHARE)
@@ -329,7 +331,8 @@ def _add_memory(
     cell: Cell,
     peaks: Mapping[str, int],
 ) -> None:
-    """Of every row that ran in this cell: weights, cache, and both with what a turn took beside."""
+    """Memory of every row that ran in this cell: weights, cache, and the peak, which adds what a
+    turn took."""
     by_name = {candidate.name: candidate for candidate in run.candidates}
     records = {record["name"]: record for record in document["memory"]}
     for runner in runners:
@@ -352,8 +355,8 @@ def _add_memory(
 
 
 def _kernels(task: Task, budget: Time, outcome: Outcome) -> None:
-    """Tests of what runs on a card alone, then the table of ragged attention in either half
-    precision."""
+    """Tests of what runs only on a card, then the table of ragged attention in both half
+    precisions."""
     on_card = task.request.device != "cpu"
     outcome.summary["kernel_tests"] = (
         kernel_tests(min(_PYTEST_SECONDS, 0.4 * budget.left))
@@ -369,7 +372,7 @@ def _kernels(task: Task, budget: Time, outcome: Outcome) -> None:
 
 
 def kernel_tests(seconds: float) -> dict[str, Any]:
-    """How the tests of kernels and graphs end on this machine."""
+    """The outcome of the tests of kernels and graphs on this machine."""
     if find_spec("pytest") is None or not (_ROOT / _TESTS[0]).exists():
         return {"passed": None, "output": "pytest or the tests are not here"}
     command = [
@@ -398,7 +401,7 @@ def kernel_tests(seconds: float) -> dict[str, Any]:
 
 
 def _ragged(task: Task, dtype: str, budget: Time, outcome: Outcome) -> None:
-    """The table of `spp_campaigns.ragged`, as many of its cases as there is time for."""
+    """The table of `spp_campaigns.ragged`, with as many of its cases as there is time for."""
     import torch
 
     from spp_campaigns import ragged
@@ -443,8 +446,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--budget-s", type=float, default=520.0, help="seconds for everything")
     made.add_argument("--device", default="cuda")
     made.add_argument("--dtype", help="bfloat16 on a card by default, float32 on the CPU")
-    made.add_argument("--shape", action="append", help="a published backbone; repeatable")
-    made.add_argument("--keep", type=float, action="append", help="share that stays; repeatable")
+    made.add_argument("--shape", action="append", help="a published model shape; repeatable")
+    made.add_argument("--keep", type=float, action="append", help="share of parameters; repeatable")
     made.add_argument("--layout", choices=LAYOUTS, action="append")
     made.add_argument("--units", choices=("heads", "both"), action="append")
     made.add_argument("--rounds", type=int, default=ROUNDS)
@@ -455,7 +458,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0; 1 where a figure cannot be, or something is wrong or fails to run; 2 without a card."""
+    """0; 1 if a figure is impossible, or something is wrong or fails to run; 2 without a card."""
     options = parser().parse_args(arguments)
     budget = Time(options.budget_s)
     request = BenchRequest(

@@ -4,8 +4,9 @@
 
 Both plans are exact, from the same scores of one scenario. The one by parameters keeps `--keep` of
 them; the one by latency has the smallest budget of nanoseconds that keeps at least as much score.
-Both are written, verified against the masked dense model, and decode in turns with the dense one.
-The interval of their ratio holds the true median of the rounds with 98 % confidence.
+Both are written and verified against the masked dense model, and then take turns at decoding with
+the dense one. The interval of their ratio holds the true median of the rounds with 98 %
+confidence.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ PLANS = ("params", "latency")
 
 @dataclass(frozen=True)
 class Chosen:
-    """A plan's layers, what they keep, and what a step takes by the table, in nanoseconds."""
+    """A plan's layers, the score they keep, and the time of a step by the table, in
+    nanoseconds."""
 
     layers: tuple[LayerPlan, ...]
     realised: Realised
@@ -73,7 +75,8 @@ class Chosen:
 def choose_both(
     options: UnitOptions, shape: ModelShape, table: LatencyTable, units: Units, keep: float
 ) -> dict[str, Chosen]:
-    """The plan of this share of parameters, and the fastest by the table with no less score."""
+    """The plan of this share of parameters, and the fastest plan by the table with no less
+    score."""
 
     def compiled(budget: Budget) -> Chosen:
         layers, realised = compile_units(
@@ -98,7 +101,8 @@ def choose_both(
 
 
 def fastest(within: Callable[[int], Chosen | None], enough: int) -> Chosen:
-    """The plan of the smallest budget that has one; `enough` has. More never gives less."""
+    """The plan of the smallest budget that has one, as `enough` does. A larger budget never keeps
+    less."""
     best = within(enough)
     assert best is not None, "a plan in hand is not found again"
     least = 0
@@ -113,7 +117,7 @@ def fastest(within: Callable[[int], Chosen | None], enough: int) -> Chosen:
 
 
 def options_for(session: Session, scenario: Path, units: Units, artifacts: Path | None) -> Any:
-    """What the scenario's text says that units are worth, by the defaults of `spp plan`."""
+    """The scores of units for the scenario's text, by the defaults of `spp plan`."""
     text = read_scenario(scenario)
     model = DEMO if artifacts is None else session.source.name
     scenario_artifacts = open_artifacts(artifacts, model, session.source)
@@ -134,7 +138,7 @@ def measure(
     new_tokens: int,
     rounds: int,
 ) -> dict[str, list[float]]:
-    """Seconds of a decode step in every round, of the dense model and of both slim ones."""
+    """Seconds of a decode step in every round, for the dense model and both slim ones."""
     source = session.source
     windows = windows_of(source)
     dense = torch_candidate(source, None, session.dtype, windows)
@@ -164,7 +168,7 @@ def measure(
 
 
 def verdict(params: Sequence[float], latency: Sequence[float]) -> dict[str, Any]:
-    """How much faster the plan by latency is, at least and at most, and what that says."""
+    """How much faster the plan by latency is, at least and at most, and the conclusion."""
     ratio = speedup(params, latency)
     low, high = ratio.low, 1 / speedup(latency, params).low
     says = "no difference shown"
@@ -253,7 +257,7 @@ def parser() -> argparse.ArgumentParser:
     """The options."""
     made = argparse.ArgumentParser(prog="spp_campaigns.latency_plan", description=__doc__)
     made.add_argument("--model", default=DEMO)
-    made.add_argument("--artifacts", type=Path, help="of another model than the default one")
+    made.add_argument("--artifacts", type=Path, help="artifacts, unless for the default model")
     made.add_argument("--scenario", type=Path, default=_SCENARIO)
     made.add_argument("--profile", type=Path, help="a table; measured first by default")
     made.add_argument("--keep", type=float, default=0.7, help="share of parameters")
@@ -270,7 +274,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run, print, and keep the figures where they are wanted."""
+    """Run, print, and write the figures where asked."""
     options = parser().parse_args(arguments)
     try:
         document = run(options, lambda stage: print(stage, file=sys.stderr))

@@ -1,11 +1,11 @@
 """Memory of verifying layer by layer: `python -m spp_campaigns.layerwise_memory --dir TMP`.
 
-Builds a random bf16 checkpoint, `--gigabytes` of the Llama kind or `--qwen2-14b`, exports a plan
+Builds a random bf16 checkpoint, `--gigabytes` of the Llama family or `--qwen2-14b`, exports a plan
 for it in a fresh process and checks it there against the masked dense model, layer by layer, in
 float32 and with a float64 oracle. Of the 14B model only embedding, head, norms and the first two
-layers have values; the rest are zeros that take no disk, and are read and computed with like any.
-Exits with 1 if a check fails, or if the peak exceeds two layers and the embeddings in float64,
-300 MB and what Python has imported.
+layers have values; the rest are zeros that take no disk space, but are read and computed with like
+any others. Exits with 1 if a check fails, or if the peak exceeds two layers and the embeddings in
+float64, 300 MB and what Python has imported.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ _BF16_UNIT = 0x3F80
 
 
 def build_sparse(directory: Path, config: dict[str, Any]) -> None:
-    """A checkpoint of holes, but for what is outside the layers, the norms, and two layers."""
+    """A checkpoint of holes, except for two layers, the norms, and everything outside the
+    layers."""
     family = family_of(config)
     shape = family.read_shape(config, 2)
     specs = {spec.name: spec for spec in family.tensors(shape, shape.layers)}
@@ -73,7 +74,7 @@ def _fill(write: Callable[[Any], Any], spec: TensorSpec, random: np.random.Gener
 
 def narrow_plan(source: Checkpoint) -> Plan:
     """Two KV groups and a sixteenth of the channels of every layer: a slim model that is small
-    beside the dense one, of which every byte is read all the same."""
+    beside the dense one, every byte of which is still read."""
     shape = source.shape
     groups = (0, shape.kv_heads - 1)
     heads = [g * shape.group_size + i for g in groups for i in range(shape.group_size)]
@@ -83,7 +84,7 @@ def narrow_plan(source: Checkpoint) -> Plan:
 
 
 def run(model: Path, out: Path, tokens: int, narrow: bool) -> dict[str, Any]:
-    """Export and check in this process, and tell seconds and peaks."""
+    """Export and check in this process, and return seconds and peaks."""
     import torch
 
     import spp_export
@@ -127,7 +128,7 @@ def run(model: Path, out: Path, tokens: int, narrow: bool) -> dict[str, Any]:
 
 
 def measure(options: argparse.Namespace, place: Path) -> dict[str, Any]:
-    """Build, and run in a fresh process."""
+    """Build a model, and run in a fresh process."""
     model = place / "model"
     model.mkdir()
     if options.qwen2_14b:
@@ -147,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print what was measured; 1 if a check or the limit fails."""
     made = parser(__doc__, writes=True)
     made.add_argument("--gigabytes", type=float, default=4.0, help="size of the dense model")
-    made.add_argument("--qwen2-14b", action="store_true", help="of that shape instead, 29.5 GB")
+    made.add_argument("--qwen2-14b", action="store_true", help="that shape instead, 29.5 GB")
     made.add_argument("--tokens", type=int, default=192, help="tokens that logits are checked on")
     options = made.parse_args(arguments)
     with scratch(options) as place:

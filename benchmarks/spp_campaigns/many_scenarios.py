@@ -1,9 +1,9 @@
 """Memory of many scenarios of one model in one process, and the time of switching between them.
 
 `python -m spp_campaigns.many_scenarios --model demo --keep 0.5 SCENARIO...` makes a plan per
-scenario, then measures in fresh processes what the dense model, `load_many` of the plans, and the
-exports loaded separately hold; and in one of them what the first token takes from another model
-than before, beside one from the same model again.
+scenario. Then it measures in fresh processes how much memory the dense model, `load_many` of the
+plans, and the exports loaded separately hold. One of these processes also measures the time to the
+first token after a switch to another model, and without a switch.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ _COLUMNS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; 1 where the models together take `--limit` times the dense one or more."""
+    """Print the table; 1 if the models together take `--limit` times the dense one's memory or
+    more."""
     made = parser(__doc__, writes=True)
     made.add_argument("scenarios", nargs="+", help="scenario files")
     made.add_argument("--model", default="demo", help="directory or demo")
-    made.add_argument("--artifacts", help="of the model; the demo model's come with spp")
+    made.add_argument("--artifacts", help="artifacts of the model; not needed for demo")
     made.add_argument("--keep", type=float, default=0.5, help="share of head parameters")
-    made.add_argument("--limit", type=float, default=1.5, help="most memory over dense")
+    made.add_argument("--limit", type=float, default=1.5, help="highest memory over dense")
     options = made.parse_args(arguments)
     ways = {}
     with scratch(options) as place:
@@ -101,7 +102,7 @@ def measure(way: str, job: Mapping[str, Any]) -> dict[str, Any]:
     from spp_export.models.hub import locate_model
 
     dense = locate_model(job["model"]).path
-    # Code is no model's: all of it is imported before.
+    # Code belongs to no model: all of it is imported before.
     import spp_export.commands.load
     import spp_export.models.loader
 
@@ -136,12 +137,13 @@ def measure(way: str, job: Mapping[str, Any]) -> dict[str, Any]:
 def _first_turn(scenario: str) -> str:
     from spp_export.data.scenario import read_scenario
 
-    # A prompt that export holds out, so that no plan saw it.
+    # A prompt that an export holds out, so that no plan saw it.
     return read_scenario(scenario).split()[1][0].prompts[0]
 
 
 def _switching(models: Sequence[Any], ids: Any) -> dict[str, Any]:
-    """Seconds to the first token of a prompt: from the model that ran last, and from another."""
+    """Seconds to the first token of a prompt from the model that ran last, and from another
+    one."""
     for model in models:
         _token(model, ids)
     same, switched = [], []

@@ -1,8 +1,8 @@
 """Memory and time of writing ONNX: `python -m spp_campaigns.onnx_memory --gigabytes 4 --dir TMP`.
 
 Builds the random bf16 checkpoint of `make scale` and writes it as a graph, each time in a fresh
-process: seconds are those after imports. Exits with 1 if the peak exceeds 1 GB plus twice the
-largest tensor, as the graph has it.
+process; imports are not timed. Exits with 1 if the peak exceeds 1 GB plus twice the largest tensor
+in the graph's precision.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 
 
 def export(model: Path, out: Path, precision: Any) -> dict[str, Any]:
-    """Write once, in this process, and tell seconds, peak memory and sizes."""
+    """Write once, in this process, and return seconds, peak memory and sizes."""
     import spp_export.models.modeling  # noqa: F401  torch and transformers, which are imports and not work
 
     before = held()
@@ -48,10 +48,10 @@ def export(model: Path, out: Path, precision: Any) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Measure every precision, print, and keep where asked."""
+    """Measure every precision, print the results, and write them where asked."""
     made = parser(__doc__, writes=True)
     made.add_argument("--gigabytes", type=float, default=4.0)
-    made.add_argument("--model", type=Path, help="a checkpoint that exists, instead of a new one")
+    made.add_argument("--model", type=Path, help="an existing checkpoint instead of a new one")
     made.add_argument("--precision", choices=PRECISIONS, action="append", help="repeatable")
     options = made.parse_args()
     rows, lines = [], []

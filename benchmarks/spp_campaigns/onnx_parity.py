@@ -1,7 +1,7 @@
-"""Greedy tokens in three runtimes: `python -m spp_campaigns.onnx_parity SLIM ONNX`.
+"""Greedy decoding in three runtimes: `python -m spp_campaigns.onnx_parity SLIM ONNX`.
 
 Ten prompts through the chat template, 48 tokens each: PyTorch (the slim checkpoint), ONNX Runtime
-and onnxruntime-genai (the ONNX directory made from it). Exits with 1 where any token differs.
+and onnxruntime-genai (the ONNX directory made from it). Exits with 1 if any token differs.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Probe Pruning as published: every batch decides its own masks on the dense model (mode sync).
 
 Nothing is sliced: the inputs of o_proj and down_proj are zeroed for the units a batch drops, which
-computes the same function. No parameter is saved, and of attention only query heads go: K and V
-stay whole. Its place is a comparison, at the budget `achieved_keep` gives; importing this module
-registers it for `spp eval`.
+computes the same function. No parameter is saved, and of attention only query heads are dropped: K
+and V stay whole. It is here for comparison, at the budget that `achieved_keep` gives; importing
+this module registers it for `spp eval`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Decision:
 
 
 class DynamicPruning:
-    """What the masks did so far.
+    """What the masks have done so far.
 
     `heads` and `channels` hold the last batch's decisions by layer; layers that are never pruned
     have none. `batches` counts decided batches.
@@ -68,9 +68,10 @@ class DynamicPruning:
         return tuple(total / max(self.batches, 1) for total in self._removed["channels"])
 
     def achieved_keep(self, shape: ModelShape) -> float:
-        """Share of the parameters of `units` that a model with these masks would have left.
+        """Share of the parameters of `units` that would be left in a model with these masks.
 
-        Heads count q, k, v and o, of which k and v stay whole; channels gate, up and down.
+        For heads these are q, k, v and o, of which k and v stay whole; for channels gate, up and
+        down.
         """
         kept = total = 0.0
         if self._units != "channels":
@@ -137,7 +138,7 @@ def probe_pruning(
 
 
 class _Session:
-    """The batch now running and what is carried from one to the next."""
+    """The batch now running, and what is carried from one batch to the next."""
 
     def __init__(self, result: DynamicPruning, targets: Targets, history: History | None) -> None:
         self.result = result
@@ -165,7 +166,7 @@ class _Session:
             self.result.batches += 1
 
     def real(self, values: Tensor) -> Tensor:
-        """Which tokens of `values` [B,S,...] are not padding, on its device."""
+        """Which tokens of `values` [B,S,...] are not padding, on the device of `values`."""
         if self._mask is None:
             return torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
         return self._mask.bool().to(values.device)
@@ -194,7 +195,7 @@ class _BlockPruner:
         self._history = None if history is None else history.of(block).clone()
 
     def residual(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Before the norm: what tokens are ranked by."""
+        """Before the norm: the values that tokens are ranked by."""
         self._residual = args[0] if self._session.fresh else None
 
     @torch.no_grad()
@@ -221,7 +222,8 @@ class _BlockPruner:
         return self._masked(args)
 
     def probe_whole(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Before the consumer: its input is the whole batch run ahead, for only inputs are masked.
+        """Before the consumer: since only inputs are masked, its input is already the whole batch
+        run ahead.
 
         Decides on it and zeroes what is dropped.
         """
@@ -244,14 +246,15 @@ class _BlockPruner:
         return zero_removed(args[0], self._kept), *args[1:]
 
     def _moments(self, values: Tensor, positions: int) -> PositionMoments:
-        """Those of the whole batch [B,S,C] at its first positions."""
+        """Moments of the whole batch [B,S,C] at its first positions."""
         first = values[:, :positions]
         moments = PositionMoments(first.shape[1])
         moments.add(first, whole(self._session.real(values)[:, :positions]))
         return moments
 
     def _follow(self, values: Tensor) -> None:
-        """The moving average of the history: kept columns, at positions this batch has."""
+        """Update the moving average of the history: kept columns, at the positions that this batch
+        has."""
         assert self._history is not None
         moments = self._moments(values, len(self._history))
         seen = moments.counts > 0
@@ -274,12 +277,13 @@ def kept_share(targets: Targets, shape: ModelShape, units: Units) -> float:
 
 def ratio_for(keep: float, shape: ModelShape, units: Units, multiple: int = 64) -> float:
     """The pruning ratio, in hundredths, whose counts come closest to leaving `keep` of the units'
-    parameters: the published ratio counts units, whole layers among them, and not parameters."""
+    parameters. The published ratio counts units, including those of whole layers, and not
+    parameters."""
     distances = {}
     for hundredths in range(100):
         try:
             targets = Targets.at(shape, hundredths / 100, multiple)
-        except UsageError:  # the other layers cannot pay for the protected ones
+        except UsageError:  # the other layers cannot make up for the protected ones
             break
         distances[hundredths / 100] = abs(kept_share(targets, shape, units) - keep)
     return min(distances, key=lambda ratio: distances[ratio])
@@ -305,7 +309,7 @@ def open_row(session: Session, row: Row, prior: Sequence[str]) -> OpenedRow:
             full_batch=full_batch,
         ) as pruning:
             yield session.model
-        # What the masks come to is known once they have been chosen.
+        # How much the masks keep is known only once they have been chosen.
         realised["keep"] = pruning.achieved_keep(shape)
 
     return OpenedRow(realised, opened, generates=False)

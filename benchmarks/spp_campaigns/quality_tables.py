@@ -1,7 +1,7 @@
 """Results of `spp eval` with budgets side by side: `python -m spp_campaigns.quality_tables DIR`.
 
-`table.md` of a results directory has one table per budget; these have one per units and
-compensation, a column per budget, as the results page shows them.
+`table.md` of a results directory has one table per budget; these have one per choice of units and
+compensation, with a column per budget, as on the results page.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from spp_export.evaluation.harness.table import interval, ranking, units_name
 
 
 def tables(results: Results, text: str) -> Iterator[str]:
-    """One Markdown table per units and compensation: perplexity over dense on `text`."""
+    """One Markdown table per choice of units and compensation: perplexity over dense on `text`."""
     panels: dict[tuple[str, str], dict[Row, dict[float, Interval]]] = {}
     for (keep, units), rows in ranking(results).items():
         for ranked in rows:
@@ -28,7 +28,7 @@ def tables(results: Results, text: str) -> Iterator[str]:
                 way[keep] = ranked.ratio[text]
     for (units, compensation), panel in sorted(panels.items(), key=_panel_order):
         keeps = sorted({keep for way in panel.values() for keep in way}, reverse=True)
-        # The budget that most were measured at, of those the largest.
+        # The budget at which most rows were measured; of several, the largest.
         common = max(keeps, key=lambda keep: sum(keep in way for way in panel.values()))
         lines = [f"### {units_name(units).capitalize()}, compensation {compensation}, {text}", ""]
         head = ["chosen by", "", *(f"{1 - keep:.0%} removed" for keep in keeps)]
@@ -40,7 +40,8 @@ def tables(results: Results, text: str) -> Iterator[str]:
 
 
 def comparisons(results: Results, text: str) -> Iterator[str]:
-    """The first criterion with a domain-mean control over its controls and ablations, paired."""
+    """The first criterion that has a domain-mean control, over its controls and ablations,
+    paired."""
     measured = results.measured
     main = {record.row.criterion for record in measured if record.row.text == "mean"}
     rows = [["units", "removed", "comp.", "over", f"ratio, {text}"]]
@@ -63,7 +64,7 @@ def comparisons(results: Results, text: str) -> Iterator[str]:
 
 
 def _alike(ours: Record, theirs: Record) -> bool:
-    """The same criterion with other text, whitelist or artifacts."""
+    """Rows of the same criterion with another text, whitelist or artifacts."""
     same = replace(theirs.row, text=ours.row.text, whitelist=True, artifacts="", kind=ours.row.kind)
     return same == ours.row and theirs.row != ours.row
 

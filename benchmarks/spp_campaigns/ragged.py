@@ -1,15 +1,16 @@
-"""Ways of attention whose groups differ: `python -m spp_campaigns.ragged [--device] [--json FILE]`.
+"""Ways to compute attention whose groups differ in size:
+`python -m spp_campaigns.ragged [--device] [--json FILE]`.
 
 `ragged` is what the switch of spp_kernels chooses, `triton` its kernels (on CUDA), `folded` and
 `expanded` the two ways it has with torch's attention. `padded` is torch's grouped-query attention
-over groups that were filled with heads of zeros, as an export for other engines is; its queries
-come filled, for such an export computes them so.
+over groups that were filled with heads of zeros, as in an export for other engines; its queries
+come filled, since such an export computes them that way.
 
-One sample is a pass over copies of a case that no cache holds at once, as between the layers of a
-model; on CUDA a captured graph, so that nothing waits for Python. All ways take turns in one run,
-each round another one first.
-The bound is the time for the bytes and operations of the heads that are there, at the rates that
-the device reaches in the same process.
+One sample is a pass over copies of a case, more than the processor's cache holds at once, as with
+the layers of a model; on CUDA it is a captured graph, so that nothing waits for Python. All ways
+take turns in one run, and the one that begins changes from round to round. The bound is the time
+for the bytes and operations of the heads that are kept, at the rates that the device reaches in
+the same process.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ class Case:
         return tuple(group for group, size in enumerate(self.sizes) for _ in range(size))
 
     def work(self, element_bytes: int) -> Work:
-        """Queries and the cache read once, the result written; products of what is seen."""
+        """Queries and the cache are read once and the result is written; the operations are those
+        of what queries see."""
         heads, earlier = sum(self.sizes), self.context - self.queries
         vectors = 2 * len(self.sizes) * self.context + 2 * heads * self.queries
         pairs = heads * (self.queries * earlier + self.queries * (self.queries + 1) / 2)
@@ -94,7 +96,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Problem:
-    """The tensors of a case; `wide` are the queries among heads of zeros."""
+    """The tensors of a case; `wide` holds the queries padded with heads of zeros."""
 
     query: Tensor
     wide: Tensor
@@ -121,7 +123,7 @@ class Problem:
 
     @property
     def causal(self) -> bool:
-        """Whether a mask is needed: the only query sees everything."""
+        """Whether a mask is needed: a single query sees everything."""
         return self.case.queries > 1
 
 
@@ -166,8 +168,8 @@ def ways_on(device: str) -> dict[str, Way]:
 
 
 def check(problem: Problem, ways: dict[str, Way]) -> None:
-    """Raise AssertionError for a way whose result is not the definition's."""
-    # The definition holds all scores of a head; a few of the last queries tell as much.
+    """Raise AssertionError for a way whose result differs from the definition's."""
+    # The definition holds all scores of a head; a few of the last queries show as much.
     last, key, value = problem.query[:1, :, -4:], problem.key[:1], problem.value[:1]
     groups = problem.case.group_of_query
     exact = ragged_attention(last, key, value, groups, implementation="naive").float()
@@ -247,7 +249,8 @@ def lost(results: Sequence[dict[str, Any]], way: str) -> Iterator[str]:
 
 
 def too_fast(results: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """A line for every case that was faster than the device can be: an error of measurement."""
+    """A line for every case that was faster than the device can be, which is a measurement
+    error."""
     for row in results:
         best = min(figures["p20_ms"] for figures in row["ways"].values())
         if best < row["bound_ms"] * (1 - _NOISE):
@@ -255,7 +258,7 @@ def too_fast(results: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def best_rates(*measured: Rates) -> Rates:
-    """What the device reached at its best: others may have used it meanwhile."""
+    """The best rates that the device reached, since others may have used it meanwhile."""
     return Rates(
         max(rates.bytes_per_second for rates in measured),
         max(rates.operations_per_second for rates in measured),
@@ -272,7 +275,7 @@ def table(results: Sequence[dict[str, Any]]) -> None:
 
 
 def report(results: Sequence[dict[str, Any]]) -> bool:
-    """Print where the switch and the kernels do not win; False if a figure cannot be."""
+    """Print where the switch and the kernels do not win; False if a figure is impossible."""
     names = list(results[0]["ways"])
     for way in [name for name in ("ragged", "triton") if name in names]:
         lines = list(lost(results, way))
@@ -288,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="spp_campaigns.ragged", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on the CPU")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--rounds", type=int, default=9, help="samples of every way")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args(arguments)

@@ -1,9 +1,9 @@
 """What LoRA on text is worth: `python -m spp_campaigns.recovery --model demo --keep 0.6`.
 
 Exports a scenario with and without compensation, recovers both on a pool's training text, and
-measures perplexity on its validation text, which nothing was chosen or trained on: dense, slim,
-recovered. Trained on the same text, a dense model would gain, too; so it is trained alike, as a
-plan that keeps everything, and what the text alone is worth stands beside what recovery is.
+measures perplexity on its validation text, on which nothing was chosen or trained: dense, slim,
+recovered. A dense model would gain from this text, too. So it is trained in the same way, as a
+plan that keeps everything, to tell the gain from the text alone from that of recovery.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ _COLUMNS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; 1 where recovery does not lower perplexity."""
+    """Print the table; 1 if recovery does not lower perplexity."""
     made = parser(__doc__, writes=True)
     made.add_argument("--model", default="demo", help="directory or demo")
-    made.add_argument("--artifacts", help="of the model; the demo model's come with spp")
+    made.add_argument("--artifacts", help="artifacts of the model; not needed for demo")
     made.add_argument("--scenario", required=True, help="scenario file")
     made.add_argument("--data", required=True, help="text to train on")
     made.add_argument("--validation", required=True, help="text to measure on")
     made.add_argument("--keep", type=float, default=0.6, help="share of head parameters")
-    made.add_argument("--steps", type=int, default=60, help="of the optimiser")
-    made.add_argument("--max-tokens", type=int, default=128, help="of a text that are read")
+    made.add_argument("--steps", type=int, default=60, help="steps of the optimiser")
+    made.add_argument("--max-tokens", type=int, default=128, help="tokens read of each text")
     options = made.parse_args(arguments)
     with scratch(options) as place:
         rows = [_row(name, options, place) for name in ("lstsq", "none", "dense")]

@@ -1,7 +1,7 @@
 """The picture of the README: `python -m spp_campaigns.report_picture out/chemistry -o summary.png`.
 
-The top of `spp report`'s page, down to the head map, as a headless Chromium draws it in light
-colours.
+It shows the top of `spp report`'s page, down to the head map, drawn by a headless Chromium in
+light colours.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 VARIABLE = "SPP_CHROMIUM"
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-# The page's own margin is the picture's; what is read rather than seen is left out.
+# The picture has the page's own margin; text that is to be read is left out.
 _WIDTH, _SCALE = 1088, 2
 _LEFT_OUT = "#heads > .note, #heads > details"
 

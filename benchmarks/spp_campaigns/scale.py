@@ -1,14 +1,16 @@
 """Slicing at any size: `python -m spp_campaigns.scale --gigabytes 1 4 15 --dir TMP [--json FILE]`.
 
-Builds a random bf16 checkpoint of the Llama kind per size, sharded and untied, and exports a plan
-that keeps about 0.8 of the head parameters, each time in a fresh process: open, slice, write, hash,
-flush, publish. Before and after stands `cp` of the same files to the same disk, and a flush. The
-model is out of the page cache at the start of each; with --warm it is in it, and only memory is
-judged, as SHA-256 of a file then takes longer than its copy. The smallest model is exported as ONNX
-as well; with --verify every one also by `spp export --plan`, with all its checks.
+For every size, builds a random bf16 checkpoint of the Llama family, sharded and untied, and
+exports a plan that keeps about 0.8 of the head parameters, each time in a fresh process: open,
+slice, write, hash, flush, publish. Exports take turns with `cp` of the same files to the same disk,
+and a flush. The model is out of the page cache at the start of each run; with --warm it is in it,
+and only memory is judged, since SHA-256 of a file then takes longer than its copy. The smallest
+model is also exported as ONNX; with --verify every model is also exported by `spp export --plan`,
+with all its checks.
 
-Needs twice the largest size in free space. Exits with 1 where slicing takes more than 1.5 times
-`cp` and flush (the best of each), or more memory than 300 MB and twice the largest tensor.
+Needs twice the largest size in free space. Exits with 1 if slicing takes more than 1.5 times as
+long as `cp` and flush (the best of each), or more memory than 300 MB plus twice the largest
+tensor.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ def as_onnx(source: Checkpoint, target: Path) -> None:
 
 
 def verified(source: Checkpoint, target: Path) -> None:
-    """The whole of `spp export --plan`, with every check."""
+    """All of `spp export --plan`, with every check."""
     import spp_export
 
     spp_export.export(output=target, model=str(source.path), plan=plan_for(source))
@@ -78,7 +80,7 @@ JOBS: Mapping[str, tuple[Callable[[Checkpoint, Path], None], tuple[str, ...]]] =
 
 
 def run(job: str, model: Path, target: Path) -> dict[str, Any]:
-    """Do a job in this process and tell what it took; imports are not timed."""
+    """Do a job in this process and return what it took; imports are not timed."""
     work, modules = JOBS[job]
     for module in modules:
         importlib.import_module(module)
@@ -131,7 +133,7 @@ def measure(job: str, model: Path, target: Path, repeats: int, cold: bool) -> di
 
 
 def limit(job: str, row: Mapping[str, Any]) -> int:
-    """Bytes of memory that a job may take; what libraries take by being imported is not its own."""
+    """Bytes of memory that a job may take, not counting what importing libraries takes."""
     own: int = 2 * row["largest_tensor_bytes"]
     if job == "verify":
         own = _EXACT_BYTES * row["resident_parameters"]
@@ -140,7 +142,7 @@ def limit(job: str, row: Mapping[str, Any]) -> int:
 
 
 def problems(row: Mapping[str, Any]) -> list[str]:
-    """Which figures are missed. Time is judged of slicing alone, from the disk."""
+    """Which limits are exceeded. Time is judged for slicing alone, from the disk."""
     missed = []
     if row["peak_bytes"] > row["limit_bytes"]:
         missed.append("memory")
@@ -157,13 +159,13 @@ def _fresh(job: str, model: Path, target: Path) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print a row per size and job; 1 where a figure is missed."""
+    """Print a row per size and job; 1 if a limit is exceeded."""
     made = parser(__doc__, writes=True)
     made.add_argument("--gigabytes", type=float, nargs="+", default=[1.0, 4.0, 15.0])
-    made.add_argument("--repeats", type=int, default=2, help="times each is measured")
+    made.add_argument("--repeats", type=int, default=2, help="how often each is measured")
     made.add_argument("--warm", action="store_true", help="with the model in the page cache")
-    made.add_argument("--no-onnx", action="store_true", help="leave out the graph")
-    made.add_argument("--verify", action="store_true", help="also the whole export, checked")
+    made.add_argument("--no-onnx", action="store_true", help="leave out the ONNX export")
+    made.add_argument("--verify", action="store_true", help="also spp export with all checks")
     options = made.parse_args(arguments)
     rows = []
     for size in sorted(options.gigabytes):

@@ -1,7 +1,7 @@
 """Time until the command line answers: `python -m spp_campaigns.start_time [--json FILE]`.
 
-One sample is a fresh process; help must come before anything heavy is imported, and a sample whose
-process imported it fails the run.
+One sample is a fresh process. Help must be printed without importing anything heavy; a process
+that imports such a module fails the run.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ from spp_export.common.errors import UsageError
 
 
 class GenaiRunner:
-    """Its decode loop chooses its own tokens, greedily: a step is one forward pass all the same."""
+    """Its decode loop chooses its own tokens greedily, but a step is one forward pass here,
+    too."""
 
     def __init__(self, candidate: Candidate, model: Any) -> None:
         self.name = candidate.name
@@ -45,7 +46,7 @@ class GenaiRunner:
             raise UsageError(f"{candidate.directory}: onnxruntime-genai: {reason}") from error
 
     def reserve(self, length: int) -> None:
-        """Make room for `length` tokens per sequence, and one that is chosen and not fed."""
+        """Make room for `length` tokens per sequence, and for one that is chosen but not fed."""
         self._capacity = length + 1
 
     def prefill(self, ids: Ids) -> Any:
@@ -72,7 +73,7 @@ class GenaiRunner:
         return values.reshape(self._batch, -1, values.shape[-1])[:, -1]
 
     def kv_bytes(self) -> int:
-        """Bytes of the cache's tensors, of which the library hands out copies."""
+        """Bytes of the cache's tensors, which the library hands out as copies."""
         names = (f"present.{i}.{part}" for i in range(self._layers) for part in ("key", "value"))
         return sum(self._generator.get_output(name).nbytes for name in names)
 

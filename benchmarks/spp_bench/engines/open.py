@@ -7,7 +7,7 @@ from spp_bench.engines.runner import Runner
 
 
 def open_runner(candidate: Candidate, device: str, threads: int) -> Runner:
-    """Load a candidate; `threads` are of one operator, for engines that are told by session."""
+    """Load a candidate; `threads` is per operator, for engines that take it per session."""
     if candidate.made:
         from spp_bench.engines.static import StaticRunner
 

@@ -14,7 +14,7 @@ from spp_export.formats.onnx.runtime.model import Decoding, OrtModel
 
 
 class OrtRunner:
-    """Every call hands the logits back to the CPU, so the wall clock tells all of it."""
+    """Every call returns the logits to the CPU, so the wall clock covers all of its work."""
 
     def __init__(self, candidate: Candidate, model: OrtModel) -> None:
         self.name = candidate.name
@@ -56,7 +56,7 @@ class OrtRunner:
     def kv_bytes(self) -> int:
         """Bytes of the cache's tensors, by the head counts of the graph's inputs.
 
-        A shared buffer has room for all of the reserve from the start; others grow.
+        A shared buffer has the reserved size from the start; other caches grow.
         """
         assert self._decoding is not None
         length = self._fed if self.model.attention == "standard" else self._capacity

@@ -1,11 +1,10 @@
 """A transformers model with a cache of fixed size, whose decoding can be captured as one graph.
 
-Buffers for every token of a cell are there from the start, as wide in each layer as that layer's KV
-heads; a step writes its keys and values into them and attends to those that are written. All steps
-of a cell are one graph, of as many kernels as eager steps launch and of the same ones, so that
-nothing waits for Python. transformers' own StaticCache needs a mask, since its steps are all of one
-shape; with a mask it copies every key and value for each query head, which hides what KV heads
-cost.
+Buffers for every token of a cell are there from the start, as wide in each layer as that layer's
+KV heads; a step writes its keys and values into them and attends to those that have been written.
+All steps of a cell are one graph, of the same kernels that eager steps launch, so that nothing
+waits for Python. transformers' own StaticCache needs a mask, since all its steps have one shape;
+with a mask every key and value is copied for each query head, which hides what KV heads cost.
 """
 
 from __future__ import annotations
@@ -29,17 +28,18 @@ from spp_bench.graphs import cuda_graph, on_device
 from spp_bench.shapes.random_models import random_model
 from spp_bench.shapes.shapes import published
 
-# Not cuDNN's attention, which makes a plan anew for every length of the cache.
+# Without cuDNN's attention, which makes a new plan for every length of the cache.
 _DECODING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
-# Some work, which gives logits, to what does the same again on the same memory.
+# From some work, which returns logits, to a call that repeats it on the same memory.
 Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 
 
 class Room:
     """Memory of one device and dtype that the caches of several models use in turn.
 
-    It begins as random numbers: a cache that no prompt was read into is as good to time.
+    It begins as random numbers: for timing, a cache that no prompt was read into is as good as
+    any.
     """
 
     def __init__(self, device: str, dtype: torch.dtype) -> None:
@@ -47,17 +47,18 @@ class Room:
         self._memory = torch.empty(0, dtype=dtype, device=device)
 
     def free(self) -> None:
-        """Give the memory up; it stays as long as something that was taken does."""
+        """Give the memory up. It is freed once nothing that was taken from it is in use."""
         self._memory = self._memory.new_empty(0)
 
     def reserve(self, count: int) -> None:
-        """Have room for `count` elements; what was taken before stays where it is."""
+        """Make room for `count` elements; what was taken before stays where it is."""
         if count > self._memory.numel():
             self.free()
             self._memory = self._memory.new_empty(count).normal_()
 
     def take(self, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-        """Tensors of these shapes, one after another; others that are taken share their memory."""
+        """Tensors of these shapes, one after another; tensors taken by another call share their
+        memory."""
         sizes = [int(np.prod(shape)) for shape in shapes]
         self.reserve(sum(sizes))
         parts = self._memory[: sum(sizes)].split(sizes)
@@ -83,7 +84,7 @@ class FixedLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *_args: Any, **_options: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write [B,KV,S,D] behind what is there; all that is written."""
+        """Write [B,KV,S,D] after what is there; return everything written so far."""
         end = self.length + key_states.shape[2]
         self.keys[:, :, self.length : end] = key_states
         self.values[:, :, self.length : end] = value_states
@@ -108,7 +109,8 @@ class FixedLayer(CacheLayerMixin):
 
 
 class StaticRunner:
-    """A model whose cache is taken from a room; `capture` None launches every kernel from Python.
+    """A model whose cache is taken from a `Room`; with `capture` None every kernel is launched
+    from Python.
 
     Its prompts have no padding. Attention must be `UNMASKED`, or another that takes no mask.
     """
@@ -137,7 +139,7 @@ class StaticRunner:
 
     @classmethod
     def load(cls, candidate: Candidate, device: str) -> StaticRunner:
-        """Make the model of a candidate that is one of a shape's."""
+        """Make the model of a candidate that was made from a shape."""
         assert candidate.made is not None
         made, dtype = candidate.made, getattr(torch, candidate.precision)
         model = random_model(
@@ -199,7 +201,7 @@ class StaticRunner:
         self._room.free()
 
     def close(self) -> None:
-        """Free what is not the room, which others may use."""
+        """Free everything but the room, which others may use."""
         self._captured.clear()
         self._caches.clear()
         self._layers = []
@@ -231,7 +233,8 @@ class StaticRunner:
     def _captured_steps(
         self, ids: Ids, start: int, capture: Capture
     ) -> tuple[Tensor, Callable[[], Tensor]]:
-        """The tensor [B,N] that tokens are fed in, and what decodes them from `start` on."""
+        """The tensor [B,N] that tokens are fed through, and the call that decodes them from
+        `start` on."""
         fed = self._on_device(ids)
 
         def work() -> Tensor:

@@ -1,7 +1,7 @@
 """Speed and memory of a published shape without its weights: random ones, plans of random scores.
 
-Dense and slim models are in one process, in turns, like those of `bench`; what is not measured is
-quality. On a card every model has two rows: launched from Python, and decoding as a CUDA graph.
+Dense and slim models take turns in one process, as in `bench`; quality is not measured. On a card
+every model has two rows: kernels launched from Python, and decoding as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ _PROMPT, _STEPS = 16, 4
 
 @dataclass(frozen=True)
 class Timed:
-    """What of a cell is timed. A graph always decodes, in every round.
+    """What is timed in a cell. Decoding as a graph is always timed, in every round.
 
-    phases  of models launched from Python; none leaves them out
-    rounds  that these take part in; None is all
+    phases  of models launched from Python; an empty set leaves these models out
+    rounds  in which these models take part; None means all
     """
 
     phases: frozenset[Phase] = frozenset(PHASES)
@@ -84,7 +84,8 @@ class Models:
         self.room.reserve(per_token * tokens)
 
     def runner(self, candidate: Candidate, model: Any, room: Room | None = None) -> StaticRunner:
-        """A runner of the dense model or of a slim one, whose cache is in `room` or in ours."""
+        """A runner of the dense model or a slim one, with its cache in `room` or, without one, in
+        ours."""
         from spp_bench.engines.static import StaticRunner
         from spp_bench.graphs import cuda_graph
 
@@ -98,15 +99,15 @@ class Models:
         return self._kept[candidate.name]
 
     def note_peaks(self, cell: Cell, peaks: dict[str, int]) -> None:
-        """Set the dense rows' peaks to those of the cell's first run: a graph that is captured
-        needs its memory no second time."""
+        """Set the dense rows' peaks to those of the cell's first run: once captured, a graph does
+        not need that memory again."""
         for name in self._kept:
             if name in peaks:
                 peaks[name] = self._peaks.setdefault((name, cell), peaks[name])
 
 
 class ShapeRun:
-    """One results document: a shape, the plans that stand in it, and what decides its figures."""
+    """One results document: a shape, the plans measured for it, and what decides its figures."""
 
     def __init__(
         self,
@@ -147,7 +148,8 @@ class ShapeRun:
 
     def check(self, models: Models, slims: Sequence[Any]) -> dict[str, Any]:
         """`gate` and `agreement` of the document: that slim models compute what the masked dense
-        one does, and graphs what their kernels do one by one. Raises ParityError."""
+        one does, and graphs what their kernels compute when launched one by one. Raises
+        ParityError."""
         from spp_bench.engines.static import Room
 
         gate = [
@@ -200,7 +202,7 @@ class ShapeRun:
         )
 
     def keep(self, document: dict[str, Any]) -> None:
-        """Say what is wrong with it, and write it."""
+        """Note what is wrong with the document, and write it."""
         document["problems"] = problems(document)
         if self.results:
             write_document(document, self.results)
@@ -267,8 +269,8 @@ def bench_shape(
 ) -> dict[str, Any]:
     """Measure plans for a shape beside the dense model; the document of `spp_bench.schema`.
 
-    As `bench` in all else: cells that `results` has are not measured again, and no figure is given
-    of a slim model that does not compute what the masked dense one does.
+    Otherwise as `bench`: cells that `results` has are not measured again, and no figure is given
+    for a slim model that does not compute what the masked dense one does.
     """
     request = request or BenchRequest()
     cells, of = request.check(), published(name)
@@ -316,7 +318,8 @@ def _cells(
 
 
 def _memory(run: ShapeRun, document: dict[str, Any], cells: Sequence[Cell]) -> None:
-    """Of every model in a fresh process; launching kernels as a graph needs no other weights."""
+    """Memory of every model in a fresh process; graphs need no row of their own, for they use the
+    same weights."""
     done = {record["name"]: record for record in document["memory"]}
     rows = [candidate for candidate in run.candidates if candidate.engine == "torch"]
     with progress("memory, a process each", float(len(rows))) as advance_to:
@@ -345,7 +348,7 @@ def has_cell(document: Mapping[str, Any], cell: Cell) -> bool:
 
 @contextmanager
 def peak_of(device: str, peaks: dict[str, int], name: str) -> Iterator[None]:
-    """Note how many bytes PyTorch held on a card more than at the start, at most."""
+    """Note the most bytes that PyTorch held on a card beyond what it held at the start."""
     import torch
 
     torch.cuda.reset_peak_memory_stats(device)

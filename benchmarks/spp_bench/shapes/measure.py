@@ -1,4 +1,4 @@
-"""Models of shapes in one cell, in turns: what of each is timed, and in how many rounds."""
+"""Models of shapes in one cell, in turns: what is timed for each, and in how many rounds."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from spp_bench.measure import WARM_UP_ROUNDS, Phase, Samples
 
 @dataclass(frozen=True)
 class Part:
-    """One row's part: its phases, in the first `rounds` of a cell's.
+    """One row's part: its phases, in the first `rounds` rounds of a cell.
 
-    Where prefill is none of them, decoding begins in a cache that no prompt was read into.
+    Without prefill among them, decoding begins in a cache that no prompt was read into.
     """
 
     runner: StaticRunner
@@ -37,7 +37,7 @@ def measure_parts(
 ) -> dict[str, Samples]:
     """Samples by the runners' names, as `measure_cell` takes them.
 
-    `advance` is called after every turn of a runner. `watch` gives what surrounds its first one,
+    `advance` is called after every turn of a runner. `watch` gives a context for its first turn,
     which is not timed.
     """
     samples = {part.runner.name: Samples() for part in parts}

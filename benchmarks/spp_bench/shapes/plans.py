@@ -23,7 +23,8 @@ Word = TypeVar("Word", bound=str)
 
 @dataclass(frozen=True)
 class Variant:
-    """What is asked of a plan: the share of the units' parameters that stays, and how."""
+    """What is asked of a plan: the share of the units' parameters that stays, the layout and the
+    units."""
 
     keep: float
     layout: Layout = "per-layer"
@@ -42,7 +43,8 @@ class Variant:
 
 @dataclass(frozen=True)
 class ShapePlan:
-    """A compiled plan for a shape. `kept` is the share of the units' parameters that did stay."""
+    """A compiled plan for a shape. `kept` is the share of the units' parameters that it really
+    keeps."""
 
     variant: Variant
     plan: Plan
@@ -67,10 +69,10 @@ class ShapePlan:
 def variants(
     keeps: Sequence[float] | None, layouts: Sequence[str] | None, units: Sequence[str] | None
 ) -> tuple[Variant, ...]:
-    """Every combination once, in the order given, keep shares outermost; the plan that `spp plan`
-    makes by default where nothing is given.
+    """Every combination once, in the order given, keep shares outermost; where nothing is given,
+    the plan that `spp plan` makes by default.
 
-    Raises UsageError for a word that names nothing, or a share out of range.
+    Raises UsageError for an unknown word, or a share out of range.
     """
     axes = (keeps or [DEFAULT_KEEP], layouts or LAYOUTS[:1], units or UNITS[:1])
     combinations = (
@@ -81,7 +83,7 @@ def variants(
 
 
 def named(option: str, word: str, known: Sequence[Word]) -> Word:
-    """The one of `known` that a word is; UsageError where it is none."""
+    """The member of `known` that a word names; UsageError if there is none."""
     for choice in known:
         if choice == word:
             return choice
@@ -91,7 +93,7 @@ def named(option: str, word: str, known: Sequence[Word]) -> Word:
 def shape_plan(of: Published, variant: Variant, seed: int = 0) -> ShapePlan:
     """The plan that keeps the most of scores drawn at random.
 
-    Raises BudgetError where no size of the layout meets the share.
+    Raises BudgetError if the layout has no sizes that meet the share.
     """
     shape, random = of.shape, np.random.default_rng(seed)
     heads = random.gamma(2.0, size=(shape.num_layers, shape.query_heads))

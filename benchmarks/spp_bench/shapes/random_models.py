@@ -35,8 +35,9 @@ def unmasked_attention(
 ) -> tuple[Tensor, None]:
     """sdpa without a mask: of whole prompts without padding, or of one new token per sequence.
 
-    transformers makes a mask while a graph is captured, needed or not, and with a mask it copies
-    every key and value for each query head. For an implementation it does not know it makes none.
+    While a graph is captured, transformers makes a mask whether one is needed or not, and with a
+    mask it copies every key and value for each query head. For an unknown attention implementation
+    it makes none.
     """
     assert query.shape[2] in (1, key.shape[2]), "a prompt in parts needs a mask"
     attended: tuple[Tensor, None] = sdpa_attention_forward(
@@ -90,7 +91,8 @@ def slim_of(
 def _random(
     spec: TensorSpec, device: str, dtype: torch.dtype, generator: torch.Generator
 ) -> Tensor:
-    """Values that keep activations near one: zeros would be multiplied faster than real ones."""
+    """Values that keep activations near one: multiplying zeros would be faster than real
+    values."""
     tensor = torch.empty(spec.shape, dtype=dtype, device=device)
     if len(spec.shape) > 1:
         return tensor.normal_(0, 1 / math.sqrt(spec.shape[-1]), generator=generator)
@@ -110,7 +112,7 @@ def _with_weights(
         )
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
-    # Its frequencies are a buffer, and no tensor of the checkpoint.
+    # Its frequencies are a buffer, not a tensor of the checkpoint.
     rotary = model.base_model.rotary_emb
     with torch.device(device):
         model.base_model.rotary_emb = type(rotary)(config=rotary.config)

@@ -1,7 +1,7 @@
 """Published configurations, so that their speed and memory can be measured without their weights.
 
-Neither rotary scaling nor a window that a model does not use changes what is computed, so these
-records leave both out.
+Rotary scaling, and windows that a model does not use, do not change the cost of what is computed,
+so these records leave both out.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Published:
 
     @cached_property
     def shape(self) -> ModelShape:
-        """Its sizes, an element of the weights in two bytes."""
+        """Its sizes, with two bytes per element of the weights."""
         return self.family.read_shape(self.config, 2)
 
     @cached_property
@@ -73,7 +73,7 @@ class Published:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the configuration: there are no weights to know it by."""
+        """SHA-256 of the configuration, since there are no weights to identify it by."""
         return hashlib.sha256(dump_json(self.config).encode()).hexdigest()
 
 

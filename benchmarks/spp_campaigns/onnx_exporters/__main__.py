@@ -34,7 +34,7 @@ _COLUMNS = {
 def measure(
     slim: Path, chosen: Sequence[Candidate], work: Workload, directory: Path, limit_s: float
 ) -> dict[str, Any]:
-    """Machine, workload and a row for everyone, in the order of `chosen`."""
+    """Machine, workload and a row for every exporter, in the order of `chosen`."""
     vocab = json.loads((slim / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     exports = {}
     for candidate in chosen:
@@ -69,7 +69,7 @@ def _rows(
 
 
 def report(document: Mapping[str, Any]) -> Iterator[str]:
-    """Machine, table, and below it a line for everything that failed."""
+    """The machine, the table, and below it a line for everything that failed."""
     yield words(document["machine"])
     yield words(document["workload"])
     yield table(_COLUMNS, document["rows"])

@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from spp_export.models.loader import load_slim
 
 import_module("onnxscript")  # torch imports it late, which is not what is measured
-# Distinct sizes, none of them one: a size of one or two equal sizes would be taken for constants.
+# Distinct sizes, none of them 1: a size of 1, or two equal ones, would be taken for constants.
 BATCH, SEQUENCE, PAST = 2, 3, 5
 Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -32,7 +32,7 @@ class Flat(torch.nn.Module):
         position_ids: torch.Tensor,
         past: Pairs,
     ) -> tuple[torch.Tensor, Pairs]:
-        # Without a config: with one it allots every layer the same heads.
+        # Without a config, since with one it gives every layer the same heads.
         cache: Any = DynamicCache()
         for index, (key, value) in enumerate(past):
             cache.update(key, value, index)

@@ -1,4 +1,4 @@
-"""The exporters that transformers has of its own."""
+"""The exporters that come with transformers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def export_stages(slim: Path, out: Path) -> None:
     model: Any = load_slim(slim, dtype=torch.float32)
     ids = torch.arange(4, 20).reshape(2, 8)
     mask = torch.ones_like(ids)
-    mask[0, :2] = 0  # without padding the graphs have no mask to be given
+    mask[0, :2] = 0  # without padding the graphs have no mask input
     config = OnnxConfig(dynamic=True, ort_fusions="cpu")
     exported = OnnxExporter().export_for_generation(
         model, {"input_ids": ids, "attention_mask": mask}, config

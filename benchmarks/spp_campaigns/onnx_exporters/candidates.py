@@ -118,8 +118,8 @@ CANDIDATES = {candidate.name: candidate for candidate in _CANDIDATES}
 
 
 def export(name: str, slim: Path, out: Path) -> dict[str, float]:
-    """One export in this process: the time after imports, and the largest resident memory above
-    what the imports take."""
+    """One export in this process: its time after imports, and its peak resident memory above what
+    the imports take."""
     step = CANDIDATES[name].prepare()
     before = held()
     start = time.perf_counter()

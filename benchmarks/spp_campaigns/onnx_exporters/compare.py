@@ -1,4 +1,5 @@
-"""All graphs in one process, in turn: what they compute first, then how long it takes."""
+"""All graphs in one process: first whether they compute the right logits, then, in turns, how long
+it takes."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from spp_export.models.loader import load_slim
 
 REFERENCE = "PyTorch sdpa"
 SHARED = ", shared KV"
-# Above the rounding of another order of operations in fp32, relative to the largest logit.
+# More than another order of operations rounds in fp32, relative to the largest logit.
 _ROUNDING = 1e-3
 _NODE = re.compile(r"while running (\w+) node")
 _ENOUGH = 120
@@ -48,7 +49,8 @@ class Workload:
 def compare(
     slim: Path, vocab: int, graphs: Mapping[str, Sequence[Path]], work: Workload
 ) -> dict[str, dict[str, Any]]:
-    """By name, and by name and ", shared KV" where a graph takes that: differences and times.
+    """Differences and times by name, and also by name plus ", shared KV" where a graph supports
+    that.
 
     What cannot run has {"error"}, or {"shared_kv"} with the reason where only that failed. A graph
     whose logits are off by more than rounding is not timed.
@@ -66,7 +68,7 @@ def compare(
             sessions = open_sessions(list(paths), work.threads)
             rows[name] = {}
             _admit(GrowingRunner(name, sessions), rows, runners, expected, fed)
-        except Exception as error:  # whatever a foreign graph does is a result
+        except Exception as error:  # any failure of a foreign graph is a result
             rows[name] = {"error": _first_line(error)}
             continue
         if len(sessions) > 1:
@@ -93,7 +95,8 @@ def _admit(
     expected: tuple[Logits, Logits],
     fed: Tokens,
 ) -> None:
-    """Differences into `rows`, and the runner among those to be timed; ValueError if it is off."""
+    """Add differences to `rows`, and the runner to those that are timed; ValueError if it is
+    off."""
     computed = _logits(runner, fed)
     largest = float(max(np.abs(part).max() for part in expected))
     pairs = list(zip(computed, expected, strict=True))
@@ -112,7 +115,8 @@ def _admit(
 
 
 def _logits(runner: GrowingRunner | SharedRunner, fed: Tokens) -> tuple[Logits, Logits]:
-    """Of the prompt [1,prompt,V], and of the tokens after it [1,new,V], one at a time."""
+    """Logits of the prompt [1,prompt,V], and of the tokens after it [1,new,V], fed one at a
+    time."""
     runner.prefill(fed.prompt)
     prompt = runner.logits()
     steps = []
@@ -123,7 +127,7 @@ def _logits(runner: GrowingRunner | SharedRunner, fed: Tokens) -> tuple[Logits, 
 
 
 def _reference(model: Any, fed: Tokens) -> tuple[Logits, Logits]:
-    """The same of PyTorch, in one pass without a cache."""
+    """The same from PyTorch, in one pass without a cache."""
     ids = torch.from_numpy(np.concatenate([fed.prompt, fed.continuation], axis=1))
     with torch.inference_mode():
         logits: Logits = model(input_ids=ids, use_cache=False).logits.numpy()
@@ -133,7 +137,7 @@ def _reference(model: Any, fed: Tokens) -> tuple[Logits, Logits]:
 
 def _first_line(error: Exception) -> str:
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
-    # onnxruntime puts its own function's signature between the node and what is wrong with it.
+    # onnxruntime puts the signature of its own function between the node and its error.
     if node := _NODE.search(text):
         text = f"{node[1]}: ...{text[-_ENOUGH:]}"
     return f"{type(error).__name__}: {text}"[: 2 * _ENOUGH]

@@ -1,4 +1,4 @@
-"""Graphs of any exporter, run by the inputs they name: caches that grow, or that are shared."""
+"""Graphs of any exporter, run with the inputs they name: caches that grow, or that are shared."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def open_sessions(paths: list[Path], threads: int) -> list[ort.InferenceSession]
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # errors come back as exceptions
-    # Or its threads would keep a core busy while the next one in turn is timed.
+    # Otherwise its threads would keep a core busy while the next runner is timed.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return [
         ort.InferenceSession(path, options, providers=["CPUExecutionProvider"]) for path in paths
@@ -31,7 +31,8 @@ def open_sessions(paths: list[Path], threads: int) -> list[ort.InferenceSession]
 
 
 def caches(values: list[Any]) -> dict[str, Any]:
-    """Inputs or outputs of a session that are caches, by what past and present have in common."""
+    """Inputs or outputs of a session that are caches, by the part of the name that past and
+    present share."""
     return {
         _PREFIX.sub("", value.name): value
         for value in values
@@ -40,7 +41,7 @@ def caches(values: list[Any]) -> dict[str, Any]:
 
 
 class _Graph:
-    """What both kinds of cache share: the inputs that are no cache."""
+    """What both kinds of cache share: the inputs that are not caches."""
 
     clock = staticmethod(wall_clock)
 
@@ -76,9 +77,9 @@ class _Graph:
 
 
 class GrowingRunner(_Graph):
-    """Every call returns the whole cache anew, and the next one takes it.
+    """Every call returns a new copy of the whole cache, which the next call takes.
 
-    `sessions`: one graph for everything, or the prompt's and the next token's.
+    `sessions`: one graph for everything, or one for the prompt and one for the next token.
     """
 
     def __init__(self, name: str, sessions: list[ort.InferenceSession]) -> None:

@@ -27,7 +27,7 @@ _COLUMNS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the tables; 1 where spp's own rows are not equal to the masked model."""
+    """Print the tables; 1 if spp's own rows are not equal to the masked model."""
     made = parser(description, writes=True)
     made.add_argument("--model", action="append", help="directory or demo, repeatable")
     made.add_argument(
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--only", action="append", choices=list(CANDIDATES), help="repeatable")
     made.add_argument("--plan", action="append", choices=PLANS, help="repeatable")
     made.add_argument(
-        "--precision", choices=list(EQUAL_WITHIN), default="float32", help="of the compared logits"
+        "--precision", choices=list(EQUAL_WITHIN), default="float32", help="for comparing logits"
     )
     made.add_argument("--limit", type=float, default=300, help="seconds that a step may take")
     options = made.parse_args(arguments)
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def report(document: Mapping[str, Any]) -> Iterator[str]:
-    """Machine, then a table for every model and plan, and below it a line for what failed."""
+    """The machine, then a table for every model and plan, and below it a line for each failure."""
     yield words(document["machine"])
     for model in document["models"]:
         yield _heading(model)
@@ -86,7 +86,7 @@ def _reference(reference: Mapping[str, Any]) -> str:
 
 
 def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row with what its cells are made of."""
+    """A row with the fields that its cells show."""
     shown = dict(row)
     if "error" in row:
         return shown

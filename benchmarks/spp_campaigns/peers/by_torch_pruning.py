@@ -24,7 +24,7 @@ def export(
 ) -> None:
     """Prune group by group, then save.
 
-    Raises ValueError where the graph leaves nothing of a projection.
+    Raises ValueError if the graph leaves nothing of a projection.
     """
     dense = load(model, attn_implementation=attention)
     head_dim = dense.model.layers[0].self_attn.head_dim
@@ -50,7 +50,8 @@ def export(
 
 
 def _graph(model: Any) -> Any:
-    """The traced graph. Without the cache and with the logits alone: the tracer takes tensors."""
+    """The traced graph, without the cache and with only the logits, since the tracer takes
+    tensors."""
     tokens = torch.arange(4)[None]
     return tp.DependencyGraph().build_dependency(
         model,

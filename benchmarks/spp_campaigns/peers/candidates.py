@@ -27,7 +27,7 @@ Export = Callable[[Path, Plan, Path], None]
 @dataclass(frozen=True)
 class Candidate:
     """An exporter: `prepare`, given the dense model, imports what it needs and returns what is
-    measured. `package` is what it needs installed beside this project."""
+    measured. `package` is the package it needs in addition to this project."""
 
     name: str
     what: str
@@ -104,7 +104,7 @@ CANDIDATES = {candidate.name: candidate for candidate in _CANDIDATES}
 
 def export(name: str, model: Path, plan_file: Path, out: Path) -> dict[str, Any]:
     """One export in this process: seconds until the call returns and until its files are on the
-    disk, and the largest resident memory above what the imports hold."""
+    disk, and the peak resident memory above what the imports hold."""
     step = CANDIDATES[name].prepare(model)
     plan = read_plan(plan_file)
     before = held()

@@ -1,6 +1,6 @@
 """Whether a result loads and is right.
 
-Loads as a user without this project would, who has torch and transformers: nothing of `spp_export`
+Loads it like a user who has torch and transformers but not this project: nothing of `spp_export`
 is imported.
 """
 
@@ -38,18 +38,18 @@ def check(
 
 
 def load(out: Path, dtype: Any) -> tuple[Any, str]:
-    """The model, and by what it was loaded.
+    """The model, and what it was loaded with.
 
-    Raises ValueError where from_pretrained would refuse or make up tensors.
+    Raises ValueError where from_pretrained would refuse tensors or make them up.
     """
     if (out / PICKLE).exists():
         model = torch.load(out / PICKLE, weights_only=False)
-        # The same for everyone: eager attention computes its softmax in float32, whatever is asked.
+        # The same for every exporter: eager attention computes its softmax in float32 in any case.
         model.set_attn_implementation("sdpa")
         return (model if dtype == "auto" else model.to(dtype)).eval(), "torch.load"
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     own_code = "auto_map" in config
-    # As it would without the last two options, but with a report of what it refuses.
+    # As without the last two options, but with a report of what it refuses.
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         out,
         dtype=dtype,
@@ -68,7 +68,7 @@ def load(out: Path, dtype: Any) -> tuple[Any, str]:
 
 
 def _first(keys: Any) -> str:
-    """A name, with the stored shape and the config's where these are told."""
+    """The first name, with the stored shape and the config's where both are known."""
     key = min(keys)
     if isinstance(key, str):
         return key
@@ -76,7 +76,7 @@ def _first(keys: Any) -> str:
 
 
 def _difference(model: Any, reference: Path) -> dict[str, Any]:
-    """How far the logits are from the reference's, or why there are none."""
+    """How far the logits are from the reference's, or the reason why there are none."""
     try:
         difference = float(np.abs(logits(model) - np.load(reference)).max())
     except (RuntimeError, ValueError) as error:  # of layers whose sizes do not fit together
@@ -87,7 +87,7 @@ def _difference(model: Any, reference: Path) -> dict[str, Any]:
 
 
 def logits(model: Any) -> NDArray[np.floating[Any]]:
-    """Of random tokens, the same for everyone, [1, T, V]."""
+    """Logits [1, T, V] of random tokens, the same for every exporter."""
     random = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.vocab_size, (1, TOKENS), generator=random)
     with torch.no_grad():
@@ -96,7 +96,7 @@ def logits(model: Any) -> NDArray[np.floating[Any]]:
 
 
 def _tensors(model: Any, source: Path, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How many tensors are not what the plan asks for, and the first of them."""
+    """How many tensors are not what the plan asks for, and which is the first."""
     state = model.state_dict()
     head_dim = model.config.head_dim
     wrong, first, count = 0, "", 0
@@ -122,7 +122,7 @@ def _stored(source: Path) -> Iterator[tuple[str, torch.Tensor]]:
 def _kept(
     name: str, layers: Sequence[Mapping[str, Any]], head_dim: int
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """(axis, indices) that stay of a dense tensor, by its name."""
+    """(axis, indices) that the plan keeps of a dense tensor, by its name."""
     parts = name.split(".")
     if parts[:2] != ["model", "layers"]:
         return

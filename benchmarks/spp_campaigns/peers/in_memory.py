@@ -1,4 +1,4 @@
-"""Exporters that hold the whole model: what they share, and the script that users would write."""
+"""Exporters that hold the whole model: what they share, and the script that a user would write."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from spp_export.planning import Plan
 
 
 def import_classes(model: Path) -> None:
-    """Import this model's classes, which transformers otherwise does in from_pretrained."""
+    """Import this model's classes now; transformers would otherwise do it in from_pretrained."""
     _ = MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.from_pretrained(model))]
 
 
@@ -30,13 +30,13 @@ def elements(heads: Sequence[int], head_dim: int) -> torch.Tensor:
 
 
 def removed(kept: Sequence[int], count: int) -> list[int]:
-    """The units that do not stay."""
+    """The units that are removed."""
     return sorted(set(range(count)) - set(kept))
 
 
 def note_sizes(model: Any) -> None:
-    """Tell modules and config what was cut: the last layer's sizes where layers differ, since the
-    config has room for one of each."""
+    """Tell modules and config what was cut. Where layers differ, the config gets the last layer's
+    sizes, since it has room for only one of each."""
     config = model.config
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp

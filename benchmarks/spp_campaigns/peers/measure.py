@@ -1,4 +1,4 @@
-"""Every plan of a model by everyone, one step at a time."""
+"""Every plan of a model by every exporter, one step at a time."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from spp_export.models.families import family_of
 from spp_export.models.loader import load_dense
 from spp_export.planning import Plan, read_plan
 
-# Of the largest logit: sums in another order differ by less, a wrong head by far more.
+# Relative to the largest logit: sums in another order differ by less, a wrong head by more.
 EQUAL_WITHIN = {"float32": 1e-3, "float64": 1e-10}
 
 
 @dataclass(frozen=True)
 class Options:
-    """Who exports which plans (None: all), and how results are judged."""
+    """Which exporters and plans take part (None: all), and how results are judged."""
 
     candidates: Sequence[Candidate]
     plans: Collection[str] | None = None
@@ -42,7 +42,8 @@ class Options:
 
 
 def measure(model: Path, name: str, options: Options, scratch: Path) -> dict[str, Any]:
-    """Sizes of the model, `cp` of it, and per plan the reference and a row for everyone."""
+    """Sizes of the model, the time of `cp`, and for every plan the reference and a row per
+    exporter."""
     source = open_source(model, name)
     target = scratch / "copy"
     prepare(model, cold=False)
@@ -128,7 +129,7 @@ class _Case:
         precision = self._options.precision
         stored = sum(tensor.nbytes for tensor in self._source.tensors.values())
         elements = stored // self._source.shape.element_bytes
-        # The weights, as stored too while they are loaded, and room to compute.
+        # The weights, during loading also as stored, and room to compute.
         need = elements * int(precision.removeprefix("float")) // 8 + stored + 1_000_000_000
         free = psutil.virtual_memory().available
         if free >= need:
@@ -138,7 +139,7 @@ class _Case:
 
 def reference(model_dir: Path, plan_file: Path, target: Path, precision: str) -> dict[str, Any]:
     """Write the logits [1,T,V] of the masked dense model; how large they are, and how far the plan
-    moves them from the dense model's: were that nothing, agreeing with them would show nothing."""
+    moves them from the dense model's: if it did not, agreement would show nothing."""
     config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     family, plan = family_of(config), read_plan(plan_file)
     model = load_dense(model_dir, dtype=getattr(torch, precision))

@@ -1,4 +1,4 @@
-"""What everyone is asked for: the same seeded plans, per-layer and uniform."""
+"""What every exporter is asked for: the same seeded plans, per-layer and uniform."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ PLANS: dict[str, tuple[Layout, float]] = {
 
 
 def plans_for(source: Checkpoint) -> dict[str, Plan]:
-    """By name: both layouts, heads alone and heads with MLP channels."""
+    """Plans by name: both layouts, with heads alone and with heads and MLP channels."""
     return {name: _plan(source, layout, channels) for name, (layout, channels) in PLANS.items()}
 
 
 def counts(source: Checkpoint, layout: Layout) -> tuple[tuple[int, int], ...]:
     """(KV heads, query heads of each) that layers keep in turn.
 
-    uniform: whole groups go, as few as the stock class allows. per-layer: a query head of every
-    group, then a KV head, then both.
+    uniform: whole groups are removed, as few as the stock class allows. per-layer: in turn, one
+    query head of every group, one KV head, and both are removed.
     """
     shape = source.shape
     fewer = max(1, shape.kv_heads - 1), max(1, shape.group_size - 1)
