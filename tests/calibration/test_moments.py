@@ -254,13 +254,15 @@ def test_passes_are_made_for_what_is_missing(dense):
     source, model = open_source(dense), Passes(dense)
     gather(source, TEXTS, ("attention", "mlp"), model)
     assert (model.forward, model.backward) == (1, 0)
-    gather(source, TEXTS, KINDS, model)
+    gather(source, TEXTS, ("attention", "mlp", "gradients"), model)
     assert (model.forward, model.backward) == (1, 1)
+    gather(source, TEXTS, KINDS, model)
+    assert (model.forward, model.backward) == (1, 2), "one for both kinds in units of the loss"
     gather(source, OTHERS, ["gradients"], model)
-    assert (model.forward, model.backward) == (1, 2)
+    assert (model.forward, model.backward) == (1, 3)
     gather(source, OTHERS, ["attention"], model)
     gather(source, OTHERS, ("attention", "mlp"), model)
-    assert (model.forward, model.backward) == (3, 2)
+    assert (model.forward, model.backward) == (3, 3)
 
 
 def test_other_observers_look_on_in_the_same_pass(dense):
