@@ -23,7 +23,7 @@ SERVING := build/venv-serving
 DOCS := build/venv-docs
 
 .PHONY: help demo artifacts check test test-all test-loading test-lm-eval test-optimum \
-	test-transformers-js test-vllm test-report test-serving test-faults test-examples fuzz docs eval eval-finance \
+	test-transformers-js test-vllm test-report test-serving test-faults test-examples fuzz docs eval eval-finance eval-traffic \
 	eval-answers eval-ablations lm-eval picture bench bench-onnx bench-gpu bench-peers latency-plan \
 	onnx-exporters onnx-memory onnx-parity gguf-parity ragged many recovery distillation scale layerwise \
 	blocked-moments compile-time start-time reference clean
@@ -46,6 +46,7 @@ help:
 	@echo "make artifacts     probe the default model again"
 	@echo "make eval          every criterion and control, 10 to 50 % of heads and of all units removed"
 	@echo "make eval-finance  the defaults on a scenario that no constant was set on"
+	@echo "make eval-traffic  obs and fisher on the dense model's answers, 20 % of heads removed"
 	@echo "make eval-answers  questions answered by slim models"
 	@echo "make eval-ablations  the defaults less one of their parts"
 	@echo "make picture       the README's picture, from the page of make demo's export"
@@ -211,6 +212,10 @@ eval-finance: $(INSTALLED)
 	$(EVAL) --scenario $(DATA)/scenarios/finance.txt --wrong $(DATA)/scenarios/history.txt \
 		--domain finance --keep 0.8 --keep 0.7 --units heads --units both \
 		-o $(RESULTS)/eval-finance
+
+eval-traffic: $(INSTALLED)
+	$(BIN)/spp eval --scenario $(DATA)/scenarios/chemistry.txt --criterion obs --criterion fisher \
+		--keep 0.8 --no-curves -o $(RESULTS)/eval-traffic-chemistry
 
 eval-answers: $(INSTALLED)
 	$(EVAL) $(CHEMISTRY) --keep 0.8 --eval-set $(DATA)/eval/selected_domain/chemistry.json \

@@ -135,3 +135,7 @@ def _judged(directory: Path, options: argparse.Namespace) -> Quality:
     found = measure_quality(session.model, load_slim(directory), session.tokenizer, answers)
     assert found is not None
     return found
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
