@@ -96,10 +96,9 @@ def gate(quality: Quality | None, wanted: Wanted) -> QualityError | None:
     figure = f"mean KL is {quality.mean_kl:.3g} nats on {quality.tokens:,} tokens"
     figure += f" ({quality.source})"
     if not wanted.held_by(quality.mean_kl, quality.top1):
-        asked = " and ".join(f"{flag} {value:g}" for flag, value in wanted.given.items())
         return QualityError(
-            f"{figure}, same token {quality.top1:.1%}; {asked} is not held. Keep more, use more "
-            "bits, or ask for less."
+            f"{figure}, same token {quality.top1:.1%}; {wanted.words} is not held. Keep more, use "
+            "more bits, or ask for less."
         )
     if not quality.mean_kl < NOTICEABLE_KL:
         _log.warning(

@@ -26,6 +26,11 @@ class Wanted:
         """What is asked, by the flags of the command line."""
         return {"--" + name.replace("_", "-"): value for name, value in self.to_dict().items()}
 
+    @property
+    def words(self) -> str:
+        """What is asked, as it was given on the command line."""
+        return " and ".join(f"{flag} {value:g}" for flag, value in self.given.items())
+
     def to_dict(self) -> dict[str, float]:
         """What is asked, for plan.json and verify.json."""
         return {name: value for name, value in asdict(self).items() if value is not None}

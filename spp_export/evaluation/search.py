@@ -93,14 +93,13 @@ class PlanSearch:
                 advance_to(_STEPS.bit_length() - (high - low).bit_length())
         if good is None:
             least = min(self.tried.values(), key=lambda one: one.quality.mean_kl, default=None)
-            asked = " and ".join(f"{flag} {value:g}" for flag, value in wanted.given.items())
             nearest = ""
             if least:
                 of = least.quality
                 nearest = f" The nearest keeps {least.keep:.0%}: mean KL {of.mean_kl:.3g}, "
                 nearest += f"same token {of.top1:.1%}."
             raise QualityError(
-                f"{asked}: no plan that removes anything holds it.{nearest} Ask for less."
+                f"{wanted.words}: no plan that removes anything holds it.{nearest} Ask for less."
             )
         plan = good.result.plan
         budget = {**plan.budget, "asked": {**plan.budget["asked"], **wanted.to_dict()}}
