@@ -72,8 +72,11 @@ def from_text(keep: float, samples: int, scenario: Path = SCENARIO) -> TimeFromT
     text = read_scenario(str(scenario))
     session = open_session(DEMO)
     artifacts = open_artifacts(None, DEMO, session.source)
-    # The artifacts hold scores of this criterion, so that no other text is run through the model.
-    request = PlanRequest(keep=keep, criterion="energy", adapt=False)
+    # The artifacts hold scores of this criterion, and these go by nothing else: no other text is
+    # run through the model.
+    request = PlanRequest(
+        keep=keep, criterion="energy", comparable="standardised", adapt=False, answer_tokens=0
+    )
     calibration, _ = text.split()
     diagnose_prompts(session, artifacts, calibration[:1])
     times = []

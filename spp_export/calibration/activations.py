@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from spp_export.calibration.reading import Text, TokenText, token_texts
+from spp_export.common.arrays import FloatArray
 from spp_export.common.options import WINDOW
 from spp_export.common.progress import progress
 from spp_export.models.families import Family
@@ -36,13 +37,15 @@ _FREE_SHARE = 0.25
 class TokenBatch:
     """Right-padded token ids [B,S], their mask [B,S] and the index of each row's text.
 
-    answers [B,S]: which of them are the model's to say; None where all are.
+    answers [B,S]: which of them are the model's to say; None where all are. gradients [T,L,2]: of
+    the T real tokens, where they are known of all.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     texts: tuple[int, ...]
     answers: Tensor | None = None
+    gradients: FloatArray | None = None
 
     @property
     def predicted(self) -> Tensor:
@@ -123,7 +126,14 @@ def pad_rows(rows: Sequence[tuple[int, TokenText]]) -> TokenBatch:
         mask[row, :count] = 1
         answers[row, :count] = torch.tensor(list(text.answers[0])) if text.answers else True
     told = any(text.answers for _, text in rows)
-    return TokenBatch(input_ids, mask, tuple(index for index, _ in rows), answers if told else None)
+    known = [text.gradients for _, text in rows if text.gradients is not None]
+    return TokenBatch(
+        input_ids,
+        mask,
+        tuple(index for index, _ in rows),
+        answers if told else None,
+        np.concatenate(known) if len(known) == len(rows) else None,
+    )
 
 
 def observe(
@@ -333,6 +343,24 @@ class SecondMoments:
         count = -(-self._width // self._block)
         size = (count, self._block, self._block)
         return torch.zeros(size, dtype=torch.float32, device=_home(device, 4 * math.prod(size)))
+
+
+class LossMoments:
+    """Sums of |g|^2 a a^T over tokens, |g| [T] being their `gradient_lengths` at this place: else
+    as of `SecondMoments`. Tokens come in the order of `lengths` [T,L]."""
+
+    def __init__(self, place: str, lengths: Tensor, width: int, block: int) -> None:
+        self.place = place
+        self.second = SecondMoments(lengths.shape[1], width, place=place, block=block)
+        self._lengths = lengths
+        self._seen = [0] * lengths.shape[1]
+
+    def see(self, layer: int, values: Tensor, text_T: Tensor) -> None:
+        """Add the products of one batch."""
+        start = self._seen[layer]
+        self._seen[layer] = stop = start + len(values)
+        lengths = self._lengths[start:stop, layer, None].to(values.device)
+        self.second.see(layer, values.float() * lengths, text_T)
 
 
 def channel_block(channels: int) -> int:

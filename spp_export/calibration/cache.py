@@ -36,8 +36,8 @@ _VERSIONS = {
     "attention": "attention: what q and o read, and the stream after; fp32, v5",
     "mlp": "mlp: what gate and down read, and the stream after; fp32, blocks of 1536, v2",
     "gradients": "gradients: reductions of |W dL/dW| and gates; fp32, v2",
-    "attention loss": "attention: what o reads, by the squared gradient of its output; fp32, v1",
-    "mlp loss": "mlp: what down reads, by the squared gradient of its output; fp32, v1",
+    "attention loss": "attention: what o reads, by the squared gradient of its output; fp32, v2",
+    "mlp loss": "mlp: what down reads, by the squared gradient of its output; fp32, v2",
 }
 KINDS = tuple(_VERSIONS)
 # Of kinds whose moments are in units of the loss.
@@ -60,10 +60,11 @@ def cache_paths(
     kinds, model = tuple(kinds), model_key(source)
     collected = []
     for texts in collections:
-        content = [_content(text) for text in texts]
+        content, by_loss = [_content(text) for text in texts], [_predicted(t) for t in texts]
         paths = {}
         for kind in kinds:
-            decided = json.dumps([_VERSIONS[kind], *model, dtype, content])
+            weighted = [by_loss] if kind.endswith(LOSS) else []
+            decided = json.dumps([_VERSIONS[kind], *model, dtype, content, *weighted])
             key = hashlib.sha256(decided.encode()).hexdigest()
             paths[kind] = cache_directory() / "statistics" / f"{key[:32]}.safetensors"
         collected.append(paths)
@@ -77,6 +78,15 @@ def model_key(source: Checkpoint) -> tuple[str, str, str]:
 
 def _content(text: str | TokenText) -> Any:
     return text.runs if isinstance(text, TokenText) else text
+
+
+def _predicted(text: str | TokenText) -> Any:
+    """What else decides moments in units of the loss: who speaks, and gradients that are known."""
+    if not isinstance(text, TokenText):
+        return None
+    known = b"" if text.gradients is None else np.ascontiguousarray(text.gradients).tobytes()
+    spoken = [answers.hex() for answers in text.answers or ()]
+    return spoken, hashlib.sha256(known).hexdigest()
 
 
 def _sample(source: Checkpoint) -> str:

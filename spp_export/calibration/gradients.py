@@ -1,4 +1,5 @@
-"""One backward pass over texts: first-order saliency of each weight and each unit.
+"""Backward passes over texts: first-order saliency of each weight and each unit, and how much the
+loss feels a change at each token.
 
 The loss of a text x is L_x, its mean next-token negative log-likelihood; the collection's is the
 mean of L_x over the N texts that have a next token.
@@ -13,18 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from spp_export.calibration.activations import (
-    SecondMoments,
-    TokenBatch,
-    channel_block,
-    input_device,
-    model_inputs,
-)
+from spp_export.calibration.activations import TokenBatch, input_device, model_inputs
 from spp_export.common.arrays import FloatArray
 from spp_export.common.errors import UsageError
 from spp_export.common.progress import progress
@@ -82,57 +78,43 @@ def gradient_reductions(
     }
 
 
-def moments_by_loss(
+def gradient_lengths(
     model: nn.Module,
     family: Family,
     shape: ModelShape,
     batches: Sequence[TokenBatch],
-    kinds: Sequence[str],
     *,
     description: str = "reading gradients",
-) -> dict[str, list[FloatArray]]:
-    """Second moments of what o_proj ("attention") and down_proj ("mlp") read, as of
-    `SecondMoments`, such that `tr(D C D^T)` estimates how many nats of KL, per predicted token, a
-    change D of the projection costs: `C = 1/(2dN) sum over tokens of |g|^2 a a^T`, g the gradient
-    of the sum of -log p over the N tokens that are predicted, with respect to what the projection
-    writes [d].
+) -> FloatArray:
+    """How much the loss feels a change at each token: |g| [T,L,2] (fp32) of the T real tokens of
+    the batches, in their order; g is the gradient of the sum of -log p over all tokens that are
+    predicted, with respect to what o_proj (0) and down_proj (1) of a layer write.
 
-    That of other tokens than those that the model draws itself is only near it. The model is left
-    as it was found. Raises UsageError where weights are offloaded.
+    The model is left as it was found. Raises UsageError where weights are offloaded.
     """
     _require_weights(model)
-    heads = shape.query_heads * shape.head_dim
-    observers = {
-        "attention": SecondMoments(shape.num_layers, heads),
-        "mlp": SecondMoments(
-            shape.num_layers, shape.channels, place="down", block=channel_block(shape.channels)
-        ),
-    }
-    wanted = {kind: observers[kind] for kind in kinds}
-    predicted = done = 0
-    current: list[Tensor] = []
+    lengths: list[Tensor] = []
     with ExitStack() as stack:
         stack.enter_context(_without_weights(model))
-        stack.enter_context(_weighing(model, family, shape, wanted, current))
+        seen = stack.enter_context(_gradients_of_writes(model, family, shape))
         stack.enter_context(torch.enable_grad())
-        total = sum(batch.real_tokens for batch in batches)
+        total, done = sum(batch.real_tokens for batch in batches), 0
         advance_to = stack.enter_context(progress(description, total))
         for batch in batches:
+            of_batch = torch.zeros((*batch.input_ids.shape, shape.num_layers, 2))
             if bool(batch.predicted.any()):
-                current[:] = [batch.attention_mask.bool()]
                 logits = model(**model_inputs(model, batch)).logits
                 of_predicted = batch.predicted.to(logits.device)
                 targets = batch.input_ids[:, 1:].to(logits.device)[of_predicted]
                 scores = logits[:, :-1][of_predicted].float()
                 cross_entropy(scores, targets, reduction="sum").backward()
-                predicted += len(targets)
+                for (layer, consumer), of_tokens in seen.items():
+                    of_batch[:, :, layer, consumer] = of_tokens
+            lengths.append(of_batch[batch.attention_mask.bool()])
             done += batch.real_tokens
             advance_to(done)
-    scale = 1 / (2 * shape.hidden_size * max(predicted, 1))
-    return {
-        kind: [(observer.products(i) * scale).numpy() for i in range(shape.num_layers)]
-        for kind, observer in wanted.items()
-    }
+    none = torch.zeros((0, shape.num_layers, 2))
+    return torch.cat([none, *lengths]).numpy()
 
 
 @contextmanager
@@ -152,46 +134,38 @@ def _without_weights(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _weighing(
-    model: nn.Module,
-    family: Family,
-    shape: ModelShape,
-    observers: Mapping[str, SecondMoments],
-    current: Sequence[Tensor],
-) -> Iterator[None]:
-    """Show the observers what their projections read, each token times the length of the gradient
-    of what is written; `current` holds the mask [B,S] of the batch."""
+def _gradients_of_writes(
+    model: nn.Module, family: Family, shape: ModelShape
+) -> Iterator[Mapping[tuple[int, int], Tensor]]:
+    """By layer and consumer, the lengths [B,S] of the last backward pass."""
+    seen: dict[tuple[int, int], Tensor] = {}
 
-    def on_gradient(observer: SecondMoments, layer: int, read: Tensor, gradient: Tensor) -> None:
-        keep = current[0].to(read.device)
-        length = gradient.float().norm(dim=2, keepdim=True)
-        observer.see(layer, (read.float() * length)[keep], keep)
+    def on_gradient(place: tuple[int, int], gradient: Tensor) -> None:
+        seen[place] = gradient.float().norm(dim=2).cpu()
 
-    def on_forward(
-        observer: SecondMoments,
-        layer: int,
-        _module: nn.Module,
-        args: tuple[Tensor, ...],
-        written: Tensor,
-    ) -> None:
-        # Detached: a hook that held its own tensor would keep the batch's graph alive.
-        written.register_hook(partial(on_gradient, observer, layer, args[0].detach()))
+    def on_forward(place: tuple[int, int], _module: nn.Module, _args: Any, written: Tensor) -> None:
+        written.register_hook(partial(on_gradient, place))
 
-    roles = {"attention": family.output, "mlp": family.down}
     handles = []
     try:
-        for kind, observer in observers.items():
-            for layer in range(shape.num_layers):
-                module = model.get_submodule(family.layer_name(layer, roles[kind]))
-                handles.append(module.register_forward_hook(partial(on_forward, observer, layer)))
-        yield
+        for layer in range(shape.num_layers):
+            for consumer, role in enumerate((family.output, family.down)):
+                module = model.get_submodule(family.layer_name(layer, role))
+                hook = partial(on_forward, (layer, consumer))
+                handles.append(module.register_forward_hook(hook))
+        yield seen
     finally:
         for handle in handles:
             handle.remove()
 
 
+def has_weights(model: nn.Module) -> bool:
+    """Whether every weight is in memory, so that gradients can be had."""
+    return all(parameter.device.type != "meta" for parameter in model.parameters())
+
+
 def _require_weights(model: nn.Module) -> None:
-    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+    if not has_weights(model):
         raise UsageError(
             "gradients need every weight in memory, and some are offloaded to the CPU or stay on "
             "disk. Choose a criterion without gradients, or a device that holds the model."

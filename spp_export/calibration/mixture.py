@@ -121,7 +121,7 @@ def _pool_texts(artifacts: Artifacts, domain: str, answered: bool) -> tuple[str 
     """A domain's prompts with their answers; where there are to be none, its texts."""
     dialogues = [one for one in artifacts.dialogues if one.domain == domain]
     if answered and dialogues:
-        return tuple(dialogue_text(one.tokens, one.answer) for one in dialogues)
+        return tuple(dialogue_text(one.tokens, one.answer, one.gradients) for one in dialogues)
     return tuple(text for name, text in artifacts.calibration if name == domain)
 
 

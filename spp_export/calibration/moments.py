@@ -1,9 +1,10 @@
 """Statistics of the dense model on text collections: gathered once, cached, read layer by layer.
 
-"attention" and "mlp" come from one forward pass, "gradients" from a backward pass, and from another
-one "attention loss" and "mlp loss", whose moments are weighted so as to be in units of the loss.
-They lie in the user's cache, one file each, so that no pass is made twice and that the matrices of
-a large model never meet in memory once they are written.
+"attention" and "mlp" come from one forward pass, and so do "attention loss" and "mlp loss", whose
+moments are weighted by the gradient at each token so as to be in units of the loss; where a text
+does not bring these, they take a backward pass. "gradients" take one of their own. They lie in the
+user's cache, one file each, so that no pass is made twice and that the matrices of a large model
+never meet in memory once they are written.
 """
 
 from __future__ import annotations
@@ -46,13 +47,12 @@ from spp_export.models.shape import ModelShape
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from spp_export.calibration.activations import Observer
+    from spp_export.calibration.activations import Observer, TokenBatch
 
 __all__ = ["KINDS", "Collection", "Moments", "gather", "layer_weights"]
 
 # Of the free memory, what sums over activations may take.
 _MEMORY_SHARE = 0.25
-_FORWARD = ("attention", "mlp")
 _GRADIENTS = tuple(field.name for field in fields(Gradients))
 
 
@@ -67,7 +67,7 @@ class Collection:
 
     def blocks(self, kind: str, layer: int) -> FloatArray:
         """Diagonal blocks [n,b,b] of E[a a^T], a [m] the input of o_proj ("attention") or down_proj
-        ("mlp"), with " loss" as of `moments_by_loss`: block i is of inputs i*b to (i+1)*b, the last
+        ("mlp"), with " loss" as of `LossSums`: block i is of inputs i*b to (i+1)*b, the last
         one filled up with zeros. Of o_proj's there is one block (m = H*dh), of down_proj's one for
         up to 1536 channels."""
         return self._read(kind, f"second/{layer}")
@@ -205,13 +205,13 @@ def gather_all(
 ) -> tuple[Collection, ...]:
     """Statistics of collections of texts, some of `KINDS`, from the cache or by the dense model.
 
-    Whichever of "attention" and "mlp" are missing, of whichever collection, come from one forward
-    pass over the text of all, or from as few as memory for their sums allows; "gradients" from
-    passes of their own. `dense` gives the model and its tokenizer, and is asked only where a pass
-    is needed; `dtype` is the one that it computes in. `also` has observers for each collection that
-    look on in the forward pass, which is then always made. What is given back is not removed from
-    the cache while it is held. Raises UsageError where gradients of an offloaded model are asked
-    for.
+    Whichever are missing, of whichever collection, come from one forward pass over the text of all,
+    or from as few as memory for their sums allows; "gradients" from passes of their own, as do the
+    gradients of tokens that moments in units of the loss need, unless the texts bring them. `dense`
+    gives the model and its tokenizer, and is asked only where a pass is needed; `dtype` is the one
+    that it computes in. `also` has observers for each collection that look on in the forward pass,
+    which is then always made. What is given back is not removed from the cache while it is held.
+    Raises UsageError where gradients of an offloaded model are asked for.
     """
     kinds, layers = tuple(kinds), source.shape.num_layers
     gathered = tuple(map(Collection, cache_paths(source, collections, kinds, dtype)))
@@ -226,7 +226,7 @@ def gather_all(
     parts = [
         _Part(
             texts,
-            {kind: collection.parts[kind] for kind in sorted(absent) if kind in _FORWARD},
+            {kind: collection.parts[kind] for kind in sorted(absent) if kind != "gradients"},
             also[number] if also else (),
         )
         for number, (texts, collection, absent) in enumerate(
@@ -240,8 +240,6 @@ def gather_all(
         if "gradients" in absent:
             reductions = _backward(source, texts, dense, f"{description}, gradients")
             write(collection.parts["gradients"], reductions, source.name)
-        if by_loss := sorted(kind for kind in absent if kind.endswith(LOSS)):
-            _by_loss(source, texts, {k: collection.parts[k] for k in by_loss}, dense, description)
         for kind in absent:
             hold_for(collection, collection.parts[kind])
     if any(missing):
@@ -310,13 +308,25 @@ def _one_pass(
 ) -> None:
     from spp_export.calibration.activations import observe, token_batches
 
-    sums = [{kind: BlockSums(kind, source.shape) for kind in part.paths} for part in parts]
+    sums: list[dict[str, BlockSums | LossSums]] = []
     batches, starts = [], []
     start = 0
     # A batch is of one part, so that each part's sums are what a pass over it alone gives.
     for part in parts:
         starts.append(start)
-        for batch in token_batches(tokenizer, part.texts):
+        of_part = token_batches(tokenizer, part.texts)
+        lengths = None
+        if any(kind.endswith(LOSS) for kind in part.paths):
+            lengths = _lengths(source, part.texts, of_part, model, tokenizer, description)
+        sums.append(
+            {
+                kind: BlockSums(kind, source.shape)
+                if lengths is None or not kind.endswith(LOSS)
+                else LossSums(kind, source.shape, lengths, of_part)
+                for kind in part.paths
+            }
+        )
+        for batch in of_part:
             batches.append(replace(batch, texts=tuple(start + text for text in batch.texts)))
         start += len(part.texts)
     observers = [
@@ -389,28 +399,29 @@ def _backward(
     return {f"{name}/{i}": row for name, rows in reductions.items() for i, row in enumerate(rows)}
 
 
-def _by_loss(
+def _lengths(
     source: Checkpoint,
     texts: Sequence[str | TokenText],
-    paths: Mapping[str, Path],
-    dense: Callable[[], tuple[nn.Module, Any]],
+    batches: Sequence[TokenBatch],
+    model: nn.Module,
+    tokenizer: Any,
     description: str,
-) -> None:
-    from spp_export.calibration.activations import token_batches
-    from spp_export.calibration.gradients import BATCH_TOKENS, moments_by_loss
+) -> Tensor:
+    """`gradient_lengths` [T,L,2] of the batches' tokens: those that the texts bring, else of a
+    backward pass over the same tokens in smaller batches."""
+    import torch
 
-    model, tokenizer = dense()
-    made = moments_by_loss(
-        model,
-        source.family,
-        source.shape,
-        token_batches(tokenizer, texts, batch_tokens=BATCH_TOKENS),
-        [kind.removesuffix(LOSS) for kind in paths],
-        description=f"{description}, gradients",
+    from spp_export.calibration.activations import token_batches
+    from spp_export.calibration.gradients import BATCH_TOKENS, gradient_lengths
+
+    known = [batch.gradients for batch in batches if batch.gradients is not None]
+    if known and len(known) == len(batches):
+        return torch.from_numpy(np.concatenate(known)).float()
+    smaller = token_batches(tokenizer, texts, batch_tokens=BATCH_TOKENS)
+    described = f"{description}, gradients"
+    return torch.from_numpy(
+        gradient_lengths(model, source.family, source.shape, smaller, description=described)
     )
-    for kind, path in paths.items():
-        second = made[kind.removesuffix(LOSS)]
-        write(path, {f"second/{i}": blocks for i, blocks in enumerate(second)}, source.name)
 
 
 def _names(kind: str, layers: int) -> set[str]:
@@ -487,3 +498,45 @@ class BlockSums:
         if layer == self._layers - 1:
             averages["sensitivity"] = (self._stream.sums / tokens).numpy()
         return averages
+
+
+class LossSums:
+    """As `BlockSums`, of "attention loss" or "mlp loss": second moments of what the output
+    projection reads, `C = 1/(2dN) sum over tokens of |g|^2 a a^T` with the `lengths` |g| [T,L,2] of
+    the batches' tokens, N of which are predicted. `tr(D C D^T)` then estimates how many nats of KL,
+    per predicted token, a change D of the projection costs.
+
+    That of other tokens than those that the model draws itself is only near it.
+    """
+
+    def __init__(
+        self, kind: str, shape: ModelShape, lengths: Tensor, batches: Sequence[TokenBatch]
+    ) -> None:
+        from spp_export.calibration.activations import LossMoments, channel_block
+
+        consumer, place, width, block = {
+            "attention": (0, "output", heads := shape.query_heads * shape.head_dim, heads),
+            "mlp": (1, "down", shape.channels, channel_block(shape.channels)),
+        }[kind.removesuffix(LOSS)]
+        self._moments = LossMoments(place, lengths[:, :, consumer], width, block)
+        predicted = sum(int(batch.predicted.sum()) for batch in batches)
+        self._scale = 1 / (2 * shape.hidden_size * max(predicted, 1))
+        self._size = shape.num_layers, -(-width // block), block
+
+    @property
+    def observers(self) -> tuple[Observer, ...]:
+        """The observers to attach while the model runs."""
+        return (self._moments,)
+
+    @property
+    def sizes(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+        """As of `BlockSums`."""
+        layers, count, block = self._size
+        size = np.dtype(np.float32), (count, block, block)
+        return {f"second/{layer}": size for layer in range(layers)}
+
+    def averages(self, layer: int) -> dict[str, FloatArray]:
+        """As of `BlockSums`."""
+        second = self._moments.second.products(layer).mul_(self._scale).numpy()
+        self._moments.second.release(layer)
+        return {f"second/{layer}": second}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from spp_export.common.arrays import FloatArray
 from spp_export.common.errors import ScenarioError
 from spp_export.common.options import WINDOW
 from spp_export.data.conversation import Conversation, Message
@@ -29,10 +30,12 @@ class TokenText:
 
     answers: a byte for each token of each run, 1 where it is the model's to say; None where nobody
     tells who speaks, so that all tokens count.
+    gradients: of a text of one run, `gradient_lengths` of its tokens [T,L,2], where they are known.
     """
 
     runs: tuple[tuple[int, ...], ...]
     answers: tuple[bytes, ...] | None = None
+    gradients: FloatArray | None = field(default=None, compare=False, repr=False)
 
     @property
     def tokens(self) -> int:
@@ -53,12 +56,15 @@ class TokenText:
 
     def _cut(self, place: int, start: int, stop: int) -> TokenText:
         answers = self.answers and (self.answers[place][start:stop],)
-        return TokenText((self.runs[place][start:stop],), answers)
+        gradients = None if self.gradients is None else self.gradients[start:stop]
+        return TokenText((self.runs[place][start:stop],), answers, gradients)
 
 
-def dialogue_text(ids: Sequence[int], answer: int) -> TokenText:
+def dialogue_text(
+    ids: Sequence[int], answer: int, gradients: FloatArray | None = None
+) -> TokenText:
     """A prompt and its answer, which the last tokens are."""
-    return TokenText((tuple(ids),), (bytes(len(ids) - answer) + b"\1" * answer,))
+    return TokenText((tuple(ids),), (bytes(len(ids) - answer) + b"\1" * answer,), gradients)
 
 
 def joined(pieces: Sequence[TokenText]) -> TokenText:

@@ -37,6 +37,7 @@ from spp_export.evaluation.harness.table import comparisons, markdown, ranking
 from spp_export.evaluation.remarks import FEW_TOKENS
 from spp_export.models.session import Session, open_session
 from spp_export.planning.planner import scenario_record
+from spp_export.planning.scoring import default_criterion
 
 if TYPE_CHECKING:
     from spp_export.evaluation.harness.planner import RowOpener
@@ -126,9 +127,11 @@ def evaluate(request: EvaluateRequest) -> EvalResult:
     inputs.check_unseen([artifacts, *others.values()])
     inputs = inputs.within(session, request.calibration_tokens, _answering(request))
     plans = read_plans(session, request.plan)
+    amount = request.calibration_tokens, _answering(request)
+    default = default_criterion(session, artifacts, request.compensate[0], amount[1].tokens)
     rows = standard_rows(
         request.keep,
-        request.criterion_names,
+        request.criterion_names(default),
         request.units,
         request.compensate,
         comparable=request.comparable,
@@ -136,7 +139,6 @@ def evaluate(request: EvaluateRequest) -> EvalResult:
         ablations=request.ablations,
         other_artifacts=tuple(others),
     )
-    amount = request.calibration_tokens, _answering(request)
     planner = Planner(session, artifacts, inputs.scenario, inputs.wrong, others, *amount)
     opener = RowOpener(session, planner, plans, [text for _, text in artifacts.calibration])
     context = _context(session, request, inputs, artifacts, others)

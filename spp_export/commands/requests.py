@@ -766,13 +766,11 @@ class EvalRequest(Seed):
         if not (self.units and self.compensate):
             raise UsageError("an evaluation needs at least one of --units and of --compensate.")
 
-    @property
-    def criterion_names(self) -> tuple[str, ...]:
+    def criterion_names(self, default: str) -> tuple[str, ...]:
         """The criteria, each once; the default first where all are meant."""
         from spp_export.evaluation.harness.rows import BASELINES
-        from spp_export.planning.scoring import CRITERION_NAMES, DEFAULT_CRITERION
+        from spp_export.planning.scoring import CRITERION_NAMES
 
-        default = DEFAULT_CRITERION[self.compensate[0]]
         names = self.criterion or (default,)
         if "all" in names:
             first = (name for name in names if name != "all")

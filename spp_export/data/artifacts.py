@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,6 +47,9 @@ FILES = (
 _PROBE_TENSORS = ("weight", "bias", "temperature", "axes")
 # Beside them, all or none: artifacts of before do not say what text is familiar.
 _FAMILIAR_KEYS = {name: f"familiar_{name}" for name in ("means", "basis", "scales")}
+# Of all dialogues, one after the other; artifacts of before, and of models that run from disk, have
+# none.
+_GRADIENTS = "gradients"
 # What a manifest without measured figures stands for. KNOWN: a prompt is of a domain when the
 # probes find that as likely as this. SHARE: a domain takes part in a scenario from this share of
 # the mixture on (the published cross-domain threshold).
@@ -59,6 +62,7 @@ _SMALLEST_TEMPERATURE = 1e-6
 _CRITERION = re.compile(r"(head|channel)/[a-z0-9][a-z0-9_-]*")
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
+HalfArray = np.ndarray[Any, np.dtype[np.float16]]
 
 
 def _name(text: str) -> str:
@@ -157,11 +161,16 @@ class _Dialogue(Document):
 @dataclass(frozen=True, slots=True)
 class Dialogue:
     """A prompt of a domain's pool and the model's answer, as the token ids that the model reads and
-    writes, of which the last `answer` are its own."""
+    writes, of which the last `answer` are its own.
+
+    gradients: how much the loss feels a change at each token [T,L,2], as of `gradient_lengths`, in
+    half precision; None where that is not known.
+    """
 
     domain: str
     tokens: tuple[int, ...]
     answer: int
+    gradients: HalfArray | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,12 +280,15 @@ def read_artifacts(directory: str | os.PathLike[str]) -> Artifacts:
     header = validated(ArtifactsDocument, value, what=label, error=ArtifactsError)
     probes = _tensors(root / "probes.safetensors", data["probes.safetensors"])
     familiar = {name: probes.pop(key) for name, key in _FAMILIAR_KEYS.items() if key in probes}
+    gradients = probes.pop(_GRADIENTS, None)
     if set(probes) != set(_PROBE_TENSORS) or len(familiar) not in (0, len(_FAMILIAR_KEYS)):
         raise ArtifactsError(
             f"artifacts {root}/probes.safetensors: expected the tensors "
             f"{', '.join(_PROBE_TENSORS)}, got {_names({**probes, **familiar})}."
         )
     calibration, dialogues = _calibration(root / "calibration.jsonl", data["calibration.jsonl"])
+    if gradients is not None:
+        dialogues = _told(dialogues, gradients, f"artifacts {root}/probes.safetensors")
     artifacts = Artifacts(
         fingerprint=header.model.fingerprint,
         domains=header.domains,
@@ -353,10 +365,16 @@ def _encode(artifacts: Artifacts) -> dict[str, bytes]:
     entries: list[dict[str, Any]] = [
         {"domain": domain, "text": text} for domain, text in artifacts.calibration
     ]
-    entries += map(asdict, artifacts.dialogues)
+    entries += (
+        {"domain": one.domain, "tokens": one.tokens, "answer": one.answer}
+        for one in artifacts.dialogues
+    )
     lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
     probes = {name: getattr(artifacts, name) for name in _PROBE_TENSORS}
     probes |= {_FAMILIAR_KEYS[name]: array for name, array in artifacts.familiar.items()}
+    known = [one.gradients for one in artifacts.dialogues if one.gradients is not None]
+    if known and len(known) == len(artifacts.dialogues):
+        probes[_GRADIENTS] = np.concatenate(known)
     data = {
         "artifacts.json": dump_json(header).encode(),
         "calibration.jsonl": "".join(lines).encode(),
@@ -427,6 +445,19 @@ def _calibration(
     return tuple(texts), tuple(dialogues)
 
 
+def _told(dialogues: Sequence[Dialogue], gradients: Array, label: str) -> tuple[Dialogue, ...]:
+    """The dialogues with the gradients of their tokens, which lie one after the other."""
+    ends = np.cumsum([len(one.tokens) for one in dialogues])
+    tokens = int(ends[-1]) if len(ends) else 0
+    if gradients.dtype != np.float16 or gradients.ndim != 3 or len(gradients) != tokens:
+        raise ArtifactsError(
+            f"{label}: {_GRADIENTS}: expected float16 [{tokens}, layers, 2], got "
+            f"{gradients.dtype} {list(gradients.shape)}."
+        )
+    parts = np.split(gradients, ends[:-1])
+    return tuple(replace(one, gradients=part) for one, part in zip(dialogues, parts, strict=True))
+
+
 def _names(names: Iterable[str]) -> str:
     return ", ".join(repr(name) for name in sorted(names))[:300] or "none"
 
@@ -493,6 +524,20 @@ def check_artifacts(artifacts: Artifacts, label: str) -> None:
                 f"{label}: dialogue {number} has an answer of {dialogue.answer} tokens and "
                 f"{len(dialogue.tokens)} tokens in all."
             )
+        if dialogue.gradients is not None:
+            _check_gradients(dialogue.gradients, len(dialogue.tokens), layers, label)
+
+
+def _check_gradients(gradients: HalfArray, tokens: int, layers: int, label: str) -> None:
+    if gradients.shape != (tokens, layers, 2):
+        raise ArtifactsError(
+            f"{label}: {_GRADIENTS}: expected the shape {(tokens, layers, 2)} of a dialogue, got "
+            f"{gradients.shape}."
+        )
+    if not (gradients >= 0).all() or not np.isfinite(gradients).all():
+        raise ArtifactsError(
+            f"{label}: {_GRADIENTS}: holds a length that is negative or not finite."
+        )
 
 
 def _check_familiar(artifacts: Artifacts, label: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,14 @@ from spp_export.calibration.activations import (
     token_batches,
 )
 from spp_export.calibration.answers import answer
+from spp_export.calibration.gradients import BATCH_TOKENS, gradient_lengths, has_weights
 from spp_export.calibration.moments import Collection, gather_all
-from spp_export.calibration.reading import question_ids, read_pools_within, spread
+from spp_export.calibration.reading import (
+    dialogue_text,
+    question_ids,
+    read_pools_within,
+    spread,
+)
 from spp_export.common.arrays import FloatArray, IntArray
 from spp_export.common.errors import UsageError
 from spp_export.common.options import DEFAULT_CALIBRATION_TOKENS, WINDOW
@@ -198,10 +204,35 @@ def _dialogues(dense: Dense, pools: Pools, request: ProbeSettings) -> tuple[Dial
         places = spread([1] * len(questions), DIALOGUES)
         asked += [(domain, questions[place]) for place in places]
     answers = answer(dense, [ids for _, ids in asked], request.answer_tokens, request.seed)
-    return tuple(
-        Dialogue(domain, text.runs[0], len(text.runs[0]) - len(ids))
-        for (domain, ids), text in zip(asked, answers, strict=True)
+    return with_gradients(
+        dense,
+        [
+            Dialogue(domain, text.runs[0], len(text.runs[0]) - len(ids))
+            for (domain, ids), text in zip(asked, answers, strict=True)
+        ],
     )
+
+
+def with_gradients(dense: Dense, dialogues: Sequence[Dialogue]) -> tuple[Dialogue, ...]:
+    """The dialogues with the gradients of their tokens, from one backward pass; as they are where
+    some weights are not in memory."""
+    if not has_weights(dense.model):
+        return tuple(dialogues)
+    texts = [dialogue_text(one.tokens, one.answer) for one in dialogues]
+    batches = token_batches(dense.tokenizer, texts, batch_tokens=BATCH_TOKENS)
+    source = dense.source
+    lengths = gradient_lengths(
+        dense.model,
+        source.family,
+        source.shape,
+        batches,
+        description="reading gradients of dialogues",
+    ).astype(np.float16)
+    # Batches have the texts in another order.
+    order = [place for batch in batches for place in batch.texts]
+    ends = np.cumsum([len(dialogues[place].tokens) for place in order])
+    parts = dict(zip(order, np.split(lengths, ends[:-1]), strict=True))
+    return tuple(replace(one, gradients=parts[place]) for place, one in enumerate(dialogues))
 
 
 def _axes(

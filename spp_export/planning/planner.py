@@ -228,7 +228,8 @@ def _check_answerable(session: Session, artifacts: Artifacts, request: PlanReque
                 "'spp artifacts import'."
             )
         return
-    check_criterion(session, artifacts, request.criterion_name, request.units)
+    criterion = request.criterion_for(session, artifacts)
+    check_criterion(session, artifacts, criterion, request.units)
 
 
 def _check_budget(
@@ -309,7 +310,7 @@ def scoring_for(
         session,
         artifacts,
         tuple(parts),
-        request.criterion_name,
+        request.criterion_for(session, artifacts),
         request.units,
         forced_heads(artifacts.whitelist if whitelist else (), shape),
         request.comparable,

@@ -24,6 +24,8 @@ from spp_export.planning.plan import Compensation
 
 if TYPE_CHECKING:
     from spp_export.calibration.answers import Answering
+    from spp_export.data.artifacts import Artifacts
+    from spp_export.models.session import Session
     from spp_export.planning.budget import Budget
     from spp_export.planning.latency import LatencyTable
 
@@ -50,8 +52,9 @@ class PlanRequest(AnswerTokens, CalibrationTokens, Seed):
     criterion: str | None = option(
         None,
         metavar="NAME",
-        help="Importance of a unit; by default obs where compensation is lstsq, else energy. "
-        "Others are axis, taylor, wanda-sp, flap, ppsp, llm-pruner, ...; a wrong name lists all.",
+        help="Importance of a unit; by default fisher, or obs where gradients are not at hand, and "
+        "energy where compensation is not lstsq. Others are axis, taylor, wanda-sp, flap, ppsp, "
+        "llm-pruner, ...; a wrong name lists all.",
     )
     comparable: str | None = option(
         None,
@@ -172,18 +175,19 @@ class PlanRequest(AnswerTokens, CalibrationTokens, Seed):
 
         return Answering(self.answer_tokens, self.seed)
 
-    @property
-    def criterion_name(self) -> str:
-        """The criterion; the default one of the compensation where none is named."""
-        from spp_export.planning.scoring import DEFAULT_CRITERION
+    def criterion_for(self, session: Session, artifacts: Artifacts) -> str:
+        """The criterion; the default one where none is named."""
+        from spp_export.planning.scoring import default_criterion
 
-        return self.criterion or DEFAULT_CRITERION[self.compensate]
+        return self.criterion or default_criterion(
+            session, artifacts, self.compensate, self.answer_tokens
+        )
 
     def check(self) -> None:
         """UsageError for an unknown word or an invalid budget."""
         from spp_export.importance import CRITERIA
         from spp_export.importance.base import SetCriterion
-        from spp_export.planning.scoring import CRITERION_NAMES
+        from spp_export.planning.scoring import CRITERION_NAMES, DEFAULT_CRITERION
 
         super().check()
         check_word("--criterion", self.criterion or CRITERION_NAMES[0], CRITERION_NAMES)
@@ -197,7 +201,7 @@ class PlanRequest(AnswerTokens, CalibrationTokens, Seed):
             )
         if self.tp > 1 and (self.layout == "ragged" or self.policy == "published"):
             raise UsageError("--tp: only regular plans of policy exact divide among cards.")
-        criterion = CRITERIA.get(self.criterion_name)
+        criterion = CRITERIA.get(self.criterion or DEFAULT_CRITERION[self.compensate])
         if isinstance(criterion, SetCriterion) and self.comparable is not None:
             raise UsageError(
                 f"--comparable: {criterion.name} weighs losses in one currency; leave it out."

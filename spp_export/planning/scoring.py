@@ -39,6 +39,18 @@ CRITERION_NAMES = (*CRITERIA, *SEQUENTIAL)
 DEFAULT_CRITERION = {"lstsq": "obs", "bias": "energy", "none": "energy"}
 
 
+def default_criterion(
+    session: Session, artifacts: Artifacts, compensation: str, answer_tokens: int
+) -> str:
+    """The criterion where none is named: `fisher` rather than `obs` where its gradients are at
+    hand, those of the pools in the artifacts and those of the scenario by a backward pass."""
+    usual = DEFAULT_CRITERION[compensation]
+    known = artifacts.dialogues and all(one.gradients is not None for one in artifacts.dialogues)
+    # Spread over devices, some weights may have none.
+    in_memory = session.device != "auto" and not session.from_disk
+    return "fisher" if usual == "obs" and known and in_memory and answer_tokens else usual
+
+
 def check_criterion(session: Session, artifacts: Artifacts, name: str, units: Units) -> None:
     """UsageError where this model or these artifacts cannot be scored by a criterion, before
     anything is gathered for it."""

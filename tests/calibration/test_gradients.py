@@ -16,8 +16,10 @@ from factories import CASES, make_checkpoint, shape_of
 from pairs import few
 from transformers import AutoTokenizer
 
-from spp_export.calibration.activations import token_batches
-from spp_export.calibration.gradients import gradient_reductions, moments_by_loss
+from spp_export.calibration.activations import observe, token_batches
+from spp_export.calibration.cache import LOSS
+from spp_export.calibration.gradients import gradient_lengths, gradient_reductions
+from spp_export.calibration.moments import LossSums
 from spp_export.calibration.reading import TokenText, dialogue_text
 from spp_export.common.errors import UsageError
 from spp_export.common.progress import show_progress
@@ -255,6 +257,15 @@ def drawn_by(model, count, tokens):
     return [dialogue_text(row, tokens) for row in written.tolist()]
 
 
+def moments_by_loss(model, family, shape, batches):
+    """By kind, the moments [1,m,m] of every layer."""
+    lengths = torch.from_numpy(gradient_lengths(model, family, shape, batches))
+    sums = {kind: LossSums(kind + LOSS, shape, lengths, batches) for kind in ("attention", "mlp")}
+    observe(model, family, batches, [it for of_kind in sums.values() for it in of_kind.observers])
+    layers = range(shape.num_layers)
+    return {kind: [of.averages(i)[f"second/{i}"] for i in layers] for kind, of in sums.items()}
+
+
 @pytest.mark.parametrize("case", few(CASES, lambda case: {case.family}), ids=str)
 def test_moments_by_loss_are_those_of_every_token_alone(case, tmp_path):
     model, shape = load_dense(directory := case.make(tmp_path)), shape_of(directory)
@@ -262,7 +273,7 @@ def test_moments_by_loss_are_those_of_every_token_alone(case, tmp_path):
     texts = [*drawn_by(model, 2, 9), *drawn_by(model, 1, 5), TokenText(((7, 8, 9),))]
     batches = token_batches(None, texts, batch_tokens=40)
     before = [(p.requires_grad, p.grad) for p in model.parameters()]
-    found = moments_by_loss(model, family, shape, batches, ["attention", "mlp"])
+    found = moments_by_loss(model, family, shape, batches)
     assert [(p.requires_grad, p.grad) for p in model.parameters()] == before
     sums = {kind: [0.0] * shape.num_layers for kind in found}
     predicted = 0
@@ -304,7 +315,7 @@ def test_they_foretell_what_a_change_costs_in_nats(tmp_path):
     model, shape = load_dense(directory).double(), shape_of(directory)
     texts = drawn_by(model, 24, 40)
     batches = token_batches(None, texts)
-    found = moments_by_loss(model, FAMILIES["llama"], shape, batches, ["attention", "mlp"])
+    found = moments_by_loss(model, FAMILIES["llama"], shape, batches)
     generator = torch.Generator().manual_seed(1)
     for kind, name in (("attention", "self_attn.o_proj"), ("mlp", "mlp.down_proj")):
         weight = model.get_parameter(f"model.layers.1.{name}.weight")

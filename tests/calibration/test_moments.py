@@ -15,9 +15,12 @@ from transformers import AutoTokenizer
 from spp_export.calibration import moments
 from spp_export.calibration.activations import TextMeans
 from spp_export.calibration.moments import KINDS, Moments, gather, gather_all, layer_weights
+from spp_export.calibration.reading import dialogue_text
 from spp_export.calibration.statistics import Axis, Gradients
 from spp_export.common.errors import OutputError
 from spp_export.common.progress import show_progress
+from spp_export.data.artifacts import Dialogue
+from spp_export.domains.probe_model import Dense, with_gradients
 from spp_export.models.checkpoint.checkpoint import open_source
 from spp_export.models.loader import load_dense
 
@@ -257,12 +260,44 @@ def test_passes_are_made_for_what_is_missing(dense):
     gather(source, TEXTS, ("attention", "mlp", "gradients"), model)
     assert (model.forward, model.backward) == (1, 1)
     gather(source, TEXTS, KINDS, model)
-    assert (model.forward, model.backward) == (1, 2), "one for both kinds in units of the loss"
+    assert (model.forward, model.backward) == (2, 2), "one for both kinds in units of the loss"
     gather(source, OTHERS, ["gradients"], model)
-    assert (model.forward, model.backward) == (1, 3)
+    assert (model.forward, model.backward) == (2, 3)
     gather(source, OTHERS, ["attention"], model)
     gather(source, OTHERS, ("attention", "mlp"), model)
-    assert (model.forward, model.backward) == (3, 3)
+    assert (model.forward, model.backward) == (4, 3)
+
+
+def test_texts_that_bring_their_gradients_take_no_backward_pass(dense, tmp_path, monkeypatch):
+    source, model = open_source(dense), Passes(dense)
+    texts = [dialogue_text(range(3, 3 + count), 4) for count in (9, 6, 12)]
+    kinds = ("attention loss", "mlp loss")
+    computed = gather(source, texts, kinds, model)
+    assert (model.forward, model.backward) == (1, 1)
+    dialogues = [Dialogue("any", text.runs[0], 4) for text in texts]
+    known = [
+        dialogue_text(one.tokens, one.answer, one.gradients)
+        for one in with_gradients(Dense(*loader(dense)(), source), dialogues)
+    ]
+    model.backward = 0
+    brought = gather(source, known, kinds, model)
+    assert model.backward == 0
+    for kind in kinds:
+        assert brought.parts[kind] != computed.parts[kind], "half precision"
+        for layer in range(source.shape.num_layers):
+            ours, theirs = (found.blocks(kind, layer) for found in (brought, computed))
+            np.testing.assert_allclose(ours, theirs, atol=2e-3 * np.abs(theirs).max())
+
+
+def test_who_speaks_decides_moments_in_units_of_the_loss(dense):
+    source, ids = open_source(dense), range(3, 15)
+    found = [
+        gather(source, [dialogue_text(ids, answer)], KINDS, loader(dense)).parts
+        for answer in (3, 5)
+    ]
+    for kind in KINDS:
+        differ = kind.endswith("loss")
+        assert (found[0][kind] != found[1][kind]) == differ
 
 
 def test_other_observers_look_on_in_the_same_pass(dense):
@@ -326,7 +361,11 @@ def test_a_damaged_entry_is_made_again(dense, kind, damage):
     model = Passes(dense)
     assert gather(source, TEXTS, KINDS, model) == found
     assert path.read_bytes() == whole
-    assert model.forward + model.backward == 1
+    assert (model.forward, model.backward) == {
+        "gradients": (0, 1),
+        "attention loss": (1, 1),
+        "mlp loss": (1, 1),
+    }.get(kind, (1, 0))
 
 
 @pytest.mark.parametrize("kinds", [("attention", "mlp"), ("gradients",)])

@@ -192,18 +192,18 @@ def test_texts_that_cannot_judge_are_refused(workshop, common, tmp_path):
 
 
 def test_all_criteria_begin_with_the_default():
-    names = EvalRequest(criterion=("all",), compensate=("none",)).criterion_names
+    names = EvalRequest(criterion=("all",)).criterion_names("energy")
     assert names[0] == "energy"
     assert len(names) == len(set(names))
     assert {"obs", "flap", "axis", "probe-pruning", "full-batch-probing", "random"} <= set(names)
-    assert EvalRequest(criterion=("flap", "all")).criterion_names[:2] == ("flap", "obs")
+    assert EvalRequest(criterion=("flap", "all")).criterion_names("obs")[:2] == ("flap", "obs")
 
 
 def test_without_the_benchmarks_their_baselines_are_left_out(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("spp_cli.commands.eval.find_spec", lambda name: None)
     for name in tuple(BASELINES):
         monkeypatch.delitem(BASELINES, name)
-    names = EvalRequest(criterion=("all",)).criterion_names
+    names = EvalRequest(criterion=("all",)).criterion_names("obs")
     assert "pp-scenario" in names
     assert {"probe-pruning", "full-batch-probing"}.isdisjoint(names)
     command = ["eval", "--scenario", "nowhere.txt", "-o", str(tmp_path), "--criterion"]

@@ -12,7 +12,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from spp_export.common.errors import ArtifactsError
-from spp_export.data.artifacts import Artifacts, check_model, read_artifacts, write_artifacts
+from spp_export.data.artifacts import (
+    Artifacts,
+    Dialogue,
+    check_model,
+    read_artifacts,
+    write_artifacts,
+)
 from spp_export.models.shape import ModelShape
 
 FILES = (
@@ -358,3 +364,46 @@ def test_check_model_without_a_fingerprint():
     assert "only the numbers of layers and heads and the hidden size were compared" in note
     with pytest.raises(ArtifactsError, match="query_heads"):
         check_model(unknown, "e" * 64, shape(query_heads=2))
+
+
+def dialogues():
+    """Two of 3 and 2 tokens, whose gradients are told."""
+    rng = np.random.default_rng(1)
+    return tuple(
+        Dialogue("math", tokens, 1, rng.random((len(tokens), LAYERS, 2)).astype(np.float16))
+        for tokens in ((1, 2, 3), (4, 5))
+    )
+
+
+def test_dialogues_and_their_gradients_come_back(tmp_path):
+    record = make(dialogues=dialogues())
+    write_artifacts(record, tmp_path)
+    read = read_artifacts(tmp_path).dialogues
+    assert read == record.dialogues
+    for one, expected in zip(read, record.dialogues, strict=True):
+        np.testing.assert_array_equal(one.gradients, expected.gradients)
+
+
+def test_artifacts_of_before_know_no_gradients(tmp_path):
+    without = tuple(replace(one, gradients=None) for one in dialogues())
+    write_artifacts(make(dialogues=without), tmp_path)
+    assert [one.gradients for one in read_artifacts(tmp_path).dialogues] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("gradients", "words"),
+    [
+        (np.zeros((5, LAYERS, 2), np.float32), "expected float16"),
+        (np.zeros((4, LAYERS, 2), np.float16), r"\[5, layers, 2\]"),
+        (np.zeros((5, LAYERS), np.float16), r"\[5, layers, 2\]"),
+        (np.zeros((5, LAYERS + 1, 2), np.float16), "of a dialogue"),
+        (np.full((5, LAYERS, 2), -1, np.float16), "negative or not finite"),
+        (np.full((5, LAYERS, 2), np.nan, np.float16), "negative or not finite"),
+    ],
+)
+def test_gradients_that_are_not_of_the_dialogues(tmp_path, gradients, words):
+    write_artifacts(make(dialogues=dialogues()), tmp_path)
+    path = tmp_path / "probes.safetensors"
+    save_file({**load_file(path), "gradients": gradients}, path)
+    with pytest.raises(ArtifactsError, match=words):
+        read_artifacts(tmp_path)
