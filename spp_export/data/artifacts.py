@@ -445,7 +445,9 @@ def _calibration(
     return tuple(texts), tuple(dialogues)
 
 
-def _told(dialogues: Sequence[Dialogue], gradients: Array, label: str) -> tuple[Dialogue, ...]:
+def _told(
+    dialogues: Sequence[Dialogue], gradients: np.ndarray[Any, np.dtype[Any]], label: str
+) -> tuple[Dialogue, ...]:
     """The dialogues with the gradients of their tokens, which lie one after the other."""
     ends = np.cumsum([len(one.tokens) for one in dialogues])
     tokens = int(ends[-1]) if len(ends) else 0
