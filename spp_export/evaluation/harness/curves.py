@@ -40,7 +40,7 @@ def curves(results: Results) -> dict[tuple[str, str], list[Curve]]:
     points: dict[Row, list[tuple[float, Interval]]] = {}
     for (keep, _), rows in ranking(results).items():
         for ranked in rows:
-            if ranked.row.kind != "dense":
+            if not ranked.row.whole:
                 way = replace(ranked.row, keep=1.0)
                 points.setdefault(way, []).append((1 - keep, ranked.ratio[text]))
     if any(len(measured) > 1 for measured in points.values()):
