@@ -140,8 +140,8 @@ def notes(results: Results) -> list[str]:
     if bits is not None:
         sentences.append(
             f"The model's weights were quantised to {bits} bits before they came here, so the "
-            f"dense model in {' and '.join(ROUNDED)} is left out: rounding them again costs next "
-            "to nothing, and no comparison with it would hold for other models."
+            f"dense model in {' and '.join(ROUNDED)} is left out: most of what rounding costs was "
+            "lost before, and no comparison with it would hold for other models."
         )
     if greedy := [
         record.data["greedy"]["summary"] for record in measured if "greedy" in record.data
