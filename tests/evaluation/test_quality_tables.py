@@ -30,7 +30,11 @@ def path(tmp_path):
 def answered(path):
     """The same of answers, with the dense model in int8 and greedy answers."""
     (stick,) = standard_rows([], [], yardsticks=["int8"])[1:]
-    greedy = {"summary": {"prompts": 9, "tokens": 90.0, "agreed": [30.5, 20.0, 41.0]}}
+    greedy = {
+        "tokens": [90],
+        "agreed": [30.5],
+        "summary": {"prompts": 9, "tokens": 90.0, "agreed": [30.5, 20.0, 41.0]},
+    }
     lines = [record(stick, 0.001), record(method(criterion="flap"), 0.2, greedy=greedy)]
     text = path.read_text().replace('"context": {', '"context": {"number of answer tokens": 96, ')
     path.write_text(text + "".join(json.dumps(line) + "\n" for line in lines))

@@ -27,7 +27,7 @@ from spp_export.common.plots import (
 )
 from spp_export.evaluation.harness.curves import HIGHEST, Curve, curves, places
 from spp_export.evaluation.harness.records import RESULTS, Results, read_results
-from spp_export.evaluation.harness.table import units_name
+from spp_export.evaluation.harness.table import source_notes, units_name
 from spp_export.planning import Plan
 
 # main: what the page is about. bound: the most that is possible. other: one of a few to compare
@@ -261,6 +261,7 @@ def _note(results: Results, plan: Plan) -> str:
         sentences.append(f"The evaluation is for another scenario, {name}.")
     if cpu := text(mapping(header.get("machine")).get("cpu")):
         sentences.append(f"Measured on {cpu}.")
+    sentences += source_notes(results)
     return " ".join(sentences)
 
 

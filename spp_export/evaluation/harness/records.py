@@ -61,6 +61,18 @@ class _Scores(Document):
     summary: _Summary
 
 
+class _GreedySummary(Document):
+    prompts: int
+    tokens: float
+    agreed: _Numbers
+
+
+class _Greedy(Document):
+    tokens: _Numbers
+    agreed: _Numbers
+    summary: _GreedySummary
+
+
 class _RecordDocument(Document):
     """A line of the results, after the header; the runner writes it."""
 
@@ -68,7 +80,7 @@ class _RecordDocument(Document):
     row: dict[str, Any]
     realised: _Object
     texts: Annotated[dict[str, _Scores], Field(default_factory=dict)]
-    greedy: _Object
+    greedy: _Greedy | None = None
     answers: _Object
     seconds: float = 0
     error: str | None = None

@@ -125,7 +125,7 @@ def markdown(results: Results) -> str:
 
 def notes(results: Results) -> list[str]:
     """Sentences that a reader needs beside the figures."""
-    model, measured = results.header["model"], results.measured
+    measured = results.measured
     sentences = []
     names = {record.row.criterion for record in measured if record.row.kind == "yardstick"}
     if HALF in names:
@@ -135,14 +135,7 @@ def notes(results: Results) -> list[str]:
             f"dense in {' and '.join(rounded)}: its projections rounded to nearest in blocks of 32 "
             "weights of a row with one scale, symmetric; embeddings and head as they are."
         )
-    # Results from before this was looked for name the model.
-    bits = model.get("quantised_bits") or (4 if model["name"] == DEMO_NAME else None)
-    if bits is not None:
-        sentences.append(
-            f"The model's weights were quantised to {bits} bits before they came here, so the "
-            f"dense model in {' and '.join(ROUNDED)} is left out: most of what rounding costs was "
-            "lost before, and no comparison with it would hold for other models."
-        )
+    sentences += source_notes(results)
     if greedy := [
         record.data["greedy"]["summary"] for record in measured if "greedy" in record.data
     ]:
@@ -152,6 +145,20 @@ def notes(results: Results) -> list[str]:
             f"whose answers have {greedy[0]['tokens']:.1f} tokens."
         )
     return sentences
+
+
+def source_notes(results: Results) -> list[str]:
+    """What the model is not to be compared with, where its weights were quantised before."""
+    model = results.header["model"]
+    # Results from before this was looked for tell the default model by its name.
+    bits = model.get("quantised_bits") or (4 if model["name"] == DEMO_NAME else None)
+    if bits is None:
+        return []
+    return [
+        f"The model's weights were quantised to {bits} bits before they came here, so the dense "
+        f"model in {' and '.join(ROUNDED)} is left out: most of what rounding costs was lost "
+        "before, and no comparison with it would hold for other models."
+    ]
 
 
 def units_name(units: str) -> str:
