@@ -9,7 +9,7 @@ import pytest
 from evaluating import HEADER, TEXTS, method, record, write_results
 
 from spp_export.evaluation.bootstrap import Interval
-from spp_export.evaluation.harness.curves import curves, write_curves
+from spp_export.evaluation.harness.curves import curves, drawn_figure, write_curves
 from spp_export.evaluation.harness.records import open_records, read_results
 from spp_export.evaluation.harness.rows import DENSE, Row, standard_rows
 from spp_export.evaluation.harness.table import (
@@ -72,6 +72,10 @@ def test_where_answers_were_judged_kl_ranks_and_judges(tmp_path):
     found = read_results(path)
     assert [r.row for r in ranking(found)[0.8, "heads"]] == [MAIN, MEAN]
     assert {pair.verdict for pair in comparisons(found)} == {"better"}
+    drawn = {curve.label: curve.points[0][1] for curve in curves(found)["heads", "lstsq"]}
+    assert drawn["obs"].value == pytest.approx(0.05, rel=0.1)
+    assert drawn_figure(found) == "KL to dense, nats"
+    assert write_curves(found, tmp_path / "kl.png")
     page = markdown(found)
     assert "Rank 1 has the lowest KL on" in page
     assert "answers alone" in page
