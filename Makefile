@@ -15,6 +15,18 @@ PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 DATA := benchmarks/data
 RESULTS := benchmarks/results
+DOMAINS := chemistry,finance,history,math,philosophy,technology
+
+# `make eval MODEL=DIR`, and every other evaluation: of a model of one's own, whose artifacts are made
+# first, and whose results go to a folder of its name. `make eval-traffic` also takes SCENARIO=FILE.
+MODEL :=
+SCENARIO := $(DATA)/scenarios/chemistry.txt
+NAME := $(notdir $(abspath $(MODEL)))
+EVALUATED := $(RESULTS)$(addprefix /,$(NAME))
+ARTIFACTS := build/artifacts$(addprefix -,$(NAME))
+GIVEN := $(addprefix --model ,$(MODEL))
+PROBED := $(if $(MODEL),$(ARTIFACTS)/artifacts.json)
+
 LM_EVAL := build/venv-lm-eval
 OPTIMUM := build/venv-optimum
 TRANSFORMERS_JS := build/transformers-js
@@ -49,6 +61,8 @@ help:
 	@echo "make eval-traffic  obs and fisher on the dense model's answers, 20 % of heads removed"
 	@echo "make eval-answers  questions answered by slim models"
 	@echo "make eval-ablations  the defaults less one of their parts"
+	@echo "   MODEL=DIR         with any of these: the same of a model of your own, into a folder of its name"
+	@echo "   SCENARIO=FILE     with eval-traffic: for a scenario of your own"
 	@echo "make picture       the README's picture, from the page of make demo's export"
 	@echo "make lm-eval       make demo's export in lm-evaluation-harness"
 	@echo "make bench         speed and memory of make demo's export beside the dense model"
@@ -80,7 +94,7 @@ demo: $(INSTALLED)
 
 artifacts: $(INSTALLED)
 	$(BIN)/spp probe --pools benchmarks/data/pools \
-		--domains chemistry,finance,history,math,philosophy,technology \
+		--domains $(DOMAINS) \
 		-o spp_export/data/assets/smollm2-135m-instruct --force
 
 check: $(INSTALLED)
@@ -191,13 +205,14 @@ fuzz: $(INSTALLED)
 	$(BIN)/python -m pytest tests/fuzz -m slow -s
 
 # All of these continue where they were interrupted.
-EVAL := $(BIN)/spp eval --answer-tokens 0 --pools $(DATA)/pools
+SPP_EVAL := $(BIN)/spp eval $(GIVEN) $(if $(MODEL),--artifacts $(ARTIFACTS))
+EVAL := $(SPP_EVAL) --answer-tokens 0 --pools $(DATA)/pools
 CHEMISTRY := --scenario $(DATA)/scenarios/chemistry.txt --wrong $(DATA)/scenarios/history.txt \
 	--domain chemistry
 
 # Every criterion with the re-fit; without it; FLAP with its own bias; other ways to compare layers.
-eval: EVAL_CHEMISTRY = $(EVAL) $(CHEMISTRY) -o $(RESULTS)/eval-chemistry
-eval: $(INSTALLED)
+eval: EVAL_CHEMISTRY = $(EVAL) $(CHEMISTRY) -o $(EVALUATED)/eval-chemistry
+eval: $(INSTALLED) $(PROBED)
 	$(EVAL_CHEMISTRY) --criterion all --units heads --units both
 	$(EVAL_CHEMISTRY) --criterion all --compensate none --keep 0.8
 	$(EVAL_CHEMISTRY) --criterion flap --compensate bias --units heads --units both --keep 0.8
@@ -206,26 +221,34 @@ eval: $(INSTALLED)
 	$(EVAL_CHEMISTRY) --criterion energy --comparable standardised --units heads --units both --keep 0.8
 	$(EVAL_CHEMISTRY) --criterion taylor --criterion llm-pruner --comparable raw \
 		--units heads --units both --keep 0.8
-	$(BIN)/python -m spp_campaigns.quality_tables $(RESULTS)/eval-chemistry
+	$(BIN)/python -m spp_campaigns.quality_tables $(EVALUATED)/eval-chemistry
 
-eval-finance: $(INSTALLED)
+eval-finance: $(INSTALLED) $(PROBED)
 	$(EVAL) --scenario $(DATA)/scenarios/finance.txt --wrong $(DATA)/scenarios/history.txt \
 		--domain finance --keep 0.8 --keep 0.7 --units heads --units both \
-		-o $(RESULTS)/eval-finance
+		-o $(EVALUATED)/eval-finance
 
-eval-traffic: $(INSTALLED)
-	$(BIN)/spp eval --scenario $(DATA)/scenarios/chemistry.txt --criterion obs --criterion fisher \
-		--keep 0.8 --no-curves -o $(RESULTS)/eval-traffic-chemistry
+eval-traffic: TRAFFIC = $(EVALUATED)/eval-traffic-$(basename $(notdir $(SCENARIO)))
+eval-traffic: $(INSTALLED) $(PROBED)
+	$(SPP_EVAL) --scenario $(SCENARIO) --criterion obs --criterion fisher \
+		--keep 0.8 --no-curves -o $(TRAFFIC)
+	$(BIN)/python -m spp_campaigns.quality_tables $(TRAFFIC)
 
-eval-answers: $(INSTALLED)
+eval-answers: $(INSTALLED) $(PROBED)
 	$(EVAL) $(CHEMISTRY) --keep 0.8 --eval-set $(DATA)/eval/selected_domain/chemistry.json \
-		--generate --no-curves -o $(RESULTS)/eval-answers
+		--generate --no-curves -o $(EVALUATED)/eval-answers
 
-eval-ablations: $(INSTALLED)
-	$(BIN)/spp probe --pools $(DATA)/pools --units heads -o build/artifacts-all --force
-	$(BIN)/spp probe --pools $(DATA)/pools --units heads --select 6 -o build/artifacts-selected --force
-	$(EVAL) $(CHEMISTRY) --keep 0.7 --ablations --other-artifacts all=build/artifacts-all \
-		--other-artifacts selected=build/artifacts-selected --no-curves -o $(RESULTS)/eval-ablations
+eval-ablations: PROBE = $(BIN)/spp probe $(GIVEN) --pools $(DATA)/pools --units heads --force
+eval-ablations: $(INSTALLED) $(PROBED)
+	$(PROBE) -o $(ARTIFACTS)-all
+	$(PROBE) --select 6 -o $(ARTIFACTS)-selected
+	$(EVAL) $(CHEMISTRY) --keep 0.7 --ablations --other-artifacts all=$(ARTIFACTS)-all \
+		--other-artifacts selected=$(ARTIFACTS)-selected --no-curves -o $(EVALUATED)/eval-ablations
+
+ifneq ($(MODEL),)
+$(PROBED): | $(INSTALLED)
+	$(BIN)/spp probe $(GIVEN) --pools $(DATA)/pools --domains $(DOMAINS) -o $(ARTIFACTS) --force
+endif
 
 # An exported model in lm-evaluation-harness, in an environment without this project.
 lm-eval: demo $(LM_EVAL)/.installed

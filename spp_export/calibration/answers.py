@@ -79,12 +79,12 @@ def scenario_traffic(
             )
         parts = [read_traffic(session, part, limit, answering) for part in scenario.split()]
         session.remembered[key] = ScenarioText(*parts)
-        _say_what_is_otherwise(parts, answering)
+        say_what_is_otherwise(parts, answering)
     traffic: ScenarioText = session.remembered[key]
     return traffic
 
 
-def _say_what_is_otherwise(parts: Sequence[Reading], answering: Answering) -> None:
+def say_what_is_otherwise(parts: Sequence[Reading], answering: Answering) -> None:
     """Nothing is left out, or read in another way, without a word."""
     if unasked := sum(part.unasked for part in parts):
         _log.warning(

@@ -16,7 +16,12 @@ from spp_export.commands.needs import (
     check_readable,
     convert_needs,
 )
-from spp_export.commands.quality import judged_texts, measure_file, record_quality
+from spp_export.commands.quality import (
+    dense_at_hand,
+    judged_texts,
+    measure_file,
+    record_quality,
+)
 from spp_export.commands.requests import ConvertRequest
 from spp_export.common.disk import scratch_folder
 from spp_export.common.errors import CheckFailed, ModelError, OutputError, ParityError
@@ -74,7 +79,9 @@ def convert(request: ConvertRequest) -> ConvertResult:
     """Write an export of ours, or a dense model, as ONNX or GGUF; checked and published whole.
 
     Logits are compared with the PyTorch model's on the scenario's text, or on random tokens without
-    one. Raises ParityError where they differ: then nothing is published unless `keep_failed`.
+    one. What quantising costs is measured on answers to the scenario's held-out prompts, or to
+    prompts that come with spp: the dense model's, where this machine has it. Raises ParityError
+    where they differ: then nothing is published unless `keep_failed`.
 
         spp_export.convert("out/chemistry", "out/chemistry-onnx", scenario="chemistry.txt")
     """
@@ -173,13 +180,11 @@ class _Check:
             return content, None
         quality = None
         if has_tokenizer(checkpoint.path):
+            # The dense model answers, and is gone before the other one is loaded.
+            judged = judged_texts(dense_at_hand(checkpoint, self.plan), self.scenario, self.plan)
             model = load_slim(checkpoint.path, own)
-            quality = measure_file(
-                model,
-                checked.model or model,
-                load_tokenizer(checkpoint.path),
-                *judged_texts(self.scenario, self.plan),
-            )
+            tokenizer = load_tokenizer(checkpoint.path)
+            quality = measure_file(model, checked.model or model, tokenizer, *judged)
         return record_quality(content, "quantisation", quality, wanted)
 
 

@@ -6,12 +6,12 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spp_export.calibration.answers import Answering
 from spp_export.commands.requests import (
-    EvalRequest,
     EvalTexts,
     EvaluateRequest,
     EvaluateScenariosRequest,
@@ -33,8 +33,10 @@ from spp_export.evaluation.harness.records import (
     read_results,
 )
 from spp_export.evaluation.harness.rows import Row, row_key, standard_rows
-from spp_export.evaluation.harness.table import comparisons, markdown, ranking
+from spp_export.evaluation.harness.table import comparisons, markdown, notes, ranking
 from spp_export.evaluation.remarks import FEW_TOKENS
+from spp_export.formats.gguf.encode import rounded
+from spp_export.formats.gguf.options import Kind
 from spp_export.models.session import Session, open_session
 from spp_export.planning.planner import scenario_record
 from spp_export.planning.scoring import default_criterion
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
     from spp_export.evaluation.harness.planner import RowOpener
 
 TABLE, CURVES = "table.md", "curves.png"
+# How each yardstick that is rounded stores weights.
+_BLOCKS: Mapping[str, Kind] = {"int8": "q8_0", "int4": "q4_0"}
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class EvalResult:
             "output": str(self.directory),
             "texts": list(self.results.texts),
             "tokens": self.results.tokens,
+            "notes": list(notes(self.results)),
             "uncertain": [
                 name for name, count in self.results.tokens.items() if count < FEW_TOKENS
             ],
@@ -71,6 +76,7 @@ class EvalResult:
                     "ratio": {name: interval.to_list() for name, interval in ranked.ratio.items()},
                     "kl": ranked.kl.to_list(),
                     "top1": ranked.top1.to_list(),
+                    "greedy": ranked.greedy and ranked.greedy.to_list(),
                     "answers": {
                         name: {figure: value.to_list() for figure, value in figures.items()}
                         for name, figures in ranked.answers.items()
@@ -88,6 +94,7 @@ class EvalResult:
                     "second": pair.theirs.label,
                     "text": pair.text,
                     "ratio": pair.ratio.to_list(),
+                    "kl": pair.kl.to_list(),
                     "verdict": pair.verdict,
                 }
                 for pair in comparisons(self.results)
@@ -103,6 +110,10 @@ def evaluate(request: EvaluateRequest) -> EvalResult:
     """Measure rows on a scenario's held-out prompts, on `pools` and on `eval_set`, and write
     results.jsonl, table.md and curves.png to the directory `output`.
 
+    Beside them stand controls and yardsticks: the dense model in bf16, int8 and int4, the last two
+    not where its weights were quantised before. With answers, rows are also compared with the
+    dense model's greedy answers to the held-out prompts.
+
     An output that holds results of the same evaluation is continued. Raises UsageError where a
     text to judge on is one that was calibrated on, and OutputError where `output` holds something
     else; `force` replaces an evaluation.
@@ -110,6 +121,7 @@ def evaluate(request: EvaluateRequest) -> EvalResult:
         result = spp_export.eval("chemistry.txt", "results", wrong="history.txt", keep=[0.8, 0.6])
     """
     from spp_export.evaluation.harness.planner import Planner, RowOpener, read_plans
+    from spp_export.evaluation.harness.yardsticks import yardsticks
 
     directory = Path(request.output)
     _prepare(directory, request.force)
@@ -138,9 +150,12 @@ def evaluate(request: EvaluateRequest) -> EvalResult:
         wrong=request.wrong is not None,
         ablations=request.ablations,
         other_artifacts=tuple(others),
+        yardsticks=yardsticks(session),
     )
     planner = Planner(session, artifacts, inputs.scenario, inputs.wrong, others, *amount)
-    opener = RowOpener(session, planner, plans, [text for _, text in artifacts.calibration])
+    prior = [text for _, text in artifacts.calibration]
+    roundings = {name: partial(rounded, kind=kind) for name, kind in _BLOCKS.items()}
+    opener = RowOpener(session, planner, plans, prior, roundings)
     context = _context(session, request, inputs, artifacts, others)
     with open_records(directory / RESULTS, _header(session, inputs, context)) as file:
         if _missing((*rows, *plans), file, context):
@@ -183,10 +198,11 @@ def _measure(
     opener: RowOpener,
     file: RecordFile,
     inputs: Inputs,
-    request: EvalRequest,
+    request: EvalTexts,
     context: Mapping[str, Any],
 ) -> None:
     from spp_export.evaluation.harness.generation import question_set
+    from spp_export.evaluation.harness.greedy import GreedyReference
     from spp_export.evaluation.harness.measure import DenseReference
     from spp_export.evaluation.harness.runner import Questions, run_rows
 
@@ -198,6 +214,11 @@ def _measure(
     if request.generate:
         sets = tuple(question_set(session.tokenizer, texts) for texts in inputs.eval_sets)
         questions = Questions(sets, session.tokenizer, request.max_new_tokens)
+    greedy = None
+    if request.answer_tokens and not session.from_disk:
+        greedy = GreedyReference(
+            session.model, session.tokenizer, inputs.texts[0], request.answer_tokens
+        )
     run_rows(
         rows,
         opener.open,
@@ -205,6 +226,7 @@ def _measure(
         file,
         _hash(context),
         questions=questions,
+        greedy=greedy if greedy and greedy.prompts else None,
         seed=request.seed,
     )
 
@@ -251,10 +273,15 @@ def _context(
 
 def _header(session: Session, inputs: Inputs, context: Mapping[str, Any]) -> dict[str, Any]:
     from spp_export.evaluation.harness.measure import default_batch_tokens
+    from spp_export.evaluation.harness.yardsticks import quantised_bits
 
     return {
         "schema_version": SCHEMA_VERSION,
-        "model": {"name": session.source.name, "fingerprint": session.source.fingerprint},
+        "model": {
+            "name": session.source.name,
+            "fingerprint": session.source.fingerprint,
+            "quantised_bits": quantised_bits(session.source),
+        },
         "scenario": scenario_record(inputs.scenario),
         "wrong": inputs.wrong and scenario_record(inputs.wrong),
         "texts": {

@@ -82,7 +82,7 @@ def check_export(
     source = held_out_source(judged)
     if converted.quantised:
         if not judged:
-            judged, source = judged_texts(scenario, result.plan)
+            judged, source = judged_texts(session, scenario, result.plan)
         cost = measure_file(checked.slim, model, session.tokenizer, judged, source, limit)
         content["quantisation"] = cost.to_dict() if cost else None
     if judged:

@@ -15,7 +15,7 @@ from spp_export.common.manifest import MANIFEST_NAME, check_manifest, listed_nam
 from spp_export.common.options import command
 from spp_export.data.artifacts import Artifacts, read_artifacts
 from spp_export.evaluation.harness.records import RESULTS, Results, read_results
-from spp_export.evaluation.harness.table import interval, ranking, units_name
+from spp_export.evaluation.harness.table import interval, notes, ranking, units_name
 from spp_export.evaluation.remarks import FEW_TOKENS
 from spp_export.formats.format import Format
 from spp_export.formats.registry import FORMATS, detect_format
@@ -99,12 +99,14 @@ def _evaluation_facts(results: Results) -> dict[str, Any]:
         "failed": len(results.failed),
         "machine": dict(header["machine"]),
     }
+    if found := notes(results):
+        facts["notes"] = found
     for (keep, units), rows in ranking(results).items():
         best = next((ranked for ranked in rows if ranked.row.kind == "method"), None)
         if best is not None:
-            ratio = interval(best.ratio[results.judge])
+            figures = f"KL {interval(best.kl)}, perplexity x {interval(best.ratio[results.judge])}"
             facts[f"best at {keep:g} of {units_name(units)}"] = (
-                f"{best.row.label}, {best.row.compensation}: {ratio} on {results.judge}"
+                f"{best.row.label}, {best.row.compensation}: {figures} on {results.judge}"
             )
     return facts
 

@@ -29,8 +29,8 @@ def verify(request: VerifyRequest) -> VerifyReport:
 
     Logits are compared on the scenario's text, or on seeded random tokens without one: parity does
     not depend on the text. Quality does, and is measured of quantised weights, and of others for
-    `max_kl` and `same_token`, on the scenario's held-out text or on conversations that come with
-    spp. Raises OutputError where the directory is no export.
+    `max_kl` and `same_token`, on the dense model's answers to the scenario's held-out prompts, or
+    to prompts that come with spp. Raises OutputError where the directory is no export.
 
         assert spp_export.verify("out/chemistry", model="org/name").passed
     """
@@ -68,9 +68,8 @@ def verify(request: VerifyRequest) -> VerifyReport:
         if not report.passed or not (checked.quantised or request.wanted.given):
             return report
         assert checked.model
-        quality = measure_file(
-            session.model, checked.model, session.tokenizer, *judged_texts(scenario, compiled)
-        )
+        judged = judged_texts(session, scenario, compiled)
+        quality = measure_file(session.model, checked.model, session.tokenizer, *judged)
     context = {**checked.context, "quality": quality.to_dict() if quality else None}
     failure, checks = gate(quality, request.wanted), report.checks
     if request.wanted.given:

@@ -404,8 +404,9 @@ def scenario_option(default: Any = MISSING, **facts: Any) -> Any:
 def compared_text() -> Any:
     """A file with text to compare logits on."""
     words = (
-        "Text to compare logits on: how its first eight texts begin; - is standard input; random "
-        "tokens without it."
+        "Text to compare logits on: how its first eight texts begin; random tokens without it. "
+        "Quality, where it is measured, is that on answers to its held-out prompts. - is standard "
+        "input."
     )
     return scenario_option(None, panel=CHECKS, help=words)
 

@@ -87,10 +87,9 @@ class Interval:
         """Whether the interval has two ends."""
         return math.isfinite(self.low) and math.isfinite(self.high)
 
-    @property
-    def differs_from_1(self) -> bool:
-        """Whether a ratio differs from one beyond the interval."""
-        return self.high < 1 or self.low > 1
+    def side(self, level: float) -> int:
+        """-1 where all of the interval is below a level, 1 where all is above, else 0."""
+        return int(self.low > level) - int(self.high < level)
 
     def to_list(self) -> list[float]:
         """[value, low, high]."""
@@ -111,6 +110,11 @@ def perplexity_ratio(scores: DocumentScores, seed: int = 0) -> Interval:
 def paired_ratio(ours: DocumentScores, theirs: DocumentScores, seed: int = 0) -> Interval:
     """Perplexity of one row over another's on the same documents, resampled together."""
     return _log_ratio(ours.nll - theirs.nll, ours.tokens, seed)
+
+
+def paired_kl(ours: DocumentScores, theirs: DocumentScores, seed: int = 0) -> Interval:
+    """KL per token of one row less another's on the same documents, resampled together."""
+    return weighted_mean(ours.kl - theirs.kl, ours.tokens, seed)
 
 
 def mean_kl(scores: DocumentScores, seed: int = 0) -> Interval:

@@ -140,6 +140,21 @@ def locate_model(model: str) -> ModelLocation:
     return ModelLocation(_hub_snapshot(model), model)
 
 
+def stored_model(name: str) -> Path | None:
+    """The directory of a model, by its name in a plan, where this machine has it: the default one,
+    or one fetched from the Hub before. Fetches nothing, and knows no directory by its name."""
+    from huggingface_hub import snapshot_download
+
+    if name == DEMO_NAME:
+        return _demo_path() if _complete(_demo_path()) else None
+    if not _HUB_ID.fullmatch(name):
+        return None
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES), local_files_only=True))
+    except Exception:  # the hub client raises a wide family of errors for what it has not
+        return None
+
+
 def _hub_snapshot(model: str) -> Path:
     from huggingface_hub import snapshot_download
 

@@ -19,6 +19,7 @@ from spp_export.evaluation.harness.runner import summary
 TEXT = "scenario, held out"
 HEADER = {
     "model": {"name": "a-model"},
+    "context": {},
     "scenario": {"name": "chemistry.txt"},
     "texts": {TEXT: {"documents": 30}},
     "machine": {},
@@ -129,7 +130,7 @@ def test_several_scenarios_each_get_a_report(library):
 def test_the_report(library):
     found = invoke("--scenario", "s.txt", "-o", "out")
     lines = found.stdout.splitlines()
-    assert "perplexity over dense: scenario, held out" in lines[0]
+    assert "beside dense, scenario, held out" in lines[0]
     ranked = [line.split()[:2] for line in lines if line.strip()[:2] in ("1 ", "2 ", "3 ")]
     assert ranked == [["1", "dense"], ["1", "obs"], ["2", "obs,"], ["3", "random,"]]
     assert "obs / obs, domain mean" in found.stdout

@@ -112,6 +112,32 @@ def test_a_finished_evaluation_is_only_drawn_again(first, workshop, monkeypatch)
     assert (again.directory / "table.md").exists()
 
 
+def test_answers_are_compared_greedily_beside_yardsticks(workshop, common, tmp_path, capsys):
+    request = {**REQUEST, "answer_tokens": 6, "criterion": ("energy", "probe-pruning")}
+    options = {**common, "pools": None}
+    result = spp_export.evaluate(workshop.scenario, tmp_path / "out", **request, **options)
+    rows = {record.row.label: record.data for record in result.results.measured}
+    assert {"dense", "dense in bf16", "dense in int8", "dense in int4", "energy"} <= set(rows)
+    kl = {
+        name: data["texts"]["scenario, held out"]["summary"]["kl"][0] for name, data in rows.items()
+    }
+    assert 0 == kl["dense"] < kl["dense in int8"] < kl["dense in int4"]
+    assert "greedy" not in rows["probe-pruning"]
+    dense, slim = (rows[name]["greedy"] for name in ("dense", "energy"))
+    assert dense["agreed"] == dense["tokens"] == slim["tokens"]
+    assert all(a <= b for a, b in zip(slim["agreed"], slim["tokens"], strict=True))
+    assert dense["summary"]["prompts"] == len(dense["agreed"])
+    found = json.loads(json.dumps(result.to_dict()))
+    assert {row["kind"]: row["greedy"] is None for row in found["rows"]}["dynamic"]
+    assert any("greedy answer" in note for note in found["notes"])
+    assert (
+        "| # | chosen by |  | compensation | kept | KL | same token | greedy |"
+        in (result.directory / "table.md").read_text()
+    )
+    assert run(["show", str(result.directory)]) == 0
+    assert "greedy" in capsys.readouterr().out
+
+
 def test_another_evaluation_needs_force(workshop, common, tmp_path):
     out = tmp_path / "out"
     spp_export.evaluate(workshop.scenario, out, **REQUEST, **common)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,17 +14,24 @@ from transformers import AutoTokenizer
 
 import spp_export
 from spp_export.calibration.reading import chat_text
-from spp_export.commands.quality import DEFAULT_TEXT, default_texts, judged_texts
+from spp_export.commands.quality import (
+    DEFAULT_ANSWERS,
+    DEFAULT_TEXT,
+    default_texts,
+    dense_at_hand,
+    judged_texts,
+)
 from spp_export.common.errors import CheckFailed, QualityError, UsageError
 from spp_export.data.scenario import read_scenario
 from spp_export.evaluation.batches import check_batches, slim_reference
-from spp_export.evaluation.quality import HELD_OUT
+from spp_export.evaluation.quality import ANSWERS, HELD_OUT
 from spp_export.formats.dequantised import write_dequantised
 from spp_export.formats.onnx import OnnxOptions
 from spp_export.formats.onnx.checks import check_quantised
 from spp_export.formats.onnx.read import GraphWeights
 from spp_export.formats.onnx.runtime.model import OrtModel
 from spp_export.models.checkpoint.checkpoint import open_checkpoint
+from spp_export.models.hub import DEMO_NAME, stored_model
 from spp_export.planning import read_plan
 
 NAME = "llama-gqa-bias"
@@ -54,20 +62,73 @@ def test_without_a_scenario_it_is_measured_on_conversations(workshop, tmp_path):
 def test_of_the_plans_own_scenario_only_what_was_held_out_judges(workshop, tmp_path):
     slim = workshop.exported(NAME)
     scenario, plan = read_scenario(workshop.scenario), read_plan(slim.path / "plan.json")
-    assert judged_texts(scenario, plan) == (scenario.split()[1], HELD_OUT)
+    assert judged_texts(None, scenario, plan) == (scenario.split()[1], HELD_OUT)
     other = tmp_path / "other.txt"
     other.write_text("A first text.\n\nAnd a second one, which is longer.\n")
-    texts, source = judged_texts(read_scenario(other), plan)
+    texts, source = judged_texts(None, read_scenario(other), plan)
     assert (len(texts), source) == (2, "text of the scenario")
-    assert judged_texts(None, plan) == (default_texts(), DEFAULT_TEXT)
+    assert judged_texts(None, None, plan) == (default_texts(), DEFAULT_TEXT)
     few = tmp_path / "few.txt"
     few.write_text("Only one.\n")
     short = read_scenario(few)
-    record = {"scenario": {"sha256": short.sha256}}
-    made = type("Plan", (), record)
-    assert judged_texts(short, made)[1] == DEFAULT_TEXT
+    made = replace(plan, scenario={"sha256": short.sha256})
+    assert judged_texts(None, short, made)[1] == DEFAULT_TEXT
     result = convert(slim, tmp_path / "x", scenario=workshop.scenario)
     assert result.report["quantisation"]["source"] == HELD_OUT
+
+
+@pytest.fixture(scope="module")
+def answered(workshop, tmp_path_factory):
+    """An export whose plan was made of the dense model's answers."""
+    target = tmp_path_factory.mktemp("answered") / "slim"
+    return workshop.export(NAME, target, compensate="none", answer_tokens=6)
+
+
+def test_it_is_measured_on_the_answers_that_the_export_was(
+    workshop, answered, tmp_path, monkeypatch
+):
+    """The same prompts and answers, in every format, whenever the scenario is given."""
+    expected = answered.report["quality"]
+    assert expected["source"] == ANSWERS
+    dense = str(workshop.dense(NAME))
+    scenario = workshop.scenario
+    checked = spp_export.verify(answered.path, model=dense, scenario=scenario, max_kl=99.0)
+    assert checked.context["quality"] == expected
+    assert convert(answered, tmp_path / "a", scenario=scenario).report["quantisation"][
+        "source"
+    ] == (HELD_OUT)
+    monkeypatch.setattr("spp_export.commands.quality.stored_model", lambda name: dense)
+    cost = convert(answered, tmp_path / "b", scenario=scenario).report["quantisation"]
+    assert (cost["source"], cost["tokens"]) == (ANSWERS, expected["tokens"])
+    of_slim = answered.report["quality"]["slim_perplexity"]
+    assert cost["dense_perplexity"] == pytest.approx(of_slim, rel=1e-3)
+    checked = spp_export.verify(tmp_path / "b", model=dense, scenario=scenario)
+    assert checked.context["quality"]["tokens"] == expected["tokens"]
+
+
+def test_without_the_scenario_the_dense_model_answers_prompts_that_come_with_spp(
+    workshop, answered, tmp_path, monkeypatch
+):
+    dense = workshop.dense(NAME)
+    found = spp_export.verify(answered.path, model=str(dense), max_kl=99.0).context["quality"]
+    assert found["source"] == DEFAULT_ANSWERS
+    assert found["tokens"] <= 6 * found["texts"]
+    cost = convert(answered, tmp_path / "a").report["quantisation"]
+    assert cost["source"] == DEFAULT_TEXT
+    other = workshop.dense("llama-mqa")
+    monkeypatch.setattr("spp_export.commands.quality.stored_model", lambda name: other)
+    plan = read_plan(answered.path / "plan.json")
+    assert dense_at_hand(open_checkpoint(answered.path), plan) is None
+    whole = dense_at_hand(open_checkpoint(dense), plan)
+    assert whole.source.path == dense
+
+
+def test_a_model_that_was_not_fetched_is_not_at_hand(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPP_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    for name in (DEMO_NAME, "nobody/nothing", "a-directory"):
+        assert stored_model(name) is None
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("all_conversations")

@@ -60,7 +60,7 @@ def test_pairing_cancels_what_documents_have_in_common():
     paired = paired_ratio(ours, theirs)
     assert paired.value == pytest.approx(math.exp(-2 / 40), rel=0.01)
     assert paired.high < 1
-    assert paired.differs_from_1
+    assert paired.side(1) == -1
     alone = perplexity_ratio(ours), perplexity_ratio(theirs)
     assert alone[0].high > alone[1].low
 
@@ -69,7 +69,7 @@ def test_a_row_against_itself_is_one_exactly():
     ours = document_scores(0.1)
     found = paired_ratio(ours, ours)
     assert found.to_list() == [1, 1, 1]
-    assert not found.differs_from_1
+    assert found.side(1) == 0
 
 
 def test_coverage_is_about_what_it_claims():
@@ -96,7 +96,7 @@ def test_one_document_has_no_interval_and_a_broken_model_no_figure():
     one = perplexity_ratio(scores([12.0], [10.0], [5.0]))
     assert one.value == pytest.approx(math.exp(0.4))
     assert math.isnan(one.low)
-    assert not one.differs_from_1
+    assert one.side(1) == 0
     broken = scores([np.nan, 1.0], [1.0, 1.0], [5.0, 5.0])
     assert math.isnan(perplexity_ratio(broken).value)
     assert math.isinf(perplexity(scores([1e6, 1e6], [1.0, 1.0], [5.0, 5.0])))

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 from evaluating import HEADER, TEXTS, method, record, write_results
 
 from spp_export.evaluation.bootstrap import Interval
-from spp_export.evaluation.harness.curves import curves, write_curves
+from spp_export.evaluation.harness.curves import curves, drawn_figure, write_curves
 from spp_export.evaluation.harness.records import open_records, read_results
-from spp_export.evaluation.harness.rows import DENSE, Row
-from spp_export.evaluation.harness.table import comparisons, interval, markdown, ranking
+from spp_export.evaluation.harness.rows import DENSE, Row, standard_rows
+from spp_export.evaluation.harness.table import (
+    comparisons,
+    interval,
+    markdown,
+    notes,
+    ranking,
+)
+from spp_export.models.hub import DEMO_NAME
 
 MAIN = method(criterion="obs")
 MEAN = method(criterion="obs", text="mean", kind="control")
@@ -53,6 +61,59 @@ def test_rows_are_ranked_within_their_budget(results):
     assert [r.mark for r in found[0.8, "heads"]][2:4] == ["control", "not static"]
 
 
+def test_where_answers_were_judged_kl_ranks_and_judges(tmp_path):
+    """Perplexity may fall below the dense model's: then it says little."""
+    path = write_results(tmp_path / "results.jsonl", [(MAIN, 0.05), (MEAN, -0.08)])
+    assert [r.row for r in ranking(read_results(path))[0.8, "heads"]] == [MEAN, MAIN]
+    text = path.read_text().replace(
+        '"abc", "dtype": "float32"}', '"abc", "number of answer tokens": 96}'
+    )
+    path.write_text(text)
+    found = read_results(path)
+    assert [r.row for r in ranking(found)[0.8, "heads"]] == [MAIN, MEAN]
+    assert {pair.verdict for pair in comparisons(found)} == {"better"}
+    drawn = {curve.label: curve.points[0][1] for curve in curves(found)["heads", "lstsq"]}
+    assert drawn["obs"].value == pytest.approx(0.05, rel=0.1)
+    assert drawn_figure(found) == "KL to dense, nats"
+    assert write_curves(found, tmp_path / "kl.png")
+    page = markdown(found)
+    assert "Rank 1 has the lowest KL on" in page
+    assert "answers alone" in page
+
+
+def test_yardsticks_stand_beside_the_dense_row(tmp_path):
+    sticks = standard_rows([], [], yardsticks=["bf16", "int8", "int4"])[1:]
+    losses = zip(sticks, (-0.001, 0.002, 0.1), strict=True)
+    found = read_results(write_results(tmp_path / "results.jsonl", [(MAIN, 0.1), *losses]))
+    page = markdown(found)
+    assert page.index("## Dense") < page.index("| yardstick |") < page.index("## Keep 0.8")
+    assert "- dense in int8 and int4: its projections rounded to nearest in blocks of 32" in page
+    assert "- dense in bf16 is the dense model computed in bfloat16." in page
+    assert "left out" not in page
+    assert {curve.kind for panel in curves(found).values() for curve in panel} == {"method"}
+
+
+@pytest.mark.parametrize("name", ["a-model", DEMO_NAME])
+def test_of_a_model_that_was_quantised_every_page_says_so(tmp_path, name):
+    path = write_results(tmp_path / "results.jsonl", [(MAIN, 0.1)])
+    bits = ', "quantised_bits": 4' if name == "a-model" else ""
+    path.write_text(path.read_text().replace('"a-model"', f'"{name}"{bits}', 1))
+    found = read_results(path)
+    assert "quantised to 4 bits before they came here" in markdown(found)
+    assert "int8 and int4 is left out" in notes(found)[0]
+
+
+def test_greedy_agreement_has_a_column(tmp_path):
+    summary = {"prompts": 9, "tokens": 88.4, "agreed": [31.25, 20.0, 44.0]}
+    path = write_results(tmp_path / "results.jsonl", [(RANDOM, 1.0)])
+    line = record(MAIN, 0.1, greedy={"agreed": [31.25], "tokens": [88.4], "summary": summary})
+    path.write_text(path.read_text() + json.dumps(line) + "\n")
+    page = markdown(read_results(path))
+    assert "| same token | greedy | perplexity x" in page
+    assert "| 31.2 [20.0, 44.0] |" in page
+    assert "mean over 9 held-out prompts, whose answers have 88.4 tokens" in page
+
+
 def test_what_has_no_ratio_comes_last(tmp_path):
     rows = [(MAIN, 1e6), (RANDOM, 1.5)]
     found = read_results(write_results(tmp_path / "results.jsonl", rows))
@@ -72,9 +133,10 @@ def test_the_page(results):
     page = markdown(results)
     assert page.startswith("# Evaluation of a-model\n")
     assert "## Keep 0.8 of heads" in page
-    assert "| 1 | obs |  | lstsq | 0.800 | 1.02" in page
+    assert "| 1 | obs |  | lstsq | 0.800 | 0.0" in page
+    assert "| KL | same token | perplexity x, scenario, held out | perplexity x, chem" in page
     assert "| 6 | random, seed 2 | control |" in page
-    assert "| 0.8 | heads | lstsq | obs | obs, wrong scenario | chemistry pool | 0.97" in page
+    assert "| 0.8 | heads | lstsq | obs | obs, wrong scenario | chemistry pool | -0.0" in page
     for line in page.splitlines():
         assert not line.startswith("|") or line.endswith("|")
     assert page == markdown(results)

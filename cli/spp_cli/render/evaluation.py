@@ -16,6 +16,7 @@ from spp_export.evaluation.harness.table import (
     amount_of,
     comparisons,
     interval,
+    notes,
     ranking,
     units_name,
 )
@@ -35,12 +36,13 @@ def evaluation_report(result: EvalResult, look: Look) -> RenderableType:
     text = results.judge
     lines: list[RenderableType] = [_title(results, look)]
     for (keep, units), rows in ranking(results).items():
-        dense = rows[0].row.kind == "dense"
-        title = "dense" if dense else f"keep {keep:g} of {units_name(units)}"
+        title = "dense" if rows[0].row.whole else f"keep {keep:g} of {units_name(units)}"
         lines += [Text(), Text(title, style=STRONG), _ranked(rows, text)]
     shown = [pair for pair in comparisons(results) if pair.theirs.kind in _SHOWN_AGAINST]
     if shown:
         lines += [Text(), Text("against controls", style=STRONG), _compared(shown)]
+    for note in notes(results):
+        lines.append(Text(single_line(note), style=FAINT))
     for record in results.failed:
         where = f"{record.row.label}, keep {record.row.keep:g}: "
         lines.append(Text(single_line(f"{where}{record.error}"), style=BAD))
@@ -59,14 +61,15 @@ def _title(results: Results, look: Look) -> Text:
     model, scenario = results.header["model"]["name"], results.header["scenario"]["name"]
     text = Text(single_line(f"{model} {look.arrow} {scenario}"), style=STRONG)
     judge = f"{results.judge}{amount_of(results, results.judge)}"
-    return text.append(f"   perplexity over dense: {single_line(judge)}", style=FAINT)
+    return text.append(f"   beside dense, {single_line(judge)}", style=FAINT)
 
 
 def _ranked(rows: Sequence[Ranked], text: str) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style=FAINT)
     for name, right in (("#", True), ("chosen by", False), ("", False), ("comp.", False)):
         table.add_column(name, justify="right" if right else "left")
-    for name in ("kept", "ratio", "KL", "top-1"):
+    greedy = any(ranked.greedy for ranked in rows)
+    for name in ("kept", "KL", "same token", *(["greedy"] if greedy else []), "perplexity x"):
         table.add_column(name, justify="right", no_wrap=True)
     for ranked in rows:
         cells = [
@@ -75,9 +78,10 @@ def _ranked(rows: Sequence[Ranked], text: str) -> Table:
             ranked.mark,
             ranked.row.compensation,
             "" if ranked.kept is None else f"{ranked.kept:.3f}",
-            interval(ranked.ratio[text]),
-            f"{ranked.kl.value:.3f}",
-            f"{ranked.top1.value:.3f}",
+            interval(ranked.kl),
+            f"{ranked.top1.value:.1%}",
+            *([f"{ranked.greedy.value:.1f}" if ranked.greedy else ""] if greedy else []),
+            f"{ranked.ratio[text].value:.3f}",
         ]
         table.add_row(*cells, style=FAINT if ranked.mark else "")
     return table
@@ -90,5 +94,6 @@ def _compared(shown: Sequence[PairedComparison]) -> Table:
         names = f"{pair.ours.label} / {pair.theirs.label}"
         verdict = Text(pair.verdict, style=_VERDICTS.get(pair.verdict, FAINT))
         text = Text(single_line(pair.text), style=FAINT)
-        table.add_row(how, single_line(names), text, interval(pair.ratio), verdict)
+        figure = f"KL {interval(pair.kl)}" if pair.by_kl else interval(pair.ratio)
+        table.add_row(how, single_line(names), text, figure, verdict)
     return table

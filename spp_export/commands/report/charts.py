@@ -25,9 +25,9 @@ from spp_export.common.plots import (
     plot_style,
     ratio_axis,
 )
-from spp_export.evaluation.harness.curves import HIGHEST, Curve, curves, places
+from spp_export.evaluation.harness.curves import HIGHEST, Curve, curves, drawn_figure, places
 from spp_export.evaluation.harness.records import RESULTS, Results, read_results
-from spp_export.evaluation.harness.table import units_name
+from spp_export.evaluation.harness.table import source_notes, units_name
 from spp_export.planning import Plan
 
 # main: what the page is about. bound: the most that is possible. other: one of a few to compare
@@ -232,7 +232,7 @@ def quality_charts(path: Path, plan: Plan) -> tuple[list[Chart], list[Chart], st
     except (KeyError, TypeError, ValueError, AttributeError, IndexError):
         raise UsageError(f"{path}: results of 'spp eval' that are malformed.") from None
     own = (_units(plan), plan.compensation)
-    charts = {key: _curves_chart(key, panel, plan, results.judge) for key, panel in panels.items()}
+    charts = {key: _curves_chart(key, panel, plan, results) for key, panel in panels.items()}
     first = [chart for key, chart in charts.items() if key == own]
     more = [chart for key, chart in charts.items() if key != own]
     # Without a panel of the plan's own kind, all of them are what there is.
@@ -253,7 +253,7 @@ def _note(results: Results, plan: Plan) -> str:
     scenario = mapping(header["scenario"])
     documents = header["texts"][results.judge]["documents"]
     sentences = [
-        f"Curves: perplexity over the dense model's on {results.judge}, {documents} documents; the "
+        f"Curves: {drawn_figure(results)}, on {results.judge}, {documents} documents; the "
         "figures named on a point are its 95 % interval."
     ]
     if text(scenario.get("sha256")) != text(plan.scenario.get("sha256")):
@@ -261,6 +261,7 @@ def _note(results: Results, plan: Plan) -> str:
         sentences.append(f"The evaluation is for another scenario, {name}.")
     if cpu := text(mapping(header.get("machine")).get("cpu")):
         sentences.append(f"Measured on {cpu}.")
+    sentences += source_notes(results)
     return " ".join(sentences)
 
 
@@ -272,7 +273,9 @@ def _units(plan: Plan) -> str:
     return "both" if any(layer.channels is not None for layer in plan.layers) else "heads"
 
 
-def _curves_chart(key: tuple[str, str], panel: Sequence[Curve], plan: Plan, judge: str) -> Chart:
+def _curves_chart(
+    key: tuple[str, str], panel: Sequence[Curve], plan: Plan, results: Results
+) -> Chart:
     units, compensation = key
     criterion = text(plan.criterion.get("name"))
     methods = [c.label for c in panel if c.kind == "method" and c.label != criterion][:_COMPARED]
@@ -292,11 +295,12 @@ def _curves_chart(key: tuple[str, str], panel: Sequence[Curve], plan: Plan, judg
     own = key == (_units(plan), plan.compensation)
     return Chart(
         f"{units_name(units).capitalize()}, compensation {compensation}",
-        f"perplexity over dense, {judge}",
+        f"{drawn_figure(results)}, {results.judge}",
         series,
-        f"{TIMES} dense",
+        " nats" if results.on_answers else f"{TIMES} dense",
         x_unit=" % removed",
         x_label=_CURVES,
-        highest=HIGHEST,
+        ratio=not results.on_answers,
+        highest=math.inf if results.on_answers else HIGHEST,
         mark=(100 * (1 - kept), "this export") if own and kept and 0 < kept <= 1 else None,
     )

@@ -1,7 +1,9 @@
-"""Curves: perplexity over the dense model's against the share removed, as a PNG."""
+"""Curves against the share removed, as a PNG: KL to the dense model where answers were judged, else
+perplexity over the dense model's."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ _DASHED = {"control": "--", "ablation": ":", "dynamic": "-."}
 
 @dataclass(frozen=True)
 class Curve:
-    """One way of choosing over budgets: (share removed, ratio), by share."""
+    """One way of choosing over budgets: (share removed, figure), by share."""
 
     label: str
     kind: str
@@ -40,9 +42,10 @@ def curves(results: Results) -> dict[tuple[str, str], list[Curve]]:
     points: dict[Row, list[tuple[float, Interval]]] = {}
     for (keep, _), rows in ranking(results).items():
         for ranked in rows:
-            if ranked.row.kind != "dense":
+            if not ranked.row.whole:
                 way = replace(ranked.row, keep=1.0)
-                points.setdefault(way, []).append((1 - keep, ranked.ratio[text]))
+                figure = ranked.kl if results.on_answers else ranked.ratio[text]
+                points.setdefault(way, []).append((1 - keep, figure))
     if any(len(measured) > 1 for measured in points.values()):
         points = {way: measured for way, measured in points.items() if len(measured) > 1}
     panels: dict[tuple[str, str], list[Curve]] = {}
@@ -59,6 +62,11 @@ def curves(results: Results) -> dict[tuple[str, str], list[Curve]]:
         key: sorted(panel, key=lambda curve: (_ORDER.index(curve.kind), curve.points[-1][1].value))
         for key, panel in sorted(panels.items())
     }
+
+
+def drawn_figure(results: Results) -> str:
+    """What curves show."""
+    return "KL to dense, nats" if results.on_answers else "perplexity over dense"
 
 
 def write_curves(results: Results, path: Path) -> bool:
@@ -84,8 +92,13 @@ def write_curves(results: Results, path: Path) -> bool:
                 handles.setdefault(curve.label, draw_line(axes, line))
             axes.set_xticks(sorted({round(100 * x, 1) for curve in panel for x, _ in curve.points}))
             axes.set_xlabel("parameters of these units removed, %")
-            axes.set_ylabel("perplexity over dense")
-            ratio_axis(axes, (y.value for curve in panel for _, y in curve.points), HIGHEST)
+            axes.set_ylabel(drawn_figure(results))
+            values = [y.value for curve in panel for _, y in curve.points]
+            if results.on_answers:
+                most = max(filter(math.isfinite, values), default=0) or 1
+                axes.set_ylim(0, min(HIGHEST, 1.05 * most))
+            else:
+                ratio_axis(axes, values, HIGHEST)
     figure.suptitle(f"{results.header['model']['name']}: {results.judge}")
     figure.legend(handles.values(), handles.keys(), loc="outside right center")
     save_png(figure, path)
@@ -94,7 +107,7 @@ def write_curves(results: Results, path: Path) -> bool:
 
 def places(curve: Curve) -> list[Point]:
     """The curve's points, by percent removed."""
-    return [Point(100 * share, ratio.value, ratio.low, ratio.high) for share, ratio in curve.points]
+    return [Point(100 * share, one.value, one.low, one.high) for share, one in curve.points]
 
 
 def _styles(panels: dict[tuple[str, str], list[Curve]]) -> dict[str, dict[str, Any]]:

@@ -124,14 +124,15 @@ def generate(
     *,
     batch_tokens: int | None = None,
     advance_to: Callable[[float], None] = lambda done: None,
+    with_end: bool = False,
 ) -> list[list[int]]:
-    """The greedy continuation of each prompt, without the token that ended it."""
+    """The greedy continuation of each prompt, without the token that ended it, or `with_end`."""
     size = 4 * default_batch_tokens(input_device(model).type)
     continuations: list[list[int]] = [[] for _ in prompts]
     done = 0
     lengths = [len(prompt) + max_new_tokens for prompt in prompts]
     for rows in _batches(lengths, batch_tokens or size):
-        batch = _greedy(model, [prompts[row] for row in rows], max_new_tokens, stop)
+        batch = _greedy(model, [prompts[row] for row in rows], max_new_tokens, stop, with_end)
         for row, ids in zip(rows, batch, strict=True):
             continuations[row] = ids
         done += len(rows)
@@ -141,7 +142,11 @@ def generate(
 
 @torch.no_grad()
 def _greedy(
-    model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: frozenset[int]
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stop: frozenset[int],
+    with_end: bool,
 ) -> list[list[int]]:
     """One batch, padded on the left, so that all rows go on at the same column."""
     device = input_device(model)
@@ -163,8 +168,9 @@ def _greedy(
         )
         cache = output.past_key_values
         ids = output.logits[:, -1:].argmax(-1)
-        finished |= torch.isin(ids[:, 0], ends)
-        made.append(ids[:, 0].masked_fill(finished, -1))
+        before = finished
+        finished = finished | torch.isin(ids[:, 0], ends)
+        made.append(ids[:, 0].masked_fill(before if with_end else finished, -1))
         if bool(finished.all()):
             break
         mask = torch.cat([mask, mask.new_ones((len(prompts), 1))], dim=1)

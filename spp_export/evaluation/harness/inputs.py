@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from spp_export.calibration.answers import Answering, read_traffic
+from spp_export.calibration.answers import Answering, read_traffic, say_what_is_otherwise
 from spp_export.calibration.reading import TokenText, spread_whole, token_texts
 from spp_export.common.errors import UsageError
 from spp_export.data.artifacts import Artifacts
@@ -171,6 +171,7 @@ def _within(
     kept = [text.documents[place] for place in spread_whole(lengths, limit)]
     # Documents that are kept are read whole, however long their answers make them.
     reading = read_traffic(session, kept, 2 * max(limit, sum(lengths)), answering)
+    say_what_is_otherwise([reading], answering)
     return replace(text, documents=tuple(kept), tokens=reading.to_dict(), read=reading.texts)
 
 

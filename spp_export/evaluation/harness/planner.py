@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,10 @@ from spp_export.common.options import DEFAULT_CALIBRATION_TOKENS
 from spp_export.data.artifacts import Artifacts
 from spp_export.data.scenario import Scenario
 from spp_export.domains.diagnosis import diagnose_prompts
-from spp_export.evaluation.harness.rows import BASELINES, PlannedRow, Row, Text
+from spp_export.evaluation.harness.measure import Opened
+from spp_export.evaluation.harness.rows import BASELINES, HALF, PlannedRow, Row, Text
 from spp_export.evaluation.harness.runner import OpenedRow
+from spp_export.evaluation.harness.yardsticks import Rounding, rounded_projections
 from spp_export.evaluation.oracle import masked_dense
 from spp_export.models.families import Role
 from spp_export.models.session import Session
@@ -38,6 +40,7 @@ from spp_export.planning.request import PlanRequest
 from spp_export.planning.scoring import SEQUENTIAL, UnitOptions
 from spp_export.planning.written import loses, moment_kinds
 from spp_export.slicing.compensation import Compensator
+from spp_export.slicing.projections import Projections
 
 # Enough for every way of choosing in a grid, which goes budget by budget and asks for each again.
 _REMEMBERED = 64
@@ -196,17 +199,21 @@ class RowOpener:
     """Opens rows for the runner.
 
     plans: of the rows that name one. prior: texts that dynamic rows take their history from.
+    roundings: of yardsticks that are rounded, by their names.
     """
 
     session: Session
     planner: Planner
     plans: Mapping[Row, Plan]
     prior: Sequence[str]
+    roundings: Mapping[str, Rounding] = field(default_factory=dict)
 
     def open(self, row: Row) -> OpenedRow:
         """The row's model, in a context; a SppError where it cannot be planned."""
         if row.kind == "dense":
             return OpenedRow({"keep": 1.0}, lambda: nullcontext(self.session.model))
+        if row.kind == "yardstick":
+            return OpenedRow({"keep": 1.0}, self._yardstick(row))
         if row.kind == "dynamic":
             opened: OpenedRow = BASELINES[row.criterion](self.session, row, self.prior)
             return opened
@@ -216,12 +223,22 @@ class RowOpener:
             planned = self.planner.plan(row)
         return OpenedRow(planned.realised, lambda: self._masked(row, planned))
 
-    @contextmanager
-    def _masked(self, row: Row, planned: PlannedRow) -> Iterator[nn.Module]:
+    def _yardstick(self, row: Row) -> Opened:
+        if row.criterion == HALF:
+            half = replace(self.session, dtype="bfloat16", remembered={})
+            return lambda: nullcontext(half.model)
+        projections = rounded_projections(self.session.source, self.roundings[row.criterion])
+        return lambda: self._replaced(self._dense, projections)
+
+    @property
+    def _dense(self) -> Plan:
         source = self.session.source
-        plan = dense_plan(source.shape, source.fingerprint, source.name)
-        plan = replace(plan, layers=planned.layers, compensation=row.compensation)
-        with masked_dense(
-            self.session.model, source.family, source.shape, plan, planned.projections
-        ) as model:
-            yield model
+        return dense_plan(source.shape, source.fingerprint, source.name)
+
+    def _masked(self, row: Row, planned: PlannedRow) -> AbstractContextManager[nn.Module]:
+        plan = replace(self._dense, layers=planned.layers, compensation=row.compensation)
+        return self._replaced(plan, planned.projections)
+
+    def _replaced(self, plan: Plan, projections: Projections) -> AbstractContextManager[nn.Module]:
+        source = self.session.source
+        return masked_dense(self.session.model, source.family, source.shape, plan, projections)

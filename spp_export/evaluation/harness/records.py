@@ -61,6 +61,18 @@ class _Scores(Document):
     summary: _Summary
 
 
+class _GreedySummary(Document):
+    prompts: int
+    tokens: float
+    agreed: _Numbers
+
+
+class _Greedy(Document):
+    tokens: _Numbers
+    agreed: _Numbers
+    summary: _GreedySummary
+
+
 class _RecordDocument(Document):
     """A line of the results, after the header; the runner writes it."""
 
@@ -68,6 +80,7 @@ class _RecordDocument(Document):
     row: dict[str, Any]
     realised: _Object
     texts: Annotated[dict[str, _Scores], Field(default_factory=dict)]
+    greedy: _Greedy | None = None
     answers: _Object
     seconds: float = 0
     error: str | None = None
@@ -75,7 +88,8 @@ class _RecordDocument(Document):
 
 @dataclass(frozen=True)
 class Record:
-    """One measured row: `realised`, `texts` and `answers` as the runner wrote them, or `error`."""
+    """One measured row: `realised`, `texts`, `greedy` and `answers` as the runner wrote them, or
+    `error`."""
 
     key: str
     row: Row
@@ -104,6 +118,11 @@ class Results:
     def judge(self) -> str:
         """The text that ranks: that of most documents, whose intervals are narrowest."""
         return max(self.texts, key=lambda name: int(self.header["texts"][name]["documents"]))
+
+    @property
+    def on_answers(self) -> bool:
+        """Whether answers were judged, and not the text of prompts alone."""
+        return bool(self.header["context"].get("number of answer tokens"))
 
     @property
     def tokens(self) -> dict[str, int]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from spp_export.slicing.projections import Projection
 
 Text = Literal["scenario", "mean", "wrong", "single", "own"]
-RowKind = Literal["method", "control", "ablation", "dense", "dynamic"]
+RowKind = Literal["method", "control", "ablation", "dense", "yardstick", "dynamic"]
 
 _TEXT_LABELS = {
     "scenario": "",
@@ -32,7 +32,7 @@ class Row:
     """How units are chosen and compensated, at one budget.
 
     keep         share of the parameters of `units` that may stay
-    criterion    its name, or that of a plan file
+    criterion    its name, that of a plan file, or that of a yardstick
     comparable   how scores of layers are put beside each other; None for the criterion's own way
     text         what is calibrated on, to choose and to compensate: the domains as diagnosed with
                  the scenario's own prompts, all domains alike, another scenario, the likeliest
@@ -40,7 +40,8 @@ class Row:
     seed         of everything random about the row
     whitelist    whether the artifacts' whitelist is forced in
     kind         control: what a method has to beat; ablation: a method less one of its parts;
-                 dynamic: masks chosen anew for every batch, which no checkpoint can hold
+                 yardstick: the dense model with fewer bits; dynamic: masks chosen anew for every
+                 batch, which no checkpoint can hold
     artifacts    name of other artifacts that replace the evaluation's own; "" for none
     plan         SHA-256 of a plan file; "" where the planner decides
     """
@@ -64,6 +65,8 @@ class Row:
         """What a table calls the row, apart from its budget and compensation."""
         if self.kind == "dense":
             return "dense"
+        if self.kind == "yardstick":
+            return f"dense in {self.criterion}"
         name = self.criterion
         if name == "random" and self.whitelist:
             name = "whitelist only"
@@ -77,6 +80,11 @@ class Row:
         if self.comparable is not None:
             details.append(self.comparable)
         return ", ".join([name, *filter(None, details)])
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is removed: the dense model, or a yardstick."""
+        return self.kind in ("dense", "yardstick")
 
     def to_dict(self) -> dict[str, Any]:
         """The row's object in a results file."""
@@ -106,6 +114,9 @@ def row_key(row: Row, context: str) -> str:
 
 
 RANDOM_SEEDS = (0, 1, 2)
+# The dense model in fewer bits, which users know the loss of: computed in bfloat16, and its
+# projections rounded to nearest in blocks of 32, symmetric (GGUF's q8_0 and q4_0).
+HALF, ROUNDED = "bf16", ("int8", "int4")
 # They mask the dense model batch by batch; nothing of them can be compensated or exported.
 DYNAMIC = ("probe-pruning", "full-batch-probing")
 # Name -> what opens a row of it, from the session, the row and texts of a history. Whoever has
@@ -123,14 +134,17 @@ def standard_rows(
     wrong: bool = True,
     ablations: bool = False,
     other_artifacts: Sequence[str] = (),
+    yardsticks: Sequence[str] = (),
 ) -> tuple[Row, ...]:
-    """The dense row, then budget by budget the criteria and their controls, each row once.
+    """The dense row and `yardsticks`, then budget by budget the criteria and their controls, each
+    row once.
 
     Controls: random with three seeds, the whitelist filled up at random, and the first criterion
     with all domains alike and (`wrong`) with another scenario. Ablations: the first criterion
     without the whitelist, with one domain, and with each of `other_artifacts`.
     """
     rows = [DENSE]
+    rows += [replace(DENSE, criterion=name, kind="yardstick") for name in yardsticks]
     for keep in keeps:
         for unit in units:
             rows += [

@@ -20,6 +20,7 @@ from spp_export.evaluation.bootstrap import (
 )
 from spp_export.evaluation.harness.answers import DEFAULT_NEW_TOKENS
 from spp_export.evaluation.harness.generation import QuestionSet, answer_row
+from spp_export.evaluation.harness.greedy import GreedyReference
 from spp_export.evaluation.harness.measure import DenseReference, Opened, measure_row
 from spp_export.evaluation.harness.records import RecordFile
 from spp_export.evaluation.harness.rows import Row, row_key
@@ -58,10 +59,11 @@ def run_rows(
     context: str,
     *,
     questions: Questions | None = None,
+    greedy: GreedyReference | None = None,
     seed: int = 0,
 ) -> None:
-    """Measure the rows that `file` does not hold yet. A row that cannot be planned is recorded with
-    the reason, and tried again by the next run."""
+    """Measure the rows that `file` does not hold yet, those that generate also beside `greedy`. A
+    row that cannot be planned is recorded with the reason, and tried again by the next run."""
     missing = [(row, key) for row in rows if (key := row_key(row, context)) not in file.done]
     with progress("evaluating rows", len(missing)) as advance_to:
         for done, (row, key) in enumerate(missing):
@@ -72,7 +74,7 @@ def run_rows(
             except SppError as error:
                 file.append(key, row, {"error": str(error)})
                 continue
-            data = _measured(row, opened, reference, questions, seed)
+            data = _measured(row, opened, reference, questions, greedy, seed)
             file.append(key, row, {**data, "seconds": round(time.perf_counter() - start, 1)})
 
 
@@ -81,6 +83,7 @@ def _measured(
     opened: OpenedRow,
     reference: DenseReference,
     questions: Questions | None,
+    greedy: GreedyReference | None,
     seed: int,
 ) -> dict[str, Any]:
     scores = measure_row(reference, opened.opened)
@@ -89,6 +92,8 @@ def _measured(
         for text, text_scores in zip(reference.texts, scores, strict=True)
     }
     data: dict[str, Any] = {"realised": dict(opened.realised), "texts": texts}
+    if greedy is not None and opened.generates:
+        data["greedy"] = greedy.compare(opened.opened, seed)
     if questions is not None and opened.generates:
         data["answers"] = answer_row(
             questions.sets,

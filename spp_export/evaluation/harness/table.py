@@ -7,24 +7,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from spp_export.evaluation.bootstrap import Interval, array, paired_ratio
+from spp_export.evaluation.bootstrap import Interval, array, paired_kl, paired_ratio
 from spp_export.evaluation.harness.records import Record, Results
-from spp_export.evaluation.harness.rows import Row
+from spp_export.evaluation.harness.rows import HALF, ROUNDED, Row
 from spp_export.evaluation.remarks import FEW_TOKENS
+from spp_export.models.hub import DEMO_NAME
 
 _MARKS = {
     "method": "",
     "control": "control",
     "ablation": "ablation",
     "dense": "",
+    "yardstick": "yardstick",
     "dynamic": "not static",
 }
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """A row among those of its budget and units; rank 1 has the lowest ratio on the text
-    that judges."""
+    """A row among those of its budget and units; on the text that judges rank 1 has the lowest KL
+    where answers were judged, else the lowest perplexity.
+
+    greedy: tokens of the dense model's greedy answers up to the first difference, where compared
+    """
 
     rank: int
     row: Row
@@ -33,6 +38,7 @@ class Ranked:
     ratio: Mapping[str, Interval]
     kl: Interval
     top1: Interval
+    greedy: Interval | None
     answers: Mapping[str, Mapping[str, Interval]]
 
     @property
@@ -43,30 +49,35 @@ class Ranked:
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """Perplexity of one row over another's on a text: below one where the first is better."""
+    """Two rows on a text.
+
+    ratio  perplexity of the first over the other's: below one where the first is better
+    kl     its KL to the dense model less the other's: below zero where the first is better
+    by_kl  whether this judges
+    """
 
     ours: Row
     theirs: Row
     text: str
     ratio: Interval
+    kl: Interval
+    by_kl: bool
 
     @property
     def verdict(self) -> str:
         """better or worse beyond the interval, or neither."""
-        if not self.ratio.differs_from_1:
-            return "no difference beyond the interval"
-        return "better" if self.ratio.high < 1 else "worse"
+        side = self.kl.side(0) if self.by_kl else self.ratio.side(1)
+        return {-1: "better", 1: "worse"}.get(side, "no difference beyond the interval")
 
 
 def ranking(results: Results) -> dict[tuple[float, str], list[Ranked]]:
     """Rows by (keep, units): most kept first, then in order of rank. The dense row is alone."""
-    judge = results.judge
     groups: dict[tuple[float, str], list[Record]] = {}
     for record in results.measured:
         groups.setdefault((record.row.keep, record.row.units), []).append(record)
     ranked = {}
     for key in sorted(groups, key=lambda key: (-key[0], key[1])):
-        ordered = sorted(groups[key], key=lambda record: _ratio_order(record, judge))
+        ordered = sorted(groups[key], key=lambda record: _order(record, results))
         ranked[key] = [
             _ranked(rank, record, results) for rank, record in enumerate(ordered, start=1)
         ]
@@ -86,8 +97,9 @@ def comparisons(results: Results, seed: int = 0) -> list[PairedComparison]:
                 continue
             for text in results.texts:
                 scores = results.scores(ours, text), results.scores(theirs, text)
+                found = paired_ratio(*scores, seed), paired_kl(*scores, seed)
                 pairs.append(
-                    PairedComparison(ours.row, theirs.row, text, paired_ratio(*scores, seed))
+                    PairedComparison(ours.row, theirs.row, text, *found, results.on_answers)
                 )
     return pairs
 
@@ -96,7 +108,7 @@ def markdown(results: Results) -> str:
     """The whole evaluation as a page: how it was made, the ranked tables, the comparisons."""
     parts = [_header(results)]
     for (keep, units), rows in ranking(results).items():
-        title = "Dense" if rows[0].row.kind == "dense" else f"Keep {keep:g} of {units_name(units)}"
+        title = "Dense" if rows[0].row.whole else f"Keep {keep:g} of {units_name(units)}"
         parts.append(f"## {title}\n\n{_ranked_table(rows, results.texts)}")
         if rows[0].answers:
             parts.append(_answers_table(rows))
@@ -109,6 +121,44 @@ def markdown(results: Results) -> str:
         ]
         parts.append("## Rows that could not be planned\n\n" + "\n".join(lines))
     return "\n\n".join(parts) + "\n"
+
+
+def notes(results: Results) -> list[str]:
+    """Sentences that a reader needs beside the figures."""
+    measured = results.measured
+    sentences = []
+    names = {record.row.criterion for record in measured if record.row.kind == "yardstick"}
+    if HALF in names:
+        sentences.append(f"dense in {HALF} is the dense model computed in bfloat16.")
+    if rounded := [name for name in ROUNDED if name in names]:
+        sentences.append(
+            f"dense in {' and '.join(rounded)}: its projections rounded to nearest in blocks of 32 "
+            "weights of a row with one scale, symmetric; embeddings and head as they are."
+        )
+    sentences += source_notes(results)
+    if greedy := [
+        record.data["greedy"]["summary"] for record in measured if "greedy" in record.data
+    ]:
+        sentences.append(
+            "greedy: how many tokens of the dense model's greedy answer a row's greedy answer has "
+            f"before the first difference; mean over {greedy[0]['prompts']} held-out prompts, "
+            f"whose answers have {greedy[0]['tokens']:.1f} tokens."
+        )
+    return sentences
+
+
+def source_notes(results: Results) -> list[str]:
+    """What the model is not to be compared with, where its weights were quantised before."""
+    model = results.header["model"]
+    # Results from before this was looked for tell the default model by its name.
+    bits = model.get("quantised_bits") or (4 if model["name"] == DEMO_NAME else None)
+    if bits is None:
+        return []
+    return [
+        f"The model's weights were quantised to {bits} bits before they came here, so the dense "
+        f"model in {' and '.join(ROUNDED)} is left out: most of what rounding costs was lost "
+        "before, and no comparison with it would hold for other models."
+    ]
 
 
 def units_name(units: str) -> str:
@@ -124,8 +174,9 @@ def interval(figure: Interval, digits: int = 3) -> str:
     return f"{value} [{_figure(figure.low, digits)}, {_figure(figure.high, digits)}]"
 
 
-def _ratio_order(record: Record, text: str) -> float:
-    value = record.data["texts"][text]["summary"]["ratio"][0]
+def _order(record: Record, results: Results) -> float:
+    summary = record.data["texts"][results.judge]["summary"]
+    value: float | None = summary["kl" if results.on_answers else "ratio"][0]
     return math.inf if value is None else value
 
 
@@ -140,6 +191,7 @@ def _ranked(rank: int, record: Record, results: Results) -> Ranked:
         {text: _read(summary["ratio"]) for text, summary in summaries.items()},
         _read(judged["kl"]),
         _read(judged["top1"]),
+        _read(record.data["greedy"]["summary"]["agreed"]) if "greedy" in record.data else None,
         {
             name: {figure: _read(values) for figure, values in summary["summary"].items()}
             for name, summary in record.data.get("answers", {}).items()
@@ -160,12 +212,14 @@ def _comparable(ours: Row, theirs: Row) -> bool:
 
 def _header(results: Results) -> str:
     header = results.header
+    of_judged = "answers alone" if results.on_answers else "as text without answers"
     lines = [
         f"# Evaluation of {header['model']['name']}",
         "",
-        f"Scenario {header['scenario']['name']}; perplexity over the dense model's, with 95 % "
-        "intervals by bootstrap over documents. Rank, KL and top-1 agreement are those on "
-        f"{results.judge}.",
+        f"Scenario {header['scenario']['name']}; KL to the dense model and how often both find the "
+        f"same token likeliest on {results.judge}, {of_judged}; then perplexity over the dense "
+        "model's on every text. Brackets hold 95 % intervals by bootstrap over documents. Rank 1 "
+        f"has the lowest {'KL' if results.on_answers else 'perplexity'} on {results.judge}.",
         "",
     ]
     lines += [
@@ -173,7 +227,8 @@ def _header(results: Results) -> str:
         for name, text in header["texts"].items()
     ]
     machine = ", ".join(f"{name} {value}" for name, value in header["machine"].items())
-    return "\n".join([*lines, f"- machine: {machine}", f"- dtype: {header['settings']['dtype']}"])
+    lines += [f"- machine: {machine}", f"- dtype: {header['settings']['dtype']}"]
+    return "\n".join([*lines, *(f"- {note}" for note in notes(results))])
 
 
 def amount_of(results: Results, text: str) -> str:
@@ -186,20 +241,23 @@ def amount_of(results: Results, text: str) -> str:
 
 
 def _ranked_table(rows: Sequence[Ranked], texts: Sequence[str]) -> str:
-    head = ["#", "chosen by", "", "compensation", "kept", *texts, "KL", "top-1"]
-    return _table(head, (_ranked_cells(row, texts) for row in rows))
+    greedy = any(row.greedy for row in rows)
+    head = ["#", "chosen by", "", "compensation", "kept", "KL", "same token"]
+    head += [*(["greedy"] if greedy else []), *(f"perplexity x, {text}" for text in texts)]
+    return _table(head, (_ranked_cells(row, texts, greedy) for row in rows))
 
 
-def _ranked_cells(row: Ranked, texts: Sequence[str]) -> list[str]:
+def _ranked_cells(row: Ranked, texts: Sequence[str], greedy: bool) -> list[str]:
     return [
         str(row.rank),
         row.row.label,
         row.mark,
         row.row.compensation,
         "" if row.kept is None else f"{row.kept:.3f}",
-        *(f"{interval(row.ratio[text])}" for text in texts),
         interval(row.kl),
         interval(row.top1),
+        *(["" if row.greedy is None else interval(row.greedy, 1)] if greedy else []),
+        *(f"{interval(row.ratio[text])}" for text in texts),
     ]
 
 
@@ -215,7 +273,17 @@ def _answer_cells(row: Ranked) -> Iterator[list[str]]:
 
 
 def _comparison_table(pairs: Sequence[PairedComparison]) -> str:
-    head = ["keep", "units", "compensation", "first", "second", "text", "ratio", ""]
+    head = [
+        "keep",
+        "units",
+        "compensation",
+        "first",
+        "second",
+        "text",
+        "KL less",
+        "perplexity x",
+        "",
+    ]
     return _table(
         head,
         (
@@ -226,6 +294,7 @@ def _comparison_table(pairs: Sequence[PairedComparison]) -> str:
                 pair.ours.label,
                 pair.theirs.label,
                 pair.text,
+                interval(pair.kl, digits=4),
                 interval(pair.ratio, digits=4),
                 pair.verdict,
             ]

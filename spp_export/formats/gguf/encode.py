@@ -69,6 +69,13 @@ def decode(data: Bytes, columns: int, kind: Kind) -> NDArray[np.float32]:
     return values.reshape(-1, columns)
 
 
+def rounded(rows: Floats, kind: Kind) -> NDArray[np.float32]:
+    """What a quantised type stores of rows [n, columns], their last block filled up with zeros."""
+    columns = rows.shape[1]
+    whole = np.pad(rows, ((0, 0), (0, -columns % BLOCK)))
+    return decode(encode(whole, kind, "weight"), whole.shape[1], kind)[:, :columns]
+
+
 def allowed_error(rows: Floats, kind: Kind) -> NDArray[np.float64]:
     """How far each value [n, columns] may be from what a quantised type stores of it."""
     blocks = rows.astype(np.float64).reshape(-1, BLOCK)

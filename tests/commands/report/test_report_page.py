@@ -410,6 +410,7 @@ def test_curves_of_an_evaluation(tmp_path):
     assert page.all("h3")[0].text == "Heads and channels, compensation lstsq"
     assert "Other units and compensations" in section
     assert "for another scenario, chemistry.txt" in section
+    assert "quantised to 4 bits before they came here" in section
     assert "this export" in section
     assert lines_of(page, "hue0")
     titles = [one.text for one in page.all("title")]
