@@ -72,16 +72,21 @@ def scenario_traffic(
     """Both parts of a scenario as `read_traffic` reads them; made once in a session."""
     key = ("scenario traffic", scenario, limit, answering)
     if key not in session.remembered:
-        if answering.tokens and session.from_disk:
-            _log.warning(
-                "prompts are read without answers: the model runs from disk, and would be read "
-                "again for every token. Give conversations with answers."
-            )
         parts = [read_traffic(session, part, limit, answering) for part in scenario.split()]
         session.remembered[key] = ScenarioText(*parts)
+        if answering.tokens and session.from_disk and _asks(scenario):
+            _log.warning(
+                "prompts are read without answers: the model runs from disk, and would be read "
+                "again for every token. Give conversations with answers, or --answers FILE."
+            )
         _say_what_is_otherwise(parts, answering)
     traffic: ScenarioText = session.remembered[key]
     return traffic
+
+
+def _asks(scenario: Scenario) -> bool:
+    """Whether any prompt is without an answer."""
+    return any(not part.answered for one in scenario.conversations for part in one.dialogues)
 
 
 def _say_what_is_otherwise(parts: Sequence[Reading], answering: Answering) -> None:
@@ -267,9 +272,15 @@ def read_traffic(
     """
     tokens = answering.tokens
     if not tokens or session.from_disk:
-        return read_texts(session.tokenizer, conversations, limit)
-    told = token_texts(session.tokenizer, [one for one in conversations if one.answered])
-    open_ = [asked for one in conversations if not one.answered for asked in one.questions]
+        known = [
+            part if part.answered else replace(part, chat=one.chat)
+            for one in conversations
+            for part in (one.dialogues if one.given else (one,))
+        ]
+        return read_texts(session.tokenizer, known, limit)
+    dialogues = [part for one in conversations for part in one.dialogues]
+    told = token_texts(session.tokenizer, [part for part in dialogues if part.answered])
+    open_ = [part for part in dialogues if not part.answered]
     questions = question_ids(session.tokenizer, open_)
     short = [ids for ids in questions if len(ids) + tokens <= WINDOW]
     long = [TokenText((ids,)) for ids in questions if len(ids) + tokens > WINDOW]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ from spp_export.common.json_files import dump_json
 from spp_export.common.manifest import write_manifest
 from spp_export.common.options import command
 from spp_export.common.publish import check_target, publish
+from spp_export.data.answer_file import with_answers
 from spp_export.data.artifacts import Artifacts, open_artifacts
 from spp_export.data.scenario import MIN_PROMPTS_TO_HOLD_OUT, Scenario, read_scenario
 from spp_export.formats.format import CardFacts, ModelFiles
@@ -63,6 +65,8 @@ from spp_export.slicing.compensation import (
 )
 from spp_export.slicing.weights import WrittenWeights
 
+_log = logging.getLogger(__name__)
+
 
 @command(ExportRequest)
 def export(request: ExportRequest) -> ExportResult:
@@ -76,7 +80,9 @@ def export(request: ExportRequest) -> ExportResult:
     if request.push_to_hub is not None:
         check_hub(request.push_to_hub)
     _check_format(request)
-    text = None if request.scenario is None else read_scenario(request.scenario)
+    text = None
+    if request.scenario is not None:
+        text = with_answers(read_scenario(request.scenario), request.answers)
     if request.max_perplexity is not None and not (text and text.split()[1]):
         raise UsageError(
             "--max-perplexity: needs held-out text, a scenario of at least "
@@ -324,6 +330,12 @@ def _decide(
     decided = plan if isinstance(plan, Plan) else read_plan(plan)
     source = session.source
     validate_plan(decided, source.shape, source.fingerprint)
+    if scenario and not scenario.answers and (known := decided.scenario.get("answers")):
+        _log.warning(
+            "the plan was made with the answers in %.60s, and the dense model answers now. Add "
+            "--answers to use the same.",
+            known.get("name") if isinstance(known, dict) else known,
+        )
     if decided.compensation != "none":
         # These decide the re-fit, whatever the plan was made for.
         if scenario is not None:

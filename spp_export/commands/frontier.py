@@ -14,6 +14,7 @@ from spp_export.common.manifest import write_manifest
 from spp_export.common.options import command
 from spp_export.common.plots import Line, Point, draw_line, new_figure, save_png
 from spp_export.common.publish import check_target, publish
+from spp_export.data.answer_file import with_answers
 from spp_export.data.artifacts import open_artifacts
 from spp_export.data.scenario import read_scenario
 from spp_export.models.session import open_session
@@ -69,7 +70,7 @@ def frontier(request: FrontierRequest) -> FrontierResult:
 
     target = Path(request.output)
     check_target(target, request.force)
-    scenario = read_scenario(request.scenario)
+    scenario = with_answers(read_scenario(request.scenario), request.answers)
     session = open_session(request.model, device=request.device, dtype=request.dtype)
     artifacts = open_artifacts(request.artifacts, request.model, session.source)
     search = PlanSearch(Planning.begin(session, artifacts, scenario, request))
