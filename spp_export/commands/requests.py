@@ -116,10 +116,18 @@ class FrontierRequest(PlanRequest, GivenAnswers, Force, Dtype, Artifacts, Model)
         numbers=SHARE,
         help="Share of what --cost counts that stays; repeatable, 0.95 to 0.5 by default.",
     )
+    measure: bool = option(
+        False,
+        panel=CHECKS,
+        help="Also write the model of every plan for a while, and time it and the dense one in "
+        "turn, as 'spp bench' does.",
+    )
 
     def check(self) -> None:
         """UsageError for a budget, of which this tries many."""
         super().check()
+        if self.measure and self.device.partition(":")[0] not in ("cpu", "cuda"):
+            raise UsageError(f"--measure times on cpu or cuda, and not on {self.device}.")
         if self.limits != (None,) * 5:
             raise UsageError("frontier tries many budgets. Drop the budget, or give --share.")
         if self.policy == "published":

@@ -19,7 +19,7 @@ from spp_export.models.session import open_session
 QUESTIONS = [(5, 6, 7), (8,), (9, 10)]
 STOP = 2
 # As much of vLLM as is used, of the same signatures; what it was given goes to a file.
-PACKAGE = '''
+PACKAGE = """
 import json, os, sys
 from types import SimpleNamespace
 
@@ -59,7 +59,7 @@ class LLM:
             bar.update(1)
         bar.close()
         return outputs
-'''
+"""
 
 
 @pytest.fixture(scope="module")
