@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import time
 from collections.abc import Iterator
@@ -62,10 +61,9 @@ from spp_export.slicing.compensation import (
     calibration_tokens,
     plan_answering,
     plan_compensation,
+    warn_of_other_answers,
 )
 from spp_export.slicing.weights import WrittenWeights
-
-_log = logging.getLogger(__name__)
 
 
 @command(ExportRequest)
@@ -330,12 +328,7 @@ def _decide(
     decided = plan if isinstance(plan, Plan) else read_plan(plan)
     source = session.source
     validate_plan(decided, source.shape, source.fingerprint)
-    if scenario and not scenario.answers and (known := decided.scenario.get("answers")):
-        _log.warning(
-            "the plan was made with the answers in %.60s, and the dense model answers now. Add "
-            "--answers to use the same.",
-            known.get("name") if isinstance(known, dict) else known,
-        )
+    warn_of_other_answers(decided, scenario)
     if decided.compensation != "none":
         # These decide the re-fit, whatever the plan was made for.
         if scenario is not None:

@@ -86,8 +86,12 @@ def test_a_plan_made_with_answers_wants_them_again(workshop, options, log, tmp_p
     again = {"plan": plan, "output": tmp_path / "out", "dry_run": True, **options}
     spp_export.export(workshop.scenario, answers=log, **again)
     assert "the plan was made with" not in caplog.text
+    text = {"scenario": workshop.scenario, "artifacts": options["artifacts"]}
+    spp_export.load(options["model"], plan, answers=log, **text)
+    assert "the plan was made with" not in caplog.text
     spp_export.export(workshop.scenario, **again)
-    assert "the plan was made with the answers in log.jsonl" in caplog.text
+    spp_export.load(options["model"], plan, **text)
+    assert caplog.text.count("the plan was made with the answers in log.jsonl") == 2
 
 
 def test_an_evaluation_and_a_frontier_read_them(workshop, options, log, silent, tmp_path):
