@@ -38,7 +38,7 @@ DOCS := build/venv-docs
 	test-transformers-js test-vllm test-report test-serving test-faults test-examples fuzz docs eval eval-finance eval-traffic \
 	eval-answers eval-ablations lm-eval picture bench bench-onnx bench-gpu bench-peers latency-plan \
 	onnx-exporters onnx-memory onnx-parity gguf-parity ragged many recovery distillation scale layerwise \
-	blocked-moments compile-time start-time reference clean
+	blocked-moments answer-engines compile-time start-time reference clean
 
 help:
 	@echo "make demo          slice the default model for a chemistry scenario"
@@ -82,6 +82,7 @@ help:
 	@echo "make distillation  distance from the dense model before and after learning its answers"
 	@echo "make recovery      perplexity before and after LoRA, 40 % of head parameters removed"
 	@echo "make compile-time  time from scores to plan"
+	@echo "make answer-engines  processor time of answering prompts by three engines"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -353,6 +354,11 @@ recovery: $(INSTALLED)
 	$(BIN)/python -m spp_campaigns.recovery --scenario $(DATA)/scenarios/chemistry.txt \
 		--data $(DATA)/pools/chemistry/train.txt --validation $(DATA)/pools/chemistry/val.txt \
 		--dir build --json $(RESULTS)/recovery-cpu.json
+
+answer-engines: $(INSTALLED)
+	mkdir -p build
+	$(BIN)/python -m spp_campaigns.answer_engines $(DATA)/scenarios/chemistry.txt --threads 1 \
+		--dir build --json $(RESULTS)/answer-engines-cpu.json
 
 compile-time: $(INSTALLED)
 	$(BIN)/python -m spp_campaigns.compile_time

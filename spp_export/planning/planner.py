@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -273,8 +273,14 @@ def scenario_record(scenario: Scenario, text: ScenarioText | None = None) -> dic
         "sha256": scenario.sha256,
         "prompts": len(scenario.conversations),
         "held_out": len(held_out),
+        **answers_record(scenario),
         **({} if text is None else {"tokens": text.to_dict()}),
     }
+
+
+def answers_record(scenario: Scenario) -> dict[str, Any]:
+    """Which file answered prompts of a scenario, and how many, for plan.json; empty where none."""
+    return {} if scenario.answers is None else {"answers": asdict(scenario.answers)}
 
 
 def artifacts_record(artifacts: Artifacts) -> dict[str, Any]:
