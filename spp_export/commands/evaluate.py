@@ -145,7 +145,10 @@ def evaluate(request: EvaluateRequest) -> EvalResult:
     inputs = inputs.within(session, request.calibration_tokens, _answering(request))
     plans = read_plans(session, request.plan)
     amount = request.calibration_tokens, _answering(request)
-    default = default_criterion(session, artifacts, request.compensate[0], amount[1].tokens)
+    removed = 1 - min(request.keep)
+    default = default_criterion(
+        session, artifacts, request.compensate[0], amount[1].tokens, removed
+    )
     rows = standard_rows(
         request.keep,
         request.criterion_names(default),
