@@ -37,7 +37,7 @@ DOCS := build/venv-docs
 .PHONY: help demo artifacts check test test-all test-loading test-lm-eval test-optimum \
 	test-transformers-js test-vllm test-report test-serving test-faults test-examples fuzz docs eval eval-finance eval-traffic \
 	eval-answers eval-ablations lm-eval picture bench bench-onnx bench-gpu bench-peers latency-plan \
-	onnx-exporters onnx-memory onnx-parity gguf-parity ragged many recovery distillation scale layerwise \
+	onnx-exporters onnx-memory onnx-parity gguf-parity ragged many recovery choices distillation scale \
 	blocked-moments answer-engines compile-time start-time reference clean
 
 help:
@@ -79,6 +79,7 @@ help:
 	@echo "make blocked-moments  what moments in blocks cost the re-fit of a wide MLP"
 	@echo "make scale         slicing 1, 4 and 15 GB beside cp: time and peak memory; 30 GB of disk"
 	@echo "make layerwise     peak memory of verifying layer by layer: 4 GB, and a 14B model's shape"
+	@echo "make choices       other ways of planning than the defaults, on answers"
 	@echo "make distillation  distance from the dense model before and after learning its answers"
 	@echo "make recovery      perplexity before and after LoRA, 40 % of head parameters removed"
 	@echo "make compile-time  time from scores to plan"
@@ -343,6 +344,12 @@ layerwise: $(INSTALLED)
 		--json $(RESULTS)/layerwise-cpu.json
 	$(BIN)/python -m spp_campaigns.layerwise_memory --qwen2-14b --tokens 16 --dir build \
 		--json $(RESULTS)/layerwise-14b-cpu.json
+
+choices: $(INSTALLED)
+	$(BIN)/python -m spp_campaigns.choices --scenario $(DATA)/scenarios/chemistry.txt \
+		--other $(DATA)/scenarios/finance.txt --json $(RESULTS)/choices-chemistry.json
+	$(BIN)/python -m spp_campaigns.choices --scenario $(DATA)/scenarios/finance.txt \
+		--other $(DATA)/scenarios/chemistry.txt --json $(RESULTS)/choices-finance.json
 
 distillation: $(INSTALLED)
 	$(BIN)/python -m spp_campaigns.distillation --scenario $(DATA)/scenarios/chemistry.txt \
