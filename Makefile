@@ -38,7 +38,7 @@ DOCS := build/venv-docs
 	test-transformers-js test-vllm test-report test-serving test-faults test-examples fuzz docs eval eval-finance eval-traffic \
 	eval-answers eval-ablations lm-eval picture bench bench-onnx bench-gpu bench-peers latency-plan \
 	onnx-exporters onnx-memory onnx-parity gguf-parity ragged many recovery choices distillation scale \
-	blocked-moments answer-engines compile-time start-time reference clean
+	layerwise blocked-moments answer-engines compile-time start-time reference clean
 
 help:
 	@echo "make demo          slice the default model for a chemistry scenario"
