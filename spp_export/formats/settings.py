@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +143,13 @@ def rotary_frequencies(settings: Settings, family: Family) -> tuple[NDArray[np.f
 
 
 def _rotary(settings: Settings, family: Family) -> Any:
-    from spp_export.models import modeling
+    import transformers
 
-    name = f"Spp{family.architecture.removesuffix('ForCausalLM')}Model"
+    prefix = family.architecture.removesuffix("ForCausalLM")
     try:
-        return getattr(modeling, name).rotary_class(config=settings.stock)
+        model = getattr(transformers, family.architecture)
+        modeling: Any = import_module(model.__module__)
+        return getattr(modeling, f"{prefix}RotaryEmbedding")(config=settings.stock)
     except Exception as error:  # settings are used as they are, whatever they are
         raise ModelError(
             f"config.json: rotary settings are refused by transformers: {reason_of(error)}"
