@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from spp_export.calibration.reading import Text, TokenText, token_texts
 from spp_export.common.options import WINDOW
 from spp_export.common.progress import progress
-from spp_export.models.families import Family
+from spp_export.models.families import Family, Feature
 from spp_export.models.layerwise import stream_of
 
 _BATCH_TOKENS = 2048
@@ -219,14 +219,20 @@ def _hooks(
             output[0] if isinstance(output, tuple) else output
         )
 
+    widens = family.gate or family.up
     read = {
         "attention_input": family.query,
         "output": family.output,
-        "residual": family.mlp_norm,
-        "mlp_input": family.gate,
+        # The MLP reads the stream as it is where no norm is before it.
+        "residual": family.mlp_norm or widens,
+        "mlp_input": widens,
         "down": family.down,
     }
     written = {"attention": family.attention, "stream": ""}
+    if Feature.PARALLEL in family.features:
+        # What attention writes is first read together with what the MLP writes.
+        del read["residual"]
+        written["residual"] = ""
     layers = model.get_submodule(family.layers)
     assert isinstance(layers, nn.ModuleList)
     handles = []

@@ -28,7 +28,7 @@ from spp_export.calibration.activations import (
 from spp_export.common.arrays import FloatArray
 from spp_export.common.errors import UsageError
 from spp_export.common.progress import progress
-from spp_export.models.families import Family
+from spp_export.models.families import Family, Feature
 from spp_export.models.shape import ModelShape
 
 # Activations of every layer stay until the backward pass, so batches are half of `observe`'s.
@@ -45,6 +45,11 @@ _REDUCTIONS = {
 }
 
 
+# What it takes to tell the gradients of seven projections apart.
+_UNKNOWN = (Feature.FUSED, Feature.NO_GATE)
+_INSTEAD = "Use --criterion obs, fisher or energy."
+
+
 def gradient_reductions(
     model: nn.Module,
     family: Family,
@@ -58,6 +63,7 @@ def gradient_reductions(
     Batches are right-padded, so that no real token sees padding. The model is left as it was found,
     whatever happens. Raises UsageError where weights are offloaded: they can have no gradient.
     """
+    family.refuse(_UNKNOWN, "a criterion that reads gradients of weights", _INSTEAD)
     _require_weights(model)
     texts = sum(int((batch.attention_mask.sum(1) > 1).sum()) for batch in batches)
     done = 0
@@ -202,10 +208,14 @@ def _summed_loss(model: nn.Module, family: Family, batch: TokenBatch) -> Tensor:
     """Sum over a batch's texts of their mean next-token loss; logits of predicting tokens only."""
     device = input_device(model)
     mask, ids = batch.attention_mask.to(device), batch.input_ids.to(device)
-    decoder = model.get_submodule(family.layers.rpartition(".")[0])
-    hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     predicted = mask[:, 1:].bool()
-    logits = model.get_submodule(family.head)(hidden[:, :-1][predicted.to(hidden.device)])
+    if family.features & {Feature.MULTIPLIERS, Feature.SOFTCAP}:
+        whole = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        logits = whole[:, :-1][predicted.to(whole.device)]
+    else:
+        decoder = model.get_submodule(family.layers.rpartition(".")[0])
+        hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        logits = model.get_submodule(family.head)(hidden[:, :-1][predicted.to(hidden.device)])
     targets = ids[:, 1:][predicted].to(logits.device)
     losses = cross_entropy(logits.float(), targets, reduction="none")
     shares = (1 / predicted.sum(1, keepdim=True).clamp(min=1)).expand(predicted.shape)[predicted]

@@ -41,6 +41,7 @@ from spp_export.common.arrays import FloatArray
 from spp_export.common.memory import free_memory
 from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.checkpoint.reader import read_float
+from spp_export.models.families import Feature
 from spp_export.models.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -262,6 +263,11 @@ class _Part:
 def layer_weights(source: Checkpoint, layer: int) -> LayerWeights:
     """The seven projections of one layer, read from the source's files."""
     family = source.family
+    family.refuse(
+        (Feature.FUSED, Feature.NO_GATE),
+        "a criterion that reads weights of all seven projections",
+        "Use --criterion obs or fisher.",
+    )
 
     def weight(role: str) -> FloatArray:
         return read_float(source.tensors[f"{family.layer_name(layer, role)}.weight"])

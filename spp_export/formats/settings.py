@@ -15,7 +15,7 @@ from spp_export.common.errors import ModelError, reason_of
 from spp_export.common.json_files import shown
 from spp_export.common.progress import quiet_transformers
 from spp_export.models.checkpoint.checkpoint import Checkpoint
-from spp_export.models.families import Family
+from spp_export.models.families import Family, Feature
 from spp_export.models.shape import ModelShape
 from spp_export.slicing.config import portable_config
 
@@ -78,7 +78,8 @@ def stock_settings(
     """
     from transformers import AutoConfig
 
-    values = {k: v for k, v in portable_config(config).items() if k not in _OURS}
+    family.refuse(tuple(Feature), "this format", "Export safetensors.")
+    values = {k: v for k, v in portable_config(config, family.rope_theta).items() if k not in _OURS}
     values |= {"head_dim": shape.head_dim, "num_attention_heads": shape.query_heads}
     if family.heads_divide_hidden and shape.hidden_size % shape.query_heads:
         # A slim model's count, which the stock config would refuse; nothing here depends on it.

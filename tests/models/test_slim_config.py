@@ -146,10 +146,10 @@ SWITCHES = {"attention_bias", "mlp_bias", "biased_projections"}
 def test_per_layer_names_the_projections_that_compensation_gives_a_bias():
     for family in FAMILIES.values():
         config = slim(family=family, biased={Role.DOWN, Role.OUTPUT})
-        assert config["biased_projections"] == ["mlp.down_proj", "self_attn.o_proj"]
+        assert config["biased_projections"] == [family.down, family.output]
         assert SWITCHES & config.keys() == {"biased_projections"}
         only = slim(family=family, biased={Role.OUTPUT})
-        assert only["biased_projections"] == ["self_attn.o_proj"]
+        assert only["biased_projections"] == [family.output]
     assert not SWITCHES & slim().keys()
 
 

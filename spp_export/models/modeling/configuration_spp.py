@@ -10,8 +10,7 @@ No family is named here. `SppXConfig` is made of transformers' `XConfig` when it
 from __future__ import annotations
 
 import copy
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -162,9 +161,26 @@ def _stock(name: str) -> type[PretrainedConfig]:
 
 @cache
 def _config_class(name: str) -> type[Any]:
-    made = type(name, (_PerLayerConfig, _stock(name)), {"__module__": __name__})
-    # Collects the validators anew: those of the parent are bound to the parent's own.
-    return strict(made) if dataclasses.is_dataclass(made) else made
+    made: Any = type(name, (_PerLayerConfig, _stock(name)), {"__module__": __name__})
+    if hasattr(made, "__dataclass_fields__"):
+        # Collects the validators anew: those of the parent are bound to the parent's own.
+        checked = strict(made)
+        checked.validate = _of_the_whole(checked.validate)
+    found: type[Any] = made
+    return found
+
+
+def _of_the_whole(validate: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A validation that sees the counts of the whole model, which stock configs compare."""
+
+    def validate_whole(config: Any) -> None:
+        hidden = {key: vars(config).pop(key) for key in _PER_LAYER if key in vars(config)}
+        try:
+            validate(config)
+        finally:
+            vars(config).update(hidden)
+
+    return validate_whole
 
 
 @cache

@@ -8,14 +8,15 @@ attention gets its keys and values with a copy for each query head, made after t
 
 No family is named here: `SppXForCausalLM` is made of transformers' `XForCausalLM` when it is first
 asked for, and what is special about a family is in its config.json. `per_layer_modules` there says
-where the layers are in the decoder and which of their modules differ from layer to layer;
-`biased_projections` names modules of a layer, such as `mlp.down_proj`, that have a bias where the
-stock model has none. See configuration_spp.py for why this file imports so little.
+where the layers are in the decoder and which of their modules differ from layer to layer, attention
+first; `narrow` in it is for an attention whose config has no size of heads. `biased_projections`
+names modules of a layer, such as `mlp.down_proj`, that have a bias where the stock model has none.
+See configuration_spp.py for why this file imports so little.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -91,22 +92,51 @@ class _PerLayerModel:
                 module.config = config
         listed = getattr(config, "per_layer_modules", None) or _PER_LAYER_MODULES
         for index, layer in enumerate(model.base_model.get_submodule(listed["layers"])):
-            _graft(layer, config, index, listed["modules"])
+            _graft(layer, config, index, listed)
         model.init_weights()
 
 
-def _graft(layer: nn.Module, config: Any, index: int, modules: Sequence[str]) -> None:
+def _graft(layer: nn.Module, config: Any, index: int, listed: Mapping[str, Any]) -> None:
     """Give a layer the modules of one that is made from its own config."""
-    own = config.layer_config(index)
+    own, attention = config.layer_config(index), listed["modules"][0]
+    if "narrow" in listed:
+        _narrow(layer, attention, config, index, **listed["narrow"])
+        # The rest of it, with heads that fill the hidden size.
+        own.num_attention_heads = own.num_key_value_heads = 1
     donor = type(layer)(own, index)
-    for name in modules:
+    for name in listed["modules"][1 if "narrow" in listed else 0 :]:
         setattr(layer, name, getattr(donor, name))
     query_groups = getattr(own, "query_groups", ())
     if len(set(query_groups)) > 1:
-        _serve_unevenly(getattr(layer, modules[0]), query_groups)
+        _serve_unevenly(getattr(layer, attention), query_groups)
     for name in getattr(config, "biased_projections", ()):
         linear: Any = layer.get_submodule(name)
         linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
+
+
+def _narrow(
+    layer: nn.Module,
+    name: str,
+    config: Any,
+    index: int,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+) -> None:
+    """Give a layer an attention that divides its hidden size by its heads, and has fewer heads.
+
+    It is made for the hidden size of so many heads; then its projections get the model's again.
+    """
+    own = config.layer_config(index)
+    hidden = own.hidden_size
+    own.hidden_size = own.num_attention_heads * own.head_dim
+    setattr(layer, name, getattr(type(layer)(own, index), name))
+    for place in (*inputs, *outputs):
+        old: Any = layer.get_submodule(place)
+        ins, outs = old.in_features, old.out_features
+        ins, outs = (hidden, outs) if place in inputs else (ins, hidden)
+        new = nn.Linear(ins, outs, old.bias is not None, old.weight.device, old.weight.dtype)
+        parent, _, last = place.rpartition(".")
+        setattr(layer.get_submodule(parent), last, new)
 
 
 @cache
