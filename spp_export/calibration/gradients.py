@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -28,7 +29,7 @@ from spp_export.calibration.activations import (
 from spp_export.common.arrays import FloatArray
 from spp_export.common.errors import UsageError
 from spp_export.common.progress import progress
-from spp_export.models.families import Family, Feature
+from spp_export.models.families import Family, Feature, Role
 from spp_export.models.shape import ModelShape
 
 # Activations of every layer stay until the backward pass, so batches are half of `observe`'s.
@@ -45,11 +46,6 @@ _REDUCTIONS = {
 }
 
 
-# What it takes to tell the gradients of seven projections apart.
-_UNKNOWN = (Feature.FUSED, Feature.NO_GATE)
-_INSTEAD = "Use --criterion obs, fisher or energy."
-
-
 def gradient_reductions(
     model: nn.Module,
     family: Family,
@@ -63,7 +59,6 @@ def gradient_reductions(
     Batches are right-padded, so that no real token sees padding. The model is left as it was found,
     whatever happens. Raises UsageError where weights are offloaded: they can have no gradient.
     """
-    family.refuse(_UNKNOWN, "a criterion that reads gradients of weights", _INSTEAD)
     _require_weights(model)
     texts = sum(int((batch.attention_mask.sum(1) > 1).sum()) for batch in batches)
     done = 0
@@ -230,9 +225,15 @@ class _Weights:
             {
                 name: model.get_parameter(f"{family.layer_name(i, getattr(family, role))}.weight")
                 for name, (role, _) in _REDUCTIONS.items()
+                if getattr(family, role)
             }
             for i in range(shape.num_layers)
         ]
+        self._rows = {
+            name: family.rows(Role(role), shape) if axis == 1 else slice(None)
+            for name, (role, axis) in _REDUCTIONS.items()
+        }
+        self._channels = shape.channels
         self._sums: dict[nn.Parameter, Tensor] = {}
 
     @contextmanager
@@ -269,12 +270,17 @@ class _Weights:
         """Sums over rows or columns of |W * gradient / count|, per name and layer."""
         reductions: dict[str, list[FloatArray]] = {name: [] for name in _REDUCTIONS}
         for layer in self._layers:
-            for name, weight in layer.items():
+            products = {}
+            for weight in dict.fromkeys(layer.values()):
                 total = self._sums.pop(weight, None)
                 if total is None:  # no text had a next token
                     total = torch.zeros_like(weight, dtype=torch.float32)
-                product = total.mul_(weight).abs_()
-                reduced = product.sum(_REDUCTIONS[name][1]) / count
+                products[weight] = total.mul_(weight).abs_()
+            for name, (_, axis) in _REDUCTIONS.items():
+                if name not in layer:  # an MLP without a gate
+                    reductions[name].append(np.zeros(self._channels, dtype=np.float32))
+                    continue
+                reduced = products[layer[name]][self._rows[name]].sum(axis) / count
                 reductions[name].append(reduced.float().cpu().numpy())
         return reductions
 

@@ -20,7 +20,6 @@ from spp_export.importance.base import Need, SetCriterion, statistics_read, unit
 from spp_export.importance.comparable import LOSSES, comparable_kinds
 from spp_export.importance.mixed import ScoredUnit, check_domain_scores, mixed_scores
 from spp_export.models.checkpoint.reader import read_float
-from spp_export.models.families import Feature
 from spp_export.models.session import Session
 from spp_export.models.shape import Units, channel_widths
 from spp_export.planning.allocate.options import (
@@ -101,11 +100,6 @@ class Scoring:
         scores, how, shape = self._scores(), self.how_comparable, self.session.source.shape
         sensitivities = None
         if how == "stream":
-            self.session.source.family.refuse(
-                (Feature.SANDWICH,),
-                "comparing layers by what reaches the stream",
-                "Use --comparable share, or --criterion fisher.",
-            )
             kinds = unit_statistics(self.units)
             moments = gather_parts(self.session, self.parts, kinds)
             sensitivities = [moments.sensitivity(kind) for kind in kinds]

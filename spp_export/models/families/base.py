@@ -176,6 +176,25 @@ class Family:
                 roles.setdefault(module, role)
         return roles
 
+    def rows(self, role: Role, shape: ModelShape) -> slice:
+        """Where the outputs of q, k, v, gate or up are among those of the module that has them."""
+        query, kv = (heads * shape.head_dim for heads in (shape.query_heads, shape.kv_heads))
+        sizes = {Role.QUERY: query, Role.KEY: kv, Role.VALUE: kv}
+        sizes |= dict.fromkeys((Role.GATE, Role.UP), shape.channels)
+        start = 0
+        for other, size in sizes.items():
+            if other is role:
+                break
+            start += size if self.projection(other) == self.projection(role) else 0
+        return slice(start, start + sizes[role])
+
+    @property
+    def write_norms(self) -> tuple[str, ...]:
+        """The norms that what attention and what the MLP writes passes through, if any."""
+        if Feature.SANDWICH not in self.features:
+            return ()
+        return tuple(name for name, _ in map(_optional, self.more_norms))
+
     def refuse(self, unknown: Collection[Feature], what: str, instead: str) -> None:
         """ModelError if this family computes one of these things, which `what` does not know."""
         for feature in sorted(self.features & set(unknown)):

@@ -27,7 +27,8 @@ FAMILIES = (
            heads_divide_hidden=True, end_token=2),
     Family("mistral", "MistralForCausalLM", sliding="all", end_token=2),
     Family("qwen2", "Qwen2ForCausalLM", qkv_bias=True, sliding="listed"),
-    Family("qwen3", "Qwen3ForCausalLM", **_BIASES, qk_norm=True, sliding="listed"),
+    Family("qwen3", "Qwen3ForCausalLM", **_BIASES, qk_norm=True, sliding="listed",
+           defaults={"head_dim": 128}),
 
     Family("granite", "GraniteForCausalLM", _features(Feature.MULTIPLIERS), **_BIASES,
            mlp_bias="mlp_bias", end_token=2),

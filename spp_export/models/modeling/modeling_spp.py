@@ -90,8 +90,15 @@ class _PerLayerModel:
         for module in model.modules():
             if isinstance(module, PreTrainedModel) and module.config is whole:
                 module.config = config
-        listed = getattr(config, "per_layer_modules", None) or _PER_LAYER_MODULES
-        for index, layer in enumerate(model.base_model.get_submodule(listed["layers"])):
+        listed: Any = getattr(config, "per_layer_modules", None) or _PER_LAYER_MODULES
+        first = listed["layers"].partition(".")[0]
+        decoder = next(
+            module
+            for module in model.modules()
+            if isinstance(module, PreTrainedModel) and hasattr(module, first)
+        )
+        layers: Any = decoder.get_submodule(listed["layers"])
+        for index, layer in enumerate(layers):
             _graft(layer, config, index, listed)
         model.init_weights()
 
