@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from factories import ragged_layers, random_layers
+from factories import ragged_layers, random_layers, uniform_layers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from spp_export.common.progress import quiet_transformers
@@ -118,11 +118,14 @@ def make_dense(family: str, target: Path) -> Path:
 
 def make_slim(source: Checkpoint, layout: Layout, target: Path) -> Pair:
     """Sliced on disk, as an export is, by a random plan."""
-    layers = (ragged_layers if layout == "ragged" else random_layers)(source.shape, 3)
+    if layout == "uniform":
+        layers = uniform_layers(source.shape, 3, kv_heads=1, group_size=2, channels=10)
+    else:
+        layers = (ragged_layers if layout == "ragged" else random_layers)(source.shape, 3)
     plan = Plan(source.fingerprint, source.name, layout, "none", layers)
     target.mkdir()
     write_slim_weights(source, plan, target)
     (target / "config.json").write_text(json.dumps(written_config(source, plan)))
-    for file in MODELING_FILES:
+    for file in MODELING_FILES if layout != "uniform" else ():
         shutil.copy(file, target)
     return Pair(source, plan, target)

@@ -160,7 +160,7 @@ def _per_layer(
 
 def _per_layer_modules(family: Family) -> dict[str, Any]:
     """What modeling_spp.py has to know of a family beyond the names that are Llama's."""
-    if not family.derived_head_dim:
+    if family.derived_head_dim != "attention":
         return {}
     inputs = list(dict.fromkeys((family.query, family.key, family.value)))
     return {

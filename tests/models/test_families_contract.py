@@ -3,6 +3,8 @@ with the removed units masked, in float64, whatever it computes otherwise than L
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +17,34 @@ from spp_export.common.progress import quiet_transformers
 from spp_export.models.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_source
 from spp_export.models.families import FAMILIES, Feature
 
-LAYOUTS = ("ragged", pytest.param("per-layer", marks=pytest.mark.slow))
+# Of every family; `uniform` of those whose stock config can have fewer heads of the same size.
+CASES = [
+    pytest.param(
+        (name, layout), marks=() if layout == "ragged" else pytest.mark.slow, id=f"{name}-{layout}"
+    )
+    for name in KNOWN
+    for layout in ("ragged", "per-layer", "uniform")
+    if layout != "uniform" or not FAMILIES[name].derived_head_dim
+]
 
 
-@pytest.fixture(scope="module", params=KNOWN)
-def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    place = tmp_path_factory.mktemp(request.param)
-    return open_source(make_dense(request.param, place / "dense"))
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
+    """The dense model of a family, made once."""
+    place = tmp_path_factory.mktemp("dense")
+
+    @cache
+    def made(name: str) -> Checkpoint:
+        return open_source(make_dense(name, place / name / "dense"))
+
+    return made
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
-def pair(source: Checkpoint, request: pytest.FixtureRequest) -> Pair:
-    return make_slim(source, request.param, source.path.parent / request.param)
+@pytest.fixture(scope="module", params=CASES)
+def pair(request: pytest.FixtureRequest, dense: Callable[[str], Checkpoint]) -> Pair:
+    name, layout = request.param
+    source = dense(name)
+    return make_slim(source, layout, source.path.parent / layout)
 
 
 @torch.no_grad()
@@ -37,17 +55,17 @@ def logits(model: PreTrainedModel, **options: Any) -> torch.Tensor:
 def test_a_slim_model_is_the_masked_dense_model(pair: Pair) -> None:
     assert open_checkpoint(pair.slim).layers == pair.plan.layer_shapes(pair.source.shape)
     slim = load(pair.slim)
-    with pair.masked() as dense:
-        expected = logits(dense)
+    with pair.masked() as masked:
+        expected = logits(masked)
     assert (logits(slim) - expected).abs().max().item() <= 1e-12
     assert expected.std().item() > 0.01
 
 
 def test_generation_is_that_of_the_masked_dense_model(pair: Pair) -> None:
     """With a cache and without, of rows with padding before them."""
-    with pair.masked() as dense, torch.no_grad():
-        assert bool(dense(**padded(dense)).logits.isfinite().all())
-        expected = greedy(dense, use_cache=False).tolist()
+    with pair.masked() as masked, torch.no_grad():
+        assert bool(masked(**padded(masked)).logits.isfinite().all())
+        expected = greedy(masked, use_cache=False).tolist()
     slim = load(pair.slim)
     assert greedy(slim, use_cache=True).tolist() == expected
     assert greedy(slim, use_cache=False).tolist() == expected
@@ -65,12 +83,14 @@ def test_saved_and_loaded_again_it_is_the_same(pair: Pair, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_parameters_are_those_of_the_stock_model(source: Checkpoint) -> None:
-    dense = load(source.path)
-    shape = source.shape
-    buffers = sum(buffer.numel() for name, buffer in dense.named_buffers() if "act_fn" in name)
-    assert shape.parameters(shape.layers) == dense.num_parameters() + buffers
-    cached = dense(tokens(), use_cache=True).past_key_values
+@pytest.mark.parametrize("name", KNOWN)
+def test_parameters_are_those_of_the_stock_model(
+    name: str, dense: Callable[[str], Checkpoint]
+) -> None:
+    model, shape = load(dense(name).path), dense(name).shape
+    buffers = sum(buffer.numel() for name, buffer in model.named_buffers() if "act_fn" in name)
+    assert shape.parameters(shape.layers) == model.num_parameters() + buffers
+    cached = model(tokens(), use_cache=True).past_key_values
     layers = getattr(cached, "layers", None)
     assert layers is not None
     assert shape.kv_bytes_per_token(shape.layers, 1) == sum(
@@ -91,7 +111,7 @@ def test_what_config_json_leaves_out_is_as_the_stock_class_has_it(name: str) -> 
     assert shape.tied_embeddings == settings.tie_word_embeddings
     theta = (getattr(settings, "rope_parameters", None) or written).get("rope_theta")
     assert family.rope_theta in (None, theta)
-    if family.end_token is not None:
+    if not isinstance(settings.eos_token_id, list):
         assert settings.eos_token_id == family.end_token
 
 

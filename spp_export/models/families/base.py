@@ -115,8 +115,9 @@ class Family:
     head_norms: bool = False
     # The stock config refuses head counts that do not divide the hidden size.
     heads_divide_hidden: bool = False
-    # The stock attention has no size of heads but hidden_size / heads.
-    derived_head_dim: bool = False
+    # Where the stock classes have no size of heads but hidden_size / heads: in the config, which
+    # then is right for the dense model's count alone, or in the attention of every layer.
+    derived_head_dim: Literal["", "config", "attention"] = ""
     # Values of config.json that the stock config class fills in, and those that nobody handles.
     defaults: Mapping[str, Any] = field(default_factory=dict)
     refused: tuple[str, ...] = ()
