@@ -23,7 +23,7 @@ README = (Path(families.__file__).parent / "README.md").read_text(encoding="utf-
 @pytest.fixture
 def example(monkeypatch):
     """The model type of the example's record, registered as one of the table is."""
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (block,) = re.findall(r"```text\n(.*?)```", README, re.DOTALL)
     assert len(block.splitlines()) <= 5
     family = eval(block.rstrip().removesuffix(","), dict(vars(table)))
     assert family.model_type not in families.FAMILIES

@@ -155,7 +155,7 @@ class Family:
     # config's layer_types name.
     sliding: Literal["none", "all", "listed"] = "none"
     # What the stock config takes for eos_token_id where config.json does not have the key.
-    end_token: int | None = None
+    end_token: int | tuple[int, ...] | None = None
     # Buffers that old checkpoints carry and the config determines: left out of what is written.
     obsolete: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
 
