@@ -41,7 +41,46 @@ MORE: dict[str, dict[str, Any]] = {
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"]},
     "ernie4_5": {"use_bias": True},
     "stablelm": {"use_qkv_bias": True, "use_parallel_residual": True},
+    "phimoe": {"attention_bias": True, "lm_head_bias": True},
+    "qwen2_moe": {"mlp_only_layers": [0]},
+    "gpt_oss": {"layer_types": ["sliding_attention", "full_attention"]},
+    "granitemoe": {"attention_multiplier": 0.3, "residual_multiplier": 0.7, "logits_scaling": 3.0},
+    "glm4_moe": {"attention_bias": True, "use_qk_norm": True, "first_k_dense_replace": 1},
+    "dots1": {"layer_types": ["sliding_attention", "full_attention"]},
+    "ernie4_5_moe": {"use_bias": True, "moe_layer_start_index": 1},
     "olmo": {"clip_qkv": 2.0, "attention_bias": True},
+}
+# Sizes that the families of experts have beside those of every family.
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+        "shared_expert_intermediate_size": 20,
+    },
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "glm4_moe": {
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+    },
+    "dots1": {
+        "n_routed_experts": 4,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+    },
+    "ernie4_5_moe": {
+        "moe_num_experts": 4,
+        "moe_num_shared_experts": 2,
+        "moe_k": 2,
+        "moe_intermediate_size": 12,
+    },
 }
 # Of those, what this version of transformers has.
 KNOWN = [name for name in FAMILIES if name in CONFIG_MAPPING]
@@ -87,6 +126,8 @@ def greedy(model: Any, **options: Any) -> torch.Tensor:
 
 def load(path: Path, **options: Any) -> PreTrainedModel:
     """A checkpoint in float64, of which nothing is missing or left over."""
+    if json.loads((path / "config.json").read_text())["model_type"].removeprefix("spp_") in EXPERTS:
+        options["experts_implementation"] = "eager"  # others know no float64
     with quiet_transformers():
         model, report = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float64, output_loading_info=True, **options
@@ -100,7 +141,8 @@ def make_dense(family: str, target: Path) -> Path:
     sizes = {"hidden_size": 32, "intermediate_size": 24, "vocab_size": 97, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    settings = AutoConfig.for_model(family, **sizes, **heads, **tokens, **MORE.get(family, {}))
+    more = MORE.get(family, {}) | EXPERTS.get(family, {})
+    settings = AutoConfig.for_model(family, **sizes, **heads, **tokens, **more)
     if getattr(settings, "sliding_window", None):
         settings.sliding_window = 5
     torch.manual_seed(0)
@@ -119,9 +161,11 @@ def make_dense(family: str, target: Path) -> Path:
 def make_slim(source: Checkpoint, layout: Layout, target: Path) -> Pair:
     """Sliced on disk, as an export is, by a random plan."""
     if layout == "uniform":
-        layers = uniform_layers(source.shape, 3, kv_heads=1, group_size=2, channels=10)
+        width = 10 if source.family.down else None
+        layers = uniform_layers(source.shape, 3, kv_heads=1, group_size=2, channels=width)
     else:
-        layers = (ragged_layers if layout == "ragged" else random_layers)(source.shape, 3)
+        chosen = ragged_layers if layout == "ragged" else random_layers
+        layers = chosen(source.shape, 3, channels=bool(source.family.down))
     plan = Plan(source.fingerprint, source.name, layout, "none", layers)
     target.mkdir()
     write_slim_weights(source, plan, target)

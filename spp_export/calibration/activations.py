@@ -259,6 +259,8 @@ def _hooks(
                     norm = layer.get_submodule(family.write_norms[place == "stream"])
                     handles.append(norm.register_forward_hook(gain.take))
                     shown = partial(gain.show, shown)
+                if read.get(place) == "":
+                    family.refuse((Feature.EXPERTS,), f"reading {place}", "Use --units heads.")
                 if place in read:
                     module = layer.get_submodule(read[place])
                     handles.append(module.register_forward_pre_hook(before(shown)))

@@ -89,7 +89,8 @@ def gradient_lengths(
 ) -> FloatArray:
     """How much the loss feels a change at each token: |g| [T,L,2] (fp32) of the T real tokens of
     the batches, in their order; g is the gradient of the sum of -log p over all tokens that are
-    predicted, with respect to what o_proj (0) and down_proj (1) of a layer write.
+    predicted, with respect to what o_proj (0) and down_proj (1) of a layer write; 0 of down_proj
+    where nothing is cut of the MLPs.
 
     The model is left as it was found. Raises UsageError where weights are offloaded.
     """
@@ -151,6 +152,8 @@ def _gradients_of_writes(
     try:
         for layer in range(shape.num_layers):
             for consumer, role in enumerate((family.output, family.down)):
+                if not role:
+                    continue  # nothing is cut of its MLPs
                 module = model.get_submodule(family.layer_name(layer, role))
                 hook = partial(on_forward, (layer, consumer))
                 handles.append(module.register_forward_hook(hook))
@@ -283,7 +286,7 @@ def _gates(
     handles = []
     try:
         for name, role in (("head_gates", family.output), ("channel_gates", family.down)):
-            for index, total in enumerate(sums[name]):
+            for index, total in enumerate(sums[name]) if role else ():
                 module = model.get_submodule(family.layer_name(index, role))
                 handles.append(module.register_forward_pre_hook(partial(on_forward, total)))
         yield sums

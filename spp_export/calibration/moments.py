@@ -264,7 +264,8 @@ def layer_weights(source: Checkpoint, layer: int) -> LayerWeights:
 
     def weight(role: Role) -> FloatArray:
         if not (module := family.projection(role)):
-            return np.zeros((shape.channels, shape.hidden_size), dtype=np.float32)
+            width = 0 if family.experts else shape.channels
+            return np.zeros((width, shape.hidden_size), dtype=np.float32)
         whole = read_float(source.tensors[f"{family.layer_name(layer, module)}.weight"])
         return whole if role in (Role.OUTPUT, Role.DOWN) else whole[family.rows(role, shape)]
 

@@ -136,6 +136,8 @@ def evaluate(request: EvaluateRequest) -> EvalResult:
     if request.generate:
         inputs.check_answers()
     session = open_session(request.model, device=request.device, dtype=request.dtype)
+    for units in request.units:
+        session.source.family.check_units(units)
     artifacts = open_artifacts(request.artifacts, request.model, session.source)
     others = {
         name: open_artifacts(path, request.model, session.source)

@@ -46,6 +46,7 @@ def probe(request: ProbeRequest) -> Artifacts:
     session = open_session(
         request.model, device=request.device, dtype=request.dtype, layerwise=None
     )
+    session.source.family.check_units(request.units)
     if not pools:
         pools, names = _extended(request, session)
     texts, named = pools

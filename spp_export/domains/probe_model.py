@@ -117,6 +117,7 @@ def probe_model(
     """
     request = request or ProbeSettings()
     left_out = left_out or Pools((), (), (), {})
+    source.family.check_units(request.units)
     criteria = request.check(len(candidates.domains))
     dense = Dense(model, tokenizer, source)
     read = [

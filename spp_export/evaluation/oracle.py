@@ -55,6 +55,8 @@ def masked_dense(
         stack.callback(_restore, handles, saved)
         for index, layer in enumerate(plan.layers):
             for role, inputs in _kept_inputs(layer, shape).items():
+                if not family.projection(role):
+                    continue  # nothing is cut of its MLPs
                 module = _linear(model, family.layer_name(index, family.projection(role)))
                 if len(inputs) < module.in_features:
                     handles.append(_mask_input(module, inputs))

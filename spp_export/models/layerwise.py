@@ -32,7 +32,7 @@ from spp_export.models.weights_on_disk import (
 
 _STREAM = "spp_layer_stream"
 # What happens between the last layer and the logits, or in the embedding.
-_UNKNOWN = (Feature.MULTIPLIERS, Feature.SOFTCAP)
+_UNKNOWN = (Feature.MULTIPLIERS, Feature.SOFTCAP, Feature.EXPERTS)
 # Arguments of one call of the model: input_ids and what else it takes.
 Call = Mapping[str, Any]
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import spp_export.models.modeling  # noqa: F401  registers the per-layer classes
 from spp_export.common.errors import CheckpointError, reason_of
 from spp_export.common.progress import quiet_transformers
-from spp_export.models.checkpoint.checkpoint import open_checkpoint, open_source
+from spp_export.models.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_source
 from spp_export.models.checkpoint.companions import check_companions
 
 
@@ -36,8 +36,7 @@ def load_slim(
     Raises ModelError where the directory holds no such model, CheckpointError where its tensors are
     not exactly those of its config.
     """
-    open_checkpoint(Path(path))
-    return _load(path, dtype, device, attn_implementation)
+    return _load(open_checkpoint(Path(path)), dtype, device, attn_implementation)
 
 
 def load_dense(
@@ -47,20 +46,26 @@ def load_dense(
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """A source model from its directory; parameters and errors as in `load_slim`."""
-    open_source(Path(path))
-    return _load(path, dtype, device, attn_implementation)
+    return _load(open_source(Path(path)), dtype, device, attn_implementation)
 
 
 def _load(
-    path: str | Path,
+    opened: Checkpoint,
     dtype: torch.dtype | str | None,
     device: str | torch.device,
     attn_implementation: str | None,
 ) -> PreTrainedModel:
-    check_companions(Path(path))
+    path = opened.path
+    check_companions(path)
     options: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
+    if opened.family.experts and hasattr(PreTrainedModel, "set_experts_implementation"):
+        half = dtype in ("bfloat16", "float16", torch.bfloat16, torch.float16)
+        if str(device) == "cpu" or not half:
+            # transformers' own choice computes in half precision and float32 alone, and a model is
+            # widened to float64 where it is judged.
+            options["experts_implementation"] = "eager"
     if str(device) != "cpu":
         options["device_map"] = "auto" if device == "auto" else {"": torch.device(device)}
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 Units = Literal["heads", "channels", "both"]
@@ -48,12 +49,46 @@ class LayerShape:
 
 
 @dataclass(frozen=True, slots=True)
+class Uncut:
+    """Tensors of a layer of which nothing is cut, all of one shape.
+
+    name      relative to the layer; "*" in it is the number of an expert
+    experts   how many there are, each with a tensor; 0 where it is one tensor
+    routed    the share of it, or of them, that a token is routed to
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    experts: int = 0
+    routed: float = 1.0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """One name for each tensor."""
+        if not self.experts:
+            return (self.name,)
+        return tuple(self.name.replace("*", str(expert)) for expert in range(self.experts))
+
+    @property
+    def elements(self) -> int:
+        """Of all the tensors."""
+        return prod(self.shape) * (self.experts or 1)
+
+    @property
+    def unread(self) -> int:
+        """Elements that are not read for one token."""
+        return self.elements - round(self.elements * self.routed)
+
+
+@dataclass(frozen=True, slots=True)
 class Costs:
     """Parameters of a model, summed over the tensors of its record.
 
     query_head, kv_head, channel  what goes with one of these, in every tensor that it is a part of
     layer     of a layer, what goes with none of them
-    outside   beside the layers; `untied` of these are an input embedding that is not the head
+    outside   beside the layers, and in them where layers differ in it: `Uncut`; decoding a token
+              does not read `unread` of these: an input embedding that is not the head, and
+              experts that it is not routed to
     kv_rows   elements that one KV head adds to the cache per token
     """
 
@@ -62,7 +97,7 @@ class Costs:
     channel: int
     layer: int
     outside: int
-    untied: int
+    unread: int
     kv_rows: int
 
 
@@ -73,8 +108,9 @@ class ModelShape:
     `qkv_bias`, `output_bias` and `mlp_bias` say which projections carry a bias, `down_bias` that
     down_proj has one whatever gate and up have; `qk_norm` whether queries and keys are normalised
     per head. `element_bytes` is the size of one stored element of the attention weights.
-    `switches` are further flags of the record that config.json turns on. `costs` come from the
-    record; None counts the tensors of a Llama with these biases.
+    `switches` are further flags of the record that config.json turns on. `uncut` are, layer by
+    layer, MLPs of which nothing is cut; empty where MLPs are. `costs` come from the record; None
+    counts the tensors of a Llama with these biases.
     """
 
     model_type: str
@@ -93,6 +129,7 @@ class ModelShape:
     down_bias: bool = False
     qk_norm: bool = False
     switches: tuple[str, ...] = ()
+    uncut: tuple[tuple[Uncut, ...], ...] = ()
     costs: Costs | None = None
 
     @property
@@ -124,7 +161,7 @@ class ModelShape:
             channel=3 * hidden + 2 * int(self.mlp_bias),
             layer=2 * hidden + 2 * dim * int(self.qk_norm) + biases,
             outside=table * (1 if self.tied_embeddings else 2) + hidden,
-            untied=0 if self.tied_embeddings else table,
+            unread=0 if self.tied_embeddings else table,
             kv_rows=2 * dim,
         )
 
@@ -159,8 +196,8 @@ class ModelShape:
 
     def decode_parameters(self, layers: Sequence[LayerShape]) -> int:
         """Parameters read to decode one token: all but an untied input embedding, of which one
-        row is gathered."""
-        return self.parameters(layers) - self.counted.untied
+        row is gathered, and the experts that it is not routed to."""
+        return self.parameters(layers) - self.counted.unread
 
     def kv_bytes_per_token(
         self, layers: Sequence[LayerShape], element_bytes: int | None = None
@@ -179,6 +216,8 @@ def channel_widths(channels: int, multiple: int) -> tuple[int, ...]:
 def resident_parameters(shape: ModelShape) -> int:
     """Most parameters in memory at once of a model that runs layer by layer: two layers, or one
     and the head."""
+    if shape.uncut:  # such models run as a whole
+        return shape.parameters(shape.layers)
     outside = shape.parameters(())
     layer = max(shape.parameters((layer,)) - outside for layer in shape.layers)
     return layer + max(layer, shape.vocab_size * shape.hidden_size)

@@ -149,6 +149,11 @@ def validate_layer(
     _check_range(place, "KV group", layer.kv_heads, shape.kv_heads)
     _check_range(place, "query head", layer.query_heads, shape.query_heads)
     if layer.channels is not None:
+        if shape.uncut:
+            raise PlanError(
+                f"{place}: plan keeps channels, and experts, which {shape.model_type} models have, "
+                "are not cut yet. Plan with --units heads."
+            )
         _check_range(place, "channel", layer.channels, shape.channels)
 
     size = shape.group_size

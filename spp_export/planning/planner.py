@@ -227,6 +227,7 @@ def _largest_written(session: Session, request: PlanRequest) -> ModelShape:
 
 def _check_answerable(session: Session, artifacts: Artifacts, request: PlanRequest) -> None:
     """What these artifacts and this model have no answer to, before a text is read."""
+    session.source.family.check_units(request.units)
     if request.regime is not None:
         check_regime(artifacts, request.regime)
     if request.policy == "published":

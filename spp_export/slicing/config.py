@@ -160,6 +160,8 @@ def _per_layer(
 
 def _per_layer_modules(family: Family) -> dict[str, Any]:
     """What modeling_spp.py has to know of a family beyond the names that are Llama's."""
+    if family.experts:
+        return {"per_layer_modules": {"layers": "layers", "modules": [family.attention]}}
     if family.derived_head_dim != "attention":
         return {}
     inputs = list(dict.fromkeys((family.query, family.key, family.value)))

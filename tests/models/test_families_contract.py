@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from family_models import KNOWN, Pair, greedy, load, make_dense, make_slim, padded, tokens
+from family_models import EXPERTS, KNOWN, Pair, greedy, load, make_dense, make_slim, padded, tokens
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from spp_export.common.progress import quiet_transformers
@@ -88,7 +88,10 @@ def test_parameters_are_those_of_the_stock_model(
     name: str, dense: Callable[[str], Checkpoint]
 ) -> None:
     model, shape = load(dense(name).path), dense(name).shape
-    buffers = sum(buffer.numel() for name, buffer in model.named_buffers() if "act_fn" in name)
+    stored = ("act_fn", "e_score_correction_bias")
+    buffers = sum(
+        buffer.numel() for name, buffer in model.named_buffers() if any(x in name for x in stored)
+    )
     assert shape.parameters(shape.layers) == model.num_parameters() + buffers
     cached = model(tokens(), use_cache=True).past_key_values
     layers = getattr(cached, "layers", None)
@@ -104,6 +107,7 @@ def test_what_config_json_leaves_out_is_as_the_stock_class_has_it(name: str) -> 
     family, stock = FAMILIES[name], CONFIG_MAPPING[name]
     sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     sizes |= {"intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 97}
+    sizes |= EXPERTS.get(name, {})
     settings: Any = stock(**sizes, pad_token_id=0)
     shape = family.read_shape({"model_type": name, **sizes}, 4)
     written = {key: getattr(settings, key) for key in settings.to_dict()}
@@ -118,6 +122,11 @@ def test_only_llamas_and_what_computes_as_they_do_have_no_features() -> None:
     plain = {name for name, family in FAMILIES.items() if not family.features}
     assert plain == {"llama", "mistral", "qwen2", "qwen3", "seed_oss", "ministral", "cwm"}
     for family in FAMILIES.values():
+        assert (family.experts is not None) == (Feature.EXPERTS in family.features)
+        assert (family.per_head != ()) == (Feature.SINKS in family.features)
+        if family.experts:
+            assert len(family.projections) == 4
+            continue
         fused = len(family.projections) < (6 if family.gate == "" else 7)
         assert fused == (Feature.FUSED in family.features)
         assert (family.gate == "") == (Feature.NO_GATE in family.features)

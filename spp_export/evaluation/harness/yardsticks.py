@@ -27,7 +27,9 @@ def yardsticks(session: Session) -> tuple[str, ...]:
     """Those that say something of a model: a dtype that it does not compute in anyway, and fewer
     bits than its weights were rounded to before."""
     half = (HALF,) if session.dtype != "bfloat16" else ()
-    return half if quantised_bits(session.source) else (*half, *ROUNDED)
+    # Rounding knows the projections that are cut, and experts are most of a model.
+    whole = session.source.family.down
+    return half if not whole or quantised_bits(session.source) else (*half, *ROUNDED)
 
 
 def quantised_bits(source: Checkpoint) -> int | None:
@@ -36,7 +38,8 @@ def quantised_bits(source: Checkpoint) -> int | None:
 
     A group of 32 weights of a row then has at most 16 values.
     """
-    roles = source.family.query, source.family.gate
+    family = source.family
+    roles = tuple(name for name in (family.query, family.gate or family.up) if name)
     few = (_values_in_groups(read_float(source.tensor(role, 0))) <= 2**_FEW_BITS for role in roles)
     return _FEW_BITS if all(few) else None
 
@@ -59,7 +62,7 @@ def rounded_projections(source: Checkpoint, rounding: Rounding) -> Projections:
         weight = read_float(source.tensor(source.family.projection(role), layer))
         return Projection(torch.from_numpy(np.ascontiguousarray(rounding(weight))))
 
-    roles = [role for role in Role if role is not Role.OTHER]
+    roles = [role for role in Role if source.family.projection(role)]
     return ProjectionsOnDisk(
         {
             (layer, role): partial(read, layer, role)

@@ -302,7 +302,7 @@ def _slim_shape(
 ) -> ModelShape:
     shape = family.read_shape(config, _element_bytes(family, stored))
     biased = config.get("biased_projections", [])
-    known = (family.output, family.down)
+    known = tuple(name for name in (family.output, family.down) if name)
     if not isinstance(biased, list) or any(name not in known for name in biased):
         raise ModelError(
             f"config.json: biased_projections must be a list of {' and '.join(known)}, got "

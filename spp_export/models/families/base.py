@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from spp_export.common.errors import ModelError, PlanError
 from spp_export.common.json_files import shown
+from spp_export.models.families.experts import Experts
 from spp_export.models.shape import Costs, LayerShape, ModelShape
 
 # Far above any model, far below what would be felt in memory before the tensors are compared.
@@ -84,6 +85,8 @@ class Feature(StrEnum):
     SHIFTED_NORM = "norms that add 1 to their weights"
     BARE_NORM = "norms without weights"
     ROTARY = "a rotary embedding of its own"
+    EXPERTS = "experts, which are not cut yet"
+    SINKS = "attention sinks"
 
 
 # A flag of the family: fixed, or the name of the boolean in config.json that decides; "!name" where
@@ -142,12 +145,16 @@ class Family:
     more_norms: tuple[str, ...] = ()
     norm_weight: bool = True
     norm_bias: bool = False
+    # Further tensors of a layer with one element for each query head, such as sinks.
+    per_head: tuple[str, ...] = ()
+    # In place of gate, up and down, where nothing is cut of the MLPs.
+    experts: Experts | None = None
     # Further tensors of a layer, of which nothing is cut.
     fixed: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
     head: str = "lm_head"
-    head_bias: bool = False
+    head_bias: Flag = False
     # Classes of transformers whose names do not follow from that of the architecture.
     config_class: str = ""
     decoder_class: str = ""
@@ -165,7 +172,7 @@ class Family:
 
     def projection(self, role: Role) -> str:
         """Module, relative to a layer, of any role but `OTHER`; "" where the family has none."""
-        module: str = getattr(self, role.value)
+        module: str = "" if role is Role.OTHER else getattr(self, role.value)
         return module
 
     @property
@@ -203,6 +210,11 @@ class Family:
                 f"{what} does not know {feature.value}, which {self.model_type} models have. "
                 f"{instead}"
             )
+
+    def check_units(self, units: str) -> None:
+        """ModelError where other units than heads are to go, and the MLPs are not cut."""
+        if units != "heads":
+            self.refuse((Feature.EXPERTS,), f"--units {units}", "Use --units heads.")
 
     def bias_switch(self, role: Role) -> str:
         """The switch of the stock config that gives o_proj (OUTPUT) or down_proj (DOWN) a bias.
@@ -251,6 +263,7 @@ class Family:
                 f"{layers}. Correct the one that is wrong."
             )
         flags = [flag for _, flag in map(_optional, self.more_norms) if flag]
+        flags += [self.head_bias] if isinstance(self.head_bias, str) else []
         shape = ModelShape(
             model_type=self.model_type,
             num_layers=layers,
@@ -267,6 +280,7 @@ class Family:
             mlp_bias=_flag(config, self.mlp_bias),
             qk_norm=_flag(config, self.qk_norm),
             switches=tuple(flag for flag in flags if _flag(config, flag)),
+            uncut=self.experts.read(config, layers) if self.experts else (),
         )
         return self.changed(shape)
 
@@ -279,7 +293,7 @@ class Family:
         """Parameters, summed over the tensors of one layer and of what is beside the layers."""
         per_unit = dict.fromkeys(Unit, 0)
         fixed = outside = rows = 0
-        for spec in self.tensors(shape, (shape.layer,)):
+        for spec in self.tensors(replace(shape, uncut=()), (shape.layer,)):
             elements = prod(spec.shape)
             if spec.layer is None:
                 outside += elements
@@ -291,14 +305,17 @@ class Family:
                     per_unit[unit] += elements // length * spec.step
                     weight = len(spec.shape) == 2 and spec.role is not Role.OTHER
                     rows += spec.step if unit is Unit.KV and weight else 0
-        untied = 0 if shape.tied_embeddings else shape.vocab_size * shape.hidden_size
+        unread = 0 if shape.tied_embeddings else shape.vocab_size * shape.hidden_size
+        for tensor in (tensor for layer in shape.uncut for tensor in layer):
+            outside += tensor.elements
+            unread += tensor.unread
         return Costs(
             per_unit[Unit.QUERY],
             per_unit[Unit.KV],
             per_unit[Unit.CHANNEL],
             fixed,
             outside,
-            untied,
+            unread,
             rows,
         )
 
@@ -312,7 +329,7 @@ class Family:
             yield TensorSpec(name, size)
         if not shape.tied_embeddings:
             yield TensorSpec(f"{self.head}.weight", (shape.vocab_size, hidden))
-        if self.head_bias:
+        if self.head_bias is True or self.head_bias in shape.switches:
             yield TensorSpec(f"{self.head}.bias", (shape.vocab_size,))
 
     def _layer_tensors(
@@ -362,14 +379,19 @@ class Family:
         elif shape.qk_norm:
             for module in (self.query_norm, self.key_norm):
                 yield from whole([(f"{module}.weight", (shape.head_dim,))])
+        for name in self.per_head:
+            yield cut(name, Role.OTHER, "q")
         yield from whole(self._norm(self.mlp_norm, hidden))
         for module, (role, form) in widths.items():
             yield cut(f"{module}.weight", role, form, hidden)
-        yield cut(f"{self.down}.weight", Role.DOWN, "C", hidden, axis=1)
+        if self.down:
+            yield cut(f"{self.down}.weight", Role.DOWN, "C", hidden, axis=1)
         for module, (role, form) in widths.items() if shape.mlp_bias else ():
             yield cut(f"{module}.bias", role, form)
-        if shape.mlp_bias or shape.down_bias:
+        if self.down and (shape.mlp_bias or shape.down_bias):
             yield from whole([(f"{self.down}.bias", (hidden,))])
+        for tensor in shape.uncut[index] if shape.uncut else ():
+            yield from whole((name, tensor.shape) for name in tensor.names)
         for module, flag in map(_optional, self.more_norms):
             if not flag or flag in shape.switches:
                 yield from whole(self._norm(module, hidden))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from spp_export.models.families.base import Family, Feature
+from spp_export.models.families.experts import Experts
 
 _BIASES: Any = {"qkv_bias": "attention_bias", "output_bias": "attention_bias"}
 _TIED = {"tie_word_embeddings": True}
@@ -15,6 +16,40 @@ _SANDWICH: Any = {
 }
 _GEMMA = {Feature.SHIFTED_NORM, Feature.ACTIVATION, Feature.MULTIPLIERS}
 _GATE_UP: Any = {"gate": "mlp.gate_up_proj", "up": "mlp.gate_up_proj"}
+
+_NO_MLP: Any = {"gate": "", "up": "", "down": ""}
+
+
+def _mlp(place: str, width: str, bias: str = "") -> dict[str, str]:
+    """Tensors of an MLP with a gate, none of which is cut; with biases if that key is true."""
+    wide = {f"{place}.{name}": f"{width} hidden_size" for name in ("gate_proj", "up_proj")}
+    weights = {**wide, f"{place}.down_proj": f"hidden_size {width}"}
+    biases = {f"{name}.bias?{bias}": size.split()[0] for name, size in weights.items()}
+    return {f"{name}.weight": size for name, size in weights.items()} | (biases if bias else {})
+
+
+# How many experts there are, and how many of them see a token.
+_COUNTS = ("num_experts|num_local_experts", "num_experts_per_tok")
+_ROUTED = ("n_routed_experts|num_experts|num_local_experts", "num_experts_per_tok")
+_EACH = {
+    "mlp.gate.weight": f"{_COUNTS[0]} hidden_size",
+    **_mlp("mlp.experts.*", "moe_intermediate_size"),
+}
+_SCORED = {
+    **_EACH,
+    "mlp.gate.weight": f"{_ROUTED[0]} hidden_size",
+    "mlp.gate.e_score_correction_bias": _ROUTED[0],
+    **_mlp("mlp.shared_experts", "moe_intermediate_size*n_shared_experts"),
+}
+_DENSE = _mlp("mlp", "intermediate_size")
+_STEPS: Any = {"every": "decoder_sparse_step", "never": "mlp_only_layers"}
+_LOCAL = ("num_local_experts|num_experts", "num_experts_per_tok")
+_BLOCK_SPARSE = {
+    "block_sparse_moe.gate.weight": "num_local_experts|num_experts hidden_size",
+    "block_sparse_moe.experts.*.w1.weight": "intermediate_size hidden_size",
+    "block_sparse_moe.experts.*.w2.weight": "hidden_size intermediate_size",
+    "block_sparse_moe.experts.*.w3.weight": "intermediate_size hidden_size",
+}
 
 
 def _features(*features: Feature) -> frozenset[Feature]:
@@ -117,5 +152,68 @@ FAMILIES = (
     Family("nanochat", "NanoChatForCausalLM",
            _features(Feature.NO_GATE, Feature.BARE_NORM, Feature.SOFTCAP, Feature.ROTARY),
            **_BIASES, gate="", up="mlp.fc1", down="mlp.fc2", norm_weight=False, end_token=1),
+
+    Family("mixtral", "MixtralForCausalLM", _features(Feature.EXPERTS), **_NO_MLP,
+           defaults={"num_local_experts": 8, "num_experts_per_tok": 2}, rope_theta=None,
+           sliding="all", end_token=2, experts=Experts(_BLOCK_SPARSE, *_LOCAL)),
+    Family("phimoe", "PhimoeForCausalLM",
+           _features(Feature.EXPERTS, _LAYER_NORM, Feature.ROTARY), **_BIASES, **_NO_MLP,
+           defaults={"num_local_experts": 16, "num_experts_per_tok": 2}, rope_theta=None,
+           norm_bias=True, head_bias="lm_head_bias", sliding="all", end_token=2,
+           experts=Experts(_BLOCK_SPARSE, *_LOCAL)),
+    Family("qwen3_moe", "Qwen3MoeForCausalLM", _features(Feature.EXPERTS), **_BIASES, **_NO_MLP,
+           qk_norm=True, defaults={"num_local_experts": 128, "num_experts_per_tok": 8,
+                                   "moe_intermediate_size": 768, "decoder_sparse_step": 1},
+           sliding="all", experts=Experts(_EACH, *_COUNTS, _DENSE, **_STEPS)),
+    Family("qwen2_moe", "Qwen2MoeForCausalLM", _features(Feature.EXPERTS), **_NO_MLP,
+           qkv_bias="qkv_bias", sliding="listed", defaults={
+               "qkv_bias": True, "num_local_experts": 60, "num_experts_per_tok": 4,
+               "moe_intermediate_size": 1408, "decoder_sparse_step": 1,
+               "shared_expert_intermediate_size": 5632},
+           experts=Experts({**_EACH, "mlp.shared_expert_gate.weight": "1 hidden_size",
+                            **_mlp("mlp.shared_expert", "shared_expert_intermediate_size")},
+                           *_COUNTS, _DENSE, **_STEPS)),
+    Family("gpt_oss", "GptOssForCausalLM",
+           _features(Feature.EXPERTS, Feature.SINKS, Feature.ROTARY), **_BIASES, **_NO_MLP,
+           per_head=("self_attn.sinks",), rope_theta=None, sliding="listed", defaults={
+               "attention_bias": True, "head_dim": 64, "num_local_experts": 128,
+               "num_experts_per_tok": 4},
+           experts=Experts({
+               "mlp.router.weight": f"{_LOCAL[0]} hidden_size", "mlp.router.bias": _LOCAL[0],
+               "mlp.experts.gate_up_proj": "* hidden_size 2*intermediate_size",
+               "mlp.experts.gate_up_proj_bias": "* 2*intermediate_size",
+               "mlp.experts.down_proj": "* intermediate_size hidden_size",
+               "mlp.experts.down_proj_bias": "* hidden_size"}, *_LOCAL)),
+    Family("granitemoe", "GraniteMoeForCausalLM", _features(Feature.EXPERTS, Feature.MULTIPLIERS),
+           **_BIASES, **_NO_MLP, defaults={"num_local_experts": 8, "num_experts_per_tok": 2},
+           end_token=2, experts=Experts({
+               "block_sparse_moe.router.layer.weight": f"{_LOCAL[0]} hidden_size",
+               "block_sparse_moe.input_linear.weight": "* 2*intermediate_size hidden_size",
+               "block_sparse_moe.output_linear.weight": "* hidden_size intermediate_size"},
+               *_LOCAL)),
+    Family("glm4_moe", "Glm4MoeForCausalLM", _features(Feature.EXPERTS, Feature.ROTARY),
+           **_NO_MLP, qkv_bias="attention_bias", qk_norm="use_qk_norm", rope_theta=None,
+           defaults={"n_routed_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 8,
+                     "moe_intermediate_size": 1408, "first_k_dense_replace": 1},
+           experts=Experts(_SCORED, *_ROUTED, _DENSE, first="first_k_dense_replace")),
+    Family("dots1", "Dots1ForCausalLM", _features(Feature.EXPERTS), **_BIASES, **_NO_MLP,
+           qk_norm=True, sliding="listed",
+           defaults={"first_k_dense_replace": 0, "moe_intermediate_size": 1408},
+           experts=Experts(_SCORED, *_ROUTED, _DENSE, first="first_k_dense_replace")),
+    Family("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", _features(Feature.EXPERTS, Feature.ROTARY),
+           qkv_bias="use_bias", output_bias="use_bias", **_NO_MLP, head_bias="use_bias",
+           rope_theta=500000.0, end_token=2, defaults={
+               **_TIED, "moe_num_experts": 64, "moe_num_shared_experts": 2, "moe_k": 6,
+               "moe_intermediate_size": 1536, "moe_layer_start_index": 1,
+               "moe_layer_end_index": -1, "moe_layer_interval": 1},
+           experts=Experts(
+               {"mlp.gate.weight": "moe_num_experts hidden_size",
+                "mlp.moe_statics.e_score_correction_bias": "1 moe_num_experts",
+                **_mlp("mlp.experts.*", "moe_intermediate_size"),
+                **_mlp("mlp.shared_experts", "moe_intermediate_size*moe_num_shared_experts",
+                       "use_bias")},
+               "moe_num_experts", "moe_k", _mlp("mlp", "intermediate_size", "use_bias"),
+               first="moe_layer_start_index", last="moe_layer_end_index",
+               every="moe_layer_interval")),
 )
 # fmt: on

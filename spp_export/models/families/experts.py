@@ -1,0 +1,112 @@
+"""Experts of a family, as data: their tensors, sizes by the keys of config.json, and where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from spp_export.common.errors import ModelError
+from spp_export.common.json_files import shown
+from spp_export.models.shape import Uncut
+
+# Far above any model: of one size, and of experts.
+_MOST, _MOST_EXPERTS = 1 << 22, 1 << 12
+_EACH = "*"
+
+
+@dataclass(frozen=True)
+class Experts:
+    """MLPs that stay as they are: experts, routers, shared experts, and those of other layers.
+
+    `tensors` and, of layers without experts, `dense` give names relative to a layer and shapes:
+    "*" in a name stands for every expert's number, "*" among the sizes for all the experts in one
+    tensor. A size is a product of numbers and keys of config.json, "2*intermediate_size"; a tensor
+    of size 0 is none. "key|other" is a key with two names, "name?key" a tensor that is there only
+    if the key is true.
+
+    `count` and `routed` are keys: how many experts, and how many see a token. The rest are keys
+    that say which layers have experts, all where there are none: from `first` on, up to `last` (-1
+    is the last one), every so many (`every`), and not those in the list `never`.
+    """
+
+    tensors: Mapping[str, str]
+    count: str
+    routed: str
+    dense: Mapping[str, str] = field(default_factory=dict)
+    first: str = ""
+    last: str = ""
+    every: str = ""
+    never: str = ""
+
+    def read(self, config: Mapping[str, Any], layers: int) -> tuple[tuple[Uncut, ...], ...]:
+        """The tensors of every layer; ModelError names a size that is missing or impossible."""
+        count = _size(config, self.count)
+        if count > _MOST_EXPERTS:
+            raise ModelError(
+                f"config.json: {self.count} must be at most {_MOST_EXPERTS}, got {count}. "
+                "The checkpoint is damaged or of another format."
+            )
+        places = [count > 0 and self._has_experts(config, layer) for layer in range(layers)]
+        share = min(1.0, _size(config, self.routed) / count) if count else 1.0
+        kinds = {
+            sparse: tuple(_uncut(config, sizes, count, share)) if sparse in places else ()
+            for sparse, sizes in ((True, self.tensors), (False, self.dense))
+        }
+        return tuple(kinds[sparse] for sparse in places)
+
+    def _has_experts(self, config: Mapping[str, Any], layer: int) -> bool:
+        first = _size(config, self.first) if self.first else 0
+        last = _value(config, self.last) if self.last else -1
+        every = _size(config, self.every) if self.every else 1
+        never = _value(config, self.never) if self.never else None
+        if type(last) is not int or every < 1 or not isinstance(never or [], list):
+            raise ModelError(
+                f"config.json: {self.last or self.every or self.never} does not say which layers "
+                "have experts. Fetch the model again."
+            )
+        before_last = last == -1 or layer <= last
+        return (
+            first <= layer
+            and before_last
+            and (layer + 1) % every == 0
+            and layer not in (never or ())
+        )
+
+
+def _uncut(
+    config: Mapping[str, Any], tensors: Mapping[str, str], count: int, share: float
+) -> list[Uncut]:
+    found = []
+    for place, sizes in tensors.items():
+        name, _, flag = place.partition("?")
+        if flag and not _value(config, flag):
+            continue
+        words = sizes.split()
+        shape = tuple(count if word == _EACH else _product(config, word) for word in words)
+        each, routed = _EACH in name, _EACH in name or _EACH in words
+        if prod(shape):
+            found.append(Uncut(name, shape, count if each else 0, share if routed else 1.0))
+    return found
+
+
+def _product(config: Mapping[str, Any], word: str) -> int:
+    factors = word.split("*")
+    return prod(int(part) if part.isdigit() else _size(config, part) for part in factors)
+
+
+def _size(config: Mapping[str, Any], key: str) -> int:
+    value = _value(config, key)
+    if type(value) is not int or not 0 <= value <= _MOST:
+        raise ModelError(
+            f"config.json: {key.partition('|')[0]} must be an integer from 0 to {_MOST}, got "
+            f"{shown(value)}. Experts are of that size; fetch the model again."
+        )
+    return value
+
+
+def _value(config: Mapping[str, Any], key: str) -> Any:
+    """What config.json says under one of the names of a key."""
+    names = (name for name in key.split("|") if config.get(name) is not None)
+    return config.get(next(names, ""))
