@@ -111,7 +111,7 @@ def _randomise(model: PreTrainedModel, seed: int) -> None:
             else:
                 # sharper attention than a trained initialisation has, so that masks matter
                 gain = 1.5 if "q_proj" in name or "k_proj" in name else 1.0
-                parameter.copy_(gain * noise / math.sqrt(parameter.shape[1]))
+                parameter.copy_(gain * noise / math.sqrt(parameter.shape[-1]))
 
 
 def _write_tokenizer(target: Path) -> None:

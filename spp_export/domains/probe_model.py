@@ -204,6 +204,8 @@ def _dialogues(dense: Dense, pools: Pools, request: ProbeSettings) -> tuple[Dial
         ]
         places = spread([1] * len(questions), DIALOGUES)
         asked += [(domain, questions[place]) for place in places]
+    if not asked:
+        return ()
     answers = answer(dense, [ids for _, ids in asked], request.answer_tokens, request.seed)
     return with_gradients(
         dense,

@@ -1,4 +1,4 @@
-"""Experts of a family, as data: their tensors, sizes by the keys of config.json, and where they are."""
+"""Experts of a family, as data: their tensors, sizes by keys of config.json, and which layers."""
 
 from __future__ import annotations
 
