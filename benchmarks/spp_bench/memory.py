@@ -36,7 +36,7 @@ def hold(
     _import_engine(candidate.engine, device, threads)
     before = held(device)
     restart_peak(device)
-    runner = open_runner(candidate, device, threads)
+    runner = open_runner(candidate, device, threads, alone=True)
     loading, after = peak(device), held(device)
     records = []
     for cell in sorted(cells):
@@ -71,6 +71,8 @@ def _import_engine(engine: str, device: str, threads: int) -> None:
             torch.zeros(1, device=device)
     elif engine == "onnx":
         import spp_bench.engines.ort
+    elif engine == "gguf":
+        import spp_bench.engines.gguf
     else:
         import spp_bench.engines.genai  # noqa: F401
 
@@ -100,9 +102,10 @@ def predicted_kv(candidate: Candidate, cell: Cell, new_tokens: int) -> int:
     """Bytes of the cache after a cell: every token that was fed.
 
     PyTorch keeps only what a sliding window still sees: its width less one, for the token to come.
-    ONNX Runtime keeps everything.
+    ONNX Runtime and llama.cpp keep everything.
     """
     length = cell.context + new_tokens + candidate.spare_tokens
+    length += -length % candidate.cache_block
     sizes = candidate.sizes
     windows = sizes.windows if candidate.engine == "torch" else [None] * len(sizes.layers)
     heads = sum(

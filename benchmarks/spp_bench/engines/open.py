@@ -6,8 +6,11 @@ from spp_bench.candidates import Candidate
 from spp_bench.engines.runner import Runner
 
 
-def open_runner(candidate: Candidate, device: str, threads: int) -> Runner:
-    """Load a candidate; `threads` is per operator, for engines that take it per session."""
+def open_runner(candidate: Candidate, device: str, threads: int, *, alone: bool = False) -> Runner:
+    """Load a candidate; `threads` is per operator, for engines that take it per session.
+
+    alone: this process is there for it and nothing else
+    """
     if candidate.made:
         from spp_bench.engines.static import StaticRunner
 
@@ -20,6 +23,10 @@ def open_runner(candidate: Candidate, device: str, threads: int) -> Runner:
         from spp_bench.engines.ort import OrtRunner
 
         return OrtRunner.load(candidate, device, threads)
+    if candidate.engine == "gguf":
+        from spp_bench.engines.gguf import LlamaRunner
+
+        return LlamaRunner.load(candidate, threads, alone=alone)
     from spp_bench.engines.genai import GenaiRunner
 
     return GenaiRunner.load(candidate, device, threads)
