@@ -28,4 +28,5 @@ def cached_heads(directory: Path) -> int:
     layers = metadata[f"{architecture}.block_count"].items
     heads = metadata[f"{architecture}.attention.head_count_kv"].items
     assert isinstance(layers, int)
-    return layers * heads if isinstance(heads, int) else sum(map(int, heads))
+    each = heads if isinstance(heads, tuple) else (heads,) * layers
+    return sum(int(count) for count in each)

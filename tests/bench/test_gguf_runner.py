@@ -105,7 +105,7 @@ def test_a_fresh_process_holds_what_the_plan_predicts(form, pair, request):
         heads = sum(layer.kv_heads for layer in sizes.layers)
         per_token = 2 * sizes.kv_element_bytes * sizes.shape.head_dim * heads
         assert cell["kv_bytes"] == cell["predicted_kv_bytes"] == cell["batch"] * length * per_token
-        assert record["before_bytes"] <= cell["peak_bytes"]
+        assert cell["peak_bytes"] > record["before_bytes"] + cell["kv_bytes"]
 
 
 def test_the_cache_grows_in_blocks_and_has_room_for_one_token_more(pair, quantised):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from spp_bench.clocks import wall_clock
 from spp_bench.engines.runner import Logits
 from spp_bench.gguf_weights import CACHE_BLOCK, cached_heads, stored_weights
 from spp_export.common.errors import ModelError
-from spp_export.formats.gguf.llama_child import open_server, read
 from spp_export.formats.gguf.llama_cpp import LlamaCpp
 from spp_export.formats.gguf.options import GGUF_NAME
 
@@ -29,7 +27,8 @@ class LlamaRunner:
     loaded anew for another number or length of sequences.
     """
 
-    def __init__(self, candidate: Candidate, threads: int, alone: bool) -> None:
+    def __init__(self, candidate: Candidate, threads: int) -> None:
+        """Load a candidate's file. ModelError where llama.cpp does not take it."""
         self.name = candidate.name
         self.clock = wall_clock
         self.weight_bytes = stored_weights(candidate.directory).total
@@ -37,17 +36,16 @@ class LlamaRunner:
         self._heads = cached_heads(candidate.directory)
         self._sizes = candidate.sizes
         self._threads = threads
-        self._open = _Here if alone else LlamaCpp
-        self._engine: Any = None
+        self._engine: LlamaCpp | None = None
         self._sequences, self._length = 1, CACHE_BLOCK
         self._prompts: list[list[int]] = []
         self._load()
 
-    @classmethod
-    def load(cls, candidate: Candidate, threads: int, *, alone: bool = False) -> LlamaRunner:
-        """Load a candidate's file, in a process of its own or, if this process is there for it
-        `alone`, in this one. ModelError where llama.cpp does not take it."""
-        return cls(candidate, threads, alone)
+    @property
+    def engine(self) -> LlamaCpp:
+        """llama.cpp in its process, which is another one after `reserve` or `prefill`."""
+        assert self._engine is not None
+        return self._engine
 
     def reserve(self, length: int) -> None:
         """Make room for `length` tokens per sequence, and for one that is chosen but not fed."""
@@ -72,7 +70,7 @@ class LlamaRunner:
         """Log-probabilities [B,V] after the prompts."""
         values = np.full((len(self._prompts), self._sizes.shape.vocab_size), -np.inf, np.float32)
         for row, prompt in zip(values, self._prompts, strict=True):
-            (step,) = self._engine.generate(prompt, 1, len(row))
+            (step,) = self.engine.generate(prompt, 1, len(row))
             for token, value in step.likeliest:
                 row[token] = value if value > _NONE else -np.inf
         return values
@@ -93,7 +91,7 @@ class LlamaRunner:
     def _load(self) -> None:
         if self._engine is not None:
             self._engine.close()
-        self._engine = self._open(
+        self._engine = LlamaCpp(
             self._path,
             self._length,
             self._threads,
@@ -104,29 +102,10 @@ class LlamaRunner:
 
     def _read(self, prompts: Sequence[Sequence[int]], new: int, cached: int) -> None:
         """Have prompts continued, and make sure that this took the passes it should."""
-        done = self._engine.read(prompts, new, afresh=not cached)
+        done = self.engine.read(prompts, new, afresh=not cached)
         expected = {"cached": cached, "read": len(prompts[0]) - cached, "new": new}
         if done != expected:
             raise ModelError(
                 f"{self._path}: llama.cpp was to work on {expected} tokens, and did on {done}. "
                 "This version of it cannot be measured."
             )
-
-
-class _Here:
-    """llama.cpp in this process."""
-
-    def __init__(self, path: Path, context: int, threads: int, **settings: Any) -> None:
-        self._path = path
-        self._server = open_server(str(path), context, threads, **settings)
-
-    def read(
-        self, prompts: Sequence[Sequence[int]], new: int, *, afresh: bool
-    ) -> Mapping[str, int]:
-        done = read(self._server, [list(prompt) for prompt in prompts], new, afresh)
-        if "error" in done:
-            raise ModelError(f"{self._path}: llama.cpp refuses these tokens: {done['error']}.")
-        return done
-
-    def close(self) -> None:
-        self._server = None

@@ -6,11 +6,8 @@ from spp_bench.candidates import Candidate
 from spp_bench.engines.runner import Runner
 
 
-def open_runner(candidate: Candidate, device: str, threads: int, *, alone: bool = False) -> Runner:
-    """Load a candidate; `threads` is per operator, for engines that take it per session.
-
-    alone: this process is there for it and nothing else
-    """
+def open_runner(candidate: Candidate, device: str, threads: int) -> Runner:
+    """Load a candidate; `threads` is per operator, for engines that take it per session."""
     if candidate.made:
         from spp_bench.engines.static import StaticRunner
 
@@ -26,7 +23,7 @@ def open_runner(candidate: Candidate, device: str, threads: int, *, alone: bool 
     if candidate.engine == "gguf":
         from spp_bench.engines.gguf import LlamaRunner
 
-        return LlamaRunner.load(candidate, threads, alone=alone)
+        return LlamaRunner(candidate, threads)
     from spp_bench.engines.genai import GenaiRunner
 
     return GenaiRunner.load(candidate, device, threads)

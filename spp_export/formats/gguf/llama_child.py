@@ -154,6 +154,15 @@ def ends(server: Any, harmless: int, tokens: list[int]) -> dict[str, Any]:
     return {"ends": ended}
 
 
+def resident_bytes() -> int:
+    """Memory that this process holds; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
 def main() -> int:
     """Serve until standard input ends."""
     # llama.cpp prints to standard output too.
@@ -161,8 +170,11 @@ def main() -> int:
     os.dup2(2, 1)
     path, settings = sys.argv[1:]
     key = secrets.token_hex(16)
+    import xllamacpp  # noqa: F401  before what is held without a model is counted
+
+    before = resident_bytes()
     server = open_server(path, key=key, **json.loads(settings))
-    print(json.dumps({"number": 0}), file=answers, flush=True)
+    print(json.dumps({"number": 0, "held": before}), file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         if "texts" in request:

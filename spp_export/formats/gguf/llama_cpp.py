@@ -73,7 +73,13 @@ class LlamaCpp:
             )
             log = self._log
             self._ending = Cleanup(lambda: _end(process, log))
-        self._answer()
+        # Bytes that the process held before it loaded the file.
+        self.empty_bytes: int = self._answer()["held"]
+
+    @property
+    def process_id(self) -> int:
+        """Of the process that llama.cpp is in."""
+        return self._process.pid
 
     def close(self) -> None:
         """End the process. May be called again."""
