@@ -30,7 +30,7 @@ class BenchOptions(Force, Seed, Dtype, Model):
     """A benchmark of directories or of a shape, or a table of latency."""
 
     out: tuple[PathLike, ...] = argument(
-        (), metavar="OUT...", help="Directories written by 'spp export', safetensors or ONNX."
+        (), metavar="OUT...", help="Directories written by spp: safetensors, ONNX or GGUF."
     )
     _: KW_ONLY
     batch: tuple[int, ...] = option(
