@@ -70,7 +70,12 @@ def frontier(request: FrontierRequest) -> FrontierResult:
     target = Path(request.output)
     check_target(target, request.force)
     scenario = read_scenario(request.scenario)
-    session = open_session(request.model, device=request.device, dtype=request.dtype)
+    session = open_session(
+        request.model,
+        device=request.device,
+        dtype=request.dtype,
+        dequantize=request.dequantize,
+    )
     artifacts = open_artifacts(request.artifacts, request.model, session.source)
     search = PlanSearch(Planning.begin(session, artifacts, scenario, request))
     plans = try_shares(search, request.share)

@@ -45,6 +45,7 @@ def load(
     scenario: str | os.PathLike[str] | None = None,
     device: str = "cpu",
     dtype: str | None = None,
+    dequantize: bool = False,
 ) -> PreTrainedModel:
     """The slim model that `export(plan=...)` would write, in evaluation mode, without writing it.
 
@@ -52,6 +53,7 @@ def load(
     artifacts  what a re-fitting plan is re-fitted on; the demo model's come with spp
     scenario   the text that the plan was made for, if its re-fit shall see it, too
     dtype      the stored one by default
+    dequantize what a quantised model's weights stand for, as in `export`
 
     Raises PlanError for a plan of another model, UsageError where a re-fit has no text.
     """
@@ -62,6 +64,7 @@ def load(
         scenarios={} if scenario is None else {"slim": scenario},
         device=device,
         dtype=dtype,
+        dequantize=dequantize,
     )
     return models["slim"]
 
@@ -74,6 +77,7 @@ def load_many(
     scenarios: Mapping[str, str | os.PathLike[str]] | None = None,
     device: str = "cpu",
     dtype: str | None = None,
+    dequantize: bool = False,
 ) -> ScenarioModels:
     """Slim models of one checkpoint, by name, that share every tensor their plans leave untouched.
 
@@ -85,7 +89,7 @@ def load_many(
             "--device auto: models that share tensors are on one device. Give cpu, or cuda."
         )
     read = _named(plans)
-    session = open_session(model, device=device, dtype=dtype)
+    session = open_session(model, device=device, dtype=dtype, dequantize=dequantize)
     own = session.source.dtype_name if dtype is None else dtype
     weights = SharedWeights(session, getattr(torch, own))
     refitting = any(plan.compensation != "none" for plan in read.values())

@@ -24,6 +24,7 @@ from spp_export.common.options import (
     AnswerTokens,
     Artifacts,
     CalibrationTokens,
+    Dequantize,
     Device,
     Dtype,
     Force,
@@ -435,7 +436,7 @@ class ExportRequest(
 
 
 @dataclass(frozen=True)
-class ConvertRequest(KeepFailed, Force, Seed, Distance, FormRequest):
+class ConvertRequest(KeepFailed, Force, Seed, Distance, FormRequest, Dequantize):
     """A conversion."""
 
     checkpoint: str = argument(
@@ -524,7 +525,7 @@ class ReportRequest(Force):
 
 
 @dataclass(frozen=True)
-class ShowRequest(Request):
+class ShowRequest(Dequantize):
     """A path to describe."""
 
     path: PathLike = argument(
