@@ -37,8 +37,8 @@ DOCS := build/venv-docs
 .PHONY: help demo artifacts check test test-all test-loading test-lm-eval test-optimum \
 	test-transformers-js test-vllm test-report test-serving test-faults test-examples fuzz docs eval eval-finance eval-traffic \
 	eval-answers eval-ablations lm-eval picture bench bench-onnx bench-gpu bench-peers latency-plan \
-	onnx-exporters onnx-memory onnx-parity gguf-parity ragged many recovery distillation scale layerwise \
-	blocked-moments compile-time start-time reference clean
+	onnx-exporters onnx-memory onnx-parity gguf-parity ragged many recovery choices distillation scale \
+	layerwise blocked-moments answer-engines compile-time start-time reference clean
 
 help:
 	@echo "make demo          slice the default model for a chemistry scenario"
@@ -79,9 +79,11 @@ help:
 	@echo "make blocked-moments  what moments in blocks cost the re-fit of a wide MLP"
 	@echo "make scale         slicing 1, 4 and 15 GB beside cp: time and peak memory; 30 GB of disk"
 	@echo "make layerwise     peak memory of verifying layer by layer: 4 GB, and a 14B model's shape"
+	@echo "make choices       other ways of planning than the defaults, on answers"
 	@echo "make distillation  distance from the dense model before and after learning its answers"
 	@echo "make recovery      perplexity before and after LoRA, 40 % of head parameters removed"
 	@echo "make compile-time  time from scores to plan"
+	@echo "make answer-engines  processor time of answering prompts by three engines"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -343,6 +345,12 @@ layerwise: $(INSTALLED)
 	$(BIN)/python -m spp_campaigns.layerwise_memory --qwen2-14b --tokens 16 --dir build \
 		--json $(RESULTS)/layerwise-14b-cpu.json
 
+choices: $(INSTALLED)
+	$(BIN)/python -m spp_campaigns.choices --scenario $(DATA)/scenarios/chemistry.txt \
+		--other $(DATA)/scenarios/finance.txt --json $(RESULTS)/choices-chemistry.json
+	$(BIN)/python -m spp_campaigns.choices --scenario $(DATA)/scenarios/finance.txt \
+		--other $(DATA)/scenarios/chemistry.txt --json $(RESULTS)/choices-finance.json
+
 distillation: $(INSTALLED)
 	$(BIN)/python -m spp_campaigns.distillation --scenario $(DATA)/scenarios/chemistry.txt \
 		--data $(DATA)/pools/chemistry/train.txt --validation $(DATA)/pools/chemistry/val.txt \
@@ -353,6 +361,11 @@ recovery: $(INSTALLED)
 	$(BIN)/python -m spp_campaigns.recovery --scenario $(DATA)/scenarios/chemistry.txt \
 		--data $(DATA)/pools/chemistry/train.txt --validation $(DATA)/pools/chemistry/val.txt \
 		--dir build --json $(RESULTS)/recovery-cpu.json
+
+answer-engines: $(INSTALLED)
+	mkdir -p build
+	$(BIN)/python -m spp_campaigns.answer_engines $(DATA)/scenarios/chemistry.txt --threads 1 \
+		--dir build --json $(RESULTS)/answer-engines-cpu.json
 
 compile-time: $(INSTALLED)
 	$(BIN)/python -m spp_campaigns.compile_time

@@ -19,7 +19,7 @@ from torch import Tensor
 import spp_export.models.modeling  # noqa: F401  registers the per-layer classes
 from spp_bench.graphs import cuda_graph, on_device
 from spp_export.common.progress import quiet_transformers
-from spp_export.models.families import Family
+from spp_export.models.families import Family, Feature
 from spp_export.models.shape import LayerShape, ModelShape
 from spp_export.planning.latency import Phase
 from spp_export.slicing.config import slim_config
@@ -124,12 +124,17 @@ def make_passes(
     return [entry for kind, work in works.items() for entry in _passes(kind, work, setting)]
 
 
+# What makes more of a block than a norm and what reads it, or takes other angles for some layers.
+_UNKNOWN = (Feature.PARALLEL, Feature.SANDWICH, Feature.ROTARY)
+
+
 class _Parts:
     """Parts of a model, and what flows into them: a stream [B,S,C] at its positions."""
 
     def __init__(
         self, model: Any, family: Family, shape: ModelShape, setting: Setting, dtype: torch.dtype
     ) -> None:
+        family.refuse(_UNKNOWN, "measuring block by block", "Plan by --keep or --max-kv-bytes.")
         self.model, self.family, self.shape = model, family, shape
         self.setting, self.dtype = setting, dtype
         count = setting.new_tokens

@@ -22,7 +22,7 @@ from spp_export.calibration.reading import Text, TokenText, token_texts
 from spp_export.common.arrays import FloatArray
 from spp_export.common.options import WINDOW
 from spp_export.common.progress import progress
-from spp_export.models.families import Family
+from spp_export.models.families import Family, Feature
 from spp_export.models.layerwise import stream_of
 
 _BATCH_TOKENS = 2048
@@ -71,6 +71,8 @@ class Observer(Protocol):
     - "mlp_input": the normed stream that gate and up read, [T,d]
     - "down": the input of down_proj, [T,I]
     - "stream": the stream after the MLP, [T,d]
+    - "residual_per_write", "stream_per_write": the same two, in units of what o_proj and down_proj
+      write: where a norm is between, longer by as much as it shortens the writes
 
     `text_T` gives the index of the text of each of the T real tokens. What `see` is shown may be
     the model's own memory: an observer reads it and keeps no reference.
@@ -229,22 +231,34 @@ def _hooks(
             output[0] if isinstance(output, tuple) else output
         )
 
+    widens = family.gate or family.up
     read = {
         "attention_input": family.query,
         "output": family.output,
-        "residual": family.mlp_norm,
-        "mlp_input": family.gate,
+        # The MLP reads the stream as it is where no norm is before it.
+        "residual": family.mlp_norm or widens,
+        "mlp_input": widens,
         "down": family.down,
     }
     written = {"attention": family.attention, "stream": ""}
+    if Feature.PARALLEL in family.features:
+        # What attention writes is first read together with what the MLP writes.
+        del read["residual"]
+        written["residual"] = ""
     layers = model.get_submodule(family.layers)
     assert isinstance(layers, nn.ModuleList)
     handles = []
     try:
-        for place in sorted({observer.place for observer in observers}):
-            seeing = [observer for observer in observers if observer.place == place]
+        for asked in sorted({observer.place for observer in observers}):
+            seeing = [observer for observer in observers if observer.place == asked]
+            place, _, per_write = asked.partition("_per_")
             for index, layer in enumerate(layers):
-                shown = partial(show, index, seeing)
+                shown: Callable[[Tensor], None] = partial(show, index, seeing)
+                if per_write and family.write_norms:
+                    gain = _Gain()
+                    norm = layer.get_submodule(family.write_norms[place == "stream"])
+                    handles.append(norm.register_forward_hook(gain.take))
+                    shown = partial(gain.show, shown)
                 if place in read:
                     module = layer.get_submodule(read[place])
                     handles.append(module.register_forward_pre_hook(before(shown)))
@@ -255,6 +269,19 @@ def _hooks(
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Gain:
+    """How much a norm shortened the writes that it just saw, token by token."""
+
+    def take(self, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        """The hook of the norm: lengths before over lengths after, [B,S,1]."""
+        before, after = (x.float().norm(dim=-1, keepdim=True) for x in (args[0], output))
+        self._shortened = before / after.clamp(min=torch.finfo(torch.float32).tiny)
+
+    def show(self, shown: Callable[[Tensor], None], values: Tensor) -> None:
+        """A stream [B,S,d] in units of what the norm is given."""
+        shown(values * self._shortened.to(values))
 
 
 class TextMeans:
@@ -378,13 +405,13 @@ def _home(device: torch.device, size: int) -> torch.device:
 
 
 class StreamSensitivity:
-    """E 1/||r||^2 [L] over tokens, r the stream at "residual" or "stream".
+    """E 1/||r||^2 [L] over tokens, r the stream at "residual_per_write" or "stream_per_write".
 
     How much a change of given size in the stream counts where the next block normalises it. The
     inverse is taken per token: first tokens carry norms so large that a mean would see only them.
     """
 
-    def __init__(self, layers: int, place: str = "residual") -> None:
+    def __init__(self, layers: int, place: str = "residual_per_write") -> None:
         self.place = place
         self.sums = torch.zeros(layers, dtype=torch.float64)
         self.tokens = 0

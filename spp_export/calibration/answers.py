@@ -10,15 +10,21 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from spp_export.calibration.cache import is_whole, model_key, read, write
+from spp_export.calibration.engines import (
+    AnswerEngine,
+    Dense,
+    EngineFailed,
+    Prompts,
+    engines_at_hand,
+)
 from spp_export.calibration.reading import (
     Reading,
     ScenarioText,
@@ -32,7 +38,6 @@ from spp_export.calibration.reading import (
 )
 from spp_export.calibration.stored import ANSWERS, trim
 from spp_export.common.options import DEFAULT_ANSWER_TOKENS, WINDOW
-from spp_export.common.progress import progress, quiet_transformers
 from spp_export.data.conversation import Conversation
 from spp_export.data.scenario import Scenario
 from spp_export.models.checkpoint.companions import GENERATION_CONFIG, companion_object
@@ -40,18 +45,8 @@ from spp_export.models.hub import cache_directory
 from spp_export.models.session import Session
 from spp_export.models.stop_tokens import stop_tokens
 
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import GenerationConfig
-
-    from spp_export.models.checkpoint.checkpoint import Checkpoint
-
 # Beyond so many conversations, more of them change little.
 MOST = 128
-# A change of how answers are made must not meet those of the old kind.
-_VERSION = "answers: sampled by transformers, v1"
-# Rows of a batch: each step reads all weights once for all of them.
-_ROWS = 32
 _log = logging.getLogger(__name__)
 _SAMPLING = ("temperature", "top_p", "top_k")
 
@@ -72,16 +67,21 @@ def scenario_traffic(
     """Both parts of a scenario as `read_traffic` reads them; made once in a session."""
     key = ("scenario traffic", scenario, limit, answering)
     if key not in session.remembered:
-        if answering.tokens and session.from_disk:
-            _log.warning(
-                "prompts are read without answers: the model runs from disk, and would be read "
-                "again for every token. Give conversations with answers."
-            )
         parts = [read_traffic(session, part, limit, answering) for part in scenario.split()]
         session.remembered[key] = ScenarioText(*parts)
+        if answering.tokens and session.from_disk and _asks(scenario):
+            _log.warning(
+                "prompts are read without answers: the model runs from disk, and would be read "
+                "again for every token. Give conversations with answers, or --answers FILE."
+            )
         say_what_is_otherwise(parts, answering)
     traffic: ScenarioText = session.remembered[key]
     return traffic
+
+
+def _asks(scenario: Scenario) -> bool:
+    """Whether any prompt is without an answer."""
+    return any(not part.answered for one in scenario.conversations for part in one.dialogues)
 
 
 def say_what_is_otherwise(parts: Sequence[Reading], answering: Answering) -> None:
@@ -108,39 +108,45 @@ def say_what_is_otherwise(parts: Sequence[Reading], answering: Answering) -> Non
         )
 
 
-class Dense(Protocol):
-    """A model, its tokenizer, its files and the dtype that it computes in."""
-
-    @property
-    def source(self) -> Checkpoint: ...
-    @property
-    def model(self) -> nn.Module: ...
-    @property
-    def tokenizer(self) -> Any: ...
-    @property
-    def dtype(self) -> str: ...
-
-
 def answer(
-    session: Dense, questions: Sequence[tuple[int, ...]], tokens: int, seed: int
+    dense: Dense, questions: Sequence[tuple[int, ...]], tokens: int, seed: int
 ) -> list[TokenText]:
     """Each question, token ids up to where an answer begins, and the dense model's answer to it of
     at most so many tokens, with the token that ends it where it ends before; from the cache or by
-    the model.
+    the fastest engine at hand.
     """
-    source = session.source
-    sampling = _sampling(session)
-    decided = [_VERSION, *model_key(source), session.dtype, sampling, tokens, seed, questions]
-    key = hashlib.sha256(json.dumps(decided).encode()).hexdigest()
-    path = cache_directory() / ANSWERS / f"{key[:32]}.safetensors"
-    answers = _kept(path)
-    if answers is None:
-        answers = _generate(session, questions, tokens, seed, sampling)
-        _keep(path, answers, source.name)
+    source = dense.source
+    stored = companion_object(source.path, GENERATION_CONFIG)
+    stop = stop_tokens(stored, source.config, dense.tokenizer)
+    asked = Prompts(questions, tokens, seed, _sampling(stored), stop)
+    answers = _answers(dense, asked)
     return [
         dialogue_text((*ids, *said), len(said))
         for ids, said in zip(questions, answers, strict=True)
     ]
+
+
+def _answers(dense: Dense, asked: Prompts) -> list[list[int]]:
+    *engines, last = engines_at_hand(dense, asked)
+    for engine in engines:
+        try:
+            return _by(engine, dense, asked)
+        except EngineFailed as failure:
+            _log.warning("%s. The next fastest engine answers prompts.", failure)
+    return _by(last, dense, asked)
+
+
+def _by(engine: AnswerEngine, dense: Dense, asked: Prompts) -> list[list[int]]:
+    source = dense.source
+    options = asked.sampling, asked.tokens, asked.seed, asked.questions
+    decided = [engine.version, *model_key(source), dense.dtype, *options]
+    key = hashlib.sha256(json.dumps(decided).encode()).hexdigest()
+    path = cache_directory() / ANSWERS / f"{key[:32]}.safetensors"
+    answers = _kept(path)
+    if answers is None:
+        answers = engine.answers(dense, asked)
+        _keep(path, answers, source.name)
+    return answers
 
 
 def _keep(path: Path, answers: Sequence[Sequence[int]], model: str) -> None:
@@ -158,98 +164,13 @@ def _kept(path: Path) -> list[list[int]] | None:
     return [ids.tolist() for ids in np.split(read(path, "ids"), ends)]
 
 
-def _sampling(session: Dense) -> dict[str, Any]:
+def _sampling(stored: Mapping[str, Any]) -> dict[str, Any]:
     """How tokens are drawn: as the model's generation config says; where it does not sample, from
     the model's own distribution, for greedy answers repeat themselves and say little."""
-    stored = companion_object(session.source.path, GENERATION_CONFIG)
     plain = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
     if not stored.get("do_sample"):
         return plain
     return {name: stored.get(name) or plain[name] for name in _SAMPLING}
-
-
-def _generate(
-    session: Dense,
-    questions: Sequence[tuple[int, ...]],
-    tokens: int,
-    seed: int,
-    sampling: dict[str, Any],
-) -> list[list[int]]:
-    import torch
-    from transformers import GenerationConfig
-
-    source = session.source
-    stored = companion_object(source.path, GENERATION_CONFIG)
-    stop = stop_tokens(stored, source.config, session.tokenizer)
-    config = GenerationConfig(
-        do_sample=True,
-        max_new_tokens=tokens,
-        eos_token_id=list(stop) or None,
-        pad_token_id=stop[0] if stop else 0,
-        **sampling,
-    )
-    answers: list[list[int]] = [[] for _ in questions]
-    order = sorted(range(len(questions)), key=lambda place: len(questions[place]))
-    groups = [order[start : start + _ROWS] for start in range(0, len(order), _ROWS)]
-    with (
-        torch.random.fork_rng(),
-        torch.no_grad(),
-        progress("answering prompts", len(groups) * tokens) as advance_to,
-    ):
-        torch.manual_seed(seed)
-        for number, group in enumerate(groups):
-            rows = [questions[place] for place in group]
-            done = partial(_plus, advance_to, number * tokens)
-            for place, said in zip(group, _continued(session, rows, config, done), strict=True):
-                answers[place] = _ended(said, frozenset(stop))
-            done(tokens)
-    return answers
-
-
-def _plus(advance_to: Callable[[float], None], begun: int, steps: int) -> None:
-    advance_to(begun + steps)
-
-
-def _continued(
-    session: Dense,
-    rows: Sequence[tuple[int, ...]],
-    config: GenerationConfig,
-    advance: Callable[[int], None],
-) -> list[list[int]]:
-    """What the model writes after each row; what comes after an end is padding."""
-    import torch
-
-    from spp_export.calibration.activations import input_device
-
-    model, width = session.model, max(map(len, rows))
-    ids = torch.full((len(rows), width), config.pad_token_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, question in enumerate(rows):
-        # Padding on the left, so that the answers of all rows begin at one place.
-        ids[row, width - len(question) :] = torch.tensor(question)
-        mask[row, width - len(question) :] = 1
-
-    def count(written: torch.Tensor, _scores: object, **_: object) -> torch.Tensor:
-        advance(written.shape[1] - width)
-        return torch.zeros(len(written), dtype=torch.bool, device=written.device)
-
-    device = input_device(model)
-    with quiet_transformers():
-        generate: Any = model.generate
-        written = generate(
-            ids.to(device),
-            attention_mask=mask.to(device),
-            generation_config=config,
-            stopping_criteria=[count],
-        )
-    answers: list[list[int]] = written[:, width:].tolist()
-    return answers
-
-
-def _ended(said: Sequence[int], stop: frozenset[int]) -> list[int]:
-    """An answer up to the token that ends it."""
-    ends = next((place + 1 for place, id_ in enumerate(said) if id_ in stop), len(said))
-    return list(said[:ends])
 
 
 def read_traffic(
@@ -267,9 +188,15 @@ def read_traffic(
     """
     tokens = answering.tokens
     if not tokens or session.from_disk:
-        return read_texts(session.tokenizer, conversations, limit)
-    told = token_texts(session.tokenizer, [one for one in conversations if one.answered])
-    open_ = [asked for one in conversations if not one.answered for asked in one.questions]
+        known = [
+            part if part.answered else replace(part, chat=one.chat)
+            for one in conversations
+            for part in (one.dialogues if one.given else (one,))
+        ]
+        return read_texts(session.tokenizer, known, limit)
+    dialogues = [part for one in conversations for part in one.dialogues]
+    told = token_texts(session.tokenizer, [part for part in dialogues if part.answered])
+    open_ = [part for part in dialogues if not part.answered]
     questions = question_ids(session.tokenizer, open_)
     short = [ids for ids in questions if len(ids) + tokens <= WINDOW]
     long = [TokenText((ids,)) for ids in questions if len(ids) + tokens > WINDOW]

@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -24,7 +25,7 @@ from spp_export.calibration.activations import TokenBatch, input_device, model_i
 from spp_export.common.arrays import FloatArray
 from spp_export.common.errors import UsageError
 from spp_export.common.progress import progress
-from spp_export.models.families import Family
+from spp_export.models.families import Family, Feature, Role
 from spp_export.models.shape import ModelShape
 
 # Activations of every layer stay until the backward pass, so batches are half of `observe`'s.
@@ -176,10 +177,14 @@ def _summed_loss(model: nn.Module, family: Family, batch: TokenBatch) -> Tensor:
     """Sum over a batch's texts of their mean next-token loss; logits of predicting tokens only."""
     device = input_device(model)
     mask, ids = batch.attention_mask.to(device), batch.input_ids.to(device)
-    decoder = model.get_submodule(family.layers.rpartition(".")[0])
-    hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     predicted = mask[:, 1:].bool()
-    logits = model.get_submodule(family.head)(hidden[:, :-1][predicted.to(hidden.device)])
+    if family.features & {Feature.MULTIPLIERS, Feature.SOFTCAP}:
+        whole = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        logits = whole[:, :-1][predicted.to(whole.device)]
+    else:
+        decoder = model.get_submodule(family.layers.rpartition(".")[0])
+        hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        logits = model.get_submodule(family.head)(hidden[:, :-1][predicted.to(hidden.device)])
     targets = ids[:, 1:][predicted].to(logits.device)
     losses = cross_entropy(logits.float(), targets, reduction="none")
     shares = (1 / predicted.sum(1, keepdim=True).clamp(min=1)).expand(predicted.shape)[predicted]
@@ -194,9 +199,15 @@ class _Weights:
             {
                 name: model.get_parameter(f"{family.layer_name(i, getattr(family, role))}.weight")
                 for name, (role, _) in _REDUCTIONS.items()
+                if getattr(family, role)
             }
             for i in range(shape.num_layers)
         ]
+        self._rows = {
+            name: family.rows(Role(role), shape) if axis == 1 else slice(None)
+            for name, (role, axis) in _REDUCTIONS.items()
+        }
+        self._channels = shape.channels
         self._sums: dict[nn.Parameter, Tensor] = {}
 
     @contextmanager
@@ -233,12 +244,17 @@ class _Weights:
         """Sums over rows or columns of |W * gradient / count|, per name and layer."""
         reductions: dict[str, list[FloatArray]] = {name: [] for name in _REDUCTIONS}
         for layer in self._layers:
-            for name, weight in layer.items():
+            products = {}
+            for weight in dict.fromkeys(layer.values()):
                 total = self._sums.pop(weight, None)
                 if total is None:  # no text had a next token
                     total = torch.zeros_like(weight, dtype=torch.float32)
-                product = total.mul_(weight).abs_()
-                reduced = product.sum(_REDUCTIONS[name][1]) / count
+                products[weight] = total.mul_(weight).abs_()
+            for name, (_, axis) in _REDUCTIONS.items():
+                if name not in layer:  # an MLP without a gate
+                    reductions[name].append(np.zeros(self._channels, dtype=np.float32))
+                    continue
+                reduced = products[layer[name]][self._rows[name]].sum(axis) / count
                 reductions[name].append(reduced.float().cpu().numpy())
         return reductions
 

@@ -42,6 +42,7 @@ from spp_export.common.arrays import FloatArray
 from spp_export.common.memory import free_memory
 from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.checkpoint.reader import read_float
+from spp_export.models.families import Role
 from spp_export.models.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -259,13 +260,16 @@ class _Part:
 
 def layer_weights(source: Checkpoint, layer: int) -> LayerWeights:
     """The seven projections of one layer, read from the source's files."""
-    family = source.family
+    family, shape = source.family, source.shape
 
-    def weight(role: str) -> FloatArray:
-        return read_float(source.tensors[f"{family.layer_name(layer, role)}.weight"])
+    def weight(role: Role) -> FloatArray:
+        if not (module := family.projection(role)):
+            return np.zeros((shape.channels, shape.hidden_size), dtype=np.float32)
+        whole = read_float(source.tensors[f"{family.layer_name(layer, module)}.weight"])
+        return whole if role in (Role.OUTPUT, Role.DOWN) else whole[family.rows(role, shape)]
 
     names = (field.name for field in fields(LayerWeights))
-    return LayerWeights(**{name: weight(getattr(family, name)) for name in names})
+    return LayerWeights(**{name: weight(Role(name)) for name in names})
 
 
 def _forward(
@@ -449,8 +453,8 @@ class BlockSums:
 
         layers = shape.num_layers
         reads, consumes, stream = {
-            "attention": ("attention_input", "output", "residual"),
-            "mlp": ("mlp_input", "down", "stream"),
+            "attention": ("attention_input", "output", "residual_per_write"),
+            "mlp": ("mlp_input", "down", "stream_per_write"),
         }[kind]
         width, block = {
             "attention": (shape.query_heads * shape.head_dim, None),

@@ -11,7 +11,8 @@ from spp_export.common.arrays import FloatArray
 class LayerWeights:
     """Projections of one layer as stored, [out, in]; biases take no part in any criterion.
 
-    query [H*dh,d], key and value [G*dh,d], output [d,H*dh], gate and up [I,d], down [d,I]
+    query [H*dh,d], key and value [G*dh,d], output [d,H*dh], gate and up [I,d], down [d,I]; of an
+    MLP without a gate, gate is zeros
     """
 
     query: FloatArray

@@ -126,7 +126,12 @@ def evaluate(request: EvaluateRequest) -> EvalResult:
     directory = Path(request.output)
     _prepare(directory, request.force)
     inputs = read_inputs(
-        request.scenario, request.wrong, request.eval_set, request.pools, request.domain
+        request.scenario,
+        request.wrong,
+        request.eval_set,
+        request.pools,
+        request.domain,
+        answers=request.answers,
     )
     if request.generate:
         inputs.check_answers()
@@ -145,7 +150,10 @@ def evaluate(request: EvaluateRequest) -> EvalResult:
     inputs = inputs.within(session, request.calibration_tokens, _answering(request))
     plans = read_plans(session, request.plan)
     amount = request.calibration_tokens, _answering(request)
-    default = default_criterion(session, artifacts, request.compensate[0], amount[1].tokens)
+    removed = 1 - min(request.keep)
+    default = default_criterion(
+        session, artifacts, request.compensate[0], amount[1].tokens, removed
+    )
     rows = standard_rows(
         request.keep,
         request.criterion_names(default),
@@ -266,6 +274,8 @@ def _context(
         "number of calibration tokens": request.calibration_tokens,
         "number of answer tokens": request.answer_tokens,
     }
+    if inputs.scenario.answers:
+        context["file of answers"] = inputs.scenario.answers.sha256
     if others:
         context["set of other artifacts"] = {name: other.sha256 for name, other in others.items()}
     if request.generate:

@@ -35,6 +35,7 @@ from spp_export.common.json_files import dump_json
 from spp_export.common.manifest import write_manifest
 from spp_export.common.options import command
 from spp_export.common.publish import check_target, publish
+from spp_export.data.answer_file import with_answers
 from spp_export.data.artifacts import Artifacts, open_artifacts
 from spp_export.data.scenario import MIN_PROMPTS_TO_HOLD_OUT, Scenario, read_scenario
 from spp_export.formats.format import CardFacts, ModelFiles
@@ -60,6 +61,7 @@ from spp_export.slicing.compensation import (
     calibration_tokens,
     plan_answering,
     plan_compensation,
+    warn_of_other_answers,
 )
 from spp_export.slicing.weights import WrittenWeights
 
@@ -76,7 +78,9 @@ def export(request: ExportRequest) -> ExportResult:
     if request.push_to_hub is not None:
         check_hub(request.push_to_hub)
     _check_format(request)
-    text = None if request.scenario is None else read_scenario(request.scenario)
+    text = None
+    if request.scenario is not None:
+        text = with_answers(read_scenario(request.scenario), request.answers)
     if request.max_perplexity is not None and not (text and text.split()[1]):
         raise UsageError(
             "--max-perplexity: needs held-out text, a scenario of at least "
@@ -328,6 +332,7 @@ def _decide(
     decided = plan if isinstance(plan, Plan) else read_plan(plan)
     source = session.source
     validate_plan(decided, source.shape, source.fingerprint)
+    warn_of_other_answers(decided, scenario)
     if decided.compensation != "none":
         # These decide the re-fit, whatever the plan was made for.
         if scenario is not None:

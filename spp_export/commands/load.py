@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from spp_export.common.disk import scratch_folder
 from spp_export.common.errors import PlanError, UsageError
 from spp_export.common.json_files import dump_json
+from spp_export.data.answer_file import with_answers
 from spp_export.data.artifacts import Artifacts, open_artifacts
 from spp_export.data.scenario import Scenario, read_scenario
 from spp_export.domains.diagnosis import diagnose_prompts
@@ -28,7 +29,12 @@ from spp_export.models.stop_tokens import generation_config
 from spp_export.models.tokenizer import has_tokenizer
 from spp_export.models.weights_on_disk import empty_model, stored_as_tensor, torch_bits
 from spp_export.planning import Plan, dense_plan, read_plan, validate_plan
-from spp_export.slicing.compensation import Compensator, plan_compensation, written_config
+from spp_export.slicing.compensation import (
+    Compensator,
+    plan_compensation,
+    warn_of_other_answers,
+    written_config,
+)
 from spp_export.slicing.weights import SlimTensors
 
 if TYPE_CHECKING:
@@ -43,6 +49,7 @@ def load(
     *,
     artifacts: str | os.PathLike[str] | None = None,
     scenario: str | os.PathLike[str] | None = None,
+    answers: str | os.PathLike[str] | None = None,
     device: str = "cpu",
     dtype: str | None = None,
     dequantize: bool = False,
@@ -52,6 +59,7 @@ def load(
     plan       a plan, its file, or the directory of an export
     artifacts  what a re-fitting plan is re-fitted on; the demo model's come with spp
     scenario   the text that the plan was made for, if its re-fit shall see it, too
+    answers    a log with answers to the scenario's prompts, as of `export`
     dtype      the stored one by default
     dequantize what a quantised model's weights stand for, as in `export`
 
@@ -62,6 +70,7 @@ def load(
         {"slim": plan},
         artifacts=artifacts,
         scenarios={} if scenario is None else {"slim": scenario},
+        answers={} if answers is None else {"slim": answers},
         device=device,
         dtype=dtype,
         dequantize=dequantize,
@@ -75,6 +84,7 @@ def load_many(
     *,
     artifacts: str | os.PathLike[str] | None = None,
     scenarios: Mapping[str, str | os.PathLike[str]] | None = None,
+    answers: Mapping[str, str | os.PathLike[str]] | None = None,
     device: str = "cpu",
     dtype: str | None = None,
     dequantize: bool = False,
@@ -100,7 +110,9 @@ def load_many(
     for name, plan in read.items():
         validate_plan(plan, session.source.shape, session.source.fingerprint)
         text = (scenarios or {}).get(name)
-        scenario = None if text is None else read_scenario(text)
+        scenario = None
+        if text is not None:
+            scenario = with_answers(read_scenario(text), (answers or {}).get(name))
         models[name] = weights.slim(plan, _compensation(session, opened, plan, scenario))
     # Where statistics had to be gathered it was loaded, and is not needed any more.
     session.__dict__.pop("model", None)
@@ -221,6 +233,7 @@ def _compensation(
 ) -> Compensator:
     from spp_export.planning.request import PlanRequest
 
+    warn_of_other_answers(plan, scenario)
     return plan_compensation(session, artifacts, plan, scenario, PlanRequest())
 
 

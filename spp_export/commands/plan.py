@@ -7,6 +7,7 @@ from dataclasses import replace
 from spp_export.calibration.stored import noting
 from spp_export.commands.requests import PlanFileRequest
 from spp_export.common.options import command
+from spp_export.data.answer_file import with_answers
 from spp_export.data.artifacts import open_artifacts
 from spp_export.data.scenario import read_scenario
 from spp_export.models.session import open_session
@@ -23,7 +24,7 @@ def plan(request: PlanFileRequest) -> PlanResult:
     """
     if request.output is not None:
         check_plan_target(request.output, request.force)
-    text = read_scenario(request.scenario)
+    text = with_answers(read_scenario(request.scenario), request.answers)
     session = open_session(
         request.model,
         device=request.device,

@@ -35,6 +35,7 @@ from spp_export.common.manifest import (
 from spp_export.common.options import command
 from spp_export.common.progress import progress
 from spp_export.common.publish import check_target, publish
+from spp_export.data.answer_file import with_answers
 from spp_export.data.conversation import Conversation
 from spp_export.data.duplicates import shared_texts
 from spp_export.data.scenario import MIN_PROMPTS_TO_HOLD_OUT, Scenario, read_scenario
@@ -50,6 +51,7 @@ from spp_export.models.session import Session, open_session
 from spp_export.models.tokenizer import load_tokenizer
 from spp_export.planning import Plan, read_plan, validate_plan
 from spp_export.planning.bound import predicted
+from spp_export.planning.planner import answers_record
 from spp_export.planning.written import written_shape
 from spp_export.slicing.weights import encoded
 
@@ -128,7 +130,7 @@ def recover(request: RecoverRequest) -> RecoverResult:
     beside = source_dir.with_name(f"{source_dir.name}-recovered")
     target = beside if request.output is None else Path(request.output)
     check_target(target, request.force)
-    text = read_scenario(request.data)
+    text = with_answers(read_scenario(request.data), request.answers)
     trained, measured = _split(request, text)
     session = open_session(
         request.model,
@@ -195,7 +197,10 @@ class _Job:
         else:
             read = read_texts(self._tokenizer, measured, settings.calibration_tokens)
         self._measured, self.measured = read.texts, read.to_dict()
-        content = [[(m.role, m.text) for m in conversation.messages] for conversation in trained]
+        content = [
+            [*((m.role, m.text) for m in conversation.messages), *conversation.given]
+            for conversation in trained
+        ]
         decided = [hash_file(directory / MANIFEST_NAME).sha256, settings.to_dict(), content]
         key = hashlib.sha256(json.dumps(decided).encode()).hexdigest()[:32]
         self._state = cache_directory() / "recoveries" / f"{key}.safetensors"
@@ -350,7 +355,12 @@ class _Job:
                 "name": self._directory.resolve().name,
                 "manifest_sha256": hash_file(self._directory / MANIFEST_NAME).sha256,
             },
-            "data": {"name": text.name, "sha256": text.sha256, "texts": len(self._prompts)},
+            "data": {
+                "name": text.name,
+                "sha256": text.sha256,
+                "texts": len(self._prompts),
+                **answers_record(text),
+            },
             "settings": self._settings.to_dict(),
             "steps": {"taken": len(losses), "best": self.best_step},
             "loss": rounded(
@@ -458,7 +468,7 @@ def _split(
                 "give --validation FILE."
             )
         return trained, measured
-    apart = read_scenario(request.validation)
+    apart = with_answers(read_scenario(request.validation), request.answers, required=False)
     contents = (
         [conversation.content for conversation in part.conversations] for part in (apart, text)
     )

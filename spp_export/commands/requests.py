@@ -75,8 +75,26 @@ def named_paths(values: Any) -> Mapping[str, PathLike]:
     return paths
 
 
+@dataclass(frozen=True, kw_only=True)
+class GivenAnswers(AnswerTokens):
+    """Answers to a scenario's prompts that are known."""
+
+    answers: PathLike | None = scenario_option(
+        None,
+        panel=RUNNING,
+        help="Chat log with answers to the prompts, a file as of a scenario; the dense model "
+        "answers those that it has none to.",
+    )
+
+    def check(self) -> None:
+        """UsageError where the answers would not be read."""
+        super().check()
+        if self.answers is not None and not self.answer_tokens:
+            raise UsageError("--answer-tokens 0 reads prompts alone. Drop it, or --answers.")
+
+
 @dataclass(frozen=True)
-class PlanFileRequest(PlanRequest, Force, Layerwise, Dtype, Artifacts, Model):
+class PlanFileRequest(PlanRequest, GivenAnswers, Force, Layerwise, Dtype, Artifacts, Model):
     """A plan, and the file it goes to."""
 
     scenario: PathLike = scenario_option()
@@ -86,7 +104,7 @@ class PlanFileRequest(PlanRequest, Force, Layerwise, Dtype, Artifacts, Model):
 
 
 @dataclass(frozen=True)
-class FrontierRequest(PlanRequest, Force, Dtype, Artifacts, Model):
+class FrontierRequest(PlanRequest, GivenAnswers, Force, Dtype, Artifacts, Model):
     """The sizes to try for a scenario."""
 
     scenario: PathLike = scenario_option()
@@ -99,10 +117,18 @@ class FrontierRequest(PlanRequest, Force, Dtype, Artifacts, Model):
         numbers=SHARE,
         help="Share of what --cost counts that stays; repeatable, 0.95 to 0.5 by default.",
     )
+    measure: bool = option(
+        False,
+        panel=CHECKS,
+        help="Also write the model of every plan for a while, and time it and the dense one in "
+        "turn, as 'spp bench' does.",
+    )
 
     def check(self) -> None:
         """UsageError for a budget, of which this tries many."""
         super().check()
+        if self.measure and self.device.partition(":")[0] not in ("cpu", "cuda"):
+            raise UsageError(f"--measure times on cpu or cuda, and not on {self.device}.")
         if self.limits != (None,) * 5:
             raise UsageError("frontier tries many budgets. Drop the budget, or give --share.")
         if self.policy == "published":
@@ -333,7 +359,16 @@ class Distance(Request):
 
 @dataclass(frozen=True)
 class ExportRequest(
-    PlanRequest, KeepFailed, Force, Layerwise, Dtype, Distance, FormRequest, Artifacts, Model
+    PlanRequest,
+    GivenAnswers,
+    KeepFailed,
+    Force,
+    Layerwise,
+    Dtype,
+    Distance,
+    FormRequest,
+    Artifacts,
+    Model,
 ):
     """An export, and the plan for it or what to make one by."""
 
@@ -398,6 +433,8 @@ class ExportRequest(
         super().check()
         if self.scenario is None and self.plan is None:
             raise UsageError("export needs --scenario FILE or --plan FILE.")
+        if self.scenario is None and self.answers is not None:
+            raise UsageError("--answers: answers to the prompts of a scenario. Add --scenario.")
         decided = [name for name in non_default(self, PlanRequest) if name != "seed"]
         if self.plan is not None and decided:
             flag = "--" + decided[0].replace("_", "-")
@@ -678,7 +715,7 @@ class RecoverSettings(AnswerTokens, Seed):
 
 
 @dataclass(frozen=True)
-class RecoverRequest(CalibrationTokens, KeepFailed, Force, RecoverSettings, Model):
+class RecoverRequest(CalibrationTokens, KeepFailed, Force, RecoverSettings, GivenAnswers, Model):
     """An export to train further."""
 
     out: PathLike = argument(metavar="OUT", help="A safetensors directory by 'spp export'.")
@@ -695,6 +732,12 @@ class RecoverRequest(CalibrationTokens, KeepFailed, Force, RecoverSettings, Mode
         help="Text to measure on; by default every fourth text of --data, which is then not "
         "trained on.",
     )
+
+    def check(self) -> None:
+        """UsageError for what cannot be asked together."""
+        super().check()
+        if self.answers is not None and self.learn == "text":
+            raise UsageError("--answers: --learn text asks no prompts. Drop one of the two.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -780,7 +823,7 @@ class EvalRequest(Seed):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalTexts(EvalRequest, AnswerTokens, CalibrationTokens, Force, Dtype, Artifacts, Model):
+class EvalTexts(EvalRequest, GivenAnswers, CalibrationTokens, Force, Dtype, Artifacts, Model):
     """What an evaluation reads, beside its scenario."""
 
     wrong: PathLike | None = option(

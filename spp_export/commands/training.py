@@ -49,10 +49,7 @@ class Training:
         layers: Sequence[int],
         dense: nn.Module | None = None,
     ) -> None:
-        roles = (
-            *(family.query, family.key, family.value, family.output),
-            *(family.gate, family.up, family.down),
-        )
+        roles = tuple(family.projections)
         model.requires_grad_(False)
         if settings.train == "adapters":
             model = _with_adapters(model, roles, settings)

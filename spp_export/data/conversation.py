@@ -18,16 +18,22 @@ class Conversation:
     """What belongs together, and is never split between calibration and held-out text.
 
     `chat` says that the file tells who speaks, so that the model's chat template writes it; else
-    every message is a text by itself, as it stands.
+    every message is a text by itself, as it stands. `given` are the answers that another file has
+    to its `questions`, in order, None where it has none; all without any.
     """
 
     messages: tuple[Message, ...]
     chat: bool = False
+    given: tuple[str | None, ...] = ()
 
     @property
     def prompts(self) -> tuple[str, ...]:
         """What the user says."""
-        return tuple(message.text for message in self.messages if message.role == "user")
+        return tuple(message.text for message in self._from_users)
+
+    @property
+    def _from_users(self) -> tuple[Message, ...]:
+        return tuple(message for message in self.messages if message.role == "user")
 
     @property
     def answered(self) -> bool:
@@ -36,10 +42,21 @@ class Conversation:
 
     @property
     def questions(self) -> tuple[Conversation, ...]:
-        """What an assistant would be asked: the whole of a chat, each text by itself otherwise."""
-        if self.chat:
-            return (self,)
-        return tuple(Conversation((Message("user", text),), chat=True) for text in self.prompts)
+        """What an assistant would be asked: the whole of a chat, each text by itself otherwise;
+        with the answers that are given."""
+        asked = [self.messages] if self.chat else [(message,) for message in self._from_users]
+        answers = self.given or (None,) * len(asked)
+        return tuple(
+            Conversation(
+                messages if answer is None else (*messages, Message("assistant", answer)), chat=True
+            )
+            for messages, answer in zip(asked, answers, strict=True)
+        )
+
+    @property
+    def dialogues(self) -> tuple[Conversation, ...]:
+        """Itself where it tells what the assistant says, else its questions."""
+        return (self,) if self.answered else self.questions
 
     @property
     def content(self) -> str:

@@ -46,11 +46,21 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class AnswersRecord:
+    """Which file has answers to a scenario's prompts, and how many of them it answers."""
+
+    name: str
+    sha256: str
+    answered: int
+
+
+@dataclass(frozen=True)
 class Scenario:
     """Conversations in the order of the file, the file's name without its directory, its SHA-256.
 
     `description` is the first conversation's `topic_description`; `turns` holds one entry per
-    prompt, in the order of conversations, and is empty for `.txt`.
+    prompt, in the order of conversations, and is empty for `.txt`. `answers` says of a file with
+    answers to its prompts which it is, and how many it answers.
     """
 
     name: str
@@ -58,6 +68,7 @@ class Scenario:
     conversations: tuple[Conversation, ...]
     description: str | None = None
     turns: tuple[Turn, ...] = ()
+    answers: AnswersRecord | None = None
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -119,8 +130,10 @@ def _held_out_groups(sizes: Sequence[int], share: float) -> set[int]:
     return reserved
 
 
-def read_scenario(path: str | os.PathLike[str], *, stdin: BinaryIO | None = None) -> Scenario:
-    """The scenario in a file, or on standard input where `path` is `-`.
+def read_scenario(
+    path: str | os.PathLike[str], *, stdin: BinaryIO | None = None, what: str = "scenario"
+) -> Scenario:
+    """The scenario in a file, or on standard input where `path` is `-`; messages call it `what`.
 
     `.txt` holds paragraphs, a blank line between prompts. `.jsonl` and `.json` hold records
     (`data.records`), one per line or in a list, `.csv`, `.tsv` and `.parquet` one per row. Standard
@@ -130,12 +143,12 @@ def read_scenario(path: str | os.PathLike[str], *, stdin: BinaryIO | None = None
     no prompt.
     """
     if os.fspath(path) == "-":
-        name, label = "stdin", "scenario on standard input"
+        name, label = "stdin", f"{what} on standard input"
         stream = stdin if stdin is not None else sys.stdin.buffer
         data = read_stream(stream, what=label, max_bytes=MAX_SCENARIO_BYTES, error=ScenarioError)
     else:
-        name, label = _printable(PurePath(path).name), f"scenario {os.fspath(path)}"
-        data = read_bytes(path, what="scenario", max_bytes=MAX_SCENARIO_BYTES, error=ScenarioError)
+        name, label = _printable(PurePath(path).name), f"{what} {os.fspath(path)}"
+        data = read_bytes(path, what=what, max_bytes=MAX_SCENARIO_BYTES, error=ScenarioError)
     kind = PurePath(path).suffix.lower() or _kind_of(data)
     if kind not in _SUFFIXES:
         raise ScenarioError(

@@ -380,6 +380,11 @@ class Dense:
         """What it computes in."""
         return str(next(self.model.parameters()).dtype).removeprefix("torch.")
 
+    @property
+    def device(self) -> str:
+        """Where it is; of a model on several devices, where it begins."""
+        return str(next(self.model.parameters()).device)
+
     def watch(self, texts: Sequence[str], observer: Observer, description: str) -> None:
         """One forward pass over texts."""
         observe(

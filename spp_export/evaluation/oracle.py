@@ -6,17 +6,18 @@ stream, to which every head writes: a different function.)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spp_export.models.families import Family, Role
+from spp_export.models.families import Family, Role, TensorSpec
 from spp_export.models.layerwise import stream_of
 from spp_export.models.shape import ModelShape
 from spp_export.planning import LayerPlan, Plan
+from spp_export.slicing.cut import kept_indices, kept_units
 from spp_export.slicing.projections import Projection, Projections
 
 
@@ -34,12 +35,13 @@ def masked_dense(
     the kept outputs.
     """
     stream = stream_of(model)
+    specs = list(family.tensors(shape, (shape.layer,)))
     handles: list[Any] = []
     saved: list[tuple[nn.Linear, Any, Any]] = []
 
     def put_in_place(index: int) -> None:
         layer = plan.layers[index]
-        inputs, outputs = _kept_inputs(layer, shape), _kept_outputs(layer, shape)
+        inputs, outputs = _kept_inputs(layer, shape), _kept_outputs(layer, specs)
         for role, kept in (*inputs.items(), *outputs.items()):
             if compensated and (index, role) in compensated:
                 module = _linear(model, family.layer_name(index, family.projection(role)))
@@ -87,22 +89,15 @@ def _kept_inputs(layer: LayerPlan, shape: ModelShape) -> dict[Role, Tensor]:
     }
 
 
-def _kept_outputs(layer: LayerPlan, shape: ModelShape) -> dict[Role, Tensor]:
-    """The outputs of the other projections that stay."""
-    channels = range(shape.channels) if layer.channels is None else layer.channels
-    within = torch.arange(shape.head_dim)
-    query, kv = (
-        (torch.tensor(heads)[:, None] * shape.head_dim + within).flatten()
-        for heads in (layer.query_heads, layer.kv_heads)
-    )
-    width = torch.tensor(channels)
-    return {
-        Role.QUERY: query,
-        Role.KEY: kv,
-        Role.VALUE: kv,
-        Role.GATE: width,
-        Role.UP: width,
-    }
+def _kept_outputs(layer: LayerPlan, specs: Iterable[TensorSpec]) -> dict[Role, Tensor]:
+    """The outputs of the other projections that stay; `specs` of a whole layer."""
+    kept: dict[Role, Tensor] = {}
+    for spec in specs:
+        if spec.role is not Role.OTHER and spec.axis == 0 and len(spec.shape) == 2:
+            units = kept_units(spec, layer)
+            units = tuple(range(spec.shape[0] // spec.step)) if units is None else units
+            kept[spec.role] = torch.from_numpy(kept_indices(units, spec.step))
+    return kept
 
 
 def _mask_input(module: nn.Linear, kept: Tensor) -> Any:

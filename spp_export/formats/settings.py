@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from spp_export.common.errors import ModelError, reason_of
 from spp_export.common.json_files import shown
 from spp_export.common.progress import quiet_transformers
 from spp_export.models.checkpoint.checkpoint import Checkpoint
-from spp_export.models.families import Family
+from spp_export.models.families import Family, Feature
 from spp_export.models.shape import ModelShape
 from spp_export.slicing.config import portable_config
 
@@ -77,7 +78,8 @@ def stock_settings(
     """
     from transformers import AutoConfig
 
-    values = {k: v for k, v in portable_config(config).items() if k not in _OURS}
+    family.refuse(tuple(Feature), "this format", "Export safetensors.")
+    values = {k: v for k, v in portable_config(config, family.rope_theta).items() if k not in _OURS}
     values |= {"head_dim": shape.head_dim, "num_attention_heads": shape.query_heads}
     if family.heads_divide_hidden and shape.hidden_size % shape.query_heads:
         # A slim model's count, which the stock config would refuse; nothing here depends on it.
@@ -142,11 +144,13 @@ def rotary_frequencies(settings: Settings, family: Family) -> tuple[NDArray[np.f
 
 
 def _rotary(settings: Settings, family: Family) -> Any:
-    from spp_export.models import modeling
+    import transformers
 
-    name = f"Spp{family.architecture.removesuffix('ForCausalLM')}Model"
+    prefix = family.architecture.removesuffix("ForCausalLM")
     try:
-        return getattr(modeling, name).rotary_class(config=settings.stock)
+        model = getattr(transformers, family.architecture)
+        modeling: Any = import_module(model.__module__)
+        return getattr(modeling, f"{prefix}RotaryEmbedding")(config=settings.stock)
     except Exception as error:  # settings are used as they are, whatever they are
         raise ModelError(
             f"config.json: rotary settings are refused by transformers: {reason_of(error)}"

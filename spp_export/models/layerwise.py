@@ -21,7 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 from spp_export.common.progress import progress
 from spp_export.models.checkpoint.checkpoint import open_checkpoint
 from spp_export.models.checkpoint.header import StoredTensor
-from spp_export.models.families import Family
+from spp_export.models.families import Family, Feature
 from spp_export.models.weights_on_disk import (
     TableOnDisk,
     WeightBlock,
@@ -31,6 +31,8 @@ from spp_export.models.weights_on_disk import (
 )
 
 _STREAM = "spp_layer_stream"
+# What happens between the last layer and the logits, or in the embedding.
+_UNKNOWN = (Feature.MULTIPLIERS, Feature.SOFTCAP)
 # Arguments of one call of the model: input_ids and what else it takes.
 Call = Mapping[str, Any]
 
@@ -47,6 +49,7 @@ def open_layerwise(
     """
     directory = Path(path)
     opened = open_checkpoint(directory)
+    opened.family.refuse(_UNKNOWN, "a model that runs from disk", "Leave out --layerwise.")
     model = empty_model(directory, dtype)
     weights = stored_weights(directory, model, opened)
     stream = LayerStream(model, opened.family, weights, torch.device(device))
@@ -96,6 +99,7 @@ class LayerStream:
     ) -> None:
         self.decoder: Any = model.get_submodule(family.layers.rpartition(".")[0])
         self.head: nn.Module = model.get_submodule(family.head)
+        self._norm: nn.Module = model.get_submodule(family.final_norm)
         self._config = model.config
         self._own_dtype = model.dtype
         self._device = device
@@ -143,7 +147,7 @@ class LayerStream:
                     advance((index * len(runs) + number + 1) / total)
                 layer_done(index)
             self.forget()
-            return [self.decoder.norm(run.hidden) for run in runs]
+            return [self._norm(run.hidden) for run in runs]
 
     @contextmanager
     def editing(self, edit: Callable[[int], None]) -> Iterator[None]:

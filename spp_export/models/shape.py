@@ -48,12 +48,33 @@ class LayerShape:
 
 
 @dataclass(frozen=True, slots=True)
+class Costs:
+    """Parameters of a model, summed over the tensors of its record.
+
+    query_head, kv_head, channel  what goes with one of these, in every tensor that it is a part of
+    layer     of a layer, what goes with none of them
+    outside   beside the layers; `untied` of these are an input embedding that is not the head
+    kv_rows   elements that one KV head adds to the cache per token
+    """
+
+    query_head: int
+    kv_head: int
+    channel: int
+    layer: int
+    outside: int
+    untied: int
+    kv_rows: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModelShape:
     """Sizes of a dense decoder whose layers are all alike.
 
     `qkv_bias`, `output_bias` and `mlp_bias` say which projections carry a bias, `down_bias` that
     down_proj has one whatever gate and up have; `qk_norm` whether queries and keys are normalised
     per head. `element_bytes` is the size of one stored element of the attention weights.
+    `switches` are further flags of the record that config.json turns on. `costs` come from the
+    record; None counts the tensors of a Llama with these biases.
     """
 
     model_type: str
@@ -71,6 +92,8 @@ class ModelShape:
     mlp_bias: bool = False
     down_bias: bool = False
     qk_norm: bool = False
+    switches: tuple[str, ...] = ()
+    costs: Costs | None = None
 
     @property
     def group_size(self) -> int:
@@ -88,19 +111,37 @@ class ModelShape:
         return (self.layer,) * self.num_layers
 
     @property
+    def counted(self) -> Costs:
+        """`costs`, or those of a Llama."""
+        if self.costs is not None:
+            return self.costs
+        hidden, dim, bias = self.hidden_size, self.head_dim, int(self.qkv_bias)
+        table = self.vocab_size * hidden
+        biases = hidden * (int(self.output_bias) + int(self.mlp_bias or self.down_bias))
+        return Costs(
+            query_head=dim * (2 * hidden + bias),
+            kv_head=2 * dim * (hidden + bias),
+            channel=3 * hidden + 2 * int(self.mlp_bias),
+            layer=2 * hidden + 2 * dim * int(self.qk_norm) + biases,
+            outside=table * (1 if self.tied_embeddings else 2) + hidden,
+            untied=0 if self.tied_embeddings else table,
+            kv_rows=2 * dim,
+        )
+
+    @property
     def query_head_parameters(self) -> int:
         """Parameters that go with one query head: its rows of q_proj and columns of o_proj."""
-        return self.head_dim * (2 * self.hidden_size + int(self.qkv_bias))
+        return self.counted.query_head
 
     @property
     def kv_head_parameters(self) -> int:
         """Parameters that go with one KV head: its rows of k_proj and v_proj."""
-        return 2 * self.head_dim * (self.hidden_size + int(self.qkv_bias))
+        return self.counted.kv_head
 
     @property
     def channel_parameters(self) -> int:
         """Parameters that go with one MLP channel: rows of gate and up, a column of down."""
-        return 3 * self.hidden_size + 2 * int(self.mlp_bias)
+        return self.counted.channel
 
     def head_parameters(self, layers: Sequence[LayerShape]) -> int:
         """Parameters of q, k, v and o that belong to heads; o_proj's bias belongs to none."""
@@ -112,25 +153,21 @@ class ModelShape:
 
     def parameters(self, layers: Sequence[LayerShape]) -> int:
         """All parameters of a model with these layers; tied embeddings count once."""
-        norms = 2 * self.hidden_size + 2 * self.head_dim * int(self.qk_norm)
-        biases = self.hidden_size * (int(self.output_bias) + int(self.mlp_bias or self.down_bias))
         channels = sum(layer.channels for layer in layers) * self.channel_parameters
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
-        per_layer = (norms + biases) * len(layers)
-        return self.head_parameters(layers) + channels + per_layer + embeddings + self.hidden_size
+        fixed = self.counted.layer * len(layers) + self.counted.outside
+        return self.head_parameters(layers) + channels + fixed
 
     def decode_parameters(self, layers: Sequence[LayerShape]) -> int:
         """Parameters read to decode one token: all but an untied input embedding, of which one
         row is gathered."""
-        untied = 0 if self.tied_embeddings else self.vocab_size * self.hidden_size
-        return self.parameters(layers) - untied
+        return self.parameters(layers) - self.counted.untied
 
     def kv_bytes_per_token(
         self, layers: Sequence[LayerShape], element_bytes: int | None = None
     ) -> int:
         """Bytes of KV cache per token, at `element_bytes` (default: the stored dtype)."""
         size = self.element_bytes if element_bytes is None else element_bytes
-        return 2 * self.head_dim * size * sum(layer.kv_heads for layer in layers)
+        return self.counted.kv_rows * size * sum(layer.kv_heads for layer in layers)
 
 
 def channel_widths(channels: int, multiple: int) -> tuple[int, ...]:

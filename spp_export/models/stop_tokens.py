@@ -85,4 +85,5 @@ def _default(config: Mapping[str, Any], obeyed: list[int]) -> Iterator[int]:
     """What the family's config class takes where nothing is named."""
     family = FAMILIES.get(str(config.get("model_type")).removeprefix(OWN))
     if not obeyed and _EOS not in config and family and family.end_token is not None:
-        yield family.end_token
+        token = family.end_token
+        yield from token if isinstance(token, tuple) else (token,)

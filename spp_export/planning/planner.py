@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -89,7 +89,8 @@ class Planning:
     """Plans of one scenario for any budget: its text, its diagnosis, and what every size of every
     layer is worth, all known before the first plan.
 
-    options: None where the released algorithm decides.
+    scored: by criterion, for the default one may depend on the budget. Nothing where the released
+    algorithm decides.
     """
 
     session: Session
@@ -100,8 +101,7 @@ class Planning:
     diagnosis: Diagnosis
     mixing: Mixing
     latency: LatencyTable | None
-    scoring: Scoring | None
-    options: UnitOptions | None
+    scored: dict[str, tuple[Scoring, UnitOptions]] = field(default_factory=dict)
 
     @classmethod
     def begin(
@@ -122,32 +122,40 @@ class Planning:
             _check_budget(session, artifacts, request, written, latency, diagnosis.breadth)
         text = scenario_traffic(session, scenario, limit, request.answering)
         mixing = requested_mixing(artifacts, request)
-        scoring = options = None
+        found = text, diagnosis, mixing, latency
+        planning = cls(session, artifacts, scenario, request, *found)
         if request.policy != "published":
-            texts = text.calibration.texts
-            parts = calibration_parts(
-                artifacts,
-                diagnosis.shares,
-                texts,
-                mixing,
-                answered=_answer_tokens(session, request) > 0,
-            )
-            scoring = scoring_for(session, artifacts, parts, request, diagnosis.breadth, latency)
-            options = scoring.options()
-        found = text, diagnosis, mixing, latency, scoring, options
-        return cls(session, artifacts, scenario, request, *found)
+            planning._scored(request.budget)
+        return planning
+
+    def _scored(self, budget: Budget) -> tuple[Scoring, UnitOptions]:
+        """How units are scored for a budget, and what the allocator chooses from."""
+        session, request = self.session, self.request
+        parts = calibration_parts(
+            self.artifacts,
+            self.diagnosis.shares,
+            self.text.calibration.texts,
+            self.mixing,
+            answered=_answer_tokens(session, request) > 0,
+        )
+        known = self.diagnosis.breadth, self.latency
+        scoring = scoring_for(session, self.artifacts, parts, request, *known, budget=budget)
+        if scoring.criterion not in self.scored:
+            self.scored[scoring.criterion] = scoring, scoring.options()
+        return self.scored[scoring.criterion]
 
     def within(self, budget: Budget | None = None) -> PlanResult:
         """The best plan within a budget; without one, within the request's."""
         session, artifacts, request = self.session, self.artifacts, self.request
         shape = session.source.shape
-        if self.scoring is None or self.options is None:
+        if request.policy == "published":
             layers, provenance = _published(session, artifacts, self.scenario, request)
             written = _largest_written(session, request)
         else:
-            layers, realised, written = self._layers(self.options, budget or request.budget)
+            scoring, options = self._scored(budget or request.budget)
+            layers, realised, written = self._layers(options, budget or request.budget)
             provenance = {
-                "criterion": self.scoring.record(),
+                "criterion": scoring.record(),
                 "policy": {"name": "exact", "whitelist": len(artifacts.whitelist)},
                 "budget": {
                     "asked": {
@@ -273,8 +281,14 @@ def scenario_record(scenario: Scenario, text: ScenarioText | None = None) -> dic
         "sha256": scenario.sha256,
         "prompts": len(scenario.conversations),
         "held_out": len(held_out),
+        **answers_record(scenario),
         **({} if text is None else {"tokens": text.to_dict()}),
     }
+
+
+def answers_record(scenario: Scenario) -> dict[str, Any]:
+    """Which file answered prompts of a scenario, and how many, for plan.json; empty where none."""
+    return {} if scenario.answers is None else {"answers": asdict(scenario.answers)}
 
 
 def artifacts_record(artifacts: Artifacts) -> dict[str, Any]:
@@ -303,18 +317,21 @@ def scoring_for(
     latency: LatencyTable | None = None,
     *,
     whitelist: bool = True,
+    budget: Budget | None = None,
 ) -> Scoring:
-    """How the request wants units scored for the text of `parts`."""
+    """How the request wants units scored for the text of `parts`, within a budget; without one,
+    within the request's."""
     shape = session.source.shape
+    removed = 1 - _kept_share(budget or request.budget, shape, breadth, latency)
     return Scoring(
         session,
         artifacts,
         tuple(parts),
-        request.criterion_for(session, artifacts),
+        request.criterion_for(session, artifacts, removed),
         request.units,
         forced_heads(artifacts.whitelist if whitelist else (), shape),
         request.comparable,
-        1 - _kept_share(request.budget, shape, breadth, latency),
+        removed,
         request.width_multiple,
         request.seed,
         ragged=request.layout == "ragged",

@@ -52,9 +52,9 @@ class PlanRequest(AnswerTokens, CalibrationTokens, Seed):
     criterion: str | None = option(
         None,
         metavar="NAME",
-        help="Importance of a unit; by default fisher, or obs where gradients are not at hand, and "
-        "energy where compensation is not lstsq. Others are axis, taylor, wanda-sp, flap, ppsp, "
-        "llm-pruner, ...; a wrong name lists all.",
+        help="Importance of a unit; by default fisher, obs where more than 30 % goes or gradients "
+        "are not at hand, and energy where compensation is not lstsq. Others are axis, taylor, "
+        "wanda-sp, flap, ppsp, llm-pruner, ...; a wrong name lists all.",
     )
     comparable: str | None = option(
         None,
@@ -175,12 +175,12 @@ class PlanRequest(AnswerTokens, CalibrationTokens, Seed):
 
         return Answering(self.answer_tokens, self.seed)
 
-    def criterion_for(self, session: Session, artifacts: Artifacts) -> str:
-        """The criterion; the default one where none is named."""
+    def criterion_for(self, session: Session, artifacts: Artifacts, removed: float = 0.0) -> str:
+        """The criterion; the default one for a share `removed` where none is named."""
         from spp_export.planning.scoring import default_criterion
 
         return self.criterion or default_criterion(
-            session, artifacts, self.compensate, self.answer_tokens
+            session, artifacts, self.compensate, self.answer_tokens, removed
         )
 
     def check(self) -> None:

@@ -37,18 +37,29 @@ SEQUENTIAL = {"pp-scenario": False, "full-batch-probing-scenario": True}
 CRITERION_NAMES = (*CRITERIA, *SEQUENTIAL)
 # `obs` assumes that what stays is re-fitted; without that, energy is the better guide.
 DEFAULT_CRITERION = {"lstsq": "obs", "bias": "energy", "none": "energy"}
+# `fisher` expands the loss around the dense model. On the default model it chose better than `obs`
+# while no more than this was removed, and worse beyond (docs/choices.md).
+_MOST_REMOVED = 0.3
 
 
 def default_criterion(
-    session: Session, artifacts: Artifacts, compensation: str, answer_tokens: int
+    session: Session,
+    artifacts: Artifacts,
+    compensation: str,
+    answer_tokens: int,
+    removed: float = 0.0,
 ) -> str:
-    """The criterion where none is named: `fisher` rather than `obs` where its gradients are at
-    hand, those of the pools in the artifacts and those of the scenario by a backward pass."""
+    """The criterion where none is named: `fisher` rather than `obs` where a moderate share is
+    `removed` and gradients are at hand, those of the pools in the artifacts and those of the
+    scenario by a backward pass."""
     usual = DEFAULT_CRITERION[compensation]
     known = artifacts.dialogues and all(one.gradients is not None for one in artifacts.dialogues)
     # Spread over devices, some weights may have none.
     in_memory = session.device != "auto" and not session.from_disk
-    return "fisher" if usual == "obs" and known and in_memory and answer_tokens else usual
+    at_hand = known and in_memory and answer_tokens > 0
+    # Shares of budgets are quotients, which round.
+    moderate = removed <= _MOST_REMOVED + 1e-6
+    return "fisher" if usual == "obs" and at_hand and moderate else usual
 
 
 def check_criterion(session: Session, artifacts: Artifacts, name: str, units: Units) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Iterable
 
 from spp_export.models.checkpoint.checkpoint import Checkpoint
@@ -65,7 +64,7 @@ def slim_shape(source: Checkpoint, layout: Layout, biased: Collection[Role]) -> 
     """
     family, shape = source.family, source.shape
     if layout != "uniform":
-        return dataclasses.replace(
+        return family.changed(
             shape,
             output_bias=shape.output_bias or Role.OUTPUT in biased,
             down_bias=shape.down_bias or Role.DOWN in biased,
@@ -74,7 +73,7 @@ def slim_shape(source: Checkpoint, layout: Layout, biased: Collection[Role]) -> 
         if {Role.OUTPUT: shape.output_bias, Role.DOWN: shape.mlp_bias}[role]:
             continue
         switch = family.bias_switch(role)
-        shape = dataclasses.replace(
+        shape = family.changed(
             shape,
             qkv_bias=shape.qkv_bias or family.qkv_bias == switch,
             output_bias=shape.output_bias or family.output_bias == switch,

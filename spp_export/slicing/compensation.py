@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 RIDGE = 0.01
 
 Indices = np.ndarray[Any, np.dtype[np.intp]]
+_log = logging.getLogger(__name__)
 
 
 def written_config(source: Checkpoint, compiled: Plan) -> dict[str, Any]:
@@ -212,6 +214,17 @@ def _mixing(compiled: Plan) -> Mixing | None:
 def calibration_tokens(compiled: Plan, request: PlanRequest) -> int:
     """How much of a scenario's text is read: as much as when the plan was made, if it says so."""
     return _recorded(compiled, "calibration_tokens", request.calibration_tokens, WINDOW)
+
+
+def warn_of_other_answers(compiled: Plan, scenario: Scenario | None) -> None:
+    """Say so where a plan was made with answers of a file, and a scenario comes without them."""
+    known: Any = compiled.scenario.get("answers")
+    if known and scenario and not scenario.answers:
+        _log.warning(
+            "the plan was made with the answers in %.60s, and the dense model answers now. Give "
+            "the same answers.",
+            known.get("name") if isinstance(known, dict) else known,
+        )
 
 
 def plan_answering(compiled: Plan, request: PlanRequest) -> Answering:

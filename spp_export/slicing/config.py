@@ -27,8 +27,11 @@ _DROPPED = (
     "auto_map",
     "custom_pipelines",
 )
-# All four families have this default, in transformers 4.57 and 5.x.
+
+
 _DEFAULT_ROPE_THETA = 10000.0
+# Layer types of models that rotate by layer type, and what transformers 4.57 calls their theta.
+_ROPE_BY_TYPE = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
 
 
 def slim_config(
@@ -52,7 +55,7 @@ def slim_config(
     that contradicts itself.
     """
     _check_layers(shape, layers, ragged=layout == "ragged")
-    config = portable_config(source_config)
+    config = portable_config(source_config, family.rope_theta)
     config |= {"head_dim": shape.head_dim, "tie_word_embeddings": shape.tied_embeddings}
     has_bias = {Role.OUTPUT: shape.output_bias, Role.DOWN: shape.mlp_bias}
     new = sorted(role for role in biased if not has_bias[role])
@@ -70,17 +73,20 @@ def slim_config(
     return dict(sorted(config.items()))
 
 
-def portable_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def portable_config(
+    config: Mapping[str, Any], rope_theta: float | None = _DEFAULT_ROPE_THETA
+) -> dict[str, Any]:
     """A config.json that transformers 4.57 and 5.x read alike, from one that either wrote.
 
     5.x writes `rope_parameters`, which 4.57 ignores without a word and then rotates by the default
     theta; 4.57 writes `rope_theta` and `rope_scaling`. Both forms are given, as are `dtype` and
-    `torch_dtype`. Paths and names of foreign code are left out.
+    `torch_dtype`. Paths and names of foreign code are left out. `rope_theta` is what the stock
+    class takes where the source says nothing; None leaves rotary settings out there.
 
     Raises ModelError where the two forms of the source disagree.
     """
     result = {key: value for key, value in config.items() if key not in _DROPPED}
-    result |= _rope(config)
+    result |= _rope(config, rope_theta)
     dtype = config.get("dtype") or config.get("torch_dtype")
     if dtype is not None:
         result |= {"dtype": dtype, "torch_dtype": dtype}
@@ -110,9 +116,12 @@ def _uniform(family: Family, shape: ModelShape, layers: Sequence[LayerShape]) ->
             f"layer {odd} has {_sizes(layers[odd])}, layer 0 has {_sizes(first)}; layout 'uniform' "
             "needs all layers alike. Use layout 'per-layer'."
         )
-    if family.heads_divide_hidden and shape.hidden_size % first.query_heads:
+    if not family.stock_accepts(shape)(first.query_heads):
+        wanted = "divides"
+        if family.derived_head_dim:
+            wanted = f"of {shape.head_dim} elements each fills"
         raise PlanError(
-            f"layout 'uniform': {family.architecture} wants a number of query heads that divides "
+            f"layout 'uniform': {family.architecture} wants a number of query heads that {wanted} "
             f"hidden_size {shape.hidden_size}, the plan keeps {first.query_heads}. "
             "Keep another number, or use layout 'per-layer'."
         )
@@ -122,18 +131,20 @@ def _uniform(family: Family, shape: ModelShape, layers: Sequence[LayerShape]) ->
 def _per_layer(
     family: Family, shape: ModelShape, layers: Sequence[LayerShape], *, ragged: bool
 ) -> dict[str, Any]:
-    architecture = f"Spp{family.architecture}"
-    prefix = architecture.removesuffix("ForCausalLM")
+    prefix = family.architecture.removesuffix("ForCausalLM")
+    config_class = family.config_class or f"{prefix}Config"
+    decoder_class = family.decoder_class or f"{prefix}Model"
     digits = len(str(len(layers) - 1))
     return {
         "model_type": f"spp_{family.model_type}",
-        "architectures": [architecture],
+        "architectures": [f"Spp{family.architecture}"],
         "base_architecture": family.architecture,
         "auto_map": {
-            "AutoConfig": f"configuration_spp.{prefix}Config",
-            "AutoModel": f"modeling_spp.{prefix}Model",
-            "AutoModelForCausalLM": f"modeling_spp.{architecture}",
+            "AutoConfig": f"configuration_spp.Spp{config_class}",
+            "AutoModel": f"modeling_spp.Spp{decoder_class}",
+            "AutoModelForCausalLM": f"modeling_spp.Spp{family.architecture}",
         },
+        **_per_layer_modules(family),
         **_counts(shape.layer),
         "per_layer_config": {
             str(index).zfill(digits): _counts(layer)
@@ -144,6 +155,21 @@ def _per_layer(
         # The same once more, for readers that know lists only.
         "num_attention_heads_per_layer": [layer.query_heads for layer in layers],
         "num_key_value_heads_per_layer": [layer.kv_heads for layer in layers],
+    }
+
+
+def _per_layer_modules(family: Family) -> dict[str, Any]:
+    """What modeling_spp.py has to know of a family beyond the names that are Llama's."""
+    if family.derived_head_dim != "attention":
+        return {}
+    inputs = list(dict.fromkeys((family.query, family.key, family.value)))
+    return {
+        "per_layer_modules": {
+            "layers": "layers",
+            "modules": [family.attention, family.up.rpartition(".")[0]],
+            # Made of a hidden size of so many heads, for want of another way to say head_dim.
+            "narrow": {"inputs": inputs, "outputs": [family.output]},
+        }
     }
 
 
@@ -159,24 +185,44 @@ def _sizes(layer: LayerShape) -> str:
     return f"({layer.query_heads} query, {layer.kv_heads} KV, {layer.channels} channels)"
 
 
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Both forms of the rotary settings, `default` where the source names none."""
+def _rope(config: Mapping[str, Any], theta: float | None) -> dict[str, Any]:
+    """Both forms of the rotary settings; where the source names none, those of `theta`."""
+    by_type = config.get("rope_parameters")
+    if isinstance(by_type, Mapping) and by_type.keys() == _ROPE_BY_TYPE.keys():
+        return _rope_by_type(by_type)
     new = _rope_settings(config, "rope_parameters")
     old = _rope_settings(config, "rope_scaling")
-    if config.get("rope_theta") is not None:
-        old["rope_theta"] = config["rope_theta"]
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if config.get(key) is not None:
+            old[key] = config[key]
     for key in new.keys() & old.keys():
         if new[key] != old[key]:
             raise ModelError(
                 f"config.json: {key} is {new[key]!r:.40} in rope_parameters and {old[key]!r:.40} "
                 "in rope_scaling or rope_theta. Keep the one the model was trained with."
             )
-    settings = {"rope_theta": _DEFAULT_ROPE_THETA, "rope_type": "default", **new, **old}
-    scaling = {key: value for key, value in settings.items() if key != "rope_theta"}
+    if theta is None and "rope_theta" not in {*new, *old}:
+        return {}
+    settings = {"rope_theta": theta, "rope_type": "default", **new, **old}
+    beside = ("rope_theta", "partial_rotary_factor")
+    scaling = {key: value for key, value in settings.items() if key not in beside}
     return {
         "rope_parameters": settings,
-        "rope_theta": settings["rope_theta"],
         "rope_scaling": None if settings["rope_type"] == "default" else scaling,
+        **{key: settings[key] for key in beside if key in settings},
+    }
+
+
+def _rope_by_type(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary settings of every layer type, and what 4.57 reads in their place."""
+    old = {name: settings[kind].get("rope_theta") for kind, name in _ROPE_BY_TYPE.items()}
+    whole = settings["full_attention"]
+    scaling = {key: value for key, value in whole.items() if key != "rope_theta"}
+    default = scaling.get("rope_type", "default") == "default"
+    return {
+        "rope_parameters": settings,
+        "rope_scaling": None if default else scaling,
+        **{name: value for name, value in old.items() if value is not None},
     }
 
 

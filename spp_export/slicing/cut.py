@@ -8,7 +8,7 @@ the units stands for one of zeros.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,19 +26,69 @@ Indices = NDArray[np.intp]
 
 
 def kept_units(spec: TensorSpec, layer_plan: LayerPlan) -> tuple[int, ...] | None:
-    """Source indices of the units of `spec` that stay; None where nothing is cut."""
+    """Source indices of the units of `spec` that stay; None where nothing is cut.
+
+    Where the axis has several parts, they are counted through: a key after all the queries.
+    """
+    return _kept(spec, layer_plan, layer_plan.query_heads)
+
+
+def _kept(
+    spec: TensorSpec, layer_plan: LayerPlan, written: Sequence[int]
+) -> tuple[int, ...] | None:
+    """As `kept_units`, with query heads in the order in which they are written, `FILL` and all."""
     if spec.unit is None or spec.axis is None:
         return None
     kept = {
         Unit.QUERY: layer_plan.query_heads,
         Unit.KV: layer_plan.kv_heads,
         Unit.CHANNEL: layer_plan.channels,
-    }[spec.unit]
-    count = spec.shape[spec.axis] // spec.step
-    if kept is None or tuple(kept) == tuple(range(count)):
+    }
+    parts = spec.parts or ((spec.unit, spec.shape[spec.axis] // spec.step),)
+    counts = [count for _, count in parts]
+    lists: list[Sequence[int]] = []
+    for unit, count in parts:
+        stay = kept[unit]
+        lists.append(range(count) if stay is None else stay)
+    if all(list(units) == list(range(n)) for units, n in zip(lists, counts, strict=True)):
         return None
-    _check_units(spec, kept, count)
-    return tuple(kept)
+    for units, count in zip(lists, counts, strict=True):
+        _check_units(spec, units, count)
+    lists = [
+        written if unit is Unit.QUERY else units
+        for (unit, _), units in zip(parts, lists, strict=True)
+    ]
+    return _beside(lists, counts) if spec.side_by_side else _after(lists, counts)
+
+
+def _after(lists: Sequence[Sequence[int]], counts: Sequence[int]) -> tuple[int, ...]:
+    """Units of parts that lie one after the other, counted through."""
+    starts = [0, *accumulate(counts)]
+    return tuple(
+        unit if unit == FILL else start + unit
+        for start, units in zip(starts, lists, strict=False)
+        for unit in units
+    )
+
+
+def _beside(lists: Sequence[Sequence[int]], counts: Sequence[int]) -> tuple[int, ...]:
+    """Units of parts that lie side by side, group by group of the part that has fewest, counted
+    through."""
+    groups = min(counts)
+    sizes = [count // groups for count in counts]
+    starts = [0, *accumulate(sizes)]
+    whole = min(lists, key=len)
+    result = []
+    for place, group in enumerate(whole):
+        for units, size, start in zip(lists, sizes, starts, strict=False):
+            if FILL in units:  # every group has as many
+                share = len(units) // len(whole)
+                own = units[place * share : (place + 1) * share]
+            else:
+                own = [unit for unit in units if unit // size == group]
+            first = group * sum(sizes) + start
+            result += [unit if unit == FILL else first + unit % size for unit in own]
+    return tuple(result)
 
 
 def written_units(spec: TensorSpec, plan: Plan, shape: ModelShape) -> tuple[int, ...] | None:
@@ -47,10 +97,8 @@ def written_units(spec: TensorSpec, plan: Plan, shape: ModelShape) -> tuple[int,
     if spec.layer is None:
         return None
     layer = plan.layers[spec.layer]
-    units = kept_units(spec, layer)
-    if units is None or not plan.padded or spec.unit is not Unit.QUERY:
-        return units
-    return layer.padded_heads(shape.group_size)
+    heads = layer.padded_heads(shape.group_size) if plan.padded else layer.query_heads
+    return _kept(spec, layer, heads)
 
 
 def real_elements(units: Sequence[int], step: int) -> Indices:

@@ -234,7 +234,7 @@ def test_sums_of_a_crowded_accelerator_live_on_the_cpu(monkeypatch):
 @pytest.mark.parametrize("place", ["residual", "stream"])
 def test_stream_sensitivity_is_the_sum_of_inverse_squared_norms(watched_model, place):
     model, tokenizer, family, shape, expected = watched_model
-    stream = StreamSensitivity(shape.num_layers, place)
+    stream = StreamSensitivity(shape.num_layers, f"{place}_per_write")
     observe(model, family, token_batches(tokenizer, TEXTS), [stream])
     for layer in range(shape.num_layers):
         wanted = sum(1 / float(token @ token) for token in everything(expected[place], layer))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -104,6 +105,19 @@ def test_what_was_said_is_taken_as_it_is(session):
     assert session.tokenizer.decode(said(read)) == "Yes.No."
     (batch,) = token_batches(session.tokenizer, [read])
     assert int(batch.predicted.sum()) == len(said(read))
+
+
+def test_answers_that_are_given_are_read(session):
+    """In the template, also where the dense model answers nothing; other prompts are then read as
+    text."""
+    first, *others = QUESTIONS
+    given = [replace(first, given=("It is.",)), *others]
+    answered = read_traffic(session, given, LIMIT, Answering(tokens=5)).texts
+    assert session.tokenizer.decode(said(answered[-1])) == "It is."
+    assert all(text.answers for text in answered)
+    told, *plain_ones = read_traffic(session, given, LIMIT, Answering(tokens=0)).texts
+    assert told == answered[-1]
+    assert plain_ones == token_texts(session.tokenizer, others)
 
 
 def test_documents_and_models_without_answers_are_read_as_text(session):

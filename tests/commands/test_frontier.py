@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
+from rich.console import Console
 
 import spp_export
+from spp_bench import device_rates
+from spp_cli.render.frontier import frontier_table
 from spp_export.common.errors import QualityError, UsageError
 from spp_export.evaluation.search import TriedPlan, knee
 from spp_export.planning.plan_file import read_plan
@@ -56,6 +60,36 @@ def test_the_quality_is_the_one_that_an_export_of_the_plan_has(drawn, workshop, 
     quality = exported.report["quality"]
     assert quality["tokens"] == at.quality.tokens
     assert quality["mean_kl"] == pytest.approx(at.quality.mean_kl, rel=1e-3, abs=1e-6)
+
+
+def test_the_speed_of_every_plan_is_measured_beside_the_dense_model(
+    workshop, options, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(device_rates, "_BYTES", {"cpu": 1 << 16})
+    monkeypatch.setattr(device_rates, "_WIDTH", {"cpu": 16})
+    place = tmp_path / "out"
+    drawn = spp_export.frontier(
+        workshop.scenario, place, share=(0.75, 0.5), measure=True, **options
+    )
+    plans = json.loads((place / "frontier.json").read_text())["plans"]
+    for speed, entry in zip(drawn.speeds, plans, strict=True):
+        assert entry["measured"] == json.loads(json.dumps(asdict(speed)))
+        assert (speed.batch, speed.context) == (1, 128)
+        assert min(speed.tokens_per_second, speed.dense_tokens_per_second) > 0
+        assert {"median", "p20", "p80", "bound"} <= speed.speedup.keys()
+    assert {path.name for path in place.iterdir()} == {
+        "frontier.json",
+        "frontier.png",
+        "manifest.json",
+        "plans",
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    Console(width=150).print(frontier_table(drawn))
+    table = capsys.readouterr().out
+    for speed in drawn.speeds:
+        assert f"{speed.speedup['median']:.2f}x" in table
+    with pytest.raises(UsageError, match="--measure times on cpu or cuda, and not on mps"):
+        spp_export.frontier(workshop.scenario, place, measure=True, device="mps")
 
 
 def test_the_smallest_model_within_a_limit(drawn, workshop, options, tmp_path):

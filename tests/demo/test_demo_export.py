@@ -202,7 +202,7 @@ for path, trust in ((per_layer, True), (uniform, False)):
     ids = model.generate(**chat, max_new_tokens=24, do_sample=False)
     print(json.dumps({
         "text": tokenizer.decode(ids[0, chat["input_ids"].shape[1]:], skip_special_tokens=True),
-        "class": type(model).__name__,
+        "class": type(model).__qualname__,
         "ours": "spp_export" in sys.modules,
         "heads": [layer.self_attn.q_proj.out_features // 64 for layer in model.model.layers],
     }))

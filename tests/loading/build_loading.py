@@ -4,6 +4,7 @@
 
 makes OUT/<case>/model, the checkpoint, and OUT/<case>/expected.safetensors, computed in float64 by
 the masked dense model: left-padded prompts, their logits, the greedy continuation without a cache.
+The same of every other family, ragged and without a tokenizer, is below OUT/families.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ from factories import (
     uniform_layers,
     write_slim,
 )
+from family_models import KNOWN, greedy, make_dense, make_slim, padded
 
 from spp_export.common.progress import quiet_transformers
+from spp_export.models.checkpoint.checkpoint import open_source
 from spp_export.models.shape import ModelShape
 from spp_export.planning import LayerPlan, Layout
 
@@ -43,7 +46,10 @@ def build_all(out: Path) -> None:
     for seed, case in enumerate(CASES):
         dense = case.make(out / case.name)
         build(out / case.name, dense, random_layers(shape_of(dense), seed), "per-layer")
-    for family in sorted({case.family for case in CASES}):
+    families = sorted({case.family for case in CASES})
+    for name in sorted({*KNOWN} - {*families}):
+        build_family(name, out / "families" / name)
+    for family in families:
         for kind in ("uniform", "ragged", "biased"):
             target = out / f"{family}-{kind}"
             dense = Case(family, family, {"kv_heads": 4, "query_heads": 8}).make(target)
@@ -56,6 +62,16 @@ def build_all(out: Path) -> None:
             else:
                 layers = random_layers(shape, 1)
                 build(target, dense, layers, "per-layer", random_biases(shape))
+
+
+def build_family(name: str, target: Path) -> None:
+    """A ragged checkpoint of any family, by its record, and what it must compute."""
+    pair = make_slim(open_source(make_dense(name, target / "dense")), "ragged", target / "model")
+    with torch.no_grad(), pair.masked() as model:
+        prompt = padded(model)
+        logits = model(**prompt).logits
+        expected = {**prompt, "logits": logits, "tokens": greedy(model, use_cache=False)}
+    save_file(expected, target / "expected.safetensors")
 
 
 def random_biases(shape: ModelShape) -> dict[str, torch.Tensor]:

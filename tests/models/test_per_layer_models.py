@@ -9,12 +9,14 @@ token takes other kernels, so it is compared by the tokens it gives.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from factories import (
@@ -28,7 +30,7 @@ from factories import (
     write_slim,
 )
 from pairs import few, of_family
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from spp_export.common.progress import quiet_transformers
 from spp_export.models.loader import load_dense, load_slim
@@ -236,3 +238,58 @@ def test_gradients_reach_every_parameter(pair):
     slim.train()
     slim(tokens(), labels=tokens(), use_cache=False).loss.backward()
     assert [name for name, value in slim.named_parameters() if value.grad is None] == []
+
+
+def test_checkpointed_gradients_are_the_same(pair):
+    found = []
+    for checkpointed in (False, True):
+        slim = load_slim(pair.slim, torch.float64)
+        if checkpointed:
+            old = slim.gradient_checkpointing_enable  # its name in transformers 4
+            getattr(slim, "activation_checkpointing_enable", old)()
+        slim.train()
+        slim(tokens(), labels=tokens(), use_cache=False).loss.backward()
+        found.append([parameter.grad for parameter in slim.parameters()])
+    assert all(torch.equal(plain, again) for plain, again in zip(*found, strict=True))
+
+
+def test_a_pickled_model_and_a_copy_are_the_same_model(pair, tmp_path):
+    """Their layers follow their own config, not that of the model they were made from."""
+    slim = load_slim(pair.slim, torch.float64)
+    torch.save(slim, tmp_path / "model.pt")
+    for again in (torch.load(tmp_path / "model.pt", weights_only=False), copy.deepcopy(slim)):
+        assert type(again) is type(slim)
+        assert torch.equal(logits(again, tokens()), logits(slim, tokens()))
+        again.set_attn_implementation("eager")
+        layers = again.model.layers
+        assert {layer.self_attn.config._attn_implementation for layer in layers} == {"eager"}
+    assert slim.model.layers[0].self_attn.config._attn_implementation == "sdpa"
+
+
+def test_a_model_made_from_its_config_alone_has_initial_weights(pair):
+    slim = load_slim(pair.slim)
+    made = AutoModelForCausalLM.from_config(slim.config)
+    assert type(made) is type(slim)
+    for name, parameter in made.named_parameters():
+        assert parameter.shape == slim.get_parameter(name).shape
+        if parameter.dim() == 2:
+            assert 0.015 < parameter[1:].std().item() < 0.025, name  # initializer_range
+
+
+# peft asks transformers by a name that is going away.
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_an_adapter_learns_on_all_projections_and_merges(pair):
+    slim = load_slim(pair.slim, torch.float32)
+    before = logits(slim, tokens())
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    adapted = peft.get_peft_model(slim, peft.LoraConfig(r=2, target_modules=targets))
+    adapted.train()
+    optimiser = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(2):
+        adapted(tokens(), labels=tokens(), use_cache=False).loss.backward()
+        optimiser.step()
+    adapted.eval()
+    after = logits(adapted, tokens())
+    assert not torch.equal(before, after)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(logits(merged, tokens()), after, rtol=1e-3, atol=1e-3)

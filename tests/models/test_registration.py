@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 for auto in (AutoModel, AutoModelForCausalLM):
     print(type(auto.from_config(AutoConfig.for_model("spp_qwen3", num_hidden_layers=1,
         hidden_size=8, vocab_size=9, intermediate_size=8, head_dim=4, num_attention_heads=2,
-        num_key_value_heads=1, per_layer_config={0: {"num_attention_heads": 1}}))).__name__)
+        num_key_value_heads=1, per_layer_config={0: {"num_attention_heads": 1}}))).__qualname__)
 print([finder for finder in sys.meta_path if "spp_export" in type(finder).__module__])
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 from factories import CASES, read_config, shape_of
@@ -56,11 +57,12 @@ def test_per_layer_names_our_classes():
     assert config["model_type"] == "spp_llama"
     assert config["architectures"] == ["SppLlamaForCausalLM"]
     assert config["base_architecture"] == "LlamaForCausalLM"
-    files = {path.stem: path.read_text() for path in MODELING_FILES}
+    files = {path.stem: path for path in MODELING_FILES}
     assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
     for reference in config["auto_map"].values():
         module, name = reference.split(".")
-        assert f"class {name}(" in files[module]
+        own = import_module(f"spp_export.models.modeling.{files[module].stem}")
+        assert getattr(own, name).__qualname__ == name
 
 
 def test_uniform_is_a_stock_config():
@@ -144,10 +146,10 @@ SWITCHES = {"attention_bias", "mlp_bias", "biased_projections"}
 def test_per_layer_names_the_projections_that_compensation_gives_a_bias():
     for family in FAMILIES.values():
         config = slim(family=family, biased={Role.DOWN, Role.OUTPUT})
-        assert config["biased_projections"] == ["mlp.down_proj", "self_attn.o_proj"]
+        assert config["biased_projections"] == [family.down, family.output]
         assert SWITCHES & config.keys() == {"biased_projections"}
         only = slim(family=family, biased={Role.OUTPUT})
-        assert only["biased_projections"] == ["self_attn.o_proj"]
+        assert only["biased_projections"] == [family.output]
     assert not SWITCHES & slim().keys()
 
 

@@ -102,7 +102,7 @@ def test_the_kernels_get_the_cache_as_it_is(slim, monkeypatch):
         (module.q_proj.out_features // 16, module.k_proj.out_features // 16)
         for module in layers
         if getattr(module, "sliding_window", None) is None
-        and (model.config.model_type != "spp_mistral" or model.config.sliding_window is None)
+        and (model.config.model_type != "mistral" or model.config.sliding_window is None)
     ]
     assert seen == wanted
 

@@ -29,6 +29,19 @@ METHODS = {
         "Qwen3DecoderLayer": {"__init__": ("config", "cache_config", "quant_config", "prefix")},
         "Qwen3Model": {"__init__": ("vllm_config", "prefix")},
     },
+    "vllm/entrypoints/llm.py": {
+        "LLM": {
+            "__init__": (
+                "model",
+                "skip_tokenizer_init",
+                "dtype",
+                "seed",
+                "gpu_memory_utilization",
+                "enforce_eager",
+            ),
+            "generate": ("prompts", "sampling_params", "use_tqdm"),
+        }
+    },
     f"{_MODELS}/registry.py": {"_ModelRegistry": {"register_model": ("model_arch", "model_cls")}},
 }
 # file -> words that its text must hold
@@ -36,6 +49,14 @@ WORDS = {
     f"{_MODELS}/llama.py": ('hasattr(config, "qkv_bias")', 'getattr(config, "head_dim", None)'),
     f"{_MODELS}/qwen3.py": ("decoder_layer_type: type[nn.Module] = Qwen3DecoderLayer",),
     f"{_MODELS}/utils.py": ("def extract_layer_index(",),
+    "vllm/engine/arg_utils.py": ("max_model_len: ", "generation_config: "),
+    "vllm/sampling_params.py": (
+        "top_k: int",
+        "seed: int | None",
+        "stop_token_ids: list[int] | None",
+        "ignore_eos: bool",
+        "detokenize: bool",
+    ),
     "vllm/plugins/__init__.py": ('"vllm.general_plugins"',),
     # The Transformers backend, which runs directories where the plugin is not installed.
     "vllm/transformers_utils/model_arch_config_convertor.py": (

@@ -26,6 +26,7 @@ def frontier(request: FrontierRequest, out: Output) -> None:
         command_line(
             "export",
             scenario=request.scenario,
+            answers=request.answers,
             model=non_default(request).get("model"),
             artifacts=request.artifacts,
             plan=at,

@@ -32,6 +32,7 @@ def plan(request: PlanFileRequest, out: Output) -> None:
         command_line(
             "export",
             scenario=request.scenario,
+            answers=request.answers,
             model=non_default(request).get("model"),
             **({"plan": output} if output else decided),
         )

@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 def frontier_table(result: FrontierResult) -> RenderableType:
     """A line for each plan, the one at the knee marked."""
     table = Table(box=None, padding=(0, 3, 0, 0), header_style=FAINT)
-    for name in ("kept", "parameters", "on disk", "decode at best", "mean KL", "same token", ""):
+    measured = [f"{speed.speedup['median']:.2f}x" for speed in result.speeds if speed]
+    speed = ("decode at best", "measured") if measured else ("decode at best",)
+    for name in ("kept", "parameters", "on disk", *speed, "mean KL", "same token", ""):
         table.add_column(name, justify="right" if name else "left")
-    for plan in result.plans:
+    for place, plan in enumerate(result.plans):
         sizes, quality, knee = plan.result.predicted, plan.quality, plan is result.knee
         interval = quality.intervals.get("mean_kl")
         spread = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
@@ -28,6 +30,7 @@ def frontier_table(result: FrontierResult) -> RenderableType:
             f"{sizes.parameters:,}",
             byte_size(sizes.file_bytes),
             f"{sizes.decode[0].speedup:.2f}x",
+            *measured[place : place + 1],
             f"{quality.mean_kl:.3f}{spread}",
             f"{quality.top1:.1%}",
             Text("knee", style=STRONG) if knee else "",

@@ -12,6 +12,7 @@ from itertools import groupby
 from spp_export.calibration.answers import Answering, read_traffic, say_what_is_otherwise
 from spp_export.calibration.reading import TokenText, spread_whole, token_texts
 from spp_export.common.errors import UsageError
+from spp_export.data.answer_file import with_answers
 from spp_export.data.artifacts import Artifacts
 from spp_export.data.conversation import Conversation, plain
 from spp_export.data.duplicates import shared_texts
@@ -37,8 +38,11 @@ class EvaluationText:
 
     @property
     def sha256(self) -> str:
-        """Of the documents, in order."""
-        content = [[(m.role, m.text) for m in document.messages] for document in self.documents]
+        """Of the documents, in order, with the answers that are given to them."""
+        content = [
+            [*((m.role, m.text) for m in document.messages), *document.given]
+            for document in self.documents
+        ]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -144,11 +148,14 @@ def read_inputs(
     eval_sets: Sequence[PathLike],
     pools: PathLike | None,
     domains: Sequence[str],
+    *,
+    answers: PathLike | None = None,
 ) -> Inputs:
-    """Read every text; UsageError where names collide or domains have no pools."""
+    """Read every text, the scenario with the answers of a file; UsageError where names collide or
+    domains have no pools."""
     if domains and pools is None:
         raise UsageError("--domain needs the directory that holds its pool: give --pools DIR.")
-    own = read_scenario(scenario)
+    own = with_answers(read_scenario(scenario), answers)
     sets = tuple(read_scenario(path) for path in eval_sets)
     texts = [held_out_text(own)]
     if pools is not None:

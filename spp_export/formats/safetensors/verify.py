@@ -15,7 +15,6 @@ from spp_export.evaluation.batches import _TEXTS, exact_dtype, oracle_logits, se
 from spp_export.models.checkpoint.checkpoint import Checkpoint, read_config
 from spp_export.models.checkpoint.header import StoredTensor
 from spp_export.models.checkpoint.reader import blocks, read_float, stored_tensors
-from spp_export.models.families import Role
 from spp_export.models.session import Session
 from spp_export.models.tokenizer import load_tokenizer
 from spp_export.planning import Plan
@@ -175,7 +174,7 @@ def _compensated(directory: Path, source: Checkpoint, compiled: Plan) -> Project
 
     stored = stored_tensors(directory)
     trained = (directory / RECOVERY_NAME).is_file()
-    roles = tuple(role for role in Role if role is not Role.OTHER) if trained else CONSUMERS
+    roles = tuple(source.family.projections.values()) if trained else CONSUMERS
     return ProjectionsOnDisk(
         {
             (index, role): partial(

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from spp_export.common.errors import ModelError
 from spp_export.importance.probe_pruning.probe import Probe
-from spp_export.models.families import Family
+from spp_export.models.families import Family, Feature
 from spp_export.models.shape import ModelShape
 
 
@@ -129,6 +129,7 @@ def layer_blocks(
 
     Raises ModelError where weights are offloaded: scores read them between forward passes.
     """
+    family.refuse(tuple(Feature), "Probe Pruning", "Use another criterion.")
     pairs: list[tuple[ProbedBlock, ProbedBlock]] = []
     for layer in range(shape.num_layers):
 

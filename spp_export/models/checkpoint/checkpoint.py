@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -308,7 +308,7 @@ def _slim_shape(
             f"config.json: biased_projections must be a list of {' and '.join(known)}, got "
             f"{shown(biased)}. Write the export again."
         )
-    return replace(
+    return family.changed(
         shape,
         output_bias=shape.output_bias or family.output in biased,
         down_bias=shape.down_bias or family.down in biased,

@@ -1,44 +1,28 @@
-"""The families that can be sliced, one short file each. Only this package knows tensor names."""
+"""The families that can be sliced, a record each. Only this package knows tensor names."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from importlib import import_module
+from collections.abc import Mapping
 from typing import Any
 
 from spp_export.common.errors import ModelError
 from spp_export.common.json_files import shown
-from spp_export.models.families.base import Family, Role, TensorSpec, Unit, vocabulary_size
+from spp_export.models.families import table
+from spp_export.models.families.base import Family, Feature, Role, TensorSpec, Unit, vocabulary_size
 from spp_export.models.quantised import check_not_quantised
 
 __all__ = [
     "FAMILIES",
-    "FILES",
     "Family",
+    "Feature",
     "Role",
     "TensorSpec",
     "Unit",
     "family_of",
-    "registry",
     "vocabulary_size",
 ]
 
-# One line per family: the file of this folder that holds its record.
-FILES = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-)
-
-
-def registry(files: Iterable[str]) -> Mapping[str, Family]:
-    """The `FAMILY` of each file of this folder, by its model type."""
-    families = [import_module(f"{__name__}.{file}").FAMILY for file in files]
-    return {family.model_type: family for family in families}
-
-
-FAMILIES: Mapping[str, Family] = registry(FILES)
+FAMILIES: dict[str, Family] = {family.model_type: family for family in table.FAMILIES}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

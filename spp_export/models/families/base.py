@@ -1,19 +1,20 @@
 """The record of a family of decoders: where the roles live and which axis carries which unit.
 
-A new family is one file with one `Family` record and one line in `families/__init__.py`, as the
-README shows. Nothing outside this package spells a tensor name.
+A new family is one `Family` record in `table.py`, as the README shows. Nothing outside this package
+spells a tensor name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from math import prod
 from typing import Any, Literal
 
 from spp_export.common.errors import ModelError, PlanError
 from spp_export.common.json_files import shown
-from spp_export.models.shape import LayerShape, ModelShape
+from spp_export.models.shape import Costs, LayerShape, ModelShape
 
 # Far above any model, far below what would be felt in memory before the tensors are compared.
 _MOST: Mapping[str, int] = {
@@ -53,7 +54,9 @@ class TensorSpec:
     """One tensor of a checkpoint: its name, shape, layer (None outside the layers) and role.
 
     `axis` counts `unit`s in steps of `step` elements (head_dim for heads, 1 for channels); both are
-    None where nothing is ever cut.
+    None where nothing is ever cut. Where the axis has several parts, as in one tensor of queries,
+    keys and values, `parts` says how many of which unit each has: one part after the other, or,
+    `side_by_side`, unit by unit: the queries of a KV head, its key, its value.
     """
 
     name: str
@@ -63,24 +66,64 @@ class TensorSpec:
     unit: Unit | None = None
     axis: int | None = None
     step: int = 1
+    parts: tuple[tuple[Unit, int], ...] = ()
+    side_by_side: bool = False
 
 
-# A flag of the family: fixed, or the name of the boolean in config.json that decides.
+class Feature(StrEnum):
+    """What a family computes otherwise than Llama does, in the words of a refusal."""
+
+    NO_GATE = "an MLP without a gate"
+    ACTIVATION = "an activation other than SiLU"
+    FUSED = "several projections in one tensor"
+    PARALLEL = "attention and MLP side by side"
+    SANDWICH = "norms after attention and MLP"
+    MULTIPLIERS = "multipliers of embeddings, attention, residuals or logits"
+    SOFTCAP = "capped attention scores or logits"
+    LAYER_NORM = "LayerNorm"
+    SHIFTED_NORM = "norms that add 1 to their weights"
+    BARE_NORM = "norms without weights"
+    ROTARY = "a rotary embedding of its own"
+
+
+# A flag of the family: fixed, or the name of the boolean in config.json that decides; "!name" where
+# false means that there is one.
 Flag = bool | str
+# What an axis counts, letter by letter: Q and K the head_dim elements of a query or KV head, q and
+# k one element for each, C a channel.
+_UNITS = {"Q": Unit.QUERY, "q": Unit.QUERY, "K": Unit.KV, "k": Unit.KV, "C": Unit.CHANNEL}
 
 
 @dataclass(frozen=True)
 class Family:
-    """Where the roles of one model type live. Names are relative to a layer's prefix."""
+    """Where the roles of one model type live, and what their axes count.
+
+    Names are relative to a layer's prefix. Roles of one name are parts of one tensor: queries,
+    keys and values one after the other, or gate and up.
+    """
 
     model_type: str
     architecture: str
+    # What its attention, MLP or logits compute otherwise than Llama's.
+    features: frozenset[Feature] = frozenset()
+    # Biases of q, k and v, of o, of the MLP's projections.
     qkv_bias: Flag = False
     output_bias: Flag = False
     mlp_bias: Flag = False
-    qk_norm: bool = False
+    # Norms of queries and keys: one for all heads, or with `head_norms` weights of every head.
+    qk_norm: Flag = False
+    head_norms: bool = False
     # The stock config refuses head counts that do not divide the hidden size.
     heads_divide_hidden: bool = False
+    # Where the stock classes have no size of heads but hidden_size / heads: in the config, which
+    # then is right for the dense model's count alone, or in the attention of every layer.
+    derived_head_dim: Literal["", "config", "attention"] = ""
+    # Values of config.json that the stock config class fills in, and those that nobody handles.
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    refused: tuple[str, ...] = ()
+    # What the stock config takes for theta where config.json says nothing of rotary settings; None
+    # where it takes more than that.
+    rope_theta: float | None = 10000.0
     layers: str = "model.layers"
     query: str = "self_attn.q_proj"
     key: str = "self_attn.k_proj"
@@ -92,16 +135,27 @@ class Family:
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
     attention: str = "self_attn"
+    # What normalises the input of attention and of the MLP; "" where nothing does by itself.
     attention_norm: str = "input_layernorm"
     mlp_norm: str = "post_attention_layernorm"
+    # Other norms of a layer: "name", or "name?flag" for those that depend on config.json.
+    more_norms: tuple[str, ...] = ()
+    norm_weight: bool = True
+    norm_bias: bool = False
+    # Further tensors of a layer, of which nothing is cut.
+    fixed: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
     head: str = "lm_head"
+    head_bias: bool = False
+    # Classes of transformers whose names do not follow from that of the architecture.
+    config_class: str = ""
+    decoder_class: str = ""
     # Which layers see a sliding window: none, all (if the config has one), or those that the
     # config's layer_types name.
     sliding: Literal["none", "all", "listed"] = "none"
     # What the stock config takes for eos_token_id where config.json does not have the key.
-    end_token: int | None = None
+    end_token: int | tuple[int, ...] | None = None
     # Buffers that old checkpoints carry and the config determines: left out of what is written.
     obsolete: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
 
@@ -110,9 +164,45 @@ class Family:
         return f"{self.layers}.{layer}.{role}"
 
     def projection(self, role: Role) -> str:
-        """Module, relative to a layer, of any role but `OTHER`."""
+        """Module, relative to a layer, of any role but `OTHER`; "" where the family has none."""
         module: str = getattr(self, role.value)
         return module
+
+    @property
+    def projections(self) -> Mapping[str, Role]:
+        """The modules that are cut, in a layer's order, each with the first role that it plays."""
+        roles: dict[str, Role] = {}
+        for role in Role:
+            if role is not Role.OTHER and (module := self.projection(role)):
+                roles.setdefault(module, role)
+        return roles
+
+    def rows(self, role: Role, shape: ModelShape) -> slice:
+        """Where the outputs of q, k, v, gate or up are among those of the module that has them."""
+        query, kv = (heads * shape.head_dim for heads in (shape.query_heads, shape.kv_heads))
+        sizes = {Role.QUERY: query, Role.KEY: kv, Role.VALUE: kv}
+        sizes |= dict.fromkeys((Role.GATE, Role.UP), shape.channels)
+        start = 0
+        for other, size in sizes.items():
+            if other is role:
+                break
+            start += size if self.projection(other) == self.projection(role) else 0
+        return slice(start, start + sizes[role])
+
+    @property
+    def write_norms(self) -> tuple[str, ...]:
+        """The norms that what attention and what the MLP writes passes through, if any."""
+        if Feature.SANDWICH not in self.features:
+            return ()
+        return tuple(name for name, _ in map(_optional, self.more_norms))
+
+    def refuse(self, unknown: Collection[Feature], what: str, instead: str) -> None:
+        """ModelError if this family computes one of these things, which `what` does not know."""
+        for feature in sorted(self.features & set(unknown)):
+            raise ModelError(
+                f"{what} does not know {feature.value}, which {self.model_type} models have. "
+                f"{instead}"
+            )
 
     def bias_switch(self, role: Role) -> str:
         """The switch of the stock config that gives o_proj (OUTPUT) or down_proj (DOWN) a bias.
@@ -133,6 +223,13 @@ class Family:
 
         Raises ModelError for a missing or impossible size.
         """
+        config = {**self.defaults, **config}
+        for key in self.refused:
+            if config.get(key):
+                raise ModelError(
+                    f"config.json: {key} is {shown(config[key])}; the record of the "
+                    f"{self.model_type} family has no field for the tensors that come with it."
+                )
         hidden = _size(config, "hidden_size")
         query_heads = _size(config, "num_attention_heads")
         kv_heads = _size(config, "num_key_value_heads", query_heads)
@@ -153,7 +250,8 @@ class Family:
                 f"config.json: layer_types is of {len(types)} layers, and num_hidden_layers is "
                 f"{layers}. Correct the one that is wrong."
             )
-        return ModelShape(
+        flags = [flag for _, flag in map(_optional, self.more_norms) if flag]
+        shape = ModelShape(
             model_type=self.model_type,
             num_layers=layers,
             hidden_size=hidden,
@@ -167,54 +265,130 @@ class Family:
             qkv_bias=_flag(config, self.qkv_bias),
             output_bias=_flag(config, self.output_bias),
             mlp_bias=_flag(config, self.mlp_bias),
-            qk_norm=self.qk_norm,
+            qk_norm=_flag(config, self.qk_norm),
+            switches=tuple(flag for flag in flags if _flag(config, flag)),
+        )
+        return self.changed(shape)
+
+    def changed(self, shape: ModelShape, **changes: Any) -> ModelShape:
+        """A shape of this family with other fields, and with the costs that follow from them."""
+        shape = replace(shape, **changes, costs=None)
+        return replace(shape, costs=self._costs(shape))
+
+    def _costs(self, shape: ModelShape) -> Costs:
+        """Parameters, summed over the tensors of one layer and of what is beside the layers."""
+        per_unit = dict.fromkeys(Unit, 0)
+        fixed = outside = rows = 0
+        for spec in self.tensors(shape, (shape.layer,)):
+            elements = prod(spec.shape)
+            if spec.layer is None:
+                outside += elements
+            elif spec.unit is None or spec.axis is None:
+                fixed += elements
+            else:
+                length = spec.shape[spec.axis]
+                for unit, _ in spec.parts or ((spec.unit, 0),):
+                    per_unit[unit] += elements // length * spec.step
+                    weight = len(spec.shape) == 2 and spec.role is not Role.OTHER
+                    rows += spec.step if unit is Unit.KV and weight else 0
+        untied = 0 if shape.tied_embeddings else shape.vocab_size * shape.hidden_size
+        return Costs(
+            per_unit[Unit.QUERY],
+            per_unit[Unit.KV],
+            per_unit[Unit.CHANNEL],
+            fixed,
+            outside,
+            untied,
+            rows,
         )
 
     def tensors(self, shape: ModelShape, layers: Sequence[LayerShape]) -> Iterator[TensorSpec]:
         """Every tensor of a checkpoint whose layers have these shapes, in file order."""
-        hidden, dim = shape.hidden_size, shape.head_dim
+        hidden = shape.hidden_size
         yield TensorSpec(f"{self.embedding}.weight", (shape.vocab_size, hidden))
         for index, layer in enumerate(layers):
-            query, kv = layer.query_heads * dim, layer.kv_heads * dim
-            parts: list[tuple[str, tuple[int, ...], Role, Unit | None, int | None, int]] = [
-                (f"{self.attention_norm}.weight", (hidden,), Role.OTHER, None, None, 1),
-                (f"{self.query}.weight", (query, hidden), Role.QUERY, Unit.QUERY, 0, dim),
-                (f"{self.key}.weight", (kv, hidden), Role.KEY, Unit.KV, 0, dim),
-                (f"{self.value}.weight", (kv, hidden), Role.VALUE, Unit.KV, 0, dim),
-                (f"{self.output}.weight", (hidden, query), Role.OUTPUT, Unit.QUERY, 1, dim),
-            ]
-            if shape.qkv_bias:
-                parts += [
-                    (f"{self.query}.bias", (query,), Role.QUERY, Unit.QUERY, 0, dim),
-                    (f"{self.key}.bias", (kv,), Role.KEY, Unit.KV, 0, dim),
-                    (f"{self.value}.bias", (kv,), Role.VALUE, Unit.KV, 0, dim),
-                ]
-            if shape.output_bias:
-                parts.append((f"{self.output}.bias", (hidden,), Role.OTHER, None, None, 1))
-            if shape.qk_norm:
-                parts += [
-                    (f"{self.query_norm}.weight", (dim,), Role.OTHER, None, None, 1),
-                    (f"{self.key_norm}.weight", (dim,), Role.OTHER, None, None, 1),
-                ]
-            width = layer.channels
-            parts += [
-                (f"{self.mlp_norm}.weight", (hidden,), Role.OTHER, None, None, 1),
-                (f"{self.gate}.weight", (width, hidden), Role.GATE, Unit.CHANNEL, 0, 1),
-                (f"{self.up}.weight", (width, hidden), Role.UP, Unit.CHANNEL, 0, 1),
-                (f"{self.down}.weight", (hidden, width), Role.DOWN, Unit.CHANNEL, 1, 1),
-            ]
-            if shape.mlp_bias:
-                parts += [
-                    (f"{self.gate}.bias", (width,), Role.GATE, Unit.CHANNEL, 0, 1),
-                    (f"{self.up}.bias", (width,), Role.UP, Unit.CHANNEL, 0, 1),
-                ]
-            if shape.mlp_bias or shape.down_bias:
-                parts.append((f"{self.down}.bias", (hidden,), Role.OTHER, None, None, 1))
-            for name, size, role, unit, axis, step in parts:
-                yield TensorSpec(self.layer_name(index, name), size, index, role, unit, axis, step)
-        yield TensorSpec(f"{self.final_norm}.weight", (hidden,))
+            yield from self._layer_tensors(shape, layer, index)
+        for name, size in self._norm(self.final_norm, hidden):
+            yield TensorSpec(name, size)
         if not shape.tied_embeddings:
             yield TensorSpec(f"{self.head}.weight", (shape.vocab_size, hidden))
+        if self.head_bias:
+            yield TensorSpec(f"{self.head}.bias", (shape.vocab_size,))
+
+    def _layer_tensors(
+        self, shape: ModelShape, layer: LayerShape, index: int
+    ) -> Iterator[TensorSpec]:
+        hidden = shape.hidden_size
+
+        def cut(name: str, role: Role, form: str, *rest: int, axis: int = 0) -> TensorSpec:
+            """A tensor of which `axis` has the parts of `form`, and the other axes these sizes."""
+            counts = {
+                Unit.QUERY: layer.query_heads,
+                Unit.KV: layer.kv_heads,
+                Unit.CHANNEL: layer.channels,
+            }
+            parts = tuple((_UNITS[letter], counts[_UNITS[letter]]) for letter in form)
+            step = shape.head_dim if form[0] in "QK" else 1
+            size = list(rest)
+            size.insert(axis, sum(count for _, count in parts) * step)
+            return TensorSpec(
+                self.layer_name(index, name),
+                tuple(size),
+                index,
+                role,
+                parts[0][0],
+                axis,
+                step,
+                parts if len(parts) > 1 else (),
+            )
+
+        def whole(names: Iterable[tuple[str, tuple[int, ...]]]) -> Iterator[TensorSpec]:
+            for name, size in names:
+                yield TensorSpec(self.layer_name(index, name), size, index)
+
+        heads = self._forms({Role.QUERY: "Q", Role.KEY: "K", Role.VALUE: "K"})
+        widths = self._forms({Role.GATE: "C", Role.UP: "C"})
+        yield from whole(self._norm(self.attention_norm, hidden))
+        for module, (role, form) in heads.items():
+            yield cut(f"{module}.weight", role, form, hidden)
+        yield cut(f"{self.output}.weight", Role.OUTPUT, "Q", hidden, axis=1)
+        for module, (role, form) in heads.items() if shape.qkv_bias else ():
+            yield cut(f"{module}.bias", role, form)
+        if shape.output_bias:
+            yield from whole([(f"{self.output}.bias", (hidden,))])
+        if shape.qk_norm and self.head_norms:
+            yield cut(f"{self.query_norm}.weight", Role.OTHER, "q", shape.head_dim)
+            yield cut(f"{self.key_norm}.weight", Role.OTHER, "k", shape.head_dim)
+        elif shape.qk_norm:
+            for module in (self.query_norm, self.key_norm):
+                yield from whole([(f"{module}.weight", (shape.head_dim,))])
+        yield from whole(self._norm(self.mlp_norm, hidden))
+        for module, (role, form) in widths.items():
+            yield cut(f"{module}.weight", role, form, hidden)
+        yield cut(f"{self.down}.weight", Role.DOWN, "C", hidden, axis=1)
+        for module, (role, form) in widths.items() if shape.mlp_bias else ():
+            yield cut(f"{module}.bias", role, form)
+        if shape.mlp_bias or shape.down_bias:
+            yield from whole([(f"{self.down}.bias", (hidden,))])
+        for module, flag in map(_optional, self.more_norms):
+            if not flag or flag in shape.switches:
+                yield from whole(self._norm(module, hidden))
+        yield from whole(self.fixed.items())
+
+    def _forms(self, roles: Mapping[Role, str]) -> dict[str, tuple[Role, str]]:
+        """The modules of these roles, each with its first role and what its outputs count."""
+        found: dict[str, tuple[Role, str]] = {}
+        for role, form in roles.items():
+            if module := self.projection(role):
+                first, before = found.get(module, (role, ""))
+                found[module] = first, before + form
+        return found
+
+    def _norm(self, module: str, size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        if module and self.norm_weight:
+            yield f"{module}.weight", (size,)
+            if self.norm_bias:
+                yield f"{module}.bias", (size,)
 
     def windows(self, config: Any, num_layers: int) -> tuple[int | None, ...]:
         """Per layer, how many last tokens attention sees by the stock config; None is all."""
@@ -228,12 +402,20 @@ class Family:
 
     def stock_accepts(self, shape: ModelShape) -> Callable[[int], bool]:
         """Whether the family's stock config takes a count of query heads, for layout `uniform`."""
+        if self.derived_head_dim:
+            return lambda heads: heads * shape.head_dim == shape.hidden_size
         return lambda heads: not self.heads_divide_hidden or shape.hidden_size % heads == 0
 
     def is_obsolete(self, name: str) -> bool:
         """Whether a stored tensor is a buffer of a layer that the config determines."""
         layer, _, role = name.removeprefix(f"{self.layers}.").partition(".")
         return layer.isdigit() and name.startswith(f"{self.layers}.") and role in self.obsolete
+
+
+def _optional(norm: str) -> tuple[str, str]:
+    """Name and flag of a norm; no flag where every model has it."""
+    name, _, flag = norm.partition("?")
+    return name, flag
 
 
 def vocabulary_size(config: Mapping[str, Any]) -> int:
@@ -256,6 +438,8 @@ def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> in
 def _flag(config: Mapping[str, Any], flag: Flag) -> bool:
     if isinstance(flag, bool):
         return flag
+    if flag.startswith("!"):
+        return not _flag(config, flag[1:])
     value = config.get(flag)
     if value is None:
         return False

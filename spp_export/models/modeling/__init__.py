@@ -1,27 +1,73 @@
 """Per-layer decoders for transformers; importing this package registers them with its auto classes.
 
 Only configuration_spp.py and modeling_spp.py travel inside a checkpoint; the other files do not.
+Their classes are made when they are first asked for, `SppLlamaForCausalLM` of this package too.
 """
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from functools import cache
+from typing import Any
 
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+)
+
+from spp_export.models.families import FAMILIES
 from spp_export.models.modeling import configuration_spp, modeling_spp, uneven_attention
-from spp_export.models.modeling.configuration_spp import *  # noqa: F403
-from spp_export.models.modeling.modeling_spp import *  # noqa: F403
 
-__all__ = [*configuration_spp.__all__, *modeling_spp.__all__]
 
-for _name in configuration_spp.__all__:
-    _prefix = _name.removesuffix("Config")
-    _config = getattr(configuration_spp, _name)
-    _causal = getattr(modeling_spp, f"{_prefix}ForCausalLM")
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    AutoModel.register(_config, getattr(modeling_spp, f"{_prefix}Model"), exist_ok=True)
-    AutoModelForCausalLM.register(_config, _causal, exist_ok=True)
-    # So that save_pretrained writes the two files beside the weights again.
-    _config.register_for_auto_class()
-    _causal.register_for_auto_class("AutoModelForCausalLM")
+def __getattr__(name: str) -> Any:
+    module = configuration_spp if name.endswith("Config") else modeling_spp
+    return getattr(module, name)
+
+
+@cache
+def _config_class(model_type: str) -> type[Any]:
+    """The per-layer config class of a stock model type, with its models registered."""
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"this version of transformers has no {model_type} models. Install a newer one."
+        )
+    stock = CONFIG_MAPPING[model_type]
+    own: type[Any] = getattr(configuration_spp, f"Spp{stock.__name__}")
+    for auto, models in (
+        (AutoModel, MODEL_MAPPING),
+        (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+    ):
+        if stock in models:
+            model: Any = models[stock]
+            auto.register(own, getattr(modeling_spp, f"Spp{model.__name__}"), exist_ok=True)
+    return own
+
+
+def register(model_type: str) -> None:
+    """Let the auto classes load per-layer models of a stock model type.
+
+    transformers wants a config class here, and importing it for every family would take long: so
+    this one stands for the real one, which is imported when it is first made.
+    """
+
+    def create(_: type[Any], *args: Any, **kwargs: Any) -> Any:
+        return _config_class(model_type)(*args, **kwargs)
+
+    def from_dict(_: type[Any], *args: Any, **kwargs: Any) -> Any:
+        return _config_class(model_type).from_dict(*args, **kwargs)
+
+    name = f"spp_{model_type}"
+    attributes = {"__new__": create, "from_dict": classmethod(from_dict)}
+    attributes |= {"__module__": __name__, "model_type": name}
+    stand_in: Any = type(f"{name}_config", (PretrainedConfig,), attributes)
+    AutoConfig.register(name, stand_in, exist_ok=True)
+
+
+for _model_type in FAMILIES:
+    register(_model_type)
 
 uneven_attention.register()

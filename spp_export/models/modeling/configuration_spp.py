@@ -3,26 +3,26 @@
 This file and modeling_spp.py are copied into every checkpoint of such a model, where `auto_map` in
 its config.json names them. So they import transformers and torch and nothing else, and one text has
 to serve transformers 4.57 (configs are plain classes) and 5.x (configs are validated dataclasses).
+
+No family is named here. `SppXConfig` is made of transformers' `XConfig` when it is first asked for.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
 
+import transformers
 from huggingface_hub.dataclasses import strict
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import PretrainedConfig
 
-__all__ = ["SppLlamaConfig", "SppMistralConfig", "SppQwen2Config", "SppQwen3Config"]
-
-C = TypeVar("C")
-
-
-def _strict(cls: type[C]) -> type[C]:
-    """Collect the validators anew: `strict` on the parent has already bound the parent's own."""
-    return strict(cls) if dataclasses.is_dataclass(cls) else cls
+# Before the name of a stock class, and before its model type in config.json.
+_CLASS, _TYPE = "Spp", "spp_"
+_PART = "Part"
+# What a config keeps of `per_layer_config`: itself, or since transformers 5.14 what it became.
+_PER_LAYER = ("per_layer_config", "_heterogeneity_spec")
 
 
 class _PerLayerConfig:
@@ -30,49 +30,173 @@ class _PerLayerConfig:
 
     `per_layer_config` maps a layer index (int, or digits as JSON has them) to the keys in which
     that layer departs from the rest of the config. `query_groups` among them, in ragged models,
-    says how many consecutive query heads each KV head serves. `biased_projections` names modules of
-    a layer, such as `mlp.down_proj`, that have a bias where the stock model has none.
+    says how many consecutive query heads each KV head serves. modeling_spp.py says what
+    `per_layer_modules` and `biased_projections` are.
+
+    `model_type` is the stock one, by which transformers knows how to read weights; config.json has
+    one of our own, so that nobody takes the model for a stock one.
     """
 
-    def layer_config(self, index: int) -> Any:
-        """The stock config of one layer, as a copy that may be read but not shared."""
-        per_layer: Any = getattr(self, "per_layer_config", None) or {}
-        if not isinstance(per_layer, Mapping):
-            return per_layer[index]  # transformers >= 5.14 resolves it
-        layer = copy.copy(self)
-        for key, changes in per_layer.items():
-            if int(key) == index:
-                for name, value in changes.items():
-                    setattr(layer, name, value)
-        return layer
+    _auto_class = "AutoConfig"
+    model_type: str
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Of transformers 4; 5 makes one of its own, and calls `__post_init__`."""
+        listed = _taken_out(kwargs)
+        super().__init__(*args, **kwargs)
+        self.per_layer_config = listed
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        listed = _taken_out(kwargs)
+        parent: Any = super()
+        parent.__post_init__(**kwargs)
+        # Stock configs read their own counts above, which a config with this set refuses.
+        self.per_layer_config = listed
 
     def validate_architecture(self) -> None:
         """Accept head counts that do not divide hidden_size: head_dim is explicit here."""
 
+    def layer_config(self, index: int) -> Any:
+        """A stock config of one layer. Its attention implementation is always this config's."""
+        listed: Any = self.per_layer_config or {}
+        if isinstance(listed, Mapping):
+            return self.part({int(key): changes for key, changes in listed.items()}.get(index, {}))
+        changed: Any = getattr(self, "per_layer_attributes", None) or ()  # transformers >= 5.14
+        return self.part({name: getattr(listed[index], name) for name in changed})
 
-@_strict
-class SppLlamaConfig(_PerLayerConfig, LlamaConfig):
-    """Llama with a shape of its own in every layer."""
+    def part(self, changes: Mapping[str, Any]) -> Any:
+        """A stock config without a per-layer part, with these changes, as in `layer_config`."""
+        part = _empty(_part_class(type(self).__name__))
+        state = {key: value for key, value in vars(self).items() if key not in _PER_LAYER}
+        vars(part).update(copy.deepcopy(state), model_config=self)
+        for name, value in changes.items():
+            setattr(part, name, value)
+        return part
 
-    model_type = "spp_llama"
+    @property
+    def auto_map(self) -> dict[str, str]:
+        """Where the auto classes find ours. A copy: transformers would write stock names into it
+        when a model is saved. Raises AttributeError where nothing is set, as of any attribute."""
+        if "auto_map" not in vars(self):
+            raise AttributeError("auto_map")
+        return dict(vars(self)["auto_map"])
+
+    @auto_map.setter
+    def auto_map(self, value: Mapping[str, str]) -> None:
+        places = {auto: name.rpartition(".") for auto, name in value.items()}
+        vars(self)["auto_map"] = {
+            auto: f"{file}.{_own(name)}" for auto, (file, _, name) in places.items()
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """As config.json has it."""
+        parent: Any = super()
+        output: dict[str, Any] = parent.to_dict()
+        output["model_type"] = f"{_TYPE}{self.model_type}"
+        output["architectures"] = [_own(name) for name in output.get("architectures") or ()]
+        own = {"AutoConfig": f"{__name__.rpartition('.')[2]}.{type(self).__name__}"}
+        output["auto_map"] = own | vars(self).get("auto_map", {})
+        return output
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """With the stock model type, which transformers compares with the class's."""
+        parent: Any = super()
+        config, unused = parent.get_config_dict(*args, **kwargs)
+        if config.get("model_type") == f"{_TYPE}{cls.model_type}":
+            config["model_type"] = cls.model_type
+        return config, unused
 
 
-@_strict
-class SppMistralConfig(_PerLayerConfig, MistralConfig):
-    """Mistral with a shape of its own in every layer."""
+class _PartConfig:
+    """A stock config that a part of a model reads, `model_config` being the whole model's.
 
-    model_type = "spp_mistral"
+    Which attention runs can be switched at any time, so it is never kept here.
+    """
+
+    model_config: Any
+
+    @property
+    def _attn_implementation_internal(self) -> Any:
+        return self.model_config._attn_implementation_internal
+
+    @_attn_implementation_internal.setter
+    def _attn_implementation_internal(self, value: Any) -> None:
+        self.model_config._attn_implementation_internal = value
+
+    @property
+    def _experts_implementation_internal(self) -> Any:
+        return self.model_config._experts_implementation_internal
+
+    @_experts_implementation_internal.setter
+    def _experts_implementation_internal(self, value: Any) -> None:
+        self.model_config._experts_implementation_internal = value
+
+    def to_dict(self) -> dict[str, Any]:
+        parent: Any = super()
+        output: dict[str, Any] = parent.to_dict()
+        output.pop("model_config", None)
+        return output
 
 
-@_strict
-class SppQwen2Config(_PerLayerConfig, Qwen2Config):
-    """Qwen2 with a shape of its own in every layer."""
+def _taken_out(kwargs: dict[str, Any]) -> Any:
+    """The per-layer part, out of what a stock config is made of."""
+    kwargs.pop("model_type", None)  # it would hide that of the class
+    return kwargs.pop("per_layer_config", None)
 
-    model_type = "spp_qwen2"
+
+def _own(name: str) -> str:
+    return name if name.startswith(_CLASS) else f"{_CLASS}{name}"
 
 
-@_strict
-class SppQwen3Config(_PerLayerConfig, Qwen3Config):
-    """Qwen3 with a shape of its own in every layer."""
+def _stock(name: str) -> type[PretrainedConfig]:
+    found = getattr(transformers, name.removeprefix(_CLASS), None)
+    if not (isinstance(found, type) and issubclass(found, PretrainedConfig)):
+        raise AttributeError(
+            f"no {name}: transformers {transformers.__version__} has no config class "
+            f"{name.removeprefix(_CLASS)}. Install a version that has it."
+        )
+    return found
 
-    model_type = "spp_qwen3"
+
+@cache
+def _config_class(name: str) -> type[Any]:
+    made: Any = type(name, (_PerLayerConfig, _stock(name)), {"__module__": __name__})
+    if hasattr(made, "__dataclass_fields__"):
+        # Collects the validators anew: those of the parent are bound to the parent's own.
+        checked = strict(made)
+        checked.validate = _of_the_whole(checked.validate)
+    found: type[Any] = made
+    return found
+
+
+def _of_the_whole(validate: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A validation that sees the counts of the whole model, which stock configs compare."""
+
+    def validate_whole(config: Any) -> None:
+        hidden = {key: vars(config).pop(key) for key in _PER_LAYER if key in vars(config)}
+        try:
+            validate(config)
+        finally:
+            vars(config).update(hidden)
+
+    return validate_whole
+
+
+@cache
+def _part_class(name: str) -> type[Any]:
+    return type(f"{name}{_PART}", (_PartConfig, _stock(name)), {"__module__": __name__})
+
+
+def _empty(kind: Any) -> Any:
+    """An instance that no constructor has seen."""
+    return kind.__new__(kind)
+
+
+def __getattr__(name: str) -> Any:
+    """`SppXConfig`, and `SppXConfigPart`, which models that were pickled name."""
+    if not name.startswith(_CLASS):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name.endswith(_PART):
+        return _part_class(name.removesuffix(_PART))
+    return _config_class(name)

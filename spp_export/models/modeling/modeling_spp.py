@@ -1,63 +1,35 @@
 """Decoders whose layers differ in query heads, KV heads and MLP width.
 
-Layers, attention, caches and masks are the stock ones of transformers; only the place where layers
-are built is ours. So every attention implementation, and every engine that looks for the stock
-attention, works here too. Where the KV heads of a layer serve different numbers of query heads, the
-stock attention gets its keys and values with a copy for each query head, made after the cache.
+Models, layers, attention, caches and masks are the stock ones of transformers. A model is made as
+the stock class makes it; then every layer gets the modules that differ from a layer made from its
+own config. So every attention implementation, and every engine that looks for the stock classes,
+works here too. Where the KV heads of a layer serve different numbers of query heads, the stock
+attention gets its keys and values with a copy for each query head, made after the cache.
+
+No family is named here: `SppXForCausalLM` is made of transformers' `XForCausalLM` when it is first
+asked for, and what is special about a family is in its config.json. `per_layer_modules` there says
+where the layers are in the decoder and which of their modules differ from layer to layer, attention
+first; `narrow` in it is for an attention whose config has no size of heads. `biased_projections`
+names modules of a layer, such as `mlp.down_proj`, that have a bias where the stock model has none.
 See configuration_spp.py for why this file imports so little.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.models.llama.modeling_llama import (
-    LlamaDecoderLayer,
-    LlamaForCausalLM,
-    LlamaModel,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-)
-from transformers.models.mistral.modeling_mistral import (
-    MistralDecoderLayer,
-    MistralForCausalLM,
-    MistralModel,
-    MistralRMSNorm,
-    MistralRotaryEmbedding,
-)
-from transformers.models.qwen2.modeling_qwen2 import (
-    Qwen2DecoderLayer,
-    Qwen2ForCausalLM,
-    Qwen2Model,
-    Qwen2RMSNorm,
-    Qwen2RotaryEmbedding,
-)
-from transformers.models.qwen3.modeling_qwen3 import (
-    Qwen3DecoderLayer,
-    Qwen3ForCausalLM,
-    Qwen3Model,
-    Qwen3RMSNorm,
-    Qwen3RotaryEmbedding,
-)
+from transformers import GenerationMixin, PreTrainedModel
 
-from .configuration_spp import SppLlamaConfig, SppMistralConfig, SppQwen2Config, SppQwen3Config
+from .configuration_spp import __getattr__ as config_class
 
-__all__ = [
-    "SppLlamaForCausalLM",
-    "SppLlamaModel",
-    "SppMistralForCausalLM",
-    "SppMistralModel",
-    "SppQwen2ForCausalLM",
-    "SppQwen2Model",
-    "SppQwen3ForCausalLM",
-    "SppQwen3Model",
-]
-
-
+_CLASS = "Spp"
+# Where config.json does not say: as in Llama, and in what versions before wrote.
+_PER_LAYER_MODULES = {"layers": "layers", "modules": ["self_attn", "mlp"]}
 # An attention that spp_export registers, and that takes keys and values as they are cached.
 _UNEVEN_ATTENTION = "spp_ragged"
 
@@ -98,120 +70,106 @@ def _serve_unevenly(attention: Any, query_groups: Sequence[int]) -> None:
     attention.register_forward_pre_hook(_repeat, with_kwargs=True)
 
 
-class _PerLayerModel(PreTrainedModel):
-    """Builds a stock decoder with layer i from `config.layer_config(i)`.
+class _PerLayerModel:
+    """Put before a stock model class, gives every layer the modules of its own config."""
 
-    The stock `__init__` builds every layer from the one config, so it is passed over.
+    config: Any
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: the weights have the names of the stock class, and are read by its rules."""
+        return False
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        whole = config.part({})
+        parent: Any = super()
+        parent.__init__(whole, *args, **kwargs)
+        model: Any = self
+        # Modules beside the layers keep the config that they were made from: rotary embeddings
+        # read head counts again when weights have been loaded.
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel) and module.config is whole:
+                module.config = config
+        listed: Any = getattr(config, "per_layer_modules", None) or _PER_LAYER_MODULES
+        first = listed["layers"].partition(".")[0]
+        decoder = next(
+            module
+            for module in model.modules()
+            if isinstance(module, PreTrainedModel) and hasattr(module, first)
+        )
+        layers: Any = decoder.get_submodule(listed["layers"])
+        for index, layer in enumerate(layers):
+            _graft(layer, config, index, listed)
+        model.init_weights()
+
+
+def _graft(layer: nn.Module, config: Any, index: int, listed: Mapping[str, Any]) -> None:
+    """Give a layer the modules of one that is made from its own config."""
+    own, attention = config.layer_config(index), listed["modules"][0]
+    if "narrow" in listed:
+        _narrow(layer, attention, config, index, **listed["narrow"])
+        # The rest of it, with heads that fill the hidden size.
+        own.num_attention_heads = own.num_key_value_heads = 1
+    donor = type(layer)(own, index)
+    for name in listed["modules"][1 if "narrow" in listed else 0 :]:
+        setattr(layer, name, getattr(donor, name))
+    query_groups = getattr(own, "query_groups", ())
+    if len(set(query_groups)) > 1:
+        _serve_unevenly(getattr(layer, attention), query_groups)
+    for name in getattr(config, "biased_projections", ()):
+        linear: Any = layer.get_submodule(name)
+        linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
+
+
+def _narrow(
+    layer: nn.Module,
+    name: str,
+    config: Any,
+    index: int,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+) -> None:
+    """Give a layer an attention that divides its hidden size by its heads, and has fewer heads.
+
+    It is made for the hidden size of so many heads; then its projections get the model's again.
     """
+    own = config.layer_config(index)
+    hidden = own.hidden_size
+    own.hidden_size = own.num_attention_heads * own.head_dim
+    setattr(layer, name, getattr(type(layer)(own, index), name))
+    for place in (*inputs, *outputs):
+        old: Any = layer.get_submodule(place)
+        ins, outs = old.in_features, old.out_features
+        ins, outs = (hidden, outs) if place in inputs else (ins, hidden)
+        new = nn.Linear(ins, outs, old.bias is not None, old.weight.device, old.weight.dtype)
+        parent, _, last = place.rpartition(".")
+        setattr(layer.get_submodule(parent), last, new)
 
-    layer_class: ClassVar[Any]
-    norm_class: ClassVar[Any]
-    rotary_class: ClassVar[Any]
 
-    def __init__(self, config: Any) -> None:
-        PreTrainedModel.__init__(self, config)
-        self.padding_idx = config.pad_token_id
-        self.vocab_size = config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        self.layers = nn.ModuleList(
-            self._build_layer(config, index) for index in range(config.num_hidden_layers)
+@cache
+def _model_class(name: str) -> type[Any]:
+    stock: Any = getattr(transformers, name.removeprefix(_CLASS), None)
+    if not (isinstance(stock, type) and issubclass(stock, PreTrainedModel)):
+        raise AttributeError(
+            f"no {name}: transformers {transformers.__version__} has no model class "
+            f"{name.removeprefix(_CLASS)}. Install a version that has it."
         )
-        self.norm = self.norm_class(config.hidden_size, eps=config.rms_norm_eps)
-        # Some rotary types read head counts to derive a head_dim; any layer's will do.
-        self.rotary_emb = self.rotary_class(config=config.layer_config(0))
-        self.gradient_checkpointing = False
-        self.has_sliding_layers = "sliding_attention" in (
-            getattr(config, "layer_types", None) or ()
-        )
-        self.post_init()
-
-    def _build_layer(self, config: Any, index: int) -> Any:
-        layer_config = config.layer_config(index)
-        layer = self.layer_class(layer_config, index)
-        query_groups = getattr(layer_config, "query_groups", ())
-        if len(set(query_groups)) > 1:
-            _serve_unevenly(layer.self_attn, query_groups)
-        # Attention reads its implementation from its config at every call. A layer that kept its
-        # own copy would miss later switches; with none set it would attend without a causal mask.
-        layer.self_attn.config = config
-        for name in getattr(config, "biased_projections", ()):
-            linear = layer.get_submodule(name)
-            linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
-        return layer
+    config: Any = stock.config_class
+    bases: tuple[type[Any], ...] = (_PerLayerModel, stock)
+    if stock.can_generate():
+        bases += (GenerationMixin,)  # by itself: transformers makes another class where it is not
+    attributes = {
+        "__module__": __name__,
+        "__qualname__": name,  # by which a pickle finds it
+        "config_class": config_class(f"{_CLASS}{config.__name__}"),
+        "_auto_class": "AutoModelForCausalLM" if stock.can_generate() else "AutoModel",
+    }
+    # The stock name: transformers looks up by it how the names of weights are converted.
+    return type(stock.__name__, bases, attributes)
 
 
-class _PerLayerForCausalLM(PreTrainedModel):
-    """Puts the language model head on a per-layer decoder."""
-
-    model_class: ClassVar[Any]
-
-    def __init__(self, config: Any) -> None:
-        PreTrainedModel.__init__(self, config)
-        self.model = self.model_class(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-
-class SppLlamaModel(_PerLayerModel, LlamaModel):
-    """Llama decoder with a shape of its own in every layer."""
-
-    config_class = SppLlamaConfig
-    layer_class = LlamaDecoderLayer
-    norm_class = LlamaRMSNorm
-    rotary_class = LlamaRotaryEmbedding
-
-
-class SppLlamaForCausalLM(_PerLayerForCausalLM, LlamaForCausalLM):
-    """`SppLlamaModel` with a language model head."""
-
-    config_class = SppLlamaConfig
-    model_class = SppLlamaModel
-
-
-class SppMistralModel(_PerLayerModel, MistralModel):
-    """Mistral decoder with a shape of its own in every layer."""
-
-    config_class = SppMistralConfig
-    layer_class = MistralDecoderLayer
-    norm_class = MistralRMSNorm
-    rotary_class = MistralRotaryEmbedding
-
-
-class SppMistralForCausalLM(_PerLayerForCausalLM, MistralForCausalLM):
-    """`SppMistralModel` with a language model head."""
-
-    config_class = SppMistralConfig
-    model_class = SppMistralModel
-
-
-class SppQwen2Model(_PerLayerModel, Qwen2Model):
-    """Qwen2 decoder with a shape of its own in every layer."""
-
-    config_class = SppQwen2Config
-    layer_class = Qwen2DecoderLayer
-    norm_class = Qwen2RMSNorm
-    rotary_class = Qwen2RotaryEmbedding
-
-
-class SppQwen2ForCausalLM(_PerLayerForCausalLM, Qwen2ForCausalLM):
-    """`SppQwen2Model` with a language model head."""
-
-    config_class = SppQwen2Config
-    model_class = SppQwen2Model
-
-
-class SppQwen3Model(_PerLayerModel, Qwen3Model):
-    """Qwen3 decoder with a shape of its own in every layer."""
-
-    config_class = SppQwen3Config
-    layer_class = Qwen3DecoderLayer
-    norm_class = Qwen3RMSNorm
-    rotary_class = Qwen3RotaryEmbedding
-
-
-class SppQwen3ForCausalLM(_PerLayerForCausalLM, Qwen3ForCausalLM):
-    """`SppQwen3Model` with a language model head."""
-
-    config_class = SppQwen3Config
-    model_class = SppQwen3Model
+def __getattr__(name: str) -> Any:
+    """`SppXForCausalLM`, `SppXModel` and any other model class of transformers."""
+    if not name.startswith(_CLASS):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _model_class(name)

@@ -3,15 +3,15 @@
     python -m spp_export.transformers_cli serve out/chemistry
 
 `transformers serve` (5.23) takes a model's class from the package `transformers` by its name, with
-`--trust-remote-code` too, and so never finds one that a checkpoint brings along. Here ours are put
-where it looks; no remote code is needed. What it knows by a model's type is not known of ours:
-calls of tools in the answers of Qwen models stay text. Uniform models are stock models, and are
-served by `transformers serve` itself.
+`--trust-remote-code` too, and so never finds one that a checkpoint brings along. Here that package
+has ours too; no remote code is needed. Uniform models are stock models, and are served by
+`transformers serve` itself.
 """
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from spp_export.common.errors import ModelError, SppError
 
@@ -21,8 +21,13 @@ def main() -> None:
     # First of all: transformers replaces its package in sys.modules while these are imported.
     import spp_export.models.modeling as ours
 
-    for name in ours.__all__:
-        setattr(sys.modules["transformers"], name, getattr(ours, name))
+    package = sys.modules["transformers"]
+
+    class WithOurs(type(package)):  # type: ignore[misc]
+        def __getattr__(self, name: str) -> Any:
+            return getattr(ours, name) if name.startswith("Spp") else super().__getattr__(name)
+
+    package.__class__ = WithOurs
     try:
         from transformers.cli.transformers import main as transformers_main
     except ImportError as error:

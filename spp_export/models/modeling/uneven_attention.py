@@ -34,6 +34,8 @@ def attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention output [B,S,H,D] of query [B,H,S,D] on key and value [B,G,T,D].
@@ -43,6 +45,8 @@ def attention(
     """
     from spp_kernels.ragged_attention import ragged_attention
 
+    if softcap is not None or s_aux is not None:
+        raise ValueError(f"{NAME} knows no capped scores and no sinks. Use sdpa or eager.")
     group_of_query = _group_of_query(module, key.shape[1])
     starts = ends = None
     if attention_mask is not None and attention_mask.dtype == torch.int64:

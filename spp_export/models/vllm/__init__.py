@@ -10,6 +10,8 @@ from __future__ import annotations
 from spp_export.models.families import FAMILIES
 
 _MODELS = "spp_export.models.vllm.models"
+# Those with layers of vLLM's own; others run on its Transformers backend.
+_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def register() -> None:
@@ -21,6 +23,6 @@ def register() -> None:
 
     import spp_export.models.modeling  # noqa: F401  registers the configs
 
-    for family in FAMILIES.values():
-        architecture = f"Spp{family.architecture}"
+    for name in _FAMILIES:
+        architecture = f"Spp{FAMILIES[name].architecture}"
         ModelRegistry.register_model(architecture, f"{_MODELS}:{architecture}")

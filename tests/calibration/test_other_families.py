@@ -1,0 +1,111 @@
+"""Statistics of families that compute otherwise than Llama, against explicit computations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from family_models import load, make_dense, tokens
+
+from spp_export.calibration.activations import StreamSensitivity, TokenBatch, observe
+from spp_export.calibration.gradients import gradient_reductions
+from spp_export.calibration.moments import layer_weights
+from spp_export.common.errors import ModelError
+from spp_export.formats.settings import settings_of
+from spp_export.models.checkpoint.checkpoint import Checkpoint, open_source
+from spp_export.models.families import FAMILIES
+from spp_export.models.layerwise import open_layerwise
+
+
+@pytest.fixture
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Checkpoint:
+    return open_source(make_dense(request.param, tmp_path / "dense"))
+
+
+def batch() -> TokenBatch:
+    ids = tokens()
+    return TokenBatch(ids, torch.ones_like(ids), (0, 1))
+
+
+@pytest.mark.parametrize("source", ["phi3"], indirect=True)
+def test_stacked_projections_are_told_apart(source):
+    """Weights, and sums of weight times gradient over the rows of each."""
+    model = load(source.path)
+    layer = model.model.layers[1]
+    stacked = layer.self_attn.qkv_proj.weight, layer.mlp.gate_up_proj.weight
+    parts = [*stacked[0].split([32, 16, 16]), *stacked[1].split([24, 24])]
+    weights = layer_weights(source, 1)
+    for name, part in zip(("query", "key", "value", "gate", "up"), parts, strict=True):
+        assert np.array_equal(getattr(weights, name), part.detach().numpy())
+    found = gradient_reductions(model, source.family, source.shape, [batch()])
+    ids = tokens()
+    logits = model(ids).logits[:, :-1].float()
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:])
+    losses.backward()
+    rows = [(weight * weight.grad).abs().sum(1).detach() for weight in stacked]
+    wanted = [*rows[0].split([32, 16, 16]), *rows[1].split([24, 24])]
+    for name, part in zip(("query", "key", "value", "gate", "up"), wanted, strict=True):
+        np.testing.assert_allclose(found[f"{name}_rows"][1], part.numpy(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("source", ["arcee"], indirect=True)
+def test_a_gate_that_is_not_there_adds_nothing(source):
+    assert not layer_weights(source, 0).gate.any()
+    model = load(source.path)
+    found = gradient_reductions(model, source.family, source.shape, [batch()])
+    assert not found["gate_rows"][0].any()
+    assert found["up_rows"][0].all()
+
+
+SANDWICHES = {
+    "gemma2": ("post_attention_layernorm", "pre_feedforward_layernorm"),
+    "exaone4": ("post_attention_layernorm", "mlp"),
+    "glm4": ("post_self_attn_layernorm", "post_attention_layernorm"),
+}
+
+
+@pytest.mark.parametrize("source", SANDWICHES, indirect=True)
+def test_writes_through_a_norm_count_as_much_as_the_norm_lets_through(source):
+    """At every token `(|n(o)| / |o|)^2 / |r|^2`, o what o_proj writes, n the norm, r the stream."""
+    model, seen = load(source.path), {}
+    norm, after = SANDWICHES[source.family.model_type]
+    layer = model.model.layers[1]
+    layer.get_submodule(norm).register_forward_hook(
+        lambda _, args, out: seen.update(gain=(out.norm(dim=-1) / args[0].norm(dim=-1)))
+    )
+    layer.get_submodule(after).register_forward_pre_hook(
+        lambda _, args: seen.update(stream=args[0].norm(dim=-1))
+    )
+    observer = StreamSensitivity(2, "residual_per_write")
+    observe(model, source.family, [batch()], [observer])
+    wanted = (seen["gain"] / seen["stream"]).square().sum().item()
+    assert observer.sums[1].item() == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("source", ["cohere"], indirect=True)
+def test_what_parallel_blocks_write_is_read_after_both(source):
+    model, seen = load(source.path), {}
+    model.model.layers[0].register_forward_hook(
+        lambda _module, _args, out: seen.update(out=out[0] if isinstance(out, tuple) else out)
+    )
+    observer = StreamSensitivity(2, "residual_per_write")
+    observe(model, source.family, [batch()], [observer])
+    wanted = (1 / seen["out"].norm(dim=-1).square()).sum().item()
+    assert observer.sums[0].item() == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("source", ["gemma2"], indirect=True)
+def test_what_is_not_known_is_refused_by_name(source):
+    with pytest.raises(ModelError, match=r"this format does not know .*, which gemma2 models have"):
+        settings_of(source)
+    with pytest.raises(ModelError, match="a model that runs from disk does not know capped"):
+        open_layerwise(source.path, torch.float32)
+
+
+def test_tensors_that_no_record_tells_of_are_refused_with_the_field():
+    config = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1}
+    config |= {"intermediate_size": 24, "vocab_size": 97, "qk_layernorm": True}
+    with pytest.raises(ModelError, match="qk_layernorm is True; the record of the phi family has"):
+        FAMILIES["phi"].read_shape(config, 4)

@@ -1,0 +1,131 @@
+"""Tiny random models of every family of the table, and slices of them by the record alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from factories import ragged_layers, random_layers, uniform_layers
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from spp_export.common.progress import quiet_transformers
+from spp_export.evaluation.oracle import masked_dense
+from spp_export.models.checkpoint.checkpoint import Checkpoint
+from spp_export.models.families import FAMILIES
+from spp_export.planning import Layout, Plan
+from spp_export.slicing.compensation import written_config
+from spp_export.slicing.config import MODELING_FILES
+from spp_export.slicing.weights import write_slim_weights
+
+# What shows more of a family than its defaults do.
+MORE: dict[str, dict[str, Any]] = {
+    "granite": {
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 3.0,
+        "embedding_multiplier": 2.0,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "hyperclovax": {"residual_multiplier": 0.7, "logits_scaling": 3.0},
+    "seed_oss": {"attention_out_bias": True},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "exaone4": {"layer_types": ["sliding_attention", "full_attention"]},
+    "cohere": {"use_qk_norm": True},
+    "cohere2": {"layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"]},
+    "ernie4_5": {"use_bias": True},
+    "stablelm": {"use_qkv_bias": True, "use_parallel_residual": True},
+    "olmo": {"clip_qkv": 2.0, "attention_bias": True},
+}
+# Of those, what this version of transformers has.
+KNOWN = [name for name in FAMILIES if name in CONFIG_MAPPING]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A dense checkpoint, what is kept of it, and where that is."""
+
+    source: Checkpoint
+    plan: Plan
+    slim: Path
+
+    def masked(self) -> AbstractContextManager[Any]:
+        """The dense model, masked, while the context is open."""
+        dense = load(self.source.path)
+        return masked_dense(dense, self.source.family, self.source.shape, self.plan)
+
+
+def tokens() -> torch.Tensor:
+    """Token ids [2,11] of a tiny model."""
+    return torch.randint(3, 97, (2, 11), generator=torch.Generator().manual_seed(1))
+
+
+def padded(model: Any) -> dict[str, torch.Tensor]:
+    """The same, as a prompt whose first row has padding before it.
+
+    Without that row for a model that knows eager attention alone: in float64 a mask's lowest value
+    becomes -inf in its softmax, and a row of padding NaN.
+    """
+    ids, attends = tokens(), torch.ones(2, 11, dtype=torch.long)
+    ids[0, :4], attends[0, :4] = 0, 0
+    first = 1 if model.config._attn_implementation == "eager" else 0
+    return {"input_ids": ids[first:], "attention_mask": attends[first:]}
+
+
+def greedy(model: Any, **options: Any) -> torch.Tensor:
+    """Six tokens after the padded prompt."""
+    common = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 6, "min_new_tokens": 6}
+    found: torch.Tensor = model.generate(**padded(model), **common, **options)
+    return found
+
+
+def load(path: Path, **options: Any) -> PreTrainedModel:
+    """A checkpoint in float64, of which nothing is missing or left over."""
+    with quiet_transformers():
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float64, output_loading_info=True, **options
+        )
+    assert not any(report.values()), report
+    return model
+
+
+def make_dense(family: str, target: Path) -> Path:
+    """A random model of a family, made by the stock classes."""
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "vocab_size": 97, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    settings = AutoConfig.for_model(family, **sizes, **heads, **tokens, **MORE.get(family, {}))
+    if getattr(settings, "sliding_window", None):
+        settings.sliding_window = 5
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(settings, dtype=torch.float64)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() < 2 or "norm" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+            else:
+                parameter.copy_(torch.randn_like(parameter) / parameter.shape[1] ** 0.5)
+    with quiet_transformers():
+        model.save_pretrained(target)
+    return target
+
+
+def make_slim(source: Checkpoint, layout: Layout, target: Path) -> Pair:
+    """Sliced on disk, as an export is, by a random plan."""
+    if layout == "uniform":
+        layers = uniform_layers(source.shape, 3, kv_heads=1, group_size=2, channels=10)
+    else:
+        layers = (ragged_layers if layout == "ragged" else random_layers)(source.shape, 3)
+    plan = Plan(source.fingerprint, source.name, layout, "none", layers)
+    target.mkdir()
+    write_slim_weights(source, plan, target)
+    (target / "config.json").write_text(json.dumps(written_config(source, plan)))
+    for file in MODELING_FILES if layout != "uniform" else ():
+        shutil.copy(file, target)
+    return Pair(source, plan, target)

@@ -1,0 +1,123 @@
+"""What every family must do: sliced by its record alone, a model computes what the dense one does
+with the removed units masked, in float64, whatever it computes otherwise than Llama."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from family_models import KNOWN, Pair, greedy, load, make_dense, make_slim, padded, tokens
+from transformers import CONFIG_MAPPING, PreTrainedModel
+
+from spp_export.common.progress import quiet_transformers
+from spp_export.models.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_source
+from spp_export.models.families import FAMILIES, Feature
+
+# Of every family; `uniform` of those whose stock config can have fewer heads of the same size.
+CASES = [
+    pytest.param(
+        (name, layout), marks=() if layout == "ragged" else pytest.mark.slow, id=f"{name}-{layout}"
+    )
+    for name in KNOWN
+    for layout in ("ragged", "per-layer", "uniform")
+    if layout != "uniform" or not FAMILIES[name].derived_head_dim
+]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
+    """The dense model of a family, made once."""
+    place = tmp_path_factory.mktemp("dense")
+
+    @cache
+    def made(name: str) -> Checkpoint:
+        return open_source(make_dense(name, place / name / "dense"))
+
+    return made
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(request: pytest.FixtureRequest, dense: Callable[[str], Checkpoint]) -> Pair:
+    name, layout = request.param
+    source = dense(name)
+    return make_slim(source, layout, source.path.parent / layout)
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, **options: Any) -> torch.Tensor:
+    return model(tokens(), **options).logits
+
+
+def test_a_slim_model_is_the_masked_dense_model(pair: Pair) -> None:
+    assert open_checkpoint(pair.slim).layers == pair.plan.layer_shapes(pair.source.shape)
+    slim = load(pair.slim)
+    with pair.masked() as masked:
+        expected = logits(masked)
+    assert (logits(slim) - expected).abs().max().item() <= 1e-12
+    assert expected.std().item() > 0.01
+
+
+def test_generation_is_that_of_the_masked_dense_model(pair: Pair) -> None:
+    """With a cache and without, of rows with padding before them."""
+    with pair.masked() as masked, torch.no_grad():
+        assert bool(masked(**padded(masked)).logits.isfinite().all())
+        expected = greedy(masked, use_cache=False).tolist()
+    slim = load(pair.slim)
+    assert greedy(slim, use_cache=True).tolist() == expected
+    assert greedy(slim, use_cache=False).tolist() == expected
+
+
+@pytest.mark.slow
+def test_saved_and_loaded_again_it_is_the_same(pair: Pair, tmp_path: Path) -> None:
+    slim = load(pair.slim)
+    with quiet_transformers():
+        slim.save_pretrained(tmp_path)
+    assert open_checkpoint(tmp_path).layers == open_checkpoint(pair.slim).layers
+    again = load(tmp_path)
+    assert type(again) is type(slim)
+    assert (logits(again) - logits(slim)).abs().max().item() <= 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KNOWN)
+def test_parameters_are_those_of_the_stock_model(
+    name: str, dense: Callable[[str], Checkpoint]
+) -> None:
+    model, shape = load(dense(name).path), dense(name).shape
+    buffers = sum(buffer.numel() for name, buffer in model.named_buffers() if "act_fn" in name)
+    assert shape.parameters(shape.layers) == model.num_parameters() + buffers
+    cached = model(tokens(), use_cache=True).past_key_values
+    layers = getattr(cached, "layers", None)
+    assert layers is not None
+    assert shape.kv_bytes_per_token(shape.layers, 1) == sum(
+        (layer.keys.shape[1] * layer.keys.shape[3]) * 2 for layer in layers
+    )
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_what_config_json_leaves_out_is_as_the_stock_class_has_it(name: str) -> None:
+    """Sizes, ties and biases of a config.json that says nothing else."""
+    family, stock = FAMILIES[name], CONFIG_MAPPING[name]
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 97}
+    settings: Any = stock(**sizes, pad_token_id=0)
+    shape = family.read_shape({"model_type": name, **sizes}, 4)
+    written = {key: getattr(settings, key) for key in settings.to_dict()}
+    assert shape == family.read_shape({**written, **sizes}, 4)
+    assert shape.tied_embeddings == settings.tie_word_embeddings
+    theta = (getattr(settings, "rope_parameters", None) or written).get("rope_theta")
+    assert family.rope_theta in (None, theta)
+
+
+def test_only_llamas_and_what_computes_as_they_do_have_no_features() -> None:
+    """What a method would otherwise take for a Llama."""
+    plain = {name for name, family in FAMILIES.items() if not family.features}
+    assert plain == {"llama", "mistral", "qwen2", "qwen3", "seed_oss", "ministral", "cwm"}
+    for family in FAMILIES.values():
+        fused = len(family.projections) < (6 if family.gate == "" else 7)
+        assert fused == (Feature.FUSED in family.features)
+        assert (family.gate == "") == (Feature.NO_GATE in family.features)
