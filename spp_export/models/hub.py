@@ -400,7 +400,8 @@ def cached_name(path: Path) -> str | None:
     """The name of the model in a directory of the cache; None for another directory."""
     if is_demo(path):
         return DEMO_NAME
-    if path.parent != models_directory().resolve():
+    # Path.resolve raises where links form a loop.
+    if str(path.parent) != os.path.realpath(models_directory()):
         return None
     name = (dequantised_record(path) or {}).get("name")
     return name if isinstance(name, str) else None
