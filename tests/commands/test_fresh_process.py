@@ -29,7 +29,7 @@ CASES = (
 
 @pytest.fixture(scope="module")
 def loaded(workshop, tmp_path_factory):
-    """Module of its class, greedy continuation and logits of each export, by one fresh interpreter."""
+    """Its class's module, greedy continuation and logits of each export, by a fresh interpreter."""
     out = tmp_path_factory.mktemp("elsewhere")
     jobs = []
     for name, layout, compensate in CASES:
