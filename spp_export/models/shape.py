@@ -166,6 +166,11 @@ class ModelShape:
         )
 
     @property
+    def uncut_parameters(self) -> int:
+        """Parameters of MLPs that stay as they are: experts, routers and what is beside them."""
+        return sum(tensor.elements for layer in self.uncut for tensor in layer)
+
+    @property
     def query_head_parameters(self) -> int:
         """Parameters that go with one query head: its rows of q_proj and columns of o_proj."""
         return self.counted.query_head
