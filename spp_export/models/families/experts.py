@@ -45,7 +45,7 @@ class Experts:
         count = _size(config, self.count)
         if count > _MOST_EXPERTS:
             raise ModelError(
-                f"config.json: {self.count} must be at most {_MOST_EXPERTS}, got {count}. "
+                f"config.json: {self.count.partition('|')[0]} must be at most {_MOST_EXPERTS}, got {count}. "
                 "The checkpoint is damaged or of another format."
             )
         places = [count > 0 and self._has_experts(config, layer) for layer in range(layers)]

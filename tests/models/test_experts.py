@@ -1,0 +1,127 @@
+"""Models of experts: what stays whole is counted, and what is not known of them refused by name."""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+from family_models import EXPERTS, KNOWN, load, make_dense, tokens
+
+from spp_export.calibration.activations import MeanSquares, TokenBatch, observe
+from spp_export.calibration.gradients import gradient_lengths, gradient_reductions
+from spp_export.common.errors import ModelError, PlanError
+from spp_export.evaluation.harness.yardsticks import quantised_bits
+from spp_export.formats.settings import settings_of
+from spp_export.models.checkpoint.checkpoint import Checkpoint, open_source
+from spp_export.models.families import FAMILIES
+from spp_export.models.layerwise import open_layerwise
+from spp_export.models.loader import load_dense
+from spp_export.planning import LayerPlan, Plan, validate_plan
+
+SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3, "vocab_size": 97}
+SIZES |= {"intermediate_size": 24, "num_key_value_heads": 2}
+
+
+@pytest.fixture
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Checkpoint:
+    return open_source(make_dense(request.param, tmp_path / "dense"))
+
+
+def batch() -> TokenBatch:
+    ids = tokens()
+    return TokenBatch(ids, torch.ones_like(ids), (0, 1))
+
+
+def layers_with_experts(family: str, **config: object) -> list[int]:
+    shape = FAMILIES[family].read_shape({**SIZES, **EXPERTS[family], **config}, 4)
+    routed = [any(tensor.routed < 1 for tensor in layer) for layer in shape.uncut]
+    return [index for index, found in enumerate(routed) if found]
+
+
+def test_which_layers_have_experts_is_as_config_json_says() -> None:
+    assert layers_with_experts("mixtral") == [0, 1, 2]
+    assert layers_with_experts("qwen3_moe", decoder_sparse_step=2) == [1]
+    assert layers_with_experts("qwen3_moe", mlp_only_layers=[0, 1]) == [2]
+    assert layers_with_experts("glm4_moe", first_k_dense_replace=2) == [2]
+    assert layers_with_experts("ernie4_5_moe") == [1, 2]
+    assert layers_with_experts("ernie4_5_moe", moe_layer_end_index=1) == [1]
+
+
+@pytest.mark.parametrize("source", ["mixtral", "gpt_oss", "glm4_moe"], indirect=True)
+def test_decoding_reads_the_experts_that_a_token_is_routed_to(source: Checkpoint) -> None:
+    """Two of four here, and all else but the input embedding."""
+    shape = source.shape
+    fused = ("gate_up_proj", "down_proj")
+    experts = sum(
+        prod(tensor.shape)
+        for name, tensor in source.tensors.items()
+        if ".experts." in name and "shared" not in name
+    )
+    assert any(name.rpartition(".")[2] in fused for name in source.tensors) == (
+        shape.model_type == "gpt_oss"
+    )
+    table = shape.vocab_size * shape.hidden_size
+    whole = sum(prod(tensor.shape) for tensor in source.tensors.values())
+    assert shape.parameters(shape.layers) == whole
+    assert shape.decode_parameters(shape.layers) == whole - table - experts // 2
+    assert shape.channel_parameters == 0
+
+
+@pytest.mark.parametrize("family", sorted(EXPERTS))
+def test_a_size_that_is_missing_is_named(family: str) -> None:
+    record = FAMILIES[family]
+    for key in EXPERTS[family].keys() - record.defaults.keys() - {"num_experts"}:
+        config = {**SIZES, **EXPERTS[family], key: "four"}
+        with pytest.raises(ModelError, match=f"{key} must be an integer from 0"):
+            record.read_shape(config, 4)
+
+
+def test_more_experts_than_any_model_has_are_refused() -> None:
+    config = {**SIZES, "num_local_experts": 1 << 20, "num_experts_per_tok": 2}
+    with pytest.raises(ModelError, match="num_local_experts must be at most 4096"):
+        FAMILIES["mixtral"].read_shape(config, 4)
+
+
+@pytest.mark.parametrize("source", ["qwen3_moe"], indirect=True)
+def test_what_is_not_cut_yet_is_refused_by_name(source: Checkpoint) -> None:
+    family, shape = source.family, source.shape
+    family.check_units("heads")
+    for units in ("channels", "both"):
+        with pytest.raises(ModelError, match=f"--units {units} .*experts.* not cut yet, which qwe"):
+            family.check_units(units)
+    layer = LayerPlan((0, 1), (0, 1, 2, 3), tuple(range(8)))
+    plan = Plan(source.fingerprint, source.name, "per-layer", "none", (layer,) * shape.num_layers)
+    with pytest.raises(PlanError, match="layer 0: plan keeps channels, and experts, which qwen3_m"):
+        validate_plan(plan, shape, source.fingerprint)
+    with pytest.raises(ModelError, match="a model that runs from disk does not know experts"):
+        open_layerwise(source.path, torch.float32)
+    with pytest.raises(ModelError, match="this format does not know experts"):
+        settings_of(source)
+    model = load(source.path)
+    with pytest.raises(ModelError, match="reading down does not know experts"):
+        observe(model, family, [batch()], [MeanSquares("down", 2, shape.channels)])
+
+
+@pytest.mark.parametrize("source", ["gpt_oss", "dots1"], indirect=True)
+def test_gradients_are_of_attention_alone(source: Checkpoint) -> None:
+    model = load(source.path)
+    lengths = gradient_lengths(model, source.family, source.shape, [batch()])
+    assert lengths[:-1, :, 0].any()
+    assert not lengths[:, :, 1].any()
+    found = gradient_reductions(model, source.family, source.shape, [batch()])
+    assert found["head_gates"][0].all()
+    assert found["query_rows"][0].any()
+    assert not found["channel_gates"][0].any()
+    assert quantised_bits(source) is None
+
+
+@pytest.mark.parametrize("source", [name for name in KNOWN if name in EXPERTS], indirect=True)
+def test_experts_can_be_widened_to_float64(source: Checkpoint) -> None:
+    """As models are where they are judged; transformers' own choice knows float32 at most."""
+    model = load_dense(source.path, torch.float32)
+    with torch.no_grad():
+        narrow, wide = model(tokens()).logits, model.double()(tokens()).logits
+    assert wide.dtype is torch.float64
+    assert (narrow - wide).abs().max().item() < 1e-4
