@@ -126,7 +126,8 @@ def greedy(model: Any, **options: Any) -> torch.Tensor:
 
 def load(path: Path, **options: Any) -> PreTrainedModel:
     """A checkpoint in float64, of which nothing is missing or left over."""
-    if json.loads((path / "config.json").read_text())["model_type"].removeprefix("spp_") in EXPERTS:
+    name = json.loads((path / "config.json").read_text())["model_type"].removeprefix("spp_")
+    if name in EXPERTS and hasattr(PreTrainedModel, "set_experts_implementation"):
         options["experts_implementation"] = "eager"  # others know no float64
     with quiet_transformers():
         model, report = AutoModelForCausalLM.from_pretrained(

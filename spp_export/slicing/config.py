@@ -57,6 +57,8 @@ def slim_config(
     _check_layers(shape, layers, ragged=layout == "ragged")
     config = portable_config(source_config, family.rope_theta)
     config |= {"head_dim": shape.head_dim, "tie_word_embeddings": shape.tied_embeddings}
+    if family.experts:
+        config |= family.experts.counts({**family.defaults, **source_config})
     has_bias = {Role.OUTPUT: shape.output_bias, Role.DOWN: shape.mlp_bias}
     new = sorted(role for role in biased if not has_bias[role])
     if layout == "uniform":
@@ -160,15 +162,17 @@ def _per_layer(
 
 def _per_layer_modules(family: Family) -> dict[str, Any]:
     """What modeling_spp.py has to know of a family beyond the names that are Llama's."""
-    if family.experts:
-        return {"per_layer_modules": {"layers": "layers", "modules": [family.attention]}}
+    modules = [family.attention]
     if family.derived_head_dim != "attention":
-        return {}
+        alone = {"per_layer_modules": {"layers": "layers", "modules": modules}}
+        return alone if family.experts else {}
+    if not family.experts:
+        modules.append(family.up.rpartition(".")[0])
     inputs = list(dict.fromkeys((family.query, family.key, family.value)))
     return {
         "per_layer_modules": {
             "layers": "layers",
-            "modules": [family.attention, family.up.rpartition(".")[0]],
+            "modules": modules,
             # Made of a hidden size of so many heads, for want of another way to say head_dim.
             "narrow": {"inputs": inputs, "outputs": [family.output]},
         }

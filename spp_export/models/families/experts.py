@@ -45,8 +45,8 @@ class Experts:
         count = _size(config, self.count)
         if count > _MOST_EXPERTS:
             raise ModelError(
-                f"config.json: {self.count.partition('|')[0]} must be at most {_MOST_EXPERTS}, got {count}. "
-                "The checkpoint is damaged or of another format."
+                f"config.json: {self.count.partition('|')[0]} must be at most {_MOST_EXPERTS}, got "
+                f"{count}. The checkpoint is damaged or of another format."
             )
         places = [count > 0 and self._has_experts(config, layer) for layer in range(layers)]
         share = min(1.0, _size(config, self.routed) / count) if count else 1.0
@@ -55,6 +55,10 @@ class Experts:
             for sparse, sizes in ((True, self.tensors), (False, self.dense))
         }
         return tuple(kinds[sparse] for sparse in places)
+
+    def counts(self, config: Mapping[str, Any]) -> dict[str, int]:
+        """The number of experts by all its names: each version of transformers reads one."""
+        return dict.fromkeys(self.count.split("|"), _size(config, self.count))
 
     def _has_experts(self, config: Mapping[str, Any], layer: int) -> bool:
         first = _size(config, self.first) if self.first else 0

@@ -158,6 +158,7 @@ FAMILIES = (
            sliding="all", end_token=2, experts=Experts(_BLOCK_SPARSE, *_LOCAL)),
     Family("phimoe", "PhimoeForCausalLM",
            _features(Feature.EXPERTS, _LAYER_NORM, Feature.ROTARY), **_BIASES, **_NO_MLP,
+           derived_head_dim="attention",
            defaults={"num_local_experts": 16, "num_experts_per_tok": 2}, rope_theta=None,
            norm_bias=True, head_bias="lm_head_bias", sliding="all", end_token=2,
            experts=Experts(_BLOCK_SPARSE, *_LOCAL)),
@@ -166,7 +167,7 @@ FAMILIES = (
                                    "moe_intermediate_size": 768, "decoder_sparse_step": 1},
            sliding="all", experts=Experts(_EACH, *_COUNTS, _DENSE, **_STEPS)),
     Family("qwen2_moe", "Qwen2MoeForCausalLM", _features(Feature.EXPERTS), **_NO_MLP,
-           qkv_bias="qkv_bias", sliding="listed", defaults={
+           qkv_bias="qkv_bias", sliding="listed", derived_head_dim="attention", defaults={
                "qkv_bias": True, "num_local_experts": 60, "num_experts_per_tok": 4,
                "moe_intermediate_size": 1408, "decoder_sparse_step": 1,
                "shared_expert_intermediate_size": 5632},
@@ -186,7 +187,7 @@ FAMILIES = (
                "mlp.experts.down_proj_bias": "* hidden_size"}, *_LOCAL)),
     Family("granitemoe", "GraniteMoeForCausalLM", _features(Feature.EXPERTS, Feature.MULTIPLIERS),
            **_BIASES, **_NO_MLP, defaults={"num_local_experts": 8, "num_experts_per_tok": 2},
-           end_token=2, experts=Experts({
+           derived_head_dim="attention", end_token=2, experts=Experts({
                "block_sparse_moe.router.layer.weight": f"{_LOCAL[0]} hidden_size",
                "block_sparse_moe.input_linear.weight": "* 2*intermediate_size hidden_size",
                "block_sparse_moe.output_linear.weight": "* hidden_size intermediate_size"},

@@ -110,9 +110,10 @@ def _graft(layer: nn.Module, config: Any, index: int, listed: Mapping[str, Any])
         _narrow(layer, attention, config, index, **listed["narrow"])
         # The rest of it, with heads that fill the hidden size.
         own.num_attention_heads = own.num_key_value_heads = 1
-    donor = type(layer)(own, index)
-    for name in listed["modules"][1 if "narrow" in listed else 0 :]:
-        setattr(layer, name, getattr(donor, name))
+    if names := listed["modules"][1 if "narrow" in listed else 0 :]:
+        donor = type(layer)(own, index)
+        for name in names:
+            setattr(layer, name, getattr(donor, name))
     query_groups = getattr(own, "query_groups", ())
     if len(set(query_groups)) > 1:
         _serve_unevenly(getattr(layer, attention), query_groups)
