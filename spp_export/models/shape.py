@@ -55,6 +55,7 @@ class Costs:
     layer     of a layer, what goes with none of them
     outside   beside the layers; `untied` of these are an input embedding that is not the head
     kv_rows   elements that one KV head adds to the cache per token
+    query_rows  the same of one query head, of models that cache its keys and values
     """
 
     query_head: int
@@ -64,6 +65,7 @@ class Costs:
     outside: int
     untied: int
     kv_rows: int
+    query_rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +75,9 @@ class ModelShape:
     `qkv_bias`, `output_bias` and `mlp_bias` say which projections carry a bias, `down_bias` that
     down_proj has one whatever gate and up have; `qk_norm` whether queries and keys are normalised
     per head. `element_bytes` is the size of one stored element of the attention weights.
-    `switches` are further flags of the record that config.json turns on. `costs` come from the
-    record; None counts the tensors of a Llama with these biases.
+    `switches` are further flags of the record that config.json turns on. `positions` are the rows
+    of a table of positions, `embedding_size` is 0 where the embedding is as wide as the stream.
+    `costs` come from the record; None counts the tensors of a Llama with these biases.
     """
 
     model_type: str
@@ -93,12 +96,19 @@ class ModelShape:
     down_bias: bool = False
     qk_norm: bool = False
     switches: tuple[str, ...] = ()
+    positions: int = 0
+    embedding_size: int = 0
     costs: Costs | None = None
 
     @property
     def group_size(self) -> int:
         """Query heads per KV head in the dense model (g)."""
         return self.query_heads // self.kv_heads
+
+    @property
+    def embedding_width(self) -> int:
+        """Columns of the embedding and of the head."""
+        return self.embedding_size or self.hidden_size
 
     @property
     def layer(self) -> LayerShape:
@@ -167,7 +177,8 @@ class ModelShape:
     ) -> int:
         """Bytes of KV cache per token, at `element_bytes` (default: the stored dtype)."""
         size = self.element_bytes if element_bytes is None else element_bytes
-        return self.counted.kv_rows * size * sum(layer.kv_heads for layer in layers)
+        rows, more = self.counted.kv_rows, self.counted.query_rows
+        return size * sum(rows * layer.kv_heads + more * layer.query_heads for layer in layers)
 
 
 def channel_widths(channels: int, multiple: int) -> tuple[int, ...]:

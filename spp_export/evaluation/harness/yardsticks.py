@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from spp_export.evaluation.harness.rows import HALF, ROUNDED
 from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.checkpoint.reader import read_float
-from spp_export.models.families import Role
+from spp_export.models.families import Feature, Role
 from spp_export.models.session import Session
 from spp_export.slicing.projections import Projection, Projections, ProjectionsOnDisk
 
@@ -36,8 +36,8 @@ def quantised_bits(source: Checkpoint) -> int | None:
 
     A group of 32 weights of a row then has at most 16 values.
     """
-    roles = source.family.query, source.family.gate
-    few = (_values_in_groups(read_float(source.tensor(role, 0))) <= 2**_FEW_BITS for role in roles)
+    roles = source.family.query, source.family.gate or source.family.up
+    few = (_values_in_groups(source.weight(role, 0)) <= 2**_FEW_BITS for role in roles)
     return _FEW_BITS if all(few) else None
 
 
@@ -54,6 +54,10 @@ def _values_in_groups(weight: NDArray[np.floating]) -> int:
 def rounded_projections(source: Checkpoint, rounding: Rounding) -> Projections:
     """Every projection of every layer, rounded whenever it is asked for. Embeddings, norms and the
     language model head stay as they are."""
+
+    source.family.refuse(
+        (Feature.FUSED, Feature.NO_GATE), "rounding of weights", "Compare with other criteria."
+    )
 
     def read(layer: int, role: Role) -> Projection:
         weight = read_float(source.tensor(source.family.projection(role), layer))

@@ -11,11 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from spp_export.common.errors import CheckpointError, ModelError
 from spp_export.common.json_files import read_json, shown
-from spp_export.models.checkpoint.dtypes import ELEMENT_BYTES, FLOAT_DTYPES
+from spp_export.models.checkpoint.dtypes import ELEMENT_BYTES, FLOAT_DTYPES, Floats
 from spp_export.models.checkpoint.header import StoredTensor, show
-from spp_export.models.checkpoint.reader import model_file, same_bytes, stored_tensors
+from spp_export.models.checkpoint.reader import model_file, read_float, same_bytes, stored_tensors
 from spp_export.models.families import FAMILIES, Family, TensorSpec, family_of
 from spp_export.models.shape import LayerShape, Layout, ModelShape
 
@@ -86,6 +88,11 @@ class Checkpoint:
         """The weight or bias of a module, by its name in the family."""
         return self.tensors[f"{self._module(module, layer)}.{kind}"]
 
+    def weight(self, module: str, layer: int) -> Floats:
+        """A projection's weight [outputs, inputs], however it is stored."""
+        weight = read_float(self.tensor(module, layer))
+        return np.ascontiguousarray(weight.T) if self.family.transposed else weight
+
     def bias(self, module: str, layer: int) -> StoredTensor | None:
         """A projection's bias, where it has one."""
         return self.tensors.get(f"{self._module(module, layer)}.bias")
@@ -134,6 +141,7 @@ def _open_slim(path: Path, name: str | None, config: Mapping[str, Any]) -> Check
             f"{path}: model_type {shown(model_type)} with per_layer_config is not supported; "
             f"known are {', '.join(f'{OWN}{name}' for name in sorted(FAMILIES))}."
         )
+    family = family.of(config)
     if config.get("quantization_config") is not None:
         raise ModelError(
             f"{path}: config.json has quantization_config, which spp never writes. "
