@@ -203,7 +203,9 @@ def _summed_loss(model: nn.Module, family: Family, batch: TokenBatch) -> Tensor:
     else:
         decoder = model.get_submodule(family.layers.rpartition(".")[0])
         hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        logits = model.get_submodule(family.head)(hidden[:, :-1][predicted.to(hidden.device)])
+        # In memory it may have another name than in files.
+        head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+        logits = head(hidden[:, :-1][predicted.to(hidden.device)])
     targets = ids[:, 1:][predicted].to(logits.device)
     losses = cross_entropy(logits.float(), targets, reduction="none")
     shares = (1 / predicted.sum(1, keepdim=True).clamp(min=1)).expand(predicted.shape)[predicted]

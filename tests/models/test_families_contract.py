@@ -22,6 +22,7 @@ from family_models import (
     padded,
     tokens,
 )
+from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from spp_export.common.progress import quiet_transformers
@@ -146,3 +147,17 @@ def test_only_llamas_and_what_computes_as_they_do_have_no_features() -> None:
         fused = len(family.projections) < (6 if family.gate == "" else 7)
         assert fused == (Feature.FUSED in family.features)
         assert (family.gate == "") == (Feature.NO_GATE in family.features)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bloom"])
+def test_tensors_may_be_named_as_in_the_decoder(name: str, tmp_path: Path) -> None:
+    """As these two were published."""
+    source = open_source(make_dense(name, tmp_path / "dense"))
+    whole = load_file(tmp_path / "dense" / "model.safetensors")
+    short = {key.removeprefix("transformer."): value for key, value in whole.items()}
+    save_file(short, tmp_path / "dense" / "model.safetensors", {"format": "pt"})
+    again = open_source(tmp_path / "dense")
+    assert again.tensors.keys() == source.tensors.keys()
+    pair = make_slim(again, "per-layer", tmp_path / "slim")
+    with pair.masked() as masked:
+        assert (logits(load(pair.slim)) - logits(masked)).abs().max().item() <= 1e-12

@@ -120,7 +120,7 @@ def open_source(path: Path, name: str | None = None) -> Checkpoint:
 
 def _open_dense(path: Path, name: str | None, config: Mapping[str, Any]) -> Checkpoint:
     family = family_of(config)
-    stored = stored_tensors(path)
+    stored = _whole_names(family, stored_tensors(path), config)
     shape = family.read_shape(config, _element_bytes(family, stored))
     _check_layers(path, shape, stored, "Fetch the model again.")
     specs = {spec.name: spec for spec in family.tensors(shape, shape.layers)}
@@ -231,6 +231,24 @@ def _element_bytes(family: Family, stored: Mapping[str, StoredTensor]) -> int:
     return ELEMENT_BYTES[tensor.dtype] if tensor else 2
 
 
+def _whole_names(
+    family: Family, stored: Mapping[str, StoredTensor], config: Mapping[str, Any]
+) -> Mapping[str, StoredTensor]:
+    """Tensors by the names of the whole model, where they are stored by those of its decoder, as
+    GPT-2 and BLOOM were published; transformers reads either."""
+    first = f"{family.layer_name(0, family.query)}.weight"
+    prefix = f"{first.partition('.')[0]}."
+    named = config.get("architectures")
+    whole = isinstance(named, list) and family.architecture in named
+    if first in stored or not whole or first.removeprefix(prefix) not in stored:
+        return stored
+    outside = (prefix, f"{family.head}.")
+    return {
+        name if name.startswith(outside) else f"{prefix}{name}": tensor
+        for name, tensor in stored.items()
+    }
+
+
 def _check_names(
     path: Path,
     family: Family,
@@ -267,7 +285,7 @@ def _check_architecture(path: Path, family: Family, config: Mapping[str, Any]) -
     """Of a model that lacks tensors, or has others: what else it may be."""
     named = config.get("architectures")
     kinds = [kind for kind in named if isinstance(kind, str)] if isinstance(named, list) else []
-    if kinds and not any(kind.endswith("ForCausalLM") for kind in kinds):
+    if kinds and not any(kind.endswith(("ForCausalLM", family.architecture)) for kind in kinds):
         raise ModelError(
             f"{path}: is a {kinds[0]!s:.60}, which writes no text; expected "
             f"{family.architecture}. Give the causal language model that it was made from."
