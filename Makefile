@@ -36,7 +36,7 @@ DOCS := build/venv-docs
 
 .PHONY: help demo artifacts check test test-all test-loading test-lm-eval test-optimum \
 	test-transformers-js test-vllm test-report test-serving test-faults test-examples fuzz docs eval eval-finance eval-traffic \
-	eval-answers eval-ablations lm-eval picture bench bench-onnx bench-gpu bench-peers latency-plan \
+	eval-answers eval-ablations lm-eval picture bench bench-onnx bench-gguf bench-gpu bench-peers latency-plan \
 	onnx-exporters onnx-memory onnx-parity gguf-parity ragged many recovery choices distillation scale \
 	layerwise blocked-moments answer-engines compile-time start-time reference clean
 
@@ -58,7 +58,7 @@ help:
 	@echo "make artifacts     probe the default model again"
 	@echo "make eval          every criterion and control, 10 to 50 % of heads and of all units removed"
 	@echo "make eval-finance  the defaults on a scenario that no constant was set on"
-	@echo "make eval-traffic  obs and fisher on the dense model's answers, 20 % of heads removed"
+	@echo "make eval-traffic  fisher, obs and controls on the dense model's answers, 20 % removed"
 	@echo "make eval-answers  questions answered by slim models"
 	@echo "make eval-ablations  the defaults less one of their parts"
 	@echo "   MODEL=DIR         with any of these: the same of a model of your own, into a folder of its name"
@@ -67,6 +67,7 @@ help:
 	@echo "make lm-eval       make demo's export in lm-evaluation-harness"
 	@echo "make bench         speed and memory of make demo's export beside the dense model"
 	@echo "make bench-onnx    the same with ONNX Runtime: fp32, int4, onnxruntime-genai"
+	@echo "make bench-gguf    the same with llama.cpp beside them: q8_0 and q4_0"
 	@echo "make bench-gpu     the published backbones on a CUDA card, with the card's own Python"
 	@echo "make latency-plan  a plan by measured latency beside one by parameters"
 	@echo "make bench-peers   the export step beside Torch-Pruning and a plain script; 12 GB of disk"
@@ -232,8 +233,8 @@ eval-finance: $(INSTALLED) $(PROBED)
 
 eval-traffic: TRAFFIC = $(EVALUATED)/eval-traffic-$(basename $(notdir $(SCENARIO)))
 eval-traffic: $(INSTALLED) $(PROBED)
-	$(SPP_EVAL) --scenario $(SCENARIO) --criterion obs --criterion fisher \
-		--keep 0.8 --no-curves -o $(TRAFFIC)
+	$(SPP_EVAL) --scenario $(SCENARIO) --criterion fisher --criterion obs \
+		--units heads --units both --keep 0.8 --no-curves -o $(TRAFFIC)
 	$(BIN)/python -m spp_campaigns.quality_tables $(TRAFFIC)
 
 eval-answers: $(INSTALLED) $(PROBED)
@@ -284,6 +285,21 @@ bench-onnx: $(INSTALLED)
 		--scenario $(DATA)/scenarios/chemistry.txt
 	$(BIN)/spp bench out/half out/half-onnx out/half-int4 --model demo --rounds 15 \
 		-o $(RESULTS)/bench-onnx-cpu.json --force
+
+# 30 % of heads and channels off: fp32, int4, q8_0 and q4_0, each beside the dense model in the same
+# form.
+bench-gguf: $(INSTALLED)
+	$(BIN)/spp export --scenario $(DATA)/scenarios/chemistry.txt --units both --keep 0.7 \
+		-o out/seventy --force
+	$(BIN)/spp convert out/seventy --force -o out/seventy-onnx
+	$(BIN)/spp convert out/seventy --force -o out/seventy-int4 --quant int4 \
+		--scenario $(DATA)/scenarios/chemistry.txt
+	$(BIN)/spp convert out/seventy --force -o out/seventy-q8 --format gguf --quant q8_0 \
+		--scenario $(DATA)/scenarios/chemistry.txt
+	$(BIN)/spp convert out/seventy --force -o out/seventy-q4 --format gguf --quant q4_0 \
+		--scenario $(DATA)/scenarios/chemistry.txt
+	$(BIN)/spp bench out/seventy out/seventy-onnx out/seventy-int4 out/seventy-q8 out/seventy-q4 \
+		--model demo --rounds 15 -o $(RESULTS)/bench-gguf-cpu.json --force
 
 # Needs a card and, in its Python, torch, triton, transformers, safetensors and numpy; nothing is
 # installed.

@@ -14,7 +14,9 @@ from spp_bench import provenance
 from spp_bench.bounds import Rates
 from spp_bench.candidates import (
     Candidate,
+    Form,
     Out,
+    gguf_candidate,
     in_genai,
     onnx_candidate,
     read_out,
@@ -33,8 +35,10 @@ from spp_bench.plots import write_plots
 from spp_bench.results import cell_record, earlier, header, problems, write_document
 from spp_bench.threads import torch_threads
 from spp_export.common.errors import OutputError, UsageError
+from spp_export.common.installation import install_command
 from spp_export.common.progress import progress
-from spp_export.formats.onnx.options import OnnxOptions
+from spp_export.formats.gguf.llama_cpp import is_installed as llama_installed
+from spp_export.formats.gguf.options import GgufOptions
 from spp_export.models.checkpoint.checkpoint import Checkpoint, open_source
 from spp_export.models.hub import DEMO, cache_directory, locate_model
 
@@ -95,6 +99,7 @@ def bench(
     location = locate_model(model)
     source = open_source(location.path, location.name)
     directories = _read_outs(outs, source)
+    _check_llama(directories, request.device)
     dtype = request.dtype or ("float32" if request.device == "cpu" else source.dtype_name)
     threads = request.threads or provenance.physical_cores()
     with (
@@ -116,43 +121,81 @@ def _read_outs(outs: Sequence[str | os.PathLike[str]], source: Checkpoint) -> li
     return directories
 
 
+def _check_llama(outs: Sequence[Out], device: str) -> None:
+    """UsageError where GGUF directories cannot be measured."""
+    files = [out for out in outs if isinstance(out.form, GgufOptions)]
+    if files and device != "cpu":
+        raise UsageError(
+            f"{files[0].name}: GGUF runs on the CPU here. Drop --device {device}, or the directory."
+        )
+    if files and not llama_installed():
+        raise UsageError(
+            f"{files[0].name}: measuring GGUF needs the package xllamacpp. "
+            f"Run: {install_command('gguf')}"
+        )
+
+
 @contextmanager
 def _candidates(
     outs: Sequence[Out], source: Checkpoint, dtype: str, genai: bool
 ) -> Iterator[list[Candidate]]:
-    """All rows, dense ones first; the dense models' ONNX graphs exist as long as the context is
-    open."""
+    """All rows, engine by engine and dense ones first; the dense models' ONNX graphs and GGUF files
+    exist as long as the context is open."""
     windows = windows_of(source)
     rows = [torch_candidate(source, None, dtype, windows)]
-    rows += [torch_candidate(source, out, dtype, windows) for out in outs if out.onnx is None]
-    graphs = [(out, out.onnx) for out in outs if out.onnx is not None]
-    if not graphs:
+    rows += [torch_candidate(source, out, dtype, windows) for out in outs if out.form is None]
+    written = [(out, out.form) for out in outs if out.form is not None]
+    if not written:
         yield rows
         return
     cache = cache_directory()
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix="bench-") as scratch:
-        exported = []
-        for index, options in enumerate(dict.fromkeys(options for _, options in graphs)):
+        made = []
+        for index, form in enumerate(dict.fromkeys(form for _, form in written)):
             directory = Path(scratch) / str(index)
-            _export_dense(source, directory, options)
-            exported.append(onnx_candidate(source, None, options, directory, windows))
-        exported += [
-            onnx_candidate(source, out, options, out.directory, windows) for out, options in graphs
+            _write_dense(source, directory, form)
+            made.append(_written_candidate(source, None, form, directory, windows))
+        made += [
+            _written_candidate(source, out, form, out.directory, windows) for out, form in written
         ]
+        graphs = [row for row in made if row.engine == "onnx"]
+        rows += graphs
         if genai and genai_installed():
-            exported += map(in_genai, exported.copy())
-        yield rows + exported
+            rows += map(in_genai, graphs)
+        yield rows + [row for row in made if row.engine == "gguf"]
 
 
-def _export_dense(source: Checkpoint, directory: Path, options: OnnxOptions) -> None:
+def _written_candidate(
+    source: Checkpoint,
+    out: Out | None,
+    form: Form,
+    directory: Path,
+    windows: Sequence[int | None],
+) -> Candidate:
+    if isinstance(form, GgufOptions):
+        return gguf_candidate(source, out, form, directory, windows)
+    return onnx_candidate(source, out, form, directory, windows)
+
+
+def _write_dense(source: Checkpoint, directory: Path, form: Form) -> None:
+    """The dense model as ONNX or GGUF, written like the directories it is compared with."""
+    from spp_export.formats.gguf.contents import gguf_contents
+    from spp_export.formats.gguf.write import write_gguf
     from spp_export.formats.onnx.write import write_onnx
 
     directory.mkdir()
-    with progress("exporting the dense model to ONNX", 1.0) as advance_to:
-        write_onnx(
-            source.path, directory, options, progress=lambda done, total: advance_to(done / total)
-        )
+    title = "GGUF" if isinstance(form, GgufOptions) else "ONNX"
+    with progress(f"exporting the dense model to {title}", 1.0) as advance_to:
+
+        def advance(done: int, total: int) -> None:
+            advance_to(done / max(total, 1))
+
+        if isinstance(form, GgufOptions):
+            contents = gguf_contents(source, form, source.name)
+            write_gguf(source, contents, directory, progress=advance)
+        else:
+            write_onnx(source.path, directory, form, progress=advance)
 
 
 class _Run:

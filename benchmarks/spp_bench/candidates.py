@@ -7,33 +7,44 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from spp_bench import gguf_weights
 from spp_bench.bounds import Sizes
 from spp_bench.onnx_weights import stored_weights
 from spp_export.common.errors import OutputError
 from spp_export.common.json_files import read_json
 from spp_export.common.manifest import hash_file, require_export
+from spp_export.formats.gguf.architecture import architecture_of
+from spp_export.formats.gguf.files import gguf_options
+from spp_export.formats.gguf.options import GGUF_NAME, GgufOptions
+from spp_export.formats.gguf.tensors import gguf_tensors
+from spp_export.formats.gguf.write import stored_bytes
 from spp_export.formats.onnx.files import onnx_options
 from spp_export.formats.onnx.options import OnnxOptions
+from spp_export.formats.onnx.write import GRAPH_NAME
+from spp_export.formats.promised import promised_checkpoint
 from spp_export.formats.settings import stock_settings
 from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.shape import LayerShape, ModelShape
 from spp_export.planning import read_plan, validate_plan
 from spp_export.planning.written import written_shape
 
-EngineName = Literal["torch", "graph", "onnx", "genai"]
+EngineName = Literal["torch", "graph", "onnx", "genai", "gguf"]
+# Of what is written for another engine than transformers.
+Form = OnnxOptions | GgufOptions
 DENSE = "dense"
+PLAN_NAME = "plan.json"
 GENAI_CONFIG = "genai_config.json"
 _ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
 
 @dataclass(frozen=True)
 class Out:
-    """A directory to measure: a slim safetensors directory, or an ONNX one.
+    """A directory to measure: a slim safetensors directory, or an ONNX or GGUF one.
 
     layers     what every layer has, by its plan
     shape      the dense model's, with the biases that compensation added
     plan_hash  SHA-256 of plan.json
-    onnx       the form of the graph; None for safetensors
+    form       how the graph or the GGUF file was written; None for safetensors
     """
 
     name: str
@@ -41,7 +52,7 @@ class Out:
     layers: tuple[LayerShape, ...]
     shape: ModelShape
     plan_hash: str
-    onnx: OnnxOptions | None
+    form: Form | None
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,7 @@ class Candidate:
     baseline         name of the dense row that its speed-up is relative to; None for a dense row
     predicted_bytes  bytes of all weights, from the plan and dtype; None where a quantiser decides
     spare_tokens     tokens that the cache has room for beyond those that are fed
+    cache_block      it has room for a multiple of so many tokens
     made             what the model is made of where no directory holds it
     """
 
@@ -77,6 +89,7 @@ class Candidate:
     plan_hash: str | None
     predicted_bytes: int | None
     spare_tokens: int = 0
+    cache_block: int = 1
     made: Made | None = None
 
     @property
@@ -100,7 +113,7 @@ class Candidate:
 
 def read_out(directory: Path, source: Checkpoint) -> Out:
     """What a directory holds. Raises OutputError or PlanError where that cannot be measured."""
-    plan = directory / "plan.json"
+    plan = directory / PLAN_NAME
     require_export(directory)
     compiled = read_plan(plan)
     validate_plan(compiled, source.shape, source.fingerprint)
@@ -110,8 +123,16 @@ def read_out(directory: Path, source: Checkpoint) -> Out:
         layers=compiled.written_shapes(source.shape),
         shape=written_shape(source, compiled),
         plan_hash=hash_file(plan).sha256,
-        onnx=onnx_options(directory) if (directory / "model.onnx").exists() else None,
+        form=_form_of(directory),
     )
+
+
+def _form_of(directory: Path) -> Form | None:
+    if (directory / GRAPH_NAME).exists():
+        return onnx_options(directory)
+    if (directory / GGUF_NAME).exists():
+        return gguf_options(directory)
+    return None
 
 
 def torch_candidate(
@@ -155,6 +176,41 @@ def onnx_candidate(
         baseline=dense if out else None,
         plan_hash=out.plan_hash if out else None,
         predicted_bytes=None if options.quant else size * shape.parameters(layers),
+    )
+
+
+def gguf_candidate(
+    source: Checkpoint,
+    out: Out | None,
+    options: GgufOptions,
+    directory: Path,
+    windows: Sequence[int | None],
+) -> Candidate:
+    """The row of llama.cpp: of the dense model in this form, or of a GGUF directory."""
+    decoder = promised_checkpoint(source, read_plan(directory / PLAN_NAME)) if out else source
+    tensors = gguf_tensors(decoder, architecture_of(decoder), options)
+    form = options.quant or options.precision
+    assert form is not None
+    dense = f"{DENSE} gguf {form}"
+    read = gguf_weights.stored_weights(directory).read
+    return Candidate(
+        name=f"{out.name} gguf" if out else dense,
+        engine="gguf",
+        directory=directory,
+        sizes=Sizes(
+            out.shape if out else source.shape,
+            decoder.layers,
+            windows,
+            read,
+            options.element_bytes,
+            False,
+        ),
+        precision=form,
+        baseline=dense if out else None,
+        plan_hash=out.plan_hash if out else None,
+        predicted_bytes=sum(map(stored_bytes, tensors)),
+        spare_tokens=1,
+        cache_block=gguf_weights.CACHE_BLOCK,
     )
 
 

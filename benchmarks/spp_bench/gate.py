@@ -14,11 +14,14 @@ from spp_bench.cases import Cell, tokens
 from spp_bench.engines.runner import Logits, Runner
 from spp_export.common.errors import ParityError
 from spp_export.common.manifest import MANIFEST_NAME, hash_file
+from spp_export.formats.gguf.options import QUANTS
 
 # A runner with wrong tokens, positions or weights is off by about 1; rounding by no more than this.
 _ROOM = {"fp32": 1e-3, "float32": 1e-3, "float64": 1e-6}
 _ROOM_OF_HALVES = 0.1
-_QUANTISED = ("int8", "int4", "int8-dynamic")
+_QUANTISED = ("int8", "int4", "int8-dynamic", *QUANTS)
+# They decode tokens of their own choice.
+_CHOOSING = ("genai", "gguf")
 _TOKENS = 16
 
 
@@ -42,7 +45,7 @@ def check_outs(
             out.directory,
             model=model,
             device=device,
-            dtype=None if out.onnx else dtype,  # a graph has its own
+            dtype=None if out.form else dtype,  # graphs and files have their own
         )
         if not report.passed:
             failed = report.failures[0]
@@ -65,8 +68,8 @@ def check_agreement(
     decoding.
 
     Runners are compared within each model (dense, or of the same plan) by the difference relative
-    to the length of the first runner's logits; a quantised graph only has to pass the checks of
-    its directory. Raises ParityError.
+    to the length of the first runner's logits; a quantised graph or file only has to pass the
+    checks of its directory. Raises ParityError.
     """
     fed = tokens(Cell(1, _TOKENS), steps, vocab_size)
     first: dict[str | None, tuple[str, list[Logits]]] = {}
@@ -75,7 +78,7 @@ def check_agreement(
         candidate = candidates[runner.name]
         if candidate.precision in _QUANTISED:
             continue
-        logits = _logits(runner, fed.prompt, fed.continuation, candidate.engine != "genai")
+        logits = _logits(runner, fed.prompt, fed.continuation, candidate.engine not in _CHOOSING)
         name, reference = first.setdefault(candidate.plan_hash, (runner.name, logits))
         if name == runner.name:
             continue
@@ -103,7 +106,13 @@ def _logits(runner: Runner, prompt: Any, continuation: Any, decoding: bool) -> l
 
 
 def distance(logits: Logits, reference: Logits) -> float:
-    """How far logits are from the reference, as a share of the reference's length (norm)."""
+    """How far logits are from the reference, as a share of the reference's length (norm).
+
+    Both less their mean, which says nothing: log-probabilities are logits, too.
+    """
+    logits, reference = (
+        values - values.mean(axis=-1, keepdims=True) for values in (logits, reference)
+    )
     return float(np.linalg.norm(logits - reference) / np.linalg.norm(reference))
 
 

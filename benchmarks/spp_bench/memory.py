@@ -8,7 +8,8 @@ from typing import Any
 from spp_bench.candidates import Candidate
 from spp_bench.cases import Cell, tokens
 from spp_bench.engines.open import open_runner
-from spp_bench.processes import held, peak, restart_peak, run_fresh
+from spp_bench.engines.runner import Runner
+from spp_bench.processes import held, peak, restart_peak, run_fresh, status_bytes
 from spp_export.common.errors import ModelError
 
 # How far weights and KV cache may be from what the plan predicts.
@@ -37,7 +38,8 @@ def hold(
     before = held(device)
     restart_peak(device)
     runner = open_runner(candidate, device, threads)
-    loading, after = peak(device), held(device)
+    loading = peak(device) + _elsewhere(runner, "VmHWM")
+    after = held(device) + _elsewhere(runner, "VmRSS")
     records = []
     for cell in sorted(cells):
         restart_peak(device)
@@ -45,7 +47,7 @@ def hold(
         runner.reserve(cell.context + new_tokens)
         runner.prefill(fed.prompt)
         runner.decode(fed.continuation)
-        most = peak(device)
+        most = peak(device) + _elsewhere(runner, "VmHWM")
         # After the peak: some engines give the sizes of their cache only by copying it.
         records.append({**cell.to_dict(), "kv_bytes": runner.kv_bytes(), "peak_bytes": most})
         runner.forget()
@@ -56,6 +58,12 @@ def hold(
         "loading_peak_bytes": loading,
         "cells": records,
     }
+
+
+def _elsewhere(runner: Runner, field: str) -> int:
+    """What an engine in a process of its own holds there, beyond what that held without a model."""
+    engine = getattr(runner, "engine", None)
+    return status_bytes(field, engine.process_id) - engine.empty_bytes if engine else 0
 
 
 def _import_engine(engine: str, device: str, threads: int) -> None:
@@ -71,6 +79,8 @@ def _import_engine(engine: str, device: str, threads: int) -> None:
             torch.zeros(1, device=device)
     elif engine == "onnx":
         import spp_bench.engines.ort
+    elif engine == "gguf":
+        import spp_bench.engines.gguf
     else:
         import spp_bench.engines.genai  # noqa: F401
 
@@ -100,9 +110,10 @@ def predicted_kv(candidate: Candidate, cell: Cell, new_tokens: int) -> int:
     """Bytes of the cache after a cell: every token that was fed.
 
     PyTorch keeps only what a sliding window still sees: its width less one, for the token to come.
-    ONNX Runtime keeps everything.
+    ONNX Runtime and llama.cpp keep everything.
     """
     length = cell.context + new_tokens + candidate.spare_tokens
+    length += -length % candidate.cache_block
     sizes = candidate.sizes
     windows = sizes.windows if candidate.engine == "torch" else [None] * len(sizes.layers)
     heads = sum(

@@ -122,9 +122,10 @@ def restart_peak(device: str = "cpu") -> None:
         (_PROC / "clear_refs").write_text("5", encoding="ascii")
 
 
-def status_bytes(field: str) -> int:
-    """A field of this process's status, in bytes; 0 where the system does not have it."""
-    status = _PROC / "status"
+def status_bytes(field: str, process: int | None = None) -> int:
+    """A field of a process's status, this one's if None, in bytes; 0 where the system does not have
+    it."""
+    status = (_PROC if process is None else _PROC.with_name(str(process))) / "status"
     if status.exists():
         for line in status.read_text(encoding="ascii", errors="replace").splitlines():
             if line.startswith(f"{field}:"):

@@ -12,7 +12,15 @@ from typing import Any
 from spp_export.common.versions import library_versions
 from spp_export.common.versions import machine as machine_used
 
-_OPTIONAL = ("onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "triton")
+_OPTIONAL = (
+    "onnx",
+    "onnx-ir",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxruntime-genai",
+    "xllamacpp",
+    "triton",
+)
 
 
 def physical_cores() -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass
+import os
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ class BenchOptions(Force, Seed, Dtype, Model):
     """A benchmark of directories or of a shape, or a table of latency."""
 
     out: tuple[PathLike, ...] = argument(
-        (), metavar="OUT...", help="Directories written by 'spp export', safetensors or ONNX."
+        (), metavar="OUT...", help="Directories written by spp: safetensors, ONNX or GGUF."
     )
     _: KW_ONLY
     batch: tuple[int, ...] = option(
@@ -111,6 +112,8 @@ class BenchOptions(Force, Seed, Dtype, Model):
     def check(self) -> None:
         """UsageError for options that do not go together."""
         super().check()
+        if self.dequantize and self.shape is not None:
+            raise UsageError("--dequantize: a shape has no weights. Drop one of the two.")
         if not self.profile:
             if bool(self.out) == (self.shape is not None):
                 raise UsageError(
@@ -137,6 +140,11 @@ def bench(request: BenchOptions) -> dict[str, Any]:
 
         document = spp_export.bench("out/chemistry", context=[128, 1024], output="bench.json")
     """
+    if request.dequantize:
+        from spp_export.models.dequantise import find_model
+
+        place = find_model(request.model, dequantize=True).path
+        request = replace(request, model=os.fspath(place), dequantize=False)
     if request.profile:
         return _profile(request)
     from spp_bench.bench import BenchRequest

@@ -23,7 +23,7 @@ from typing import Any
 
 from spp_export.common.errors import UsageError
 from spp_export.common.options import parse_count
-from spp_export.models.hub import DEMO_NAME, cache_directory
+from spp_export.models.hub import DEMO_NAME, cache_directory, cached_name
 
 LIMIT_VARIABLE = "SPP_CACHE_LIMIT"
 DEFAULT_LIMIT = 50_000_000_000
@@ -93,9 +93,10 @@ def cached_files() -> list[CachedFile]:
 
 
 def _model(path: Path) -> CachedFile:
-    sizes = [file.stat() for file in path.iterdir()]
+    sizes = [file.stat() for file in path.rglob("*") if file.is_file()]
     used = max(status.st_mtime for status in (*sizes, path.stat()))
-    return CachedFile(path, MODELS, DEMO_NAME, sum(s.st_size for s in sizes), used)
+    name = cached_name(path.resolve()) or DEMO_NAME
+    return CachedFile(path, MODELS, name, sum(s.st_size for s in sizes), used)
 
 
 def _model_of(path: Path) -> str:

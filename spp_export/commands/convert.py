@@ -35,8 +35,9 @@ from spp_export.formats.registry import FORMATS, detect_format, format_of
 from spp_export.formats.safetensors.verify import RECOVERY_NAME
 from spp_export.models.checkpoint.checkpoint import TOKENIZER_FILES, Checkpoint, open_checkpoint
 from spp_export.models.checkpoint.companions import companion, copy_companions, terms
+from spp_export.models.dequantise import find_model
 from spp_export.models.engines import Engine
-from spp_export.models.hub import locate_model, model_license
+from spp_export.models.hub import model_license
 from spp_export.models.tokenizer import has_tokenizer, load_tokenizer
 from spp_export.planning import Plan, read_plan
 from spp_export.planning.plan import dense_plan
@@ -93,7 +94,7 @@ def convert(request: ConvertRequest) -> ConvertResult:
     target = Path(request.output)
     check_target(target, request.force)
     check_place(target)
-    place = locate_model(os.fspath(request.checkpoint))
+    place = find_model(os.fspath(request.checkpoint), dequantize=request.dequantize)
     _check_source(place.path, target)
     checkpoint = open_checkpoint(place.path, place.name)
     options = request.fitted(checkpoint.shape).form

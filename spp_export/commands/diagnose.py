@@ -21,7 +21,11 @@ def diagnose(request: DiagnoseRequest) -> Diagnosis:
     """
     text = read_scenario(request.scenario)
     session = open_session(
-        request.model, device=request.device, dtype=request.dtype, layerwise=request.layerwise
+        request.model,
+        device=request.device,
+        dtype=request.dtype,
+        layerwise=request.layerwise,
+        dequantize=request.dequantize,
     )
     artifacts = open_artifacts(request.artifacts, request.model, session.source)
     return diagnose_scenario(session, artifacts, text, request.regime, request.calibration_tokens)

@@ -135,7 +135,12 @@ def evaluate(request: EvaluateRequest) -> EvalResult:
     )
     if request.generate:
         inputs.check_answers()
-    session = open_session(request.model, device=request.device, dtype=request.dtype)
+    session = open_session(
+        request.model,
+        device=request.device,
+        dtype=request.dtype,
+        dequantize=request.dequantize,
+    )
     artifacts = open_artifacts(request.artifacts, request.model, session.source)
     others = {
         name: open_artifacts(path, request.model, session.source)

@@ -91,7 +91,11 @@ def export(request: ExportRequest) -> ExportResult:
         check_target(target, request.force)
         check_place(target)
     session = open_session(
-        request.model, device=request.device, dtype=request.dtype, layerwise=request.layerwise
+        request.model,
+        device=request.device,
+        dtype=request.dtype,
+        layerwise=request.layerwise,
+        dequantize=request.dequantize,
     )
     request = request.fitted(session.source.shape)
     _check_format(request)

@@ -97,7 +97,12 @@ def frontier(request: FrontierRequest) -> FrontierResult:
     target = Path(request.output)
     check_target(target, request.force)
     scenario = with_answers(read_scenario(request.scenario), request.answers)
-    session = open_session(request.model, device=request.device, dtype=request.dtype)
+    session = open_session(
+        request.model,
+        device=request.device,
+        dtype=request.dtype,
+        dequantize=request.dequantize,
+    )
     artifacts = open_artifacts(request.artifacts, request.model, session.source)
     planning = Planning.begin(session, artifacts, scenario, request)
     search = PlanSearch(planning)

@@ -52,6 +52,7 @@ def load(
     answers: str | os.PathLike[str] | None = None,
     device: str = "cpu",
     dtype: str | None = None,
+    dequantize: bool = False,
 ) -> PreTrainedModel:
     """The slim model that `export(plan=...)` would write, in evaluation mode, without writing it.
 
@@ -60,6 +61,7 @@ def load(
     scenario   the text that the plan was made for, if its re-fit shall see it, too
     answers    a log with answers to the scenario's prompts, as of `export`
     dtype      the stored one by default
+    dequantize what a quantised model's weights stand for, as in `export`
 
     Raises PlanError for a plan of another model, UsageError where a re-fit has no text.
     """
@@ -71,6 +73,7 @@ def load(
         answers={} if answers is None else {"slim": answers},
         device=device,
         dtype=dtype,
+        dequantize=dequantize,
     )
     return models["slim"]
 
@@ -84,6 +87,7 @@ def load_many(
     answers: Mapping[str, str | os.PathLike[str]] | None = None,
     device: str = "cpu",
     dtype: str | None = None,
+    dequantize: bool = False,
 ) -> ScenarioModels:
     """Slim models of one checkpoint, by name, that share every tensor their plans leave untouched.
 
@@ -95,7 +99,7 @@ def load_many(
             "--device auto: models that share tensors are on one device. Give cpu, or cuda."
         )
     read = _named(plans)
-    session = open_session(model, device=device, dtype=dtype)
+    session = open_session(model, device=device, dtype=dtype, dequantize=dequantize)
     own = session.source.dtype_name if dtype is None else dtype
     weights = SharedWeights(session, getattr(torch, own))
     refitting = any(plan.compensation != "none" for plan in read.values())

@@ -26,7 +26,11 @@ def plan(request: PlanFileRequest) -> PlanResult:
         check_plan_target(request.output, request.force)
     text = with_answers(read_scenario(request.scenario), request.answers)
     session = open_session(
-        request.model, device=request.device, dtype=request.dtype, layerwise=request.layerwise
+        request.model,
+        device=request.device,
+        dtype=request.dtype,
+        layerwise=request.layerwise,
+        dequantize=request.dequantize,
     )
     artifacts = open_artifacts(request.artifacts, request.model, session.source)
     with noting() as kept:

@@ -44,7 +44,11 @@ def probe(request: ProbeRequest) -> Artifacts:
         # Before a model is fetched.
         ProbeSettings(request.select, names, request.units, request.seed).check(len(pools[1]))
     session = open_session(
-        request.model, device=request.device, dtype=request.dtype, layerwise=None
+        request.model,
+        device=request.device,
+        dtype=request.dtype,
+        layerwise=None,
+        dequantize=request.dequantize,
     )
     if not pools:
         pools, names = _extended(request, session)

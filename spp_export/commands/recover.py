@@ -132,7 +132,12 @@ def recover(request: RecoverRequest) -> RecoverResult:
     check_target(target, request.force)
     text = with_answers(read_scenario(request.data), request.answers)
     trained, measured = _split(request, text)
-    session = open_session(request.model, device=request.device, dtype="float32")
+    session = open_session(
+        request.model,
+        device=request.device,
+        dtype="float32",
+        dequantize=request.dequantize,
+    )
     validate_plan(plan, session.source.shape, session.source.fingerprint)
     if request.learn == "answers" and session.from_disk:
         raise UsageError(

@@ -24,6 +24,7 @@ from spp_export.common.options import (
     AnswerTokens,
     Artifacts,
     CalibrationTokens,
+    Dequantize,
     Device,
     Dtype,
     Force,
@@ -472,7 +473,7 @@ class ExportRequest(
 
 
 @dataclass(frozen=True)
-class ConvertRequest(KeepFailed, Force, Seed, Distance, FormRequest):
+class ConvertRequest(KeepFailed, Force, Seed, Distance, FormRequest, Dequantize):
     """A conversion."""
 
     checkpoint: str = argument(
@@ -561,7 +562,7 @@ class ReportRequest(Force):
 
 
 @dataclass(frozen=True)
-class ShowRequest(Request):
+class ShowRequest(Dequantize):
     """A path to describe."""
 
     path: PathLike = argument(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from spp_export.models.checkpoint.checkpoint import (
     Checkpoint,
     open_source,
 )
+from spp_export.models.dequantise import find_model
 from spp_export.planning import Plan, read_plan
 
 _SIZES = ("parameters", "file_bytes", "kv_bytes_per_token")
@@ -65,6 +67,9 @@ def show(request: ShowRequest) -> Shown:
     place = Path(request.path)
     if not place.exists():
         raise UsageError(f"{place}: no such file or directory.")
+    if request.dequantize:
+        location = find_model(os.fspath(place), dequantize=True)
+        return Shown("dense model", _model_facts(open_source(location.path, location.name)))
     if place.suffix == ".jsonl" and place.is_file():
         return Shown("evaluation", _evaluation_facts(read_results(place)))
     if not place.is_dir() and place.suffix != ".json":

@@ -52,7 +52,11 @@ def verify(request: VerifyRequest) -> VerifyReport:
         )
     dtype: str | None = request.dtype or made.verify_dtype(directory)
     session = open_session(
-        request.model, device=request.device, dtype=dtype, layerwise=request.layerwise
+        request.model,
+        device=request.device,
+        dtype=dtype,
+        layerwise=request.layerwise,
+        dequantize=request.dequantize,
     )
     compiled = read_plan(directory / "plan.json")
     validate_plan(compiled, session.source.shape, session.source.fingerprint)

@@ -295,7 +295,18 @@ def check_device_name(device: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model(Device):
+class Dequantize(Request):
+    """What is done with a quantised model."""
+
+    dequantize: bool = option(
+        False,
+        help="Of a quantised model, take what its weights stand for: FP8, MXFP4, "
+        "compressed-tensors, bitsandbytes, GPTQ, AWQ. Dequantised once, and kept in spp's cache.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model(Dequantize, Device):
     """The dense model, and where it runs."""
 
     model: str = option("demo", metavar="DIR|HUB_ID|demo", help="The dense model to start from.")

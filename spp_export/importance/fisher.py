@@ -7,7 +7,9 @@ spread evenly over directions that is `1/(2d) E |g_t|^2 |D a_t|^2`, so the secon
 o_proj and down_proj read are weighted by each token's squared gradient; all else is `obs`. What
 stays is re-fitted on plain moments.
 
-Layers need nothing more to compare. Takes a backward pass. Output-only.
+Layers need nothing more to compare. The gradients of a domain's dialogues come with the artifacts;
+other text takes a backward pass. The expansion is around the dense model: the more is removed, the
+less it says. Output-only.
 """
 
 from __future__ import annotations

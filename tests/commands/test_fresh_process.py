@@ -29,7 +29,7 @@ CASES = (
 
 @pytest.fixture(scope="module")
 def loaded(workshop, tmp_path_factory):
-    """Class, greedy continuation and logits of each export, by one fresh interpreter."""
+    """Its class's module, greedy continuation and logits of each export, by a fresh interpreter."""
     out = tmp_path_factory.mktemp("elsewhere")
     jobs = []
     for name, layout, compensate in CASES:
@@ -44,8 +44,8 @@ def test_it_loads_and_computes_what_it_should(workshop, loaded, case):
     """With its own code allowed, uniform without any."""
     name, layout, compensate = case
     out = workshop.exported(name, layout, compensate)
-    kind, ids, found = loaded[case]
-    assert kind.startswith("Spp") == (layout != "uniform")
+    module, ids, found = loaded[case]
+    assert ("modeling_spp" in module) == (layout != "uniform")
     batch = AutoTokenizer.from_pretrained(out.dense)(PROMPT, return_tensors="pt")
     written = None if compensate == "none" else out.unpadded
     with masked(out.dense, out.result.plan.layers, written) as model:

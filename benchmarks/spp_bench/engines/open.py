@@ -20,6 +20,10 @@ def open_runner(candidate: Candidate, device: str, threads: int) -> Runner:
         from spp_bench.engines.ort import OrtRunner
 
         return OrtRunner.load(candidate, device, threads)
+    if candidate.engine == "gguf":
+        from spp_bench.engines.gguf import LlamaRunner
+
+        return LlamaRunner(candidate, threads)
     from spp_bench.engines.genai import GenaiRunner
 
     return GenaiRunner.load(candidate, device, threads)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from spp_cli.options import command
 from spp_cli.output import Output
 from spp_export.commands.requests import ShowRequest
+from spp_export.common.options import non_default
 
 
 @command(ShowRequest)
@@ -15,7 +16,7 @@ def show(request: ShowRequest, out: Output) -> None:
     """
     import spp_export
 
-    shown = spp_export.show(request.path)
+    shown = spp_export.show(**non_default(request))
 
     from spp_cli.render.reports import shown_report
 

@@ -23,6 +23,7 @@ from spp_export.formats.sampling import Chooser, Sampling, greedy
 from spp_export.models.checkpoint.checkpoint import CONFIG_NAME, read_config
 from spp_export.models.checkpoint.companions import GENERATION_CONFIG, companion_object
 from spp_export.models.checkpoint.reader import nothing_to_read
+from spp_export.models.dequantise import find_model
 from spp_export.models.hub import DEMO, demo_model
 from spp_export.models.stop_tokens import stop_tokens
 from spp_export.models.tokenizer import load_tokenizer
@@ -219,15 +220,22 @@ def chat(request: ChatRequest) -> Chat | ScenarioChat:
         print(spp_export.chat("out/chemistry").ask("What is an acid?").text)
     """
     share = 1.0 if request.top_p is None else request.top_p
+    one = len(request.out) == 1 and Path(request.out[0]).suffix != ".json"
     choose = Sampling(request.temperature, request.top_k or 0, share, request.seed)
     first = Path(request.out[0])
+    if one and request.dequantize:
+        first = find_model(os.fspath(first), dequantize=True).path
     opened: Chat | ScenarioChat
     how: dict[str, Any] = {
         name: getattr(request, name) for name in ("device", "dtype", "threads", "system", "raw")
     }
-    if len(request.out) > 1 or first.suffix == ".json":
+    if not one:
         opened = open_scenario_chat(
-            request.out, model=request.model, artifacts=request.artifacts, **how
+            request.out,
+            model=request.model,
+            artifacts=request.artifacts,
+            dequantize=request.dequantize,
+            **how,
         )
     else:
         opened = open_chat(first, **how)
@@ -405,6 +413,7 @@ def open_scenario_chat(
     threads: int | None = None,
     system: str | None = None,
     raw: bool = False,
+    dequantize: bool = False,
 ) -> ScenarioChat:
     """A chat with the slim models of plans, or of exports' plans, made of one dense model.
 
@@ -420,7 +429,9 @@ def open_scenario_chat(
         torch.set_num_threads(threads)
     if dtype is None and device == "cpu":
         dtype = "float32"
-    models = load_many(model, plans, artifacts=artifacts, device=device, dtype=dtype)
+    models = load_many(
+        model, plans, artifacts=artifacts, device=device, dtype=dtype, dequantize=dequantize
+    )
 
     def open_model(name: str) -> Chat:
         runs = TorchModel(models[name])

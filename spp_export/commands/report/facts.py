@@ -19,6 +19,7 @@ from spp_export.data.artifacts import bundled_artifacts, read_artifacts
 from spp_export.evaluation.remarks import remarks
 from spp_export.formats.registry import FORMATS
 from spp_export.models.engines import Engine
+from spp_export.models.hub import model_options
 from spp_export.models.shape import LayerShape
 from spp_export.planning import Plan
 
@@ -198,7 +199,7 @@ def _model(place: Place) -> tuple[str, ...]:
     """The option that names the dense model, unless it is the default one."""
     default = read_artifacts(bundled_artifacts()).fingerprint
     known = place.plan.model_fingerprint == default
-    return () if known else ("--model", place.plan.model_source)
+    return () if known else model_options(place.plan.model_source)
 
 
 def _commands(*lines: Sequence[str]) -> str:

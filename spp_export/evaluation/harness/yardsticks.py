@@ -13,12 +13,13 @@ from spp_export.evaluation.harness.rows import HALF, ROUNDED
 from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.checkpoint.reader import read_float
 from spp_export.models.families import Feature, Role
+from spp_export.models.hub import dequantised_record
 from spp_export.models.session import Session
 from spp_export.slicing.projections import Projection, Projections, ProjectionsOnDisk
 
 # A weight [out, in] as a few bits store it.
 Rounding = Callable[[NDArray[np.floating]], NDArray[np.float32]]
-_FEW_BITS = 4
+_FEW_BITS, _MOST_BITS = 4, 8
 # The smallest group of weights with a scale of its own that is common.
 _GROUP = 32
 
@@ -31,11 +32,15 @@ def yardsticks(session: Session) -> tuple[str, ...]:
 
 
 def quantised_bits(source: Checkpoint) -> int | None:
-    """4 where a checkpoint's weights have been quantised to so many bits and dequantised, whatever
-    dtype they are stored in now; None where they have not, or to more bits, which cannot be told.
+    """To how many bits a checkpoint's weights have been quantised before they were dequantised,
+    whatever dtype they are stored in now; None where they have not.
 
-    A group of 32 weights of a row then has at most 16 values.
+    What `--dequantize` made says so. Elsewhere 4 bits are told by the weights, of which a group of
+    32 in a row then has at most 16 values; more bits cannot be told.
     """
+    recorded = (dequantised_record(source.path) or {}).get("bits")
+    if type(recorded) is int and 1 <= recorded <= _MOST_BITS:
+        return recorded
     roles = source.family.query, source.family.gate or source.family.up
     few = (_values_in_groups(source.weight(role, 0)) <= 2**_FEW_BITS for role in roles)
     return _FEW_BITS if all(few) else None

@@ -1,7 +1,7 @@
 """llama.cpp in a process of its own, since it calls abort() on input that it rejects.
 
-`python llama_child.py FILE CONTEXT THREADS`: a JSON line on standard input
-asks, one on standard output answers. THREADS 0 is llama.cpp's own choice.
+`python llama_child.py FILE SETTINGS`, with the settings of `open_server` as JSON: a JSON line on
+standard input asks, one on standard output answers.
 """
 
 from __future__ import annotations
@@ -19,28 +19,48 @@ _BATCH = 512
 _CERTAIN = 1e6
 
 
-def open_server(path: str, context: int, threads: int, key: str | None = None) -> Any:
-    """llama.cpp as exact as it gets: single precision in the cache, plain kernels.
+def open_server(
+    path: str,
+    context: int,
+    threads: int,
+    key: str | None = None,
+    *,
+    sequences: int = 1,
+    fast: bool = False,
+    half_cache: bool = False,
+) -> Any:
+    """A model with room for `context` tokens in each of some sequences, that may be read together.
 
-    It also listens on a port of this machine, to whoever knows the `key`, if there is one.
+    As exact as llama.cpp gets: single precision in the cache, plain kernels. `fast`: with the
+    kernels and batches that its users have; `half_cache`: with their cache, too. 0 threads are
+    llama.cpp's own choice. It also listens on a port of this machine, to whoever knows the `key`,
+    if there is one.
     """
     import xllamacpp
 
+    attention = xllamacpp.llama_flash_attn_type
+    cache = xllamacpp.ggml_type
     parameters = xllamacpp.CommonParams()
     parameters.model.path = path
-    parameters.n_ctx = context
-    parameters.n_batch = parameters.n_ubatch = _BATCH
-    parameters.n_parallel = 1
+    parameters.n_ctx = context * sequences
+    parameters.n_parallel = sequences
     parameters.n_gpu_layers = 0
     parameters.warmup = False
     parameters.verbosity = 0
     parameters.use_jinja = False
     if threads:
         parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
-    parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    # Kernels for other layouts of quantised weights crash on some processors.
-    parameters.no_extra_bufts = True
+    cached = cache.GGML_TYPE_F16 if half_cache else cache.GGML_TYPE_F32
+    parameters.cache_type_k = parameters.cache_type_v = cached
+    parameters.flash_attn_type = attention.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    if fast:
+        # Nothing of earlier prompts is kept beside the cache.
+        parameters.cache_ram_mib = 0
+    else:
+        parameters.n_batch = parameters.n_ubatch = _BATCH
+        parameters.flash_attn_type = attention.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        # Kernels for other layouts of quantised weights crash on some processors.
+        parameters.no_extra_bufts = True
     if key:
         parameters.api_keys = [key]
     return xllamacpp.Server(parameters)
@@ -71,6 +91,33 @@ def answer(server: Any, request: dict[str, Any]) -> dict[str, Any]:
         steps.append([[entry["id"], entry["logprob"]] for entry in content])
         ids.append(steps[-1][0][0])
     return {"steps": steps}
+
+
+def read(server: Any, prompts: list[list[int]], new: int, afresh: bool) -> dict[str, Any]:
+    """Read prompts of one length together and add `new` tokens to each, chosen greedily.
+
+    afresh: all of a prompt is read, whatever the cache holds of it. The answer says how much of
+    the first prompt was in the cache, and how much was read.
+    """
+    completion = server.handle_completions(
+        {
+            "prompt": prompts,
+            "n_predict": new,
+            "temperature": 0,
+            # Nothing but the choice of the likeliest token.
+            "samplers": ["temperature"],
+            "ignore_eos": True,
+            "cache_prompt": not afresh,
+        }
+    )
+    if "choices" not in completion:
+        return {"error": str(completion.get("message") or completion)}
+    timings = completion["timings"]
+    return {
+        "cached": timings["cache_n"],
+        "read": timings["prompt_n"],
+        "new": timings["predicted_n"],
+    }
 
 
 def tokenize(server: Any, key: str, texts: list[str], around: bool) -> dict[str, Any]:
@@ -107,21 +154,35 @@ def ends(server: Any, harmless: int, tokens: list[int]) -> dict[str, Any]:
     return {"ends": ended}
 
 
+def resident_bytes() -> int:
+    """Memory that this process holds; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
 def main() -> int:
     """Serve until standard input ends."""
     # llama.cpp prints to standard output too.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    path, context, threads = sys.argv[1:]
+    path, settings = sys.argv[1:]
     key = secrets.token_hex(16)
-    server = open_server(path, int(context), int(threads), key)
-    print(json.dumps({"number": 0}), file=answers, flush=True)
+    import xllamacpp  # noqa: F401  before what is held without a model is counted
+
+    before = resident_bytes()
+    server = open_server(path, key=key, **json.loads(settings))
+    print(json.dumps({"number": 0, "held": before}), file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         if "texts" in request:
             result = tokenize(server, key, request["texts"], request["around"])
         elif "ends" in request:
             result = ends(server, request["harmless"], request["ends"])
+        elif "prompts" in request:
+            result = read(server, request["prompts"], request["new"], request["afresh"])
         else:
             result = answer(server, request)
         reply = {"number": request["number"], **result}

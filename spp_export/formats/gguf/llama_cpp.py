@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -46,8 +46,13 @@ class LlamaCpp:
     To be closed; at the latest it is when nobody has it any more.
     """
 
-    def __init__(self, path: Path, context: int, threads: int | None = None) -> None:
-        """With room for `context` tokens. ModelError where llama.cpp does not take the file."""
+    def __init__(
+        self, path: Path, context: int, threads: int | None = None, **settings: int
+    ) -> None:
+        """With room for `context` tokens, and more settings of `llama_child.open_server`.
+
+        ModelError where llama.cpp does not take the file.
+        """
         metadata = read_gguf(path.parent).metadata
         self._path = path
         self._harmless = _harmless(metadata)
@@ -55,7 +60,8 @@ class LlamaCpp:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  it is closed with the rest
         # By its path: it needs nothing of this package, and starts the faster.
         child = Path(__file__).with_name("llama_child.py")
-        command = [sys.executable, "-P", str(child), str(path), str(context), str(threads or 0)]
+        chosen = json.dumps({"context": context, "threads": threads or 0, **settings})
+        command = [sys.executable, "-P", str(child), str(path), chosen]
         with held():
             process = self._process = subprocess.Popen(
                 command,
@@ -67,7 +73,13 @@ class LlamaCpp:
             )
             log = self._log
             self._ending = Cleanup(lambda: _end(process, log))
-        self._answer()
+        # Bytes that the process held before it loaded the file.
+        self.empty_bytes: int = self._answer()["held"]
+
+    @property
+    def process_id(self) -> int:
+        """Of the process that llama.cpp is in."""
+        return self._process.pid
 
     def close(self) -> None:
         """End the process. May be called again."""
@@ -79,6 +91,13 @@ class LlamaCpp:
         request = {"ids": list(ids), "new": new_tokens, "top": top, "harmless": self._harmless}
         steps = [tuple((int(i), float(p)) for i, p in step) for step in self._ask(request)["steps"]]
         return tuple(Step(step[0][0], step) for step in steps)
+
+    def read(
+        self, prompts: Sequence[Sequence[int]], new: int, *, afresh: bool
+    ) -> Mapping[str, int]:
+        """As `llama_child.read`."""
+        done = self._ask({"prompts": [list(ids) for ids in prompts], "new": new, "afresh": afresh})
+        return {name: int(done[name]) for name in ("cached", "read", "new")}
 
     def tokenize(self, texts: Sequence[str], *, around: bool) -> list[list[int]]:
         """Ids of texts by llama.cpp's own tokenizer, special tokens in them read as such.

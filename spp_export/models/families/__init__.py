@@ -9,6 +9,7 @@ from spp_export.common.errors import ModelError
 from spp_export.common.json_files import shown
 from spp_export.models.families import table
 from spp_export.models.families.base import Family, Feature, Role, TensorSpec, Unit, vocabulary_size
+from spp_export.models.quantised import check_not_quantised
 
 __all__ = [
     "FAMILIES",
@@ -27,11 +28,7 @@ FAMILIES: dict[str, Family] = {family.model_type: family for family in table.FAM
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a parsed config.json; ModelError names what is unknown."""
     model_type = config.get("model_type")
-    if config.get("quantization_config") is not None:
-        raise ModelError(
-            "config.json: the checkpoint is quantised (quantization_config). "
-            "Slice the full-precision model and quantise the result."
-        )
+    check_not_quantised(config)
     if "per_layer_config" in config:
         raise ModelError(
             "config.json: the checkpoint has per_layer_config, so its layers already differ. "
