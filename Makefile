@@ -58,7 +58,7 @@ help:
 	@echo "make artifacts     probe the default model again"
 	@echo "make eval          every criterion and control, 10 to 50 % of heads and of all units removed"
 	@echo "make eval-finance  the defaults on a scenario that no constant was set on"
-	@echo "make eval-traffic  obs and fisher on the dense model's answers, 20 % of heads removed"
+	@echo "make eval-traffic  fisher, obs and controls on the dense model's answers, 20 % removed"
 	@echo "make eval-answers  questions answered by slim models"
 	@echo "make eval-ablations  the defaults less one of their parts"
 	@echo "   MODEL=DIR         with any of these: the same of a model of your own, into a folder of its name"
@@ -233,8 +233,8 @@ eval-finance: $(INSTALLED) $(PROBED)
 
 eval-traffic: TRAFFIC = $(EVALUATED)/eval-traffic-$(basename $(notdir $(SCENARIO)))
 eval-traffic: $(INSTALLED) $(PROBED)
-	$(SPP_EVAL) --scenario $(SCENARIO) --criterion obs --criterion fisher \
-		--keep 0.8 --no-curves -o $(TRAFFIC)
+	$(SPP_EVAL) --scenario $(SCENARIO) --criterion fisher --criterion obs \
+		--units heads --units both --keep 0.8 --no-curves -o $(TRAFFIC)
 	$(BIN)/python -m spp_campaigns.quality_tables $(TRAFFIC)
 
 eval-answers: $(INSTALLED) $(PROBED)

@@ -48,6 +48,10 @@ MORE: dict[str, dict[str, Any]] = {
     "glm4_moe": {"attention_bias": True, "use_qk_norm": True, "first_k_dense_replace": 1},
     "dots1": {"layer_types": ["sliding_attention", "full_attention"]},
     "ernie4_5_moe": {"use_bias": True, "moe_layer_start_index": 1},
+    "gpt_neox": {"rope_parameters": {"rope_theta": 5000.0, "partial_rotary_factor": 0.5}},
+    "gptj": {"rotary_dim": 4},
+    "falcon": {"multi_query": False, "bias": True, "num_kv_heads": 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 4},
     "olmo": {"clip_qkv": 2.0, "attention_bias": True},
 }
 # Sizes that the families of experts have beside those of every family.
@@ -81,6 +85,21 @@ EXPERTS: dict[str, dict[str, Any]] = {
         "moe_k": 2,
         "moe_intermediate_size": 12,
     },
+}
+# Other forms of a family, by a name of their own.
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "opt-350m": ("opt", {"word_embed_proj_dim": 20, "do_layer_norm_before": False}),
+    "opt-bare": ("opt", {"layer_norm_elementwise_affine": False, "enable_bias": False}),
+    "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}),
+    "falcon-7b": ("falcon", {}),
+    "falcon-40b": ("falcon", {"new_decoder_architecture": True}),
+    "falcon-11b": ("falcon", {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1}),
+    "falcon-rw": (
+        "falcon",
+        {"multi_query": False, "alibi": True, "num_kv_heads": 4, "parallel_attn": False},
+    ),
+    "gpt_bigcode-heads": ("gpt_bigcode", {"multi_query": False}),
+    "persimmon-bare": ("persimmon", {"qk_layernorm": False}),
 }
 # Of those, what this version of transformers has.
 KNOWN = [name for name in FAMILIES if name in CONFIG_MAPPING]
@@ -137,13 +156,23 @@ def load(path: Path, **options: Any) -> PreTrainedModel:
     return model
 
 
-def make_dense(family: str, target: Path) -> Path:
-    """A random model of a family, made by the stock classes."""
+def family_name(name: str) -> str:
+    """The family of a form, or the family itself."""
+    return FORMS[name][0] if name in FORMS else name
+
+
+def make_dense(name: str, target: Path) -> Path:
+    """A random model of a family or of one of its forms, made by the stock classes."""
+    family, more = FORMS.get(name, (name, MORE.get(name, {})))
     sizes = {"hidden_size": 32, "intermediate_size": 24, "vocab_size": 97, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    more = MORE.get(family, {}) | EXPERTS.get(family, {})
-    settings = AutoConfig.for_model(family, **sizes, **heads, **tokens, **more)
+    record, more = FAMILIES[family], more | EXPERTS.get(family, {})
+    named = {record.keys.get(key, key): value for key, value in (sizes | heads).items()}
+    named.pop("", None)
+    if record.derived_head_dim == "attention":
+        del named["head_dim"]
+    settings = AutoConfig.for_model(family, **{**named, **tokens, **more})
     if getattr(settings, "sliding_window", None):
         settings.sliding_window = 5
     torch.manual_seed(0)

@@ -217,6 +217,8 @@ def _hooks(
 ) -> Iterator[None]:
     def show(layer: int, seeing: Sequence[Observer], values: Tensor) -> None:
         keep = state.keep.to(values.device)
+        if values.dim() == 2:  # [B*S,d], as some MLPs read it
+            values = values.unflatten(0, keep.shape)
         # Without padding, as with one text at a time, nothing has to be copied.
         real = values.flatten(0, 1) if bool(state.keep.all()) else values[keep]
         text_T = state.texts.to(values.device)
@@ -240,7 +242,11 @@ def _hooks(
         "mlp_input": widens,
         "down": family.down,
     }
-    written = {"attention": family.attention, "stream": ""}
+    # Not of the attention as a whole, which in some families adds the stream itself.
+    written = {"attention": family.output, "stream": ""}
+    if Feature.POST_NORM in family.features:
+        # Norms leave shares as they are: of the sums, the stream and what was written to it.
+        read["residual"], read["stream"] = (name for name, _ in family.norms)
     if Feature.PARALLEL in family.features:
         # What attention writes is first read together with what the MLP writes.
         del read["residual"]

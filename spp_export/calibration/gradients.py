@@ -143,12 +143,13 @@ def _gradients_of_writes(
     seen: dict[tuple[int, int], Tensor] = {}
 
     def on_gradient(place: tuple[int, int], gradient: Tensor) -> None:
-        seen[place] = gradient.float().norm(dim=2).cpu()
+        seen[place] = shaped(gradient).float().norm(dim=2).cpu()
 
     def on_forward(place: tuple[int, int], _module: nn.Module, _args: Any, written: Tensor) -> None:
         written.register_hook(partial(on_gradient, place))
 
-    handles = []
+    shaped = _BatchShape()
+    handles = [shaped.watch(model)]
     try:
         for layer in range(shape.num_layers):
             for consumer, role in enumerate((family.output, family.down)):
@@ -161,6 +162,24 @@ def _gradients_of_writes(
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _BatchShape:
+    """Gives activations [B*S,d], as some MLPs read and write them, their axes again."""
+
+    _shape: tuple[int, ...] = ()
+
+    def watch(self, model: nn.Module) -> Any:
+        """See the token ids of every call from now on; returns a handle that ends it."""
+        embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+
+        def look(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self._shape = tuple(args[0].shape)
+
+        return embeddings.register_forward_pre_hook(look)
+
+    def __call__(self, values: Tensor) -> Tensor:
+        return values.unflatten(0, self._shape) if values.dim() == 2 else values
 
 
 def has_weights(model: nn.Module) -> bool:
@@ -187,7 +206,9 @@ def _summed_loss(model: nn.Module, family: Family, batch: TokenBatch) -> Tensor:
     else:
         decoder = model.get_submodule(family.layers.rpartition(".")[0])
         hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        logits = model.get_submodule(family.head)(hidden[:, :-1][predicted.to(hidden.device)])
+        # In memory it may have another name than in files.
+        head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+        logits = head(hidden[:, :-1][predicted.to(hidden.device)])
     targets = ids[:, 1:][predicted].to(logits.device)
     losses = cross_entropy(logits.float(), targets, reduction="none")
     shares = (1 / predicted.sum(1, keepdim=True).clamp(min=1)).expand(predicted.shape)[predicted]
@@ -210,7 +231,7 @@ class _Weights:
             name: family.rows(Role(role), shape) if axis == 1 else slice(None)
             for name, (role, axis) in _REDUCTIONS.items()
         }
-        self._channels = shape.channels
+        self._channels, self._turned = shape.channels, family.transposed
         self._sums: dict[nn.Parameter, Tensor] = {}
 
     @contextmanager
@@ -257,7 +278,9 @@ class _Weights:
                 if name not in layer:  # an MLP without a gate
                     reductions[name].append(np.zeros(self._channels, dtype=np.float32))
                     continue
-                reduced = products[layer[name]][self._rows[name]].sum(axis) / count
+                product = products[layer[name]]
+                product = product.T if self._turned else product
+                reduced = product[self._rows[name]].sum(axis) / count
                 reductions[name].append(reduced.float().cpu().numpy())
         return reductions
 
@@ -276,14 +299,16 @@ def _gates(
     }
 
     def on_gradient(total: Tensor, values: Tensor, gradient: Tensor) -> None:
-        per_token = (values.float() * gradient.float()).unflatten(2, (len(total), -1))
+        products = shaped(values.float() * gradient.float())
+        per_token = products.unflatten(2, (len(total), -1))
         total += per_token.sum((1, 3)).abs().sum(0).double().cpu()
 
     def on_forward(total: Tensor, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
         # Detached: a hook that held its own tensor would keep the batch's graph alive.
         args[0].register_hook(partial(on_gradient, total, args[0].detach()))
 
-    handles = []
+    shaped = _BatchShape()
+    handles = [shaped.watch(model)]
     try:
         for name, role in (("head_gates", family.output), ("channel_gates", family.down)):
             for index, total in enumerate(sums[name]) if role else ():

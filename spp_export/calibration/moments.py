@@ -41,7 +41,6 @@ from spp_export.calibration.stored import hold_for, trim
 from spp_export.common.arrays import FloatArray
 from spp_export.common.memory import free_memory
 from spp_export.models.checkpoint.checkpoint import Checkpoint
-from spp_export.models.checkpoint.reader import read_float
 from spp_export.models.families import Role
 from spp_export.models.shape import ModelShape
 
@@ -266,7 +265,7 @@ def layer_weights(source: Checkpoint, layer: int) -> LayerWeights:
         if not (module := family.projection(role)):
             width = 0 if family.experts else shape.channels
             return np.zeros((width, shape.hidden_size), dtype=np.float32)
-        whole = read_float(source.tensors[f"{family.layer_name(layer, module)}.weight"])
+        whole = source.weight(module, layer)
         return whole if role in (Role.OUTPUT, Role.DOWN) else whole[family.rows(role, shape)]
 
     names = (field.name for field in fields(LayerWeights))

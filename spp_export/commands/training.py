@@ -23,7 +23,7 @@ from spp_export.calibration.reading import Text, TokenText, token_texts
 from spp_export.commands.requests import RecoverSettings
 from spp_export.common.errors import ModelError, UsageError
 from spp_export.common.installation import install_command, require_package
-from spp_export.models.families import Family
+from spp_export.models.families import Family, Feature
 
 # Adam's: the usual ones.
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8
@@ -49,6 +49,7 @@ class Training:
         layers: Sequence[int],
         dense: nn.Module | None = None,
     ) -> None:
+        family.refuse((Feature.TRANSPOSED,), "recovery", "Keep the export as it is.")
         roles = tuple(family.projections)
         model.requires_grad_(False)
         if settings.train == "adapters":

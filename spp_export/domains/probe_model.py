@@ -58,7 +58,6 @@ from spp_export.domains.whitelist import choose_whitelist
 from spp_export.importance import SCORING
 from spp_export.importance.base import Criterion
 from spp_export.models.checkpoint.checkpoint import Checkpoint
-from spp_export.models.checkpoint.reader import read_float
 
 # Prompts of a domain that are answered: a scenario mixes several domains.
 DIALOGUES = 32
@@ -332,10 +331,10 @@ def _shrinkage(
     dense.watch([text for _, text in halves], seconds, "moments of validation text")
 
     def case(layer: int) -> LayerCase:
-        weight = dense.source.tensors[f"{family.layer_name(layer, family.output)}.weight"]
+        weight = dense.source.weight(family.output, layer)
         held_out = seconds.second(layer)
         return LayerCase(
-            weight=read_float(weight),
+            weight=weight,
             train=np.stack(
                 [collection.blocks("attention", layer)[0] for collection in collections]
             ),

@@ -17,7 +17,6 @@ from spp_export.common.errors import UsageError
 from spp_export.importance import SCORING
 from spp_export.importance.base import Criterion, statistics_read
 from spp_export.models.checkpoint.checkpoint import Checkpoint
-from spp_export.models.checkpoint.reader import read_float
 
 DEFAULT_CRITERIA = ("energy", "axis")
 UNITS = ("heads", "both")
@@ -93,8 +92,8 @@ class AxisShares:
         self._along: list[Tensor] = []
         for layer in range(shape.num_layers):
             # From the files: a model spread over devices may not have its weights at hand.
-            stored = source.tensors[f"{family.layer_name(layer, family.output)}.weight"]
-            weight = torch.from_numpy(read_float(stored)).float().view(-1, heads, dim).to(device)
+            stored = source.weight(family.output, layer)
+            weight = torch.from_numpy(stored).float().view(-1, heads, dim).to(device)
             axes = torch.from_numpy(self.directions[layer]).to(weight)
             self._gram.append(torch.einsum("ohi,ohj->hij", weight, weight))
             self._along.append(torch.einsum("ko,ohi->khi", axes, weight))

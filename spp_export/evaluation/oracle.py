@@ -57,9 +57,10 @@ def masked_dense(
             for role, inputs in _kept_inputs(layer, shape).items():
                 if not family.projection(role):
                     continue  # nothing is cut of its MLPs
-                module = _linear(model, family.layer_name(index, family.projection(role)))
-                if len(inputs) < module.in_features:
-                    handles.append(_mask_input(module, inputs))
+                module = model.get_submodule(family.layer_name(index, family.projection(role)))
+                width = shape.channels if role is Role.DOWN else shape.query_heads * shape.head_dim
+                if len(inputs) < width:
+                    handles.append(_mask_input(module, width, inputs))
             if stream is None:
                 put_in_place(index)
         if stream is not None:
@@ -102,8 +103,8 @@ def _kept_outputs(layer: LayerPlan, specs: Iterable[TensorSpec]) -> dict[Role, T
     return kept
 
 
-def _mask_input(module: nn.Linear, kept: Tensor) -> Any:
-    gone = torch.ones(module.in_features, dtype=torch.bool)
+def _mask_input(module: nn.Module, width: int, kept: Tensor) -> Any:
+    gone = torch.ones(width, dtype=torch.bool)
     gone[kept] = False
 
     def zero_removed(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -31,8 +31,16 @@ from spp_export.models.weights_on_disk import (
 )
 
 _STREAM = "spp_layer_stream"
-# What happens between the last layer and the logits, or in the embedding.
-_UNKNOWN = (Feature.MULTIPLIERS, Feature.SOFTCAP, Feature.EXPERTS)
+# What happens between the last layer and the logits, in the embedding or beside the layers; and
+# experts, whose tensors in memory are others than on disk.
+_UNKNOWN = (
+    Feature.MULTIPLIERS,
+    Feature.SOFTCAP,
+    Feature.POSITIONS,
+    Feature.ALIBI,
+    Feature.SIDE_BY_SIDE,
+    Feature.EXPERTS,
+)
 # Arguments of one call of the model: input_ids and what else it takes.
 Call = Mapping[str, Any]
 
@@ -103,7 +111,7 @@ class LayerStream:
         self._config = model.config
         self._own_dtype = model.dtype
         self._device = device
-        self._layers: nn.ModuleList = self.decoder.layers
+        self._layers: Any = model.get_submodule(family.layers)
         self._edits: list[Callable[[int], None]] = []
         self._now: int | None = None
         self._ahead: tuple[int, Future[list[Tensor]]] | None = None

@@ -90,6 +90,7 @@ class Costs:
               does not read `unread` of these: an input embedding that is not the head, and
               experts that it is not routed to
     kv_rows   elements that one KV head adds to the cache per token
+    query_rows  the same of one query head, of models that cache its keys and values
     """
 
     query_head: int
@@ -99,6 +100,7 @@ class Costs:
     outside: int
     unread: int
     kv_rows: int
+    query_rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +111,9 @@ class ModelShape:
     down_proj has one whatever gate and up have; `qk_norm` whether queries and keys are normalised
     per head. `element_bytes` is the size of one stored element of the attention weights.
     `switches` are further flags of the record that config.json turns on. `uncut` are, layer by
-    layer, MLPs of which nothing is cut; empty where MLPs are. `costs` come from the record; None
-    counts the tensors of a Llama with these biases.
+    layer, MLPs of which nothing is cut; empty where MLPs are. `positions` are the rows of a table
+    of positions, `embedding_size` is 0 where the embedding is as wide as the stream. `costs` come
+    from the record; None counts the tensors of a Llama with these biases.
     """
 
     model_type: str
@@ -130,12 +133,19 @@ class ModelShape:
     qk_norm: bool = False
     switches: tuple[str, ...] = ()
     uncut: tuple[tuple[Uncut, ...], ...] = ()
+    positions: int = 0
+    embedding_size: int = 0
     costs: Costs | None = None
 
     @property
     def group_size(self) -> int:
         """Query heads per KV head in the dense model (g)."""
         return self.query_heads // self.kv_heads
+
+    @property
+    def embedding_width(self) -> int:
+        """Columns of the embedding and of the head."""
+        return self.embedding_size or self.hidden_size
 
     @property
     def layer(self) -> LayerShape:
@@ -209,7 +219,8 @@ class ModelShape:
     ) -> int:
         """Bytes of KV cache per token, at `element_bytes` (default: the stored dtype)."""
         size = self.element_bytes if element_bytes is None else element_bytes
-        return self.counted.kv_rows * size * sum(layer.kv_heads for layer in layers)
+        rows, more = self.counted.kv_rows, self.counted.query_rows
+        return size * sum(rows * layer.kv_heads + more * layer.query_heads for layer in layers)
 
 
 def channel_widths(channels: int, multiple: int) -> tuple[int, ...]:

@@ -14,13 +14,14 @@ from spp_export.calibration.mixture import Mixing, WeightedTexts, calibration_pa
 from spp_export.calibration.reading import ScenarioText, token_texts
 from spp_export.calibration.stored import Kept
 from spp_export.common.arrays import FloatArray
-from spp_export.common.errors import UsageError
+from spp_export.common.errors import PlanError, UsageError
 from spp_export.common.versions import library_versions
 from spp_export.data.artifacts import DOMAIN_SHRINKAGE, SCENARIO_WEIGHT, Artifacts
 from spp_export.data.scenario import Scenario
 from spp_export.domains.diagnosis import Diagnosis, check_regime, diagnose_scenario
+from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.engines import Engine, engines_for
-from spp_export.models.families import Role
+from spp_export.models.families import Feature, Role
 from spp_export.models.session import Session
 from spp_export.models.shape import ModelShape
 from spp_export.planning import (
@@ -109,6 +110,7 @@ class Planning:
     ) -> Planning:
         """Check what can be refused, then diagnose and score."""
         request.check()
+        _check_family(session.source, request)
         latency = request.latency()
         if latency:
             latency.check_model(session.source.shape)
@@ -223,6 +225,18 @@ def _largest_written(session: Session, request: PlanRequest) -> ModelShape:
     """The shape that is written where every consumer that may lose inputs does."""
     losing = frozenset(role for role, units in _LOSING.items() if request.units != units)
     return compensated_shape(session.source, request.layout, request.compensate, losing)
+
+
+def _check_family(source: Checkpoint, request: PlanRequest) -> None:
+    """Refuse what no export of the family can be, before anything is measured."""
+    family = source.family
+    if request.layout == "ragged" and not family.uneven_groups and source.shape.group_size > 1:
+        raise PlanError(
+            f"layout is ragged, and in the {family.model_type} family every KV head must serve as "
+            "many query heads. Use per-layer."
+        )
+    if request.compensate != "none":
+        family.refuse((Feature.TRANSPOSED,), "compensation", "Use --compensate none.")
 
 
 def _check_answerable(session: Session, artifacts: Artifacts, request: PlanRequest) -> None:

@@ -21,7 +21,7 @@ from spp_export.data.artifacts import Artifacts
 from spp_export.data.scenario import Scenario
 from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.checkpoint.reader import read_float, stored_tensors
-from spp_export.models.families import Role, TensorSpec
+from spp_export.models.families import Feature, Role, TensorSpec
 from spp_export.models.session import Session
 from spp_export.models.shape import ModelShape
 from spp_export.planning import Plan
@@ -52,6 +52,7 @@ def written_config(source: Checkpoint, compiled: Plan) -> dict[str, Any]:
         compiled.written_shapes(source.shape),
         compiled.written_layout,
         biased_roles(compiled, source.shape),
+        [layer.query_heads for layer in compiled.layers],
     )
 
 
@@ -66,6 +67,10 @@ class Compensator:
     """What the slicer needs: a re-fit per consumer that loses inputs, and biases to add."""
 
     def __init__(self, source: Checkpoint, compiled: Plan, moments: Moments | None) -> None:
+        if compiled.compensation != "none":
+            source.family.refuse(
+                (Feature.TRANSPOSED,), "compensation", "Export with --compensate none."
+            )
         self._source = source
         self._plan = compiled
         self._moments = moments

@@ -30,6 +30,10 @@ _DROPPED = (
 
 
 _DEFAULT_ROPE_THETA = 10000.0
+# Rotary settings that the config of some families has by another name.
+_ROTARY = {"rope_theta", "partial_rotary_factor"}
+# Counts of a layer for which the stock config has another name, and not both.
+_OWN_KEYS = {"num_key_value_heads"}
 # Layer types of models that rotate by layer type, and what transformers 4.57 calls their theta.
 _ROPE_BY_TYPE = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
 
@@ -41,6 +45,7 @@ def slim_config(
     layers: Sequence[LayerShape],
     layout: str,
     biased: Collection[Role] = (),
+    kept_heads: Sequence[Sequence[int]] = (),
 ) -> dict[str, Any]:
     """The parsed config.json of a checkpoint whose layers have the shapes `layers`.
 
@@ -49,16 +54,23 @@ def slim_config(
     lists how many consecutive query heads each KV head of a layer serves. The projections `biased`
     (OUTPUT, DOWN) have a bias (bias compensation): in `uniform` by the family's switch, which also
     gives biases to q, k and v, or to gate and up; in the others they are named, and no others get
-    one. Keys are sorted, so equal arguments give equal JSON.
+    one. `kept_heads` are the query heads of every layer as the dense model numbers them, for
+    families whose attention is given something of every head. Keys are sorted, so equal arguments
+    give equal JSON.
 
     Raises PlanError for layers or biases the layout cannot express, ModelError for a source config
     that contradicts itself.
     """
-    _check_layers(shape, layers, ragged=layout == "ragged")
+    _check_layers(shape, layers, ragged=layout == "ragged" and family.uneven_groups)
     config = portable_config(source_config, family.rope_theta)
-    config |= {"head_dim": shape.head_dim, "tie_word_embeddings": shape.tied_embeddings}
+    config["tie_word_embeddings"] = shape.tied_embeddings
+    if family.derived_head_dim != "attention":
+        config["head_dim"] = shape.head_dim
     if family.experts:
         config |= family.experts.counts({**family.defaults, **source_config})
+    settings = config.get("rope_parameters") or {}
+    for key in _ROTARY & family.keys.keys() & settings.keys():
+        config[family.keys[key]] = settings[key]
     has_bias = {Role.OUTPUT: shape.output_bias, Role.DOWN: shape.mlp_bias}
     new = sorted(role for role in biased if not has_bias[role])
     if layout == "uniform":
@@ -66,6 +78,8 @@ def slim_config(
         config |= {family.bias_switch(role): True for role in new}
     elif layout in ("per-layer", "ragged"):
         config |= _per_layer(family, shape, layers, ragged=layout == "ragged")
+        if family.per_head:
+            config["per_layer_modules"] |= _per_head(family, shape, layers, kept_heads)
         if new:
             config["biased_projections"] = [family.projection(role) for role in new]
     else:
@@ -127,7 +141,12 @@ def _uniform(family: Family, shape: ModelShape, layers: Sequence[LayerShape]) ->
             f"hidden_size {shape.hidden_size}, the plan keeps {first.query_heads}. "
             "Keep another number, or use layout 'per-layer'."
         )
-    return {"architectures": [family.architecture], **_counts(first)}
+    if first.channels != shape.channels and not family.keys.get("intermediate_size", "any"):
+        raise PlanError(
+            f"layout 'uniform': the config of the {family.model_type} family has no width of the "
+            "MLP. Keep all channels, or use layout 'per-layer'."
+        )
+    return {"architectures": [family.architecture], **family.counts(first)}
 
 
 def _per_layer(
@@ -146,7 +165,7 @@ def _per_layer(
             "AutoModel": f"modeling_spp.Spp{decoder_class}",
             "AutoModelForCausalLM": f"modeling_spp.Spp{family.architecture}",
         },
-        **_per_layer_modules(family),
+        **_per_layer_modules(family, shape),
         **_counts(shape.layer),
         "per_layer_config": {
             str(index).zfill(digits): _counts(layer)
@@ -160,23 +179,40 @@ def _per_layer(
     }
 
 
-def _per_layer_modules(family: Family) -> dict[str, Any]:
+def _per_layer_modules(family: Family, shape: ModelShape) -> dict[str, Any]:
     """What modeling_spp.py has to know of a family beyond the names that are Llama's."""
     modules = [family.attention]
     if family.derived_head_dim != "attention":
         alone = {"per_layer_modules": {"layers": "layers", "modules": modules}}
         return alone if family.experts else {}
-    if not family.experts:
-        modules.append(family.up.rpartition(".")[0])
     inputs = list(dict.fromkeys((family.query, family.key, family.value)))
+    outputs = list(dict.fromkeys(name for name in (family.gate, family.up) if name))
     return {
         "per_layer_modules": {
-            "layers": "layers",
+            "layers": family.layers.rpartition(".")[2],
             "modules": modules,
             # Made of a hidden size of so many heads, for want of another way to say head_dim.
-            "narrow": {"inputs": inputs, "outputs": [family.output]},
+            "narrow": {"inputs": inputs, "outputs": [family.output], "head_dim": shape.head_dim},
+            # What is as wide as the MLP: at its outputs, at its inputs.
+            "wide": {"outputs": outputs, "inputs": [family.down] if family.down else []},
+            "keys": {key: name for key, name in family.keys.items() if name and key in _OWN_KEYS},
         }
     }
+
+
+def _per_head(
+    family: Family,
+    shape: ModelShape,
+    layers: Sequence[LayerShape],
+    kept_heads: Sequence[Sequence[int]],
+) -> dict[str, Any]:
+    """What the attention of a family takes of every head, and which heads those of a layer were."""
+    heads = [list(kept) for kept in kept_heads]
+    if not heads and all(layer == shape.layer for layer in layers):
+        heads = [list(range(shape.query_heads))] * len(layers)
+    assert [len(kept) for kept in heads] == [layer.query_heads for layer in layers]
+    names = list(family.per_head)
+    return {"per_head": {"arguments": names, "heads": heads, "of": shape.query_heads}}
 
 
 def _counts(layer: LayerShape) -> dict[str, int]:

@@ -77,7 +77,7 @@ def _beside(lists: Sequence[Sequence[int]], counts: Sequence[int]) -> tuple[int,
     groups = min(counts)
     sizes = [count // groups for count in counts]
     starts = [0, *accumulate(sizes)]
-    whole = min(lists, key=len)
+    whole = lists[counts.index(groups)]
     result = []
     for place, group in enumerate(whole):
         for units, size, start in zip(lists, sizes, starts, strict=False):

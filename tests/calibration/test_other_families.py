@@ -109,3 +109,61 @@ def test_tensors_that_no_record_tells_of_are_refused_with_the_field():
     config |= {"intermediate_size": 24, "vocab_size": 97, "qk_layernorm": True}
     with pytest.raises(ModelError, match="qk_layernorm is True; the record of the phi family has"):
         FAMILIES["phi"].read_shape(config, 4)
+
+
+@pytest.mark.parametrize("source", ["gpt_neox", "gpt2", "falcon-40b", "mpt"], indirect=True)
+def test_fused_projections_are_told_apart_however_they_are_stored(source):
+    """Each head's queries, keys and values, as the stock attention tells them apart; sums of weight
+    times gradient over the rows of each."""
+    model, family = load(source.path), source.family
+    module = model.get_submodule(family.layer_name(1, family.query))
+    groups, dim = source.shape.kv_heads, source.shape.head_dim
+
+    def parts(weight: torch.Tensor) -> list[torch.Tensor]:
+        if family.transposed:
+            weight = weight.T
+        if not family.side_by_side:
+            return list(weight.split([32, 32, 32]))
+        heads = weight.unflatten(0, (groups, -1, dim))
+        shares = heads.split([source.shape.group_size, 1, 1], dim=1)
+        return [share.flatten(0, 2) for share in shares]
+
+    weights = layer_weights(source, 1)
+    for name, part in zip(("query", "key", "value"), parts(module.weight), strict=True):
+        assert np.array_equal(getattr(weights, name), part.detach().numpy())
+    found = gradient_reductions(model, family, source.shape, [batch()])
+    logits = model(tokens()).logits[:, :-1].float()
+    torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens()[:, 1:]).backward()
+    products = parts((module.weight * module.weight.grad).abs().detach())
+    for name, product in zip(("query", "key", "value"), products, strict=True):
+        np.testing.assert_allclose(found[f"{name}_rows"][1], product.sum(1).numpy(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("source", ["opt", "opt-350m"], indirect=True)
+def test_an_mlp_that_sees_no_rows_of_texts_is_read_as_others_are(source):
+    """Gates of channels: at every text |sum over tokens of a . dL/da|, a what fc2 reads."""
+    model, seen = load(source.path), []
+    found = gradient_reductions(model, source.family, source.shape, [batch()])
+    fc2 = model.model.decoder.layers[1].fc2
+    fc2.register_forward_pre_hook(lambda _, args: seen.append(args[0]) or args[0].retain_grad())
+    logits = model(tokens()).logits[:, :-1].float()
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens()[:, 1:])
+    (losses * 2).backward()  # the sum of both texts' means
+    products = (seen[0] * seen[0].grad).reshape(2, 11, -1)
+    wanted = products.sum(1).abs().mean(0).detach()
+    np.testing.assert_allclose(found["channel_gates"][1], wanted.numpy(), rtol=1e-4, atol=1e-9)
+
+
+STREAMS = {"opt-350m": "self_attn_layer_norm", "opt": "final_layer_norm"}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_what_is_written_before_a_norm_of_the_stream_counts_by_the_sum(name, tmp_path):
+    source = open_source(make_dense(name, tmp_path / "dense"))
+    model, seen = load(source.path), {}
+    norm = model.model.decoder.layers[1].get_submodule(STREAMS[name])
+    norm.register_forward_pre_hook(lambda _, args: seen.update(stream=args[0].norm(dim=-1)))
+    observer = StreamSensitivity(2, "residual_per_write")
+    observe(model, source.family, [batch()], [observer])
+    wanted = (1 / seen["stream"].square()).sum().item()
+    assert observer.sums[1].item() == pytest.approx(wanted, rel=1e-5)

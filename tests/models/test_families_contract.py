@@ -3,28 +3,51 @@ with the removed units masked, in float64, whatever it computes otherwise than L
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from family_models import EXPERTS, KNOWN, Pair, greedy, load, make_dense, make_slim, padded, tokens
+from family_models import (
+    EXPERTS,
+    FORMS,
+    KNOWN,
+    Pair,
+    family_name,
+    greedy,
+    load,
+    make_dense,
+    make_slim,
+    padded,
+    tokens,
+)
+from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from spp_export.common.progress import quiet_transformers
 from spp_export.models.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_source
-from spp_export.models.families import FAMILIES, Feature
+from spp_export.models.families import FAMILIES, Family, Feature
+from spp_export.planning import Layout
 
-# Of every family; `uniform` of those whose stock config can have fewer heads of the same size.
+NAMES = [*KNOWN, *(name for name, (family, _) in FORMS.items() if family in KNOWN)]
+
+
+def layouts(family: Family) -> Iterator[Layout]:
+    """Those that a family can have; `uniform` where its stock config takes fewer heads."""
+    if family.uneven_groups:
+        yield "ragged"
+    yield "per-layer"
+    if not family.derived_head_dim:
+        yield "uniform"
+
+
+# The first layout of every family and every form of one, and slowly the others.
 CASES = [
-    pytest.param(
-        (name, layout), marks=() if layout == "ragged" else pytest.mark.slow, id=f"{name}-{layout}"
-    )
-    for name in KNOWN
-    for layout in ("ragged", "per-layer", "uniform")
-    if layout != "uniform" or not FAMILIES[name].derived_head_dim
+    pytest.param((name, layout), marks=pytest.mark.slow if number else (), id=f"{name}-{layout}")
+    for name in NAMES
+    for number, layout in enumerate(layouts(FAMILIES[family_name(name)]))
 ]
 
 
@@ -83,7 +106,7 @@ def test_saved_and_loaded_again_it_is_the_same(pair: Pair, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", NAMES)
 def test_parameters_are_those_of_the_stock_model(
     name: str, dense: Callable[[str], Checkpoint]
 ) -> None:
@@ -107,11 +130,15 @@ def test_what_config_json_leaves_out_is_as_the_stock_class_has_it(name: str) -> 
     family, stock = FAMILIES[name], CONFIG_MAPPING[name]
     sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     sizes |= {"intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 97}
-    sizes |= EXPERTS.get(name, {})
-    settings: Any = stock(**sizes, pad_token_id=0)
-    shape = family.read_shape({"model_type": name, **sizes}, 4)
+    named = {family.keys.get(key, key): size for key, size in sizes.items()}
+    named.pop("", None)
+    named |= EXPERTS.get(name, {})
+    if name == "gpt_neo":  # its default is of 24 layers
+        named["attention_types"] = [[["global", "local"], 1]]
+    settings: Any = stock(**named, pad_token_id=0)
+    shape = family.read_shape({"model_type": name, **named}, 4)
     written = {key: getattr(settings, key) for key in settings.to_dict()}
-    assert shape == family.read_shape({**written, **sizes}, 4)
+    assert shape == family.read_shape({**written, **named}, 4)
     assert shape.tied_embeddings == settings.tie_word_embeddings
     theta = (getattr(settings, "rope_parameters", None) or written).get("rope_theta")
     assert family.rope_theta in (None, theta)
@@ -123,10 +150,24 @@ def test_only_llamas_and_what_computes_as_they_do_have_no_features() -> None:
     assert plain == {"llama", "mistral", "qwen2", "qwen3", "seed_oss", "ministral", "cwm"}
     for family in FAMILIES.values():
         assert (family.experts is not None) == (Feature.EXPERTS in family.features)
-        assert (family.per_head != ()) == (Feature.SINKS in family.features)
+        assert (family.head_rows != ()) == (Feature.SINKS in family.features)
         if family.experts:
             assert len(family.projections) == 4
             continue
         fused = len(family.projections) < (6 if family.gate == "" else 7)
         assert fused == (Feature.FUSED in family.features)
         assert (family.gate == "") == (Feature.NO_GATE in family.features)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bloom"])
+def test_tensors_may_be_named_as_in_the_decoder(name: str, tmp_path: Path) -> None:
+    """As these two were published."""
+    source = open_source(make_dense(name, tmp_path / "dense"))
+    whole = load_file(tmp_path / "dense" / "model.safetensors")
+    short = {key.removeprefix("transformer."): value for key, value in whole.items()}
+    save_file(short, tmp_path / "dense" / "model.safetensors", {"format": "pt"})
+    again = open_source(tmp_path / "dense")
+    assert again.tensors.keys() == source.tensors.keys()
+    pair = make_slim(again, "per-layer", tmp_path / "slim")
+    with pair.masked() as masked:
+        assert (logits(load(pair.slim)) - logits(masked)).abs().max().item() <= 1e-12

@@ -34,7 +34,8 @@ ALIKE = (LayerShape(4, 2, 80),) * 12
 
 
 def slim(source=SOURCE, layers=LAYERS, layout="per-layer", family=LLAMA, **options):
-    return slim_config(source, family, SHAPE, layers, layout, **options)
+    heads = [range(layer.query_heads) for layer in layers]
+    return slim_config(source, family, SHAPE, layers, layout, kept_heads=heads, **options)
 
 
 def test_per_layer_lists_every_layer_and_keeps_the_global_counts():

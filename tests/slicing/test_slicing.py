@@ -134,3 +134,32 @@ def test_slicing_gives_the_shapes_that_the_family_expects(model_type):
         array = np.zeros(spec.shape)
         result = array if spec.layer is None else slice_tensor(array, spec, PLAN)
         assert result.shape == slim[spec.name]
+
+
+def test_queries_keys_and_values_side_by_side():
+    """Of a KV head after the other: its queries, its key, its value, as in GPT-NeoX or Falcon."""
+    parts = ((Unit.QUERY, 6), (Unit.KV, 3), (Unit.KV, 3))
+    named = [f"{what}{group}" for group in range(3) for what in ("q0", "q1", "k", "v")]
+    for axis, size in ((0, (24, 5)), (1, (5, 24))):
+        spec = TensorSpec("qkv", size, 0, Role.QUERY, Unit.QUERY, axis, 2, parts, True)
+        for kv, query, wanted in (
+            ((0, 2), (0, 1, 5), "q00 q10 k0 v0 q12 k2 v2"),
+            # As many queries as KV heads: their numbers are not those of the groups.
+            ((0, 1), (1, 2), "q10 k0 v0 q01 k1 v1"),
+            ((1,), (3,), "q11 k1 v1"),
+        ):
+            plan = LayerPlan(kv_heads=kv, query_heads=query, channels=None)
+            units = kept_units(spec, plan)
+            assert [named[unit] for unit in units] == wanted.split()
+            array = np.random.default_rng(0).standard_normal(size)
+            result = slice_tensor(array, spec, plan)
+            np.testing.assert_array_equal(result, by_hand(array, spec, units))
+        whole = LayerPlan(kv_heads=(0, 1, 2), query_heads=tuple(range(6)), channels=None)
+        assert kept_units(spec, whole) is None
+
+
+def test_padding_between_queries_side_by_side():
+    parts = ((Unit.QUERY, 6), (Unit.KV, 3), (Unit.KV, 3))
+    spec = TensorSpec("qkv", (24, 5), 0, Role.QUERY, Unit.QUERY, 0, 2, parts, True)
+    # The first and the last KV head keep one query, and get zeros for the other.
+    assert written_units(spec, PADDED, SHAPE) == (0, FILL, 2, 3, 4, 5, 6, 7, 9, FILL, 10, 11)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from spp_export.evaluation.harness.rows import HALF, ROUNDED
 from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.checkpoint.reader import read_float
-from spp_export.models.families import Role
+from spp_export.models.families import Feature, Role
 from spp_export.models.hub import dequantised_record
 from spp_export.models.session import Session
 from spp_export.slicing.projections import Projection, Projections, ProjectionsOnDisk
@@ -45,7 +45,7 @@ def quantised_bits(source: Checkpoint) -> int | None:
         return recorded
     family = source.family
     roles = tuple(name for name in (family.query, family.gate or family.up) if name)
-    few = (_values_in_groups(read_float(source.tensor(role, 0))) <= 2**_FEW_BITS for role in roles)
+    few = (_values_in_groups(source.weight(role, 0)) <= 2**_FEW_BITS for role in roles)
     return _FEW_BITS if all(few) else None
 
 
@@ -62,6 +62,10 @@ def _values_in_groups(weight: NDArray[np.floating]) -> int:
 def rounded_projections(source: Checkpoint, rounding: Rounding) -> Projections:
     """Every projection of every layer, rounded whenever it is asked for. Embeddings, norms and the
     language model head stay as they are."""
+
+    source.family.refuse(
+        (Feature.FUSED, Feature.NO_GATE), "rounding of weights", "Compare with other criteria."
+    )
 
     def read(layer: int, role: Role) -> Projection:
         weight = read_float(source.tensor(source.family.projection(role), layer))

@@ -11,11 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from spp_export.common.errors import CheckpointError, ModelError
 from spp_export.common.json_files import read_json, shown
-from spp_export.models.checkpoint.dtypes import ELEMENT_BYTES, FLOAT_DTYPES
+from spp_export.models.checkpoint.dtypes import ELEMENT_BYTES, FLOAT_DTYPES, Floats
 from spp_export.models.checkpoint.header import StoredTensor, show
-from spp_export.models.checkpoint.reader import model_file, same_bytes, stored_tensors
+from spp_export.models.checkpoint.reader import model_file, read_float, same_bytes, stored_tensors
 from spp_export.models.families import FAMILIES, Family, TensorSpec, family_of
 from spp_export.models.shape import LayerShape, Layout, ModelShape
 
@@ -86,6 +88,11 @@ class Checkpoint:
         """The weight or bias of a module, by its name in the family."""
         return self.tensors[f"{self._module(module, layer)}.{kind}"]
 
+    def weight(self, module: str, layer: int) -> Floats:
+        """A projection's weight [outputs, inputs], however it is stored."""
+        weight = read_float(self.tensor(module, layer))
+        return np.ascontiguousarray(weight.T) if self.family.transposed else weight
+
     def bias(self, module: str, layer: int) -> StoredTensor | None:
         """A projection's bias, where it has one."""
         return self.tensors.get(f"{self._module(module, layer)}.bias")
@@ -113,7 +120,7 @@ def open_source(path: Path, name: str | None = None) -> Checkpoint:
 
 def _open_dense(path: Path, name: str | None, config: Mapping[str, Any]) -> Checkpoint:
     family = family_of(config)
-    stored = stored_tensors(path)
+    stored = _whole_names(family, stored_tensors(path), config)
     shape = family.read_shape(config, _element_bytes(family, stored))
     _check_layers(path, shape, stored, "Fetch the model again.")
     specs = {spec.name: spec for spec in family.tensors(shape, shape.layers)}
@@ -134,6 +141,7 @@ def _open_slim(path: Path, name: str | None, config: Mapping[str, Any]) -> Check
             f"{path}: model_type {shown(model_type)} with per_layer_config is not supported; "
             f"known are {', '.join(f'{OWN}{name}' for name in sorted(FAMILIES))}."
         )
+    family = family.of(config)
     if config.get("quantization_config") is not None:
         raise ModelError(
             f"{path}: config.json has quantization_config, which spp never writes. "
@@ -223,6 +231,24 @@ def _element_bytes(family: Family, stored: Mapping[str, StoredTensor]) -> int:
     return ELEMENT_BYTES[tensor.dtype] if tensor else 2
 
 
+def _whole_names(
+    family: Family, stored: Mapping[str, StoredTensor], config: Mapping[str, Any]
+) -> Mapping[str, StoredTensor]:
+    """Tensors by the names of the whole model, where they are stored by those of its decoder, as
+    GPT-2 and BLOOM were published; transformers reads either."""
+    first = f"{family.layer_name(0, family.query)}.weight"
+    prefix = f"{first.partition('.')[0]}."
+    named = config.get("architectures")
+    whole = isinstance(named, list) and family.architecture in named
+    if first in stored or not whole or first.removeprefix(prefix) not in stored:
+        return stored
+    outside = (prefix, f"{family.head}.")
+    return {
+        name if name.startswith(outside) else f"{prefix}{name}": tensor
+        for name, tensor in stored.items()
+    }
+
+
 def _check_names(
     path: Path,
     family: Family,
@@ -259,7 +285,7 @@ def _check_architecture(path: Path, family: Family, config: Mapping[str, Any]) -
     """Of a model that lacks tensors, or has others: what else it may be."""
     named = config.get("architectures")
     kinds = [kind for kind in named if isinstance(kind, str)] if isinstance(named, list) else []
-    if kinds and not any(kind.endswith("ForCausalLM") for kind in kinds):
+    if kinds and not any(kind.endswith(("ForCausalLM", family.architecture)) for kind in kinds):
         raise ModelError(
             f"{path}: is a {kinds[0]!s:.60}, which writes no text; expected "
             f"{family.architecture}. Give the causal language model that it was made from."

@@ -40,4 +40,4 @@ def family_of(config: Mapping[str, Any]) -> Family:
             f"config.json: model_type {shown(model_type)} is not supported; known are "
             f"{', '.join(sorted(FAMILIES))}."
         )
-    return family
+    return family.of(config)

@@ -26,6 +26,8 @@ _MOST: Mapping[str, int] = {
     "hidden_size": 1 << 20,
     "intermediate_size": 1 << 22,
     "vocab_size": 1 << 24,
+    "max_position_embeddings": 1 << 24,
+    "embedding_size": 1 << 20,
 }
 
 
@@ -87,10 +89,15 @@ class Feature(StrEnum):
     ROTARY = "a rotary embedding of its own"
     EXPERTS = "experts, which are not cut yet"
     SINKS = "attention sinks"
+    POSITIONS = "embeddings of positions"
+    ALIBI = "scores biased by distance (ALiBi)"
+    POST_NORM = "norms of the stream after attention and MLP"
+    SIDE_BY_SIDE = "each head's query, key and value side by side in one tensor"
+    TRANSPOSED = "weights with their inputs first"
 
 
 # A flag of the family: fixed, or the name of the boolean in config.json that decides; "!name" where
-# false means that there is one.
+# false means that there is one, "a&b" where it takes both.
 Flag = bool | str
 # What an axis counts, letter by letter: Q and K the head_dim elements of a query or KV head, q and
 # k one element for each, C a channel.
@@ -116,17 +123,33 @@ class Family:
     # Norms of queries and keys: one for all heads, or with `head_norms` weights of every head.
     qk_norm: Flag = False
     head_norms: bool = False
+    qk_norm_bias: bool = False
     # The stock config refuses head counts that do not divide the hidden size.
     heads_divide_hidden: bool = False
     # Where the stock classes have no size of heads but hidden_size / heads: in the config, which
     # then is right for the dense model's count alone, or in the attention of every layer.
     derived_head_dim: Literal["", "config", "attention"] = ""
+    # What config.json calls a key of Llama's; "" where it has none, and the size is fixed.
+    keys: Mapping[str, str] = field(default_factory=dict)
+    # Llama's keys that follow from others in config.json.
+    derive: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: {}
+    # Fields of the record that are others where a flag of config.json is on; of `features`, those
+    # that come or go.
+    variants: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     # Values of config.json that the stock config class fills in, and those that nobody handles.
     defaults: Mapping[str, Any] = field(default_factory=dict)
     refused: tuple[str, ...] = ()
     # What the stock config takes for theta where config.json says nothing of rotary settings; None
     # where it takes more than that.
     rope_theta: float | None = 10000.0
+    # In one tensor: each KV head's queries, its key, its value. Else all queries, keys and values.
+    side_by_side: bool = False
+    # Attention takes KV heads that serve different numbers of query heads.
+    uneven_groups: bool = True
+    # The cache holds keys and values once for every query head.
+    caches_queries: bool = False
+    # Weights of projections have their inputs first.
+    transposed: bool = False
     layers: str = "model.layers"
     query: str = "self_attn.q_proj"
     key: str = "self_attn.k_proj"
@@ -143,15 +166,24 @@ class Family:
     mlp_norm: str = "post_attention_layernorm"
     # Other norms of a layer: "name", or "name?flag" for those that depend on config.json.
     more_norms: tuple[str, ...] = ()
-    norm_weight: bool = True
+    norm_weight: Flag = True
     norm_bias: bool = False
     # Further tensors of a layer with one element for each query head, such as sinks.
-    per_head: tuple[str, ...] = ()
+    head_rows: tuple[str, ...] = ()
     # In place of gate, up and down, where nothing is cut of the MLPs.
     experts: Experts | None = None
     # Further tensors of a layer, of which nothing is cut.
     fixed: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    # What attention and its mask take that has a part for every query head.
+    per_head: tuple[str, ...] = ()
     embedding: str = "model.embed_tokens"
+    # The projections between embeddings of another size and the stream.
+    embedding_projections: tuple[str, ...] = ()
+    # A norm right after the embedding; the table of positions and its rows beyond those that
+    # config.json says.
+    embedding_norm: str = ""
+    positions: str = ""
+    more_positions: int = 0
     final_norm: str = "model.norm"
     head: str = "lm_head"
     head_bias: Flag = False
@@ -165,6 +197,36 @@ class Family:
     end_token: int | tuple[int, ...] | None = None
     # Buffers that old checkpoints carry and the config determines: left out of what is written.
     obsolete: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
+
+    def of(self, config: Mapping[str, Any]) -> Family:
+        """The record of a model with this config.json. Raises ModelError for a malformed flag."""
+        config = self._read(config)
+        changed = replace(self, variants=())
+        for flag, changes in self.variants:
+            if _flag(config, flag):
+                features = changed.features ^ changes.get("features", frozenset())
+                changed = replace(changed, **{**changes, "features": features})
+        return changed
+
+    def _read(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """A config.json under Llama's keys, with what is not said there."""
+        config = {**self.defaults, **config}
+        for key, name in self.keys.items():
+            if name in config:
+                config[key] = config[name]
+            elif not name:  # of no meaning here
+                config.pop(key, None)
+        return {**config, **self.derive(config)}
+
+    def counts(self, layer: LayerShape) -> dict[str, int]:
+        """The stock config's keys of a layer's sizes, as far as it has them."""
+        sizes = {
+            "num_attention_heads": layer.query_heads,
+            "num_key_value_heads": layer.kv_heads,
+            "intermediate_size": layer.channels,
+        }
+        named = {self.keys.get(key, key): size for key, size in sizes.items()}
+        return {key: size for key, size in named.items() if key}
 
     def layer_name(self, layer: int, role: str) -> str:
         """Full module path of `role` in `layer`, e.g. `model.layers.3.self_attn.o_proj`."""
@@ -184,10 +246,12 @@ class Family:
                 roles.setdefault(module, role)
         return roles
 
-    def rows(self, role: Role, shape: ModelShape) -> slice:
+    def rows(self, role: Role, shape: ModelShape) -> slice | list[int]:
         """Where the outputs of q, k, v, gate or up are among those of the module that has them."""
         query, kv = (heads * shape.head_dim for heads in (shape.query_heads, shape.kv_heads))
         sizes = {Role.QUERY: query, Role.KEY: kv, Role.VALUE: kv}
+        if self.side_by_side and role in sizes:
+            return self._rows_beside(role, shape)
         sizes |= dict.fromkeys((Role.GATE, Role.UP), shape.channels)
         start = 0
         for other, size in sizes.items():
@@ -196,12 +260,30 @@ class Family:
             start += size if self.projection(other) == self.projection(role) else 0
         return slice(start, start + sizes[role])
 
+    def _rows_beside(self, role: Role, shape: ModelShape) -> list[int]:
+        own, dim = shape.group_size, shape.head_dim
+        first, heads = {
+            Role.QUERY: (0, own),
+            Role.KEY: (own, 1),
+            Role.VALUE: (own + 1, 1),
+        }[role]
+        return [
+            (group * (own + 2) + first) * dim + row
+            for group in range(shape.kv_heads)
+            for row in range(heads * dim)
+        ]
+
     @property
     def write_norms(self) -> tuple[str, ...]:
         """The norms that what attention and what the MLP writes passes through, if any."""
         if Feature.SANDWICH not in self.features:
             return ()
-        return tuple(name for name, _ in map(_optional, self.more_norms))
+        return tuple(name for name, _ in self.norms)
+
+    @property
+    def norms(self) -> tuple[tuple[str, str], ...]:
+        """`more_norms`, each with its flag or ""."""
+        return tuple(map(_optional, self.more_norms))
 
     def refuse(self, unknown: Collection[Feature], what: str, instead: str) -> None:
         """ModelError if this family computes one of these things, which `what` does not know."""
@@ -235,7 +317,7 @@ class Family:
 
         Raises ModelError for a missing or impossible size.
         """
-        config = {**self.defaults, **config}
+        config = self._read(config)
         for key in self.refused:
             if config.get(key):
                 raise ModelError(
@@ -264,6 +346,8 @@ class Family:
             )
         flags = [flag for _, flag in map(_optional, self.more_norms) if flag]
         flags += [self.head_bias] if isinstance(self.head_bias, str) else []
+        if isinstance(self.norm_weight, str):
+            flags.append(self.norm_weight)
         shape = ModelShape(
             model_type=self.model_type,
             num_layers=layers,
@@ -281,6 +365,14 @@ class Family:
             qk_norm=_flag(config, self.qk_norm),
             switches=tuple(flag for flag in flags if _flag(config, flag)),
             uncut=self.experts.read(config, layers) if self.experts else (),
+            positions=(
+                _size(config, "max_position_embeddings") + self.more_positions
+                if self.positions
+                else 0
+            ),
+            embedding_size=(
+                _size(config, "embedding_size", hidden) if self.embedding_projections else 0
+            ),
         )
         return self.changed(shape)
 
@@ -305,7 +397,7 @@ class Family:
                     per_unit[unit] += elements // length * spec.step
                     weight = len(spec.shape) == 2 and spec.role is not Role.OTHER
                     rows += spec.step if unit is Unit.KV and weight else 0
-        unread = 0 if shape.tied_embeddings else shape.vocab_size * shape.hidden_size
+        unread = 0 if shape.tied_embeddings else shape.vocab_size * shape.embedding_width
         for tensor in (tensor for layer in shape.uncut for tensor in layer):
             outside += tensor.elements
             unread += tensor.unread
@@ -316,19 +408,29 @@ class Family:
             fixed,
             outside,
             unread,
-            rows,
+            0 if self.caches_queries else rows,
+            rows if self.caches_queries else 0,
         )
 
     def tensors(self, shape: ModelShape, layers: Sequence[LayerShape]) -> Iterator[TensorSpec]:
         """Every tensor of a checkpoint whose layers have these shapes, in file order."""
         hidden = shape.hidden_size
-        yield TensorSpec(f"{self.embedding}.weight", (shape.vocab_size, hidden))
+        table = (shape.vocab_size, shape.embedding_width)
+        yield TensorSpec(f"{self.embedding}.weight", table)
+        for name, size in self._norm(self.embedding_norm, shape):
+            yield TensorSpec(name, size)
+        if self.positions:
+            yield TensorSpec(f"{self.positions}.weight", (shape.positions, hidden))
+        if shape.embedding_width != hidden:
+            enters, leaves = self.embedding_projections
+            yield TensorSpec(f"{enters}.weight", (hidden, shape.embedding_width))
+            yield TensorSpec(f"{leaves}.weight", (shape.embedding_width, hidden))
         for index, layer in enumerate(layers):
             yield from self._layer_tensors(shape, layer, index)
-        for name, size in self._norm(self.final_norm, hidden):
+        for name, size in self._norm(self.final_norm, shape):
             yield TensorSpec(name, size)
         if not shape.tied_embeddings:
-            yield TensorSpec(f"{self.head}.weight", (shape.vocab_size, hidden))
+            yield TensorSpec(f"{self.head}.weight", table)
         if self.head_bias is True or self.head_bias in shape.switches:
             yield TensorSpec(f"{self.head}.bias", (shape.vocab_size,))
 
@@ -346,6 +448,9 @@ class Family:
             }
             parts = tuple((_UNITS[letter], counts[_UNITS[letter]]) for letter in form)
             step = shape.head_dim if form[0] in "QK" else 1
+            # A weight has another axis; where that of the inputs is the first, all is turned.
+            turned = self.transposed and bool(rest) and role is not Role.OTHER
+            axis = 1 - axis if turned else axis
             size = list(rest)
             size.insert(axis, sum(count for _, count in parts) * step)
             return TensorSpec(
@@ -357,6 +462,7 @@ class Family:
                 axis,
                 step,
                 parts if len(parts) > 1 else (),
+                self.side_by_side and len(parts) > 1 and role is Role.QUERY,
             )
 
         def whole(names: Iterable[tuple[str, tuple[int, ...]]]) -> Iterator[TensorSpec]:
@@ -365,7 +471,7 @@ class Family:
 
         heads = self._forms({Role.QUERY: "Q", Role.KEY: "K", Role.VALUE: "K"})
         widths = self._forms({Role.GATE: "C", Role.UP: "C"})
-        yield from whole(self._norm(self.attention_norm, hidden))
+        yield from whole(self._norm(self.attention_norm, shape))
         for module, (role, form) in heads.items():
             yield cut(f"{module}.weight", role, form, hidden)
         yield cut(f"{self.output}.weight", Role.OUTPUT, "Q", hidden, axis=1)
@@ -379,9 +485,11 @@ class Family:
         elif shape.qk_norm:
             for module in (self.query_norm, self.key_norm):
                 yield from whole([(f"{module}.weight", (shape.head_dim,))])
-        for name in self.per_head:
+                if self.qk_norm_bias:
+                    yield from whole([(f"{module}.bias", (shape.head_dim,))])
+        for name in self.head_rows:
             yield cut(name, Role.OTHER, "q")
-        yield from whole(self._norm(self.mlp_norm, hidden))
+        yield from whole(self._norm(self.mlp_norm, shape))
         for module, (role, form) in widths.items():
             yield cut(f"{module}.weight", role, form, hidden)
         if self.down:
@@ -394,7 +502,7 @@ class Family:
             yield from whole((name, tensor.shape) for name in tensor.names)
         for module, flag in map(_optional, self.more_norms):
             if not flag or flag in shape.switches:
-                yield from whole(self._norm(module, hidden))
+                yield from whole(self._norm(module, shape))
         yield from whole(self.fixed.items())
 
     def _forms(self, roles: Mapping[Role, str]) -> dict[str, tuple[Role, str]]:
@@ -406,11 +514,11 @@ class Family:
                 found[module] = first, before + form
         return found
 
-    def _norm(self, module: str, size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-        if module and self.norm_weight:
-            yield f"{module}.weight", (size,)
+    def _norm(self, module: str, shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
+        if module and (self.norm_weight is True or self.norm_weight in shape.switches):
+            yield f"{module}.weight", (shape.hidden_size,)
             if self.norm_bias:
-                yield f"{module}.bias", (size,)
+                yield f"{module}.bias", (shape.hidden_size,)
 
     def windows(self, config: Any, num_layers: int) -> tuple[int | None, ...]:
         """Per layer, how many last tokens attention sees by the stock config; None is all."""
@@ -460,6 +568,8 @@ def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> in
 def _flag(config: Mapping[str, Any], flag: Flag) -> bool:
     if isinstance(flag, bool):
         return flag
+    if "&" in flag:
+        return all(_flag(config, one) for one in flag.split("&"))
     if flag.startswith("!"):
         return not _flag(config, flag[1:])
     value = config.get(flag)

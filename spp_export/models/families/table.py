@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from spp_export.models.families.base import Family, Feature
@@ -15,6 +16,81 @@ _SANDWICH: Any = {
     "more_norms": ("post_attention_layernorm", "post_feedforward_layernorm"),
 }
 _GEMMA = {Feature.SHIFTED_NORM, Feature.ACTIVATION, Feature.MULTIPLIERS}
+_POSITIONS = Feature.POSITIONS
+# Every query head has a KV head of its own.
+_EVERY_HEAD = {"num_key_value_heads": ""}
+
+
+def _fused(module: str) -> Any:
+    """Queries, keys and values in one tensor."""
+    return {"query": module, "key": module, "value": module}
+
+
+def _opt(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {"embedding_size": config.get("word_embed_proj_dim")}
+
+
+def _four_times(config: Mapping[str, Any], ratio: Any = 4) -> Mapping[str, Any]:
+    """The width of the MLP, where config.json does not say it."""
+    hidden, width = config.get("hidden_size"), config.get("intermediate_size")
+    known = isinstance(hidden, int) and isinstance(ratio, int)
+    return {"intermediate_size": ratio * hidden if width is None and known else width}
+
+
+def _mpt(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return _four_times(config, config.get("expansion_ratio"))
+
+
+def _bigcode(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    one = config.get("multi_query")
+    return {**_four_times(config), "num_key_value_heads": 1 if one else None}
+
+
+def _falcon(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    grouped = config.get("new_decoder_architecture")
+    kv_heads = config.get("num_key_value_heads") if grouped else None
+    if not grouped and config.get("multi_query"):
+        kv_heads = 1
+    two = grouped and config.get("num_ln_in_parallel_attn") in (None, 2)
+    return {**_four_times(config), "num_key_value_heads": kv_heads, "two_norms": bool(two)}
+
+
+_4H: Any = {"gate": "", "up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}
+_TRANSFORMER: Any = {
+    "layers": "transformer.h",
+    "final_norm": "transformer.ln_f",
+    "norm_bias": True,
+    "rope_theta": None,
+    "derived_head_dim": "attention",
+}
+# The names of config.json in GPT-2 and what follows it, and those of its modules.
+_N_KEYS = {
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+    "hidden_size": "n_embd",
+    "intermediate_size": "n_inner",
+    "max_position_embeddings": "n_positions",
+}
+_GPT2: Any = {
+    **_fused("attn.c_attn"),
+    "output": "attn.c_proj",
+    "gate": "",
+    "up": "mlp.c_fc",
+    "down": "mlp.c_proj",
+    "qkv_bias": True,
+    "output_bias": True,
+    "mlp_bias": True,
+    "attention": "attn",
+    "attention_norm": "ln_1",
+    "mlp_norm": "ln_2",
+    "embedding": "transformer.wte",
+    "positions": "transformer.wpe",
+    "derive": _four_times,
+    "defaults": {"n_positions": 1024, **_TIED},
+    "refused": ("add_cross_attention",),
+    "obsolete": ("attn.bias", "attn.masked_bias"),
+    "end_token": 50256,
+}
 _GATE_UP: Any = {"gate": "mlp.gate_up_proj", "up": "mlp.gate_up_proj"}
 
 _NO_MLP: Any = {"gate": "", "up": "", "down": ""}
@@ -176,7 +252,7 @@ FAMILIES = (
                            *_COUNTS, _DENSE, **_STEPS)),
     Family("gpt_oss", "GptOssForCausalLM",
            _features(Feature.EXPERTS, Feature.SINKS, Feature.ROTARY), **_BIASES, **_NO_MLP,
-           per_head=("self_attn.sinks",), rope_theta=None, sliding="listed", defaults={
+           head_rows=("self_attn.sinks",), rope_theta=None, sliding="listed", defaults={
                "attention_bias": True, "head_dim": 64, "num_local_experts": 128,
                "num_experts_per_tok": 4},
            experts=Experts({
@@ -216,5 +292,109 @@ FAMILIES = (
                "moe_num_experts", "moe_k", _mlp("mlp", "intermediate_size", "use_bias"),
                first="moe_layer_start_index", last="moe_layer_end_index",
                every="moe_layer_interval")),
+    Family("opt", "OPTForCausalLM", _features(Feature.NO_GATE, _LAYER_NORM, _POSITIONS),
+           keys={"intermediate_size": "ffn_dim", **_EVERY_HEAD}, derive=_opt,
+           derived_head_dim="attention",
+           defaults={"enable_bias": True, "layer_norm_elementwise_affine": True,
+                     "do_layer_norm_before": True, "max_position_embeddings": 2048, **_TIED},
+           qkv_bias="enable_bias", output_bias="enable_bias", mlp_bias="enable_bias",
+           norm_weight="layer_norm_elementwise_affine", norm_bias=True, rope_theta=None,
+           layers="model.decoder.layers", output="self_attn.out_proj", gate="", up="fc1",
+           down="fc2", attention_norm="self_attn_layer_norm", mlp_norm="final_layer_norm",
+           embedding="model.decoder.embed_tokens", positions="model.decoder.embed_positions",
+           more_positions=2, final_norm="model.decoder.final_layer_norm",
+           embedding_projections=("model.decoder.project_in", "model.decoder.project_out"),
+           variants=(
+               ("_remove_final_layer_norm", {"final_norm": ""}),
+               ("!do_layer_norm_before", {
+                   "features": _features(Feature.POST_NORM),
+                   "attention_norm": "", "mlp_norm": "", "final_norm": "",
+                   "more_norms": ("self_attn_layer_norm", "final_layer_norm")})),
+           end_token=2),
+    Family("gpt_neox", "GPTNeoXForCausalLM",
+           _features(Feature.PARALLEL, Feature.NO_GATE, _LAYER_NORM, Feature.ROTARY,
+                     Feature.FUSED, Feature.SIDE_BY_SIDE), **_BIASES, **_4H,
+           **_fused("attention.query_key_value"), side_by_side=True, output="attention.dense",
+           mlp_bias=True, norm_bias=True, attention="attention", layers="gpt_neox.layers",
+           embedding="gpt_neox.embed_in", head="embed_out",
+           final_norm="gpt_neox.final_layer_norm", rope_theta=None, derived_head_dim="attention",
+           keys={"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct",
+                 **_EVERY_HEAD},
+           defaults={"attention_bias": True, "use_parallel_residual": True},
+           obsolete=("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq"),
+           variants=(("!use_parallel_residual", {"features": _features(Feature.PARALLEL)}),),
+           end_token=2),
+    Family("gptj", "GPTJForCausalLM",
+           _features(Feature.PARALLEL, Feature.NO_GATE, _LAYER_NORM, Feature.ROTARY),
+           **_TRANSFORMER, keys={**_N_KEYS, **_EVERY_HEAD}, derive=_four_times,
+           query="attn.q_proj", key="attn.k_proj", value="attn.v_proj", output="attn.out_proj",
+           gate="", up="mlp.fc_in", down="mlp.fc_out", mlp_bias=True, attention="attn",
+           attention_norm="ln_1", mlp_norm="", embedding="transformer.wte", head_bias=True,
+           obsolete=("attn.bias", "attn.masked_bias"), end_token=50256),
+    Family("gpt2", "GPT2LMHeadModel",
+           _features(Feature.NO_GATE, _LAYER_NORM, _POSITIONS, Feature.FUSED, Feature.TRANSPOSED),
+           **_TRANSFORMER, **_GPT2, keys={**_N_KEYS, **_EVERY_HEAD}, transposed=True),
+    Family("falcon", "FalconForCausalLM",
+           _features(Feature.PARALLEL, Feature.NO_GATE, _LAYER_NORM, Feature.ROTARY,
+                     Feature.FUSED, Feature.SIDE_BY_SIDE), **_4H, **_TRANSFORMER,
+           **_fused("self_attention.query_key_value"), side_by_side=True, uneven_groups=False,
+           output="self_attention.dense", attention="self_attention", mlp_norm="",
+           embedding="transformer.word_embeddings", qkv_bias="bias", output_bias="bias",
+           mlp_bias="bias", derive=_falcon,
+           keys={"intermediate_size": "ffn_hidden_size", "num_key_value_heads": "num_kv_heads"},
+           defaults={"multi_query": True, "parallel_attn": True, **_TIED},
+           variants=(
+               ("!parallel_attn", {"mlp_norm": "post_attention_layernorm",
+                                   "features": _features(Feature.PARALLEL)}),
+               ("two_norms", {"attention_norm": "ln_attn", "mlp_norm": "ln_mlp"}),
+               ("new_decoder_architecture", {"caches_queries": True}),
+               ("alibi", {"features": _features(Feature.ALIBI, Feature.ROTARY),
+                          "per_head": ("alibi", "attention_mask")})),
+           obsolete=("self_attention.rotary_emb.inv_freq",), end_token=11),
+    Family("bloom", "BloomForCausalLM",
+           _features(Feature.NO_GATE, _LAYER_NORM, Feature.ALIBI, Feature.FUSED,
+                     Feature.SIDE_BY_SIDE), **_4H, **_TRANSFORMER,
+           **_fused("self_attention.query_key_value"), side_by_side=True,
+           output="self_attention.dense", attention="self_attention", qkv_bias=True,
+           output_bias=True, mlp_bias=True, embedding="transformer.word_embeddings",
+           embedding_norm="transformer.word_embeddings_layernorm", per_head=("alibi",),
+           keys={"num_attention_heads": "n_head", "num_hidden_layers": "n_layer",
+                 "hidden_size": "n_embed", "intermediate_size": "", **_EVERY_HEAD},
+           derive=_four_times, defaults=_TIED, end_token=2),
+    Family("mpt", "MptForCausalLM",
+           _features(Feature.NO_GATE, _LAYER_NORM, Feature.ALIBI, Feature.FUSED),
+           **{**_TRANSFORMER, "layers": "transformer.blocks",
+              "final_norm": "transformer.norm_f", "norm_bias": False},
+           **_fused("attn.Wqkv"), output="attn.out_proj", attention="attn", gate="",
+           up="ffn.up_proj", down="ffn.down_proj", attention_norm="norm_1", mlp_norm="norm_2",
+           embedding="transformer.wte", per_head=("position_bias",),
+           keys={"num_attention_heads": "n_heads", "num_hidden_layers": "n_layers",
+                 "hidden_size": "d_model", "intermediate_size": "", **_EVERY_HEAD},
+           derive=_mpt, defaults={"expansion_ratio": 4, **_TIED}),
+    Family("gpt_neo", "GPTNeoForCausalLM", _features(Feature.NO_GATE, _LAYER_NORM, _POSITIONS),
+           **_TRANSFORMER,
+           **{**_GPT2, "qkv_bias": False, "query": "attn.attention.q_proj",
+              "key": "attn.attention.k_proj", "value": "attn.attention.v_proj",
+              "output": "attn.attention.out_proj", "defaults":
+                  {"max_position_embeddings": 2048, **_TIED},
+              "obsolete": ("attn.attention.bias", "attn.attention.masked_bias")},
+           keys={"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers",
+                 **_EVERY_HEAD}),
+    Family("gpt_bigcode", "GPTBigCodeForCausalLM",
+           _features(Feature.NO_GATE, _LAYER_NORM, _POSITIONS, Feature.FUSED,
+                     Feature.SIDE_BY_SIDE),
+           **_TRANSFORMER,
+           **{**_GPT2, "derive": _bigcode,
+              "defaults": {"n_positions": 1024, "multi_query": True, **_TIED}},
+           keys=_N_KEYS, side_by_side=True),
+    Family("persimmon", "PersimmonForCausalLM",
+           _features(Feature.NO_GATE, _LAYER_NORM, Feature.ROTARY, Feature.FUSED,
+                     Feature.SIDE_BY_SIDE), **_4H,
+           **_fused("self_attn.query_key_value"), side_by_side=True, output="self_attn.dense",
+           qkv_bias=True, output_bias=True, mlp_bias=True, norm_bias=True,
+           qk_norm="qk_layernorm", qk_norm_bias=True, query_norm="self_attn.q_layernorm",
+           key_norm="self_attn.k_layernorm", final_norm="model.final_layernorm",
+           rope_theta=None, derived_head_dim="attention", keys=_EVERY_HEAD,
+           defaults={"qk_layernorm": True}, end_token=2),
 )
 # fmt: on

@@ -9,7 +9,9 @@ attention gets its keys and values with a copy for each query head, made after t
 No family is named here: `SppXForCausalLM` is made of transformers' `XForCausalLM` when it is first
 asked for, and what is special about a family is in its config.json. `per_layer_modules` there says
 where the layers are in the decoder and which of their modules differ from layer to layer, attention
-first; `narrow` in it is for an attention whose config has no size of heads. `biased_projections`
+first; `narrow` in it is for an attention whose config has no size of heads, `wide` for an MLP whose
+width is given by what is as wide, `per_head` for an attention that is given something for every
+head of the dense model, as scores that are biased by distance are. `biased_projections`
 names modules of a layer, such as `mlp.down_proj`, that have a bias where the stock model has none.
 See configuration_spp.py for why this file imports so little.
 """
@@ -106,14 +108,21 @@ class _PerLayerModel:
 def _graft(layer: nn.Module, config: Any, index: int, listed: Mapping[str, Any]) -> None:
     """Give a layer the modules of one that is made from its own config."""
     own, attention = config.layer_config(index), listed["modules"][0]
+    modules = listed["modules"]
     if "narrow" in listed:
-        _narrow(layer, attention, config, index, **listed["narrow"])
+        _narrow(layer, attention, config, index, listed.get("keys", {}), **listed["narrow"])
         # The rest of it, with heads that fill the hidden size.
         own.num_attention_heads = own.num_key_value_heads = 1
-    if names := listed["modules"][1 if "narrow" in listed else 0 :]:
+        modules = modules[1:]
+    if modules:
         donor = type(layer)(own, index)
-        for name in names:
+        for name in modules:
             setattr(layer, name, getattr(donor, name))
+    for side, places in listed.get("wide", {}).items():
+        for place in places:
+            _resize(layer, place, {side: own.intermediate_size})
+    if "per_head" in listed:
+        _select_heads(getattr(layer, attention), listed["per_head"], index)
     query_groups = getattr(own, "query_groups", ())
     if len(set(query_groups)) > 1:
         _serve_unevenly(getattr(layer, attention), query_groups)
@@ -127,24 +136,64 @@ def _narrow(
     name: str,
     config: Any,
     index: int,
+    keys: Mapping[str, str],
     inputs: Sequence[str],
     outputs: Sequence[str],
+    head_dim: int | None = None,
 ) -> None:
     """Give a layer an attention that divides its hidden size by its heads, and has fewer heads.
 
     It is made for the hidden size of so many heads; then its projections get the model's again.
+    `keys` are names that the stock config has for counts of a layer.
     """
     own = config.layer_config(index)
+    for key, name_in_stock in keys.items():
+        setattr(own, name_in_stock, getattr(own, key))
     hidden = own.hidden_size
-    own.hidden_size = own.num_attention_heads * own.head_dim
+    own.hidden_size = own.num_attention_heads * (head_dim or own.head_dim)
     setattr(layer, name, getattr(type(layer)(own, index), name))
-    for place in (*inputs, *outputs):
-        old: Any = layer.get_submodule(place)
-        ins, outs = old.in_features, old.out_features
-        ins, outs = (hidden, outs) if place in inputs else (ins, hidden)
-        new = nn.Linear(ins, outs, old.bias is not None, old.weight.device, old.weight.dtype)
-        parent, _, last = place.rpartition(".")
-        setattr(layer.get_submodule(parent), last, new)
+    for place in inputs:
+        _resize(layer, place, {"inputs": hidden})
+    for place in outputs:
+        _resize(layer, place, {"outputs": hidden})
+
+
+def _resize(layer: nn.Module, place: str, sizes: Mapping[str, int]) -> None:
+    """Give a projection of a layer other numbers of inputs or outputs."""
+    old: Any = layer.get_submodule(place)
+    weight, kind = old.weight, type(old)
+    linear = isinstance(old, nn.Linear)
+    outs, ins = weight.shape if linear else reversed(weight.shape)
+    ins, outs = sizes.get("inputs", ins), sizes.get("outputs", outs)
+    if linear:
+        new: Any = kind(ins, outs, old.bias is not None, weight.device, weight.dtype)
+    else:  # Conv1D of transformers: always with a bias, and with its inputs first
+        with torch.device(weight.device):
+            new = kind(outs, ins).to(weight.dtype)
+    parent, _, last = place.rpartition(".")
+    setattr(layer.get_submodule(parent), last, new)
+
+
+def _select_heads(attention: Any, listed: Mapping[str, Any], index: int) -> None:
+    """Give an attention its own heads' share of arguments that have one for every dense head."""
+    heads, whole = list(listed["heads"][index]), listed["of"]
+    arguments = set(listed["arguments"])
+
+    def select(_attention: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        given = arguments & kwargs.keys()
+        own = {name: _of_heads(kwargs[name], heads, whole) for name in given}
+        return args, {**kwargs, **own}
+
+    attention.register_forward_pre_hook(select, with_kwargs=True)
+
+
+def _of_heads(values: Any, heads: Sequence[int], whole: int) -> Any:
+    """Those of `heads` of a tensor [B,H,S,T], [B*H,S,T] or [H,S,T]; [B,1,S,T] as it is."""
+    if values is None or (values.dim() == 4 and values.shape[1] == 1):
+        return values
+    if values.dim() == 4:
+        return values[:, heads]
+    return values.unflatten(0, (-1, whole))[:, heads].flatten(0, 1)
 
 
 @cache
