@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from family_models import (
     EXPERTS,
     FORMS,
@@ -171,3 +172,14 @@ def test_tensors_may_be_named_as_in_the_decoder(name: str, tmp_path: Path) -> No
     pair = make_slim(again, "per-layer", tmp_path / "slim")
     with pair.masked() as masked:
         assert (logits(load(pair.slim)) - logits(masked)).abs().max().item() <= 1e-12
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_the_classes_that_config_json_names_are_there(name: str) -> None:
+    """What `trust_remote_code` asks the travelling files for."""
+    family = FAMILIES[name]
+    prefix = family.architecture.removesuffix("ForCausalLM")
+    config, decoder = family.config_class or f"{prefix}Config", family.decoder_class
+    assert getattr(transformers, config) is CONFIG_MAPPING[name]
+    assert hasattr(transformers, decoder or f"{prefix}Model")
+    assert hasattr(transformers, family.architecture)
