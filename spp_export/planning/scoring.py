@@ -201,9 +201,9 @@ class Scoring:
     def _set_options(self, criterion: SetCriterion) -> UnitOptions:
         """Minus the loss of every size: in units of the residual stream, or in nats."""
         shape = self.session.source.shape
-        moments = gather_parts(
-            self.session, self.parts, statistics_read(criterion.needs, self.units)
-        )
+        # The re-fit reads plain moments: with them here, one pass gathers all.
+        needs = criterion.needs | {Need.MOMENTS}
+        moments = gather_parts(self.session, self.parts, statistics_read(needs, self.units))
         heads = channels = None
         if self.units != "channels":
             groups = (shape.kv_heads, shape.group_size)
