@@ -50,7 +50,7 @@ help:
 	@echo "make test-transformers-js  ONNX directories in node, which must be installed"
 	@echo "make test-vllm     what the plugin for vLLM relies on, in the source of a vLLM wheel"
 	@echo "make test-report   the page of spp report in a headless Chromium from npm; node 20.11 or newer"
-	@echo "make test-faults   exports killed, starved, interrupted and raced; some need root (tmpfs)"
+	@echo "make test-faults   exports killed, starved, interrupted and raced; some need root; ROUNDS=100 for more"
 	@echo "make test-examples the scripts of examples/, with the default model"
 	@echo "make docs          the pages of docs/ as a website in build/site, links checked"
 	@echo "make fuzz          25,000 damaged files, 1,300 commands on damaged files, properties at length"
@@ -186,9 +186,10 @@ $(CHROMIUM)/.installed: tests/commands/report/package.json tests/commands/report
 	cd $(CHROMIUM) && npm ci --ignore-scripts --no-audit --no-fund && node unpack_chromium.mjs browser
 	@touch $@
 
+test-faults: ROUNDS := 20
 test-faults: $(INSTALLED)
 	PYTHONPATH=tests:tests/commands $(BIN)/python tests/faults/campaign.py
-	PYTHONPATH=tests:tests/commands $(BIN)/python tests/faults/campaign.py --small --seed 1 --rounds 100
+	PYTHONPATH=tests:tests/commands $(BIN)/python tests/faults/campaign.py --small --seed 1 --rounds $(ROUNDS)
 	$(BIN)/python tests/faults/every_bytecode.py
 
 test-examples: $(INSTALLED)
