@@ -17,7 +17,7 @@ from spp_export.common.progress import quiet_transformers
 from spp_export.evaluation.oracle import masked_dense
 from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.families import FAMILIES
-from spp_export.planning import Layout, Plan
+from spp_export.planning import LayerPlan, Layout, Plan
 from spp_export.slicing.compensation import written_config
 from spp_export.slicing.config import MODELING_FILES
 from spp_export.slicing.weights import write_slim_weights
@@ -161,10 +161,16 @@ def family_name(name: str) -> str:
     return FORMS[name][0] if name in FORMS else name
 
 
-def make_dense(name: str, target: Path) -> Path:
-    """A random model of a family or of one of its forms, made by the stock classes."""
+def make_dense(name: str, target: Path, layers: int = 2) -> Path:
+    """A random model of a family or of one of its forms, made by the stock classes; `layers` is
+    even, for the kinds of layers take turns."""
     family, more = FORMS.get(name, (name, MORE.get(name, {})))
-    sizes = {"hidden_size": 32, "intermediate_size": 24, "vocab_size": 97, "num_hidden_layers": 2}
+    more = {
+        key: value * (layers // 2) if key in ("layer_types", "no_rope_layers") else value
+        for key, value in more.items()
+    }
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "vocab_size": 97}
+    sizes["num_hidden_layers"] = layers
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     record, more = FAMILIES[family], more | EXPERTS.get(family, {})
@@ -196,6 +202,13 @@ def make_slim(source: Checkpoint, layout: Layout, target: Path) -> Pair:
     else:
         chosen = ragged_layers if layout == "ragged" else random_layers
         layers = chosen(source.shape, 3, channels=bool(source.family.down))
+    return slice_by(layers, source, layout, target)
+
+
+def slice_by(
+    layers: tuple[LayerPlan, ...], source: Checkpoint, layout: Layout, target: Path
+) -> Pair:
+    """What a plan of these layers keeps, on disk."""
     plan = Plan(source.fingerprint, source.name, layout, "none", layers)
     target.mkdir()
     write_slim_weights(source, plan, target)

@@ -85,10 +85,11 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
 def _kept_inputs(layer: LayerPlan, shape: ModelShape) -> dict[Role, Tensor]:
     """The inputs of o_proj and of down_proj that stay."""
     channels = range(shape.channels) if layer.channels is None else layer.channels
-    heads, within = torch.tensor(layer.query_heads), torch.arange(shape.head_dim)
+    # Of a layer that keeps nothing, still indices.
+    heads, within = torch.tensor(layer.query_heads, dtype=torch.long), torch.arange(shape.head_dim)
     return {
         Role.OUTPUT: (heads[:, None] * shape.head_dim + within).flatten(),
-        Role.DOWN: torch.tensor(channels),
+        Role.DOWN: torch.tensor(channels, dtype=torch.long),
     }
 
 

@@ -17,6 +17,8 @@ LAYOUTS: tuple[Layout, ...] = ("uniform", "per-layer", "ragged")
 class LayerShape:
     """How many query heads, KV heads and MLP channels a layer has.
 
+    A layer without heads has no attention, one without channels no MLP: what stands there writes
+    nothing, or the bias of its last projection.
     groups: where KV heads serve different numbers of query heads, the number of each; else empty.
     """
 
@@ -26,13 +28,27 @@ class LayerShape:
     groups: tuple[int, ...] = ()
 
     @property
+    def has_attention(self) -> bool:
+        """Whether there are heads."""
+        return self.query_heads > 0
+
+    @property
+    def has_mlp(self) -> bool:
+        """Whether there are channels."""
+        return self.channels > 0
+
+    @property
     def regular(self) -> bool:
         """Whether every KV head serves the same number of query heads."""
-        return not self.groups and self.kv_heads > 0 and self.query_heads % self.kv_heads == 0
+        if not self.kv_heads:
+            return not self.query_heads
+        return not self.groups and self.query_heads % self.kv_heads == 0
 
     @property
     def query_groups(self) -> tuple[int, ...]:
         """Query heads of each KV head."""
+        if not self.kv_heads:
+            return ()
         return self.groups or (self.query_heads // self.kv_heads,) * self.kv_heads
 
     def splits(self, ways: int) -> bool:
@@ -44,7 +60,7 @@ class LayerShape:
     @property
     def padded(self) -> LayerShape:
         """The regular layer whose every group is as large as the largest of this one."""
-        query_heads = self.kv_heads * max(self.query_groups)
+        query_heads = self.kv_heads * max(self.query_groups, default=0)
         return LayerShape(query_heads, self.kv_heads, self.channels)
 
 
@@ -86,6 +102,7 @@ class Costs:
 
     query_head, kv_head, channel  what goes with one of these, in every tensor that it is a part of
     layer     of a layer, what goes with none of them
+    attention, mlp  of that, what a layer without attention, and one without an MLP, does not have
     outside   beside the layers, and in them where layers differ in it: `Uncut`; decoding a token
               does not read `unread` of these: an input embedding that is not the head, and
               experts that it is not routed to
@@ -101,6 +118,8 @@ class Costs:
     unread: int
     kv_rows: int
     query_rows: int = 0
+    attention: int = 0
+    mlp: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +192,8 @@ class ModelShape:
             outside=table * (1 if self.tied_embeddings else 2) + hidden,
             unread=0 if self.tied_embeddings else table,
             kv_rows=2 * dim,
+            attention=hidden + 2 * dim * int(self.qk_norm),
+            mlp=hidden,
         )
 
     @property
@@ -205,8 +226,11 @@ class ModelShape:
 
     def parameters(self, layers: Sequence[LayerShape]) -> int:
         """All parameters of a model with these layers; tied embeddings count once."""
-        channels = sum(layer.channels for layer in layers) * self.channel_parameters
-        fixed = self.counted.layer * len(layers) + self.counted.outside
+        costs = self.counted
+        channels = sum(layer.channels for layer in layers) * costs.channel
+        fixed = costs.layer * len(layers) + costs.outside
+        fixed -= costs.attention * sum(not layer.has_attention for layer in layers)
+        fixed -= costs.mlp * sum(not layer.has_mlp for layer in layers)
         return self.head_parameters(layers) + channels + fixed
 
     def decode_parameters(self, layers: Sequence[LayerShape]) -> int:
@@ -223,10 +247,10 @@ class ModelShape:
         return size * sum(rows * layer.kv_heads + more * layer.query_heads for layer in layers)
 
 
-def channel_widths(channels: int, multiple: int) -> tuple[int, ...]:
+def channel_widths(channels: int, multiple: int, *, none: bool = False) -> tuple[int, ...]:
     """Widths that an MLP of `channels` may be cut to, ascending: the multiples of `multiple`, which
-    must be positive, and all of it."""
-    return (*range(multiple, channels, multiple), channels)
+    must be positive, and all of it; with `none` 0 as well."""
+    return (*range(0 if none else multiple, channels, multiple), channels)
 
 
 def resident_parameters(shape: ModelShape) -> int:

@@ -24,6 +24,7 @@ from spp_export.planning.allocate.sizes import (
     Candidates,
     UniformChoice,
     allocate,
+    allocate_some,
     choose_uniform,
     head_costs,
     smallest_cost,
@@ -173,8 +174,8 @@ def check_feasible(
         _uniform(heads, channels, shape, budget, limit, accepts)
         return
     candidates = _candidates(heads, channels, shape, limit)
-    if smallest_cost(candidates) > limit.cost:
-        raise infeasible(shape, budget, limit, candidates, channels)
+    if smallest_cost(candidates, some=_may_be_none(heads)) > limit.cost:
+        raise infeasible(shape, budget, limit, candidates, channels, some=_may_be_none(heads))
 
 
 def _splittable(
@@ -257,21 +258,30 @@ def _per_layer(
     limit: Limit,
 ) -> tuple[tuple[LayerShape, ...], float | None]:
     """The best size of every layer, and the proven bound where it is not proven best."""
-    candidates = _candidates(heads, channels, shape, limit)
+    candidates, some = _candidates(heads, channels, shape, limit), _may_be_none(heads)
     try:
         picks, choice = allocate(candidates, limit.cost)
+        if some and (picks[0] == candidates[0].value.shape[1] - 1).all():
+            # A model without any attention reads its last token only.
+            picks, choice = allocate_some(candidates, limit.cost)
     except BudgetError:
-        raise infeasible(shape, budget, limit, candidates, channels) from None
+        raise infeasible(shape, budget, limit, candidates, channels, some=some) from None
     groups = np.full(shape.num_layers, shape.kv_heads)
     query = np.full(shape.num_layers, shape.query_heads)
     widths = np.full(shape.num_layers, shape.channels)
     if heads is not None:
-        groups = picks[0] // heads.query_heads.shape[1] + 1
-        query = heads.query_heads.ravel()[picks[0]]
+        rows, columns = heads.query_heads.shape
+        groups = np.append(np.repeat(np.arange(1, rows + 1), columns), 0)[picks[0]]
+        query = np.append(heads.query_heads.ravel(), 0)[picks[0]]
     if channels is not None:
         widths = np.array(channels.widths)[picks[-1]]
-    rows = zip(query.tolist(), groups.tolist(), widths.tolist(), strict=True)
-    return tuple(LayerShape(*row) for row in rows), None if choice.exact else choice.bound
+    sizes = zip(query.tolist(), groups.tolist(), widths.tolist(), strict=True)
+    return tuple(LayerShape(*size) for size in sizes), None if choice.exact else choice.bound
+
+
+def _may_be_none(heads: Options | None) -> bool:
+    """Whether a layer may be left without attention."""
+    return heads is not None and heads.nothing is not None
 
 
 def _candidates(
@@ -315,7 +325,10 @@ def _score(
     layers, total = np.arange(len(shapes)), 0.0
     if heads is not None:
         groups, count = _counts(heads, shapes)
-        total += float(heads.value[layers, groups - 1, count - 1].sum())
+        worth = heads.value[layers, groups - 1, count - 1]
+        if heads.nothing is not None:
+            worth = np.where(groups > 0, worth, heads.nothing)
+        total += float(worth.sum())
     if channels is not None:
         at = np.searchsorted(channels.widths, [layer.channels for layer in shapes])
         total += float(channels.value[layers, at].sum())

@@ -21,19 +21,23 @@ def infeasible(
     limit: Limit,
     candidates: Sequence[Candidates],
     channels: ChannelOptions | None,
+    *,
+    some: bool = False,
 ) -> BudgetError:
-    """The error for layers of any regular size, naming the smallest total."""
-    smallest = smallest_cost(candidates)
+    """The error for layers of any regular size, naming the smallest total; `some` as of
+    `smallest_cost`."""
+    smallest = smallest_cost(candidates, some=some)
     width = "" if channels is None else f"{channels.widths[0]} channels per layer"
     # The fastest size need not be the smallest.
     whose = "the fastest blocks measured"
+    group = f"one KV group {'in one' if some else 'per'} layer"
     least = (
         whose
         if limit.kind == "latency"
         else {
-            "heads": "one KV group per layer, and the whitelist",
+            "heads": f"{group}, and the whitelist",
             "channels": width,
-            "both": f"one KV group and {width}, and the whitelist",
+            "both": f"{group if some else 'one KV group'} and {width}, and the whitelist",
         }[budget.units]
     )
     return BudgetError(

@@ -32,7 +32,10 @@ FILL = -1
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """What one layer keeps, as ascending indices in the source; `channels` None keeps them all."""
+    """What one layer keeps, as ascending indices in the source; `channels` None keeps them all.
+
+    No heads: the layer loses its attention; no channels: its MLP.
+    """
 
     kv_heads: tuple[int, ...]
     query_heads: tuple[int, ...]
@@ -51,7 +54,7 @@ class LayerPlan:
         group_size: query heads per KV head of the source.
         """
         groups = self._heads_by_group(group_size)
-        widest = max(len(heads) for heads in groups)
+        widest = max(map(len, groups), default=0)
         return tuple(head for heads in groups for head in (*heads, *[FILL] * (widest - len(heads))))
 
     def _heads_by_group(self, group_size: int) -> list[list[int]]:

@@ -102,9 +102,7 @@ def check_plan_target(path: str | os.PathLike[str], force: bool) -> None:
 
 
 def _index_problem(indices: Sequence[Any]) -> str | None:
-    """What is wrong with indices that should be ascending, at least one; None if nothing."""
-    if not indices:
-        return "is empty; a layer keeps at least one"
+    """What is wrong with indices that should be ascending; None if nothing."""
     previous = -1
     for index in indices:
         if type(index) is not int or index < 0:
@@ -132,6 +130,10 @@ def validate_plan(plan: Plan, shape: ModelShape, fingerprint: str) -> None:
         )
     for index, layer in enumerate(plan.layers):
         validate_layer(f"layer {index}", layer, shape, ragged=plan.layout == "ragged")
+    if not any(layer.kv_heads for layer in plan.layers):
+        raise PlanError(
+            "plan keeps attention in no layer. Keep a KV group in one of them at least."
+        )
     if plan.layout == "uniform":
         _check_uniform(plan, shape)
     if plan.model_fingerprint != fingerprint:
@@ -170,8 +172,8 @@ def validate_layer(
                 f"{place}: plan keeps KV group {group} but none of its query heads "
                 f"({group * size}-{group * size + size - 1}). Drop the group or keep a head."
             )
-    first = layer.kv_heads[0]
     for group in () if ragged else layer.kv_heads:
+        first = layer.kv_heads[0]
         if heads_in[group] != heads_in[first]:
             raise PlanError(
                 f"{place}: plan keeps {heads_in[first]} query heads in KV group {first} but "
@@ -183,7 +185,7 @@ def validate_layer(
 def _check_range(place: str, unit: str, indices: tuple[int, ...], count: int) -> None:
     if problem := _index_problem(indices):
         raise PlanError(f"{place}: the list of kept {unit}s {problem}.")
-    if indices[-1] >= count:
+    if indices and indices[-1] >= count:
         outside = next(index for index in indices if index >= count)
         raise PlanError(
             f"{place}: plan keeps {unit} {shown(outside)} but the model has {count} "
@@ -194,6 +196,11 @@ def _check_range(place: str, unit: str, indices: tuple[int, ...], count: int) ->
 def _check_uniform(plan: Plan, shape: ModelShape) -> None:
     shapes = plan.layer_shapes(shape)
     for index, layer in enumerate(shapes):
+        if not (layer.has_attention and layer.has_mlp):
+            raise PlanError(
+                f"layer {index}: plan keeps no {'MLP' if layer.has_attention else 'attention'}, "
+                "which a stock config cannot say. Use layout per-layer."
+            )
         if layer != shapes[0]:
             raise PlanError(
                 f"layer {index}: plan keeps {layer.query_heads} query heads, {layer.kv_heads} KV "

@@ -35,7 +35,7 @@ from spp_export.planning import (
     forced_heads,
     options_of,
 )
-from spp_export.planning.allocate.options import channel_options
+from spp_export.planning.allocate.options import channel_options, with_nothing
 from spp_export.planning.bound import Predicted, predicted
 from spp_export.planning.budget import Budget, unit_cost
 from spp_export.planning.latency import LatencyTable
@@ -158,7 +158,11 @@ class Planning:
             layers, realised, written = self._layers(options, budget or request.budget)
             provenance = {
                 "criterion": scoring.record(),
-                "policy": {"name": "exact", "whitelist": len(artifacts.whitelist)},
+                "policy": {
+                    "name": "exact",
+                    "whitelist": len(artifacts.whitelist),
+                    "empty_layers": empty_layers(session.source, request),
+                },
                 "budget": {
                     "asked": {
                         **(budget or request.budget).to_dict(),
@@ -237,6 +241,26 @@ def _check_family(source: Checkpoint, request: PlanRequest) -> None:
         )
     if request.compensate != "none":
         family.refuse((Feature.TRANSPOSED,), "compensation", "Use --compensate none.")
+    if request.allow_empty_layers and (reason := _no_empty_layers(source, request)):
+        raise PlanError(f"--allow-empty-layers: {reason}. Leave it out.")
+
+
+def empty_layers(source: Checkpoint, request: PlanRequest) -> bool:
+    """Whether a layer may keep no attention, or no MLP."""
+    if request.allow_empty_layers is None:
+        return not _no_empty_layers(source, request)
+    return request.allow_empty_layers
+
+
+def _no_empty_layers(source: Checkpoint, request: PlanRequest) -> str:
+    """Why every layer keeps some heads and channels; "" where that is no must."""
+    if request.layout == "uniform":
+        return "a stock config cannot say that a layer has none"
+    if request.policy == "published":
+        return "policy published keeps a head of every layer"
+    if request.tp > 1:
+        return "--tp is for vLLM, which serves no such layer"
+    return source.family.no_empty_layers(request.units)
 
 
 def _check_answerable(session: Session, artifacts: Artifacts, request: PlanRequest) -> None:
@@ -273,8 +297,10 @@ def _check_budget(
     scores_LH = np.zeros((shape.num_layers, shape.query_heads))
     scores_LI = np.zeros((shape.num_layers, shape.channels))
     forced = forced_heads(artifacts.whitelist, shape)
+    empty = empty_layers(session.source, request)
     heads = options_of(request.layout)(scores_LH, shape, forced)
-    channels = channel_options(scores_LI, shape, request.width_multiple)
+    heads = with_nothing(heads, 0.0, forced) if empty else heads
+    channels = channel_options(scores_LI, shape, request.width_multiple, none=empty)
     check_feasible(
         None if request.units == "channels" else heads,
         None if request.units == "heads" else channels,
@@ -350,6 +376,7 @@ def scoring_for(
         request.width_multiple,
         request.seed,
         ragged=request.layout == "ragged",
+        empty=empty_layers(session.source, request),
     )
 
 
@@ -412,12 +439,15 @@ def _attention_probabilities(session: Session, artifacts: Artifacts, text: str) 
 
 
 def plan_tensors(session: Session, compiled: Plan) -> list[dict[str, Sequence[Any]]]:
-    """Every tensor that slicing changes: name, old and new shape."""
+    """Every tensor that slicing changes: name, old and new shape, which is empty for one that
+    goes."""
     shape, family = session.source.shape, session.source.family
     before = family.tensors(shape, shape.layers)
-    after = family.tensors(shape, compiled.written_shapes(shape))
+    after = {
+        spec.name: spec.shape for spec in family.tensors(shape, compiled.written_shapes(shape))
+    }
     return [
-        {"name": old.name, "dense": old.shape, "slim": new.shape}
-        for old, new in zip(before, after, strict=True)
-        if old.shape != new.shape
+        {"name": old.name, "dense": old.shape, "slim": after.get(old.name, ())}
+        for old in before
+        if old.shape != after.get(old.name)
     ]

@@ -135,7 +135,9 @@ class Compensator:
             blocks, kept = self._blocks(spec), self._kept(spec)
             assert spec.layer is not None
             real = real_columns(self._plan, spec.layer, spec.role, self._source.shape)
-            written = read_float(stored[spec.name])[:, real]
+            # Of a consumer that loses every input nothing is written.
+            kept_whole = stored.get(spec.name)
+            written = read_float(kept_whole)[:, real] if kept_whole else weight[:, :0]
             yield (
                 residual_blocks(weight, blocks, kept, written),
                 residual_blocks(weight, blocks, kept, weight[:, kept]),
@@ -167,7 +169,7 @@ class Compensator:
         assert spec.layer is not None
         layer = self._plan.layers[spec.layer]
         if spec.role is Role.DOWN:
-            return np.asarray(layer.channels)
+            return kept_indices(layer.channels or (), 1)
         return kept_indices(layer.query_heads, self._source.shape.head_dim)
 
 

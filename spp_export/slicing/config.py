@@ -61,7 +61,7 @@ def slim_config(
     Raises PlanError for layers or biases the layout cannot express, ModelError for a source config
     that contradicts itself.
     """
-    _check_layers(shape, layers, ragged=layout == "ragged" and family.uneven_groups)
+    _check_layers(family, shape, layers, ragged=layout == "ragged" and family.uneven_groups)
     config = portable_config(source_config, family.rope_theta)
     config["tie_word_embeddings"] = shape.tied_embeddings
     if family.derived_head_dim != "attention":
@@ -109,7 +109,9 @@ def portable_config(
     return result
 
 
-def _check_layers(shape: ModelShape, layers: Sequence[LayerShape], *, ragged: bool) -> None:
+def _check_layers(
+    family: Family, shape: ModelShape, layers: Sequence[LayerShape], *, ragged: bool
+) -> None:
     if len(layers) != shape.num_layers:
         raise PlanError(
             f"the plan has {len(layers)} layers and the model {shape.num_layers}. "
@@ -122,6 +124,12 @@ def _check_layers(shape: ModelShape, layers: Sequence[LayerShape], *, ragged: bo
                 "not a regular layer; every kept KV group must keep as many query heads. "
                 "Use layout 'ragged'."
             )
+        for units, kept in (("heads", layer.has_attention), ("channels", layer.has_mlp)):
+            if not kept and (reason := family.no_empty_layers(units)):
+                raise PlanError(
+                    f"layer {index}: the plan keeps no {units}, and {reason}. Keep some, as "
+                    "--no-allow-empty-layers does."
+                )
 
 
 def _uniform(family: Family, shape: ModelShape, layers: Sequence[LayerShape]) -> dict[str, Any]:
@@ -165,7 +173,7 @@ def _per_layer(
             "AutoModel": f"modeling_spp.Spp{decoder_class}",
             "AutoModelForCausalLM": f"modeling_spp.Spp{family.architecture}",
         },
-        **_per_layer_modules(family, shape),
+        **_per_layer_modules(family, shape, layers),
         **_counts(shape.layer),
         "per_layer_config": {
             str(index).zfill(digits): _counts(layer)
@@ -179,12 +187,17 @@ def _per_layer(
     }
 
 
-def _per_layer_modules(family: Family, shape: ModelShape) -> dict[str, Any]:
-    """What modeling_spp.py has to know of a family beyond the names that are Llama's."""
+def _per_layer_modules(
+    family: Family, shape: ModelShape, layers: Sequence[LayerShape]
+) -> dict[str, Any]:
+    """What modeling_spp.py has to know of a family beyond the names that are Llama's, and of layers
+    without attention or MLP."""
     modules = [family.attention]
     if family.derived_head_dim != "attention":
-        alone = {"per_layer_modules": {"layers": "layers", "modules": modules}}
-        return alone if family.experts else {}
+        empty = _empty_modules(family, layers)
+        modules += [] if family.experts else [family.mlp]
+        listed = {"layers": "layers", "modules": modules, **({"empty": empty} if empty else {})}
+        return {"per_layer_modules": listed} if empty or family.experts else {}
     inputs = list(dict.fromkeys((family.query, family.key, family.value)))
     outputs = list(dict.fromkeys(name for name in (family.gate, family.up) if name))
     return {
@@ -198,6 +211,19 @@ def _per_layer_modules(family: Family, shape: ModelShape) -> dict[str, Any]:
             "keys": {key: name for key, name in family.keys.items() if name and key in _OWN_KEYS},
         }
     }
+
+
+def _empty_modules(family: Family, layers: Sequence[LayerShape]) -> dict[str, Any]:
+    """By the count that is 0 where a layer has none: the module, its last projection, and the norms
+    that go with it."""
+    empty: dict[str, Any] = {}
+    if not all(layer.has_attention for layer in layers):
+        output = family.output.removeprefix(f"{family.attention}.")
+        empty["num_attention_heads"] = [family.attention, output, list(family.attention_norms)]
+    if not all(layer.has_mlp for layer in layers):
+        output = family.down.removeprefix(f"{family.mlp}.")
+        empty["intermediate_size"] = [family.mlp, output, list(family.mlp_norms)]
+    return empty
 
 
 def _per_head(

@@ -77,7 +77,9 @@ class Checkpoint:
     @property
     def dtype(self) -> str:
         """Stored dtype of the attention weights, as safetensors spells it ("BF16")."""
-        return self.tensor(self.family.query, 0).dtype
+        first = _first_query(self.family, self.tensors)
+        assert first is not None, "a model without attention"
+        return first.dtype
 
     @property
     def dtype_name(self) -> str:
@@ -225,10 +227,16 @@ def fingerprint(config: Mapping[str, Any], tensors: Iterable[StoredTensor]) -> s
 
 
 def _element_bytes(family: Family, stored: Mapping[str, StoredTensor]) -> int:
-    """Element size of the first layer's query weights; any size where `stored` lacks them, since
-    the check of names then fails."""
-    tensor = stored.get(f"{family.layer_name(0, family.query)}.weight")
+    """Element size of the first query weights; any size where `stored` lacks them, since the check
+    of names then fails."""
+    tensor = _first_query(family, stored)
     return ELEMENT_BYTES[tensor.dtype] if tensor else 2
+
+
+def _first_query(family: Family, stored: Mapping[str, StoredTensor]) -> StoredTensor | None:
+    """The query weight of the first layer that has attention."""
+    names = (f"{family.layer_name(layer, family.query)}.weight" for layer in range(len(stored)))
+    return next((stored[name] for name in names if name in stored), None)
 
 
 def _whole_names(
@@ -356,6 +364,10 @@ def _slim_layers(listed: Any, shape: ModelShape, path: Path) -> tuple[LayerShape
     kept = tuple(layer for layer in layers if layer is not None)
     if len(kept) < len(layers):
         raise wrong
+    if not any(layer.has_attention for layer in kept):
+        raise ModelError(
+            f"{path / 'config.json'}: no layer has attention heads. Write the export again."
+        )
     return kept
 
 
@@ -368,9 +380,11 @@ def _slim_layer(entry: Any) -> LayerShape | None:
     groups = entry.get("query_groups", [])
     if not isinstance(groups, list):
         return None
-    if any(type(size) is not int or size < 1 for size in (*sizes, *groups)):
+    if any(type(size) is not int or size < 0 for size in (*sizes, *groups)):
         return None
     query, kv, channels = sizes
+    if bool(query) != bool(kv) or 0 in groups:
+        return None
     if groups and (len(groups) != kv or sum(groups) != query):
         return None
     layer = LayerShape(query, kv, channels, tuple(groups) if len(set(groups)) > 1 else ())

@@ -293,6 +293,31 @@ class Family:
                 f"{instead}"
             )
 
+    @property
+    def mlp(self) -> str:
+        """The module of the MLP, relative to a layer; "" where nothing of it is cut, or its
+        projections are the layer's own."""
+        return self.down.rpartition(".")[0]
+
+    @property
+    def attention_norms(self) -> tuple[str, ...]:
+        """The norms that a layer without attention has no use for."""
+        # Side by side, the MLP may read the same norm.
+        return (self.attention_norm,) if self.attention_norm and self.mlp_norm else ()
+
+    @property
+    def mlp_norms(self) -> tuple[str, ...]:
+        """The norms that a layer without an MLP has no use for."""
+        return (self.mlp_norm,) if self.mlp_norm else ()
+
+    def no_empty_layers(self, units: str) -> str:
+        """Why no layer may lose all of its heads, channels, or both; "" where it may."""
+        if self.derived_head_dim == "attention":
+            return f"attention of {self.model_type} models has no size of heads of its own"
+        if units != "heads" and not self.mlp:
+            return f"the MLPs of {self.model_type} models are not cut"
+        return ""
+
     def check_units(self, units: str) -> None:
         """ModelError where other units than heads are to go, and the MLPs are not cut."""
         if units != "heads":
@@ -385,7 +410,8 @@ class Family:
         """Parameters, summed over the tensors of one layer and of what is beside the layers."""
         per_unit = dict.fromkeys(Unit, 0)
         fixed = outside = rows = 0
-        for spec in self.tensors(replace(shape, uncut=()), (shape.layer,)):
+        alone = replace(shape, uncut=())
+        for spec in self.tensors(alone, (shape.layer,)):
             elements = prod(spec.shape)
             if spec.layer is None:
                 outside += elements
@@ -410,7 +436,14 @@ class Family:
             unread,
             0 if self.caches_queries else rows,
             rows if self.caches_queries else 0,
+            fixed - self._fixed(alone, replace(shape.layer, query_heads=0, kv_heads=0)),
+            fixed - self._fixed(alone, replace(shape.layer, channels=0)),
         )
+
+    def _fixed(self, shape: ModelShape, layer: LayerShape) -> int:
+        """Parameters of a layer that go with none of its units."""
+        specs = self._layer_tensors(shape, layer, 0)
+        return sum(prod(spec.shape) for spec in specs if spec.unit is None)
 
     def tensors(self, shape: ModelShape, layers: Sequence[LayerShape]) -> Iterator[TensorSpec]:
         """Every tensor of a checkpoint whose layers have these shapes, in file order."""
@@ -471,28 +504,34 @@ class Family:
 
         heads = self._forms({Role.QUERY: "Q", Role.KEY: "K", Role.VALUE: "K"})
         widths = self._forms({Role.GATE: "C", Role.UP: "C"})
-        yield from whole(self._norm(self.attention_norm, shape))
+        # Of attention that has no heads, and of an MLP that has no channels, the bias stays.
+        heads = heads if layer.has_attention else {}
+        widths = widths if layer.has_mlp else {}
+        if layer.has_attention or not self.attention_norms:
+            yield from whole(self._norm(self.attention_norm, shape))
         for module, (role, form) in heads.items():
             yield cut(f"{module}.weight", role, form, hidden)
-        yield cut(f"{self.output}.weight", Role.OUTPUT, "Q", hidden, axis=1)
+        if layer.has_attention:
+            yield cut(f"{self.output}.weight", Role.OUTPUT, "Q", hidden, axis=1)
         for module, (role, form) in heads.items() if shape.qkv_bias else ():
             yield cut(f"{module}.bias", role, form)
         if shape.output_bias:
             yield from whole([(f"{self.output}.bias", (hidden,))])
-        if shape.qk_norm and self.head_norms:
+        if shape.qk_norm and self.head_norms and layer.has_attention:
             yield cut(f"{self.query_norm}.weight", Role.OTHER, "q", shape.head_dim)
             yield cut(f"{self.key_norm}.weight", Role.OTHER, "k", shape.head_dim)
-        elif shape.qk_norm:
+        elif shape.qk_norm and layer.has_attention:
             for module in (self.query_norm, self.key_norm):
                 yield from whole([(f"{module}.weight", (shape.head_dim,))])
                 if self.qk_norm_bias:
                     yield from whole([(f"{module}.bias", (shape.head_dim,))])
-        for name in self.head_rows:
+        for name in self.head_rows if layer.has_attention else ():
             yield cut(name, Role.OTHER, "q")
-        yield from whole(self._norm(self.mlp_norm, shape))
+        if layer.has_mlp or not self.mlp_norms:
+            yield from whole(self._norm(self.mlp_norm, shape))
         for module, (role, form) in widths.items():
             yield cut(f"{module}.weight", role, form, hidden)
-        if self.down:
+        if self.down and layer.has_mlp:
             yield cut(f"{self.down}.weight", Role.DOWN, "C", hidden, axis=1)
         for module, (role, form) in widths.items() if shape.mlp_bias else ():
             yield cut(f"{module}.bias", role, form)
@@ -503,7 +542,12 @@ class Family:
         for module, flag in map(_optional, self.more_norms):
             if not flag or flag in shape.switches:
                 yield from whole(self._norm(module, shape))
-        yield from whole(self.fixed.items())
+        fixed = self.fixed.items()
+        if not layer.has_mlp:
+            fixed = {
+                name: size for name, size in fixed if not name.startswith(f"{self.mlp}.")
+            }.items()
+        yield from whole(fixed)
 
     def _forms(self, roles: Mapping[Role, str]) -> dict[str, tuple[Role, str]]:
         """The modules of these roles, each with its first role and what its outputs count."""

@@ -11,7 +11,9 @@ asked for, and what is special about a family is in its config.json. `per_layer_
 where the layers are in the decoder and which of their modules differ from layer to layer, attention
 first; `narrow` in it is for an attention whose config has no size of heads, `wide` for an MLP whose
 width is given by what is as wide, `per_head` for an attention that is given something for every
-head of the dense model, as scores that are biased by distance are. `biased_projections`
+head of the dense model, as scores that are biased by distance are. `empty` is for layers that have
+no attention or no MLP: by the count that is 0 there, the module, its last projection, whose bias
+stays, and the norms that go. `biased_projections`
 names modules of a layer, such as `mlp.down_proj`, that have a bias where the stock model has none.
 See configuration_spp.py for why this file imports so little.
 """
@@ -72,6 +74,55 @@ def _serve_unevenly(attention: Any, query_groups: Sequence[int]) -> None:
     attention.register_forward_pre_hook(_repeat, with_kwargs=True)
 
 
+class _Empty(nn.Module):
+    """In place of an attention or an MLP of which nothing is kept: writes what is left of it, the
+    bias of its last projection, or zeros."""
+
+    def __init__(self, output: str, bias: nn.Parameter | None, attends: bool) -> None:
+        super().__init__()
+        self._output, self._attends, self.counts = output, attends, False
+        last = nn.Module()
+        last.register_parameter("bias", bias)
+        self.add_module(output, last)
+
+    def forward(self, hidden_states: Tensor, *_: Any, **kwargs: Any) -> Any:
+        """What is added to hidden states [B,S,d]; as attention does, with no weights."""
+        if self.counts and kwargs.get("past_key_values") is not None:
+            row = hidden_states.new_zeros(*hidden_states.shape[:2], 1)[:, None]
+            place = {"cache_position": kwargs.get("cache_position")}
+            kwargs["past_key_values"].update(row, row, 0, place)
+        bias = self.get_submodule(self._output).bias
+        written = torch.zeros_like(hidden_states)
+        written = written if bias is None else written + bias
+        return (written, None) if self._attends else written
+
+
+def _empty(layer: nn.Module, module: str, output: str, norms: Sequence[str], attends: bool) -> None:
+    last: Any = layer.get_submodule(f"{module}.{output}")
+    setattr(layer, module, _Empty(output, last.bias, attends))
+    for norm in norms:
+        setattr(layer, norm, nn.Identity())
+
+
+def _share_cache(layers: Any, attention: str, config: Any) -> None:
+    """Let caches tell how far they are, which transformers asks the first layer, or the first of
+    each kind of attention.
+
+    Where that one has no attention, the next one of its kind that has keeps its states there. Where
+    there is none, and the layer is the first, it counts: one number per token.
+    """
+    attends = [not isinstance(getattr(layer, attention), _Empty) for layer in layers]
+    kinds = getattr(config, "layer_types", None) or [""] * len(attends)
+    for kind in dict.fromkeys(kinds):
+        places = [index for index in range(len(attends)) if kinds[index] == kind]
+        first = places[0]
+        keeps = next((index for index in places if attends[index]), None)
+        if keeps is not None:
+            getattr(layers[keeps], attention).layer_idx = first
+        elif first == 0:
+            getattr(layers[first], attention).counts = True
+
+
 class _PerLayerModel:
     """Put before a stock model class, gives every layer the modules of its own config."""
 
@@ -102,13 +153,27 @@ class _PerLayerModel:
         layers: Any = decoder.get_submodule(listed["layers"])
         for index, layer in enumerate(layers):
             _graft(layer, config, index, listed)
+        if "empty" in listed:
+            _share_cache(layers, listed["modules"][0], config)
         model.init_weights()
+
+    def _get_static_cache_init_shape(self) -> Any:
+        """What `generate` would make a static cache by at once: not known where one layer's states
+        are kept in the place of another."""
+        listed = getattr(self.config, "per_layer_modules", None) or {}
+        parent: Any = super()
+        return None if "empty" in listed else parent._get_static_cache_init_shape()
 
 
 def _graft(layer: nn.Module, config: Any, index: int, listed: Mapping[str, Any]) -> None:
     """Give a layer the modules of one that is made from its own config."""
     own, attention = config.layer_config(index), listed["modules"][0]
     modules = listed["modules"]
+    empty = [key for key in listed.get("empty", ()) if getattr(own, key) == 0]
+    for key in empty:
+        # Made of size 1, for none of transformers' modules has size 0, and then replaced.
+        setattr(own, key, 1)
+        own.num_key_value_heads = own.num_key_value_heads or 1
     if "narrow" in listed:
         _narrow(layer, attention, config, index, listed.get("keys", {}), **listed["narrow"])
         # The rest of it, with heads that fill the hidden size.
@@ -129,6 +194,8 @@ def _graft(layer: nn.Module, config: Any, index: int, listed: Mapping[str, Any])
     for name in getattr(config, "biased_projections", ()):
         linear: Any = layer.get_submodule(name)
         linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
+    for key in empty:
+        _empty(layer, *listed["empty"][key], attends=key == "num_attention_heads")
 
 
 def _narrow(
