@@ -187,6 +187,8 @@ def _per_layer_modules(family: Family, shape: ModelShape) -> dict[str, Any]:
         return alone if family.experts else {}
     inputs = list(dict.fromkeys((family.query, family.key, family.value)))
     outputs = list(dict.fromkeys(name for name in (family.gate, family.up) if name))
+    if "C" in family.wide_norms.values():  # more is as wide as the MLP than its projections
+        modules.append(family.down.rpartition(".")[0])
     return {
         "per_layer_modules": {
             "layers": family.layers.rpartition(".")[2],
