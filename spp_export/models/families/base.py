@@ -153,6 +153,8 @@ class Family:
     # What the stock config takes for theta where config.json says nothing of rotary settings; None
     # where it takes more than that.
     rope_theta: float | None = 10000.0
+    # Layers rotate by their type.
+    rope_by_type: bool = False
     # In one tensor: each KV head's queries, its key, its value. Else all queries, keys and values.
     side_by_side: bool = False
     # Attention takes KV heads that serve different numbers of query heads.
