@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 from factories import random_layers
-from family_models import KNOWN, Pair, greedy, load, make_dense, slice_by, tokens
+from family_models import KNOWN, Pair, greedy, load, make_dense, tokens
 from transformers import DynamicCache, PreTrainedModel
 
 from spp_export.common.errors import ModelError, PlanError
 from spp_export.common.progress import quiet_transformers
+from spp_export.evaluation.contract import slice_by
 from spp_export.models.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_source
 from spp_export.models.families import FAMILIES
 from spp_export.planning import LayerPlan
