@@ -1,17 +1,20 @@
 """Which of llama.cpp's architectures computes a decoder, as its own loaders have it.
 
 Most of them size every layer like the first. Where layers differ, `deci` is a Llama that does not,
-and `openelm` a Qwen3 whose output matrix is always the embedding.
+and `openelm` a Qwen3 whose output matrix is always the embedding. Where a layer has no attention or
+no MLP, the file has one of zeros, which writes nothing; `deci` can do without most attention.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from spp_export.common.errors import ModelError
+from spp_export.formats.gguf.options import BLOCK
 from spp_export.formats.settings import settings_of
 from spp_export.models.checkpoint.checkpoint import Checkpoint
+from spp_export.models.shape import LayerShape
 
 Name = Literal["llama", "deci", "qwen2", "qwen3", "openelm"]
 
@@ -23,17 +26,19 @@ class Architecture:
     interleaved  it rotates neighbours: rows of q and k are reordered from halves to pairs
     fused        q, k and v are one matrix
     frequencies  it reads factors of the rotary frequencies from a tensor
+    attends      it has attention in every layer
     """
 
     name: Name
     interleaved: bool = False
     fused: bool = False
     frequencies: bool = False
+    attends: bool = True
 
 
 _ARCHITECTURES = {
     "llama": Architecture("llama", interleaved=True, frequencies=True),
-    "deci": Architecture("deci", interleaved=True, frequencies=True),
+    "deci": Architecture("deci", interleaved=True, frequencies=True, attends=False),
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3"),
     "openelm": Architecture("openelm", fused=True),
@@ -53,6 +58,22 @@ def architecture_of(decoder: Checkpoint) -> Architecture:
     if not uniform:
         return _ARCHITECTURES["deci"]
     return _ARCHITECTURES["qwen2" if name == "qwen2" and _stock_qwen2(decoder) else "llama"]
+
+
+def file_layers(decoder: Checkpoint, architecture: Architecture) -> tuple[LayerShape, ...]:
+    """The layers as the file has them: a head, or a block of channels, of zeros where a layer has
+    none and llama.cpp wants some.
+
+    `deci` takes the size of a head from the first layer, drops the bias of attention that it leaves
+    out, and of a layer without an MLP forgets what attention wrote.
+    """
+    layers = []
+    for index, layer in enumerate(decoder.layers):
+        biased = decoder.bias(decoder.family.output, index) is not None
+        if not layer.has_attention and (architecture.attends or index == 0 or biased):
+            layer = replace(layer, query_heads=1, kv_heads=1)
+        layers.append(layer if layer.has_mlp else replace(layer, channels=BLOCK))
+    return tuple(layers)
 
 
 def _check_windows(decoder: Checkpoint) -> None:

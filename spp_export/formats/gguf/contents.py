@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from spp_export.formats.gguf.architecture import Architecture, architecture_of
+from spp_export.formats.gguf.architecture import Architecture, architecture_of, file_layers
 from spp_export.formats.gguf.options import FILE_TYPES, GgufOptions
 from spp_export.formats.gguf.rotary import rotary_metadata
 from spp_export.formats.gguf.tensors import GgufTensor, gguf_tensors
@@ -75,9 +75,10 @@ def model_metadata(
     Raises ModelError for rotary settings that llama.cpp has not.
     """
     shape, settings, arch = decoder.shape, settings_of(decoder), architecture.name
+    layers = file_layers(decoder, architecture)
 
     def per_layer(size: Callable[[LayerShape], int]) -> Value:
-        sizes = [size(layer) for layer in decoder.layers]
+        sizes = [size(layer) for layer in layers]
         return count(sizes[0]) if len(set(decoder.layers)) == 1 else integers(sizes)
 
     return {

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from spp_export.formats.gguf.architecture import Architecture
+from spp_export.formats.gguf.architecture import Architecture, file_layers
 from spp_export.formats.gguf.options import BLOCK, QUANTS, GgufOptions, Kind
 from spp_export.formats.gguf.rotary import frequency_factors
 from spp_export.models.checkpoint.checkpoint import Checkpoint
@@ -52,6 +52,9 @@ def gguf_tensors(
 class _Listing:
     def __init__(self, decoder: Checkpoint, form: Architecture, options: GgufOptions) -> None:
         self._decoder, self._form, self._options = decoder, form, options
+        layers = file_layers(decoder, form)
+        specs = decoder.family.tensors(decoder.shape, layers)
+        self._shapes = {spec.name: spec.shape for spec in specs}
 
     def all(self) -> Iterator[GgufTensor]:
         family = self._decoder.family
@@ -89,15 +92,18 @@ class _Listing:
         for name, parts, step in modules:
             for ending in ("weight", "bias"):
                 sources = [f"{family.layer_name(index, part)}.{ending}" for part in parts]
-                if sources[0] in self._decoder.tensors:
+                if sources[0] in self._shapes:
                     yield self._tensor(f"blk.{index}.{name}.{ending}", *sources, step=step)
 
     def _tensor(self, name: str, *sources: str, step: int = 0) -> GgufTensor:
-        shapes = tuple(self._decoder.tensors[source].shape for source in sources)
+        shapes = tuple(self._shapes[source] for source in sources)
         shape = (sum(part[0] for part in shapes), *shapes[0][1:])
         requested = self._requested(name, shape)
         kind: Kind = "f16" if requested in QUANTS and shape[-1] % BLOCK else requested
         replaced = requested if kind != requested else None
+        if sources[0] not in self._decoder.tensors:  # of attention or an MLP that the layer lacks
+            zeros = np.zeros(shape, np.float32)
+            return GgufTensor(name, shape, kind, requested=replaced, values=zeros)
         return GgufTensor(name, shape, kind, sources, shapes, step, replaced)
 
     def _requested(self, name: str, shape: tuple[int, ...]) -> Kind:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from spp_export.formats.onnx.attention import AttentionInputs, Shared, attention_form
 from spp_export.formats.onnx.options import OnnxOptions
 from spp_export.formats.onnx.projection import Projections
 from spp_export.formats.onnx.recorder import BATCH, MICROSOFT, PAST, SEQUENCE, TOTAL, Recorder
-from spp_export.formats.onnx.weights import rounded, table
+from spp_export.formats.onnx.weights import rounded, table, vector
 from spp_export.formats.settings import rotary_tables, settings_of
 from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.checkpoint.header import StoredTensor
@@ -56,46 +56,68 @@ class _Builder:
             shared.input_ids, embedding, tied=decoder.shape.tied_embeddings
         )
         added = None
-        presents = []
+        presents: dict[int, list[Any]] = {}
         for index, layer in enumerate(decoder.layers):
-            name = f"layers.{index}"
-            normed, stream = self._norm(stream, added, family.attention_norm, index)
-            packed = self._linear(
-                normed, (family.query, family.key, family.value), index, "qkv_proj"
-            )
-            attended, key, value = form(
-                AttentionInputs(
-                    packed=packed,
-                    past=caches[index],
-                    norms=self._norms(index),
-                    layer=layer,
-                    head_dim=decoder.shape.head_dim,
-                    window=self._settings.windows[index],
-                    epsilon=self._settings.epsilon,
-                    name=f"{name}.attention",
+            if layer.has_attention:
+                normed, stream = self._norm(stream, added, family.attention_norm, index)
+                packed = self._linear(
+                    normed, (family.query, family.key, family.value), index, "qkv_proj"
                 )
-            )
-            presents.append((key, value))
-            added = self._linear(attended, (family.output,), index, "o_proj")
-            normed, stream = self._norm(stream, added, family.mlp_norm, index)
-            added = self._mlp(normed, index)
+                attended, *presents[index] = form(
+                    AttentionInputs(
+                        packed=packed,
+                        past=caches[index],
+                        norms=self._norms(index),
+                        layer=layer,
+                        head_dim=decoder.shape.head_dim,
+                        window=self._settings.windows[index],
+                        epsilon=self._settings.epsilon,
+                        name=f"layers.{index}.attention",
+                    )
+                )
+                added = self._linear(attended, (family.output,), index, "o_proj")
+            else:
+                stream, added = self._bias_alone(stream, added, family.output, index, "o_proj")
+            if layer.has_mlp:
+                normed, stream = self._norm(stream, added, family.mlp_norm, index)
+                added = self._mlp(normed, index)
+            else:
+                stream, added = self._bias_alone(stream, added, family.down, index, "down_proj")
         normed, _ = self._norm(stream, added, family.final_norm, None)
         self._outputs(self._head(normed, embedding), presents)
 
-    def _inputs(self) -> tuple[Shared, list[tuple[Any, Any]]]:
+    def _bias_alone(
+        self, stream: Any, added: Any, module: str, layer: int, name: str
+    ) -> tuple[Any, Any]:
+        """Stream and what is yet to be added to it, with the bias, if any, of the last projection
+        of attention without heads, or of an MLP without channels."""
+        bias = self._decoder.bias(module, layer)
+        if bias is None:
+            return stream, added
+        g, place = self._g, f"layers.{layer}.{name}"
+        value = g.weight(f"{place}.bias", bias.shape, vector([bias], self._options.precision))
+        # What is to be added has the stream's shape, for the norm that adds it.
+        biased = g.op(
+            "Add", [stream if added is None else added, value], f"{place}/biased", self._hidden
+        )
+        return (biased, None) if added is None else (stream, biased)
+
+    def _inputs(self) -> tuple[Shared, dict[int, tuple[Any, Any]]]:
         g, decoder = self._g, self._decoder
         ids = g.input("input_ids", "INT64", [BATCH, SEQUENCE])
         mask = g.input("attention_mask", "INT64", [BATCH, TOTAL])
         positions = None
         if self._options.attention != "gqa":
             positions = g.input("position_ids", "INT64", [BATCH, SEQUENCE])
-        caches = []
+        caches = {}
         for index, layer in enumerate(decoder.layers):
+            if not layer.has_attention:
+                continue
             shape: list[int | str] = [BATCH, layer.kv_heads, PAST, decoder.shape.head_dim]
             key, value = (
                 g.input(f"past_key_values.{index}.{part}", "", shape) for part in ("key", "value")
             )
-            caches.append((key, value))
+            caches[index] = key, value
         tables = rotary_tables(self._settings, decoder.family, decoder.shape.head_dim)
         cos, sin = (
             g.constant(rounded(values, self._options.precision), name)
@@ -103,11 +125,12 @@ class _Builder:
         )
         return Shared(ids, mask, positions, cos, sin), caches
 
-    def _outputs(self, logits: Any, presents: Sequence[tuple[Any, Any]]) -> None:
+    def _outputs(self, logits: Any, presents: Mapping[int, Sequence[Any]]) -> None:
         g, shape = self._g, self._decoder.shape
         g.output(logits, "logits", [BATCH, SEQUENCE, shape.vocab_size])
-        for index, (layer, pair) in enumerate(zip(self._decoder.layers, presents, strict=True)):
-            cache: list[int | str] = [BATCH, layer.kv_heads, TOTAL, shape.head_dim]
+        for index, pair in presents.items():
+            heads = self._decoder.layers[index].kv_heads
+            cache: list[int | str] = [BATCH, heads, TOTAL, shape.head_dim]
             for value, part in zip(pair, ("key", "value"), strict=True):
                 g.output(value, f"present.{index}.{part}", cache)
 

@@ -78,28 +78,37 @@ class _Empty(nn.Module):
     """In place of an attention or an MLP of which nothing is kept: writes what is left of it, the
     bias of its last projection, or zeros."""
 
-    def __init__(self, output: str, bias: nn.Parameter | None, attends: bool) -> None:
+    def __init__(self, old: nn.Module, output: str, attends: bool) -> None:
         super().__init__()
+        # Layers of transformers 4 ask their attention for its kind.
+        plain = {name: it for name, it in vars(old).items() if isinstance(it, (bool, int, str))}
+        vars(self).update(plain)
         self._output, self._attends, self.counts = output, attends, False
-        last = nn.Module()
-        last.register_parameter("bias", bias)
+        last, stock = nn.Module(), old.get_submodule(output)
+        last.register_parameter("bias", stock.bias)
         self.add_module(output, last)
 
     def forward(self, hidden_states: Tensor, *_: Any, **kwargs: Any) -> Any:
         """What is added to hidden states [B,S,d]; as attention does, with no weights."""
-        if self.counts and kwargs.get("past_key_values") is not None:
-            row = hidden_states.new_zeros(*hidden_states.shape[:2], 1)[:, None]
-            place = {"cache_position": kwargs.get("cache_position")}
-            kwargs["past_key_values"].update(row, row, 0, place)
+        cache = kwargs.get("past_key_values") if self._attends else None
+        if cache is not None and (self.counts or self._is_static(cache)):
+            rows = hidden_states.new_zeros(*hidden_states.shape[:2], 1)[:, None]
+            position = {"cache_position": kwargs.get("cache_position")}
+            cache.update(rows, rows, self.layer_idx, position)
         bias = self.get_submodule(self._output).bias
         written = torch.zeros_like(hidden_states)
         written = written if bias is None else written + bias
         return (written, None) if self._attends else written
 
+    def _is_static(self, cache: Any) -> bool:
+        """Whether it is made for a length: transformers 4 then asks it for the size of every layer,
+        of which there must be one, if only a number per token."""
+        layers = getattr(cache, "layers", ())
+        return self.layer_idx < len(layers) and hasattr(layers[self.layer_idx], "max_cache_len")
+
 
 def _empty(layer: nn.Module, module: str, output: str, norms: Sequence[str], attends: bool) -> None:
-    last: Any = layer.get_submodule(f"{module}.{output}")
-    setattr(layer, module, _Empty(output, last.bias, attends))
+    setattr(layer, module, _Empty(getattr(layer, module), output, attends))
     for norm in norms:
         setattr(layer, norm, nn.Identity())
 
@@ -118,6 +127,7 @@ def _share_cache(layers: Any, attention: str, config: Any) -> None:
         first = places[0]
         keeps = next((index for index in places if attends[index]), None)
         if keeps is not None:
+            getattr(layers[first], attention).layer_idx = keeps
             getattr(layers[keeps], attention).layer_idx = first
         elif first == 0:
             getattr(layers[first], attention).counts = True
