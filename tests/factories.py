@@ -11,7 +11,8 @@ import random
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +289,17 @@ def uniform_layers(
         width = None if channels is None else _choose(rng, range(shape.channels), channels)
         plans.append(LayerPlan(kept, tuple(heads), width))
     return tuple(plans)
+
+
+def drop_experts(
+    layers: Sequence[LayerPlan], shape: ModelShape, counts: Sequence[int], seed: int
+) -> tuple[LayerPlan, ...]:
+    """The same layers with random experts, `counts` of them in turn in the layers that have any."""
+    rng, left = random.Random(seed), cycle(counts)
+    return tuple(
+        replace(layer, experts=_choose(rng, range(shape.experts), next(left))) if sparse else layer
+        for layer, sparse in zip(layers, shape.sparse, strict=True)
+    )
 
 
 def _choose(rng: random.Random, units: Sequence[int], count: int) -> tuple[int, ...]:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from factories import ragged_layers, random_layers, uniform_layers
+from factories import drop_experts, ragged_layers, random_layers, uniform_layers
+from torch.overrides import TorchFunctionMode
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from spp_export.common.progress import quiet_transformers
@@ -105,6 +106,20 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
 KNOWN = [name for name in FAMILIES if name in CONFIG_MAPPING]
 
 
+class InDouble(TorchFunctionMode):
+    """Routers that compute in float32 do so in float64: the rounding of a product depends on how
+    many rows there are."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        func = torch.Tensor.double if func is torch.Tensor.float else func
+        widened = [torch.float64 if value is torch.float32 else value for value in args]
+        named = {
+            name: torch.float64 if value is torch.float32 else value
+            for name, value in (kwargs or {}).items()
+        }
+        return func(*widened, **named)
+
+
 @dataclass(frozen=True)
 class Pair:
     """A dense checkpoint, what is kept of it, and where that is."""
@@ -196,6 +211,8 @@ def make_slim(source: Checkpoint, layout: Layout, target: Path) -> Pair:
     else:
         chosen = ragged_layers if layout == "ragged" else random_layers
         layers = chosen(source.shape, 3, channels=bool(source.family.down))
+    if source.family.experts and layout != "per-layer":
+        layers = drop_experts(layers, source.shape, (3,) if layout == "uniform" else (2, 3), 3)
     plan = Plan(source.fingerprint, source.name, layout, "none", layers)
     target.mkdir()
     write_slim_weights(source, plan, target)
