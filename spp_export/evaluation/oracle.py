@@ -66,8 +66,8 @@ def masked_dense(
                 if len(inputs) < width:
                     handles.append(_mask_input(module, width, inputs))
             if layer.shape(shape).dropped_experts:
-                kept = frozenset(layer.experts or ())
-                gone = [expert for expert in range(shape.experts) if expert not in kept]
+                stay = frozenset(layer.experts or ())
+                gone = [expert for expert in range(shape.experts) if expert not in stay]
                 stack.enter_context(without_experts(expert_block(model, family, index), gone))
             for name, kept in _kept_in_norms(family, layer, specs).items():
                 norm = model.get_submodule(family.layer_name(index, name))
