@@ -43,6 +43,7 @@ def engines_for(layout: str, layers: Sequence[LayerShape]) -> tuple[Engine, ...]
             Engine("SGLang", "expected", "stock class; not run here"),
         )
     same_kv = len({layer.kv_heads for layer in layers}) == 1
+    whole = all(layer.has_attention and layer.has_mlp for layer in layers)
     return (
         Engine(
             "transformers",
@@ -51,6 +52,10 @@ def engines_for(layout: str, layers: Sequence[LayerShape]) -> tuple[Engine, ...]
         ),
         Engine("vLLM", "no", "the KV groups of a layer must be alike: write it with --pad")
         if layout == "ragged"
+        else Engine(
+            "vLLM", "no", "every layer must have attention and an MLP: plan --no-allow-empty-layers"
+        )
+        if not whole
         else Engine(
             "vLLM",
             "expected",

@@ -33,21 +33,21 @@ FILL = -1
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """What one layer keeps, as ascending indices in the source; `channels` None keeps them all.
-
-    No heads: the layer loses its attention; no channels: its MLP.
-    """
+    """What one layer keeps, as ascending indices in the source; `channels` and `experts` None keep
+    them all. No heads: the layer loses its attention; no channels: its MLP."""
 
     kv_heads: tuple[int, ...]
     query_heads: tuple[int, ...]
     channels: tuple[int, ...] | None = None
+    experts: tuple[int, ...] | None = None
 
     def shape(self, model: ModelShape) -> LayerShape:
         """Size of the layer after slicing."""
         channels = model.channels if self.channels is None else len(self.channels)
         groups = tuple(len(heads) for heads in self._heads_by_group(model.group_size))
         groups = groups if len(set(groups)) > 1 else ()
-        return LayerShape(len(self.query_heads), len(self.kv_heads), channels, groups)
+        dropped = 0 if self.experts is None else model.experts - len(self.experts)
+        return LayerShape(len(self.query_heads), len(self.kv_heads), channels, groups, dropped)
 
     def padded_heads(self, group_size: int) -> tuple[int, ...]:
         """The query heads, each group followed by as many `FILL`s as the largest has more.
@@ -71,6 +71,7 @@ class LayerPlan:
             "kv_heads": list(self.kv_heads),
             "query_heads": list(self.query_heads),
             "channels": None if self.channels is None else list(self.channels),
+            **({} if self.experts is None else {"experts": list(self.experts)}),
         }
 
 
@@ -115,9 +116,21 @@ class Plan:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What a reader has to be told of this kind of model, as far as the plan says."""
+        """What a reader has to be told: of this kind of model, as far as the plan says, and of
+        layers that keep no attention or no MLP."""
         listed = self.family.get("remarks")
-        return tuple(x for x in listed if isinstance(x, str)) if isinstance(listed, list) else ()
+        said = [x for x in listed if isinstance(x, str)] if isinstance(listed, list) else []
+        lacking = {
+            "attention, and nothing in the KV cache": [not kept.kv_heads for kept in self.layers],
+            "MLP": [kept.channels == () for kept in self.layers],
+        }
+        for what, places in lacking.items():
+            numbers = [str(index) for index, lacks in enumerate(places) if lacks]
+            if numbers[1:]:
+                said.append(f"layers {', '.join(numbers)} keep no {what}")
+            elif numbers:
+                said.append(f"layer {numbers[0]} keeps no {what}")
+        return tuple(said)
 
     def layer_shapes(self, model: ModelShape) -> tuple[LayerShape, ...]:
         """Size of every layer after slicing, of what is kept alone."""

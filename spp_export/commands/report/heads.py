@@ -153,7 +153,7 @@ def heads_of(plan: Plan, config: Mapping[str, Any], artifacts: Artifacts | None)
     if artifacts:
         query_heads = query_heads or artifacts.query_heads
         channels = channels or artifacts.channels
-    shown = query_heads or 1 + max(layer.query_heads[-1] for layer in plan.layers)
+    shown = query_heads or 1 + max(max(layer.query_heads, default=0) for layer in plan.layers)
     if shown > _MOST_HEADS or shown * len(plan.layers) > _MOST_CELLS:
         raise PlanError(
             f"plan: {len(plan.layers)} layers of {shown} query heads are more than a page shows, "
@@ -202,7 +202,8 @@ def _check_heads(plan: Plan, query_heads: int, kv_heads: int | None) -> None:
     groups = kv_heads or query_heads
     size, rest = divmod(query_heads, groups)
     for index, layer in enumerate(plan.layers):
-        inside = layer.query_heads[-1] < query_heads and layer.kv_heads[-1] < groups
+        inside = all(head < query_heads for head in layer.query_heads[-1:])
+        inside = inside and all(group < groups for group in layer.kv_heads[-1:])
         grouped = not rest and {head // size for head in layer.query_heads} == set(layer.kv_heads)
         if not inside or (kv_heads and not grouped):
             raise PlanError(

@@ -15,7 +15,14 @@ from typing import Any, Literal
 from spp_export.common.errors import ModelError, PlanError
 from spp_export.common.json_files import shown
 from spp_export.models.families.experts import Experts
-from spp_export.models.shape import Costs, LayerShape, ModelShape
+from spp_export.models.shape import (
+    Costs,
+    ExpertTensor,
+    LayerShape,
+    ModelShape,
+    Units,
+    includes,
+)
 
 # Far above any model, far below what would be felt in memory before the tensors are compared.
 _MOST: Mapping[str, int] = {
@@ -37,6 +44,7 @@ class Unit(StrEnum):
     QUERY = "query"
     KV = "kv"
     CHANNEL = "channel"
+    EXPERT = "expert"
 
 
 class Role(StrEnum):
@@ -59,7 +67,8 @@ class TensorSpec:
     `axis` counts `unit`s in steps of `step` elements (head_dim for heads, 1 for channels); both are
     None where nothing is ever cut. Where the axis has several parts, as in one tensor of queries,
     keys and values, `parts` says how many of which unit each has: one part after the other, or,
-    `side_by_side`, unit by unit: the queries of a KV head, its key, its value.
+    `side_by_side`, unit by unit: the queries of a KV head, its key, its value. `expert` is the
+    number of the expert that it belongs to as a whole.
     """
 
     name: str
@@ -71,6 +80,7 @@ class TensorSpec:
     step: int = 1
     parts: tuple[tuple[Unit, int], ...] = ()
     side_by_side: bool = False
+    expert: int | None = None
 
 
 class Feature(StrEnum):
@@ -87,7 +97,7 @@ class Feature(StrEnum):
     SHIFTED_NORM = "norms that add 1 to their weights"
     BARE_NORM = "norms without weights"
     ROTARY = "a rotary embedding of its own"
-    EXPERTS = "experts, which are not cut yet"
+    EXPERTS = "experts"
     SINKS = "attention sinks"
     POSITIONS = "embeddings of positions"
     ALIBI = "scores biased by distance (ALiBi)"
@@ -331,11 +341,11 @@ class Family:
         """The norms that a layer without an MLP has no use for."""
         return (self.mlp_norm,) if self.mlp_norm else ()
 
-    def no_empty_layers(self, units: str) -> str:
+    def no_empty_layers(self, units: Units) -> str:
         """Why no layer may lose all of its heads, channels, or both; "" where it may."""
         if self.derived_head_dim == "attention":
             return f"attention of {self.model_type} models has no size of heads of its own"
-        if units != "heads" and not self.mlp:
+        if includes(units, "channels") and not self.mlp:
             return f"the MLPs of {self.model_type} models are not cut"
         return ""
 
@@ -410,7 +420,7 @@ class Family:
             mlp_bias=_flag(config, self.mlp_bias),
             qk_norm=_flag(config, self.qk_norm),
             switches=tuple(flag for flag in flags if _flag(config, flag)),
-            uncut=self.experts.read(config, layers) if self.experts else (),
+            **(self.experts.read(config, layers) if self.experts else {}),
             positions=(
                 _size(config, "max_position_embeddings") + self.more_positions
                 if self.positions
@@ -431,7 +441,7 @@ class Family:
         """Parameters, summed over the tensors of one layer and of what is beside the layers."""
         per_unit = dict.fromkeys(Unit, 0)
         fixed = outside = rows = 0
-        alone = replace(shape, uncut=())
+        alone = replace(shape, mlps=())
         for spec in self.tensors(alone, (shape.layer,)):
             elements = prod(spec.shape)
             if spec.layer is None:
@@ -445,18 +455,20 @@ class Family:
                     weight = len(spec.shape) == 2 and spec.role is not Role.OTHER
                     rows += spec.step if unit is Unit.KV and weight else 0
         unread = 0 if shape.tied_embeddings else shape.vocab_size * shape.embedding_width
-        for tensor in (tensor for layer in shape.uncut for tensor in layer):
-            outside += tensor.elements
-            unread += tensor.unread
+        sparse = next((mlp for mlp, has in zip(shape.mlps, shape.sparse, strict=False) if has), ())
+        routed = sum(tensor.per_expert for tensor in sparse if tensor.routed)
+        left_out = shape.experts - shape.experts_per_token
         return Costs(
             per_unit[Unit.QUERY],
             per_unit[Unit.KV],
             per_unit[Unit.CHANNEL],
             fixed,
-            outside,
-            unread,
+            outside + shape.mlp_parameters,
+            unread + sum(shape.sparse) * left_out * routed,
             0 if self.caches_queries else rows,
             rows if self.caches_queries else 0,
+            sum(tensor.per_expert for tensor in sparse),
+            routed,
             fixed - self._fixed(alone, replace(shape.layer, query_heads=0, kv_heads=0)),
             fixed - self._fixed(alone, replace(shape.layer, channels=0)),
         )
@@ -561,8 +573,9 @@ class Family:
             yield cut(f"{module}.bias", role, form)
         if self.down and (shape.mlp_bias or shape.down_bias):
             yield from whole([(f"{self.down}.bias", (hidden,))])
-        for tensor in shape.uncut[index] if shape.uncut else ():
-            yield from whole((name, tensor.shape) for name in tensor.names)
+        experts = shape.experts - layer.dropped_experts
+        for tensor in shape.mlps[index] if shape.mlps else ():
+            yield from self._expert_tensors(tensor, experts, index)
         for module, flag in map(_optional, self.more_norms):
             if not flag or flag in shape.switches:
                 yield from whole(self._norm(module, shape))
@@ -572,6 +585,21 @@ class Family:
                 name: size for name, size in fixed if not name.startswith(f"{self.mlp}.")
             }.items()
         yield from whole(fixed)
+
+    def _expert_tensors(
+        self, tensor: ExpertTensor, experts: int, index: int
+    ) -> Iterator[TensorSpec]:
+        """A tensor of a layer with so many experts, or one for each of them."""
+        name, axis, size = self.layer_name(index, tensor.name), tensor.axis, list(tensor.shape)
+        if tensor.each:
+            for expert in range(experts):
+                one = name.replace("*", str(expert))
+                yield TensorSpec(one, tensor.shape, index, expert=expert)
+        elif axis is None:
+            yield TensorSpec(name, tensor.shape, index)
+        else:
+            size[axis] = experts
+            yield TensorSpec(name, tuple(size), index, unit=Unit.EXPERT, axis=axis)
 
     def _forms(self, roles: Mapping[Role, str]) -> dict[str, tuple[Role, str]]:
         """The modules of these roles, each with its first role and what its outputs count."""

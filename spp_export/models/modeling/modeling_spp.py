@@ -1,4 +1,4 @@
-"""Decoders whose layers differ in query heads, KV heads and MLP width.
+"""Decoders whose layers differ in query heads, KV heads, MLP width and experts.
 
 Models, layers, attention, caches and masks are the stock ones of transformers. A model is made as
 the stock class makes it; then every layer gets the modules that differ from a layer made from its
@@ -9,12 +9,13 @@ attention gets its keys and values with a copy for each query head, made after t
 No family is named here: `SppXForCausalLM` is made of transformers' `XForCausalLM` when it is first
 asked for, and what is special about a family is in its config.json. `per_layer_modules` there says
 where the layers are in the decoder and which of their modules differ from layer to layer, attention
-first; `narrow` in it is for an attention whose config has no size of heads, `wide` for an MLP whose
-width is given by what is as wide, `per_head` for an attention that is given something for every
-head of the dense model, as scores that are biased by distance are. `empty` is for layers that have
-no attention or no MLP: by the count that is 0 there, the module, its last projection, whose bias
-stays, and the norms that go. `biased_projections`
-names modules of a layer, such as `mlp.down_proj`, that have a bias where the stock model has none.
+first, and by all names that versions of transformers have for them; `narrow` in it is for an
+attention whose config has no size of heads, `wide` for an MLP whose width is given by what is as
+wide, `per_head` for an attention that is given something for every head of the dense model, as
+scores that are biased by distance are. `empty` is for layers that have no attention or no MLP: by
+the count that is 0 there, the module, its last projection, whose bias stays, and the norms that go.
+`biased_projections` names modules of a layer, such as `mlp.down_proj`, that have a bias where the
+stock model has none.
 See configuration_spp.py for why this file imports so little.
 """
 
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -78,13 +79,15 @@ class _Empty(nn.Module):
     """In place of an attention or an MLP of which nothing is kept: writes what is left of it, the
     bias of its last projection, or zeros."""
 
+    layer_idx: int
+
     def __init__(self, old: nn.Module, output: str, attends: bool) -> None:
         super().__init__()
         # Layers of transformers 4 ask their attention for its kind.
         plain = {name: it for name, it in vars(old).items() if isinstance(it, (bool, int, str))}
         vars(self).update(plain)
         self._output, self._attends, self.counts = output, attends, False
-        last, stock = nn.Module(), old.get_submodule(output)
+        last, stock = nn.Module(), cast(Any, old.get_submodule(output))
         last.register_parameter("bias", stock.bias)
         self.add_module(output, last)
 
@@ -95,7 +98,7 @@ class _Empty(nn.Module):
             rows = hidden_states.new_zeros(*hidden_states.shape[:2], 1)[:, None]
             position = {"cache_position": kwargs.get("cache_position")}
             cache.update(rows, rows, self.layer_idx, position)
-        bias = self.get_submodule(self._output).bias
+        bias: Any = self.get_submodule(self._output).bias
         written = torch.zeros_like(hidden_states)
         written = written if bias is None else written + bias
         return (written, None) if self._attends else written
@@ -107,7 +110,8 @@ class _Empty(nn.Module):
         return self.layer_idx < len(layers) and hasattr(layers[self.layer_idx], "max_cache_len")
 
 
-def _empty(layer: nn.Module, module: str, output: str, norms: Sequence[str], attends: bool) -> None:
+def _empty(layer: nn.Module, key: str, module: str, output: str, norms: Sequence[str]) -> None:
+    attends = key == "num_attention_heads"
     setattr(layer, module, _Empty(getattr(layer, module), output, attends))
     for norm in norms:
         setattr(layer, norm, nn.Identity())
@@ -192,7 +196,8 @@ def _graft(layer: nn.Module, config: Any, index: int, listed: Mapping[str, Any])
     if modules:
         donor = type(layer)(own, index)
         for name in modules:
-            setattr(layer, name, getattr(donor, name))
+            if hasattr(layer, name):  # not by another version's name
+                setattr(layer, name, getattr(donor, name))
     for side, places in listed.get("wide", {}).items():
         for place in places:
             _resize(layer, place, {side: own.intermediate_size})
@@ -205,7 +210,7 @@ def _graft(layer: nn.Module, config: Any, index: int, listed: Mapping[str, Any])
         linear: Any = layer.get_submodule(name)
         linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
     for key in empty:
-        _empty(layer, *listed["empty"][key], attends=key == "num_attention_heads")
+        _empty(layer, key, *listed["empty"][key])
 
 
 def _narrow(
