@@ -8,7 +8,7 @@ from typing import Any
 
 from spp_export.common.errors import ModelError, PlanError
 from spp_export.models.families import Family, Role
-from spp_export.models.shape import LayerShape, ModelShape
+from spp_export.models.shape import LayerShape, ModelShape, Units
 
 # What travels in a per-layer or ragged checkpoint, beside its config.json.
 MODELING_FILES: tuple[Path, ...] = tuple(
@@ -129,7 +129,8 @@ def _check_layers(
                 "not a regular layer; every kept KV group must keep as many query heads. "
                 "Use layout 'ragged'."
             )
-        for units, kept in (("heads", layer.has_attention), ("channels", layer.has_mlp)):
+        whole: dict[Units, bool] = {"heads": layer.has_attention, "channels": layer.has_mlp}
+        for units, kept in whole.items():
             if not kept and (reason := family.no_empty_layers(units)):
                 raise PlanError(
                     f"layer {index}: the plan keeps no {units}, and {reason}. Keep some, as "

@@ -183,6 +183,7 @@ def _compensated(directory: Path, source: Checkpoint, compiled: Plan) -> Project
                 source.family.layer_name(index, source.family.projection(role)),
                 real_columns(compiled, index, role, source.shape),
                 role in CONSUMERS,
+                source.shape.hidden_size,
             )
             for index, layer in enumerate(compiled.layers)
             for role in roles
@@ -192,7 +193,11 @@ def _compensated(directory: Path, source: Checkpoint, compiled: Plan) -> Project
 
 
 def _projection(
-    stored: Mapping[str, StoredTensor], module: str, columns: Indices | slice, with_bias: bool
+    stored: Mapping[str, StoredTensor],
+    module: str,
+    columns: Indices | slice,
+    with_bias: bool,
+    hidden: int,
 ) -> Projection:
     import torch
 
@@ -200,7 +205,9 @@ def _projection(
 
     # Of o_proj and down_proj only: the biases of the others are cut, and never changed.
     bias = stored.get(f"{module}.bias") if with_bias else None
-    return Projection(
-        torch.from_numpy(read_float(stored[f"{module}.weight"])[:, columns]),
-        None if bias is None else torch.from_numpy(read_float(bias)),
-    )
+    weight = stored.get(f"{module}.weight")
+    if weight is None:  # of attention without heads, or an MLP without channels
+        kept = torch.zeros((hidden, 0) if with_bias else (0, hidden))
+    else:
+        kept = torch.from_numpy(read_float(weight)[:, columns])
+    return Projection(kept, None if bias is None else torch.from_numpy(read_float(bias)))
