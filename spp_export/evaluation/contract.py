@@ -108,7 +108,8 @@ def greedy(model: Any, **options: Any) -> torch.Tensor:
 def load_exact(path: Path, **options: Any) -> PreTrainedModel:
     """A tiny checkpoint in float64. Raises ModelError where tensors are missing or left over."""
     name = json.loads((path / "config.json").read_text())["model_type"].removeprefix(OWN)
-    if FAMILIES[name].experts and hasattr(PreTrainedModel, "set_experts_implementation"):
+    family = FAMILIES.get(name)
+    if family and family.experts and hasattr(PreTrainedModel, "set_experts_implementation"):
         options["experts_implementation"] = "eager"  # others know no float64
     with quiet_transformers():
         loaded: Any = AutoModelForCausalLM.from_pretrained(

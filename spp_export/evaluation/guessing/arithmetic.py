@@ -1,0 +1,306 @@
+"""What a tiny random model computes otherwise than Llama, off what its modules read and write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from spp_export.common.errors import ModelError
+from spp_export.evaluation.contract import tokens
+from spp_export.evaluation.guessing.stock import HEADS, HIDDEN
+from spp_export.evaluation.guessing.tree import Tree
+from spp_export.models.families import Family, Feature, Role
+from spp_export.models.shape import ModelShape
+
+# Rotary settings that a table of cosines and sines by position can hold.
+_ROTARY_KEYS = {
+    *("rope_theta", "rope_type", "type", "factor", "low_freq_factor", "high_freq_factor"),
+    *("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
+    *("mscale", "mscale_all_dim", "truncate", "partial_rotary_factor"),
+}
+# Below it, differences in float64 are rounding.
+_ROUNDING = 1e-9
+
+
+@dataclass
+class Call:
+    """What a module read and wrote, its other arguments, and when it was called."""
+
+    reads: Tensor
+    writes: Tensor
+    others: Mapping[str, Any]
+    place: int
+
+
+Calls = Mapping[str, Call]
+
+
+@torch.no_grad()
+def watched(model: nn.Module) -> tuple[Calls, Tensor]:
+    """The first call of each module, by its name, and the logits of some tokens."""
+    calls: dict[str, Call] = {}
+    begun: dict[str, tuple[Tensor, Mapping[str, Any], int]] = {}
+
+    def before(name: str, args: Any, kwargs: Mapping[str, Any]) -> None:
+        values = args[0] if args else kwargs.get("hidden_states")
+        if isinstance(values, Tensor) and name not in begun:
+            begun[name] = values.clone(), kwargs, len(begun)
+
+    def after(name: str, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        if isinstance(first, Tensor) and name in begun and name not in calls:
+            reads, kwargs, place = begun[name]
+            calls[name] = Call(reads, first.clone(), kwargs, place)
+
+    handles = []
+    for name, module in model.named_modules():
+        handles += [
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs, name=name: before(name, args, kwargs), with_kwargs=True
+            ),
+            module.register_forward_hook(lambda _, args, out, name=name: after(name, out)),
+        ]
+    try:
+        return calls, model(tokens(), use_cache=False).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def with_arithmetic(
+    family: Family, tree: Tree, model: nn.Module, calls: Calls, logits: Tensor
+) -> Family:
+    """The family with its norms in their places, and with the features that show in what a random
+    model computed. Raises ModelError for a norm that no record has a place for."""
+    family, features = _norms_in_place(family, tree, calls)
+    features |= _of_norms(family, tree, model)
+    features |= _of_mlp(family, calls)
+    features |= _of_stream(family, tree, calls, logits)
+    if family.query == family.key:
+        features.add(Feature.FUSED)
+    if family.transposed:
+        features.add(Feature.TRANSPOSED)
+    if family.head_rows:
+        features.add(Feature.SINKS)
+    if family.positions:
+        features.add(Feature.POSITIONS)
+    per_head = _per_head(calls[family.layer_name(0, family.attention)].others)
+    if per_head:
+        features.add(Feature.ALIBI)
+    return replace(family, features=frozenset(features), per_head=per_head)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    if one.numel() != other.numel():
+        return False
+    return bool((one.flatten() - other.flatten()).abs().max() <= _ROUNDING)
+
+
+def _norms_in_place(family: Family, tree: Tree, calls: Calls) -> tuple[Family, set[Feature]]:
+    layer = f"{family.layers}.0"
+    norms = sorted(
+        (name for name in tree.norms if f"{layer}.{name}" in calls),
+        key=lambda name: calls[f"{layer}.{name}"].place,
+    )
+
+    def before(module: str) -> str:
+        reads = calls[f"{layer}.{module}"].reads
+        return next((n for n in norms if _same(calls[f"{layer}.{n}"].writes, reads)), "")
+
+    attention_norm, mlp_norm = before(family.query), before(family.gate or family.up)
+    stream = calls[layer].reads
+    features = set()
+    if attention_norm and (
+        mlp_norm == attention_norm
+        or (mlp_norm and _same(calls[f"{layer}.{mlp_norm}"].reads, stream))
+    ):
+        features.add(Feature.PARALLEL)
+        mlp_norm = "" if mlp_norm == attention_norm else mlp_norm
+    others = [name for name in norms if name not in (attention_norm, mlp_norm)]
+    writers = (family.attention, family.output, family.down, family.down.rpartition(".")[0])
+    writes = [calls[f"{layer}.{name}"].writes for name in writers if f"{layer}.{name}" in calls]
+    sandwich = [
+        name
+        for name in others
+        if any(_same(calls[f"{layer}.{name}"].reads, values) for values in writes)
+    ]
+    if others:
+        features.add(Feature.SANDWICH if sandwich else Feature.POST_NORM)
+    if others and (len(others) != 2 or sandwich not in ([], others)):
+        raise ModelError(
+            f"of its norms {', '.join(others)} stand elsewhere than before attention and MLP, or "
+            "after both."
+        )
+    if not attention_norm and not _same(calls[f"{layer}.{family.query}"].reads, stream):
+        raise ModelError("attention reads neither the stream nor what a norm of its layer gives.")
+    outside = {name: calls[name].place for name in tree.outside if name in calls}
+    first = calls[layer].place
+    before_layers = [name for name, place in outside.items() if place < first]
+    after_layers = [name for name, place in outside.items() if place > first]
+    if len(before_layers) > 1 or len(after_layers) > 1:
+        raise ModelError(f"of its norms beside the layers, {', '.join(outside)}, records have two.")
+    return replace(
+        family,
+        attention_norm=attention_norm,
+        mlp_norm=mlp_norm,
+        more_norms=tuple(others),
+        embedding_norm="".join(before_layers),
+        final_norm="".join(after_layers),
+    ), features
+
+
+def _of_norms(family: Family, tree: Tree, model: nn.Module) -> set[Feature]:
+    names = [f"{family.layers}.0.{name}" for name in tree.norms] + list(tree.outside)
+    if not names:
+        return set()
+    norm: Any = model.get_submodule(names[0])
+    values = torch.randn(1, 1, HIDDEN, dtype=torch.float64)
+    features = set()
+    with torch.no_grad():
+        if _same(norm(values), norm(values + 3)):
+            features.add(Feature.LAYER_NORM)
+        weight = getattr(norm, "weight", None)
+        if weight is None:
+            features.add(Feature.BARE_NORM)
+            return features
+        kept = weight.clone()
+        weight.zero_()
+        shift = norm(values) - (0 if getattr(norm, "bias", None) is None else norm.bias)
+        weight.copy_(kept)
+    if not _same(shift, torch.zeros_like(shift)):
+        features.add(Feature.SHIFTED_NORM)
+    return features
+
+
+def _of_mlp(family: Family, calls: Calls) -> set[Feature]:
+    if not family.gate:
+        return {Feature.NO_GATE}
+    gate, up, down = (
+        calls[family.layer_name(0, name)] for name in (family.gate, family.up, family.down)
+    )
+    features = {Feature.FUSED} if family.gate == family.up else set()
+    first, second = gate.writes, up.writes
+    if family.gate == family.up:
+        first, second = gate.writes.chunk(2, dim=-1)
+    if not _same(down.reads, silu(first) * second):
+        features.add(Feature.ACTIVATION)
+    return features
+
+
+def _of_stream(family: Family, tree: Tree, calls: Calls, logits: Tensor) -> set[Feature]:
+    features = set()
+    layer = calls[f"{family.layers}.0"]
+    embedded = calls[family.embedding_norm or family.embedding].writes
+    scaled = not family.positions and not _same(layer.reads, embedded)
+    norms = [calls[family.layer_name(0, name)].writes for name, _ in family.norms]
+    writes = [calls[family.layer_name(0, name)].writes for name in (family.output, family.down)]
+    if family.attention_norm or family.write_norms or len(norms) != 2:
+        added = sum(x.view_as(layer.reads) for x in (norms or writes))
+        scaled |= not _same(layer.writes, layer.reads + added)
+    head = calls.get(family.head)
+    if head is None:
+        return features | {Feature.MULTIPLIERS, Feature.SOFTCAP}
+    if family.final_norm:
+        scaled |= not _same(head.reads, calls[family.final_norm].writes)
+    if not _same(head.writes, logits):
+        ratio = logits / head.writes
+        straight = bool((ratio - ratio.flatten()[0]).abs().max() <= _ROUNDING)
+        scaled |= straight
+        features |= set() if straight else {Feature.SOFTCAP}
+    return features | ({Feature.MULTIPLIERS} if scaled else set())
+
+
+def _per_head(others: Mapping[str, Any]) -> tuple[str, ...]:
+    """Arguments of attention that have a part for every head: [B,H,S,T], [B*H,S,T] or [H,S,T]."""
+    batch = len(tokens())
+    return tuple(
+        name
+        for name, values in others.items()
+        if isinstance(values, Tensor)
+        and (
+            (values.dim() == 4 and values.shape[1] == HEADS)
+            or (values.dim() == 3 and values.shape[0] in (HEADS, batch * HEADS))
+        )
+    )
+
+
+def of_attention(
+    family: Family, shape: ModelShape, model: nn.Module, calls: Calls, config: Any
+) -> set[Feature]:
+    """What attention computes otherwise than Llama's: nothing, where its output is that of plain
+    attention with the cosines and sines that it is given, or without, by the positions in the
+    stream."""
+    features = set()
+    cap = getattr(config, "attn_logit_softcapping", None)
+    if cap is not None or getattr(config, "final_logit_softcapping", None) is not None:
+        features.add(Feature.SOFTCAP)
+    windows = family.windows(config, shape.num_layers)
+    rotary = getattr(config, "rope_parameters", None) or {}
+    turned = bool(rotary) and rotary.keys() <= _ROTARY_KEYS
+    for layer, window in enumerate(windows):
+        module: Any = model.get_submodule(family.layer_name(layer, family.attention))
+        call = calls[family.layer_name(layer, family.attention)]
+        scale = getattr(module, "scaling", None) or getattr(module, "scale", None)
+        usual = shape.head_dim**-0.5
+        if isinstance(scale, float) and abs(scale - usual) > _ROUNDING:
+            features.add(Feature.MULTIPLIERS)
+            usual = scale
+        tables = call.others.get("position_embeddings") if turned else None
+        expected = _plain(family, shape, model, calls, layer, tables, window, usual, cap)
+        written = calls[family.layer_name(layer, family.output)].reads
+        known = tables is not None or family.positions
+        if not family.per_head and not (
+            known and expected is not None and _same(written, expected)
+        ):
+            features.add(Feature.ROTARY)
+    return features
+
+
+def _plain(
+    family: Family,
+    shape: ModelShape,
+    model: nn.Module,
+    calls: Calls,
+    layer: int,
+    tables: Sequence[Tensor] | None,
+    window: int | None,
+    scale: float,
+    cap: float | None,
+) -> Tensor | None:
+    """Llama's attention [B,S,H*D] on what the projections wrote; None where the tables turn only a
+    part of each head."""
+
+    def heads(role: Role, norm: str) -> Tensor:
+        written = calls[family.layer_name(layer, family.projection(role))].writes
+        split = written[..., family.rows(role, shape)].unflatten(-1, (-1, shape.head_dim))
+        if norm and shape.qk_norm:
+            split = model.get_submodule(family.layer_name(layer, norm))(split)
+        return split.transpose(1, 2)
+
+    with torch.no_grad():
+        query, key = heads(Role.QUERY, family.query_norm), heads(Role.KEY, family.key_norm)
+        value = heads(Role.VALUE, "")
+    if tables is not None:
+        cos, sin = (table[:, None] for table in tables)
+        if cos.shape[-1] != shape.head_dim:
+            return None
+        query, key = (x * cos + _halves_turned(x) * sin for x in (query, key))
+    key, value = (x.repeat_interleave(shape.group_size, dim=1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * scale
+    if cap is not None:
+        scores = (scores / cap).tanh() * cap
+    places = torch.arange(scores.shape[-1])
+    distance = places[:, None] - places[None]
+    hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
+    attended = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value
+    return attended.transpose(1, 2).flatten(2)
+
+
+def _halves_turned(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
