@@ -44,6 +44,9 @@ MORE: dict[str, dict[str, Any]] = {
     "falcon": {"multi_query": False, "bias": True, "num_kv_heads": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 4},
     "olmo": {"clip_qkv": 2.0, "attention_bias": True},
+    "olmo3": {"layer_types": ["sliding_attention", "full_attention"]},
+    "olmoe": {"clip_qkv": 2.0},
+    "minimax_m2": {"rotary_dim": 4},
 }
 # Sizes that the families of experts have beside those of every family.
 EXPERTS: dict[str, dict[str, Any]] = {
@@ -64,6 +67,8 @@ EXPERTS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 12,
     },
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "dots1": {
         "n_routed_experts": 4,
         "n_shared_experts": 2,

@@ -54,6 +54,7 @@ class PlanDocument(Document):
     scenario: _Provenance
     artifacts: _Provenance
     diagnosis: _Provenance
+    family: _Provenance
     calibration: _Provenance
     criterion: _Provenance
     policy: _Provenance
