@@ -123,19 +123,25 @@ def load_exact(path: Path, **options: Any) -> PreTrainedModel:
 
 
 def write_random(settings: Any, target: Path) -> Path:
+    """`random_model` of a config, on disk."""
+    model = random_model(settings)
+    with quiet_transformers():
+        model.save_pretrained(target)
+    return target
+
+
+def random_model(settings: Any) -> PreTrainedModel:
     """A random model of a config in float64, made by the stock classes: none of its norms and
     biases can be left out unnoticed."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(settings, dtype=torch.float64)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(settings, dtype=torch.float64)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() < 2 or "norm" in name:
                 parameter.add_(0.2 * torch.randn_like(parameter))
             else:
                 parameter.copy_(torch.randn_like(parameter) / parameter.shape[1] ** 0.5)
-    with quiet_transformers():
-        model.save_pretrained(target)
-    return target
+    return model.eval()
 
 
 def make_slim(source: Checkpoint, layout: Layout, target: Path) -> Pair:

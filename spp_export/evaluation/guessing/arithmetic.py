@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 import torch
@@ -21,41 +22,47 @@ from spp_export.models.shape import ModelShape
 _ROTARY_KEYS = {
     *("rope_theta", "rope_type", "type", "factor", "low_freq_factor", "high_freq_factor"),
     *("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
-    *("mscale", "mscale_all_dim", "truncate", "partial_rotary_factor"),
+    *("mscale", "mscale_all_dim", "truncate"),
 }
-# Below it, differences in float64 are rounding.
-_ROUNDING = 1e-9
+# What a norm over all heads of a role counts, where it comes before attention.
+_UNITS = {Role.QUERY: "Q", Role.KEY: "K", Role.VALUE: ""}
+# Below it, differences are rounding: some classes compute parts in float32.
+_ROUNDING = 1e-5
 
 
 @dataclass
 class Call:
-    """What a module read and wrote, its other arguments, and when it was called."""
+    """What a module read and wrote when it was first called, its other arguments, and when that
+    was; `last` is what it wrote when it was last called, and when."""
 
     reads: Tensor
     writes: Tensor
     others: Mapping[str, Any]
     place: int
+    last: tuple[Tensor, int]
 
 
 Calls = Mapping[str, Call]
 
 
 @torch.no_grad()
-def watched(model: nn.Module) -> tuple[Calls, Tensor]:
-    """The first call of each module, by its name, and the logits of some tokens."""
+def _watched(model: nn.Module) -> tuple[Calls, Tensor]:
+    """The calls of each module, by its name, and the logits of some tokens."""
     calls: dict[str, Call] = {}
     begun: dict[str, tuple[Tensor, Mapping[str, Any], int]] = {}
+    place = count()
 
     def before(name: str, args: Any, kwargs: Mapping[str, Any]) -> None:
         values = args[0] if args else kwargs.get("hidden_states")
         if isinstance(values, Tensor) and name not in begun:
-            begun[name] = values.clone(), kwargs, len(begun)
+            begun[name] = values.clone(), kwargs, next(place)
 
     def after(name: str, output: Any) -> None:
         first = output[0] if isinstance(output, tuple) else output
-        if isinstance(first, Tensor) and name in begun and name not in calls:
-            reads, kwargs, place = begun[name]
-            calls[name] = Call(reads, first.clone(), kwargs, place)
+        if isinstance(first, Tensor) and name in begun:
+            reads, kwargs, started = begun[name]
+            writes = calls[name].writes if name in calls else first.clone()
+            calls[name] = Call(reads, writes, kwargs, started, (first.clone(), next(place)))
 
     handles = []
     for name, module in model.named_modules():
@@ -72,15 +79,15 @@ def watched(model: nn.Module) -> tuple[Calls, Tensor]:
             handle.remove()
 
 
-def with_arithmetic(
-    family: Family, tree: Tree, model: nn.Module, calls: Calls, logits: Tensor
-) -> Family:
+def computing(family: Family, tree: Tree, model: nn.Module, config: Any) -> Family:
     """The family with its norms in their places, and with the features that show in what a random
-    model computed. Raises ModelError for a norm that no record has a place for."""
+    `model` of this tiny config computes. Raises ModelError for a norm that no record has a place
+    for."""
+    calls, logits = _watched(model)
     family, features = _norms_in_place(family, tree, calls)
     features |= _of_norms(family, tree, model)
     features |= _of_mlp(family, calls)
-    features |= _of_stream(family, tree, calls, logits)
+    features |= _of_stream(family, model, calls, logits)
     if family.query == family.key:
         features.add(Feature.FUSED)
     if family.transposed:
@@ -89,10 +96,18 @@ def with_arithmetic(
         features.add(Feature.SINKS)
     if family.positions:
         features.add(Feature.POSITIONS)
+    if family.wide_norms:
+        features.add(Feature.WIDE_NORM)
     per_head = _per_head(calls[family.layer_name(0, family.attention)].others)
     if per_head:
         features.add(Feature.ALIBI)
-    return replace(family, features=frozenset(features), per_head=per_head)
+    if family.side_by_side:
+        features.add(Feature.SIDE_BY_SIDE)
+    family = replace(family, per_head=per_head)
+    settings = config.to_dict()
+    shape = family.of(settings).read_shape(settings, element_bytes=8)
+    features |= _of_attention(family, shape, model, calls, config)
+    return replace(family, features=frozenset(features))
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -138,10 +153,9 @@ def _norms_in_place(family: Family, tree: Tree, calls: Calls) -> tuple[Family, s
         )
     if not attention_norm and not _same(calls[f"{layer}.{family.query}"].reads, stream):
         raise ModelError("attention reads neither the stream nor what a norm of its layer gives.")
-    outside = {name: calls[name].place for name in tree.outside if name in calls}
-    first = calls[layer].place
-    before_layers = [name for name, place in outside.items() if place < first]
-    after_layers = [name for name, place in outside.items() if place > first]
+    first, outside = calls[layer].place, [name for name in tree.outside if name in calls]
+    before_layers = [name for name in outside if calls[name].place < first]
+    after_layers = [name for name in outside if calls[name].last[1] > first]
     if len(before_layers) > 1 or len(after_layers) > 1:
         raise ModelError(f"of its norms beside the layers, {', '.join(outside)}, records have two.")
     return replace(
@@ -192,11 +206,14 @@ def _of_mlp(family: Family, calls: Calls) -> set[Feature]:
     return features
 
 
-def _of_stream(family: Family, tree: Tree, calls: Calls, logits: Tensor) -> set[Feature]:
+def _of_stream(family: Family, model: nn.Module, calls: Calls, logits: Tensor) -> set[Feature]:
     features = set()
     layer = calls[f"{family.layers}.0"]
-    embedded = calls[family.embedding_norm or family.embedding].writes
-    scaled = not family.positions and not _same(layer.reads, embedded)
+    rows = model.get_parameter(f"{family.embedding}.weight")[tokens()]
+    scaled = not _same(calls[family.embedding].writes, rows)
+    if not family.positions:
+        embedded = calls[family.embedding_norm or family.embedding].writes
+        scaled |= not _same(layer.reads, embedded)
     norms = [calls[family.layer_name(0, name)].writes for name, _ in family.norms]
     writes = [calls[family.layer_name(0, name)].writes for name in (family.output, family.down)]
     if family.attention_norm or family.write_norms or len(norms) != 2:
@@ -206,7 +223,7 @@ def _of_stream(family: Family, tree: Tree, calls: Calls, logits: Tensor) -> set[
     if head is None:
         return features | {Feature.MULTIPLIERS, Feature.SOFTCAP}
     if family.final_norm:
-        scaled |= not _same(head.reads, calls[family.final_norm].writes)
+        scaled |= not _same(head.reads, calls[family.final_norm].last[0])
     if not _same(head.writes, logits):
         ratio = logits / head.writes
         straight = bool((ratio - ratio.flatten()[0]).abs().max() <= _ROUNDING)
@@ -229,7 +246,7 @@ def _per_head(others: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def of_attention(
+def _of_attention(
     family: Family, shape: ModelShape, model: nn.Module, calls: Calls, config: Any
 ) -> set[Feature]:
     """What attention computes otherwise than Llama's: nothing, where its output is that of plain
@@ -239,24 +256,32 @@ def of_attention(
     cap = getattr(config, "attn_logit_softcapping", None)
     if cap is not None or getattr(config, "final_logit_softcapping", None) is not None:
         features.add(Feature.SOFTCAP)
-    windows = family.windows(config, shape.num_layers)
     rotary = getattr(config, "rope_parameters", None) or {}
     turned = bool(rotary) and rotary.keys() <= _ROTARY_KEYS
-    for layer, window in enumerate(windows):
+    wide = {form: name for name, form in family.wide_norms.items()}
+    # A norm over all heads of what attention gives, if queries and keys have none.
+    end = wide.get("Q", family.output) if "K" not in wide else family.output
+    for layer, window in enumerate(family.windows(config, shape.num_layers)):
         module: Any = model.get_submodule(family.layer_name(layer, family.attention))
-        call = calls[family.layer_name(layer, family.attention)]
         scale = getattr(module, "scaling", None) or getattr(module, "scale", None)
         usual = shape.head_dim**-0.5
         if isinstance(scale, float) and abs(scale - usual) > _ROUNDING:
             features.add(Feature.MULTIPLIERS)
             usual = scale
-        tables = call.others.get("position_embeddings") if turned else None
-        expected = _plain(family, shape, model, calls, layer, tables, window, usual, cap)
-        written = calls[family.layer_name(layer, family.output)].reads
-        known = tables is not None or family.positions
-        if not family.per_head and not (
-            known and expected is not None and _same(written, expected)
-        ):
+        others = calls[family.layer_name(layer, family.attention)].others
+        tables = others.get("position_embeddings") if turned else None
+        if family.per_head:
+            continue
+        if tables is None and not family.positions:
+            features.add(Feature.ROTARY)
+            continue
+        attended = calls[family.layer_name(layer, end)].reads
+        for factor in (usual, 1.0):
+            plain = _plain(family, shape, model, calls, layer, tables, window, factor, cap)
+            if plain is not None and _same(attended, plain):
+                features |= {Feature.MULTIPLIERS} if factor != usual else set()
+                break
+        else:
             features.add(Feature.ROTARY)
     return features
 
@@ -277,6 +302,9 @@ def _plain(
 
     def heads(role: Role, norm: str) -> Tensor:
         written = calls[family.layer_name(layer, family.projection(role))].writes
+        for name, form in family.wide_norms.items() if "K" in family.wide_norms.values() else ():
+            if _UNITS[role] == form:
+                written = model.get_submodule(family.layer_name(layer, name))(written)
         split = written[..., family.rows(role, shape)].unflatten(-1, (-1, shape.head_dim))
         if norm and shape.qk_norm:
             split = model.get_submodule(family.layer_name(layer, norm))(split)

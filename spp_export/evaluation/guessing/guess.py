@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from spp_export.common.errors import ModelError, SppError, reason_of
 from spp_export.common.json_files import shown
 from spp_export.common.progress import quiet_transformers
-from spp_export.evaluation.contract import load_exact, prove, tokens, write_random
-from spp_export.evaluation.guessing.arithmetic import of_attention, watched, with_arithmetic
+from spp_export.evaluation.contract import load_exact, prove, random_model, tokens, write_random
+from spp_export.evaluation.guessing.arithmetic import computing
 from spp_export.evaluation.guessing.stock import (
+    HEAD_DIM,
     HEADS,
     HIDDEN,
     LAYERS,
@@ -26,15 +28,18 @@ from spp_export.evaluation.guessing.tree import Tree, read_tree
 from spp_export.models import modeling
 from spp_export.models.checkpoint.checkpoint import Checkpoint, open_source
 from spp_export.models.checkpoint.reader import stored_tensors
-from spp_export.models.families import Family, Feature, known
+from spp_export.models.families import Family, known
 from spp_export.models.families.table import four_times
 from spp_export.planning import Layout
 
+DerivedHeadDim = Literal["", "config", "attention"]
 _SWITCHED = ("qkv_bias", "output_bias", "mlp_bias", "qk_norm", "norm_weight", "head_bias")
 # Fields that come with norms of queries and keys.
 _HEAD_NORMS = ("query_norm", "key_norm", "head_norms", "qk_norm_bias")
 # In the table, records stand in a tuple.
 _LINE = 100 - 4
+# One at which a line is not broken.
+_SPACE = "\u00a0"
 
 
 @dataclass(frozen=True)
@@ -63,48 +68,72 @@ def guess(config: Mapping[str, Any], folder: Path) -> Guess:
 
 
 def _guess(config: Mapping[str, Any], folder: Path) -> Guess:
-    stock = read_stock(config)
+    stock, derived = _running(read_stock(config))
     tree = read_tree(stock.model(), stock.width)
-    if tree.head_dim * HEADS == HIDDEN:
-        stock = stock.without_head_dim()
     dense = write_random(stock.config(), folder / "dense")
     model = load_exact(dense)
-    calls, logits = watched(model)
-    base = with_arithmetic(_record(stock, tree, model), tree, model, calls, logits)
-    base = _with_switches(base, stock, tree)
+    base = _with_switches(_record(stock, tree, model, derived), stock, tree, model)
     modeling.register(base.model_type)
-    refused: list[ModelError] = []
+    failed: list[ModelError] = []
     for number, family in enumerate(_orders(base)):
-        settings = stock.config().to_dict()
-        shape = family.of(settings).read_shape(settings, element_bytes=8)
-        features = of_attention(family, shape, model, calls, stock.config())
-        family = replace(family, features=family.features | features)
-        family = _with_names_of_files(family, dense)
+        computed = computing(family, tree, model, stock.config())
+        family = replace(computed, more_norms=base.more_norms)
+        family = _with_names_of_files(family, model, dense)
         _check_sizes(family, config, stock)
         try:
             return _proven(family, dense, folder / str(number))
         except ModelError as error:
-            refused.append(error)
-    raise refused[0]
+            failed.append(error)
+    raise failed[0]
 
 
-def _record(stock: Stock, tree: Tree, model: Any) -> Family:
+def _running(stock: Stock) -> tuple[Stock, DerivedHeadDim]:
+    """Tiny sizes with which the stock class runs, and what says how large a head is.
+
+    Attention that reads a size of heads and yet is as wide as the stream has no other way to be
+    narrower than attention without one.
+    """
+    dim = read_tree(stock.model(), stock.width).head_dim
+    if dim == HEAD_DIM and _runs(stock):
+        return stock, ""
+    if "head_dim" in stock.keys and not stock.takes_head_dim:
+        return stock.filling(), "config"
+    grouped = stock.filling()
+    return (grouped if _runs(grouped) else grouped.ungrouped()), "attention"
+
+
+def _runs(stock: Stock) -> bool:
+    try:
+        random_model(stock.config())(tokens())
+    except RuntimeError:  # sizes that do not fit
+        return False
+    return True
+
+
+def _record(stock: Stock, tree: Tree, model: Any, derived: DerivedHeadDim) -> Family:
     """Names and keys, and what the stock config takes where config.json says nothing."""
     architecture, usual = type(model).__name__, stock.kind()
+    if type(model).config_class is not stock.kind:
+        raise ModelError(
+            f"its class is {architecture}, whose config is {type(model).config_class.__name__}, "
+            f"and not {stock.kind.__name__}; per-layer classes are made of a pair."
+        )
     prefix = architecture.removesuffix("ForCausalLM")
     decoder = type(model.base_model).__name__
-    keys = {key: name for key, name in stock.keys.items() if key != name}
+    sizes = [key for key in stock.keys if key != "max_position_embeddings"]
+    sizes += ["max_position_embeddings"] if tree.record.get("positions") else []
+    keys = {key: stock.keys[key] for key in sizes if key != stock.keys[key]}
     more: dict[str, Any] = {}
     if tree.every_head:
         keys["num_key_value_heads"] = ""
     width = stock.keys.get("intermediate_size", "")
     if not width:
         keys["intermediate_size"] = ""
+    theta = getattr(usual, "rope_parameters", None) or {}
+    more["rope_by_type"] = any(isinstance(value, Mapping) for value in theta.values())
     if not width or getattr(usual, width) is None:
         more["derive"] = four_times
-    if tree.head_dim * HEADS == HIDDEN:
-        more["derived_head_dim"] = "config" if "head_dim" in stock.keys else "attention"
-    else:
+    if not derived:
         more["heads_divide_hidden"] = _refuses_odd_heads(stock)
     if "sliding_window" in stock.settings:
         more["sliding"] = "listed" if "layer_types" in stock.settings else "all"
@@ -115,12 +144,12 @@ def _record(stock: Stock, tree: Tree, model: Any) -> Family:
         **tree.record,
         **more,
         keys=keys,
+        derived_head_dim=derived,
         defaults=_defaults(stock, tree, usual),
         rope_theta=_usual_theta(usual),
         config_class="" if stock.kind.__name__ == f"{prefix}Config" else stock.kind.__name__,
         decoder_class="" if decoder == f"{prefix}Model" else decoder,
         end_token=tuple(ends) if isinstance(ends, list) else ends,
-        obsolete=(f"{tree.record['attention']}.rotary_emb.inv_freq",),
         caches_queries=not tree.every_head and _cached_heads(model) == HEADS,
     )
 
@@ -165,27 +194,27 @@ def _usual_theta(usual: Any) -> float | None:
     return float(theta) if plain else None
 
 
-def _with_switches(family: Family, stock: Stock, tree: Tree) -> Family:
-    """The record with the switches of config.json that bring biases and norms, or take them away;
-    those that bring what it has no field for are refused."""
+def _with_switches(family: Family, stock: Stock, tree: Tree, model: Any) -> Family:
+    """The record with the switches of config.json that bring biases and norms, or take them away.
+    Turning others is refused where more changes than the record has fields for."""
     usual = stock.kind()
+    family = computing(family, tree, model, stock.config())
     words: dict[str, list[str]] = {}
     changes: dict[str, Any] = {}
     refused, defaults = [], dict(family.defaults)
     for key, value in stock.switches.items():
         other = _turned(stock, key, not value)
-        if other == tree:
-            continue
         changed = _changed_switches(tree, other, family) if other else None
+        if changed == [] and not _computes_alike(family, tree, stock, key, not value):
+            changed = None
         if changed is None or other is None:
-            refused += [] if value else [key]
-            continue
-        for name in changed:
+            refused.append(f"!{key}" if value else key)
+        for name in changed or ():
             present = tree.record.get(name, True)
             words.setdefault(name, []).append(key if value == present else f"!{key}")
-        if "qk_norm" in changed and other.record["qk_norm"]:
-            changes |= {name: other.record[name] for name in _HEAD_NORMS}
-        if getattr(usual, key) is True:
+            if name == "qk_norm" and other and not present:
+                changes |= {name: other.record[name] for name in _HEAD_NORMS}
+        if changed != [] and getattr(usual, key) is True:
             defaults[key] = True
     flags = {
         name: "&".join(keys) if tree.record.get(name, True) else keys[0]
@@ -196,6 +225,15 @@ def _with_switches(family: Family, stock: Stock, tree: Tree) -> Family:
         f"{norm}?{flags[norm]}" if norm in flags else norm for norm in family.more_norms
     )
     return replace(family, **changes, refused=tuple(refused), defaults=defaults)
+
+
+def _computes_alike(family: Family, tree: Tree, stock: Stock, key: str, value: bool) -> bool:
+    """Whether a model in which a switch is turned has the same features."""
+    config = stock.config(**{key: value})
+    try:
+        return computing(family, tree, random_model(config), config) == family
+    except Exception:  # each architecture refuses in its own way
+        return False
 
 
 def _turned(stock: Stock, key: str, value: bool) -> Tree | None:
@@ -225,17 +263,14 @@ def _orders(family: Family) -> Iterator[Family]:
     """Queries, keys and values of one tensor one after the other, or head by head."""
     yield family
     if family.query == family.key:
-        features = family.features | {Feature.SIDE_BY_SIDE}
-        yield replace(family, side_by_side=True, features=features)
+        yield replace(family, side_by_side=True)
 
 
-def _with_names_of_files(family: Family, dense: Path) -> Family:
+def _with_names_of_files(family: Family, model: Any, dense: Path) -> Family:
     """The head by its name in files, which in memory may have another."""
-    stored = stored_tensors(dense)
-    if f"{family.head}.weight" in stored:
-        return family
+    stored, in_memory = stored_tensors(dense), model.state_dict()
     size = stored[f"{family.embedding}.weight"].shape
-    heads = [n for n, tensor in stored.items() if tensor.shape == size and "embed" not in n[:-9]]
+    heads = [n for n, tensor in stored.items() if tensor.shape == size and n not in in_memory]
     return replace(family, head=heads[0].removesuffix(".weight")) if heads else family
 
 
@@ -291,13 +326,10 @@ def written(family: Family) -> str:
         usual = item.default if item.default_factory is MISSING else item.default_factory()
         if value != usual:
             text = value.__name__ if callable(value) else repr(value).replace("'", '"')
-            words.append(f"{item.name}={text}")
-    lines, indent = ["Family("], " " * len("Family(")
-    for number, word in enumerate(words):
-        last = number == len(words) - 1
-        text = f"{word})," if last else f"{word}, "
-        if number and len(lines[-1]) + len(text.rstrip()) > _LINE:
-            lines[-1] = lines[-1].rstrip()
-            lines.append(indent)
-        lines[-1] += text
-    return "\n".join(lines)
+            together = len(text) < _LINE - 10
+            words.append(f"{item.name}={text.replace(' ', _SPACE) if together else text}")
+    text = f"Family({', '.join(words)}),"
+    lines = textwrap.wrap(
+        text, _LINE, subsequent_indent=" " * 7, break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join(lines).replace(_SPACE, " ")

@@ -88,9 +88,21 @@ class Stock:
             if isinstance(value, bool) and key not in usual
         }
 
-    def without_head_dim(self) -> Stock:
-        """Where heads fill the hidden size whatever config.json says, it must not say."""
-        return replace(self, settings={k: v for k, v in self.settings.items() if k != "head_dim"})
+    @property
+    def takes_head_dim(self) -> bool:
+        """Whether its config keeps a size of heads that is given."""
+        return "head_dim" in self.keys and self.config().head_dim == HEAD_DIM
+
+    def filling(self) -> Stock:
+        """With heads that fill the hidden size; where config.json does not say so, it must not."""
+        settings = {key: value for key, value in self.settings.items() if key != "head_dim"}
+        more = {"head_dim": HIDDEN // HEADS} if "head_dim" in self.keys else {}
+        return replace(self, settings=settings | more)
+
+    def ungrouped(self) -> Stock:
+        """With a KV head for every query head."""
+        key = self.keys.get("num_key_value_heads")
+        return replace(self, settings=dict(self.settings) | ({key: HEADS} if key else {}))
 
     def config(self, **changes: Any) -> Any:
         """Of a tiny model."""
@@ -124,6 +136,8 @@ def read_stock(config: Mapping[str, Any]) -> Stock:
     tiny = {keys.get(key, key): size for key, size in _SIZES.items()}
     if "intermediate_size" not in keys:
         del tiny["intermediate_size"]
+    if isinstance(getattr(kind, "head_dim", None), property):
+        del tiny["head_dim"]
     return Stock(
         kind,
         keys,

@@ -77,6 +77,8 @@ def read_tree(model: Any, width: int) -> Tree:
             raise ModelError(
                 f"{name} is {here.get(name)} in one layer and {other.get(name)} in another."
             )
+    if experts := [name for name, shape in here.items() if len(shape) > 2]:
+        raise ModelError(f"it has experts, as in {experts[0]}; their records are not guessed.")
     layer, parameters = layers[0], _Tensors(layers[0].state_dict().items())
     linears = {
         name: _size(module)
@@ -98,11 +100,12 @@ def read_tree(model: Any, width: int) -> Tree:
         "mlp_bias": parameters.take([*wide, named["down"]], "bias"),
         "transposed": any(isinstance(module, Conv1D) for module in layer.modules()),
     }
-    norms, of_heads = [], []
-    for name, module in _norms(layer):
-        inside = name.startswith(f"{record['attention']}.")
-        (of_heads if inside else norms).append((name, module))
-    record |= _head_norms(of_heads, head_dim, parameters)
+    inside = (f"{record['attention']}.", f"{named['down'].rpartition('.')[0] or '?'}.")
+    own = list(_norms(layer))
+    norms = [(name, module) for name, module in own if not name.startswith(inside)]
+    within = [(name, module) for name, module in own if name.startswith(inside)]
+    record |= _head_norms(within, head_dim, parameters)
+    record["wide_norms"] = _wide_norms(within, named, head_dim, parameters)
     outside, beside = _outside(model, place, record)
     for kind in ("weight", "bias"):
         inner = parameters.take([name for name, _ in norms], kind)
@@ -111,7 +114,7 @@ def read_tree(model: Any, width: int) -> Tree:
             raise ModelError(f"some of its norms have a {kind}; in records all have or none.")
         record[f"norm_{kind}"] = inner or outer
     for name, module in (*norms, *beside):
-        if getattr(module, "weight", None) is not None and module.weight.shape != (HIDDEN,):
+        if _weighted(module) and module.weight.shape != (HIDDEN,):
             raise ModelError(f"{name} is no norm of the stream: {module.weight.shape[0]} wide.")
     rest = parameters.left
     record["head_rows"] = tuple(name for name, shape in rest.items() if shape == (HEADS,))
@@ -192,8 +195,8 @@ def _attention(sizes: Mapping[str, tuple[int, int]]) -> tuple[dict[str, str], in
     every_head = next((every for every, rows in parts.items() if rows == total), None)
     if head_dim not in (HEAD_DIM, HIDDEN // HEADS) or every_head is None:
         raise ModelError(
-            f"the rows of {record['query']} and {record['key']} are no whole heads of queries, "
-            "keys and values."
+            f"the rows of {' and '.join(dict.fromkeys(record.values()))} are no whole heads, of "
+            "queries as many as the config says and of keys and values as many as it says."
         )
     return record, head_dim, every_head
 
@@ -218,26 +221,44 @@ def _norms(module: nn.Module) -> Iterator[tuple[str, Any]]:
 def _head_norms(
     norms: Sequence[tuple[str, Any]], head_dim: int, parameters: _Tensors
 ) -> dict[str, Any]:
-    """Norms of queries and keys; those without weights are attention's own matter."""
-    weighted = {
-        name.rpartition(".")[2][0]: (name, tuple(module.weight.shape))
-        for name, module in norms
-        if getattr(module, "weight", None) is not None
-    }
-    if weighted.keys() != {"q", "k"}:
+    """Norms of queries and keys head by head; those without weights are attention's own matter."""
+    sizes = {name: tuple(module.weight.shape) for name, module in norms if _weighted(module)}
+    of_heads = [n for n, size in sizes.items() if size[-1:] == (head_dim,)]
+    letters = {name.rpartition(".")[2][0]: name for name in of_heads}
+    if letters.keys() != {"q", "k"}:
         return {"qk_norm": False}
-    query, shape = weighted["q"]
-    key, _ = weighted["k"]
-    if shape not in ((head_dim,), (HEADS, head_dim)):
-        return {"qk_norm": False}  # of all heads together: its weights will be left
-    parameters.take([query, key], "weight")
+    modules = [letters["q"], letters["k"]]
+    parameters.take(modules, "weight")
     return {
         "qk_norm": True,
-        "query_norm": query,
-        "key_norm": key,
-        "head_norms": len(shape) == 2,
-        "qk_norm_bias": parameters.take([query, key], "bias"),
+        "query_norm": letters["q"],
+        "key_norm": letters["k"],
+        "head_norms": len(sizes[letters["q"]]) == 2,
+        "qk_norm_bias": parameters.take(modules, "bias"),
     }
+
+
+def _wide_norms(
+    norms: Sequence[tuple[str, Any]],
+    named: Mapping[str, str],
+    head_dim: int,
+    parameters: _Tensors,
+) -> dict[str, str]:
+    """Norms over all query heads, KV heads or channels at once, and which of them."""
+    attention = f"{named['output'].partition('.')[0]}."
+    wide = {}
+    for name, module in norms:
+        if not _weighted(module) or f"{name}.weight" not in parameters.left:
+            continue
+        (size,) = module.weight.shape
+        of_keys = name.rpartition(".")[2].startswith("k") or size == KV_HEADS * head_dim
+        wide[name] = ("K" if of_keys else "Q") if name.startswith(attention) else "C"
+    parameters.take(list(wide), "weight")
+    return wide
+
+
+def _weighted(norm: Any) -> bool:
+    return getattr(norm, "weight", None) is not None
 
 
 def _outside(
