@@ -141,7 +141,8 @@ def random_model(settings: Any) -> PreTrainedModel:
                 parameter.add_(0.2 * torch.randn_like(parameter))
             else:
                 parameter.copy_(torch.randn_like(parameter) / parameter.shape[1] ** 0.5)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def make_slim(source: Checkpoint, layout: Layout, target: Path) -> Pair:

@@ -207,7 +207,7 @@ def _of_mlp(family: Family, calls: Calls) -> set[Feature]:
 
 
 def _of_stream(family: Family, model: nn.Module, calls: Calls, logits: Tensor) -> set[Feature]:
-    features = set()
+    features: set[Feature] = set()
     layer = calls[f"{family.layers}.0"]
     rows = model.get_parameter(f"{family.embedding}.weight")[tokens()]
     scaled = not _same(calls[family.embedding].writes, rows)
@@ -254,8 +254,8 @@ def _of_attention(
     stream."""
     features = set()
     cap = getattr(config, "attn_logit_softcapping", None)
-    if cap is not None or getattr(config, "final_logit_softcapping", None) is not None:
-        features.add(Feature.SOFTCAP)
+    if hasattr(config, "attn_logit_softcapping") or hasattr(config, "final_logit_softcapping"):
+        features.add(Feature.SOFTCAP)  # with another config.json, if not with this one
     rotary = getattr(config, "rope_parameters", None) or {}
     turned = bool(rotary) and rotary.keys() <= _ROTARY_KEYS
     wide = {form: name for name, form in family.wide_norms.items()}
@@ -308,7 +308,8 @@ def _plain(
         split = written[..., family.rows(role, shape)].unflatten(-1, (-1, shape.head_dim))
         if norm and shape.qk_norm:
             split = model.get_submodule(family.layer_name(layer, norm))(split)
-        return split.transpose(1, 2)
+        turned: Tensor = split.transpose(1, 2)
+        return turned
 
     with torch.no_grad():
         query, key = heads(Role.QUERY, family.query_norm), heads(Role.KEY, family.key_norm)
@@ -325,7 +326,7 @@ def _plain(
     places = torch.arange(scores.shape[-1])
     distance = places[:, None] - places[None]
     hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
-    attended = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value
+    attended: Tensor = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value
     return attended.transpose(1, 2).flatten(2)
 
 

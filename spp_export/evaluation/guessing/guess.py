@@ -176,8 +176,9 @@ def _defaults(stock: Stock, tree: Tree, usual: Any) -> dict[str, Any]:
         defaults["tie_word_embeddings"] = True
     if "head_dim" in stock.keys and tree.head_dim * HEADS != HIDDEN:
         wider = stock.kind(**{stock.keys["hidden_size"]: 2 * usual.hidden_size})
-        if usual.head_dim is not None and usual.head_dim == wider.head_dim:
-            defaults["head_dim"] = usual.head_dim
+        one, other = (getattr(settings, "head_dim", None) for settings in (usual, wider))
+        if one is not None and one == other:
+            defaults["head_dim"] = one
     if tree.record.get("positions"):
         defaults[stock.keys["max_position_embeddings"]] = usual.max_position_embeddings
     return defaults

@@ -91,7 +91,7 @@ class Stock:
     @property
     def takes_head_dim(self) -> bool:
         """Whether its config keeps a size of heads that is given."""
-        return "head_dim" in self.keys and self.config().head_dim == HEAD_DIM
+        return getattr(self.config(), "head_dim", None) == HEAD_DIM
 
     def filling(self) -> Stock:
         """With heads that fill the hidden size; where config.json does not say so, it must not."""
