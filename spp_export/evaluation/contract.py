@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 import spp_export.models.modeling  # noqa: F401  registers the per-layer classes
 from spp_export.common.errors import ModelError
 from spp_export.common.progress import quiet_transformers
 from spp_export.evaluation.oracle import masked_dense
-from spp_export.models.checkpoint.checkpoint import OWN, Checkpoint, open_checkpoint
-from spp_export.models.families import FAMILIES
+from spp_export.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from spp_export.models.families import record_of
+from spp_export.models.loader import auto_class
 from spp_export.models.shape import ModelShape
 from spp_export.planning import LayerPlan, Layout, Plan
 from spp_export.slicing.compensation import written_config
@@ -107,11 +108,12 @@ def greedy(model: Any, **options: Any) -> torch.Tensor:
 
 def load_exact(path: Path, **options: Any) -> PreTrainedModel:
     """A tiny checkpoint in float64. Raises ModelError where tensors are missing or left over."""
-    name = json.loads((path / "config.json").read_text())["model_type"].removeprefix(OWN)
-    if FAMILIES[name].experts and hasattr(PreTrainedModel, "set_experts_implementation"):
+    family = record_of(json.loads((path / "config.json").read_text()))
+    assert family is not None
+    if family.experts and hasattr(PreTrainedModel, "set_experts_implementation"):
         options["experts_implementation"] = "eager"  # others know no float64
     with quiet_transformers():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(family).from_pretrained(
             path, dtype=torch.float64, output_loading_info=True, **options
         )
     model, report = loaded
@@ -125,7 +127,8 @@ def write_random(settings: Any, target: Path) -> Path:
     """A random model of a config in float64, made by the stock classes: none of its norms and
     biases can be left out unnoticed."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(settings, dtype=torch.float64)
+    kind = AutoModelForImageTextToText if hasattr(settings, "text_config") else AutoModelForCausalLM
+    model = kind.from_config(settings, dtype=torch.float64)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() < 2 or "norm" in name:

@@ -111,7 +111,8 @@ class ModelShape:
     down_proj has one whatever gate and up have; `qk_norm` whether queries and keys are normalised
     per head. `element_bytes` is the size of one stored element of the attention weights.
     `switches` are further flags of the record that config.json turns on. `uncut` are, layer by
-    layer, MLPs of which nothing is cut; empty where MLPs are. `positions` are the rows of a table
+    layer, MLPs of which nothing is cut; empty where MLPs are. `beside` are tensors beside the
+    decoder, such as those of a tower of vision. `positions` are the rows of a table
     of positions, `embedding_size` is 0 where the embedding is as wide as the stream. `costs` come
     from the record; None counts the tensors of a Llama with these biases.
     """
@@ -133,6 +134,7 @@ class ModelShape:
     qk_norm: bool = False
     switches: tuple[str, ...] = ()
     uncut: tuple[tuple[Uncut, ...], ...] = ()
+    beside: tuple[Uncut, ...] = ()
     positions: int = 0
     embedding_size: int = 0
     costs: Costs | None = None

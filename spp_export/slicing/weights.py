@@ -109,12 +109,13 @@ class SlimTensors:
         self._replaced = replaced
         shape = slim_shape(source, plan.layout, {role for _, role in biases})
         layers = plan.written_shapes(source.shape)
-        self._slim = {spec.name: spec for spec in family.tensors(shape, layers)}
-        self._dense = {
-            spec.name: spec for spec in family.tensors(source.shape, source.shape.layers)
-        }
+        # All by their names on disk.
+        self._stored = {family.on_disk(name): x for name, x in source.tensors.items()}
+        self._slim = {family.on_disk(spec.name): spec for spec in family.tensors(shape, layers)}
+        dense = family.tensors(source.shape, source.shape.layers)
+        self._dense = {family.on_disk(spec.name): spec for spec in dense}
         self._biases = {
-            f"{family.layer_name(layer, family.projection(role))}.bias": value
+            family.on_disk(f"{family.layer_name(layer, family.projection(role))}.bias"): value
             for (layer, role), value in biases.items()
         }
         assert self._biases.keys() <= self._slim.keys(), "a bias of a layer that does not exist"
@@ -132,14 +133,14 @@ class SlimTensors:
 
     def changes(self, entry: TensorEntry) -> bool:
         """Whether a slim tensor is another than the source's of its name."""
-        if entry.name not in self._source.tensors or entry.name in self._biases:
+        if entry.name not in self._stored or entry.name in self._biases:
             return True
         spec = self._dense[entry.name]
         units = written_units(spec, self._plan, self._source.shape)
         return units is not None or self._replaced(spec) is not None
 
     def _blocks(self, entry: TensorEntry) -> Iterator[Bits]:
-        stored, added = self._source.tensors.get(entry.name), self._biases.get(entry.name)
+        stored, added = self._stored.get(entry.name), self._biases.get(entry.name)
         if stored is None or added is not None:
             old = read_float(stored) if stored else np.zeros(entry.shape)
             yield from encoded(old if added is None else old + added, entry)
@@ -159,7 +160,7 @@ class SlimTensors:
 
     def _dtype(self, name: str) -> str:
         """The stored dtype; that of the weight beside it for a bias the source does not have."""
-        tensors = self._source.tensors
+        tensors = self._stored
         stored = tensors.get(name) or tensors[f"{name.removesuffix('.bias')}.weight"]
         return stored.dtype
 
