@@ -11,6 +11,7 @@ from spp_export.common.json_files import shown
 from spp_export.models.families.base import Family, Feature
 from spp_export.models.families.nested import TEXT, decoder_settings
 
+
 @dataclass(frozen=True)
 class Wrapper:
     """A model type whose decoder is of another family, or of one that exists in it alone.
