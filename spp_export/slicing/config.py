@@ -74,7 +74,7 @@ def slim_config(
     if family.derived_head_dim != "attention":
         config["head_dim"] = shape.head_dim
     if family.experts:
-        config |= family.experts.counts({**family.defaults, **source_config})
+        config |= family.experts.counts(shape.experts)
     settings = config.get("rope_parameters") or {}
     for key in _ROTARY & family.keys.keys() & settings.keys():
         config[family.keys[key]] = settings[key]
@@ -82,6 +82,7 @@ def slim_config(
     new = sorted(role for role in biased if not has_bias[role])
     if layout == "uniform":
         config |= _uniform(family, shape, layers)
+        config |= _experts(family, shape, max(shape.experts_in(layers)))
         config |= {family.bias_switch(role): True for role in new}
     elif layout in ("per-layer", "ragged"):
         config |= _per_layer(family, shape, layers, ragged=layout == "ragged")
@@ -158,12 +159,17 @@ def _check_layers(shape: ModelShape, layers: Sequence[LayerShape], *, ragged: bo
 
 
 def _uniform(family: Family, shape: ModelShape, layers: Sequence[LayerShape]) -> dict[str, Any]:
-    first = layers[0]
-    odd = next((index for index, layer in enumerate(layers) if layer != first), None)
+    first, sizes = layers[0], [_sizes(layer) for layer in layers]
+    odd = next((index for index, size in enumerate(sizes) if size != sizes[0]), None)
     if odd is not None:
         raise PlanError(
-            f"layer {odd} has {_sizes(layers[odd])}, layer 0 has {_sizes(first)}; layout 'uniform' "
+            f"layer {odd} has {sizes[odd]}, layer 0 has {sizes[0]}; layout 'uniform' "
             "needs all layers alike. Use layout 'per-layer'."
+        )
+    if len(counts := set(shape.experts_in(layers)) - {0}) > 1:
+        raise PlanError(
+            f"layers have {min(counts)} to {max(counts)} experts; layout 'uniform' needs as many "
+            "in every layer that has any. Use layout 'per-layer'."
         )
     if not family.stock_accepts(shape)(first.query_heads):
         wanted = "divides"
@@ -200,12 +206,15 @@ def _per_layer(
             "AutoModel": f"modeling_spp.Spp{decoder_class}",
             auto: f"modeling_spp.Spp{family.architecture}",
         },
-        **_per_layer_modules(family, shape),
+        **_per_layer_modules(family, shape, layers),
         **_counts(shape.layer),
         "per_layer_config": {
             str(index).zfill(digits): _counts(layer)
+            | _experts(family, shape, experts)
             | ({"query_groups": list(layer.query_groups)} if ragged else {})
-            for index, layer in enumerate(layers)
+            for index, (layer, experts) in enumerate(
+                zip(layers, shape.experts_in(layers), strict=True)
+            )
         },
         "serialize_explicit_per_layer_config": True,
         # The same once more, for readers that know lists only.
@@ -214,12 +223,16 @@ def _per_layer(
     }
 
 
-def _per_layer_modules(family: Family, shape: ModelShape) -> dict[str, Any]:
+def _per_layer_modules(
+    family: Family, shape: ModelShape, layers: Sequence[LayerShape]
+) -> dict[str, Any]:
     """What modeling_spp.py has to know of a family beyond the names that are Llama's."""
     modules = [family.attention]
+    if family.experts and any(layer.dropped_experts for layer in layers):
+        modules += family.experts.modules
     if family.derived_head_dim != "attention":
-        alone = {"per_layer_modules": {"layers": "layers", "modules": modules}}
-        return alone if family.experts else {}
+        named = {"per_layer_modules": {"layers": "layers", "modules": modules}}
+        return named if family.experts else {}
     inputs = list(dict.fromkeys((family.query, family.key, family.value)))
     outputs = list(dict.fromkeys(name for name in (family.gate, family.up) if name))
     if "C" in family.wide_norms.values():  # more is as wide as the MLP than its projections
@@ -258,6 +271,13 @@ def _counts(layer: LayerShape) -> dict[str, int]:
         "num_key_value_heads": layer.kv_heads,
         "intermediate_size": layer.channels,
     }
+
+
+def _experts(family: Family, shape: ModelShape, count: int) -> dict[str, int]:
+    """The number of experts of a layer, where it has any, and fewer than the dense model's do."""
+    if family.experts is None or count in (0, shape.experts):
+        return {}
+    return family.experts.counts(count)
 
 
 def _sizes(layer: LayerShape) -> str:
