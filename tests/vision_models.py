@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig
+from factories import VOCAB, write_tokenizer
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    LlavaProcessor,
+)
 
 from spp_export.evaluation.contract import write_random
 
@@ -99,6 +106,21 @@ SEEING = [name for name in CONFIGS if name in CONFIG_MAPPING]
 def make_seeing(name: str, target: Path) -> Path:
     """A random model, made by the stock classes."""
     return write_random(AutoConfig.for_model(name, **CONFIGS[name]), target)
+
+
+def make_talking(target: Path) -> Path:
+    """A LLaVA with the tokenizer of `factories` and a processor, as one is published."""
+    words = {"vocab_size": VOCAB, "max_position_embeddings": 1024}
+    config = {**CONFIGS["llava"], "text_config": text("llama", **words), "image_token_index": 260}
+    write_random(AutoConfig.for_model("llava", **config), target, torch.float32)
+    write_tokenizer(target)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    crop = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    images = CLIPImageProcessorPil(**crop)
+    more = {"patch_size": 14, "vision_feature_select_strategy": "default"}
+    LlavaProcessor(images, tokenizer, num_additional_image_tokens=1, **more).save_pretrained(target)
+    return target
 
 
 def picture(name: str, model: Any) -> dict[str, torch.Tensor]:

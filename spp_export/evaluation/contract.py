@@ -157,12 +157,12 @@ def load_exact(path: Path, **options: Any) -> PreTrainedModel:
     return model
 
 
-def write_random(settings: Any, target: Path) -> Path:
-    """A random model of a config in float64, made by the stock classes: none of its norms and
-    biases can be left out unnoticed."""
+def write_random(settings: Any, target: Path, dtype: torch.dtype = torch.float64) -> Path:
+    """A random model of a config, made by the stock classes: none of its norms and biases can be
+    left out unnoticed."""
     torch.manual_seed(0)
     kind = AutoModelForImageTextToText if hasattr(settings, "text_config") else AutoModelForCausalLM
-    model = kind.from_config(settings, dtype=torch.float64)
+    model = kind.from_config(settings, dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() < 2 or "norm" in name:

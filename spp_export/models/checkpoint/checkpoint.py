@@ -236,6 +236,12 @@ def _element_bytes(family: Family, stored: Mapping[str, StoredTensor]) -> int:
     return ELEMENT_BYTES[tensor.dtype] if tensor else 2
 
 
+def written_tensors(directory: Path, family: Family) -> dict[str, StoredTensor]:
+    """The tensors of a slice in a directory, by their names in memory; `family` is its source's.
+    Errors as of `stored_tensors`."""
+    return {family.in_memory(name): x for name, x in stored_tensors(directory).items()}
+
+
 def _stored_as(
     family: Family, stored: Mapping[str, StoredTensor]
 ) -> tuple[Family, Mapping[str, StoredTensor]]:
