@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import CONFIG_MAPPING
 from vision_models import IMAGE, SEEING, make_seeing, picture
 
 from spp_export.common.errors import ModelError
@@ -17,6 +19,7 @@ from spp_export.common.progress import quiet_transformers
 from spp_export.evaluation.contract import LIMIT, Pair, load_exact, make_slim, prove
 from spp_export.formats.settings import settings_of
 from spp_export.models.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_source
+from spp_export.models.families import family_of
 from spp_export.models.layerwise import open_layerwise
 
 DERIVED = {"qwen2_5_vl"}  # a size of heads by which no uniform slice can be said
@@ -110,3 +113,41 @@ def test_a_decoder_that_no_record_tells_of_is_named(
         ModelError, match="text_config has the model_type 'xlnet', which is not sup"
     ):
         open_source(tmp_path)
+
+
+@torch.no_grad()
+def test_settings_of_the_decoder_may_stand_among_all_others(
+    dense: Callable[[str], Checkpoint], tmp_path: Path
+) -> None:
+    """As Qwen2.5-VL was published, with rotary settings in the words of that time."""
+    source = dense("qwen2_5_vl")
+    config = json.loads((source.path / "config.json").read_text())
+    settings = config.pop("text_config")
+    settings.pop("model_type")
+    sections = settings.pop("rope_parameters")["mrope_section"]
+    settings |= {"rope_scaling": {"type": "mrope", "mrope_section": sections}, "rope_theta": 1e4}
+    shutil.copytree(source.path, tmp_path / "flat")
+    (tmp_path / "flat" / "config.json").write_text(json.dumps({**config, **settings}))
+    flat = open_source(tmp_path / "flat")
+    assert flat.shape == source.shape
+    pair = make_slim(flat, "ragged", tmp_path / "slim")
+    written = json.loads((pair.slim / "config.json").read_text())
+    assert "hidden_size" not in written
+    assert written["text_config"]["rope_scaling"]["mrope_section"] == sections
+    with pair.masked() as masked:
+        inputs = picture("qwen2_5_vl", masked)
+        expected = masked(**inputs).logits
+    assert (load_exact(pair.slim)(**inputs).logits - expected).abs().max().item() <= LIMIT
+
+
+@pytest.mark.parametrize(("name", "kind"), [("llava", "llama"), ("gemma3", "gemma3_text")])
+def test_sizes_that_config_json_leaves_out_are_those_of_the_stock_class(
+    name: str, kind: str
+) -> None:
+    """As LLaVA 1.5 and Gemma 3 were published."""
+    config = {"model_type": name, "vision_config": {}, "text_config": {"model_type": kind}}
+    shape, stock = family_of(config).read_shape(config, 2), CONFIG_MAPPING[kind]()
+    assert (shape.num_layers, shape.hidden_size) == (stock.num_hidden_layers, stock.hidden_size)
+    assert (shape.channels, shape.vocab_size) == (stock.intermediate_size, stock.vocab_size)
+    heads = stock.num_attention_heads, stock.num_key_value_heads, stock.head_dim
+    assert (shape.query_heads, shape.kv_heads, shape.head_dim) == heads
