@@ -161,7 +161,8 @@ def write_random(settings: Any, target: Path, dtype: torch.dtype = torch.float64
     """A random model of a config, made by the stock classes: none of its norms and biases can be
     left out unnoticed."""
     torch.manual_seed(0)
-    kind = AutoModelForImageTextToText if hasattr(settings, "text_config") else AutoModelForCausalLM
+    sees = hasattr(settings, "text_config")
+    kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     model = kind.from_config(settings, dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

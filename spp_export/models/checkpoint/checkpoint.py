@@ -19,12 +19,12 @@ from spp_export.models.checkpoint.dtypes import ELEMENT_BYTES, FLOAT_DTYPES, Flo
 from spp_export.models.checkpoint.header import StoredTensor, show
 from spp_export.models.checkpoint.reader import model_file, read_float, same_bytes, stored_tensors
 from spp_export.models.families import (
-    KNOWN,
     OWN,
     Family,
     TensorSpec,
     decoder_settings,
     family_of,
+    known_types,
     record_of,
 )
 from spp_export.models.shape import LayerShape, Layout, ModelShape
@@ -144,7 +144,7 @@ def _open_slim(path: Path, name: str | None, config: Mapping[str, Any]) -> Check
     if family is None:
         raise ModelError(
             f"{path}: model_type {shown(model_type)} with per_layer_config is not supported; "
-            f"known are {', '.join(f'{OWN}{name}' for name in KNOWN)}."
+            f"known are {', '.join(f'{OWN}{name}' for name in known_types())}."
         )
     family, stored = _stored_as(family.of(config), stored_tensors(path))
     if config.get("quantization_config") is not None:

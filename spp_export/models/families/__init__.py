@@ -14,7 +14,6 @@ from spp_export.models.quantised import check_not_quantised
 
 __all__ = [
     "FAMILIES",
-    "KNOWN",
     "OWN",
     "Family",
     "Feature",
@@ -23,24 +22,28 @@ __all__ = [
     "Unit",
     "decoder_settings",
     "family_of",
+    "known_types",
     "record_of",
     "vocabulary_size",
 ]
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in table.FAMILIES}
 _WRAPPERS = {wrapper.model_type: wrapper for wrapper in table.WRAPPERS}
-_TEXTS = FAMILIES | {family.model_type: family for family in table.TEXTS}
-# Every model type that can be sliced.
-KNOWN: tuple[str, ...] = tuple(sorted({*FAMILIES, *_WRAPPERS}))
+_TEXTS = {family.model_type: family for family in table.TEXTS}
 # What the model type of a checkpoint with layers that differ begins with.
 OWN = "spp_"
+
+
+def known_types() -> list[str]:
+    """Every model type that can be sliced, in order."""
+    return sorted({*FAMILIES, *_WRAPPERS})
 
 
 def record_of(config: Mapping[str, Any]) -> Family | None:
     """The record of a config.json, a slim one's too; None where no record has its model type."""
     model_type = str(config.get("model_type")).removeprefix(OWN)
     if model_type in _WRAPPERS:
-        return _WRAPPERS[model_type].family(config, _TEXTS)
+        return _WRAPPERS[model_type].family(config, FAMILIES | _TEXTS)
     return FAMILIES.get(model_type)
 
 
@@ -53,10 +56,10 @@ def family_of(config: Mapping[str, Any]) -> Family:
             "Slice the dense model it came from."
         )
     model_type = config.get("model_type")
-    family = record_of(config) if model_type in KNOWN else None
+    family = record_of(config) if model_type in known_types() else None
     if family is None:
         raise ModelError(
             f"config.json: model_type {shown(model_type)} is not supported; known are "
-            f"{', '.join(KNOWN)}."
+            f"{', '.join(known_types())}."
         )
     return family.of(config)

@@ -21,7 +21,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from spp_export.models.families import KNOWN
+from spp_export.models.families import known_types
 from spp_export.models.modeling import configuration_spp, modeling_spp, uneven_attention
 
 
@@ -70,7 +70,7 @@ def register(model_type: str) -> None:
     AutoConfig.register(name, stand_in, exist_ok=True)
 
 
-for _model_type in KNOWN:
+for _model_type in known_types():
     register(_model_type)
 
 uneven_attention.register()

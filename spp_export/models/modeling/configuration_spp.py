@@ -44,6 +44,7 @@ class _PerLayerConfig:
 
     _auto_class = "AutoConfig"
     model_type: str
+    text_config: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Of transformers 4; 5 makes one of its own, and calls `__post_init__`."""
