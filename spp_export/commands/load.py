@@ -179,8 +179,8 @@ class SharedWeights:
 
     def __init__(self, session: Session, dtype: torch.dtype) -> None:
         unknown = (Feature.EXPERTS, Feature.VISION)
-        advice = "Load its exports one at a time."
-        session.source.family.refuse(unknown, "a model that shares its weights", advice)
+        advice = "Write an export with spp export --plan, and load that."
+        session.source.family.refuse(unknown, "loading by a plan alone", advice)
         self._session, self._dtype = session, dtype
         self._device = torch.device(session.device)
         self._held: dict[str, nn.Parameter] = {}
