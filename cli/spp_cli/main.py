@@ -137,6 +137,7 @@ def main() -> None:
 
 def _place(arguments: Sequence[str]) -> int:
     """The exit status of this process, which runs the command or, one of several, helps with it."""
+    _quieten()
     try:
         helps = processes.begin()
     except SppError as error:
@@ -146,7 +147,6 @@ def _place(arguments: Sequence[str]) -> int:
         status = run(arguments)
         processes.finish(status)
         return status
-    _quieten()
     try:
         return processes.work(explain)
     except SppError as error:

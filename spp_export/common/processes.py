@@ -67,7 +67,8 @@ _answering: dict[str, Callable[..., None]] = {}
 
 def begin() -> bool:
     """Take the rank that the environment gives this process, as torchrun sets it; whether it is one
-    that works for rank 0. Raises UsageError for an environment that makes no sense."""
+    that works for rank 0. Raises UsageError for an environment that makes no sense, ProcessError
+    where the ranks do not meet."""
     names = ("WORLD_SIZE", "RANK", "MASTER_ADDR")
     if any(name not in os.environ for name in names):
         return False
@@ -80,6 +81,8 @@ def begin() -> bool:
             f"WORLD_SIZE, RANK, LOCAL_WORLD_SIZE and LOCAL_RANK must be whole numbers ({error}). "
             "Unset them, or start with torchrun."
         ) from error
+    if _here.size > 1:
+        _open_store()
     return _here.rank > 0
 
 
@@ -171,7 +174,6 @@ def finish(status: int) -> None:
     import torch
 
     with suppress(Exception):  # they see the connection close
-        _open_store()
         _say(status=status)
         if _here.control is None:
             _here.store.set(_START, str(status))
@@ -191,8 +193,6 @@ def failure(reason: str = "") -> SppError | None:
     `reason` is of a connection that failed, which is then the last thing to name. From here on
     SIGTERM, by which torchrun ends what is left, is ignored.
     """
-    with suppress(Exception):
-        _open_store()
     if _here.store is None or _someone_before():
         return None
     if threading.current_thread() is threading.main_thread():
@@ -255,7 +255,6 @@ class _Together:
 
 def _answer() -> int:
     with _Together():
-        _open_store()
         while not _here.store.check([_START]):
             time.sleep(_LOOK_S)
         if status := _here.store.get(_START):
@@ -278,12 +277,17 @@ def _name(function: Callable[..., None]) -> str:
 
 def _open_store() -> None:
     """Meet the other ranks where the environment says, to leave words for each other."""
-    if _here.store is not None or _here.size == 1:
-        return
     from torch.distributed.rendezvous import rendezvous
 
-    _here.store, _, _ = next(rendezvous("env://", timeout=_timeout()))
-    _here.store.set(f"{_AT}/{_here.rank}", f"{os.uname().nodename} {os.getpid()}")
+    try:
+        _here.store, _, _ = next(rendezvous("env://", timeout=_timeout()))
+        _here.store.set(f"{_AT}/{_here.rank}", f"{os.uname().nodename} {os.getpid()}")
+    except (RuntimeError, OSError, ValueError) as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
+        raise ProcessError(
+            f"{_here.size} processes were to meet at {place} ({reason_of(error):.120}). Start them "
+            "with torchrun, or unset WORLD_SIZE for a command of one process."
+        ) from error
 
 
 def _join() -> None:
@@ -298,7 +302,6 @@ def _join() -> None:
     if own_cards:
         torch.cuda.set_device(_here.local_rank)
     with _Together():
-        _open_store()
         if not _here.rank:
             _here.store.set(_START, "")
         dist.init_process_group(
