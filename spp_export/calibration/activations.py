@@ -523,43 +523,54 @@ class SecondMoments(Observer):
         return self._products[layer]
 
 
-class MixtureMoments:
+class MixtureMoments(Observer):
     """Second moments E[a a^T] [m,m] of what down_proj reads in some layers, in fp32, over a mixture
-    of texts: text i is of part `parts[i]`, and the tokens of a part share its weight.
+    of texts; `scale_N` is that of `mixture_scales`.
 
     They live where `SecondMoments` do.
     """
 
     place = "down"
 
-    def __init__(
-        self,
-        layers: Sequence[int],
-        batches: Sequence[TokenBatch],
-        parts: Sequence[int],
-        weights: Sequence[float],
-    ) -> None:
+    def __init__(self, layers: Sequence[int], width: int, scale_N: Tensor) -> None:
         self.products: dict[int, Tensor] = {}
-        self._layers = frozenset(layers)
-        part_of_text = torch.tensor(parts)
-        tokens = torch.zeros(len(weights), dtype=torch.float64)
-        for batch in batches:
-            of_row = part_of_text[torch.tensor(batch.texts)]
-            tokens.index_add_(0, of_row, batch.attention_mask.sum(1).double())
-        share = torch.tensor(weights, dtype=torch.float64) / tokens.clamp(min=1)
-        self._scale = share.sqrt().float()[part_of_text]
+        self._layers, self._width, self._scale = layers, width, scale_N
 
     def see(self, layer: int, values: Tensor, text_T: Tensor) -> None:
         """Add the products of one batch [T,m]."""
-        if layer not in self._layers:
-            return
-        scale = self._scale[text_T.cpu()].to(values.device)
-        values = values.float() * scale[:, None]
-        width = values.shape[1]
+        if layer in self._layers:
+            scale = self._scale[text_T.cpu()].to(values.device)
+            _add_products(self._of(layer, values.device), values.float() * scale[:, None])
+
+    def taken(self, layer: int) -> Iterable[Tensor]:
+        """As of `Observer`."""
+        return [self._of(layer, torch.device("cpu"))] if layer in self._layers else []
+
+    def recipe(self) -> dict[str, Any]:
+        """As of `Observer`."""
+        return {"layers": list(self._layers), "width": self._width, "scale_N": self._scale}
+
+    def _of(self, layer: int, device: torch.device) -> Tensor:
         if layer not in self.products:
-            home = _home(values.device, 4 * width**2)
-            self.products[layer] = torch.zeros((width, width), device=home)
-        _add_products(self.products[layer], values)
+            home = _home(device, 4 * self._width**2)
+            self.products[layer] = torch.zeros((self._width, self._width), device=home)
+        return self.products[layer]
+
+
+def mixture_scales(
+    batches: Sequence[TokenBatch], parts: Sequence[int], weights: Sequence[float]
+) -> Tensor:
+    """What makes the squares of a text's tokens count by its part's weight: a factor for each text.
+
+    Text i is of part `parts[i]`, and the tokens of a part share its weight.
+    """
+    part_of_text = torch.tensor(parts)
+    tokens = torch.zeros(len(weights), dtype=torch.float64)
+    for batch in batches:
+        of_row = part_of_text[torch.tensor(batch.texts)]
+        tokens.index_add_(0, of_row, batch.attention_mask.sum(1).double())
+    share = torch.tensor(weights, dtype=torch.float64) / tokens.clamp(min=1)
+    return share.sqrt().float()[part_of_text]
 
 
 def channel_block(channels: int) -> int:
