@@ -11,7 +11,7 @@ from spp_export.common.errors import PlanError, SppError
 from spp_export.formats.format import Format
 from spp_export.formats.registry import FORMATS
 from spp_export.models.checkpoint.checkpoint import Checkpoint
-from spp_export.models.families import Role, TensorSpec
+from spp_export.models.families import Family, TensorSpec, Unit
 from spp_export.models.shape import LAYOUTS, Layout
 from spp_export.planning import LayerPlan, Plan
 from spp_export.slicing.compensation import written_config
@@ -24,11 +24,13 @@ _UNITS = {
 }
 # Why a part of a model stays as it is.
 _EMBEDDINGS, _HEAD, _NORMS, _BIASES = "embeddings", "head", "norms", "biases of o and down"
+_VISION = "tower of vision"
 _WHY = {
     _EMBEDDINGS: "every token has a row, as wide as the stream, which stays as wide as it is",
     _HEAD: "every token has a row, as wide as the stream",
     _NORMS: "as wide as the stream, or as one head",
     _BIASES: "as wide as the stream",
+    _VISION: "the decoder of text alone is cut",
 }
 _OTHER = "neither heads of softmax attention nor channels of one MLP"
 
@@ -68,13 +70,10 @@ def _can_go(source: Checkpoint) -> Iterator[dict[str, Any]]:
     counts: dict[str, dict[int, int]] = {}
     elements: dict[str, int] = {}
     for spec in _specs(source):
-        if spec.layer is None or spec.unit is None or spec.axis is None:
-            continue
-        length, size = spec.shape[spec.axis], prod(spec.shape)
-        for unit, count in spec.parts or ((spec.unit, length // spec.step),):
+        for unit, count, share in _units(spec):
+            assert spec.layer is not None
             of_layers = counts.setdefault(unit, {})
             of_layers[spec.layer] = max(count, of_layers.get(spec.layer, 0))
-            share = size * count * spec.step // length
             elements[unit] = elements.get(unit, 0) + share
     for name, of_layers in counts.items():
         yield {
@@ -85,28 +84,37 @@ def _can_go(source: Checkpoint) -> Iterator[dict[str, Any]]:
         }
 
 
+def _units(spec: TensorSpec) -> Iterator[tuple[Unit, int, int]]:
+    """The units that a tensor has parts of: how many there are, and its elements of theirs."""
+    size = prod(spec.shape)
+    if spec.expert is not None:
+        yield Unit.EXPERT, spec.expert + 1, size
+    elif spec.unit is not None and spec.axis is not None:
+        length = spec.shape[spec.axis]
+        for unit, count in spec.parts or ((spec.unit, length // spec.step),):
+            yield unit, count, size * count * spec.step // length
+
+
 def _stays(source: Checkpoint) -> Iterator[dict[str, Any]]:
     """By part: the parameters that no plan takes, and why."""
     elements: dict[str, int] = {}
+    beside = {name for name, _ in source.shape.beside}
     for spec in _specs(source):
-        if spec.unit is None or spec.axis is None:
-            part = _part(source, spec)
+        if not list(_units(spec)):
+            part = _VISION if spec.name in beside else _part(source.family, spec)
             elements[part] = elements.get(part, 0) + prod(spec.shape)
     for part, count in elements.items():
         yield {"part": part, "parameters": count, "why": _WHY.get(part, _OTHER)}
 
 
-def _part(source: Checkpoint, spec: TensorSpec) -> str:
-    family, module = source.family, spec.name.rpartition(".")[0]
+def _part(family: Family, spec: TensorSpec) -> str:
+    module = spec.name.rpartition(".")[0]
     if spec.layer is None:
-        if "norm" in module.rpartition(".")[2] or module in (
-            family.final_norm,
-            family.embedding_norm,
-        ):
+        if module in (family.final_norm, family.embedding_norm):
             return _NORMS
         return _HEAD if module == family.head else _EMBEDDINGS
     inside = module.removeprefix(f"{family.layers}.{spec.layer}.")
-    if inside in (family.projection(Role.OUTPUT), family.projection(Role.DOWN)):
+    if inside in (family.output, family.down):
         return _BIASES
     norms = {family.attention_norm, family.mlp_norm, family.query_norm, family.key_norm}
     if inside in norms | {name for name, _ in family.norms}:

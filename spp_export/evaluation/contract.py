@@ -10,20 +10,23 @@ import json
 import random
 import shutil
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 import spp_export.models.modeling  # noqa: F401  registers the per-layer classes
 from spp_export.common.errors import ModelError
 from spp_export.common.progress import quiet_transformers
 from spp_export.evaluation.oracle import masked_dense
-from spp_export.models.checkpoint.checkpoint import OWN, Checkpoint, open_checkpoint
-from spp_export.models.families import FAMILIES
+from spp_export.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from spp_export.models.families import record_of
+from spp_export.models.loader import auto_class
 from spp_export.models.shape import ModelShape
 from spp_export.planning import LayerPlan, Layout, Plan
 from spp_export.slicing.compensation import written_config
@@ -50,6 +53,15 @@ class Pair:
         dense = load_exact(self.source.path)
         return masked_dense(dense, self.source.family, self.source.shape, self.plan)
 
+    def as_planned(self) -> bool:
+        """Whether the layers on disk have the sizes that the plan gives them."""
+        opened, layers = open_checkpoint(self.slim), self.plan.layer_shapes(self.source.shape)
+        if opened.shape.experts_in(opened.layers) != self.source.shape.experts_in(layers):
+            return False
+        if opened.layout == "uniform":  # a dense model of its own, which has not dropped any
+            layers = tuple(replace(layer, dropped_experts=0) for layer in layers)
+        return opened.layers == layers
+
 
 def prove(source: Checkpoint, layout: Layout, target: Path) -> float:
     """The largest difference of logits between a slice of a tiny `source`, written to `target`, and
@@ -59,13 +71,13 @@ def prove(source: Checkpoint, layout: Layout, target: Path) -> float:
     greedy generation with a cache and without.
     """
     pair = make_slim(source, layout, target)
-    if open_checkpoint(pair.slim).layers != pair.plan.layer_shapes(source.shape):
+    if not pair.as_planned():
         raise ModelError(f"layout {layout}: layers have other sizes than the plan gives them.")
     slim = load_exact(pair.slim)
     with torch.no_grad(), pair.masked() as masked:
-        expected = masked(tokens()).logits
+        expected = exact_logits(masked)
         follows = greedy(masked, use_cache=False)
-    difference = float((slim(tokens()).logits.detach() - expected).abs().max())
+    difference = float((exact_logits(slim) - expected).abs().max())
     if not difference <= LIMIT or float(expected.std()) <= _LEAST_SPREAD:
         raise ModelError(
             f"layout {layout}: logits differ from those of the masked dense model by up to "
@@ -78,6 +90,29 @@ def prove(source: Checkpoint, layout: Layout, target: Path) -> float:
                 "other tokens than the masked dense model."
             )
     return difference
+
+
+@torch.no_grad()
+def exact_logits(model: PreTrainedModel) -> Tensor:
+    """Logits [2,11,V] of `tokens`, in float64 throughout where the model has experts."""
+    family = record_of(model.config.to_dict())
+    with _InDouble() if family and family.experts else nullcontext():
+        logits: Tensor = model(tokens()).logits
+    return logits
+
+
+class _InDouble(TorchFunctionMode):
+    """What a model computes in float32 whatever its weights are, it computes in float64: routers
+    do, and how their products are rounded depends on the number of experts."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        func = Tensor.double if func is Tensor.float else func
+        named = {name: _widened(value) for name, value in (kwargs or {}).items()}
+        return func(*map(_widened, args), **named)
+
+
+def _widened(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
 
 
 def tokens() -> torch.Tensor:
@@ -107,12 +142,12 @@ def greedy(model: Any, **options: Any) -> torch.Tensor:
 
 def load_exact(path: Path, **options: Any) -> PreTrainedModel:
     """A tiny checkpoint in float64. Raises ModelError where tensors are missing or left over."""
-    name = json.loads((path / "config.json").read_text())["model_type"].removeprefix(OWN)
-    family = FAMILIES.get(name)
-    if family and family.experts and hasattr(PreTrainedModel, "set_experts_implementation"):
+    family = record_of(json.loads((path / "config.json").read_text()))
+    assert family is not None
+    if family.experts and hasattr(PreTrainedModel, "set_experts_implementation"):
         options["experts_implementation"] = "eager"  # others know no float64
     with quiet_transformers():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(family).from_pretrained(
             path, dtype=torch.float64, output_loading_info=True, **options
         )
     model, report = loaded
@@ -122,19 +157,21 @@ def load_exact(path: Path, **options: Any) -> PreTrainedModel:
     return model
 
 
-def write_random(settings: Any, target: Path) -> Path:
+def write_random(settings: Any, target: Path, dtype: torch.dtype = torch.float64) -> Path:
     """`random_model` of a config, on disk."""
-    model = random_model(settings)
+    model = random_model(settings, dtype)
     with quiet_transformers():
         model.save_pretrained(target)
     return target
 
 
-def random_model(settings: Any) -> PreTrainedModel:
-    """A random model of a config in float64, made by the stock classes: none of its norms and
-    biases can be left out unnoticed."""
+def random_model(settings: Any, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    """A random model of a config, made by the stock classes: none of its norms and biases can be
+    left out unnoticed."""
     torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(settings, dtype=torch.float64)
+    sees = hasattr(settings, "text_config")
+    kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    model: PreTrainedModel = kind.from_config(settings, dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() < 2 or "norm" in name:
@@ -153,6 +190,8 @@ def make_slim(source: Checkpoint, layout: Layout, target: Path) -> Pair:
     else:
         chosen = ragged_layers if layout == "ragged" else random_layers
         layers = chosen(source.shape, 3, channels=bool(source.family.down))
+    if source.shape.experts and layout != "per-layer":  # where heads alone go
+        layers = drop_experts(layers, source.shape, 3, alike=layout == "uniform")
     plan = Plan(source.fingerprint, source.name, layout, "none", layers)
     target.mkdir()
     write_slim_weights(source, plan, target)
@@ -209,6 +248,20 @@ def uniform_layers(
         width = None if channels is None else _choose(rng, range(shape.channels), channels)
         plans.append(LayerPlan(kept, tuple(heads), width))
     return tuple(plans)
+
+
+def drop_experts(
+    layers: Sequence[LayerPlan], shape: ModelShape, seed: int, *, alike: bool = False
+) -> tuple[LayerPlan, ...]:
+    """The same layers with random experts: in turn as many as a token is routed to, one more, and
+    so on, or in all layers `alike` all but one."""
+    rng, layers, most = random.Random(seed), list(layers), shape.experts - 1
+    least = most if alike else min(shape.experts_per_token, most)
+    for turn, index in enumerate(index for index, sparse in enumerate(shape.sparse) if sparse):
+        kept = least + turn % (most - least + 1)
+        experts = _choose(rng, range(shape.experts), kept)
+        layers[index] = replace(layers[index], experts=experts)
+    return tuple(layers)
 
 
 def _choose(rng: random.Random, units: Sequence[int], count: int) -> tuple[int, ...]:

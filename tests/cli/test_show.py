@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from family_models import make_dense
 from safetensors.numpy import save_file
+from vision_models import make_seeing
 
 from spp_export import show
 from spp_export.common.errors import ArtifactsError, UsageError
 from spp_export.common.manifest import write_manifest
 from spp_export.data.artifacts import Artifacts, write_artifacts
 from spp_export.models.checkpoint.checkpoint import open_source
+from spp_export.models.families import FAMILIES
 from spp_export.models.hub import DEMO_NAME
 from spp_export.models.shape import LAYOUTS
 
@@ -300,19 +302,23 @@ def test_a_dense_model(tmp_path):
 @pytest.mark.parametrize(
     ("name", "part", "refused"),
     [
-        ("gpt_oss", "mlp", {"onnx", "gguf"}),
+        ("gpt_oss", "norms", {"onnx", "gguf"}),
         ("opt", "biases of o and down", {"onnx", "gguf"}),
         ("qwen2", "norms", set()),
+        ("llava", "tower of vision", {"onnx", "gguf"}),
     ],
 )
 def test_what_a_model_can_become(name, part, refused, tmp_path):
     """What formats themselves say of a plan of each layout; of GGUF, but for its tokenizer."""
-    source = open_source(make_dense(name, tmp_path / "dense"))
+    make = make_dense if name in FAMILIES else make_seeing
+    source = open_source(make(name, tmp_path / "dense"))
     facts = show(source.path).facts
     (row,) = (row for row in facts["stays"] if row["part"] == part)
     assert row["parameters"] > 0
     counted = [row["parameters"] for row in (*facts["can_go"], *facts["stays"])]
     assert sum(counted) == facts["parameters"]
+    units = ["query heads", "KV groups", "experts" if source.family.experts else "MLP channels"]
+    assert [row["unit"] for row in facts["can_go"]] == units
     can = {(row["format"], row["layout"]): row for row in facts["can_become"]}
     assert all("model" in can[each, "per-layer"]["how"] for each in refused)
     assert not any(can[each, layout]["can"] for each in refused for layout in LAYOUTS)

@@ -187,8 +187,9 @@ def sizes(plan: Plan, shape: ModelShape, predicted: Predicted) -> Table:
         ("weights on disk", predicted.dense_file_bytes, predicted.file_bytes, byte_size),
         ("KV cache per token", predicted.dense_kv_bytes, predicted.kv_bytes, _bytes),
     ]
-    if stay := shape.uncut_parameters:
-        rows.insert(2, ("of experts and MLPs, not cut", stay, stay, _thousands))
+    if mlps := shape.mlp_parameters:
+        gone = shape.expert_parameters(shape.layers) - shape.expert_parameters(slim)
+        rows.insert(2, ("of experts and MLPs", mlps, mlps - gone, _thousands))
     channels = sum(layer.channels for layer in slim)
     if channels != shape.channels * shape.num_layers:
         rows.insert(2, ("MLP channels", shape.channels * shape.num_layers, channels, _thousands))
@@ -214,6 +215,16 @@ def stock_counts(plan: Plan) -> list[Text]:
         return []
     known = ", ".join(str(count) for count in counts)
     return [Text(f"query heads that the stock config accepts: {known}", style=FAINT)]
+
+
+def moments(plan: Plan) -> list[Text]:
+    """For wide MLPs, what their re-fit was made of."""
+    words = {
+        "whole": "down_proj is re-fitted on the moments of all channels together",
+        "blocks": "down_proj is re-fitted in blocks of channels",
+    }
+    made = plan.calibration.get("moments")
+    return [Text(words[made], style=FAINT)] if made in words else []
 
 
 def bounds(predicted: Predicted) -> list[Text]:

@@ -13,7 +13,7 @@ import torch
 from spp_export.common.errors import ModelError, SppError, reason_of
 from spp_export.common.json_files import shown
 from spp_export.common.progress import quiet_transformers
-from spp_export.evaluation.contract import load_exact, prove, random_model, tokens, write_random
+from spp_export.evaluation.contract import prove, random_model, tokens, write_random
 from spp_export.evaluation.guessing.arithmetic import computing
 from spp_export.evaluation.guessing.stock import (
     HEAD_DIM,
@@ -71,7 +71,7 @@ def _guess(config: Mapping[str, Any], folder: Path) -> Guess:
     stock, derived = _running(read_stock(config))
     tree = read_tree(stock.model(), stock.width)
     dense = write_random(stock.config(), folder / "dense")
-    model = load_exact(dense)
+    model = random_model(stock.config())
     base = _with_switches(_record(stock, tree, model, derived), stock, tree, model)
     modeling.register(base.model_type)
     failed: list[ModelError] = []
