@@ -107,8 +107,13 @@ def family_name(name: str) -> str:
 
 
 def make_dense(name: str, target: Path, layers: int = 2) -> Path:
-    """A random model of a family or of one of its forms, made by the stock classes; `layers` is
-    even, for the kinds of layers take turns."""
+    """A random model of a family or of one of its forms, made by the stock classes."""
+    return write_random(settings_of(name, layers), target)
+
+
+def settings_of(name: str, layers: int = 2) -> Any:
+    """The tiny config of a family or of one of its forms; `layers` is even, for the kinds of
+    layers take turns."""
     family, more = FORMS.get(name, (name, MORE.get(name, {})))
     more = {
         key: value * (layers // 2) if key in ("layer_types", "no_rope_layers") else value
@@ -126,4 +131,4 @@ def make_dense(name: str, target: Path, layers: int = 2) -> Path:
     settings = AutoConfig.for_model(family, **{**named, **tokens, **more})
     if getattr(settings, "sliding_window", None):
         settings.sliding_window = 5
-    return write_random(settings, target)
+    return settings

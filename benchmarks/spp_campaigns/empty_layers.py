@@ -1,11 +1,11 @@
 """Does the best plan leave out attention or MLPs of whole layers?
 
-`python -m spp_campaigns.empty_layers [--model M] [--scenario FILE] [--removed 0.2 ...] [--json FILE]`
+`python -m spp_campaigns.empty_layers [--model M] [--scenario FILE] [--removed 0.2] [--json FILE]`
 
-Plans of one scenario for several budgets, each twice: every layer keeps some heads and channels, or
+Plans of one scenario for several budgets, each twice: all layers keep some heads and channels, or
 a layer may keep none. Both are exact, from the same losses, so the second never loses more. Nothing
-is written. The predicted loss is that of the criterion of `spp plan`: by `fisher` nats, by `obs` the
-relative energy of the stream; the two are no figures of one kind.
+is written. The predicted loss is that of the criterion of `spp plan`: nats by `fisher`, the relative
+energy of the stream by `obs`; the two are no figures of one kind.
 """
 
 from __future__ import annotations
