@@ -3,9 +3,9 @@
 `python -m spp_campaigns.empty_layers [--model M] [--scenario FILE] [--removed 0.2] [--json FILE]`
 
 Plans of one scenario for several budgets, each twice: all layers keep some heads and channels, or
-a layer may keep none. Both are exact, from the same losses, so the second never loses more. Nothing
-is written. The predicted loss is that of the criterion of `spp plan`: nats by `fisher`, the relative
-energy of the stream by `obs`; the two are no figures of one kind.
+a layer may keep none. Both are exact, from the same losses, so the second never loses more.
+Nothing is written. The predicted loss is that of the criterion of `spp plan`: nats by `fisher`,
+the relative energy of the stream by `obs`; the two are no figures of one kind.
 """
 
 from __future__ import annotations
