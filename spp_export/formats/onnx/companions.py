@@ -20,6 +20,8 @@ _PER_LAYER_KEYS = (
     "serialize_explicit_per_layer_config",
     "base_architecture",
     "biased_projections",
+    "per_layer_modules",
+    "per_head",
 )
 # Names that genai knows, and what it takes where the model does not say.
 _SEARCH = {
@@ -50,17 +52,23 @@ def onnx_config(
     for key in _PER_LAYER_KEYS:
         config.pop(key, None)
     counts = shape.layer if layout == "per-layer" else layers[0]
+    sizes = {
+        "hidden_size": shape.hidden_size,
+        "num_hidden_layers": shape.num_layers,
+        "max_position_embeddings": context_length,
+        "num_attention_heads": _scalar_heads(shape, layout),
+        "num_key_value_heads": counts.kv_heads,
+        "intermediate_size": counts.channels,
+    }
+    named = {family.keys.get(key, ""): size for key, size in sizes.items()}
+    config |= sizes | {key: size for key, size in named.items() if key}
     config |= {
         "model_type": family.model_type,
         "architectures": [family.architecture],
         "dtype": options.torch_dtype,
         "torch_dtype": options.torch_dtype,
         "head_dim": shape.head_dim,
-        "max_position_embeddings": context_length,
         "tie_word_embeddings": shape.tied_embeddings,
-        "num_attention_heads": _scalar_heads(shape, layout),
-        "num_key_value_heads": counts.kv_heads,
-        "intermediate_size": counts.channels,
         "num_attention_heads_per_layer": [layer.query_heads for layer in layers],
         "num_key_value_heads_per_layer": [layer.kv_heads for layer in layers],
         "intermediate_size_per_layer": [layer.channels for layer in layers],

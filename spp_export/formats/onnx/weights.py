@@ -7,6 +7,7 @@ input are one matrix.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,29 @@ Array = NDArray[Any]
 _STRIP = 16
 
 
-def vector(stored: Sequence[StoredTensor], precision: Precision) -> Callable[[], Array]:
-    """Reader of tensors [n] one after the other."""
-    return lambda: np.concatenate([rows(tensor, precision) for tensor in stored])
+@dataclass(frozen=True)
+class Part:
+    """Some outputs of a weight or a bias: all, or those of `rows`. `turned`: inputs come first."""
+
+    stored: StoredTensor
+    rows: slice | Sequence[int] = field(default_factory=lambda: slice(None))
+    turned: bool = False
+
+    @property
+    def inputs(self) -> int:
+        """Of a weight."""
+        return self.stored.shape[0 if self.turned else 1]
+
+    @property
+    def outputs(self) -> int:
+        """How many there are."""
+        length = self.stored.shape[1 if self.turned else 0]
+        return len(range(length)[self.rows] if isinstance(self.rows, slice) else self.rows)
+
+
+def vector(parts: Sequence[Part], precision: Precision) -> Callable[[], Array]:
+    """Reader of biases [n] one after the other."""
+    return lambda: np.concatenate([rows(part.stored, precision)[part.rows] for part in parts])
 
 
 def table(stored: StoredTensor, precision: Precision) -> Callable[[], Array]:
@@ -37,18 +58,22 @@ def table(stored: StoredTensor, precision: Precision) -> Callable[[], Array]:
     return lambda: rows(stored, precision)
 
 
-def matrix(stored: Sequence[StoredTensor], precision: Precision) -> Callable[[], Array]:
+def matrix(parts: Sequence[Part], precision: Precision) -> Callable[[], Array]:
     """Reader of weights [out_i, in] as one matrix [in, sum out_i]."""
 
     def read() -> Array:
-        width, bits = sum(tensor.shape[0] for tensor in stored), bits_dtype(STORED[precision])
-        result, start = np.empty((stored[0].shape[1], width), bits), 0
-        for tensor in stored:
-            values = rows(tensor, precision).view(bits)
-            for row in range(0, len(values), _STRIP):
-                strip = values[row : row + _STRIP]
-                result[:, start + row : start + row + len(strip)] = strip.T
-            start += len(values)
+        width, bits = sum(part.outputs for part in parts), bits_dtype(STORED[precision])
+        result, start = np.empty((parts[0].inputs, width), bits), 0
+        for part in parts:
+            values = rows(part.stored, precision).view(bits)
+            if part.turned:
+                result[:, start : start + part.outputs] = values[:, part.rows]
+            else:
+                values = values[part.rows]
+                for row in range(0, len(values), _STRIP):
+                    strip = values[row : row + _STRIP]
+                    result[:, start + row : start + row + len(strip)] = strip.T
+            start += part.outputs
         return result.view(_numpy_type(STORED[precision]))
 
     return read

@@ -11,9 +11,8 @@ from spp_export.common.json_files import dump_json
 from spp_export.common.publish import require_free_space
 from spp_export.formats.onnx.companions import genai_config, onnx_config, tokenizer_config
 from spp_export.formats.onnx.graph import build_graph
-from spp_export.formats.onnx.options import OnnxOptions
+from spp_export.formats.onnx.options import OnnxOptions, onnx_settings
 from spp_export.formats.onnx.recorder import share_aliases
-from spp_export.formats.settings import settings_of
 from spp_export.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from spp_export.models.checkpoint.companions import GENERATION_CONFIG, companion_object
 from spp_export.models.stop_tokens import stop_tokens
@@ -83,7 +82,7 @@ def _companions(checkpoint: Path, out: Path, decoder: Checkpoint, options: OnnxO
         decoder.layers,
         decoder.layout,
         options,
-        settings_of(decoder).context_length,
+        onnx_settings(decoder).context_length,
     )
     (out / "config.json").write_text(dump_json(config), encoding="utf-8")
     write_companions(

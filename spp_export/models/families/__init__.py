@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from spp_export.common.errors import ModelError
 from spp_export.common.json_files import shown
 from spp_export.models.families import table
 from spp_export.models.families.base import Family, Feature, Role, TensorSpec, Unit, vocabulary_size
+from spp_export.models.families.computed import COMPUTED
 from spp_export.models.quantised import check_not_quantised
 
 __all__ = [
@@ -22,7 +24,10 @@ __all__ = [
     "vocabulary_size",
 ]
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in table.FAMILIES}
+FAMILIES: dict[str, Family] = {
+    family.model_type: replace(family, computed=COMPUTED.get(family.model_type, family.computed))
+    for family in table.FAMILIES
+}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from spp_export.common.errors import ModelError, PlanError
 from spp_export.common.json_files import shown
+from spp_export.models.families.computed import Computed
 from spp_export.models.families.experts import Experts
 from spp_export.models.shape import Costs, LayerShape, ModelShape
 
@@ -116,6 +117,8 @@ class Family:
     architecture: str
     # What its attention, MLP or logits compute otherwise than Llama's.
     features: frozenset[Feature] = frozenset()
+    # How, for other engines than transformers; None where none is told.
+    computed: Computed | None = None
     # Biases of q, k and v, of o, of the MLP's projections.
     qkv_bias: Flag = False
     output_bias: Flag = False
