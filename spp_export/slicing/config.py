@@ -62,12 +62,12 @@ def slim_config(
     that contradicts itself.
     """
     _check_layers(shape, layers, ragged=layout == "ragged" and family.uneven_groups)
-    config = portable_config(source_config, family.rope_theta)
+    config = portable_config(source_config, family.rope_theta, family.rope_by_type)
     config["tie_word_embeddings"] = shape.tied_embeddings
     if family.derived_head_dim != "attention":
         config["head_dim"] = shape.head_dim
     if family.experts:
-        config |= family.experts.counts({**family.defaults, **source_config})
+        config |= family.experts.counts(shape.experts)
     settings = config.get("rope_parameters") or {}
     for key in _ROTARY & family.keys.keys() & settings.keys():
         config[family.keys[key]] = settings[key]
@@ -75,6 +75,7 @@ def slim_config(
     new = sorted(role for role in biased if not has_bias[role])
     if layout == "uniform":
         config |= _uniform(family, shape, layers)
+        config |= _experts(family, shape, max(shape.experts_in(layers)))
         config |= {family.bias_switch(role): True for role in new}
     elif layout in ("per-layer", "ragged"):
         config |= _per_layer(family, shape, layers, ragged=layout == "ragged")
@@ -90,19 +91,23 @@ def slim_config(
 
 
 def portable_config(
-    config: Mapping[str, Any], rope_theta: float | None = _DEFAULT_ROPE_THETA
+    config: Mapping[str, Any],
+    rope_theta: float | None = _DEFAULT_ROPE_THETA,
+    rope_by_type: bool = False,
 ) -> dict[str, Any]:
     """A config.json that transformers 4.57 and 5.x read alike, from one that either wrote.
 
     5.x writes `rope_parameters`, which 4.57 ignores without a word and then rotates by the default
     theta; 4.57 writes `rope_theta` and `rope_scaling`. Both forms are given, as are `dtype` and
     `torch_dtype`. Paths and names of foreign code are left out. `rope_theta` is what the stock
-    class takes where the source says nothing; None leaves rotary settings out there.
+    class takes where the source says nothing; None leaves rotary settings out there. Where layers
+    rotate by their type (`rope_by_type`), what 4.57 wrote stays as it is, and 5.x reads it as well.
 
     Raises ModelError where the two forms of the source disagree.
     """
     result = {key: value for key, value in config.items() if key not in _DROPPED}
-    result |= _rope(config, rope_theta)
+    if not rope_by_type or config.get("rope_parameters") is not None:
+        result |= _rope(config, rope_theta)
     dtype = config.get("dtype") or config.get("torch_dtype")
     if dtype is not None:
         result |= {"dtype": dtype, "torch_dtype": dtype}
@@ -125,12 +130,17 @@ def _check_layers(shape: ModelShape, layers: Sequence[LayerShape], *, ragged: bo
 
 
 def _uniform(family: Family, shape: ModelShape, layers: Sequence[LayerShape]) -> dict[str, Any]:
-    first = layers[0]
-    odd = next((index for index, layer in enumerate(layers) if layer != first), None)
+    first, sizes = layers[0], [_sizes(layer) for layer in layers]
+    odd = next((index for index, size in enumerate(sizes) if size != sizes[0]), None)
     if odd is not None:
         raise PlanError(
-            f"layer {odd} has {_sizes(layers[odd])}, layer 0 has {_sizes(first)}; layout 'uniform' "
+            f"layer {odd} has {sizes[odd]}, layer 0 has {sizes[0]}; layout 'uniform' "
             "needs all layers alike. Use layout 'per-layer'."
+        )
+    if len(counts := set(shape.experts_in(layers)) - {0}) > 1:
+        raise PlanError(
+            f"layers have {min(counts)} to {max(counts)} experts; layout 'uniform' needs as many "
+            "in every layer that has any. Use layout 'per-layer'."
         )
     if not family.stock_accepts(shape)(first.query_heads):
         wanted = "divides"
@@ -165,12 +175,15 @@ def _per_layer(
             "AutoModel": f"modeling_spp.Spp{decoder_class}",
             "AutoModelForCausalLM": f"modeling_spp.Spp{family.architecture}",
         },
-        **_per_layer_modules(family, shape),
+        **_per_layer_modules(family, shape, layers),
         **_counts(shape.layer),
         "per_layer_config": {
             str(index).zfill(digits): _counts(layer)
+            | _experts(family, shape, experts)
             | ({"query_groups": list(layer.query_groups)} if ragged else {})
-            for index, layer in enumerate(layers)
+            for index, (layer, experts) in enumerate(
+                zip(layers, shape.experts_in(layers), strict=True)
+            )
         },
         "serialize_explicit_per_layer_config": True,
         # The same once more, for readers that know lists only.
@@ -179,14 +192,20 @@ def _per_layer(
     }
 
 
-def _per_layer_modules(family: Family, shape: ModelShape) -> dict[str, Any]:
+def _per_layer_modules(
+    family: Family, shape: ModelShape, layers: Sequence[LayerShape]
+) -> dict[str, Any]:
     """What modeling_spp.py has to know of a family beyond the names that are Llama's."""
     modules = [family.attention]
+    if family.experts and any(layer.dropped_experts for layer in layers):
+        modules += family.experts.modules
     if family.derived_head_dim != "attention":
-        alone = {"per_layer_modules": {"layers": "layers", "modules": modules}}
-        return alone if family.experts else {}
+        named = {"per_layer_modules": {"layers": "layers", "modules": modules}}
+        return named if family.experts else {}
     inputs = list(dict.fromkeys((family.query, family.key, family.value)))
     outputs = list(dict.fromkeys(name for name in (family.gate, family.up) if name))
+    if "C" in family.wide_norms.values():  # more is as wide as the MLP than its projections
+        modules.append(family.down.rpartition(".")[0])
     return {
         "per_layer_modules": {
             "layers": family.layers.rpartition(".")[2],
@@ -221,6 +240,13 @@ def _counts(layer: LayerShape) -> dict[str, int]:
         "num_key_value_heads": layer.kv_heads,
         "intermediate_size": layer.channels,
     }
+
+
+def _experts(family: Family, shape: ModelShape, count: int) -> dict[str, int]:
+    """The number of experts of a layer, where it has any, and fewer than the dense model's do."""
+    if family.experts is None or count in (0, shape.experts):
+        return {}
+    return family.experts.counts(count)
 
 
 def _sizes(layer: LayerShape) -> str:

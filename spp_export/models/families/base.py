@@ -16,7 +16,7 @@ from spp_export.common.errors import ModelError, PlanError
 from spp_export.common.json_files import shown
 from spp_export.models.families.computed import Computed
 from spp_export.models.families.experts import Experts
-from spp_export.models.shape import Costs, LayerShape, ModelShape
+from spp_export.models.shape import Costs, ExpertTensor, LayerShape, ModelShape
 
 # Far above any model, far below what would be felt in memory before the tensors are compared.
 _MOST: Mapping[str, int] = {
@@ -38,6 +38,7 @@ class Unit(StrEnum):
     QUERY = "query"
     KV = "kv"
     CHANNEL = "channel"
+    EXPERT = "expert"
 
 
 class Role(StrEnum):
@@ -60,7 +61,8 @@ class TensorSpec:
     `axis` counts `unit`s in steps of `step` elements (head_dim for heads, 1 for channels); both are
     None where nothing is ever cut. Where the axis has several parts, as in one tensor of queries,
     keys and values, `parts` says how many of which unit each has: one part after the other, or,
-    `side_by_side`, unit by unit: the queries of a KV head, its key, its value.
+    `side_by_side`, unit by unit: the queries of a KV head, its key, its value. `expert` is the
+    number of the expert that it belongs to as a whole.
     """
 
     name: str
@@ -72,6 +74,7 @@ class TensorSpec:
     step: int = 1
     parts: tuple[tuple[Unit, int], ...] = ()
     side_by_side: bool = False
+    expert: int | None = None
 
 
 class Feature(StrEnum):
@@ -88,13 +91,24 @@ class Feature(StrEnum):
     SHIFTED_NORM = "norms that add 1 to their weights"
     BARE_NORM = "norms without weights"
     ROTARY = "a rotary embedding of its own"
-    EXPERTS = "experts, which are not cut yet"
+    EXPERTS = "experts"
     SINKS = "attention sinks"
     POSITIONS = "embeddings of positions"
     ALIBI = "scores biased by distance (ALiBi)"
     POST_NORM = "norms of the stream after attention and MLP"
     SIDE_BY_SIDE = "each head's query, key and value side by side in one tensor"
     TRANSPOSED = "weights with their inputs first"
+    WIDE_NORM = "norms over all heads or channels at once"
+
+
+# What a reader of a plan has to be told of what a family computes.
+_REMARKS: Mapping[Feature, str] = {
+    Feature.WIDE_NORM: (
+        "this model norms all its heads (or channels) together: a slim one norms those that are "
+        "kept, and so does the dense model that it is checked against; removing units changes "
+        "what the others compute, which the scores do not foresee"
+    ),
+}
 
 
 # A flag of the family: fixed, or the name of the boolean in config.json that decides; "!name" where
@@ -145,6 +159,8 @@ class Family:
     # What the stock config takes for theta where config.json says nothing of rotary settings; None
     # where it takes more than that.
     rope_theta: float | None = 10000.0
+    # Layers rotate by their type.
+    rope_by_type: bool = False
     # In one tensor: each KV head's queries, its key, its value. Else all queries, keys and values.
     side_by_side: bool = False
     # Attention takes KV heads that serve different numbers of query heads.
@@ -171,6 +187,9 @@ class Family:
     more_norms: tuple[str, ...] = ()
     norm_weight: Flag = True
     norm_bias: bool = False
+    # Norms over all query heads ("Q"), KV heads ("K") or channels ("C") at once. A slim model norms
+    # the kept ones alone, so that cutting is not masking, and the masked model does the same.
+    wide_norms: Mapping[str, str] = field(default_factory=dict)
     # Further tensors of a layer with one element for each query head, such as sinks.
     head_rows: tuple[str, ...] = ()
     # In place of gate, up and down, where nothing is cut of the MLPs.
@@ -288,6 +307,11 @@ class Family:
         """`more_norms`, each with its flag or ""."""
         return tuple(map(_optional, self.more_norms))
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a reader of a plan has to be told."""
+        return tuple(text for feature, text in _REMARKS.items() if feature in self.features)
+
     def refuse(self, unknown: Collection[Feature], what: str, instead: str) -> None:
         """ModelError if this family computes one of these things, which `what` does not know."""
         for feature in sorted(self.features & set(unknown)):
@@ -367,7 +391,7 @@ class Family:
             mlp_bias=_flag(config, self.mlp_bias),
             qk_norm=_flag(config, self.qk_norm),
             switches=tuple(flag for flag in flags if _flag(config, flag)),
-            uncut=self.experts.read(config, layers) if self.experts else (),
+            **(self.experts.read(config, layers) if self.experts else {}),
             positions=(
                 _size(config, "max_position_embeddings") + self.more_positions
                 if self.positions
@@ -388,7 +412,7 @@ class Family:
         """Parameters, summed over the tensors of one layer and of what is beside the layers."""
         per_unit = dict.fromkeys(Unit, 0)
         fixed = outside = rows = 0
-        for spec in self.tensors(replace(shape, uncut=()), (shape.layer,)):
+        for spec in self.tensors(replace(shape, mlps=()), (shape.layer,)):
             elements = prod(spec.shape)
             if spec.layer is None:
                 outside += elements
@@ -401,18 +425,20 @@ class Family:
                     weight = len(spec.shape) == 2 and spec.role is not Role.OTHER
                     rows += spec.step if unit is Unit.KV and weight else 0
         unread = 0 if shape.tied_embeddings else shape.vocab_size * shape.embedding_width
-        for tensor in (tensor for layer in shape.uncut for tensor in layer):
-            outside += tensor.elements
-            unread += tensor.unread
+        sparse = next((mlp for mlp, has in zip(shape.mlps, shape.sparse, strict=False) if has), ())
+        routed = sum(tensor.per_expert for tensor in sparse if tensor.routed)
+        left_out = shape.experts - shape.experts_per_token
         return Costs(
             per_unit[Unit.QUERY],
             per_unit[Unit.KV],
             per_unit[Unit.CHANNEL],
             fixed,
-            outside,
-            unread,
+            outside + shape.mlp_parameters,
+            unread + sum(shape.sparse) * left_out * routed,
             0 if self.caches_queries else rows,
             rows if self.caches_queries else 0,
+            sum(tensor.per_expert for tensor in sparse),
+            routed,
         )
 
     def tensors(self, shape: ModelShape, layers: Sequence[LayerShape]) -> Iterator[TensorSpec]:
@@ -492,6 +518,8 @@ class Family:
                     yield from whole([(f"{module}.bias", (shape.head_dim,))])
         for name in self.head_rows:
             yield cut(name, Role.OTHER, "q")
+        for module, form in self.wide_norms.items():
+            yield cut(f"{module}.weight", Role.OTHER, form)
         yield from whole(self._norm(self.mlp_norm, shape))
         for module, (role, form) in widths.items():
             yield cut(f"{module}.weight", role, form, hidden)
@@ -501,12 +529,28 @@ class Family:
             yield cut(f"{module}.bias", role, form)
         if self.down and (shape.mlp_bias or shape.down_bias):
             yield from whole([(f"{self.down}.bias", (hidden,))])
-        for tensor in shape.uncut[index] if shape.uncut else ():
-            yield from whole((name, tensor.shape) for name in tensor.names)
+        experts = shape.experts - layer.dropped_experts
+        for tensor in shape.mlps[index] if shape.mlps else ():
+            yield from self._expert_tensors(tensor, experts, index)
         for module, flag in map(_optional, self.more_norms):
             if not flag or flag in shape.switches:
                 yield from whole(self._norm(module, shape))
         yield from whole(self.fixed.items())
+
+    def _expert_tensors(
+        self, tensor: ExpertTensor, experts: int, index: int
+    ) -> Iterator[TensorSpec]:
+        """A tensor of a layer with so many experts, or one for each of them."""
+        name, axis, size = self.layer_name(index, tensor.name), tensor.axis, list(tensor.shape)
+        if tensor.each:
+            for expert in range(experts):
+                one = name.replace("*", str(expert))
+                yield TensorSpec(one, tensor.shape, index, expert=expert)
+        elif axis is None:
+            yield TensorSpec(name, tensor.shape, index)
+        else:
+            size[axis] = experts
+            yield TensorSpec(name, tuple(size), index, unit=Unit.EXPERT, axis=axis)
 
     def _forms(self, roles: Mapping[Role, str]) -> dict[str, tuple[Role, str]]:
         """The modules of these roles, each with its first role and what its outputs count."""
