@@ -118,11 +118,22 @@ def settings_of(
 def check_features(family: Family, known: Collection[Feature], what: str) -> None:
     """ModelError where a family computes something that the format `what` does not express, or
     nobody has told how."""
-    told = known if family.computed else ()
-    family.refuse(set(Feature) - set(told), what, "Export safetensors.")
-    has_slopes = family.computed is not None and family.computed.slopes is not None
-    if Feature.ALIBI in family.features and not has_slopes:
-        family.refuse((Feature.ALIBI,), what, "Export safetensors.")
+    for unknown in _unknown(family, known):
+        family.refuse(unknown, what, "Export safetensors.")
+
+
+def features_refusal(family: Family, known: Collection[Feature], what: str) -> str | None:
+    """What `check_features` says begins with this; None where it says nothing."""
+    refusals = (family.refusal(unknown, what) for unknown in _unknown(family, known))
+    return next((refusal for refusal in refusals if refusal), None)
+
+
+def _unknown(family: Family, known: Collection[Feature]) -> tuple[set[Feature], set[Feature]]:
+    """What a format does not express of any family, and what it is not told of this one."""
+    untold: set[Feature] = set() if family.computed else set(Feature)
+    if family.computed and family.computed.slopes is None:
+        untold.add(Feature.ALIBI)
+    return set(Feature) - set(known), untold
 
 
 def stock_settings(
@@ -176,7 +187,8 @@ def _stock(config: Mapping[str, Any], family: Family, shape: ModelShape, directo
     """The config of the stock class."""
     from transformers import AutoConfig
 
-    values = {k: v for k, v in portable_config(config, family.rope_theta).items() if k not in _OURS}
+    portable = portable_config(config, family.rope_theta, family.rope_by_type)
+    values = {key: value for key, value in portable.items() if key not in _OURS}
     if family.derived_head_dim != "attention":
         values["head_dim"] = shape.head_dim
     values[family.keys.get("num_attention_heads", "num_attention_heads")] = shape.query_heads
@@ -208,7 +220,7 @@ def _rotated(
 ) -> tuple[str | None, ...]:
     if family.features & {Feature.POSITIONS, Feature.ALIBI}:
         return (None,) * shape.num_layers
-    by_type = _rotary_by_type(stock)
+    by_type = _rotary_by_type(stock, family)
     for settings in by_type.values() or (_rotary_settings(stock),):
         kind = settings.get("rope_type", "default")
         if kind in _LENGTH_DEPENDENT:
@@ -239,17 +251,18 @@ def _rotary_settings(stock: Any) -> Mapping[str, Any]:
     return settings or {}
 
 
-def _rotary_by_type(stock: Any) -> dict[str, dict[str, Any]]:
-    """Rotary settings by type of layer, where they differ in that; transformers 4.57 has another
-    theta for layers with a window, and no scaling there."""
-    types, settings = getattr(stock, "layer_types", None) or (), _rotary_settings(stock)
-    if settings and settings.keys() <= set(types):
-        return {kind: dict(values) for kind, values in settings.items()}
-    local = getattr(stock, "rope_local_base_freq", None)
-    if local is None:
+def _rotary_by_type(stock: Any, family: Family) -> dict[str, dict[str, Any]]:
+    """Rotary settings by type of layer, where they differ in that; transformers 4.57 has no scaling
+    for layers with a window, and may have another theta."""
+    if not family.rope_by_type:
         return {}
+    settings = _rotary_settings(stock)
+    if settings and settings.keys() <= set(stock.layer_types):
+        return {kind: dict(values) for kind, values in settings.items()}
+    theta = stock.rope_theta
+    local = getattr(stock, "rope_local_base_freq", theta)
     return {
-        "full_attention": {"rope_type": "default", "rope_theta": stock.rope_theta, **settings},
+        "full_attention": {"rope_type": "default", "rope_theta": theta, **settings},
         "sliding_attention": {"rope_type": "default", "rope_theta": local},
     }
 
@@ -257,7 +270,7 @@ def _rotary_by_type(stock: Any) -> dict[str, dict[str, Any]]:
 def rotation(settings: Settings, family: Family, head_dim: int, kind: str = "") -> Rotation:
     """The rotary embedding of the layers of a kind, as the family's own class has it."""
     stock, plain = settings.stock, settings.computed.rotary
-    by_type = _rotary_by_type(stock)
+    by_type = _rotary_by_type(stock, family)
     try:
         if plain:
             theta, size = plain(stock)

@@ -37,11 +37,13 @@ class Rotary:
 
 @dataclass(frozen=True)
 class HeadNorms:
-    """Norms of queries and of keys, by modules of the checkpoint; "" has no weights."""
+    """Norms of queries and of keys, by modules of the checkpoint; "" has no weights. `wide`: of all
+    heads at once."""
 
     norms: Norms
     query: str
     key: str
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -540,7 +542,7 @@ def _prepared(
         modules = (norms.query, norms.key)
         pair = zip(_heads((query, key), inputs), "qk", modules, strict=True)
         query, key = (
-            _normed(g, part, norms.norms, module, (inputs, heads, letter))
+            _normed(g, part, norms, module, (inputs, heads, letter))
             for (part, _, heads), letter, module in pair
         )
     factor = inputs.settings.computed.query_factor
@@ -556,15 +558,17 @@ def _heads(pair: Sequence[Any], inputs: AttentionInputs) -> Iterator[tuple[Any, 
 
 
 def _normed(
-    g: Recorder, part: Any, norms: Norms, module: str, of: tuple[AttentionInputs, int, str]
+    g: Recorder, part: Any, norms: HeadNorms, module: str, of: tuple[AttentionInputs, int, str]
 ) -> Any:
-    """Queries or keys normalised head by head."""
+    """Queries or keys normalised head by head, or all at once."""
     inputs, count, letter = of
     name, dim = inputs.name, inputs.head_dim
+    if norms.wide:
+        return norms.norms(part, module, f"{name}/{letter}_norm", [BATCH, SEQUENCE, count * dim])
     shape: list[int | str] = [BATCH, SEQUENCE, count, dim]
     sizes = g.constant([0, 0, count, dim], f"heads_{count}")
     apart = g.op("Reshape", [part, sizes], f"{name}/{letter}_heads", shape)
-    scaled = norms(apart, module, f"{name}/{letter}_norm", shape)
+    scaled = norms.norms(apart, module, f"{name}/{letter}_norm", shape)
     return g.op(
         "Reshape",
         [scaled, g.constant([0, 0, count * dim], f"flat_{count}")],

@@ -48,7 +48,7 @@ def onnx_config(
     `context_length` is in tokens. Keys are sorted, so equal arguments give equal JSON. Raises
     ModelError for a config that contradicts itself.
     """
-    config = portable_config(checkpoint_config)
+    config = portable_config(checkpoint_config, family.rope_theta, family.rope_by_type)
     for key in _PER_LAYER_KEYS:
         config.pop(key, None)
     counts = shape.layer if layout == "per-layer" else layers[0]
@@ -86,17 +86,19 @@ def genai_config(
     head_dim: int,
     options: OnnxOptions,
     stop: Sequence[int],
+    kind: str,
 ) -> dict[str, Any]:
     """genai_config.json for onnxruntime-genai 0.15 or newer, from `onnx_config`'s result.
 
-    `stop` are the tokens that end an answer, the only ones that the runtime stops at.
+    `stop` are the tokens that end an answer, the only ones that the runtime stops at; `kind` is
+    what it calls the model.
     The scalar head counts are the largest of any layer; the runtime takes every layer's own KV
     heads from the shapes of the graph's inputs. A sliding window is not mentioned: the graph masks
     by itself, over a KV cache of full length, and the section would ask for a cache that slides.
     """
     context = config["max_position_embeddings"]
     model: dict[str, Any] = {
-        "type": config["model_type"],
+        "type": kind,
         "vocab_size": config["vocab_size"],
         "context_length": context,
         "decoder": _decoder(config, layers, head_dim, options),

@@ -100,6 +100,8 @@ class _Builder:
         normed, stream = self._norm(stream, added, family.attention_norm, index)
         packed = self._linear(normed, HEADS, index, "qkv_proj")
         attended, key, value = form(packed, inputs)
+        width = inputs.layer.query_heads * inputs.head_dim
+        attended = self._inside(attended, "Q", index, width)
         written = self._linear(attended, (Role.OUTPUT,), index, "o_proj")
         written = self._write(written, index, 0, "attention")
         if Feature.PARALLEL in family.features:
@@ -226,10 +228,23 @@ class _Builder:
         family, computed = self._decoder.family, self._settings.computed
         if computed.normed_heads:
             return HeadNorms(self._norms, "", "")
-        if not self._decoder.shape.qk_norm:
+        names = (family.query_norm, family.key_norm)
+        wide = names[0] in family.wide_norms
+        if not (self._decoder.shape.qk_norm or wide):
             return None
-        modules = (family.layer_name(layer, name) for name in (family.query_norm, family.key_norm))
-        return HeadNorms(self._norms, *modules)
+        modules = (family.layer_name(layer, name) for name in names)
+        return HeadNorms(self._norms, *modules, wide=wide)
+
+    def _inside(self, x: Any, counts: str, layer: int, width: int) -> Any:
+        """What comes out of attention ("Q") or of an MLP's channels ("C"), normalised all at once
+        where the family does that."""
+        family = self._decoder.family
+        for module, form in family.wide_norms.items():
+            if form == counts and module not in (family.query_norm, family.key_norm):
+                shape: list[int | str] = [BATCH, SEQUENCE, width]
+                whole = family.layer_name(layer, module)
+                x = self._norms(x, whole, f"layers.{layer}.{module}", shape)
+        return x
 
     def _mlp(self, normed: Any, layer: int) -> Any:
         g, family = self._g, self._decoder.family
@@ -245,6 +260,7 @@ class _Builder:
         inside = activated(g, kind, inside, name, width, constants)
         if up is not None:
             inside = g.op("Mul", [inside, up], name, width)
+        inside = self._inside(inside, "C", layer, self._decoder.layers[layer].channels)
         return self._linear(inside, (Role.DOWN,), layer, "down_proj")
 
     def _fixed(self, layer: int, tensor: str) -> Any:

@@ -58,6 +58,7 @@ KNOWN = frozenset(
         Feature.POST_NORM,
         Feature.SIDE_BY_SIDE,
         Feature.TRANSPOSED,
+        Feature.WIDE_NORM,
     }
 )
 

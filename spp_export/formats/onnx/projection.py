@@ -200,14 +200,16 @@ class Projections:
 
     def _quantised_input(self, x: Any, depth: int) -> tuple[Any, Any, Any]:
         if x.name not in self._quantised_inputs:
+            # The embedding has a scale of its own.
+            name = f"{x.name}/input" if x.name == EMBEDDING else x.name
             codes, scale, zero = self._g.mixed(
                 "DynamicQuantizeLinear",
                 [x],
-                f"{x.name}/quantised",
+                f"{name}/quantised",
                 [
-                    (f"{x.name}/codes", "UINT8", [BATCH, SEQUENCE, depth]),
-                    (f"{x.name}/scale", "FLOAT", []),
-                    (f"{x.name}/zero", "UINT8", []),
+                    (f"{name}/codes", "UINT8", [BATCH, SEQUENCE, depth]),
+                    (f"{name}/scale", "FLOAT", []),
+                    (f"{name}/zero", "UINT8", []),
                 ],
             )
             self._quantised_inputs[x.name] = (codes, scale, zero)

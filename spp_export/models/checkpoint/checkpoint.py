@@ -18,7 +18,7 @@ from spp_export.common.json_files import read_json, shown
 from spp_export.models.checkpoint.dtypes import ELEMENT_BYTES, FLOAT_DTYPES, Floats
 from spp_export.models.checkpoint.header import StoredTensor, show
 from spp_export.models.checkpoint.reader import model_file, read_float, same_bytes, stored_tensors
-from spp_export.models.families import FAMILIES, Family, TensorSpec, family_of
+from spp_export.models.families import FAMILIES, OWN, Family, TensorSpec, family_of
 from spp_export.models.shape import LayerShape, Layout, ModelShape
 
 CONFIG_NAME = "config.json"
@@ -43,8 +43,6 @@ _MAX_PUBLIC_NAME = 120
 _VOLATILE_KEYS = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")
 
 
-# What the model type of a checkpoint with layers that differ begins with.
-OWN = "spp_"
 _MAX_DIGITS = 9
 
 

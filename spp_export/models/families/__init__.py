@@ -15,19 +15,31 @@ from spp_export.models.quantised import check_not_quantised
 
 __all__ = [
     "FAMILIES",
+    "OWN",
     "Family",
     "Feature",
     "Role",
     "TensorSpec",
     "Unit",
     "family_of",
+    "named_family",
     "vocabulary_size",
 ]
+
+# What the model type of a checkpoint with layers that differ begins with.
+OWN = "spp_"
 
 FAMILIES: dict[str, Family] = {
     family.model_type: replace(family, computed=COMPUTED.get(family.model_type, family.computed))
     for family in table.FAMILIES
 }
+
+
+def named_family(config: Mapping[str, Any]) -> Family | None:
+    """The family that the config.json of a dense or slim model names, if it is one of these."""
+    name = config.get("model_type")
+    family = FAMILIES.get(name.removeprefix(OWN)) if isinstance(name, str) else None
+    return family.of(config) if family else None
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
