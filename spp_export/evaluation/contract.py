@@ -24,8 +24,8 @@ import spp_export.models.modeling  # noqa: F401  registers the per-layer classes
 from spp_export.common.errors import ModelError
 from spp_export.common.progress import quiet_transformers
 from spp_export.evaluation.oracle import masked_dense
-from spp_export.models.checkpoint.checkpoint import OWN, Checkpoint, open_checkpoint
-from spp_export.models.families import FAMILIES
+from spp_export.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from spp_export.models.families import FAMILIES, OWN
 from spp_export.models.shape import ModelShape
 from spp_export.planning import LayerPlan, Layout, Plan
 from spp_export.slicing.compensation import written_config

@@ -10,9 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from spp_export.models.checkpoint.checkpoint import OWN
 from spp_export.models.checkpoint.companions import GENERATION_CONFIG, companion_object
-from spp_export.models.families import FAMILIES
+from spp_export.models.families import FAMILIES, OWN
 
 _EOS = "eos_token_id"
 _SPECIAL = ("bos_token_id", _EOS, "pad_token_id")

@@ -232,8 +232,8 @@ class _Builder:
         wide = names[0] in family.wide_norms
         if not (self._decoder.shape.qk_norm or wide):
             return None
-        modules = (family.layer_name(layer, name) for name in names)
-        return HeadNorms(self._norms, *modules, wide=wide)
+        query, key = (family.layer_name(layer, name) for name in names)
+        return HeadNorms(self._norms, query, key, wide)
 
     def _inside(self, x: Any, counts: str, layer: int, width: int) -> Any:
         """What comes out of attention ("Q") or of an MLP's channels ("C"), normalised all at once

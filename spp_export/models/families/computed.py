@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import log2
+from math import log2, sqrt
 from typing import Any
 
 # A number or a word: a key of the stock config that has it, or what makes it of one.
@@ -72,11 +72,11 @@ def read(config: Any, setting: Of, default: Any = None) -> Any:
 
 
 def _root(config: Any) -> float:
-    return float(config.hidden_size) ** 0.5
+    return sqrt(config.hidden_size)
 
 
 def _query_scalar(config: Any) -> float:
-    return float(config.query_pre_attn_scalar) ** -0.5
+    return 1 / sqrt(config.query_pre_attn_scalar)
 
 
 def _slides(config: Any, layer: int) -> bool:
