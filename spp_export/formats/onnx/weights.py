@@ -6,7 +6,7 @@ input are one matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from spp_export.common.errors import CheckpointError
 from spp_export.formats.onnx.options import STORED, Precision
-from spp_export.models.checkpoint.dtypes import all_finite, bits_dtype, from_float
+from spp_export.models.checkpoint.dtypes import Bits, all_finite, bits_dtype, from_float, to_float
 from spp_export.models.checkpoint.header import StoredTensor, show
-from spp_export.models.checkpoint.reader import as_array, read_float
+from spp_export.models.checkpoint.reader import blocks
 
 _NUMPY = {"F32": np.float32, "F16": np.float16}
 
@@ -26,6 +26,8 @@ Array = NDArray[Any]
 # Rows transposed at a time. All at once, every value read would be a miss of the cache: five to ten
 # times slower.
 _STRIP = 16
+# Small enough that a block and what it is turned into stay in the processor's cache.
+_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -63,17 +65,12 @@ def matrix(parts: Sequence[Part], precision: Precision) -> Callable[[], Array]:
 
     def read() -> Array:
         width, bits = sum(part.outputs for part in parts), bits_dtype(STORED[precision])
-        result, start = np.empty((parts[0].inputs, width), bits), 0
-        for part in parts:
-            values = rows(part.stored, precision).view(bits)
-            if part.turned:
-                result[:, start : start + part.outputs] = values[:, part.rows]
-            else:
-                values = values[part.rows]
-                for row in range(0, len(values), _STRIP):
-                    strip = values[row : row + _STRIP]
-                    result[:, start + row : start + row + len(strip)] = strip.T
-            start += part.outputs
+        result, row = np.empty((parts[0].inputs, width), bits), 0
+        for block in (block for part in parts for block in _outputs(part, precision)):
+            for start in range(0, len(block), _STRIP):
+                strip = block[start : start + _STRIP]
+                result[:, row : row + len(strip)] = strip.T
+                row += len(strip)
         return result.view(_numpy_type(STORED[precision]))
 
     return read
@@ -85,16 +82,37 @@ def rows(tensor: StoredTensor, precision: Precision) -> Array:
     Raises CheckpointError for a value that does not fit, or is not finite.
     """
     dtype = STORED[precision]
-    if tensor.dtype == dtype:
-        bits = as_array(tensor)
-    else:
-        bits = from_float(read_float(tensor), dtype)
+    result, row = np.empty(tensor.shape, bits_dtype(dtype)), 0
+    for block in _blocks(tensor, precision):
+        result[row : row + len(block)] = block
+        row += len(block)
+    return result.view(_numpy_type(dtype))
+
+
+def _outputs(part: Part, precision: Precision) -> Iterator[Bits]:
+    """A part's bits in `precision`, some outputs at a time; all of it where they do not lie one
+    after the other."""
+    if part.outputs == part.stored.shape[0] and not part.turned:
+        yield from _blocks(part.stored, precision)
+        return
+    bits = rows(part.stored, precision).view(bits_dtype(STORED[precision]))
+    yield (bits.T if part.turned else bits)[part.rows]
+
+
+def _blocks(tensor: StoredTensor, precision: Precision) -> Iterator[Bits]:
+    """A tensor's bits in `precision`, some rows at a time. Errors as of `rows`."""
+    dtype = STORED[precision]
+    for block in blocks(tensor, _BLOCK_BYTES):
+        if tensor.dtype == dtype:
+            yield block
+            continue
+        bits = from_float(to_float(block, tensor.dtype), dtype)
         if not all_finite(bits, dtype):
             raise CheckpointError(
                 f"{tensor.file}: tensor {show(tensor.name)} has a value too large for {precision}. "
                 "Use --precision fp32."
             )
-    return bits.view(_numpy_type(dtype))
+        yield bits
 
 
 def rounded(values: NDArray[np.float32], precision: Precision) -> Array:
