@@ -84,7 +84,7 @@ def rows(tensor: StoredTensor, precision: Precision) -> Array:
     dtype = STORED[precision]
     result, row = np.empty(tensor.shape, bits_dtype(dtype)), 0
     for block in _blocks(tensor, precision):
-        result[row : row + len(block)] = block
+        np.atleast_1d(result)[row : row + len(block)] = block  # a view; one number has no rows
         row += len(block)
     return result.view(_numpy_type(dtype))
 
