@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from spp_export.models.families import Family
-from spp_export.models.families.served import OWN_ATTENTION, PLUGIN, SGLANG, VLLM
+from spp_export.models.families.served import BACKEND, OWN_ATTENTION, PLUGIN, SGLANG, VLLM
 from spp_export.models.shape import LayerShape
 
 # yes: a test of this project loads and runs it. expected: the engine's source or its users say so,
@@ -32,8 +31,11 @@ class Engine:
         return asdict(self)
 
 
-def engines_for(family: Family, layout: str, layers: Sequence[LayerShape]) -> tuple[Engine, ...]:
-    """Engines for a safetensors directory of this family, layout and layers.
+def engines_for(
+    model_type: str, layout: str, layers: Sequence[LayerShape], *, experts: bool = False
+) -> tuple[Engine, ...]:
+    """Engines for a safetensors directory of a family, with experts or without, of this layout and
+    these layers.
 
     Layers of a ragged plan that were padded are of layout per-layer.
     """
@@ -44,42 +46,47 @@ def engines_for(family: Family, layout: str, layers: Sequence[LayerShape]) -> tu
         other = "the KV groups of a layer must be alike: --format gguf --pad"
     return (
         Engine("transformers", "yes", "4.57 or newer, stock class, no code" if uniform else code),
-        vllm(family, layout, layers),
+        vllm(model_type, layout, layers, experts=experts),
         Engine("llama.cpp", "no", other),
-        _sglang(family, layout, layers),
+        _sglang(model_type, layout, layers),
     )
 
 
-def vllm(family: Family, layout: str, layers: Sequence[LayerShape] = ()) -> Engine:
-    """vLLM, for a safetensors directory."""
-    name, own = family.model_type, family.model_type in OWN_ATTENTION
-    taken = "its attention is none that vLLM's Transformers backend can take the place of"
+def vllm(
+    model_type: str, layout: str, layers: Sequence[LayerShape] = (), *, experts: bool = False
+) -> Engine:
+    """vLLM, for such a directory."""
 
     def expected(how: str) -> Engine:
         return Engine("vLLM", "expected", listed(f"{how}; not run here", _cards(layers)))
 
     if layout == "ragged":
         return Engine("vLLM", "no", "the KV groups of a layer must be alike: write it with --pad")
-    if layout == "uniform":
-        if name in VLLM:
-            return expected("stock class")
-        return Engine("vLLM", "no", taken) if own else expected("its Transformers backend")
-    if name in PLUGIN:
+    if layout == "uniform" and model_type in VLLM:
+        return expected("stock class")
+    if layout != "uniform" and model_type in PLUGIN:
         return expected("0.29 or newer, --trust-remote-code, or with spp-export installed")
-    if family.experts:
+    if model_type in OWN_ATTENTION:
+        how = "its attention is none that vLLM's Transformers backend can take the place of"
+        return Engine("vLLM", "no", how)
+    if experts and layout != "uniform":
         how = "its Transformers backend makes the experts of all layers alike"
         return Engine("vLLM", "no", how)
-    return Engine("vLLM", "no", taken) if own else expected("0.29 or newer, --trust-remote-code")
+    if model_type not in VLLM | BACKEND:
+        return Engine("vLLM", "no", "nothing is known of this family there")
+    if layout == "uniform":
+        return expected("its Transformers backend")
+    return expected("0.29 or newer, --trust-remote-code")
 
 
-def _sglang(family: Family, layout: str, layers: Sequence[LayerShape]) -> Engine:
+def _sglang(model_type: str, layout: str, layers: Sequence[LayerShape]) -> Engine:
     if layout != "uniform":
         same_kv = len({layer.kv_heads for layer in layers}) == 1
         of = "one head count for all layers" if same_kv else "one count of KV heads for all layers"
         return Engine("SGLang", "no", of)
-    if family.model_type in SGLANG:
+    if model_type in SGLANG:
         return Engine("SGLang", "expected", "stock class; not run here")
-    return Engine("SGLang", "no", "no class of this family is known to be there")
+    return Engine("SGLang", "no", "nothing is known of this family there")
 
 
 def _cards(layers: Sequence[LayerShape]) -> str:

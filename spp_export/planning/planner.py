@@ -22,7 +22,7 @@ from spp_export.data.scenario import Scenario
 from spp_export.domains.diagnosis import Diagnosis, check_regime, diagnose_scenario
 from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.engines import Engine, engines_for
-from spp_export.models.families import FAMILIES, Feature, Role
+from spp_export.models.families import Feature, Role
 from spp_export.models.session import Session
 from spp_export.models.shape import ModelShape
 from spp_export.planning import (
@@ -72,8 +72,9 @@ class PlanResult:
     @property
     def engines(self) -> tuple[Engine, ...]:
         """Engines that will, or will not, load what the plan describes."""
-        family, layers = FAMILIES[self.shape.model_type], self.plan.written_shapes(self.shape)
-        return engines_for(family, self.plan.written_layout, layers)
+        shape, layers = self.shape, self.plan.written_shapes(self.shape)
+        layout = self.plan.written_layout
+        return engines_for(shape.model_type, layout, layers, experts=bool(shape.experts))
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`: `plan` is the document that `--plan` reads."""

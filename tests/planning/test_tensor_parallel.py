@@ -7,7 +7,6 @@ import pytest
 
 from spp_export.common.errors import BudgetError, PlanError, UsageError
 from spp_export.models.engines import engines_for
-from spp_export.models.families import FAMILIES
 from spp_export.models.shape import LayerShape, ModelShape
 from spp_export.planning import compile_units
 from spp_export.planning.allocate.options import channel_options, layer_options
@@ -101,7 +100,7 @@ def test_what_cannot_divide_is_refused():
 
 def test_the_list_of_engines_names_the_cards():
     def how(*layers: LayerShape) -> str:
-        engines = engines_for(FAMILIES["llama"], "per-layer", layers)
+        engines = engines_for("llama", "per-layer", layers)
         return {engine.name: engine.how for engine in engines}["vLLM"]
 
     assert "1, 2, 4 cards" in how(LayerShape(8, 4, 96), LayerShape(4, 2, 48))

@@ -19,7 +19,7 @@ from spp_export.formats.format import (
     RunningModel,
 )
 from spp_export.models.engines import Engine, engines_for
-from spp_export.models.families import named_family
+from spp_export.models.families import record_of
 
 if TYPE_CHECKING:
     from spp_export.models.checkpoint.checkpoint import Checkpoint
@@ -72,8 +72,10 @@ class Safetensors(Format[SafetensorsOptions]):
     def engines_for(
         self, config: Mapping[str, Any], layout: str, layers: Sequence[LayerShape]
     ) -> tuple[Engine, ...]:
-        family = named_family(config)
-        return engines_for(family, layout, layers) if family else ()
+        family = record_of(config)
+        if family is None:
+            return ()
+        return engines_for(family.model_type, layout, layers, experts=bool(family.experts))
 
     def describe(self, summary: Mapping[str, Any], size: str) -> list[str]:
         return []
@@ -94,7 +96,12 @@ class SafetensorsFiles(ModelFiles):
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan) -> None:
         self._plan = plan
-        self.engines = engines_for(checkpoint.family, checkpoint.layout, checkpoint.layers)
+        self.engines = engines_for(
+            checkpoint.family.model_type,
+            checkpoint.layout,
+            checkpoint.layers,
+            experts=bool(checkpoint.shape.experts),
+        )
         self.element_bytes = checkpoint.shape.element_bytes
         self.torch_dtype = checkpoint.dtype_name
 

@@ -28,5 +28,7 @@ SGLANG = frozenset(
 # Whose stock attention does not go by transformers' interface of attention functions, which vLLM's
 # Transformers backend puts its own in the place of (`_supports_attention_backend`).
 OWN_ATTENTION = frozenset({"stablelm", "gptj", "falcon", "bloom", "mpt", "gpt_neo"})
+# Others that go by it and have no class there.
+BACKEND = frozenset({"hyperclovax", "smollm3", "ministral", "ministral3", "nanochat", "bitnet"})
 # What onnxruntime-genai knows by the name of the family; others it runs as "decoder".
 GENAI = frozenset({"llama", "mistral", "qwen2", "qwen3"})
