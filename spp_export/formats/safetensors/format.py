@@ -73,9 +73,8 @@ class Safetensors(Format[SafetensorsOptions]):
         self, config: Mapping[str, Any], layout: str, layers: Sequence[LayerShape]
     ) -> tuple[Engine, ...]:
         family = record_of(config)
-        if family is None:
-            return ()
-        return engines_for(family.model_type, layout, layers, experts=bool(family.experts))
+        name, experts = (family.model_type, bool(family.experts)) if family else ("", False)
+        return engines_for(name, layout, layers, experts=experts)
 
     def describe(self, summary: Mapping[str, Any], size: str) -> list[str]:
         return []
