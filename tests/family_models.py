@@ -108,6 +108,11 @@ def family_name(name: str) -> str:
 
 def make_dense(name: str, target: Path, head_dim: int = 8) -> Path:
     """A random model of a family or one of its forms, of four heads, made by the stock classes."""
+    return write_random(settings_of(name, head_dim), target)
+
+
+def settings_of(name: str, head_dim: int = 8) -> Any:
+    """The tiny config of a family or of one of its forms."""
     family, more = FORMS.get(name, (name, MORE.get(name, {})))
     sizes = {"hidden_size": 4 * head_dim, "intermediate_size": 24}
     sizes |= {"vocab_size": 97, "num_hidden_layers": 2}
@@ -121,4 +126,4 @@ def make_dense(name: str, target: Path, head_dim: int = 8) -> Path:
     settings = AutoConfig.for_model(family, **{**named, **tokens, **more})
     if getattr(settings, "sliding_window", None):
         settings.sliding_window = 5
-    return write_random(settings, target)
+    return settings
