@@ -18,10 +18,23 @@ from spp_export.evaluation.oracle import masked_dense
 from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.families import FAMILIES
 from spp_export.planning import Layout, Plan
+from spp_export.planning.plan import only_existing
 from spp_export.slicing.compensation import written_config
 from spp_export.slicing.config import MODELING_FILES
 from spp_export.slicing.weights import write_slim_weights
 
+# Two kinds of layers, and small gated delta nets.
+MIXED = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "num_hidden_layers": 3,
+}
+DELTA: dict[str, Any] = {
+    **MIXED,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 6,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
 # What shows more of a family than its defaults do.
 MORE: dict[str, dict[str, Any]] = {
     "granite": {
@@ -53,9 +66,17 @@ MORE: dict[str, dict[str, Any]] = {
     "falcon": {"multi_query": False, "bias": True, "num_kv_heads": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 4},
     "olmo": {"clip_qkv": 2.0, "attention_bias": True},
+    "qwen3_5_text": {**DELTA, "attention_bias": True},
+    "qwen3_next": {**DELTA, "mlp_only_layers": [2]},
 }
 # Sizes that the families of experts have beside those of every family.
 EXPERTS: dict[str, dict[str, Any]] = {
+    "qwen3_next": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+        "shared_expert_intermediate_size": 20,
+    },
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {
@@ -196,6 +217,7 @@ def make_slim(source: Checkpoint, layout: Layout, target: Path) -> Pair:
     else:
         chosen = ragged_layers if layout == "ragged" else random_layers
         layers = chosen(source.shape, 3, channels=bool(source.family.down))
+    layers = only_existing(layers, source.shape)
     plan = Plan(source.fingerprint, source.name, layout, "none", layers)
     target.mkdir()
     write_slim_weights(source, plan, target)

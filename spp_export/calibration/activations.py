@@ -74,8 +74,9 @@ class Observer(Protocol):
     - "residual_per_write", "stream_per_write": the same two, in units of what o_proj and down_proj
       write: where a norm is between, longer by as much as it shortens the writes
 
-    `text_T` gives the index of the text of each of the T real tokens. What `see` is shown may be
-    the model's own memory: an observer reads it and keeps no reference.
+    A layer that has no such place shows nothing. `text_T` gives the index of the text of each of
+    the T real tokens. What `see` is shown may be the model's own memory: an observer reads it and
+    keeps no reference.
     """
 
     place: str
@@ -259,6 +260,9 @@ def _hooks(
             seeing = [observer for observer in observers if observer.place == asked]
             place, _, per_write = asked.partition("_per_")
             for index, layer in enumerate(layers):
+                name = read[place] if place in read else written[place]
+                if name and not _has(layer, name):
+                    continue  # a layer with another mixer, or without an MLP
                 shown: Callable[[Tensor], None] = partial(show, index, seeing)
                 if per_write and family.write_norms:
                     gain = _Gain()
@@ -267,16 +271,19 @@ def _hooks(
                     shown = partial(gain.show, shown)
                 if read.get(place) == "":
                     family.refuse((Feature.EXPERTS,), f"reading {place}", "Use --units heads.")
+                module = layer.get_submodule(name)
                 if place in read:
-                    module = layer.get_submodule(read[place])
                     handles.append(module.register_forward_pre_hook(before(shown)))
                 else:
-                    module = layer.get_submodule(written[place])
                     handles.append(module.register_forward_hook(after(shown)))
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _has(layer: nn.Module, name: str) -> bool:
+    return name in dict(layer.named_modules())
 
 
 class _Gain:
@@ -292,6 +299,18 @@ class _Gain:
         shown(values * self._shortened.to(values))
 
 
+class FirstLayer:
+    """Which layer is the first that shows its activations: there tokens are counted."""
+
+    _index: int | None = None
+
+    def sees(self, layer: int) -> bool:
+        """Whether it is this one."""
+        if self._index is None:
+            self._index = layer
+        return layer == self._index
+
+
 class TextMeans:
     """Mean over each text's real tokens of a [T,d] stream: `values` is [N,L,d] float32."""
 
@@ -299,11 +318,12 @@ class TextMeans:
         self.place = place
         self._sums = torch.zeros((layers, texts, width), dtype=torch.float64)
         self._counts = torch.zeros(texts, dtype=torch.float64)
+        self._first = FirstLayer()
 
     def see(self, layer: int, values: Tensor, text_T: Tensor) -> None:
         """Add the tokens of one batch to their texts' sums."""
         self._sums[layer].index_add_(0, text_T.cpu(), values.double().cpu())
-        if layer == 0:
+        if self._first.sees(layer):
             self._counts += torch.bincount(text_T.cpu(), minlength=len(self._counts)).double()
 
     @property
@@ -321,11 +341,12 @@ class MeanSquares:
         self.place = place
         self.sums = torch.zeros((layers, width), dtype=torch.float32)
         self.tokens = 0
+        self._first = FirstLayer()
 
     def see(self, layer: int, values: Tensor, text_T: Tensor) -> None:
         """Add one batch [T,w]."""
         self.sums[layer] += values.float().square().sum(0).cpu()
-        if layer == 0:
+        if self._first.sees(layer):
             self.tokens += values.shape[0]
 
 
@@ -347,6 +368,7 @@ class SecondMoments:
         self._products: dict[int, Tensor] = {}
         self.sums = torch.zeros((layers, width), dtype=torch.float32)
         self.tokens = 0
+        self._first = FirstLayer()
 
     def see(self, layer: int, values: Tensor, text_T: Tensor) -> None:
         """Add the products of one batch."""
@@ -362,7 +384,7 @@ class SecondMoments:
                 total.addmm_(part.T, part)
             else:
                 total += (part.T @ part).to(total.device)
-        if layer == 0:
+        if self._first.sees(layer):
             self.tokens += values.shape[0]
 
     def products(self, layer: int) -> Tensor:
@@ -423,10 +445,11 @@ class StreamSensitivity:
         self.place = place
         self.sums = torch.zeros(layers, dtype=torch.float64)
         self.tokens = 0
+        self._first = FirstLayer()
 
     def see(self, layer: int, values: Tensor, text_T: Tensor) -> None:
         """Add one batch of the stream [T,d]."""
         norms = values.double().square().sum(1).clamp(min=torch.finfo(torch.float32).tiny)
         self.sums[layer] += norms.reciprocal().sum().cpu()
-        if layer == 0:
+        if self._first.sees(layer):
             self.tokens += values.shape[0]

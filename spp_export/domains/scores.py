@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spp_export.calibration.activations import Observer
+from spp_export.calibration.activations import FirstLayer, Observer
 from spp_export.calibration.moments import Collection, layer_weights
 from spp_export.calibration.statistics import Axis
 from spp_export.common.arrays import FloatArray
@@ -71,8 +71,9 @@ def score_units(
             axis = Axis(directions_LKd[layer, k], shares_KLH[k, layer])
             seen = collection.layer_statistics(source, layer, weights=weights, axis=axis, seed=seed)
             for criterion in criteria:
-                scores[f"head/{criterion.name}"][k, layer] = criterion.heads(seen)
-                if units == "both":
+                if shape.has_heads[layer]:
+                    scores[f"head/{criterion.name}"][k, layer] = criterion.heads(seen)
+                if units == "both" and shape.has_channels[layer]:
                     scores[f"channel/{criterion.name}"][k, layer] = criterion.channels(seen)
     return scores
 
@@ -88,18 +89,21 @@ class AxisShares:
         shape, family = source.shape, source.family
         heads, dim = shape.query_heads, shape.head_dim
         self.directions = axes_LKd / np.linalg.norm(axes_LKd, axis=2, keepdims=True).clip(min=1e-12)
-        self._gram: list[Tensor] = []
-        self._along: list[Tensor] = []
+        self._gram: dict[int, Tensor] = {}
+        self._along: dict[int, Tensor] = {}
         for layer in range(shape.num_layers):
+            if not shape.has_heads[layer]:
+                continue
             # From the files: a model spread over devices may not have its weights at hand.
             stored = source.weight(family.output, layer)
             weight = torch.from_numpy(stored).float().view(-1, heads, dim).to(device)
             axes = torch.from_numpy(self.directions[layer]).to(weight)
-            self._gram.append(torch.einsum("ohi,ohj->hij", weight, weight))
-            self._along.append(torch.einsum("ko,ohi->khi", axes, weight))
+            self._gram[layer] = torch.einsum("ohi,ohj->hij", weight, weight)
+            self._along[layer] = torch.einsum("ko,ohi->khi", axes, weight)
         domains = axes_LKd.shape[1]
         self._sums = torch.zeros((domains, shape.num_layers, heads), dtype=torch.float64)
         self._tokens = torch.zeros(domains, dtype=torch.float64)
+        self._first = FirstLayer()
 
     def of(self, domain: int) -> Observer:
         """What looks on while the model reads text of a domain."""
@@ -113,7 +117,7 @@ class AxisShares:
         along_HT = torch.einsum("hti,hi->ht", values_HTi, along[domain])
         share_TH = along_HT.T.square() / (energy_TH + _EPS)
         self._sums[domain, layer] += share_TH.double().sum(0).cpu()
-        if layer == 0:
+        if self._first.sees(layer):
             self._tokens[domain] += len(share_TH)
 
     @property

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from spp_export.common.errors import ModelError, PlanError
 from spp_export.models.families import Family, Role
-from spp_export.models.shape import LayerShape, ModelShape
+from spp_export.models.shape import LayerShape, ModelShape, common_size
 
 # What travels in a per-layer or ragged checkpoint, beside its config.json.
 MODELING_FILES: tuple[Path, ...] = tuple(
@@ -65,7 +66,10 @@ def slim_config(
     config = portable_config(source_config, family.rope_theta)
     config["tie_word_embeddings"] = shape.tied_embeddings
     if family.derived_head_dim != "attention":
-        config["head_dim"] = shape.head_dim
+        config[family.keys.get("head_dim", "head_dim")] = shape.head_dim
+    config |= family.settled
+    for key in [key for key, value in family.settled.items() if value is None]:
+        del config[key]
     if family.experts:
         config |= family.experts.counts({**family.defaults, **source_config})
     settings = config.get("rope_parameters") or {}
@@ -116,7 +120,8 @@ def _check_layers(shape: ModelShape, layers: Sequence[LayerShape], *, ragged: bo
             "Make the plan for this checkpoint."
         )
     for index, layer in enumerate(layers):
-        if not (layer.regular or (ragged and layer.groups)):
+        without = shape.has_heads[index] and not layer.query_heads
+        if without or not (layer.regular or (ragged and layer.groups)):
             raise PlanError(
                 f"layer {index}: {layer.query_heads} query heads over {layer.kv_heads} KV heads is "
                 "not a regular layer; every kept KV group must keep as many query heads. "
@@ -125,13 +130,16 @@ def _check_layers(shape: ModelShape, layers: Sequence[LayerShape], *, ragged: bo
 
 
 def _uniform(family: Family, shape: ModelShape, layers: Sequence[LayerShape]) -> dict[str, Any]:
-    first = layers[0]
-    odd = next((index for index, layer in enumerate(layers) if layer != first), None)
+    first = common_size(layers)
+    pairs = enumerate(zip(layers, shape.alike(first), strict=True))
+    odd = next((index for index, (layer, alike) in pairs if layer != alike), None)
     if odd is not None:
         raise PlanError(
-            f"layer {odd} has {_sizes(layers[odd])}, layer 0 has {_sizes(first)}; layout 'uniform' "
-            "needs all layers alike. Use layout 'per-layer'."
+            f"layer {odd} has {_sizes(layers[odd])}, the first has {_sizes(first)}; layout "
+            "'uniform' needs all layers alike. Use layout 'per-layer'."
         )
+    if first.query_heads == 0:  # of none that could go
+        first = replace(first, query_heads=shape.query_heads, kv_heads=shape.kv_heads)
     if not family.stock_accepts(shape)(first.query_heads):
         wanted = "divides"
         if family.derived_head_dim:
@@ -168,7 +176,7 @@ def _per_layer(
         **_per_layer_modules(family, shape),
         **_counts(shape.layer),
         "per_layer_config": {
-            str(index).zfill(digits): _counts(layer)
+            str(index).zfill(digits): _counts(_as_made(layer, index, shape))
             | ({"query_groups": list(layer.query_groups)} if ragged else {})
             for index, layer in enumerate(layers)
         },
@@ -181,16 +189,20 @@ def _per_layer(
 
 def _per_layer_modules(family: Family, shape: ModelShape) -> dict[str, Any]:
     """What modeling_spp.py has to know of a family beyond the names that are Llama's."""
-    modules = [family.attention]
+    mlp = family.down.rpartition(".")[0]
+    modules = list(dict.fromkeys(name for name in (family.attention, mlp) if name))
     if family.derived_head_dim != "attention":
-        alone = {"per_layer_modules": {"layers": "layers", "modules": modules}}
-        return alone if family.experts else {}
+        listed: dict[str, Any] = {"layers": "layers", "modules": modules}
+        if stays := _staying(family, shape, modules):
+            listed["stays"] = stays
+        usual = listed == {"layers": "layers", "modules": ["self_attn", "mlp"]}
+        return {} if usual else {"per_layer_modules": listed}
     inputs = list(dict.fromkeys((family.query, family.key, family.value)))
     outputs = list(dict.fromkeys(name for name in (family.gate, family.up) if name))
     return {
         "per_layer_modules": {
             "layers": family.layers.rpartition(".")[2],
-            "modules": modules,
+            "modules": [family.attention],
             # Made of a hidden size of so many heads, for want of another way to say head_dim.
             "narrow": {"inputs": inputs, "outputs": [family.output], "head_dim": shape.head_dim},
             # What is as wide as the MLP: at its outputs, at its inputs.
@@ -198,6 +210,20 @@ def _per_layer_modules(family: Family, shape: ModelShape) -> dict[str, Any]:
             "keys": {key: name for key, name in family.keys.items() if name and key in _OWN_KEYS},
         }
     }
+
+
+def _staying(family: Family, shape: ModelShape, modules: Sequence[str]) -> dict[str, list[int]]:
+    """Per module, the layers in which it is something else, of which nothing is cut."""
+    stays = {}
+    for module in modules:
+        layers = frozenset(range(shape.num_layers))
+        if module == family.attention:
+            layers &= shape.without_heads
+        if family.down.startswith(f"{module}."):
+            layers &= shape.without_channels
+        if layers:
+            stays[module] = sorted(layers)
+    return stays
 
 
 def _per_head(
@@ -221,6 +247,14 @@ def _counts(layer: LayerShape) -> dict[str, int]:
         "num_key_value_heads": layer.kv_heads,
         "intermediate_size": layer.channels,
     }
+
+
+def _as_made(layer: LayerShape, index: int, shape: ModelShape) -> LayerShape:
+    """A layer with the dense model's counts of units that it does not have: other mixers may be
+    made by these."""
+    if index in shape.without_heads:
+        layer = replace(layer, query_heads=shape.query_heads, kv_heads=shape.kv_heads)
+    return replace(layer, channels=shape.channels) if index in shape.without_channels else layer
 
 
 def _sizes(layer: LayerShape) -> str:

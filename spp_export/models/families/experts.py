@@ -22,9 +22,9 @@ class Experts:
 
     `tensors` and, of layers without experts, `dense` give names relative to a layer and shapes:
     "*" in a name stands for every expert's number, "*" among the sizes for all the experts in one
-    tensor. A size is a product of numbers and keys of config.json, "2*intermediate_size"; a tensor
-    of size 0 is none. "key|other" is a key with two names, "name?key" a tensor that is there only
-    if the key is true.
+    tensor. A size is a sum of products of numbers and keys of config.json, "2*intermediate_size";
+    a tensor of size 0 is none. "key|other" is a key with two names, "name?key" a tensor that is
+    there only if the key is true.
 
     `count` and `routed` are keys: how many experts, and how many see a token. The rest are keys
     that say which layers have experts, all where there are none: from `first` on, up to `last` (-1
@@ -51,7 +51,7 @@ class Experts:
         places = [count > 0 and self._has_experts(config, layer) for layer in range(layers)]
         share = min(1.0, _size(config, self.routed) / count) if count else 1.0
         kinds = {
-            sparse: tuple(_uncut(config, sizes, count, share)) if sparse in places else ()
+            sparse: sized(config, sizes, count, share) if sparse in places else ()
             for sparse, sizes in ((True, self.tensors), (False, self.dense))
         }
         return tuple(kinds[sparse] for sparse in places)
@@ -79,25 +79,33 @@ class Experts:
         )
 
 
-def _uncut(
-    config: Mapping[str, Any], tensors: Mapping[str, str], count: int, share: float
-) -> list[Uncut]:
+def sized(
+    config: Mapping[str, Any], tensors: Mapping[str, str], count: int = 0, share: float = 1.0
+) -> tuple[Uncut, ...]:
+    """Tensors of a layer by names and sizes as `Experts` has them.
+
+    count: of experts; share: of them, that a token is routed to. Raises ModelError for a size that
+    config.json lacks, or that is impossible.
+    """
     found = []
     for place, sizes in tensors.items():
         name, _, flag = place.partition("?")
         if flag and not _value(config, flag):
             continue
         words = sizes.split()
-        shape = tuple(count if word == _EACH else _product(config, word) for word in words)
+        shape = tuple(count if word == _EACH else product(config, word) for word in words)
         each, routed = _EACH in name, _EACH in name or _EACH in words
         if prod(shape):
             found.append(Uncut(name, shape, count if each else 0, share if routed else 1.0))
-    return found
+    return tuple(found)
 
 
-def _product(config: Mapping[str, Any], word: str) -> int:
-    factors = word.split("*")
-    return prod(int(part) if part.isdigit() else _size(config, part) for part in factors)
+def product(config: Mapping[str, Any], word: str) -> int:
+    """A sum of products of numbers and keys of config.json: "2*head_dim+v_head_dim"."""
+    return sum(
+        prod(int(part) if part.isdigit() else _size(config, part) for part in term.split("*"))
+        for term in word.split("+")
+    )
 
 
 def _size(config: Mapping[str, Any], key: str) -> int:
@@ -105,7 +113,7 @@ def _size(config: Mapping[str, Any], key: str) -> int:
     if type(value) is not int or not 0 <= value <= _MOST:
         raise ModelError(
             f"config.json: {key.partition('|')[0]} must be an integer from 0 to {_MOST}, got "
-            f"{shown(value)}. Experts are of that size; fetch the model again."
+            f"{shown(value)}. Tensors are of that size; fetch the model again."
         )
     return value
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from spp_export.models.families.base import Family, Feature
 from spp_export.models.families.experts import Experts
+from spp_export.models.families.mixers import Mixers
 
 _BIASES: Any = {"qkv_bias": "attention_bias", "output_bias": "attention_bias"}
 _TIED = {"tie_word_embeddings": True}
@@ -111,6 +112,11 @@ _EACH = {
     "mlp.gate.weight": f"{_COUNTS[0]} hidden_size",
     **_mlp("mlp.experts.*", "moe_intermediate_size"),
 }
+_WITH_SHARED = {
+    **_EACH,
+    "mlp.shared_expert_gate.weight": "1 hidden_size",
+    **_mlp("mlp.shared_expert", "shared_expert_intermediate_size"),
+}
 _SCORED = {
     **_EACH,
     "mlp.gate.weight": f"{_ROUTED[0]} hidden_size",
@@ -125,6 +131,60 @@ _BLOCK_SPARSE = {
     "block_sparse_moe.experts.*.w1.weight": "intermediate_size hidden_size",
     "block_sparse_moe.experts.*.w2.weight": "hidden_size intermediate_size",
     "block_sparse_moe.experts.*.w3.weight": "intermediate_size hidden_size",
+}
+
+
+def _by_interval(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The kinds of layers of Qwen3-Next and what follows it, where config.json lists none."""
+    count, every = config.get("num_hidden_layers"), config.get("full_attention_interval", 4)
+    if config.get("layer_types") is not None or not isinstance(count, int):
+        return {}
+    if not isinstance(every, int) or every < 1:
+        return {}
+    kinds = ("full_attention", "linear_attention")
+    return {"layer_types": [kinds[bool((index + 1) % every)] for index in range(count)]}
+
+
+def _delta_nets(*projections: str) -> Mixers:
+    """Gated delta nets (arXiv 2412.06464), whose projections' outputs are these."""
+    keys = "linear_num_key_heads*linear_key_head_dim"
+    values = "linear_num_value_heads*linear_value_head_dim"
+    named = {"qkvz": f"2*{keys}+2*{values}", "ba": "2*linear_num_value_heads"}
+    named |= {"qkv": f"2*{keys}+{values}", "z": values}
+    named |= dict.fromkeys(("a", "b"), "linear_num_value_heads")
+    return Mixers(
+        "gated delta nets",
+        {
+            **{
+                f"linear_attn.in_proj_{name}.weight": f"{named[name]} hidden_size"
+                for name in projections
+            },
+            "linear_attn.conv1d.weight": f"{named['qkv']} 1 linear_conv_kernel_dim",
+            "linear_attn.dt_bias": "linear_num_value_heads",
+            "linear_attn.A_log": "linear_num_value_heads",
+            "linear_attn.norm.weight": "linear_value_head_dim",
+            "linear_attn.out_proj.weight": f"hidden_size {values}",
+        },
+        kinds=("linear_attention",),
+        heads=("full_attention",),
+    )
+
+
+# What Qwen3-Next's attention and the models after it have in common.
+_QWEN_NEXT: Any = {
+    **_BIASES,
+    "qk_norm": True,
+    "query_rows": "2*head_dim",
+    "derive": _by_interval,
+}
+_QWEN_NEXT_FEATURES = {Feature.MIXERS, Feature.GATED, Feature.SHIFTED_NORM, Feature.ROTARY}
+_QWEN_NEXT_SIZES = {
+    "head_dim": 256,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
 }
 
 
@@ -247,9 +307,7 @@ FAMILIES = (
                "qkv_bias": True, "num_local_experts": 60, "num_experts_per_tok": 4,
                "moe_intermediate_size": 1408, "decoder_sparse_step": 1,
                "shared_expert_intermediate_size": 5632},
-           experts=Experts({**_EACH, "mlp.shared_expert_gate.weight": "1 hidden_size",
-                            **_mlp("mlp.shared_expert", "shared_expert_intermediate_size")},
-                           *_COUNTS, _DENSE, **_STEPS)),
+           experts=Experts(_WITH_SHARED, *_COUNTS, _DENSE, **_STEPS)),
     Family("gpt_oss", "GptOssForCausalLM",
            _features(Feature.EXPERTS, Feature.SINKS, Feature.ROTARY), **_BIASES, **_NO_MLP,
            head_rows=("self_attn.sinks",), rope_theta=None, sliding="listed", defaults={
@@ -292,6 +350,16 @@ FAMILIES = (
                "moe_num_experts", "moe_k", _mlp("mlp", "intermediate_size", "use_bias"),
                first="moe_layer_start_index", last="moe_layer_end_index",
                every="moe_layer_interval")),
+    Family("qwen3_5_text", "Qwen3_5ForCausalLM", frozenset(_QWEN_NEXT_FEATURES), **_QWEN_NEXT,
+           defaults=_QWEN_NEXT_SIZES, mixers=_delta_nets("qkv", "z", "b", "a"),
+           config_class="Qwen3_5TextConfig", decoder_class="Qwen3_5TextModel"),
+    Family("qwen3_next", "Qwen3NextForCausalLM",
+           _features(Feature.EXPERTS, *_QWEN_NEXT_FEATURES), **_QWEN_NEXT, **_NO_MLP,
+           mixers=_delta_nets("qkvz", "ba"), defaults={
+               **_QWEN_NEXT_SIZES, "num_experts": 512, "num_experts_per_tok": 10,
+               "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512,
+               "decoder_sparse_step": 1},
+           experts=Experts(_WITH_SHARED, *_COUNTS, _DENSE, **_STEPS)),
     Family("opt", "OPTForCausalLM", _features(Feature.NO_GATE, _LAYER_NORM, _POSITIONS),
            keys={"intermediate_size": "ffn_dim", **_EVERY_HEAD}, derive=_opt,
            derived_head_dim="attention",
