@@ -222,6 +222,7 @@ def _plan_parts(
         "plan": plan,
         "scenario": str(scenario) if scenario else "",
         "cut": "parts",
+        "told": [f"{remark[:1].upper()}{remark[1:]}." for remark in plan.remarks],
         "domains": [f"{d} {v:.0%}" for d, v in sorted(known, key=lambda item: -item[1])],
         "kept": [(name, _runs(of_layers)) for name, of_layers in counts.items() if of_layers],
         "asked": _listed(_numbers(plan.budget.get("asked"))),

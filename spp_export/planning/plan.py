@@ -19,6 +19,7 @@ PROVENANCE = (
     "scenario",
     "artifacts",
     "diagnosis",
+    "family",
     "calibration",
     "criterion",
     "policy",
@@ -91,6 +92,7 @@ class Plan:
     scenario: Mapping[str, Any] = field(default_factory=dict)
     artifacts: Mapping[str, Any] = field(default_factory=dict)
     diagnosis: Mapping[str, Any] = field(default_factory=dict)
+    family: Mapping[str, Any] = field(default_factory=dict)
     calibration: Mapping[str, Any] = field(default_factory=dict)
     criterion: Mapping[str, Any] = field(default_factory=dict)
     policy: Mapping[str, Any] = field(default_factory=dict)
@@ -110,6 +112,12 @@ class Plan:
                 f"plan: model.source is the path {self.model_source!r:.80}, expected a hub id or "
                 "the name of a directory."
             )
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a reader has to be told of this kind of model, as far as the plan says."""
+        listed = self.family.get("remarks")
+        return tuple(x for x in listed if isinstance(x, str)) if isinstance(listed, list) else ()
 
     def layer_shapes(self, model: ModelShape) -> tuple[LayerShape, ...]:
         """Size of every layer after slicing, of what is kept alone."""

@@ -55,6 +55,7 @@ class PlanDocument(Document):
     scenario: _Provenance
     artifacts: _Provenance
     diagnosis: _Provenance
+    family: _Provenance
     calibration: _Provenance
     criterion: _Provenance
     policy: _Provenance

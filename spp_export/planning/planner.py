@@ -169,6 +169,7 @@ class Planning:
                 },
             }
         sizes = predicted(shape, [layer.shape(shape) for layer in layers], written, self.latency)
+        remarks = list(session.source.family.remarks)
         compiled = Plan(
             session.source.fingerprint,
             session.source.name,
@@ -178,6 +179,7 @@ class Planning:
             scenario=scenario_record(self.scenario, self.text),
             artifacts=artifacts_record(artifacts),
             diagnosis=self.diagnosis.to_dict(),
+            family={"remarks": remarks} if remarks else {},
             calibration={
                 "shrinkage": self.mixing.shrinkage,
                 "scenario_weight": self.mixing.scenario_weight,

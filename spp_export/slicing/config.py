@@ -63,7 +63,7 @@ def slim_config(
     that contradicts itself.
     """
     _check_layers(shape, layers, ragged=layout == "ragged" and family.uneven_groups)
-    config = portable_config(source_config, family.rope_theta)
+    config = portable_config(source_config, family.rope_theta, family.rope_by_type)
     config["tie_word_embeddings"] = shape.tied_embeddings
     if family.derived_head_dim != "attention":
         config[family.keys.get("head_dim", "head_dim")] = shape.head_dim
@@ -94,19 +94,23 @@ def slim_config(
 
 
 def portable_config(
-    config: Mapping[str, Any], rope_theta: float | None = _DEFAULT_ROPE_THETA
+    config: Mapping[str, Any],
+    rope_theta: float | None = _DEFAULT_ROPE_THETA,
+    rope_by_type: bool = False,
 ) -> dict[str, Any]:
     """A config.json that transformers 4.57 and 5.x read alike, from one that either wrote.
 
     5.x writes `rope_parameters`, which 4.57 ignores without a word and then rotates by the default
     theta; 4.57 writes `rope_theta` and `rope_scaling`. Both forms are given, as are `dtype` and
     `torch_dtype`. Paths and names of foreign code are left out. `rope_theta` is what the stock
-    class takes where the source says nothing; None leaves rotary settings out there.
+    class takes where the source says nothing; None leaves rotary settings out there. Where layers
+    rotate by their type (`rope_by_type`), what 4.57 wrote stays as it is, and 5.x reads it as well.
 
     Raises ModelError where the two forms of the source disagree.
     """
     result = {key: value for key, value in config.items() if key not in _DROPPED}
-    result |= _rope(config, rope_theta)
+    if not rope_by_type or config.get("rope_parameters") is not None:
+        result |= _rope(config, rope_theta)
     dtype = config.get("dtype") or config.get("torch_dtype")
     if dtype is not None:
         result |= {"dtype": dtype, "torch_dtype": dtype}
@@ -199,6 +203,8 @@ def _per_layer_modules(family: Family, shape: ModelShape) -> dict[str, Any]:
         return {} if usual else {"per_layer_modules": listed}
     inputs = list(dict.fromkeys((family.query, family.key, family.value)))
     outputs = list(dict.fromkeys(name for name in (family.gate, family.up) if name))
+    if "C" in family.wide_norms.values():  # more is as wide as the MLP than its projections
+        modules.append(family.down.rpartition(".")[0])
     return {
         "per_layer_modules": {
             "layers": family.layers.rpartition(".")[2],

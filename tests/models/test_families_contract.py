@@ -155,6 +155,7 @@ def test_only_llamas_and_what_computes_as_they_do_have_no_features() -> None:
     for family in FAMILIES.values():
         assert (family.experts is not None) == (Feature.EXPERTS in family.features)
         assert (family.head_rows != ()) == (Feature.SINKS in family.features)
+        assert (family.wide_norms != {}) == (Feature.WIDE_NORM in family.features)
         if family.experts:
             assert len(family.projections) == 4
             continue

@@ -108,6 +108,11 @@ def unknown_domain(diagnosis: Mapping[str, Any]) -> list[Text]:
     ]
 
 
+def remarks_on(plan: Plan) -> list[Text]:
+    """What has to be told of this kind of model."""
+    return [Text(single_line(remark), style=FAINT) for remark in plan.remarks]
+
+
 def domain_axes(axes: Mapping[str, Any], look: Look) -> list[RenderableType]:
     """How far apart the candidate domains are, and the angles between their axes in degrees."""
     names, selected = axes["candidates"], axes.get("selected", ())

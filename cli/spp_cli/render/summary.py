@@ -119,6 +119,7 @@ def _compiled(
         Text(),
         sections.decision(plan, shape, look),
         *sections.unknown_domain(plan.diagnosis),
+        *sections.remarks_on(plan),
         Text(),
         sections.sizes(plan, shape, predicted),
         *sections.stock_counts(plan),

@@ -98,6 +98,17 @@ class Feature(StrEnum):
     MIXERS = "other mixers than attention"
     GATED = "an output gate of every head in the tensor of its query"
     LATENT = "keys and values made of latents (MLA)"
+    WIDE_NORM = "norms over all heads or channels at once"
+
+
+# What a reader of a plan has to be told of what a family computes.
+_REMARKS: Mapping[Feature, str] = {
+    Feature.WIDE_NORM: (
+        "this model norms all its heads (or channels) together: a slim one norms those that are "
+        "kept, and so does the dense model that it is checked against; removing units changes "
+        "what the others compute, which the scores do not foresee"
+    ),
+}
 
 
 # A flag of the family: fixed, or the name of the boolean in config.json that decides; "!name" where
@@ -146,6 +157,8 @@ class Family:
     # What the stock config takes for theta where config.json says nothing of rotary settings; None
     # where it takes more than that.
     rope_theta: float | None = 10000.0
+    # Layers rotate by their type.
+    rope_by_type: bool = False
     # In one tensor: each KV head's queries, its key, its value. Else all queries, keys and values.
     side_by_side: bool = False
     # Attention takes KV heads that serve different numbers of query heads.
@@ -172,6 +185,9 @@ class Family:
     more_norms: tuple[str, ...] = ()
     norm_weight: Flag = True
     norm_bias: bool = False
+    # Norms over all query heads ("Q"), KV heads ("K") or channels ("C") at once. A slim model norms
+    # the kept ones alone, so that cutting is not masking, and the masked model does the same.
+    wide_norms: Mapping[str, str] = field(default_factory=dict)
     # Further tensors of a layer with one element for each query head, such as sinks.
     head_rows: tuple[str, ...] = ()
     # In place of gate, up and down, where nothing is cut of the MLPs.
@@ -307,6 +323,11 @@ class Family:
         """`more_norms`, each with its flag or ""."""
         return tuple(map(_optional, self.more_norms))
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a reader of a plan has to be told."""
+        return tuple(text for feature, text in _REMARKS.items() if feature in self.features)
+
     def refuse(self, unknown: Collection[Feature], what: str, instead: str) -> None:
         """ModelError if this family computes one of these things, which `what` does not know."""
         for feature in sorted(self.features & set(unknown)):
@@ -422,7 +443,8 @@ class Family:
 
     def _costs(self, shape: ModelShape) -> Costs:
         """Parameters, summed over the tensors of one layer and of what is beside the layers."""
-        bare = replace(shape, uncut=(), mixers=())
+        none: frozenset[int] = frozenset()
+        bare = replace(shape, uncut=(), mixers=(), without_heads=none, without_channels=none)
         per_unit = dict.fromkeys(Unit, 0)
         outside = rows = 0
         for spec in self.tensors(bare, (shape.layer,)):
@@ -549,6 +571,9 @@ class Family:
                         yield from whole([(f"{module}.bias", (shape.head_dim,))])
             for name in self.head_rows:
                 yield cut(name, Role.OTHER, "q")
+        for module, form in self.wide_norms.items():
+            if layer.channels if form == "C" else layer.query_heads:
+                yield cut(f"{module}.weight", Role.OTHER, form)
         yield from whole(self._norm(self.mlp_norm, shape))
         if layer.channels:
             for module, (role, form) in widths.items():

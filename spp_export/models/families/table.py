@@ -16,6 +16,11 @@ _SANDWICH: Any = {
     "mlp_norm": "pre_feedforward_layernorm",
     "more_norms": ("post_attention_layernorm", "post_feedforward_layernorm"),
 }
+_POST_NORMS: Any = {
+    "attention_norm": "",
+    "mlp_norm": "",
+    "more_norms": ("post_attention_layernorm", "post_feedforward_layernorm"),
+}
 _GEMMA = {Feature.SHIFTED_NORM, Feature.ACTIVATION, Feature.MULTIPLIERS}
 _POSITIONS = Feature.POSITIONS
 # Every query head has a KV head of its own.
@@ -92,6 +97,7 @@ _GPT2: Any = {
     "obsolete": ("attn.bias", "attn.masked_bias"),
     "end_token": 50256,
 }
+_QK_NORMS: Any = {"wide_norms": {"self_attn.q_norm": "Q", "self_attn.k_norm": "K"}}
 _GATE_UP: Any = {"gate": "mlp.gate_up_proj", "up": "mlp.gate_up_proj"}
 
 _NO_MLP: Any = {"gate": "", "up": "", "down": ""}
@@ -232,9 +238,7 @@ FAMILIES = (
            gate="", up="mlp.c_fc", down="mlp.c_proj", sliding="all",
            defaults={"use_bias": True, **_TIED}, end_token=50256),
     Family("exaone4", "Exaone4ForCausalLM", _features(Feature.SANDWICH, Feature.ROTARY),
-           qk_norm=True, attention_norm="", mlp_norm="",
-           more_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
-           sliding="listed", end_token=2),
+           qk_norm=True, **_POST_NORMS, sliding="listed", end_token=2),
     Family("cohere", "CohereForCausalLM",
            _features(Feature.PARALLEL, _LAYER_NORM, Feature.MULTIPLIERS, Feature.ROTARY), **_BIASES,
            qk_norm="use_qk_norm", head_norms=True, mlp_norm="", rope_theta=500000.0,
@@ -251,6 +255,7 @@ FAMILIES = (
     Family("gemma3_text", "Gemma3ForCausalLM",
            _features(*_GEMMA, Feature.SANDWICH, Feature.SOFTCAP, Feature.ROTARY), **_BIASES,
            **_SANDWICH, qk_norm=True, heads_divide_hidden=True, sliding="listed", rope_theta=None,
+           rope_by_type=True,
            config_class="Gemma3TextConfig", decoder_class="Gemma3TextModel",
            defaults={"head_dim": 256, **_TIED}, end_token=1),
     Family("olmo", "OlmoForCausalLM", _features(_LAYER_NORM, Feature.BARE_NORM), **_BIASES,
@@ -289,6 +294,26 @@ FAMILIES = (
            _features(Feature.NO_GATE, Feature.BARE_NORM, Feature.SOFTCAP, Feature.ROTARY),
            **_BIASES, gate="", up="mlp.fc1", down="mlp.fc2", norm_weight=False, end_token=1),
 
+    Family("olmo2", "Olmo2ForCausalLM", _features(Feature.SANDWICH, Feature.WIDE_NORM), **_BIASES,
+           **_POST_NORMS, **_QK_NORMS, end_token=50279),
+    Family("olmo3", "Olmo3ForCausalLM",
+           _features(Feature.SANDWICH, Feature.WIDE_NORM, Feature.ROTARY), **_BIASES,
+           **_POST_NORMS, **_QK_NORMS, rope_theta=None, rope_by_type=True, sliding="listed",
+           end_token=50279),
+    Family("bitnet", "BitNetForCausalLM", _features(Feature.WIDE_NORM, Feature.ACTIVATION),
+           **_BIASES, derived_head_dim="attention", rope_theta=500000.0, end_token=128001,
+           wide_norms={"self_attn.attn_sub_norm": "Q", "mlp.ffn_sub_norm": "C"}),
+
+    Family("olmoe", "OlmoeForCausalLM", _features(Feature.EXPERTS, Feature.WIDE_NORM), **_BIASES,
+           **_NO_MLP, **_QK_NORMS, derived_head_dim="attention", end_token=50279,
+           defaults={"num_local_experts": 64, "num_experts_per_tok": 8},
+           experts=Experts({"mlp.gate.weight": f"{_COUNTS[0]} hidden_size",
+                            **_mlp("mlp.experts.*", "intermediate_size")}, *_COUNTS)),
+    Family("minimax_m2", "MiniMaxM2ForCausalLM",
+           _features(Feature.EXPERTS, Feature.WIDE_NORM, Feature.ROTARY), **_NO_MLP, **_QK_NORMS,
+           defaults={"head_dim": 128, "num_local_experts": 256, "num_experts_per_tok": 8},
+           rope_theta=None, end_token=200020, experts=Experts(
+               {**_BLOCK_SPARSE, "block_sparse_moe.e_score_correction_bias": _LOCAL[0]}, *_LOCAL)),
     Family("mixtral", "MixtralForCausalLM", _features(Feature.EXPERTS), **_NO_MLP,
            defaults={"num_local_experts": 8, "num_experts_per_tok": 2}, rope_theta=None,
            sliding="all", end_token=2, experts=Experts(_BLOCK_SPARSE, *_LOCAL)),

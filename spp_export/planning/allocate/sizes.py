@@ -30,10 +30,12 @@ class Candidates:
     cost: FloatArray | IntArray
 
     @classmethod
-    def of_heads(cls, options: Options, costs: ArrayLike, has_heads: Sequence[bool]) -> Candidates:
+    def of_heads(
+        cls, options: Options, costs: ArrayLike, has_heads: Sequence[bool] = ()
+    ) -> Candidates:
         """Size of a groups and a count n of heads at (a-1)*N + n-1. costs: [G,N] or [L,G,N],
-        positive integers (`head_costs`) or floats. A layer without heads has one size, the first,
-        that costs nothing."""
+        positive integers (`head_costs`) or floats. A layer without heads, by `has_heads`, has one
+        size, the first, that costs nothing."""
         value = options.value
         flat = (len(value), value[0].size)
         costs = np.broadcast_to(costs, value.shape).reshape(flat)
@@ -41,7 +43,7 @@ class Candidates:
 
     @classmethod
     def of_channels(
-        cls, options: ChannelOptions, costs: ArrayLike, has_channels: Sequence[bool]
+        cls, options: ChannelOptions, costs: ArrayLike, has_channels: Sequence[bool] = ()
     ) -> Candidates:
         """Width `options.widths[i]` at i. costs: [W] or [L,W], as for heads."""
         costs = np.broadcast_to(costs, options.value.shape)
@@ -49,6 +51,8 @@ class Candidates:
 
     @classmethod
     def _of(cls, value: FloatArray, cost: NDArray[Any], has_units: Sequence[bool]) -> Candidates:
+        if all(has_units):
+            return cls(value, cost)
         has = np.array(has_units)[:, None]
         first = np.arange(value.shape[1]) == 0
         nothing = np.where(first, 0.0, -np.inf)
