@@ -10,12 +10,14 @@ import json
 import random
 import shutil
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import spp_export.models.modeling  # noqa: F401  registers the per-layer classes
@@ -51,6 +53,15 @@ class Pair:
         dense = load_exact(self.source.path)
         return masked_dense(dense, self.source.family, self.source.shape, self.plan)
 
+    def as_planned(self) -> bool:
+        """Whether the layers on disk have the sizes that the plan gives them."""
+        opened, layers = open_checkpoint(self.slim), self.plan.layer_shapes(self.source.shape)
+        if opened.shape.experts_in(opened.layers) != self.source.shape.experts_in(layers):
+            return False
+        if opened.layout == "uniform":  # a dense model of its own, which has not dropped any
+            layers = tuple(replace(layer, dropped_experts=0) for layer in layers)
+        return opened.layers == layers
+
 
 def prove(source: Checkpoint, layout: Layout, target: Path) -> float:
     """The largest difference of logits between a slice of a tiny `source`, written to `target`, and
@@ -60,13 +71,13 @@ def prove(source: Checkpoint, layout: Layout, target: Path) -> float:
     greedy generation with a cache and without.
     """
     pair = make_slim(source, layout, target)
-    if open_checkpoint(pair.slim).layers != pair.plan.layer_shapes(source.shape):
+    if not pair.as_planned():
         raise ModelError(f"layout {layout}: layers have other sizes than the plan gives them.")
     slim = load_exact(pair.slim)
     with torch.no_grad(), pair.masked() as masked:
-        expected = masked(tokens()).logits
+        expected = exact_logits(masked)
         follows = greedy(masked, use_cache=False)
-    difference = float((slim(tokens()).logits.detach() - expected).abs().max())
+    difference = float((exact_logits(slim) - expected).abs().max())
     if not difference <= LIMIT or float(expected.std()) <= _LEAST_SPREAD:
         raise ModelError(
             f"layout {layout}: logits differ from those of the masked dense model by up to "
@@ -79,6 +90,28 @@ def prove(source: Checkpoint, layout: Layout, target: Path) -> float:
                 "other tokens than the masked dense model."
             )
     return difference
+
+
+@torch.no_grad()
+def exact_logits(model: PreTrainedModel) -> Tensor:
+    """Logits [2,11,V] of `tokens`, in float64 throughout where the model has experts."""
+    with _InDouble() if FAMILIES[model.config.model_type].experts else nullcontext():
+        logits: Tensor = model(tokens()).logits
+    return logits
+
+
+class _InDouble(TorchFunctionMode):
+    """What a model computes in float32 whatever its weights are, it computes in float64: routers
+    do, and how their products are rounded depends on the number of experts."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        func = Tensor.double if func is Tensor.float else func
+        named = {name: _widened(value) for name, value in (kwargs or {}).items()}
+        return func(*map(_widened, args), **named)
+
+
+def _widened(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
 
 
 def tokens() -> torch.Tensor:
@@ -146,6 +179,8 @@ def make_slim(source: Checkpoint, layout: Layout, target: Path) -> Pair:
     else:
         chosen = ragged_layers if layout == "ragged" else random_layers
         layers = chosen(source.shape, 3, channels=bool(source.family.down))
+    if source.shape.experts and layout != "per-layer":  # where heads alone go
+        layers = drop_experts(layers, source.shape, 3, alike=layout == "uniform")
     layers = only_existing(layers, source.shape)
     plan = Plan(source.fingerprint, source.name, layout, "none", layers)
     target.mkdir()
@@ -204,6 +239,20 @@ def uniform_layers(
         width = None if channels is None else _choose(rng, range(shape.channels), channels)
         plans.append(LayerPlan(kept, tuple(heads), width))
     return tuple(plans)
+
+
+def drop_experts(
+    layers: Sequence[LayerPlan], shape: ModelShape, seed: int, *, alike: bool = False
+) -> tuple[LayerPlan, ...]:
+    """The same layers with random experts: in turn as many as a token is routed to, one more, and
+    so on, or in all layers `alike` all but one."""
+    rng, layers, most = random.Random(seed), list(layers), shape.experts - 1
+    least = most if alike else min(shape.experts_per_token, most)
+    for turn, index in enumerate(index for index, sparse in enumerate(shape.sparse) if sparse):
+        kept = least + turn % (most - least + 1)
+        experts = _choose(rng, range(shape.experts), kept)
+        layers[index] = replace(layers[index], experts=experts)
+    return tuple(layers)
 
 
 def _choose(rng: random.Random, units: Sequence[int], count: int) -> tuple[int, ...]:

@@ -1,4 +1,5 @@
-"""The oracle: the dense model with the inputs of o_proj and down_proj zeroed for removed units.
+"""The oracle: the dense model with the inputs of o_proj and down_proj zeroed for removed units, and
+the router's logits of removed experts at -inf.
 
 Removing a unit is exactly this. (Zeroing after o_proj would zero coordinates of the residual
 stream, to which every head writes: a different function.) Where a norm goes over all heads or
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from spp_export.models.families import Family, Role, TensorSpec
 from spp_export.models.layerwise import stream_of
+from spp_export.models.routing import expert_block, without_experts
 from spp_export.models.shape import ModelShape
 from spp_export.planning import LayerPlan, Plan
 from spp_export.slicing.cut import kept_indices, kept_units
@@ -59,11 +61,15 @@ def masked_dense(
         for index, layer in enumerate(plan.layers):
             for role, inputs in _kept_inputs(layer, index, shape).items():
                 if not family.projection(role):
-                    continue  # nothing is cut of its MLPs
+                    continue  # of its MLPs whole experts are cut
                 module = model.get_submodule(family.layer_name(index, family.projection(role)))
                 width = shape.channels if role is Role.DOWN else shape.query_heads * shape.head_dim
                 if len(inputs) < width:
                     handles.append(_mask_input(module, width, inputs))
+            if layer.shape(shape).dropped_experts:
+                stay = frozenset(layer.experts or ())
+                gone = [expert for expert in range(shape.experts) if expert not in stay]
+                stack.enter_context(without_experts(expert_block(model, family, index), gone))
             for name, kept in _kept_in_norms(family, layer, index, specs).items():
                 norm = model.get_submodule(family.layer_name(index, name))
                 handles.append(_norm_kept(norm, kept))

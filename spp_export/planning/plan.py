@@ -33,21 +33,21 @@ FILL = -1
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """What one layer keeps, as ascending indices in the source; `channels` None keeps them all.
-
-    Nothing is listed of units that the layer does not have in the source.
-    """
+    """What one layer keeps, as ascending indices in the source; `channels` and `experts` None keep
+    them all. Nothing is listed of units that the layer does not have in the source."""
 
     kv_heads: tuple[int, ...]
     query_heads: tuple[int, ...]
     channels: tuple[int, ...] | None = None
+    experts: tuple[int, ...] | None = None
 
     def shape(self, model: ModelShape) -> LayerShape:
         """Size of the layer after slicing."""
         channels = model.channels if self.channels is None else len(self.channels)
         groups = tuple(len(heads) for heads in self._heads_by_group(model.group_size))
         groups = groups if len(set(groups)) > 1 else ()
-        return LayerShape(len(self.query_heads), len(self.kv_heads), channels, groups)
+        dropped = 0 if self.experts is None else model.experts - len(self.experts)
+        return LayerShape(len(self.query_heads), len(self.kv_heads), channels, groups, dropped)
 
     def padded_heads(self, group_size: int) -> tuple[int, ...]:
         """The query heads, each group followed by as many `FILL`s as the largest has more.
@@ -71,6 +71,7 @@ class LayerPlan:
             "kv_heads": list(self.kv_heads),
             "query_heads": list(self.query_heads),
             "channels": None if self.channels is None else list(self.channels),
+            **({} if self.experts is None else {"experts": list(self.experts)}),
         }
 
 
@@ -160,10 +161,11 @@ def dense_plan(shape: ModelShape, fingerprint: str, source: str) -> Plan:
 def only_existing(layers: Sequence[LayerPlan], shape: ModelShape) -> tuple[LayerPlan, ...]:
     """The layers without the units that they do not have in the source."""
     return tuple(
-        LayerPlan(
-            layer.kv_heads if has_heads else (),
-            layer.query_heads if has_heads else (),
-            layer.channels if has_channels else (),
+        replace(
+            layer,
+            kv_heads=layer.kv_heads if has_heads else (),
+            query_heads=layer.query_heads if has_heads else (),
+            channels=layer.channels if has_channels else (),
         )
         for layer, has_heads, has_channels in zip(
             layers, shape.has_heads, shape.has_channels, strict=True

@@ -42,7 +42,7 @@ from spp_export.planning.latency import LatencyTable
 from spp_export.planning.published import published_mask, published_text
 from spp_export.planning.request import PlanRequest
 from spp_export.planning.scoring import Scoring, UnitOptions, check_criterion
-from spp_export.planning.written import compensated_shape, losing_roles
+from spp_export.planning.written import compensated_shape, kept_tensors, losing_roles
 
 # A consumer loses inputs unless only the units of the other one may go.
 _LOSING = {Role.OUTPUT: "channels", Role.DOWN: "heads"}
@@ -421,12 +421,10 @@ def _attention_probabilities(session: Session, artifacts: Artifacts, text: str) 
 
 
 def plan_tensors(session: Session, compiled: Plan) -> list[dict[str, Sequence[Any]]]:
-    """Every tensor that slicing changes: name, old and new shape."""
+    """Every tensor that slicing changes and that stays: name, old and new shape."""
     shape, family = session.source.shape, session.source.family
-    before = family.tensors(shape, shape.layers)
-    after = family.tensors(shape, compiled.written_shapes(shape))
     return [
         {"name": old.name, "dense": old.shape, "slim": new.shape}
-        for old, new in zip(before, after, strict=True)
+        for new, old in kept_tensors(family, shape, compiled)
         if old.shape != new.shape
     ]

@@ -71,7 +71,7 @@ def slim_config(
     for key in [key for key, value in family.settled.items() if value is None]:
         del config[key]
     if family.experts:
-        config |= family.experts.counts({**family.defaults, **source_config})
+        config |= family.experts.counts(shape.experts)
     settings = config.get("rope_parameters") or {}
     for key in _ROTARY & family.keys.keys() & settings.keys():
         config[family.keys[key]] = settings[key]
@@ -79,6 +79,7 @@ def slim_config(
     new = sorted(role for role in biased if not has_bias[role])
     if layout == "uniform":
         config |= _uniform(family, shape, layers)
+        config |= _experts(family, shape, max(shape.experts_in(layers)))
         config |= {family.bias_switch(role): True for role in new}
     elif layout in ("per-layer", "ragged"):
         config |= _per_layer(family, shape, layers, ragged=layout == "ragged")
@@ -135,8 +136,8 @@ def _check_layers(shape: ModelShape, layers: Sequence[LayerShape], *, ragged: bo
 
 def _uniform(family: Family, shape: ModelShape, layers: Sequence[LayerShape]) -> dict[str, Any]:
     first = common_size(layers)
-    pairs = enumerate(zip(layers, shape.alike(first), strict=True))
-    odd = next((index for index, (layer, alike) in pairs if layer != alike), None)
+    alike = shape.alike(first)
+    odd = next((i for i, layer in enumerate(layers) if _sizes(layer) != _sizes(alike[i])), None)
     if odd is not None:
         raise PlanError(
             f"layer {odd} has {_sizes(layers[odd])}, the first has {_sizes(first)}; layout "
@@ -144,6 +145,11 @@ def _uniform(family: Family, shape: ModelShape, layers: Sequence[LayerShape]) ->
         )
     if first.query_heads == 0:  # of none that could go
         first = replace(first, query_heads=shape.query_heads, kv_heads=shape.kv_heads)
+    if len(counts := set(shape.experts_in(layers)) - {0}) > 1:
+        raise PlanError(
+            f"layers have {min(counts)} to {max(counts)} experts; layout 'uniform' needs as many "
+            "in every layer that has any. Use layout 'per-layer'."
+        )
     if not family.stock_accepts(shape)(first.query_heads):
         wanted = "divides"
         if family.derived_head_dim:
@@ -177,12 +183,15 @@ def _per_layer(
             "AutoModel": f"modeling_spp.Spp{decoder_class}",
             "AutoModelForCausalLM": f"modeling_spp.Spp{family.architecture}",
         },
-        **_per_layer_modules(family, shape),
+        **_per_layer_modules(family, shape, layers),
         **_counts(shape.layer),
         "per_layer_config": {
             str(index).zfill(digits): _counts(_as_made(layer, index, shape))
+            | _experts(family, shape, experts)
             | ({"query_groups": list(layer.query_groups)} if ragged else {})
-            for index, layer in enumerate(layers)
+            for index, (layer, experts) in enumerate(
+                zip(layers, shape.experts_in(layers), strict=True)
+            )
         },
         "serialize_explicit_per_layer_config": True,
         # The same once more, for readers that know lists only.
@@ -191,24 +200,29 @@ def _per_layer(
     }
 
 
-def _per_layer_modules(family: Family, shape: ModelShape) -> dict[str, Any]:
+def _per_layer_modules(
+    family: Family, shape: ModelShape, layers: Sequence[LayerShape]
+) -> dict[str, Any]:
     """What modeling_spp.py has to know of a family beyond the names that are Llama's."""
+    modules = [family.attention]
+    if family.experts and any(layer.dropped_experts for layer in layers):
+        modules += family.experts.modules
     mlp = family.down.rpartition(".")[0]
-    modules = list(dict.fromkeys(name for name in (family.attention, mlp) if name))
     if family.derived_head_dim != "attention":
-        listed: dict[str, Any] = {"layers": "layers", "modules": modules}
+        modules += [mlp] if mlp else []
+        listed: dict[str, Any] = {"layers": "layers", "modules": list(dict.fromkeys(modules))}
         if stays := _staying(family, shape, modules):
             listed["stays"] = stays
         usual = listed == {"layers": "layers", "modules": ["self_attn", "mlp"]}
-        return {} if usual else {"per_layer_modules": listed}
+        return {} if usual and not family.experts else {"per_layer_modules": listed}
     inputs = list(dict.fromkeys((family.query, family.key, family.value)))
     outputs = list(dict.fromkeys(name for name in (family.gate, family.up) if name))
     if "C" in family.wide_norms.values():  # more is as wide as the MLP than its projections
-        modules.append(family.down.rpartition(".")[0])
+        modules.append(mlp)
     return {
         "per_layer_modules": {
             "layers": family.layers.rpartition(".")[2],
-            "modules": [family.attention],
+            "modules": modules,
             # Made of a hidden size of so many heads, for want of another way to say head_dim.
             "narrow": {"inputs": inputs, "outputs": [family.output], "head_dim": shape.head_dim},
             # What is as wide as the MLP: at its outputs, at its inputs.
@@ -220,15 +234,13 @@ def _per_layer_modules(family: Family, shape: ModelShape) -> dict[str, Any]:
 
 def _staying(family: Family, shape: ModelShape, modules: Sequence[str]) -> dict[str, list[int]]:
     """Per module, the layers in which it is something else, of which nothing is cut."""
+    without = [(family.attention, shape.without_heads)]
+    without += [(family.down.rpartition(".")[0], shape.without_channels)]
     stays = {}
     for module in modules:
-        layers = frozenset(range(shape.num_layers))
-        if module == family.attention:
-            layers &= shape.without_heads
-        if family.down.startswith(f"{module}."):
-            layers &= shape.without_channels
-        if layers:
-            stays[module] = sorted(layers)
+        layers = [lack for name, lack in without if name == module]
+        if layers and (whole := layers[0].intersection(*layers)):
+            stays[module] = sorted(whole)
     return stays
 
 
@@ -261,6 +273,13 @@ def _as_made(layer: LayerShape, index: int, shape: ModelShape) -> LayerShape:
     if index in shape.without_heads:
         layer = replace(layer, query_heads=shape.query_heads, kv_heads=shape.kv_heads)
     return replace(layer, channels=shape.channels) if index in shape.without_channels else layer
+
+
+def _experts(family: Family, shape: ModelShape, count: int) -> dict[str, int]:
+    """The number of experts of a layer, where it has any, and fewer than the dense model's do."""
+    if family.experts is None or count in (0, shape.experts):
+        return {}
+    return family.experts.counts(count)
 
 
 def _sizes(layer: LayerShape) -> str:

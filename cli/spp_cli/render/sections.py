@@ -187,8 +187,9 @@ def sizes(plan: Plan, shape: ModelShape, predicted: Predicted) -> Table:
         ("weights on disk", predicted.dense_file_bytes, predicted.file_bytes, byte_size),
         ("KV cache per token", predicted.dense_kv_bytes, predicted.kv_bytes, _bytes),
     ]
-    if stay := shape.uncut_parameters:
-        rows.insert(2, ("of experts and MLPs, not cut", stay, stay, _thousands))
+    if mlps := shape.mlp_parameters:
+        gone = shape.expert_parameters(shape.layers) - shape.expert_parameters(slim)
+        rows.insert(2, ("of experts and MLPs", mlps, mlps - gone, _thousands))
     channels = sum(layer.channels for layer in slim)
     if channels != shape.channels * shape.num_layers:
         rows.insert(2, ("MLP channels", shape.channels * shape.num_layers, channels, _thousands))

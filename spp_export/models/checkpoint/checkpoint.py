@@ -150,7 +150,7 @@ def _open_slim(path: Path, name: str | None, config: Mapping[str, Any]) -> Check
     stored = stored_tensors(path)
     shape = _slim_shape(config, family, stored)
     _check_layers(path, shape, stored, "Write the export again.")
-    layers = _slim_layers(config["per_layer_config"], shape, path)
+    layers = _slim_layers(config["per_layer_config"], family, shape, path)
     tensors = _slim_tensors(family, shape, layers, stored, path)
     layout: Layout = "per-layer" if all(layer.regular for layer in layers) else "ragged"
     return Checkpoint(
@@ -347,10 +347,13 @@ def _slim_shape(
     )
 
 
-def _slim_layers(listed: Any, shape: ModelShape, path: Path) -> tuple[LayerShape, ...]:
+def _slim_layers(
+    listed: Any, family: Family, shape: ModelShape, path: Path
+) -> tuple[LayerShape, ...]:
     wrong = ModelError(
         f"{path / 'config.json'}: per_layer_config must give every one of the "
-        f"{shape.num_layers} layers its head counts and its width. Write the export again."
+        f"{shape.num_layers} layers its head counts and its width, and its experts where it has "
+        "fewer. Write the export again."
     )
     if not isinstance(listed, Mapping) or len(listed) != shape.num_layers:
         raise wrong
@@ -358,15 +361,18 @@ def _slim_layers(listed: Any, shape: ModelShape, path: Path) -> tuple[LayerShape
     if not all(digits):
         raise wrong
     by_index = {int(key): value for key, value in listed.items()}
-    layers = [_slim_layer(by_index.get(index)) for index in range(shape.num_layers)]
+    layers = [
+        _slim_layer(by_index.get(index), family, shape, sparse)
+        for index, sparse in enumerate(shape.sparse)
+    ]
     kept = tuple(layer for layer in layers if layer is not None)
     if len(kept) < len(layers):
         raise wrong
     return shape.existing(kept)
 
 
-def _slim_layer(entry: Any) -> LayerShape | None:
-    """One layer's entry; None where it is malformed."""
+def _slim_layer(entry: Any, family: Family, shape: ModelShape, sparse: bool) -> LayerShape | None:
+    """One layer's entry; None where it is malformed. `sparse`: whether the layer has experts."""
     if not isinstance(entry, Mapping):
         return None
     names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
@@ -379,7 +385,16 @@ def _slim_layer(entry: Any) -> LayerShape | None:
     query, kv, channels = sizes
     if groups and (len(groups) != kv or sum(groups) != query):
         return None
-    layer = LayerShape(query, kv, channels, tuple(groups) if len(set(groups)) > 1 else ())
+    experts = shape.experts
+    if sparse and family.experts:
+        known = [entry[name] for name in family.experts.counts(experts) if name in entry]
+        if any(type(count) is not int or count != known[0] for count in known):
+            return None
+        experts = known[0] if known else experts
+        if not 1 <= experts <= shape.experts:
+            return None
+    groups = tuple(groups) if len(set(groups)) > 1 else ()
+    layer = LayerShape(query, kv, channels, groups, shape.experts - experts)
     return layer if layer.groups or layer.regular else None
 
 

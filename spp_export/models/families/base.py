@@ -16,7 +16,7 @@ from spp_export.common.errors import ModelError, PlanError
 from spp_export.common.json_files import shown
 from spp_export.models.families.experts import Experts, product
 from spp_export.models.families.mixers import Mixers
-from spp_export.models.shape import Costs, LayerShape, ModelShape, Uncut
+from spp_export.models.shape import Costs, ExpertTensor, LayerShape, ModelShape
 
 # Far above any model, far below what would be felt in memory before the tensors are compared.
 _MOST: Mapping[str, int] = {
@@ -38,6 +38,7 @@ class Unit(StrEnum):
     QUERY = "query"
     KV = "kv"
     CHANNEL = "channel"
+    EXPERT = "expert"
 
 
 class Role(StrEnum):
@@ -60,7 +61,8 @@ class TensorSpec:
     `axis` counts `unit`s in steps of `step` elements (head_dim for heads, 1 for channels); both are
     None where nothing is ever cut. Where the axis has several parts, as in one tensor of queries,
     keys and values, `parts` says how many of which unit each has: one part after the other, or,
-    `side_by_side`, unit by unit: the queries of a KV head, its key, its value.
+    `side_by_side`, unit by unit: the queries of a KV head, its key, its value. `expert` is the
+    number of the expert that it belongs to as a whole.
     """
 
     name: str
@@ -72,6 +74,7 @@ class TensorSpec:
     step: int = 1
     parts: tuple[tuple[Unit, int], ...] = ()
     side_by_side: bool = False
+    expert: int | None = None
 
 
 class Feature(StrEnum):
@@ -88,7 +91,7 @@ class Feature(StrEnum):
     SHIFTED_NORM = "norms that add 1 to their weights"
     BARE_NORM = "norms without weights"
     ROTARY = "a rotary embedding of its own"
-    EXPERTS = "experts, which are not cut yet"
+    EXPERTS = "experts"
     SINKS = "attention sinks"
     POSITIONS = "embeddings of positions"
     ALIBI = "scores biased by distance (ALiBi)"
@@ -407,7 +410,7 @@ class Family:
             mlp_bias=_flag(config, self.mlp_bias),
             qk_norm=_flag(config, self.qk_norm),
             switches=tuple(flag for flag in flags if _flag(config, flag)),
-            uncut=self.experts.read(config, layers) if self.experts else (),
+            **(self.experts.read(config, layers) if self.experts else {}),
             **self._others(config, layers),
             positions=(
                 _size(config, "max_position_embeddings") + self.more_positions
@@ -444,7 +447,7 @@ class Family:
     def _costs(self, shape: ModelShape) -> Costs:
         """Parameters, summed over the tensors of one layer and of what is beside the layers."""
         none: frozenset[int] = frozenset()
-        bare = replace(shape, uncut=(), mixers=(), without_heads=none, without_channels=none)
+        bare = replace(shape, mlps=(), mixers=(), without_heads=none, without_channels=none)
         per_unit = dict.fromkeys(Unit, 0)
         outside = rows = 0
         for spec in self.tensors(bare, (shape.layer,)):
@@ -461,19 +464,21 @@ class Family:
         attention = whole - self._fixed(bare, replace(shape.layer, query_heads=0, kv_heads=0))
         mlp = whole - self._fixed(bare, replace(shape.layer, channels=0))
         unread = 0 if shape.tied_embeddings else shape.vocab_size * shape.embedding_width
-        for tensor in (tensor for layer in (*shape.uncut, *shape.mixers) for tensor in layer):
-            outside += tensor.elements
-            unread += tensor.unread
         alone = not (self.caches_queries or shape.cached)
+        sparse = next((mlp for mlp, has in zip(shape.mlps, shape.sparse, strict=False) if has), ())
+        routed = sum(tensor.per_expert for tensor in sparse if tensor.routed)
+        left_out = shape.experts - shape.experts_per_token
         return Costs(
             per_unit[Unit.QUERY],
             per_unit[Unit.KV],
             per_unit[Unit.CHANNEL],
             whole - attention - mlp,
-            outside,
-            unread,
+            outside + shape.mlp_parameters + shape.mixer_parameters,
+            unread + sum(shape.sparse) * left_out * routed,
             rows if alone else 0,
             rows if self.caches_queries else 0,
+            sum(tensor.per_expert for tensor in sparse),
+            routed,
             shape.cached,
             attention,
             mlp,
@@ -584,12 +589,29 @@ class Family:
                 yield cut(f"{module}.bias", role, form)
             if self.down and (shape.mlp_bias or shape.down_bias):
                 yield from whole([(f"{self.down}.bias", (hidden,))])
-        for tensor in (*_of(shape.uncut, index), *_of(shape.mixers, index)):
-            yield from whole((name, tensor.shape) for name in tensor.names)
+        yield from whole(shape.mixers[index] if shape.mixers else ())
+        experts = shape.experts - layer.dropped_experts
+        for tensor in shape.mlps[index] if shape.mlps else ():
+            yield from self._expert_tensors(tensor, experts, index)
         for module, flag in map(_optional, self.more_norms):
             if not flag or flag in shape.switches:
                 yield from whole(self._norm(module, shape))
         yield from whole(self.fixed.items())
+
+    def _expert_tensors(
+        self, tensor: ExpertTensor, experts: int, index: int
+    ) -> Iterator[TensorSpec]:
+        """A tensor of a layer with so many experts, or one for each of them."""
+        name, axis, size = self.layer_name(index, tensor.name), tensor.axis, list(tensor.shape)
+        if tensor.each:
+            for expert in range(experts):
+                one = name.replace("*", str(expert))
+                yield TensorSpec(one, tensor.shape, index, expert=expert)
+        elif axis is None:
+            yield TensorSpec(name, tensor.shape, index)
+        else:
+            size[axis] = experts
+            yield TensorSpec(name, tuple(size), index, unit=Unit.EXPERT, axis=axis)
 
     def _forms(self, roles: Mapping[Role, str]) -> dict[str, tuple[Role, str]]:
         """The modules of these roles, each with its first role and what its outputs count."""
@@ -628,11 +650,6 @@ class Family:
         """Whether a stored tensor is a buffer of a layer that the config determines."""
         layer, _, role = name.removeprefix(f"{self.layers}.").partition(".")
         return layer.isdigit() and name.startswith(f"{self.layers}.") and role in self.obsolete
-
-
-def _of(layers: Sequence[tuple[Uncut, ...]], index: int) -> tuple[Uncut, ...]:
-    """What a layer has of what only some models have."""
-    return layers[index] if layers else ()
 
 
 def _optional(norm: str) -> tuple[str, str]:

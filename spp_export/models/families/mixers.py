@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from spp_export.common.errors import ModelError
 from spp_export.common.json_files import shown
-from spp_export.models.families.experts import sized
-from spp_export.models.shape import Uncut
+from spp_export.models.families.experts import product, value_of
+from spp_export.models.shape import Tensors
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Mixers:
 
     def read(
         self, config: Mapping[str, Any], layers: int
-    ) -> tuple[tuple[tuple[Uncut, ...], ...], frozenset[int], frozenset[int]]:
+    ) -> tuple[tuple[Tensors, ...], frozenset[int], frozenset[int]]:
         """The tensors of every layer's mixer, the layers without heads and those without channels.
 
         Raises ModelError for a kind of layer, or a size, of which nothing is known.
         """
-        tensors = sized(config, self.tensors)
+        tensors = tuple(self._tensors(config))
         kinds = self._kinds(config, layers)
         return (
             tuple(tensors if not self.kinds or kind in self.kinds else () for kind in kinds),
@@ -47,6 +47,12 @@ class Mixers:
                 i for i, kind in enumerate(kinds) if self.channels and kind not in self.channels
             ),
         )
+
+    def _tensors(self, config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+        for place, sizes in self.tensors.items():
+            name, _, flag = place.partition("?")
+            if not flag or value_of(config, flag):
+                yield name, tuple(product(config, word) for word in sizes.split())
 
     def _has(self, kind: str, heads: tuple[str, ...]) -> bool:
         return kind in heads if heads else not self.kinds or kind not in self.kinds

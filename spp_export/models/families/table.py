@@ -131,7 +131,9 @@ _SCORED = {
 }
 _DENSE = _mlp("mlp", "intermediate_size")
 _STEPS: Any = {"every": "decoder_sparse_step", "never": "mlp_only_layers"}
+_FIRST: Any = {"first": "first_k_dense_replace", "groups": "n_group"}
 _LOCAL = ("num_local_experts|num_experts", "num_experts_per_tok")
+_BLOCK: Any = {"modules": ("mlp", "block_sparse_moe")}
 _BLOCK_SPARSE = {
     "block_sparse_moe.gate.weight": "num_local_experts|num_experts hidden_size",
     "block_sparse_moe.experts.*.w1.weight": "intermediate_size hidden_size",
@@ -313,16 +315,17 @@ FAMILIES = (
            _features(Feature.EXPERTS, Feature.WIDE_NORM, Feature.ROTARY), **_NO_MLP, **_QK_NORMS,
            defaults={"head_dim": 128, "num_local_experts": 256, "num_experts_per_tok": 8},
            rope_theta=None, end_token=200020, experts=Experts(
-               {**_BLOCK_SPARSE, "block_sparse_moe.e_score_correction_bias": _LOCAL[0]}, *_LOCAL)),
+               {**_BLOCK_SPARSE, "block_sparse_moe.e_score_correction_bias": _LOCAL[0]},
+               *_LOCAL, **_BLOCK)),
     Family("mixtral", "MixtralForCausalLM", _features(Feature.EXPERTS), **_NO_MLP,
            defaults={"num_local_experts": 8, "num_experts_per_tok": 2}, rope_theta=None,
-           sliding="all", end_token=2, experts=Experts(_BLOCK_SPARSE, *_LOCAL)),
+           sliding="all", end_token=2, experts=Experts(_BLOCK_SPARSE, *_LOCAL, **_BLOCK)),
     Family("phimoe", "PhimoeForCausalLM",
            _features(Feature.EXPERTS, _LAYER_NORM, Feature.ROTARY), **_BIASES, **_NO_MLP,
            derived_head_dim="attention",
            defaults={"num_local_experts": 16, "num_experts_per_tok": 2}, rope_theta=None,
            norm_bias=True, head_bias="lm_head_bias", sliding="all", end_token=2,
-           experts=Experts(_BLOCK_SPARSE, *_LOCAL)),
+           experts=Experts(_BLOCK_SPARSE, *_LOCAL, **_BLOCK)),
     Family("qwen3_moe", "Qwen3MoeForCausalLM", _features(Feature.EXPERTS), **_BIASES, **_NO_MLP,
            qk_norm=True, defaults={"num_local_experts": 128, "num_experts_per_tok": 8,
                                    "moe_intermediate_size": 768, "decoder_sparse_step": 1},
@@ -350,16 +353,16 @@ FAMILIES = (
                "block_sparse_moe.router.layer.weight": f"{_LOCAL[0]} hidden_size",
                "block_sparse_moe.input_linear.weight": "* 2*intermediate_size hidden_size",
                "block_sparse_moe.output_linear.weight": "* hidden_size intermediate_size"},
-               *_LOCAL)),
+               *_LOCAL, **_BLOCK)),
     Family("glm4_moe", "Glm4MoeForCausalLM", _features(Feature.EXPERTS, Feature.ROTARY),
            **_NO_MLP, qkv_bias="attention_bias", qk_norm="use_qk_norm", rope_theta=None,
            defaults={"n_routed_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 8,
                      "moe_intermediate_size": 1408, "first_k_dense_replace": 1},
-           experts=Experts(_SCORED, *_ROUTED, _DENSE, first="first_k_dense_replace")),
+           experts=Experts(_SCORED, *_ROUTED, _DENSE, **_FIRST)),
     Family("dots1", "Dots1ForCausalLM", _features(Feature.EXPERTS), **_BIASES, **_NO_MLP,
            qk_norm=True, sliding="listed",
            defaults={"first_k_dense_replace": 0, "moe_intermediate_size": 1408},
-           experts=Experts(_SCORED, *_ROUTED, _DENSE, first="first_k_dense_replace")),
+           experts=Experts(_SCORED, *_ROUTED, _DENSE, **_FIRST)),
     Family("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", _features(Feature.EXPERTS, Feature.ROTARY),
            qkv_bias="use_bias", output_bias="use_bias", **_NO_MLP, head_bias="use_bias",
            rope_theta=500000.0, end_token=2, defaults={

@@ -1,4 +1,4 @@
-"""Decoders whose layers differ in query heads, KV heads and MLP width.
+"""Decoders whose layers differ in query heads, KV heads, MLP width and experts.
 
 Models, layers, attention, caches and masks are the stock ones of transformers. A model is made as
 the stock class makes it; then every layer gets the modules that differ from a layer made from its
@@ -9,11 +9,12 @@ attention gets its keys and values with a copy for each query head, made after t
 No family is named here: `SppXForCausalLM` is made of transformers' `XForCausalLM` when it is first
 asked for, and what is special about a family is in its config.json. `per_layer_modules` there says
 where the layers are in the decoder and which of their modules differ from layer to layer, attention
-first; `narrow` in it is for an attention whose config has no size of heads, `wide` for an MLP whose
-width is given by what is as wide, `per_head` for an attention that is given something for every
-head of the dense model, as scores that are biased by distance are; `stays` lists the layers in
-which a module is another mixer, or not there, and stays as it is. `biased_projections`
-names modules of a layer, such as `mlp.down_proj`, that have a bias where the stock model has none.
+first, and by all names that versions of transformers have for them; `narrow` in it is for an
+attention whose config has no size of heads, `wide` for an MLP whose width is given by what is as
+wide, `per_head` for an attention that is given something for every head of the dense model, as
+scores that are biased by distance are; `stays` lists the layers in which a module is another mixer,
+or not there, and stays as it is. `biased_projections` names modules of a layer, such as
+`mlp.down_proj`, that have a bias where the stock model has none.
 See configuration_spp.py for why this file imports so little.
 """
 
@@ -119,7 +120,8 @@ def _graft(layer: nn.Module, config: Any, index: int, listed: Mapping[str, Any])
     if modules:
         donor = type(layer)(own, index)
         for name in modules:
-            setattr(layer, name, getattr(donor, name))
+            if hasattr(layer, name):  # not by another version's name
+                setattr(layer, name, getattr(donor, name))
     for side, places in listed.get("wide", {}).items():
         for place in places:
             _resize(layer, place, {side: own.intermediate_size})
