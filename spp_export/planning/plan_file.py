@@ -239,7 +239,7 @@ def _check_uniform(plan: Plan, shape: ModelShape) -> None:
         if layer != first:
             raise PlanError(
                 f"layer {index}: plan keeps {layer.query_heads} query heads, {layer.kv_heads} KV "
-                f"heads and {layer.channels} channels but the first layers keep "
+                f"heads and {layer.channels} channels but the first keeps "
                 f"{first.query_heads}, {first.kv_heads} and {first.channels}. A uniform layout "
                 "needs the same in every layer; use layout per-layer."
             )
