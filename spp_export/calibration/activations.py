@@ -379,11 +379,7 @@ class SecondMoments:
         products = self._products[layer]
         for index, part in enumerate(values.split(self._block, dim=1)):
             size = part.shape[1]
-            total = products[index, :size, :size]
-            if total.device == part.device:
-                total.addmm_(part.T, part)
-            else:
-                total += (part.T @ part).to(total.device)
+            _add_products(products[index, :size, :size], part)
         if self._first.sees(layer):
             self.tokens += values.shape[0]
 
@@ -420,10 +416,57 @@ class LossMoments:
         self.second.see(layer, values.float() * lengths, text_T)
 
 
+class MixtureMoments:
+    """Second moments E[a a^T] [m,m] of what down_proj reads in some layers, in fp32, over a mixture
+    of texts: text i is of part `parts[i]`, and the tokens of a part share its weight.
+
+    They live where `SecondMoments` do.
+    """
+
+    place = "down"
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        batches: Sequence[TokenBatch],
+        parts: Sequence[int],
+        weights: Sequence[float],
+    ) -> None:
+        self.products: dict[int, Tensor] = {}
+        self._layers = frozenset(layers)
+        part_of_text = torch.tensor(parts)
+        tokens = torch.zeros(len(weights), dtype=torch.float64)
+        for batch in batches:
+            of_row = part_of_text[torch.tensor(batch.texts)]
+            tokens.index_add_(0, of_row, batch.attention_mask.sum(1).double())
+        share = torch.tensor(weights, dtype=torch.float64) / tokens.clamp(min=1)
+        self._scale = share.sqrt().float()[part_of_text]
+
+    def see(self, layer: int, values: Tensor, text_T: Tensor) -> None:
+        """Add the products of one batch [T,m]."""
+        if layer not in self._layers:
+            return
+        scale = self._scale[text_T.cpu()].to(values.device)
+        values = values.float() * scale[:, None]
+        width = values.shape[1]
+        if layer not in self.products:
+            home = _home(values.device, 4 * width**2)
+            self.products[layer] = torch.zeros((width, width), device=home)
+        _add_products(self.products[layer], values)
+
+
 def channel_block(channels: int) -> int:
     """Channels per block b of down_proj's second moments: the fewest near-equal blocks of at most
     `CHANNEL_BLOCK`."""
     return -(-channels // -(-channels // CHANNEL_BLOCK))
+
+
+def _add_products(total: Tensor, values: Tensor) -> None:
+    """Add the sum of a a^T over the rows of `values` [T,b] to `total` [b,b]."""
+    if total.device == values.device:
+        total.addmm_(values.T, values)
+    else:
+        total += (values.T @ values).to(total.device)
 
 
 def _home(device: torch.device, size: int) -> torch.device:

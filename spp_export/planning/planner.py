@@ -13,6 +13,7 @@ from spp_export.calibration.answers import scenario_traffic
 from spp_export.calibration.mixture import Mixing, WeightedTexts, calibration_parts
 from spp_export.calibration.reading import ScenarioText, token_texts
 from spp_export.calibration.stored import Kept
+from spp_export.calibration.whole import in_blocks, passes
 from spp_export.common.arrays import FloatArray
 from spp_export.common.errors import PlanError, UsageError
 from spp_export.common.versions import library_versions
@@ -42,7 +43,12 @@ from spp_export.planning.latency import LatencyTable
 from spp_export.planning.published import published_mask, published_text
 from spp_export.planning.request import PlanRequest
 from spp_export.planning.scoring import Scoring, UnitOptions, check_criterion
-from spp_export.planning.written import compensated_shape, kept_tensors, losing_roles
+from spp_export.planning.written import (
+    compensated_shape,
+    kept_tensors,
+    layers_losing,
+    losing_roles,
+)
 
 # A consumer loses inputs unless only the units of the other one may go.
 _LOSING = {Role.OUTPUT: "channels", Role.DOWN: "heads"}
@@ -186,12 +192,22 @@ class Planning:
                 "calibration_tokens": request.calibration_tokens,
                 "answer_tokens": _answer_tokens(session, request),
                 "answer_seed": request.seed,
+                **self._moments(layers),
             },
             predicted=sizes.to_dict(),
             versions=library_versions(),
             **provenance,
         )
         return PlanResult(compiled, shape, self.diagnosis, sizes)
+
+    def _moments(self, layers: Sequence[LayerPlan]) -> dict[str, str]:
+        """Of which moments of wide MLPs the re-fit is to be made."""
+        shape = self.session.source.shape
+        losing = layers_losing(layers, Role.DOWN, shape)
+        if self.request.compensate != "lstsq" or not losing or not in_blocks(shape):
+            return {}
+        whole = self.request.whole_moments and passes(self.session, len(losing))
+        return {"moments": "whole" if whole else "blocks"}
 
     def _layers(
         self, options: UnitOptions, budget: Budget

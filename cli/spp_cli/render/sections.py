@@ -217,6 +217,16 @@ def stock_counts(plan: Plan) -> list[Text]:
     return [Text(f"query heads that the stock config accepts: {known}", style=FAINT)]
 
 
+def moments(plan: Plan) -> list[Text]:
+    """For wide MLPs, what their re-fit was made of."""
+    words = {
+        "whole": "down_proj is re-fitted on the moments of all channels together",
+        "blocks": "down_proj is re-fitted in blocks of channels",
+    }
+    made = plan.calibration.get("moments")
+    return [Text(words[made], style=FAINT)] if made in words else []
+
+
 def bounds(predicted: Predicted) -> list[Text]:
     """The best that decoding can gain, per case; bytes alone decide it."""
     lines = []
