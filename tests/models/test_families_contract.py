@@ -86,8 +86,11 @@ def test_generation_is_that_of_the_masked_dense_model(pair: Pair) -> None:
     with pair.masked() as masked, torch.no_grad():
         assert bool(masked(**padded(masked)).logits.isfinite().all())
         expected = greedy(masked, use_cache=False).tolist()
+        cached = greedy(masked, use_cache=True).tolist()
+    # Rows with padding are others with a cache in transformers' own MiniMax.
+    assert cached == expected or pair.source.family.model_type == "minimax"
     slim = load(pair.slim)
-    assert greedy(slim, use_cache=True).tolist() == expected
+    assert greedy(slim, use_cache=True).tolist() == cached
     assert greedy(slim, use_cache=False).tolist() == expected
 
 
