@@ -146,7 +146,8 @@ class ModelShape:
     `without_channels` are the layers that have none. `head_rows` are the elements of one head in
     the tensors of queries and of keys, `head_inputs` what these read, 0 where it is head_dim and
     hidden_size; `cached` is what attention caches of a token for all heads together, 0 where it is
-    keys and values. `positions` are the rows of a table of positions, `embedding_size` is 0 where
+    keys and values. `beside` are names and shapes of tensors beside the decoder, such as those of a
+    tower of vision. `positions` are the rows of a table of positions, `embedding_size` is 0 where
     the embedding is as wide as the stream. `costs` come from the record; None counts the tensors of
     a Llama with these biases.
     """
@@ -177,6 +178,7 @@ class ModelShape:
     head_rows: tuple[int, int] = (0, 0)
     head_inputs: tuple[int, int] = (0, 0)
     cached: int = 0
+    beside: Tensors = ()
     positions: int = 0
     embedding_size: int = 0
     costs: Costs | None = None

@@ -21,8 +21,8 @@ from spp_export.common.errors import PlanError
 from spp_export.common.options import WINDOW
 from spp_export.data.artifacts import Artifacts
 from spp_export.data.scenario import Scenario
-from spp_export.models.checkpoint.checkpoint import Checkpoint
-from spp_export.models.checkpoint.reader import read_float, stored_tensors
+from spp_export.models.checkpoint.checkpoint import Checkpoint, written_tensors
+from spp_export.models.checkpoint.reader import read_float
 from spp_export.models.families import Feature, Role, TensorSpec
 from spp_export.models.session import Session
 from spp_export.models.shape import ModelShape
@@ -160,7 +160,7 @@ class Compensator:
         """
         if self._plan.compensation != "lstsq":
             return
-        stored = stored_tensors(directory)
+        stored = written_tensors(directory, self._source.family)
         for spec in self._losing():
             if spec.name in self._lost:
                 yield self._lost[spec.name]
