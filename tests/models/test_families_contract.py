@@ -154,9 +154,11 @@ def test_only_llamas_and_what_computes_as_they_do_have_no_features() -> None:
     for family in FAMILIES.values():
         assert (family.experts is not None) == (Feature.EXPERTS in family.features)
         assert (family.head_rows != ()) == (Feature.SINKS in family.features)
+        assert (family.mixers is not None) == (Feature.MIXERS in family.features)
+        assert (family.query_inputs != "") == (Feature.LATENT in family.features)
         assert (family.wide_norms != {}) == (Feature.WIDE_NORM in family.features)
         if family.experts:
-            assert len(family.projections) == 4
+            assert len(family.projections) == (3 if Feature.LATENT in family.features else 4)
             continue
         fused = len(family.projections) < (6 if family.gate == "" else 7)
         assert fused == (Feature.FUSED in family.features)
