@@ -257,6 +257,13 @@ def _check_family(source: Checkpoint, request: PlanRequest) -> None:
         )
     if request.compensate != "none":
         family.refuse((Feature.TRANSPOSED,), "compensation", "Use --compensate none.")
+    if request.policy == "published":
+        family.refuse((Feature.MIXERS, Feature.LATENT), "--policy published", "Use --policy exact.")
+    if source.shape.cached and (request.budget.cost == "kv-bytes" or request.max_kv_bytes):
+        raise PlanError(
+            f"a budget of KV bytes: {family.model_type} caches latents for all heads together, so "
+            "fewer heads cache as much. Plan by --keep or --max-params."
+        )
 
 
 def _check_answerable(session: Session, artifacts: Artifacts, request: PlanRequest) -> None:
