@@ -83,9 +83,8 @@ class Checkpoint:
     @property
     def dtype(self) -> str:
         """Stored dtype of the attention weights, as safetensors spells it ("BF16")."""
-        first = _first_query(self.family, self.tensors)
-        assert first is not None, "a model without attention"
-        return first.dtype
+        first = next(index for index, layer in enumerate(self.layers) if layer.has_attention)
+        return self.tensor(self.family.query, first).dtype
 
     @property
     def dtype_name(self) -> str:
@@ -234,7 +233,13 @@ def fingerprint(config: Mapping[str, Any], tensors: Iterable[StoredTensor]) -> s
 def _element_bytes(family: Family, stored: Mapping[str, StoredTensor]) -> int:
     """Element size of the first query weights; any size where `stored` lacks them, since the check
     of names then fails."""
-    tensor = _first_query(family, stored)
+    last = f".{family.query}.weight"
+    queries = (
+        tensor
+        for name, tensor in stored.items()
+        if name.startswith(f"{family.layers}.") and name.endswith(last)
+    )
+    tensor = next(queries, None)
     return ELEMENT_BYTES[tensor.dtype] if tensor else 2
 
 
@@ -405,11 +410,12 @@ def _slim_layers(
     kept = tuple(layer for layer in layers if layer is not None)
     if len(kept) < len(layers):
         raise wrong
-    if not any(layer.has_attention for layer in kept):
+    layers = shape.existing(kept)
+    if not any(layer.has_attention for layer in layers):
         raise ModelError(
             f"{path / 'config.json'}: no layer has attention heads. Write the export again."
         )
-    return kept
+    return layers
 
 
 def _slim_layer(entry: Any, family: Family, shape: ModelShape, sparse: bool) -> LayerShape | None:
