@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from transformers import CONFIG_MAPPING, AutoConfig
 from spp_export.evaluation.contract import Pair, greedy, make_slim, padded, tokens, write_random
 from spp_export.evaluation.contract import load_exact as load
 from spp_export.models.families import FAMILIES
+from spp_export.planning import LayerPlan
 
 __all__ = ["KNOWN", "Pair", "greedy", "load", "make_dense", "make_slim", "padded", "tokens"]
 
@@ -212,3 +215,18 @@ def settings_of(name: str, head_dim: int = 8, layers: int = 2) -> Any:
     if getattr(settings, "sliding_window", None):
         settings.sliding_window = 5
     return settings
+
+
+def emptied(
+    layers: Sequence[LayerPlan], attention: Collection[int], mlp: Collection[int]
+) -> tuple[LayerPlan, ...]:
+    """The layers, those listed without attention or without an MLP."""
+    return tuple(
+        replace(
+            layer,
+            kv_heads=() if index in attention else layer.kv_heads,
+            query_heads=() if index in attention else layer.query_heads,
+            channels=() if index in mlp else layer.channels,
+        )
+        for index, layer in enumerate(layers)
+    )

@@ -62,12 +62,13 @@ def vllm(
 
     if layout == "ragged":
         return Engine("vLLM", "no", "the KV groups of a layer must be alike: write it with --pad")
-    if layout == "per-layer" and not all(layer.has_attention and layer.has_mlp for layer in layers):
-        return Engine(
-            "vLLM", "no", "every layer must have attention and an MLP: plan --no-allow-empty-layers"
-        )
     if layout == "uniform" and model_type in VLLM:
         return expected("stock class")
+    if model_type in PLUGIN | BACKEND and not all(
+        layer.has_attention and layer.has_mlp for layer in layers
+    ):
+        how = "every layer must have attention and an MLP there: plan --no-allow-empty-layers"
+        return Engine("vLLM", "no", how)
     if layout != "uniform" and model_type in PLUGIN:
         return expected("0.29 or newer, --trust-remote-code, or with spp-export installed")
     if model_type in OWN_ATTENTION:

@@ -10,6 +10,7 @@ import gguf_cases
 import pytest
 from exporting import Workshop, read_config, refused, write_plan
 from factories import CASES, format_options, random_layers, shape_of
+from family_models import emptied
 from gguf_cases import add_merges
 from greedy import clear_prompt, random_prompts
 from pairs import few
@@ -20,7 +21,7 @@ from spp_export import GgufOptions, OnnxOptions
 from spp_export.common.errors import BudgetError, PlanError
 from spp_export.models.engines import engines_for
 from spp_export.models.loader import load_slim
-from spp_export.planning import LayerPlan, read_plan
+from spp_export.planning import read_plan
 
 CASE = {case.name: case for case in CASES}
 NAME = "llama-gqa-bias"
@@ -44,24 +45,10 @@ ROWS = [
 ]
 
 
-def without(layers: tuple[LayerPlan, ...], places: str) -> tuple[LayerPlan, ...]:
-    """The layers less attention and MLPs of these places."""
-    attention, mlp = PLACES[places]
-    gone = {"kv_heads": (), "query_heads": ()}
-    return tuple(
-        replace(
-            layer,
-            **(gone if index in attention else {}),
-            **({"channels": ()} if index in mlp else {}),
-        )
-        for index, layer in enumerate(layers)
-    )
-
-
 def planned(tmp_path: Path, name: str, places: str, **changes: object) -> tuple[Path, Path]:
     """A dense checkpoint, and a plan in a file."""
     dense = add_merges(CASE[name].make(tmp_path))
-    layers = without(random_layers(shape_of(dense), 5), places)
+    layers = emptied(random_layers(shape_of(dense), 5), *PLACES[places])
     return dense, write_plan(tmp_path / "asked.json", dense, layers, **changes)
 
 
@@ -113,7 +100,7 @@ def test_genai_says_what_the_slim_model_says(tmp_path):
 @pytest.mark.parametrize("compensate", ["lstsq", "bias"])
 def test_what_goes_as_a_whole_is_compensated(workshop: Workshop, tmp_path, compensate):
     """By a bias the mean write of all heads stays; a re-fit has nothing left to fit."""
-    layers = without(random_layers(shape_of(workshop.dense(NAME)), 5), "middle")
+    layers = emptied(random_layers(shape_of(workshop.dense(NAME)), 5), *PLACES["middle"])
     plan = write_plan(tmp_path / "p.json", workshop.dense(NAME), layers, compensation=compensate)
     result = workshop.export(NAME, tmp_path / "out", plan=plan, keep=None)
     assert result.report["passed"]
@@ -123,7 +110,7 @@ def test_what_goes_as_a_whole_is_compensated(workshop: Workshop, tmp_path, compe
 
 
 def test_report_card_and_show_say_which(workshop: Workshop, tmp_path, capsys):
-    layers = without(random_layers(shape_of(workshop.dense(NAME)), 5), "middle")
+    layers = emptied(random_layers(shape_of(workshop.dense(NAME)), 5), *PLACES["middle"])
     plan = write_plan(tmp_path / "p.json", workshop.dense(NAME), layers)
     workshop.export(NAME, tmp_path / "out", plan=plan, keep=None)
     words = ("ayers 1, 2 keep no attention, and nothing in the KV cache", "ayers 0, 1 keep no MLP")
@@ -136,7 +123,9 @@ def test_report_card_and_show_say_which(workshop: Workshop, tmp_path, capsys):
     config = read_config(tmp_path / "out")
     shapes = [layer.shape(shape_of(workshop.dense(NAME))) for layer in layers]
     assert config["num_attention_heads_per_layer"] == [shape.query_heads for shape in shapes]
-    (vllm,) = [engine for engine in engines_for("per-layer", shapes) if engine.name == "vLLM"]
+    (vllm,) = [
+        engine for engine in engines_for("llama", "per-layer", shapes) if engine.name == "vLLM"
+    ]
     assert (vllm.loads, "--no-allow-empty-layers" in vllm.how) == ("no", True)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from factories import random_layers
-from family_models import KNOWN, Pair, greedy, load, make_dense, tokens
+from family_models import KNOWN, Pair, emptied, greedy, load, make_dense, tokens
 from transformers import DynamicCache, PreTrainedModel
 
 from spp_export.common.errors import ModelError, PlanError
@@ -23,7 +23,6 @@ from spp_export.common.progress import quiet_transformers
 from spp_export.evaluation.contract import slice_by
 from spp_export.models.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_source
 from spp_export.models.families import FAMILIES
-from spp_export.planning import LayerPlan
 from spp_export.slicing.config import slim_config
 
 ABLE = [name for name in KNOWN if not FAMILIES[name].no_empty_layers("heads")]
@@ -40,19 +39,6 @@ PLACES = {
 MANY = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "granite", "cohere2", "exaone4")
 
 
-def without(layers: tuple[LayerPlan, ...], places: str, *, mlps: bool) -> tuple[LayerPlan, ...]:
-    """The layers less the attention and the MLPs of these places."""
-    attention, mlp = PLACES[places]
-    return tuple(
-        replace(
-            layer,
-            **({"kv_heads": (), "query_heads": ()} if index in attention else {}),
-            **({"channels": ()} if index in mlp and mlps else {}),
-        )
-        for index, layer in enumerate(layers)
-    )
-
-
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Pair]:
     root = tmp_path_factory.mktemp("empty")
@@ -65,7 +51,9 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Pair]
     def pair(name: str, places: str) -> Pair:
         source = dense(name)
         cut = not source.family.experts
-        layers = without(random_layers(source.shape, 3, channels=cut), places, mlps=cut)
+        attention, mlp = PLACES[places]
+        layers = random_layers(source.shape, 3, channels=cut)
+        layers = emptied(layers, attention, mlp if cut else ())
         return slice_by(layers, source, "per-layer", root / f"{name}-{places}")
 
     return pair
@@ -169,7 +157,7 @@ def test_gradients_pass_through(make: Callable[[str, str], Pair]) -> None:
 
 def test_families_whose_attention_has_no_size_of_heads_refuse_by_name(tmp_path: Path) -> None:
     source = open_source(make_dense("gpt_neox", tmp_path / "dense", layers=4))
-    layers = without(random_layers(source.shape, 3), "ends", mlps=False)
+    layers = emptied(random_layers(source.shape, 3), (0, 3), ())
     with pytest.raises(PlanError, match="layer 0: the plan keeps no heads, and attention of gpt_n"):
         slice_by(layers, source, "per-layer", tmp_path / "slim")
 

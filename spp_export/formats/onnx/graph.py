@@ -123,6 +123,10 @@ class _Builder:
         else:
             written = self._bias_alone(stream, Role.OUTPUT, index, 0, "attention")
         if not self._decoder.layers[index].has_mlp:
+            if parallel and not attention and not family.mlp_norm:
+                # The checkpoint has the norm that both would read; here nothing reads it.
+                _, stream = self._norm(stream, added, family.attention_norm, index)
+                added = None
             both = self._sum(added, written, f"layers.{index}.attention/added")
             written = self._bias_alone(stream, Role.DOWN, index, 1, "mlp")
             return stream, self._sum(both, written, f"layers.{index}.mlp/added"), cache
@@ -137,10 +141,11 @@ class _Builder:
 
     def _bias_alone(self, stream: Any, role: Role, layer: int, which: int, name: str) -> Any:
         """What attention without heads, or an MLP without channels, adds to the stream: the bias of
-        its last projection; None where there is none."""
+        its last projection, through the norm, if any, that the family has there; None where there
+        is neither."""
         family, g = self._decoder.family, self._g
         bias = self._decoder.bias(family.projection(role), layer)
-        if bias is None and not (family.write_norms and family.norm_bias):
+        if bias is None and not family.write_norms:
             return None
         place = f"layers.{layer}.{'o_proj' if role is Role.OUTPUT else 'down_proj'}"
         written = g.op("Sub", [stream, stream], f"{place}/nothing", self._hidden)

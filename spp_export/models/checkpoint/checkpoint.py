@@ -410,12 +410,12 @@ def _slim_layers(
     kept = tuple(layer for layer in layers if layer is not None)
     if len(kept) < len(layers):
         raise wrong
-    layers = shape.existing(kept)
-    if not any(layer.has_attention for layer in layers):
+    existing = shape.existing(kept)
+    if not any(layer.has_attention for layer in existing):
         raise ModelError(
             f"{path / 'config.json'}: no layer has attention heads. Write the export again."
         )
-    return layers
+    return existing
 
 
 def _slim_layer(entry: Any, family: Family, shape: ModelShape, sparse: bool) -> LayerShape | None:
