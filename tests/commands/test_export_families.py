@@ -123,11 +123,11 @@ def test_what_is_beside_heads_stays_and_every_command_says_so(
     write_tokenizer(dense)
     model = ("--model", dense)
     artifacts, out = tmp_path / "artifacts", tmp_path / "slim"
-    answers = ("--answer-tokens", "0")
+    units = ("--units", "both" if family == "qwen3_5_text" else "heads")
+    answers = ("--answer-tokens", "0", *units)
     command("probe", "--pools", workshop.pools, *model, *answers, "-o", artifacts)
     asked = ("--artifacts", artifacts, "--keep", "0.6", *answers)
-    if family == "qwen3_5_text":
-        asked = (*asked, "--units", "both", "--width-multiple", "8", "--layout", "ragged")
+    asked = (*asked, "--width-multiple", "8", "--layout", "ragged")
     command("export", "--scenario", workshop.scenario, *model, *asked, "-o", out)
     assert json.loads((out / "verify.json").read_text())["passed"]
 
@@ -152,4 +152,5 @@ def test_what_is_beside_heads_stays_and_every_command_says_so(
     facts = json.loads(capsys.readouterr().out)["facts"]
     parts = {part["part"]: part["parameters"] for part in facts["stays"]}
     assert parts[source.family.mixers.name] == source.shape.mixer_parameters
-    assert facts["can_go"][0]["layers"] == sum(source.shape.has_heads)
+    (heads,) = (unit["layers"] for unit in facts["can_go"] if unit["unit"] == "query heads")
+    assert heads == sum(source.shape.has_heads)
