@@ -72,7 +72,9 @@ class PlanResult:
     @property
     def engines(self) -> tuple[Engine, ...]:
         """Engines that will, or will not, load what the plan describes."""
-        return engines_for(self.plan.written_layout, self.plan.written_shapes(self.shape))
+        shape, layers = self.shape, self.plan.written_shapes(self.shape)
+        layout = self.plan.written_layout
+        return engines_for(shape.model_type, layout, layers, experts=bool(shape.experts))
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`: `plan` is the document that `--plan` reads."""

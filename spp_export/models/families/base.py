@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from spp_export.common.errors import ModelError, PlanError
 from spp_export.common.json_files import shown
+from spp_export.models.families.computed import Computed
 from spp_export.models.families.experts import Experts, product
 from spp_export.models.families.mixers import Mixers
 from spp_export.models.families.nested import decoder_settings
@@ -143,6 +144,8 @@ class Family:
     architecture: str
     # What its attention, MLP or logits compute otherwise than Llama's.
     features: frozenset[Feature] = frozenset()
+    # How, for other engines than transformers; None where none is told.
+    computed: Computed | None = None
     # Biases of q, k and v, of o, of the MLP's projections.
     qkv_bias: Flag = False
     output_bias: Flag = False
@@ -376,11 +379,13 @@ class Family:
 
     def refuse(self, unknown: Collection[Feature], what: str, instead: str) -> None:
         """ModelError if this family computes one of these things, which `what` does not know."""
-        for feature in sorted(self.features & set(unknown)):
-            raise ModelError(
-                f"{what} does not know {feature.value}, which {self.model_type} models have. "
-                f"{instead}"
-            )
+        if refusal := self.refusal(unknown, what):
+            raise ModelError(f"{refusal}, which {self.model_type} models have. {instead}")
+
+    def refusal(self, unknown: Collection[Feature], what: str) -> str | None:
+        """What `refuse` says begins with this; None where it says nothing."""
+        features = sorted(self.features & set(unknown))
+        return f"{what} does not know {features[0].value}" if features else None
 
     def check_units(self, units: str) -> None:
         """ModelError where other units than heads are to go, and the MLPs are not cut."""
@@ -685,6 +690,16 @@ class Family:
             window if kind == "sliding_attention" else None
             for kind in config.layer_types[:num_layers]
         )
+
+    @property
+    def uniform(self) -> Literal["all", "channels", "experts", ""]:
+        """What can go where all layers are alike, if the stock config takes no other number of
+        heads than the dense model's; "" is nothing."""
+        if not self.derived_head_dim:
+            return "all"
+        if self.experts:
+            return "experts"
+        return "channels" if self.keys.get("intermediate_size", "any") else ""
 
     def stock_accepts(self, shape: ModelShape) -> Callable[[int], bool]:
         """Whether the family's stock config takes a count of query heads, for layout `uniform`."""
