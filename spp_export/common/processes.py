@@ -147,6 +147,21 @@ def add(tensors: Iterable[Tensor]) -> None:
             tensor.copy_(there)
 
 
+def whole(part: Tensor) -> Tensor:
+    """What every rank has a part of, joined in their order along the last axis.
+
+    The parts have one shape; every rank calls this at once.
+    """
+    import torch
+    import torch.distributed as dist
+
+    part = part.contiguous()
+    parts = [torch.empty_like(part) for _ in range(_here.size)]
+    with _Together():
+        _wait(dist.all_gather(parts, part, async_op=True))
+    return torch.cat(parts, dim=-1)
+
+
 def work(explain: Callable[[Exception], tuple[str, int]]) -> int:
     """Do what rank 0 asks until it ends; the exit status. `explain` gives what a user reads of an
     error, which rank 0 says, and its exit status."""

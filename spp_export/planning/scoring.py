@@ -55,7 +55,7 @@ def default_criterion(
     usual = DEFAULT_CRITERION[compensation]
     known = artifacts.dialogues and all(one.gradients is not None for one in artifacts.dialogues)
     # Spread over devices, some weights may have none.
-    in_memory = session.device != "auto" and not session.from_disk
+    in_memory = session.device != "auto" and not session.reads_from_disk
     at_hand = known and in_memory and answer_tokens > 0
     # Shares of budgets are quotients, which round.
     moderate = removed <= _MOST_REMOVED + 1e-6
@@ -66,7 +66,7 @@ def check_criterion(session: Session, artifacts: Artifacts, name: str, units: Un
     """UsageError where this model or these artifacts cannot be scored by a criterion, before
     anything is gathered for it."""
     needs = CRITERIA[name].needs if name in CRITERIA else frozenset({Need.GRADIENTS})
-    if needs & {Need.GRADIENTS, Need.LOSS} and session.from_disk:
+    if needs & {Need.GRADIENTS, Need.LOSS} and session.reads_from_disk:
         raise UsageError(
             f"--criterion {name}: needs every weight in memory, and this model runs layer by "
             "layer. Choose another criterion, or --no-layerwise."
