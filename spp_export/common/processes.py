@@ -101,6 +101,13 @@ def rank() -> int:
     return _here.rank
 
 
+def lone_environment() -> dict[str, str]:
+    """The environment of a child that is no rank, though this process may be one."""
+    own = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    kept = {name: value for name, value in os.environ.items() if name not in own}
+    return {name: value for name, value in kept.items() if not name.startswith("TORCHELASTIC_")}
+
+
 def answering(function: Called) -> Called:
     """Let other ranks be asked for a function of this package."""
     _answering[_name(function)] = function
