@@ -53,15 +53,15 @@ def planned(
 
 
 def farthest(found: Mapping[str, Mapping[str, Any]], one: Mapping[str, Mapping[str, Any]]) -> float:
-    """The largest distance between tensors, as a share of the tensor's length."""
+    """The largest distance between tensors, as a share of their length."""
     if found.keys() != one.keys():
         raise SystemExit("statistics of other texts were gathered")
-    distances = (
-        float(np.linalg.norm(found[file][name] - values) / max(np.linalg.norm(values), 1e-30))
-        for file, tensors in one.items()
-        for name, values in tensors.items()
-    )
-    return max(distances)
+    shares = [0.0]
+    for file, tensors in one.items():
+        for name, values in tensors.items():
+            length = float(np.linalg.norm(values))
+            shares.append(float(np.linalg.norm(found[file][name] - values)) / (length or 1.0))
+    return max(shares)
 
 
 def killed(place: Path, scenario: str) -> list[str]:

@@ -1,10 +1,10 @@
 """What `spp probe` and `spp export` of a large model take on many cards: bytes, passes and time.
 
-`python -m spp_campaigns.estimate` prints tables for Llama-3.1-405B on 8 machines of 8 cards. Nothing
-is measured: sizes follow from the model's config and from this repository's own limits, times from
-them and from the rates of the hardware, all of which are options. There are two ways to run: `map`,
-where a process on every machine spreads the model over its cards, which work one after the other;
-and `tensor` on one machine, whose cards work together.
+`python -m spp_campaigns.estimate` prints tables for Llama-3.1-405B on 8 machines of 8 cards.
+Nothing is measured: sizes follow from the model's config and from this repository's own limits,
+times from them and from the rates of the hardware, all of which are options. There are two ways to
+run: `map`, where a process on every machine spreads the model over its cards, which work one after
+the other; and `tensor` on one machine, whose cards work together.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from spp_export.calibration.engines.batches import steps
 from spp_export.common.json_files import read_json
 from spp_export.common.options import DEFAULT_ANSWER_TOKENS, DEFAULT_CALIBRATION_TOKENS, WINDOW
 from spp_export.domains.probe_model import DIALOGUES
-from spp_export.models.checkpoint.checkpoint import family_of
+from spp_export.models.families import family_of
 from spp_export.models.shape import ModelShape
 
 LLAMA_405B = Published(
@@ -109,7 +109,7 @@ def command_seconds(shape: ModelShape, work: Work, way: Way, on: Hardware) -> di
     weights = _ELEMENT_BYTES * shape.parameters(shape.layers)
     rate = way.processes * way.busy * on.operations * on.reached
     tokens = work.forward + _WITH_BACKWARD * work.backward
-    rounds = -(-steps(work.prompts, DEFAULT_ANSWER_TOKENS) // way.processes)
+    rounds = -(-steps(work.prompts, 1) // way.processes) * DEFAULT_ANSWER_TOKENS
     sums = work.collections * sums_bytes(shape, work.kinds)
     return {
         "weights from disk": weights / on.disk,

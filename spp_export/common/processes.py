@@ -183,6 +183,7 @@ def work(explain: Callable[[Exception], tuple[str, int]]) -> int:
         kind = type(error).__name__ if isinstance(error, SppError) else SppError.__name__
         _say(error=kind, message=message)
     else:
+        _say(status=status)
         return status
     if lost := failure():
         raise lost
@@ -193,14 +194,20 @@ def finish(status: int) -> None:
     """Rank 0 is done, by this exit status: the others end by the same."""
     if _here.size == 1 or _here.rank:
         return
-    import torch
-
-    with suppress(Exception):  # they see the connection close
+    with suppress(Exception):  # then torchrun ends them
         _say(status=status)
         if _here.control is None:
             _here.store.set(_START, str(status))
-        elif not status:  # else they may be in the middle of something
+        elif status:  # they may be in the middle of something, and see the connection close
+            return
+        else:
+            import torch
+
             _broadcast(torch.tensor([0, status]))
+        # Where no agent of torchrun keeps the words, they go with this process.
+        until = time.monotonic() + _GRACE_S
+        while time.monotonic() < until and not all(map(_word_of, range(_here.size))):
+            time.sleep(_LOOK_S)
 
 
 def say_terminated() -> None:
