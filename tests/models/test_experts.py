@@ -47,6 +47,8 @@ def test_which_layers_have_experts_is_as_config_json_says() -> None:
     assert layers_with_experts("qwen3_moe", decoder_sparse_step=2) == [1]
     assert layers_with_experts("qwen3_moe", mlp_only_layers=[0, 1]) == [2]
     assert layers_with_experts("glm4_moe", first_k_dense_replace=2) == [2]
+    assert layers_with_experts("llama4_text", interleave_moe_layer_step=3) == [2]
+    assert layers_with_experts("llama4_text", moe_layers=[0, 1]) == [0, 1]
     assert layers_with_experts("ernie4_5_moe") == [1, 2]
     assert layers_with_experts("ernie4_5_moe", moe_layer_end_index=1) == [1]
 
