@@ -24,6 +24,7 @@ from spp_export.common.options import WINDOW
 from spp_export.common.progress import progress
 from spp_export.models.families import Family, Feature
 from spp_export.models.layerwise import stream_of
+from spp_export.models.routing import expert_block, routed_writes, router_of
 
 _BATCH_TOKENS = 2048
 # Most channels in one diagonal block of second moments: beyond it the matrix of all of them costs
@@ -71,6 +72,8 @@ class Observer(Protocol):
     - "mlp_input": the normed stream that gate and up read, [T,d]
     - "down": the input of down_proj, [T,I]
     - "stream": the stream after the MLP, [T,d]
+    - "experts": how much each expert writes for a token, `routed_writes` [T,E], in layers that have
+      any
     - "residual_per_write", "stream_per_write": the same two, in units of what o_proj and down_proj
       write: where a norm is between, longer by as much as it shortens the writes
 
@@ -265,6 +268,10 @@ def _hooks(
                     norm = layer.get_submodule(family.write_norms[place == "stream"])
                     handles.append(norm.register_forward_hook(gain.take))
                     shown = partial(gain.show, shown)
+                if place == "experts":
+                    if block := expert_block(model, family, index):
+                        handles.append(_hook_experts(block, shown))
+                    continue
                 if read.get(place) == "":
                     family.refuse((Feature.EXPERTS,), f"reading {place}", "Use --units heads.")
                 if place in read:
@@ -277,6 +284,18 @@ def _hooks(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _hook_experts(block: nn.Module, shown: Callable[[Tensor], None]) -> Any:
+    """Show what each expert of a block writes."""
+    router = router_of(block)
+    assert router is not None
+    count = len(next(router.parameters()))  # a row for each
+
+    def show_writes(experts: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        shown(routed_writes(experts, inputs, output, count))
+
+    return block.get_submodule("experts").register_forward_hook(show_writes)
 
 
 class _Gain:
@@ -327,6 +346,24 @@ class MeanSquares:
         self.sums[layer] += values.float().square().sum(0).cpu()
         if layer == 0:
             self.tokens += values.shape[0]
+
+
+class ExpertWrites:
+    """Sums over tokens of what experts write [T,E]: `squares` [L,E] of lengths, `lengths` [L,E],
+    and `routed` [L,E], how many tokens each expert writes something for."""
+
+    def __init__(self, layers: int, experts: int) -> None:
+        self.place = "experts"
+        self.squares, self.lengths, self.routed = torch.zeros(
+            (3, layers, experts), dtype=torch.float64
+        )
+
+    def see(self, layer: int, values: Tensor, text_T: Tensor) -> None:
+        """Add one batch."""
+        squares = values.double().cpu()
+        self.squares[layer] += squares.sum(0)
+        self.lengths[layer] += squares.sqrt().sum(0)
+        self.routed[layer] += (squares > 0).sum(0)
 
 
 class SecondMoments:

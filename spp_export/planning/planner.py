@@ -23,7 +23,7 @@ from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.engines import Engine, engines_for
 from spp_export.models.families import Feature, Role
 from spp_export.models.session import Session
-from spp_export.models.shape import ModelShape
+from spp_export.models.shape import Kind, ModelShape, includes
 from spp_export.planning import (
     LayerPlan,
     Plan,
@@ -35,7 +35,7 @@ from spp_export.planning import (
     forced_heads,
     options_of,
 )
-from spp_export.planning.allocate.options import channel_options
+from spp_export.planning.allocate.options import channel_options, expert_options
 from spp_export.planning.bound import Predicted, predicted
 from spp_export.planning.budget import Budget, unit_cost
 from spp_export.planning.latency import LatencyTable
@@ -44,8 +44,8 @@ from spp_export.planning.request import PlanRequest
 from spp_export.planning.scoring import Scoring, UnitOptions, check_criterion
 from spp_export.planning.written import compensated_shape, kept_tensors, losing_roles
 
-# A consumer loses inputs unless only the units of the other one may go.
-_LOSING = {Role.OUTPUT: "channels", Role.DOWN: "heads"}
+# The units that a consumer reads, and loses inputs with.
+_LOSING: dict[Role, Kind] = {Role.OUTPUT: "heads", Role.DOWN: "channels"}
 
 
 _PUBLISHED_IMPORTANCE = "head/published"
@@ -209,6 +209,7 @@ class Planning:
             breadth=self.diagnosis.breadth,
             latency=self.latency,
             tensor_parallel=request.tp,
+            experts=options.experts,
         )
         # What lost nothing after all gets no bias.
         losing = losing_roles(layers, source.shape)
@@ -225,7 +226,7 @@ def _answer_tokens(session: Session, request: PlanRequest) -> int:
 
 def _largest_written(session: Session, request: PlanRequest) -> ModelShape:
     """The shape that is written where every consumer that may lose inputs does."""
-    losing = frozenset(role for role, units in _LOSING.items() if request.units != units)
+    losing = frozenset(role for role, kind in _LOSING.items() if includes(request.units, kind))
     return compensated_shape(session.source, request.layout, request.compensate, losing)
 
 
@@ -243,7 +244,7 @@ def _check_family(source: Checkpoint, request: PlanRequest) -> None:
 
 def _check_answerable(session: Session, artifacts: Artifacts, request: PlanRequest) -> None:
     """What these artifacts and this model have no answer to, before a text is read."""
-    session.source.family.check_units(request.units)
+    session.source.family.check_units(request.units, session.source.shape)
     if request.regime is not None:
         check_regime(artifacts, request.regime)
     if request.policy == "published":
@@ -277,9 +278,10 @@ def _check_budget(
     forced = forced_heads(artifacts.whitelist, shape)
     heads = options_of(request.layout)(scores_LH, shape, forced)
     channels = channel_options(scores_LI, shape, request.width_multiple)
+    experts = expert_options(np.zeros((sum(shape.sparse), shape.experts)), shape)
     check_feasible(
-        None if request.units == "channels" else heads,
-        None if request.units == "heads" else channels,
+        heads if includes(request.units, "heads") else None,
+        channels if includes(request.units, "channels") else None,
         shape if request.max_params is None else written,
         request.budget,
         request.layout,
@@ -287,6 +289,7 @@ def _check_budget(
         breadth=breadth,
         latency=latency,
         tensor_parallel=request.tp,
+        experts=experts if includes(request.units, "experts") else None,
     )
 
 
