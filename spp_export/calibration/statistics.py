@@ -104,8 +104,8 @@ class LayerStatistics:
     weights: LayerWeights
     attention: AttentionInputs | None = None
     mlp: MlpInputs | None = None
-    experts: ExpertOutputs | None = None
     gradients: Gradients | None = None
     axis: Axis | None = None
     seed: int = 0
+    experts: ExpertOutputs | None = None
     expert_count: int = 0

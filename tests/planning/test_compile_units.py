@@ -354,7 +354,7 @@ def test_options_must_be_of_the_budget_s_units():
         (Budget(keep=0.9, units="both"), (heads, None)),
         (Budget(keep=0.9, units="channels"), (heads, channels)),
     ]:
-        with pytest.raises(AssertionError, match="options of other units"):
+        with pytest.raises(AssertionError, match=r"options of (heads|channels)"):
             compile_units(*given, SMALL, budget)
 
 
