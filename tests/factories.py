@@ -85,7 +85,7 @@ def make_checkpoint(
     size = sum(parameter.nbytes for parameter in model.parameters())
     with quiet_transformers():
         model.save_pretrained(target, max_shard_size=math.ceil(size / shards) + (shards == 1))
-    _write_tokenizer(target)
+    write_tokenizer(target)
     return target
 
 
@@ -116,7 +116,7 @@ def _randomise(model: PreTrainedModel, seed: int) -> None:
                 parameter.copy_(gain * noise / math.sqrt(parameter.shape[-1]))
 
 
-def _write_tokenizer(target: Path) -> None:
+def write_tokenizer(target: Path) -> None:
     """A byte-level tokenizer without merges: any text, one token per byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: index for index, token in enumerate([PAD, BOS, EOS, *alphabet, UNKNOWN])}

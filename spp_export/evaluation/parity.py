@@ -195,8 +195,8 @@ def check_causality(slim: nn.Module, batch: TokenBatch) -> Check:
     ids = _first_row(slim, batch)
     half = max(ids.shape[1] // 2, 1)
     changed = ids.clone()
-    vocabulary: Any = slim.config
-    changed[:, half:] = (ids[:, half:] + 1) % vocabulary.vocab_size
+    settings: Any = slim.config
+    changed[:, half:] = (ids[:, half:] + 1) % settings.get_text_config().vocab_size
     whole, other = (
         logits[:, :half]
         for logits in logits_of_calls(

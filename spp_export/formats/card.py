@@ -54,8 +54,9 @@ def model_card(
     license_name: str | None,
 ) -> str:
     """README.md of a slim checkpoint, with the metadata that model hubs read."""
-    metadata = _metadata(plan.model_source, "transformers", ["pruned", "spp"], license_name)
-    parts = _plan_parts(plan, shape, sizes)
+    sees = bool(shape.beside)
+    metadata = _metadata(plan.model_source, "transformers", ["pruned", "spp"], license_name, sees)
+    parts = _plan_parts(plan, shape, sizes) | {"sees": sees}
     return _render(name, metadata, checks, _MASKED, engines, **parts)
 
 
@@ -125,7 +126,7 @@ def _render(
     **parts: Any,
 ) -> str:
     """The card; a format's own parts are `form`, `base_model`, `stored` and `attention`."""
-    unused = dict.fromkeys(("plan", "sizes", "form", "stored", "attention"))
+    unused = dict.fromkeys(("plan", "sizes", "form", "stored", "attention", "sees"))
     return _template().render(
         unused | parts,
         name=name,
@@ -167,7 +168,13 @@ def _template() -> Template:
     return environment.from_string(text)
 
 
-def _metadata(base_model: str, library: str, tags: Sequence[str], license_name: str | None) -> str:
+def _metadata(
+    base_model: str,
+    library: str,
+    tags: Sequence[str],
+    license_name: str | None,
+    sees: bool = False,
+) -> str:
     """The YAML that model hubs read."""
     from huggingface_hub import ModelCardData
 
@@ -175,7 +182,7 @@ def _metadata(base_model: str, library: str, tags: Sequence[str], license_name: 
         base_model=hub_id(base_model),
         library_name=library,
         license=_printable(license_name) if license_name else None,
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if sees else "text-generation",
         tags=list(tags),
     )
     return data.to_yaml()
@@ -215,6 +222,9 @@ def _plan_parts(
         "query heads": [len(layer.query_heads) for layer in plan.layers],
         "KV heads": [len(layer.kv_heads) for layer in plan.layers],
         "MLP channels": [len(x.channels) for x in plan.layers if x.channels is not None],
+        "experts, of layers that lose some": [
+            len(x.experts) for x in plan.layers if x.experts is not None
+        ],
     }
     realised = _numbers(plan.budget.get("realised"))
     hashes = {"Scenario": plan.scenario.get("sha256"), "Artifacts": plan.artifacts.get("sha256")}
@@ -242,6 +252,7 @@ def _size_parts(plan: Plan, shape: ModelShape, predicted: Predicted) -> dict[str
     layers = plan.layer_shapes(shape)
     heads = sum(layer.query_heads for layer in layers)
     channels = sum(layer.channels for layer in layers)
+    experts, whole_experts = (sum(shape.experts_in(of)) for of in (layers, shape.layers))
     whole_heads, whole_channels = (
         size * shape.num_layers for size in (shape.query_heads, shape.channels)
     )
@@ -249,10 +260,16 @@ def _size_parts(plan: Plan, shape: ModelShape, predicted: Predicted) -> dict[str
         ("parameters", predicted.dense_parameters, predicted.parameters),
         ("KV cache, bytes per token", predicted.dense_kv_bytes, predicted.kv_bytes),
         ("query heads", whole_heads, heads),
-        ("MLP channels", whole_channels, channels),
+        ("experts", whole_experts, experts)
+        if whole_experts
+        else ("MLP channels", whole_channels, channels),
     ]
     written = sum(layer.query_heads for layer in plan.written_shapes(shape))
-    cut = {"attention heads": heads < whole_heads, "MLP channels": channels < whole_channels}
+    cut = {
+        "attention heads": heads < whole_heads,
+        "MLP channels": channels < whole_channels,
+        "experts": experts < whole_experts,
+    }
     return {
         "cut": " and ".join(name for name, is_cut in cut.items() if is_cut) or "parts",
         "sizes": [(name, f"{dense:,}", f"{slim:,}") for name, dense, slim in rows],

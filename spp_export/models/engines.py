@@ -43,14 +43,18 @@ def engines_for(layout: str, layers: Sequence[LayerShape]) -> tuple[Engine, ...]
             Engine("SGLang", "expected", "stock class; not run here"),
         )
     same_kv = len({layer.kv_heads for layer in layers}) == 1
+    fewer = any(layer.dropped_experts for layer in layers)
+    vllm_says = "one number of experts for all layers" if fewer else ""
+    if layout == "ragged":
+        vllm_says = "the KV groups of a layer must be alike: write it with --pad"
     return (
         Engine(
             "transformers",
             "yes",
             "4.57 or newer: trust_remote_code=True, or after import spp_export",
         ),
-        Engine("vLLM", "no", "the KV groups of a layer must be alike: write it with --pad")
-        if layout == "ragged"
+        Engine("vLLM", "no", vllm_says)
+        if vllm_says
         else Engine(
             "vLLM",
             "expected",

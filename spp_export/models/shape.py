@@ -133,9 +133,10 @@ class ModelShape:
     `switches` are further flags of the record that config.json turns on. `mlps` are, layer by
     layer, the tensors of experts and of MLPs beside them; empty where no layer has experts. A layer
     with experts has `experts`, and a token is routed to `experts_per_token` of them, in groups of
-    them where `grouped_experts`. `positions` are the rows of a table of positions, `embedding_size`
-    is 0 where the embedding is as wide as the stream. `costs` come from the record; None counts the
-    tensors of a Llama with these biases.
+    them where `grouped_experts`. `beside` are names and shapes of tensors beside the decoder, such
+    as those of a tower of vision. `positions` are the rows of a table of positions,
+    `embedding_size` is 0 where the embedding is as wide as the stream. `costs` come from the
+    record; None counts the tensors of a Llama with these biases.
     """
 
     model_type: str
@@ -158,6 +159,7 @@ class ModelShape:
     experts: int = 0
     experts_per_token: int = 0
     grouped_experts: bool = False
+    beside: tuple[tuple[str, tuple[int, ...]], ...] = ()
     positions: int = 0
     embedding_size: int = 0
     costs: Costs | None = None

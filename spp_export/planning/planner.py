@@ -13,6 +13,7 @@ from spp_export.calibration.answers import scenario_traffic
 from spp_export.calibration.mixture import Mixing, WeightedTexts, calibration_parts
 from spp_export.calibration.reading import ScenarioText, token_texts
 from spp_export.calibration.stored import Kept
+from spp_export.calibration.whole import in_blocks, passes
 from spp_export.common.arrays import FloatArray
 from spp_export.common.errors import PlanError, UsageError
 from spp_export.common.versions import library_versions
@@ -42,7 +43,12 @@ from spp_export.planning.latency import LatencyTable
 from spp_export.planning.published import published_mask, published_text
 from spp_export.planning.request import PlanRequest
 from spp_export.planning.scoring import Scoring, UnitOptions, check_criterion
-from spp_export.planning.written import compensated_shape, kept_tensors, losing_roles
+from spp_export.planning.written import (
+    compensated_shape,
+    kept_tensors,
+    layers_losing,
+    losing_roles,
+)
 
 # The units that a consumer reads, and loses inputs with.
 _LOSING: dict[Role, Kind] = {Role.OUTPUT: "heads", Role.DOWN: "channels"}
@@ -169,7 +175,7 @@ class Planning:
                 },
             }
         sizes = predicted(shape, [layer.shape(shape) for layer in layers], written, self.latency)
-        remarks = list(session.source.family.remarks)
+        remarks = [*session.source.family.remarks, *_on_experts(shape, layers)]
         compiled = Plan(
             session.source.fingerprint,
             session.source.name,
@@ -186,12 +192,22 @@ class Planning:
                 "calibration_tokens": request.calibration_tokens,
                 "answer_tokens": _answer_tokens(session, request),
                 "answer_seed": request.seed,
+                **self._moments(layers),
             },
             predicted=sizes.to_dict(),
             versions=library_versions(),
             **provenance,
         )
         return PlanResult(compiled, shape, self.diagnosis, sizes)
+
+    def _moments(self, layers: Sequence[LayerPlan]) -> dict[str, str]:
+        """Of which moments of wide MLPs the re-fit is to be made."""
+        shape = self.session.source.shape
+        losing = layers_losing(layers, Role.DOWN, shape)
+        if self.request.compensate != "lstsq" or not losing or not in_blocks(shape):
+            return {}
+        whole = self.request.whole_moments and passes(self.session, len(losing))
+        return {"moments": "whole" if whole else "blocks"}
 
     def _layers(
         self, options: UnitOptions, budget: Budget
@@ -216,6 +232,18 @@ class Planning:
         written = compensated_shape(source, request.layout, request.compensate, losing)
         whole = written.parameters([layer.shape(source.shape) for layer in layers])
         return layers, replace(realised, parameters=whole), written
+
+
+def _on_experts(shape: ModelShape, layers: Sequence[LayerPlan]) -> list[str]:
+    """What a reader of a plan has to be told of experts that go."""
+    counts = [n for n in shape.experts_in([layer.shape(shape) for layer in layers]) if n]
+    if sum(counts) == shape.experts * len(counts):
+        return []
+    return [
+        f"{sum(counts)} of {shape.experts * len(counts)} experts stay, {min(counts)} to "
+        f"{max(counts)} in a layer; a token is routed to {shape.experts_per_token} of them as "
+        "before, and MLPs beside them stay"
+    ]
 
 
 def _answer_tokens(session: Session, request: PlanRequest) -> int:
@@ -278,7 +306,9 @@ def _check_budget(
     forced = forced_heads(artifacts.whitelist, shape)
     heads = options_of(request.layout)(scores_LH, shape, forced)
     channels = channel_options(scores_LI, shape, request.width_multiple)
-    experts = expert_options(np.zeros((sum(shape.sparse), shape.experts)), shape)
+    experts = None
+    if includes(request.units, "experts"):
+        experts = expert_options(np.zeros((sum(shape.sparse), shape.experts)), shape)
     check_feasible(
         heads if includes(request.units, "heads") else None,
         channels if includes(request.units, "channels") else None,
@@ -289,7 +319,7 @@ def _check_budget(
         breadth=breadth,
         latency=latency,
         tensor_parallel=request.tp,
-        experts=experts if includes(request.units, "experts") else None,
+        experts=experts,
     )
 
 

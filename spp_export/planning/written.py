@@ -21,6 +21,11 @@ def loses(layer: LayerPlan, role: Role, shape: ModelShape) -> bool:
     return role is Role.DOWN and kept.channels < shape.channels
 
 
+def layers_losing(layers: Iterable[LayerPlan], role: Role, shape: ModelShape) -> tuple[int, ...]:
+    """The numbers of the layers whose o_proj (OUTPUT) or down_proj (DOWN) loses inputs."""
+    return tuple(i for i, layer in enumerate(layers) if loses(layer, role, shape))
+
+
 def losing_roles(layers: Iterable[LayerPlan], shape: ModelShape) -> frozenset[Role]:
     """The consumers that lose inputs in some layer."""
     return frozenset(role for layer in layers for role in CONSUMERS if loses(layer, role, shape))

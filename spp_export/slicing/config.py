@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from spp_export.common.errors import ModelError, PlanError
-from spp_export.models.families import Family, Role
+from spp_export.models.families import Family, Feature, Role
 from spp_export.models.shape import LayerShape, ModelShape
 
 # What travels in a per-layer or ragged checkpoint, beside its config.json.
@@ -29,6 +30,8 @@ _DROPPED = (
 )
 
 
+# What is said of a model as a whole, where its decoder's settings are a part of config.json.
+_OF_THE_WHOLE = ("model_type", "architectures", "base_architecture", "auto_map")
 _DEFAULT_ROPE_THETA = 10000.0
 # Rotary settings that the config of some families has by another name.
 _ROTARY = {"rope_theta", "partial_rotary_factor"}
@@ -62,6 +65,10 @@ def slim_config(
     that contradicts itself.
     """
     _check_layers(shape, layers, ragged=layout == "ragged" and family.uneven_groups)
+    if family.inside:
+        settings, alone = family.settings(source_config), replace(family, inside="")
+        slim = slim_config(settings, alone, shape, layers, layout, biased, kept_heads)
+        return _around(source_config, family, settings, slim)
     config = portable_config(source_config, family.rope_theta, family.rope_by_type)
     config["tie_word_embeddings"] = shape.tied_embeddings
     if family.derived_head_dim != "attention":
@@ -87,6 +94,28 @@ def slim_config(
         raise PlanError(
             f"layout {layout!r} has no config; expected 'uniform', 'per-layer' or 'ragged'."
         )
+    return dict(sorted(config.items()))
+
+
+def _around(
+    source_config: Mapping[str, Any],
+    family: Family,
+    settings: Mapping[str, Any],
+    slim: dict[str, Any],
+) -> dict[str, Any]:
+    """config.json of a model with its decoder's settings inside, from both of its parts."""
+    flat = family.inside not in source_config
+    outside = source_config.keys() - (settings.keys() if flat else set())
+    config = {key: source_config[key] for key in outside if key not in _DROPPED}
+    whole = {key: slim.pop(key) for key in _OF_THE_WHOLE if key in slim}
+    if "base_architecture" not in whole:  # the stock classes load it
+        whole["model_type"] = source_config["model_type"]
+    if "model_type" in settings:
+        slim["model_type"] = settings["model_type"]
+    config |= {**whole, family.inside: slim, "tie_word_embeddings": slim["tie_word_embeddings"]}
+    dtypes = {key: source_config.get(key) for key in ("dtype", "torch_dtype")}
+    if dtype := next(filter(None, dtypes.values()), None):
+        config |= dict.fromkeys(dtypes, dtype)
     return dict(sorted(config.items()))
 
 
@@ -166,6 +195,8 @@ def _per_layer(
     config_class = family.config_class or f"{prefix}Config"
     decoder_class = family.decoder_class or f"{prefix}Model"
     digits = len(str(len(layers) - 1))
+    sees = Feature.VISION in family.features
+    auto = "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
     return {
         "model_type": f"spp_{family.model_type}",
         "architectures": [f"Spp{family.architecture}"],
@@ -173,7 +204,7 @@ def _per_layer(
         "auto_map": {
             "AutoConfig": f"configuration_spp.Spp{config_class}",
             "AutoModel": f"modeling_spp.Spp{decoder_class}",
-            "AutoModelForCausalLM": f"modeling_spp.Spp{family.architecture}",
+            auto: f"modeling_spp.Spp{family.architecture}",
         },
         **_per_layer_modules(family, shape, layers),
         **_counts(shape.layer),
@@ -276,7 +307,7 @@ def _rope(config: Mapping[str, Any], theta: float | None) -> dict[str, Any]:
     scaling = {key: value for key, value in settings.items() if key not in beside}
     return {
         "rope_parameters": settings,
-        "rope_scaling": None if settings["rope_type"] == "default" else scaling,
+        "rope_scaling": None if scaling == {"rope_type": "default"} else scaling,
         **{key: settings[key] for key in beside if key in settings},
     }
 

@@ -109,10 +109,11 @@ class SlimTensors:
         self._replaced = replaced
         shape = slim_shape(source, plan.layout, {role for _, role in biases})
         pairs = list(kept_tensors(family, shape, plan))
-        self._slim = {slim.name: slim for slim, _ in pairs}
-        self._dense = {slim.name: dense for slim, dense in pairs}
+        # By their names on disk.
+        self._slim = {family.on_disk(slim.name): slim for slim, _ in pairs}
+        self._dense = {family.on_disk(slim.name): dense for slim, dense in pairs}
         self._biases = {
-            f"{family.layer_name(layer, family.projection(role))}.bias": value
+            family.on_disk(f"{family.layer_name(layer, family.projection(role))}.bias"): value
             for (layer, role), value in biases.items()
         }
         assert self._biases.keys() <= self._slim.keys(), "a bias of a layer that does not exist"
@@ -133,7 +134,7 @@ class SlimTensors:
         spec = self._dense[entry.name]
         if spec.name not in self._source.tensors or entry.name in self._biases:
             return True
-        if spec.name != entry.name:  # an expert with another number
+        if spec.name != self._slim[entry.name].name:  # an expert with another number
             return True
         units = written_units(spec, self._plan, self._source.shape)
         return units is not None or self._replaced(spec) is not None

@@ -190,6 +190,8 @@ def sizes(plan: Plan, shape: ModelShape, predicted: Predicted) -> Table:
     if mlps := shape.mlp_parameters:
         gone = shape.expert_parameters(shape.layers) - shape.expert_parameters(slim)
         rows.insert(2, ("of experts and MLPs", mlps, mlps - gone, _thousands))
+        whole, stay = (sum(shape.experts_in(layers)) for layers in (shape.layers, slim))
+        rows.insert(3, ("experts", whole, stay, _thousands))
     channels = sum(layer.channels for layer in slim)
     if channels != shape.channels * shape.num_layers:
         rows.insert(2, ("MLP channels", shape.channels * shape.num_layers, channels, _thousands))
@@ -215,6 +217,16 @@ def stock_counts(plan: Plan) -> list[Text]:
         return []
     known = ", ".join(str(count) for count in counts)
     return [Text(f"query heads that the stock config accepts: {known}", style=FAINT)]
+
+
+def moments(plan: Plan) -> list[Text]:
+    """For wide MLPs, what their re-fit was made of."""
+    words = {
+        "whole": "down_proj is re-fitted on the moments of all channels together",
+        "blocks": "down_proj is re-fitted in blocks of channels",
+    }
+    made = plan.calibration.get("moments")
+    return [Text(words[made], style=FAINT)] if made in words else []
 
 
 def bounds(predicted: Predicted) -> list[Text]:

@@ -123,6 +123,7 @@ def _compiled(
         Text(),
         sections.sizes(plan, shape, predicted),
         *sections.stock_counts(plan),
+        *sections.moments(plan),
         Text(),
         *sections.bounds(predicted),
         *sections.latency(predicted),

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from spp_export.common.errors import ModelError, PlanError
 from spp_export.common.json_files import shown
 from spp_export.models.families.experts import Experts
+from spp_export.models.families.nested import decoder_settings
 from spp_export.models.shape import (
     Costs,
     ExpertTensor,
@@ -105,6 +106,7 @@ class Feature(StrEnum):
     SIDE_BY_SIDE = "each head's query, key and value side by side in one tensor"
     TRANSPOSED = "weights with their inputs first"
     WIDE_NORM = "norms over all heads or channels at once"
+    VISION = "a tower of vision"
 
 
 # What a reader of a plan has to be told of what a family computes.
@@ -114,9 +116,16 @@ _REMARKS: Mapping[Feature, str] = {
         "kept, and so does the dense model that it is checked against; removing units changes "
         "what the others compute, which the scores do not foresee"
     ),
+    Feature.VISION: (
+        "the decoder of text alone is cut, by text without pictures; the tower of vision and what "
+        "projects from it stay as they are"
+    ),
 }
 
 
+# How the names of a decoder beside a tower of vision, and of its head, begin on disk where not as
+# in memory.
+_STORED = (("model.", "lm_head."), ("language_model.model.", "language_model.lm_head."))
 # A flag of the family: fixed, or the name of the boolean in config.json that decides; "!name" where
 # false means that there is one, "a&b" where it takes both.
 Flag = bool | str
@@ -173,6 +182,10 @@ class Family:
     caches_queries: bool = False
     # Weights of projections have their inputs first.
     transposed: bool = False
+    # The key of config.json under which the decoder's settings are; "" where they are all of it.
+    inside: str = ""
+    # How names of tensors begin in memory, and how on disk, where they differ there.
+    stored: tuple[tuple[str, str], ...] = ()
     layers: str = "model.layers"
     query: str = "self_attn.q_proj"
     key: str = "self_attn.k_proj"
@@ -226,13 +239,41 @@ class Family:
 
     def of(self, config: Mapping[str, Any]) -> Family:
         """The record of a model with this config.json. Raises ModelError for a malformed flag."""
-        config = self._read(config)
+        config = self._read(self.settings(config))
         changed = replace(self, variants=())
         for flag, changes in self.variants:
             if _flag(config, flag):
                 features = changed.features ^ changes.get("features", frozenset())
                 changed = replace(changed, **{**changes, "features": features})
         return changed
+
+    def settings(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What config.json says of the decoder."""
+        return decoder_settings(config) if self.inside else config
+
+    def as_stored(self, names: Collection[str]) -> Family:
+        """This record, for files whose tensors have these names: a decoder beside a tower of vision
+        is stored under one of several names, by the version that wrote it."""
+        for places in _STORED if self.inside else ():
+            inner = f"{self.layers.rpartition('.')[0]}."
+            found = replace(self, stored=tuple(zip((inner, f"{self.head}."), places, strict=True)))
+            if found.on_disk(f"{self.layer_name(0, self.query)}.weight") in names:
+                return found
+        return self
+
+    def on_disk(self, name: str) -> str:
+        """The stored name of a tensor."""
+        for here, there in self.stored:
+            if name.startswith(here):
+                return there + name.removeprefix(here)
+        return name
+
+    def in_memory(self, name: str) -> str:
+        """The name that a stored tensor has in the model."""
+        for here, there in self.stored:
+            if name.startswith(there):
+                return here + name.removeprefix(there)
+        return name
 
     def _read(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """A config.json under Llama's keys, with what is not said there."""
@@ -362,7 +403,7 @@ class Family:
 
         Raises ModelError for a missing or impossible size.
         """
-        config = self._read(config)
+        config = self._read(self.settings(config))
         for key in self.refused:
             if config.get(key):
                 raise ModelError(
@@ -443,6 +484,7 @@ class Family:
                     weight = len(spec.shape) == 2 and spec.role is not Role.OTHER
                     rows += spec.step if unit is Unit.KV and weight else 0
         unread = 0 if shape.tied_embeddings else shape.vocab_size * shape.embedding_width
+        unread += sum(prod(size) for _, size in shape.beside)
         sparse = next((mlp for mlp, has in zip(shape.mlps, shape.sparse, strict=False) if has), ())
         routed = sum(tensor.per_expert for tensor in sparse if tensor.routed)
         left_out = shape.experts - shape.experts_per_token
@@ -480,6 +522,8 @@ class Family:
             yield TensorSpec(f"{self.head}.weight", table)
         if self.head_bias is True or self.head_bias in shape.switches:
             yield TensorSpec(f"{self.head}.bias", (shape.vocab_size,))
+        for name, size in shape.beside:
+            yield TensorSpec(name, size)
 
     def _layer_tensors(
         self, shape: ModelShape, layer: LayerShape, index: int

@@ -7,6 +7,7 @@ from typing import Any
 
 from spp_export.models.families.base import Family, Feature
 from spp_export.models.families.experts import Experts
+from spp_export.models.families.vision import Wrapper
 
 _BIASES: Any = {"qkv_bias": "attention_bias", "output_bias": "attention_bias"}
 _TIED = {"tie_word_embeddings": True}
@@ -437,5 +438,26 @@ FAMILIES = (
            key_norm="self_attn.k_layernorm", final_norm="model.final_layernorm",
            rope_theta=None, derived_head_dim="attention", keys=_EVERY_HEAD,
            defaults={"qk_layernorm": True}, end_token=2),
+)
+
+# Decoders that only models with a tower of vision have.
+TEXTS = (
+    Family("qwen2_5_vl_text", "Qwen2_5_VLForConditionalGeneration", _features(Feature.ROTARY),
+           qkv_bias=True, rope_theta=None, derived_head_dim="attention", sliding="listed"),
+    Family("qwen3_vl_text", "Qwen3VLForConditionalGeneration", _features(Feature.ROTARY), **_BIASES,
+           qk_norm=True, rope_theta=None, defaults={"head_dim": 128}),
+)
+_LLAMA = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+          "num_attention_heads": 32, "vocab_size": 32000}
+WRAPPERS = (
+    Wrapper("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl_text"),
+    Wrapper("qwen3_vl", "Qwen3VLForConditionalGeneration", "qwen3_vl_text"),
+    Wrapper("llava", "LlavaForConditionalGeneration", "llama", defaults=_LLAMA),
+    Wrapper("mistral3", "Mistral3ForConditionalGeneration", "mistral"),
+    Wrapper("gemma3", "Gemma3ForConditionalGeneration", "gemma3_text", defaults={
+        "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262208}),
+    Wrapper("smolvlm", "SmolVLMForConditionalGeneration", "llama", "model.text_model"),
+    Wrapper("internvl", "InternVLForConditionalGeneration", "qwen2"),
 )
 # fmt: on

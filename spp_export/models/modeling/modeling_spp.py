@@ -26,13 +26,21 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    GenerationMixin,
+    PreTrainedModel,
+)
 
 from .configuration_spp import __getattr__ as config_class
 
 _CLASS = "Spp"
 # Where config.json does not say: as in Llama, and in what versions before wrote.
 _PER_LAYER_MODULES = {"layers": "layers", "modules": ["self_attn", "mlp"]}
+# Where a config of a model that sees has that of its decoder.
+_TEXT = "text_config"
+# What transformers has chosen for a decoder when it was made.
+_IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_internal")
 # An attention that spp_export registers, and that takes keys and values as they are cached.
 _UNEVEN_ATTENTION = "spp_ragged"
 
@@ -92,21 +100,25 @@ class _PerLayerModel:
         parent: Any = super()
         parent.__init__(whole, *args, **kwargs)
         model: Any = self
+        # Of the decoder, which may be a part of the model.
+        own, made_from = getattr(config, _TEXT, config), getattr(whole, _TEXT, whole)
         # Modules beside the layers keep the config that they were made from: rotary embeddings
         # read head counts again when weights have been loaded.
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel) and module.config is whole:
+        parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+        for module in parts:
+            if module.config is whole:
                 module.config = config
-        listed: Any = getattr(config, "per_layer_modules", None) or _PER_LAYER_MODULES
+            elif type(module.config) is type(made_from):
+                for name in _IMPLEMENTATIONS:
+                    if hasattr(module.config, name):
+                        setattr(own, name, getattr(module.config, name))
+                module.config = own
+        listed: Any = getattr(own, "per_layer_modules", None) or _PER_LAYER_MODULES
         first = listed["layers"].partition(".")[0]
-        decoder = next(
-            module
-            for module in model.modules()
-            if isinstance(module, PreTrainedModel) and hasattr(module, first)
-        )
+        decoder = next(x for x in parts if x.config is own and hasattr(x, first))
         layers: Any = decoder.get_submodule(listed["layers"])
         for index, layer in enumerate(layers):
-            _graft(layer, config, index, listed)
+            _graft(layer, own, index, listed)
         model.init_weights()
 
 
@@ -218,10 +230,17 @@ def _model_class(name: str) -> type[Any]:
         "__module__": __name__,
         "__qualname__": name,  # by which a pickle finds it
         "config_class": config_class(f"{_CLASS}{config.__name__}"),
-        "_auto_class": "AutoModelForCausalLM" if stock.can_generate() else "AutoModel",
+        "_auto_class": _auto_class(stock),
     }
     # The stock name: transformers looks up by it how the names of weights are converted.
     return type(stock.__name__, bases, attributes)
+
+
+def _auto_class(stock: Any) -> str:
+    if not stock.can_generate():
+        return "AutoModel"
+    sees = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(stock.config_class, None) is stock
+    return "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
 
 
 def __getattr__(name: str) -> Any:
