@@ -119,6 +119,11 @@ def family_name(name: str) -> str:
 
 def make_dense(name: str, target: Path) -> Path:
     """A random model of a family or of one of its forms, made by the stock classes."""
+    return write_random(settings_of(name), target)
+
+
+def settings_of(name: str) -> Any:
+    """The tiny config of a family or of one of its forms."""
     family, more = FORMS.get(name, (name, MORE.get(name, {})))
     sizes = {"hidden_size": 32, "intermediate_size": 24, "vocab_size": 97, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
@@ -131,4 +136,4 @@ def make_dense(name: str, target: Path) -> Path:
     settings = AutoConfig.for_model(family, **{**named, **tokens, **more})
     if getattr(settings, "sliding_window", None):
         settings.sliding_window = 5
-    return write_random(settings, target)
+    return settings
