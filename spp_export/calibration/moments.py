@@ -223,13 +223,13 @@ def gather_all(
     the cache while it is held.
     Raises UsageError where gradients of an offloaded model are asked for.
     """
-    kinds, layers = tuple(kinds), source.shape.num_layers
+    kinds = tuple(kinds)
     gathered = tuple(map(Collection, cache_paths(source, collections, kinds, dtype)))
     missing = [
         {
             kind
             for kind, path in collection.parts.items()
-            if not (hold_for(collection, path) and is_whole(path, _names(kind, layers)))
+            if not (hold_for(collection, path) and is_whole(path, _names(kind, source.shape)))
         }
         for collection in gathered
     ]
@@ -269,12 +269,16 @@ class _Part:
 
 
 def layer_weights(source: Checkpoint, layer: int) -> LayerWeights:
-    """The seven projections of one layer, read from the source's files."""
+    """The seven projections of one layer, as far as it has them, read from the source's files."""
     family, shape = source.family, source.shape
 
+    of_heads = (Role.QUERY, Role.KEY, Role.VALUE, Role.OUTPUT)
+
     def weight(role: Role) -> FloatArray:
-        if not (module := family.projection(role)):
-            width = 0 if family.experts else shape.channels
+        module = family.projection(role)
+        has = shape.has_heads if role in of_heads else shape.has_channels
+        if not module or not has[layer]:
+            width = 0 if family.experts or not has[layer] else shape.channels
             return np.zeros((width, shape.hidden_size), dtype=np.float32)
         whole = source.weight(module, layer)
         return whole if role in (Role.OUTPUT, Role.DOWN) else whole[family.rows(role, shape)]
@@ -423,14 +427,21 @@ def _with_gradients(
     ]
 
 
-def _names(kind: str, layers: int) -> set[str]:
+def _names(kind: str, shape: ModelShape) -> set[str]:
     """Tensors of a whole cache file."""
-    if kind.endswith(LOSS):
-        return {f"second/{i}" for i in range(layers)}
     if kind == "gradients":
-        return {f"{name}/{i}" for name in _GRADIENTS for i in range(layers)}
+        return {f"{name}/{i}" for name in _GRADIENTS for i in range(shape.num_layers)}
+    layers = _layers_seen(kind, shape)
+    if kind.endswith(LOSS):
+        return {f"second/{i}" for i in layers}
     per_layer = _EXPERTS if kind == "experts" else ("second", "mean", "input_square")
-    return {"sensitivity", *(f"{name}/{i}" for name in per_layer for i in range(layers))}
+    return {"sensitivity", *(f"{name}/{i}" for name in per_layer for i in layers)}
+
+
+def _layers_seen(kind: str, shape: ModelShape) -> list[int]:
+    """The layers that have what statistics of a kind, with or without the loss, are of."""
+    has = {"attention": shape.has_heads, "mlp": shape.has_channels, "experts": shape.sparse}
+    return [layer for layer, there in enumerate(has[kind.removesuffix(LOSS)]) if there]
 
 
 class BlockSums:
@@ -455,9 +466,11 @@ class BlockSums:
             "attention": (shape.query_heads * shape.head_dim, None),
             "mlp": (shape.channels, channel_block(shape.channels)),
         }[kind]
-        self._layers = layers
+        self._layers, self._seen = layers, _layers_seen(kind, shape)
         self._reads = MeanSquares(reads, layers, shape.hidden_size)
-        self._second = SecondMoments(layers, width, place=consumes, block=block)
+        self._second = SecondMoments(
+            layers, width, place=consumes, block=block, first=self._seen[0] if self._seen else 0
+        )
         self._block = block or width
         self._widths = shape.hidden_size, width
         self._stream = StreamSensitivity(layers, stream)
@@ -474,7 +487,7 @@ class BlockSums:
         sizes: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
             "sensitivity": (np.dtype(np.float64), (self._layers,))
         }
-        for layer in range(self._layers):
+        for layer in self._seen:
             count = -(-width // self._block)
             sizes[f"second/{layer}"] = single, (count, self._block, self._block)
             sizes[f"mean/{layer}"] = single, (width,)
@@ -482,17 +495,19 @@ class BlockSums:
         return sizes
 
     def averages(self, layer: int) -> dict[str, FloatArray]:
-        """One layer's, per token: `second/l` [n,b,b], `mean/l`, `input_square/l`; and with the last
-        layer `sensitivity` [L].
+        """One layer's, per token, if it has such a block: `second/l` [n,b,b], `mean/l`,
+        `input_square/l`; and with the last layer `sensitivity` [L].
 
         The layer's sums are given up for it, so that a large model's are not in memory together.
         """
         tokens = max(self._second.tokens, 1)
-        averages: dict[str, FloatArray] = {
-            f"second/{layer}": self._second.products(layer).div_(tokens).numpy(),
-            f"mean/{layer}": (self._second.sums[layer] / tokens).numpy(),
-            f"input_square/{layer}": (self._reads.sums[layer] / tokens).numpy(),
-        }
+        averages: dict[str, FloatArray] = {}
+        if layer in self._seen:
+            averages = {
+                f"second/{layer}": self._second.products(layer).div_(tokens).numpy(),
+                f"mean/{layer}": (self._second.sums[layer] / tokens).numpy(),
+                f"input_square/{layer}": (self._reads.sums[layer] / tokens).numpy(),
+            }
         self._second.release(layer)
         if layer == self._layers - 1:
             averages["sensitivity"] = (self._stream.sums / tokens).numpy()
@@ -507,7 +522,7 @@ class ExpertSums:
         from spp_export.models.routing import check_routed_writes
 
         check_routed_writes()
-        self._size = shape.num_layers, shape.experts
+        self._size, self._seen = (shape.num_layers, shape.experts), _layers_seen("experts", shape)
         self._writes = ExpertWrites(*self._size)
         self._stream = StreamSensitivity(shape.num_layers, "stream_per_write")
 
@@ -520,17 +535,19 @@ class ExpertSums:
     def sizes(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
         """As of `BlockSums`."""
         layers, experts = self._size
-        names = [f"{name}/{layer}" for name in _EXPERTS for layer in range(layers)]
+        names = [f"{name}/{layer}" for name in _EXPERTS for layer in self._seen]
         each = np.dtype(np.float32), (experts,)
         return {"sensitivity": (np.dtype(np.float64), (layers,)), **dict.fromkeys(names, each)}
 
     def averages(self, layer: int) -> dict[str, FloatArray]:
-        """As of `BlockSums`: zeros in layers without experts."""
-        seen, tokens = self._writes, max(int(self._writes.tokens.max()), 1)
-        sums = {"square": seen.squares, "length": seen.lengths, "routed": seen.routed}
-        averages: dict[str, FloatArray] = {
-            f"{name}/{layer}": (of[layer] / tokens).float().numpy() for name, of in sums.items()
-        }
+        """As of `BlockSums`."""
+        writes, tokens = self._writes, max(int(self._writes.tokens.max()), 1)
+        sums = {"square": writes.squares, "length": writes.lengths, "routed": writes.routed}
+        averages: dict[str, FloatArray] = {}
+        if layer in self._seen:
+            averages = {
+                f"{name}/{layer}": (of[layer] / tokens).float().numpy() for name, of in sums.items()
+            }
         if layer == self._size[0] - 1:
             averages["sensitivity"] = (self._stream.sums / tokens).numpy()
         return averages
@@ -555,7 +572,7 @@ class LossSums:
         self._moments = SecondMoments(shape.num_layers, width, place=place, block=block)
         predicted = sum(int(batch.predicted.sum()) for batch in batches)
         self._scale = 1 / (2 * shape.hidden_size * max(predicted, 1))
-        self._size = shape.num_layers, -(-width // block), block
+        self._layers, self._size = _layers_seen(kind, shape), (-(-width // block), block)
 
     @property
     def observers(self) -> tuple[Observer, ...]:
@@ -565,12 +582,14 @@ class LossSums:
     @property
     def sizes(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
         """As of `BlockSums`."""
-        layers, count, block = self._size
+        count, block = self._size
         size = np.dtype(np.float32), (count, block, block)
-        return {f"second/{layer}": size for layer in range(layers)}
+        return {f"second/{layer}": size for layer in self._layers}
 
     def averages(self, layer: int) -> dict[str, FloatArray]:
         """As of `BlockSums`."""
+        if layer not in self._layers:
+            return {}
         second = self._moments.products(layer).mul_(self._scale).numpy()
         self._moments.release(layer)
         return {f"second/{layer}": second}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,7 @@ from spp_export.planning.allocate.sizes import (
 from spp_export.planning.budget import Budget, Limit, unit_cost
 from spp_export.planning.infeasible import infeasible, uniform_infeasible
 from spp_export.planning.latency import LatencyTable
-from spp_export.planning.plan import LayerPlan
+from spp_export.planning.plan import LayerPlan, only_existing
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,17 +153,15 @@ def compile_units(
     bound: float | None = None
     if layout == "uniform":
         uniform = _uniform(heads, channels, experts, shape, budget, limit, accepts)
-        shapes = tuple(
-            uniform.layer if sparse else replace(uniform.layer, dropped_experts=0)
-            for sparse in shape.sparse
-        )
+        shapes = shape.alike(uniform.layer)
     else:
         shapes, bound = _per_layer(heads, channels, experts, shape, budget, limit)
-    layers = layer_plans(
+    kept = layer_plans(
         _kept_heads(heads, shape, shapes),
         _kept_channels(channels, shapes),
         _kept_experts(experts, shape, shapes),
     )
+    layers = only_existing(kept, shape)
     score = _score(heads, channels, experts, shape, shapes)
     realised = Realised(
         **_figures(shape, budget, limit, shapes),
@@ -261,7 +259,7 @@ def forced_heads(whitelist: Iterable[tuple[int, int]], shape: ModelShape) -> Boo
                 f"layer {layer}: the whitelist holds query head {head} but the model has "
                 f"{shape.num_layers} layers of {shape.query_heads}. Use artifacts of this model."
             )
-        forced[layer, head] = True
+        forced[layer, head] = layer not in shape.without_heads
     return forced
 
 
@@ -309,8 +307,8 @@ def _per_layer(
     if experts is not None:
         dropped[list(shape.sparse)] = shape.experts - np.array(experts.widths)[next(picked)]
     rows = zip(query.tolist(), groups.tolist(), widths.tolist(), dropped.tolist(), strict=True)
-    shapes = (LayerShape(q, g, width, dropped_experts=gone) for q, g, width, gone in rows)
-    return tuple(shapes), None if choice.exact else choice.bound
+    layers = [LayerShape(q, g, width, dropped_experts=gone) for q, g, width, gone in rows]
+    return shape.existing(layers), None if choice.exact else choice.bound
 
 
 def _candidates(
@@ -323,10 +321,10 @@ def _candidates(
     candidates = []
     if heads is not None:
         costs = head_costs(shape, limit.kind, heads.query_heads, limit.latency)
-        candidates.append(Candidates.of_heads(heads, costs))
+        candidates.append(Candidates.of_heads(heads, costs, shape.has_heads))
     if channels is not None:
         costs = width_costs(shape, channels.widths, limit.latency)
-        candidates.append(Candidates.nested(channels, costs))
+        candidates.append(Candidates.nested(channels, costs, shape.has_channels))
     if experts is not None:
         candidates.append(Candidates.nested(experts, expert_costs(shape, experts.widths)))
     return candidates
@@ -379,10 +377,11 @@ def _score(
     layers, total = np.arange(len(shapes)), 0.0
     if heads is not None:
         groups, count = _counts(heads, shapes)
-        total += float(heads.value[layers, groups - 1, count - 1].sum())
+        worth = heads.value[layers, groups - 1, count - 1]
+        total += float(worth[np.array(shape.has_heads)].sum())
     if channels is not None:
         at = np.searchsorted(channels.widths, [layer.channels for layer in shapes])
-        total += float(channels.value[layers, at].sum())
+        total += float(channels.value[layers, at][np.array(shape.has_channels)].sum())
     if experts is not None:
         at = np.searchsorted(experts.widths, _expert_counts(shape, shapes))
         total += float(experts.value[np.arange(len(at)), at].sum())
@@ -439,7 +438,7 @@ def cover(
     per_group = kept.reshape(options.value.shape).sum(axis=2)
     groups = np.maximum((per_group > 0).sum(axis=1), 1)
     heads = np.maximum(per_group.max(axis=1), 1)
-    return layer_plans(options.kept(groups, heads))
+    return only_existing(layer_plans(options.kept(groups, heads)), shape)
 
 
 def exactly(kept_LH: ArrayLike, shape: ModelShape, scores_LH: ArrayLike) -> tuple[LayerPlan, ...]:
@@ -451,4 +450,5 @@ def exactly(kept_LH: ArrayLike, shape: ModelShape, scores_LH: ArrayLike) -> tupl
     options = ragged_options(scores_LH, shape, kept)
     per_group = kept.reshape(len(kept), shape.kv_heads, -1).any(axis=2)
     groups, heads = per_group.sum(axis=1), kept.sum(axis=1)
-    return layer_plans(options.kept(np.maximum(groups, 1), np.maximum(heads, 1)))
+    kept_LGg = options.kept(np.maximum(groups, 1), np.maximum(heads, 1))
+    return only_existing(layer_plans(kept_LGg), shape)
