@@ -212,4 +212,4 @@ def test_experts_can_be_widened_to_float64(source: Checkpoint) -> None:
     with torch.no_grad():
         narrow, wide = model(tokens()).logits, model.double()(tokens()).logits
     assert wide.dtype is torch.float64
-    assert (narrow - wide).abs().max().item() < 1e-4
+    assert (narrow - wide).abs().max().item() < 3e-4
