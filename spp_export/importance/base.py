@@ -10,6 +10,7 @@ from typing import Protocol
 from spp_export.calibration.cache import LOSS
 from spp_export.calibration.statistics import LayerStatistics
 from spp_export.common.arrays import BoolArray, FloatArray, IndexArray
+from spp_export.models.families import Family, Feature
 from spp_export.models.shape import Kind, Units, includes
 
 
@@ -50,6 +51,13 @@ class Criterion:
     comparable: str = "standardised"
     companion: str | None = None
     experts: Callable[[LayerStatistics], FloatArray] | None = None
+
+
+def check_convention(family: Family, criterion: Criterion | SetCriterion | None) -> None:
+    """ModelError where a criterion sums over matrices that a family does not have."""
+    if criterion is not None and criterion.convention is Convention.GROUP_SUM:
+        what = f"criterion {criterion.name}"
+        family.refuse((Feature.LATENT,), what, "Use one that reads o_proj alone, such as energy.")
 
 
 def statistics_read(needs: Iterable[Need], units: Units) -> tuple[str, ...]:

@@ -177,7 +177,10 @@ class Planning:
                 },
             }
         sizes = predicted(shape, [layer.shape(shape) for layer in layers], written, self.latency)
-        remarks = [*session.source.family.remarks, *_on_experts(shape, layers)]
+        told: dict[str, Any] = {
+            "remarks": [*session.source.family.remarks, *_on_experts(shape, layers)],
+            "without_heads": sorted(shape.without_heads),
+        }
         compiled = Plan(
             session.source.fingerprint,
             session.source.name,
@@ -187,7 +190,7 @@ class Planning:
             scenario=scenario_record(self.scenario, self.text),
             artifacts=artifacts_record(artifacts),
             diagnosis=self.diagnosis.to_dict(),
-            family={"remarks": remarks} if remarks else {},
+            family={name: value for name, value in told.items() if value},
             calibration={
                 "shrinkage": self.mixing.shrinkage,
                 "scenario_weight": self.mixing.scenario_weight,
@@ -241,10 +244,10 @@ def _on_experts(shape: ModelShape, layers: Sequence[LayerPlan]) -> list[str]:
     counts = [n for n in shape.experts_in([layer.shape(shape) for layer in layers]) if n]
     if sum(counts) == shape.experts * len(counts):
         return []
+    each = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
     return [
-        f"{sum(counts)} of {shape.experts * len(counts)} experts stay, {min(counts)} to "
-        f"{max(counts)} in a layer; a token is routed to {shape.experts_per_token} of them as "
-        "before, and MLPs beside them stay"
+        f"{sum(counts)} of {shape.experts * len(counts)} experts stay, {each} in a layer; a token "
+        f"is routed to {shape.experts_per_token} of them as before, and MLPs beside them stay"
     ]
 
 

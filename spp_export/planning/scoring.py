@@ -21,6 +21,7 @@ from spp_export.importance.base import (
     Criterion,
     Need,
     SetCriterion,
+    check_convention,
     statistics_read,
     unit_statistics,
 )
@@ -106,6 +107,7 @@ def check_criterion(session: Session, artifacts: Artifacts, name: str, units: Un
 
         _for_experts(name)
         check_routed_writes()
+    check_convention(session.source.family, CRITERIA.get(name))
     if name in SCORING:
         for unit, kind in _SCORED.items():
             if includes(units, kind):
