@@ -28,6 +28,7 @@ from spp_export.common.progress import progress
 from spp_export.models.families import Family, Feature
 from spp_export.models.helpers import Helpers, helpers_of
 from spp_export.models.layerwise import stream_of
+from spp_export.models.routing import expert_block, routed_writes, router_of
 from spp_export.models.session import Session, helped_session
 
 _BATCH_TOKENS = 2048
@@ -85,14 +86,17 @@ class Observer(Protocol):
     - "mlp_input": the normed stream that gate and up read, [T,d]
     - "down": the input of down_proj, [T,I]
     - "stream": the stream after the MLP, [T,d]
+    - "experts": how much each expert writes for a token, `routed_writes` [T,E], in layers that have
+      any
     - "residual_per_write", "stream_per_write": the same two, in units of what o_proj and down_proj
       write: where a norm is between, longer by as much as it shortens the writes
     - "output_by_loss", "down_by_loss": "output" and "down", each token times how much the loss
       feels a change of what o_proj and down_proj write there, the `gradients` of its batch; a batch
       that has none is not shown
 
-    `text_T` gives the index of the text of each of the T real tokens. What `see` is shown may be
-    the model's own memory: an observer reads it and keeps no reference.
+    A layer that has no such place shows nothing. `text_T` gives the index of the text of each of
+    the T real tokens. What `see` is shown may be the model's own memory: an observer reads it and
+    keeps no reference.
     """
 
     place: str
@@ -329,10 +333,14 @@ def _hooks(
         "down": family.down,
     }
     # Not of the attention as a whole, which in some families adds the stream itself.
-    written = {"attention": family.output, "stream": ""}
+    written = {"attention": family.output, "stream": "", "experts": ""}
     if Feature.POST_NORM in family.features:
         # Norms leave shares as they are: of the sums, the stream and what was written to it.
         read["residual"], read["stream"] = (name for name, _ in family.norms)
+    if Feature.LATENT in family.features:
+        # Queries are made of what the norm gives, by way of latents.
+        del read["attention_input"]
+        written["attention_input"] = family.attention_norm
     if Feature.PARALLEL in family.features:
         # What attention writes is first read together with what the MLP writes.
         del read["residual"]
@@ -346,24 +354,46 @@ def _hooks(
             whole, _, by_loss = asked.partition("_by_")
             place, _, per_write = whole.partition("_per_")
             for index, layer in enumerate(layers):
+                name = read[place] if place in read else written[place]
+                if name and not _has(layer, name):
+                    continue  # a layer with another mixer, or without an MLP
                 shown: Callable[[Tensor], None] = partial(show, index, seeing, bool(by_loss))
                 if per_write and family.write_norms:
                     gain = _Gain()
                     norm = layer.get_submodule(family.write_norms[place == "stream"])
                     handles.append(norm.register_forward_hook(gain.take))
                     shown = partial(gain.show, shown)
+                if place == "experts":
+                    if block := expert_block(model, family, index):
+                        handles.append(_hook_experts(block, shown))
+                    continue
                 if read.get(place) == "":
                     family.refuse((Feature.EXPERTS,), f"reading {place}", "Use --units heads.")
+                module = layer.get_submodule(name)
                 if place in read:
-                    module = layer.get_submodule(read[place])
                     handles.append(module.register_forward_pre_hook(before(shown)))
                 else:
-                    module = layer.get_submodule(written[place])
                     handles.append(module.register_forward_hook(after(shown)))
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _hook_experts(block: nn.Module, shown: Callable[[Tensor], None]) -> Any:
+    """Show what each expert of a block writes."""
+    router = router_of(block)
+    assert router is not None
+    count = len(next(router.parameters()))  # a row for each
+
+    def show_writes(experts: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        shown(routed_writes(experts, inputs, output, count))
+
+    return block.get_submodule("experts").register_forward_hook(show_writes)
+
+
+def _has(layer: nn.Module, name: str) -> bool:
+    return name in dict(layer.named_modules())
 
 
 class _Gain:
@@ -470,17 +500,52 @@ class MeanSquares(Observer):
         return {"place": self.place, "layers": layers, "width": width}
 
 
+class ExpertWrites(Observer):
+    """Sums over tokens of what experts write [T,E]: `squares` [L,E] of lengths, `lengths` [L,E],
+    and `routed` [L,E], how many of the `tokens` [L] each expert writes something for."""
+
+    place = "experts"
+
+    def __init__(self, layers: int, experts: int) -> None:
+        self._sums = torch.zeros((3, layers, experts), dtype=torch.float64)
+        self.squares, self.lengths, self.routed = self._sums
+        self.tokens = torch.zeros(layers, dtype=torch.int64)
+
+    def see(self, layer: int, values: Tensor, text_T: Tensor) -> None:
+        """Add one batch."""
+        squares = values.double().cpu()
+        self.squares[layer] += squares.sum(0)
+        self.lengths[layer] += squares.sqrt().sum(0)
+        self.routed[layer] += (squares > 0).sum(0)
+        self.tokens[layer] += len(squares)
+
+    def taken(self, layer: int) -> Iterable[Tensor]:
+        """As of `Observer`."""
+        return [self._sums[:, layer], self.tokens[layer : layer + 1]]
+
+    def recipe(self) -> dict[str, Any]:
+        """As of `Observer`."""
+        _, layers, experts = self._sums.shape
+        return {"layers": layers, "experts": experts}
+
+
 class SecondMoments(Observer):
     """Sums of a a^T and of a over tokens, a the inputs [T,w] of one place, per layer in fp32.
 
     Of a a^T only n diagonal blocks of b channels are kept, [n,b,b]: block i is of channels i*b to
     (i+1)*b, the last one filled up with zeros. `block` = `width` (the default) keeps the whole
     matrix. The sums live beside the activations while that leaves an accelerator a quarter of its
-    memory, else on the CPU.
+    memory, else on the CPU. Tokens are counted in the layer `first`, the first that has this place.
     """
 
     def __init__(
-        self, layers: int, width: int, *, place: str = "output", block: int | None = None
+        self,
+        layers: int,
+        width: int,
+        *,
+        place: str = "output",
+        block: int | None = None,
+        first: int = 0,
     ) -> None:
         self.place = place
         self._width = width
@@ -488,6 +553,7 @@ class SecondMoments(Observer):
         self._products: dict[int, Tensor] = {}
         self.sums = torch.zeros((layers, width), dtype=torch.float32)
         self._tokens = torch.zeros(1, dtype=torch.int64)
+        self._first = first
 
     def see(self, layer: int, values: Tensor, text_T: Tensor) -> None:
         """Add the products of one batch."""
@@ -497,18 +563,19 @@ class SecondMoments(Observer):
         for index, part in enumerate(values.split(self._block, dim=1)):
             size = part.shape[1]
             _add_products(products[index, :size, :size], part)
-        if layer == 0:
+        if layer == self._first:
             self._tokens += values.shape[0]
 
     def taken(self, layer: int) -> Iterable[Tensor]:
         """As of `Observer`."""
         products = self._of(layer, torch.device("cpu"))
-        return [products, self.sums[layer], *([] if layer else [self._tokens])]
+        return [products, self.sums[layer], *([self._tokens] if layer == self._first else [])]
 
     def recipe(self) -> dict[str, Any]:
         """As of `Observer`."""
         layers, width = self.sums.shape
-        return {"layers": layers, "width": width, "place": self.place, "block": self._block}
+        sizes = {"layers": layers, "width": width, "block": self._block}
+        return {**sizes, "place": self.place, "first": self._first}
 
     @property
     def tokens(self) -> int:

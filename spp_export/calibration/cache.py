@@ -35,6 +35,7 @@ from spp_export.models.shape import ModelShape
 _VERSIONS = {
     "attention": "attention: what q and o read, and the stream after; fp32, v5",
     "mlp": "mlp: what gate and down read, and the stream after; fp32, blocks of 1536, v2",
+    "experts": "experts: what each writes, and the stream after; fp32, v1",
     "gradients": "gradients: reductions of |W dL/dW| and gates; fp32, v2",
     "attention loss": "attention: what o reads, by the squared gradient of its output; fp32, v2",
     "mlp loss": "mlp: what down reads, by the squared gradient of its output; fp32, v2",
@@ -216,4 +217,6 @@ def statistics_bytes(shape: ModelShape, kind: str) -> int:
     heads = shape.query_heads * shape.head_dim
     block = channel_block(shape.channels)
     second = {"attention": heads**2, "mlp": -(-shape.channels // block) * block**2}
-    return 4 * shape.num_layers * second.get(kind.removesuffix(LOSS), 0)
+    layers = {"attention": sum(shape.has_heads), "mlp": sum(shape.has_channels)}
+    name = kind.removesuffix(LOSS)
+    return 4 * layers.get(name, 0) * second.get(name, 0)

@@ -1,10 +1,10 @@
 """Statistics of the dense model on text collections: gathered once, cached, read layer by layer.
 
-"attention" and "mlp" come from one forward pass, and so do "attention loss" and "mlp loss", whose
-moments are weighted by the gradient at each token so as to be in units of the loss; where a text
-does not bring these, they take a backward pass. "gradients" take one of their own. They lie in the
-user's cache, one file each, so that no pass is made twice and that the matrices of a large model
-never meet in memory once they are written.
+"attention", "mlp" and "experts" come from one forward pass, and so do "attention loss" and "mlp
+loss", whose moments are weighted by the gradient at each token so as to be in units of the loss;
+where a text does not bring these, they take a backward pass. "gradients" take one of their own.
+They lie in the user's cache, one file each, so that no pass is made twice and that the matrices of
+a large model never meet in memory once they are written.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from spp_export.calibration.reading import TokenText
 from spp_export.calibration.statistics import (
     AttentionInputs,
     Axis,
+    ExpertOutputs,
     Gradients,
     LayerStatistics,
     LayerWeights,
@@ -54,6 +55,7 @@ __all__ = ["KINDS", "Collection", "Moments", "gather", "layer_weights"]
 # Of the free memory, what sums over activations may take.
 _MEMORY_SHARE = 0.25
 _GRADIENTS = tuple(field.name for field in fields(Gradients))
+_EXPERTS = tuple(field.name for field in fields(ExpertOutputs))
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,12 @@ class Collection:
         """E 1/||r||^2 [L] of the residual stream after attention, or after the MLP."""
         return self._read(kind, "sensitivity")
 
+    def experts(self, layer: int) -> ExpertOutputs:
+        """What the layer's experts write."""
+        return ExpertOutputs(
+            **{name: self._read("experts", f"{name}/{layer}") for name in _EXPERTS}
+        )
+
     def gradients(self, layer: int) -> Gradients:
         """First-order saliency of the layer's weights and units."""
         return Gradients(
@@ -107,16 +115,20 @@ class Collection:
         """
         shape = source.shape
         kinds = set(self.parts if kinds is None else kinds)
+        attends = "attention" in kinds and shape.has_heads[layer]
+        widens = "mlp" in kinds and shape.has_channels[layer]
         return LayerStatistics(
             layer=layer,
             heads=shape.query_heads,
             groups=shape.kv_heads,
             weights=layer_weights(source, layer) if weights is None else weights,
-            attention=self._attention(layer, shape.query_heads) if "attention" in kinds else None,
-            mlp=self._mlp(layer) if "mlp" in kinds else None,
+            attention=self._attention(layer, shape.query_heads) if attends else None,
+            mlp=self._mlp(layer) if widens else None,
+            experts=self.experts(layer) if "experts" in kinds else None,
             gradients=self.gradients(layer) if "gradients" in kinds else None,
             axis=axis,
             seed=seed,
+            expert_count=shape.experts,
         )
 
     def _attention(self, layer: int, heads: int) -> AttentionInputs:
@@ -213,13 +225,13 @@ def gather_all(
     the cache while it is held.
     Raises UsageError where gradients of an offloaded model are asked for.
     """
-    kinds, layers = tuple(kinds), source.shape.num_layers
+    kinds = tuple(kinds)
     gathered = tuple(map(Collection, cache_paths(source, collections, kinds, dtype)))
     missing = [
         {
             kind
             for kind, path in collection.parts.items()
-            if not (hold_for(collection, path) and is_whole(path, _names(kind, layers)))
+            if not (hold_for(collection, path) and is_whole(path, _names(kind, source.shape)))
         }
         for collection in gathered
     ]
@@ -259,12 +271,16 @@ class _Part:
 
 
 def layer_weights(source: Checkpoint, layer: int) -> LayerWeights:
-    """The seven projections of one layer, read from the source's files."""
+    """The seven projections of one layer, as far as it has them, read from the source's files."""
     family, shape = source.family, source.shape
 
+    of_heads = (Role.QUERY, Role.KEY, Role.VALUE, Role.OUTPUT)
+
     def weight(role: Role) -> FloatArray:
-        if not (module := family.projection(role)):
-            width = 0 if family.experts else shape.channels
+        module = family.projection(role)
+        has = shape.has_heads if role in of_heads else shape.has_channels
+        if not module or not has[layer]:
+            width = 0 if family.experts or not has[layer] else shape.channels
             return np.zeros((width, shape.hidden_size), dtype=np.float32)
         whole = source.weight(module, layer)
         return whole if role in (Role.OUTPUT, Role.DOWN) else whole[family.rows(role, shape)]
@@ -315,21 +331,14 @@ def _one_pass(
 ) -> None:
     from spp_export.calibration.activations import Router, observe, token_batches
 
-    sums: list[dict[str, BlockSums | LossSums]] = []
+    sums: list[dict[str, BlockSums | LossSums | ExpertSums]] = []
     batches: list[TokenBatch] = []
     # A batch is of one part, so that each part's sums are what a pass over it alone gives.
     for part in parts:
         of_part = token_batches(tokenizer, part.texts)
         if any(kind.endswith(LOSS) for kind in part.paths):
             of_part = _with_gradients(source, part.texts, of_part, model, tokenizer, description)
-        sums.append(
-            {
-                kind: LossSums(kind, source.shape, of_part)
-                if kind.endswith(LOSS)
-                else BlockSums(kind, source.shape)
-                for kind in part.paths
-            }
-        )
+        sums.append({kind: _sums(kind, source.shape, of_part) for kind in part.paths})
         for batch in of_part:
             batches.append(replace(batch, texts=tuple(part.start + text for text in batch.texts)))
     observers = [
@@ -364,6 +373,15 @@ def _one_pass(
             description=description,
             layer_done=keep,
         )
+
+
+def _sums(
+    kind: str, shape: ModelShape, batches: Sequence[TokenBatch]
+) -> BlockSums | LossSums | ExpertSums:
+    """What gathers statistics of a kind; the batches have gradients where it needs them."""
+    if kind == "experts":
+        return ExpertSums(shape)
+    return LossSums(kind, shape, batches) if kind.endswith(LOSS) else BlockSums(kind, shape)
 
 
 def _backward(
@@ -411,14 +429,21 @@ def _with_gradients(
     ]
 
 
-def _names(kind: str, layers: int) -> set[str]:
+def _names(kind: str, shape: ModelShape) -> set[str]:
     """Tensors of a whole cache file."""
-    if kind.endswith(LOSS):
-        return {f"second/{i}" for i in range(layers)}
     if kind == "gradients":
-        return {f"{name}/{i}" for name in _GRADIENTS for i in range(layers)}
-    per_layer = ("second", "mean", "input_square")
-    return {"sensitivity", *(f"{name}/{i}" for name in per_layer for i in range(layers))}
+        return {f"{name}/{i}" for name in _GRADIENTS for i in range(shape.num_layers)}
+    layers = _layers_seen(kind, shape)
+    if kind.endswith(LOSS):
+        return {f"second/{i}" for i in layers}
+    per_layer = _EXPERTS if kind == "experts" else ("second", "mean", "input_square")
+    return {"sensitivity", *(f"{name}/{i}" for name in per_layer for i in layers)}
+
+
+def _layers_seen(kind: str, shape: ModelShape) -> list[int]:
+    """The layers that have what statistics of a kind, with or without the loss, are of."""
+    has = {"attention": shape.has_heads, "mlp": shape.has_channels, "experts": shape.sparse}
+    return [layer for layer, there in enumerate(has[kind.removesuffix(LOSS)]) if there]
 
 
 class BlockSums:
@@ -443,9 +468,11 @@ class BlockSums:
             "attention": (shape.query_heads * shape.head_dim, None),
             "mlp": (shape.channels, channel_block(shape.channels)),
         }[kind]
-        self._layers = layers
+        self._layers, self._seen = layers, _layers_seen(kind, shape)
         self._reads = MeanSquares(reads, layers, shape.hidden_size)
-        self._second = SecondMoments(layers, width, place=consumes, block=block)
+        self._second = SecondMoments(
+            layers, width, place=consumes, block=block, first=self._seen[0] if self._seen else 0
+        )
         self._block = block or width
         self._widths = shape.hidden_size, width
         self._stream = StreamSensitivity(layers, stream)
@@ -462,7 +489,7 @@ class BlockSums:
         sizes: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
             "sensitivity": (np.dtype(np.float64), (self._layers,))
         }
-        for layer in range(self._layers):
+        for layer in self._seen:
             count = -(-width // self._block)
             sizes[f"second/{layer}"] = single, (count, self._block, self._block)
             sizes[f"mean/{layer}"] = single, (width,)
@@ -470,19 +497,60 @@ class BlockSums:
         return sizes
 
     def averages(self, layer: int) -> dict[str, FloatArray]:
-        """One layer's, per token: `second/l` [n,b,b], `mean/l`, `input_square/l`; and with the last
-        layer `sensitivity` [L].
+        """One layer's, per token, if it has such a block: `second/l` [n,b,b], `mean/l`,
+        `input_square/l`; and with the last layer `sensitivity` [L].
 
         The layer's sums are given up for it, so that a large model's are not in memory together.
         """
         tokens = max(self._second.tokens, 1)
-        averages: dict[str, FloatArray] = {
-            f"second/{layer}": self._second.products(layer).div_(tokens).numpy(),
-            f"mean/{layer}": (self._second.sums[layer] / tokens).numpy(),
-            f"input_square/{layer}": (self._reads.sums[layer] / tokens).numpy(),
-        }
+        averages: dict[str, FloatArray] = {}
+        if layer in self._seen:
+            averages = {
+                f"second/{layer}": self._second.products(layer).div_(tokens).numpy(),
+                f"mean/{layer}": (self._second.sums[layer] / tokens).numpy(),
+                f"input_square/{layer}": (self._reads.sums[layer] / tokens).numpy(),
+            }
         self._second.release(layer)
         if layer == self._layers - 1:
+            averages["sensitivity"] = (self._stream.sums / tokens).numpy()
+        return averages
+
+
+class ExpertSums:
+    """Observers of what experts write and of the stream after the MLP; else as of `BlockSums`."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        from spp_export.calibration.activations import ExpertWrites, StreamSensitivity
+        from spp_export.models.routing import check_routed_writes
+
+        check_routed_writes()
+        self._size, self._seen = (shape.num_layers, shape.experts), _layers_seen("experts", shape)
+        self._writes = ExpertWrites(*self._size)
+        self._stream = StreamSensitivity(shape.num_layers, "stream_per_write")
+
+    @property
+    def observers(self) -> tuple[Observer, ...]:
+        """The observers to attach while the model runs."""
+        return self._writes, self._stream
+
+    @property
+    def sizes(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+        """As of `BlockSums`."""
+        layers, experts = self._size
+        names = [f"{name}/{layer}" for name in _EXPERTS for layer in self._seen]
+        each = np.dtype(np.float32), (experts,)
+        return {"sensitivity": (np.dtype(np.float64), (layers,)), **dict.fromkeys(names, each)}
+
+    def averages(self, layer: int) -> dict[str, FloatArray]:
+        """As of `BlockSums`."""
+        writes, tokens = self._writes, max(int(self._writes.tokens.max()), 1)
+        sums = {"square": writes.squares, "length": writes.lengths, "routed": writes.routed}
+        averages: dict[str, FloatArray] = {}
+        if layer in self._seen:
+            averages = {
+                f"{name}/{layer}": (of[layer] / tokens).float().numpy() for name, of in sums.items()
+            }
+        if layer == self._size[0] - 1:
             averages["sensitivity"] = (self._stream.sums / tokens).numpy()
         return averages
 
@@ -506,7 +574,7 @@ class LossSums:
         self._moments = SecondMoments(shape.num_layers, width, place=place, block=block)
         predicted = sum(int(batch.predicted.sum()) for batch in batches)
         self._scale = 1 / (2 * shape.hidden_size * max(predicted, 1))
-        self._size = shape.num_layers, -(-width // block), block
+        self._layers, self._size = _layers_seen(kind, shape), (-(-width // block), block)
 
     @property
     def observers(self) -> tuple[Observer, ...]:
@@ -516,12 +584,14 @@ class LossSums:
     @property
     def sizes(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
         """As of `BlockSums`."""
-        layers, count, block = self._size
+        count, block = self._size
         size = np.dtype(np.float32), (count, block, block)
-        return {f"second/{layer}": size for layer in range(layers)}
+        return {f"second/{layer}": size for layer in self._layers}
 
     def averages(self, layer: int) -> dict[str, FloatArray]:
         """As of `BlockSums`."""
+        if layer not in self._layers:
+            return {}
         second = self._moments.products(layer).mul_(self._scale).numpy()
         self._moments.release(layer)
         return {f"second/{layer}": second}

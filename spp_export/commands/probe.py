@@ -51,7 +51,7 @@ def probe(request: ProbeRequest) -> Artifacts:
         dequantize=request.dequantize,
         parallel=request.parallel,
     )
-    session.source.family.check_units(request.units)
+    session.source.family.check_units(request.units, session.source.shape)
     if not pools:
         pools, names = _extended(request, session)
     texts, named = pools

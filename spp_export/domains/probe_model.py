@@ -56,8 +56,9 @@ from spp_export.domains.shrinkage import (
 )
 from spp_export.domains.whitelist import choose_whitelist
 from spp_export.importance import SCORING
-from spp_export.importance.base import Criterion
+from spp_export.importance.base import Criterion, check_convention
 from spp_export.models.checkpoint.checkpoint import Checkpoint
+from spp_export.models.shape import Units
 
 # Prompts of a domain that are answered: a scenario mixes several domains.
 DIALOGUES = 32
@@ -75,7 +76,7 @@ class ProbeSettings:
 
     select: int | None = None
     criteria: Sequence[str] = DEFAULT_CRITERIA
-    units: str = "both"
+    units: Units = "both"
     seed: int = 0
     calibration_tokens: int = DEFAULT_CALIBRATION_TOKENS
     answer_tokens: int = 0
@@ -116,8 +117,10 @@ def probe_model(
     """
     request = request or ProbeSettings()
     left_out = left_out or Pools((), (), (), {})
-    source.family.check_units(request.units)
+    source.family.check_units(request.units, source.shape)
     criteria = request.check(len(candidates.domains))
+    for criterion in criteria:
+        check_convention(source.family, criterion)
     dense = Dense(model, tokenizer, source)
     read = [
         read_pools_within(tokenizer, part, request.calibration_tokens)
@@ -151,7 +154,7 @@ def probe_model(
     collections = _gather(dense, pools, kinds_needed(criteria, request.units), writes)
     with progress("scoring units", None):
         scores, energy_KLH = _scores(source, collections, criteria, request, writes)
-        whitelist = choose_whitelist(energy_KLH, request.seed)
+        whitelist = choose_whitelist(energy_KLH, request.seed, layers=dense.attending)
     manifest = {
         "model": source.name,
         "seed": request.seed,
@@ -324,7 +327,7 @@ def _shrinkage(
         return {}
     shape, family = dense.source.shape, dense.source.family
     width = shape.query_heads * shape.head_dim
-    layers = sampled_layers(shape.num_layers, width)
+    layers = sampled_layers(dense.attending, width)
     halves = [
         (2 * k + (2 * n >= len(t)), t[n]) for k, t in enumerate(pools.val) for n in range(len(t))
     ]
@@ -377,6 +380,11 @@ class Dense:
     reader: nn.Module
     tokenizer: Any
     source: Checkpoint
+
+    @property
+    def attending(self) -> list[int]:
+        """The layers that have heads."""
+        return [index for index, has in enumerate(self.source.shape.has_heads) if has]
 
     @property
     def dtype(self) -> str:
