@@ -22,7 +22,7 @@ from spp_export.data.scenario import Scenario
 from spp_export.domains.diagnosis import Diagnosis, check_regime, diagnose_scenario
 from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.engines import Engine, engines_for
-from spp_export.models.families import Feature, Role
+from spp_export.models.families import Role
 from spp_export.models.session import Session
 from spp_export.models.shape import ModelShape
 from spp_export.planning import (
@@ -253,8 +253,6 @@ def _check_family(source: Checkpoint, request: PlanRequest) -> None:
             f"layout is ragged, and in the {family.model_type} family every KV head must serve as "
             "many query heads. Use per-layer."
         )
-    if request.compensate != "none":
-        family.refuse((Feature.TRANSPOSED,), "compensation", "Use --compensate none.")
 
 
 def _check_answerable(session: Session, artifacts: Artifacts, request: PlanRequest) -> None:

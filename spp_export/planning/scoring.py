@@ -19,7 +19,6 @@ from spp_export.importance import CRITERIA, SCORING
 from spp_export.importance.base import Need, SetCriterion, statistics_read, unit_statistics
 from spp_export.importance.comparable import LOSSES, comparable_kinds
 from spp_export.importance.mixed import ScoredUnit, check_domain_scores, mixed_scores
-from spp_export.models.checkpoint.reader import read_float
 from spp_export.models.session import Session
 from spp_export.models.shape import Units, channel_widths
 from spp_export.planning.allocate.options import (
@@ -63,14 +62,18 @@ def default_criterion(
 
 
 def check_criterion(session: Session, artifacts: Artifacts, name: str, units: Units) -> None:
-    """UsageError where this model or these artifacts cannot be scored by a criterion, before
-    anything is gathered for it."""
+    """UsageError where this model or these artifacts cannot be scored by a criterion, ModelError
+    where it does not know what the family computes, before anything is gathered for it."""
     needs = CRITERIA[name].needs if name in CRITERIA else frozenset({Need.GRADIENTS})
     if needs & {Need.GRADIENTS, Need.LOSS} and session.from_disk:
         raise UsageError(
             f"--criterion {name}: needs every weight in memory, and this model runs layer by "
             "layer. Choose another criterion, or --no-layerwise."
         )
+    if name in SEQUENTIAL:
+        from spp_export.importance.probe_pruning.blocks import check_family
+
+        check_family(session.source.family)
     if name in SCORING:
         for unit in ("head", "channel"):
             if units in (f"{unit}s", "both"):
@@ -249,8 +252,8 @@ class Scoring:
         worth, kept = [], []
         with progress(f"weighing {units}", source.shape.num_layers) as advance_to:
             for layer in range(source.shape.num_layers):
-                stored = source.tensors[f"{source.family.layer_name(layer, module)}.weight"]
-                losses, units_kept = weigh(layer, read_float(stored), moments.blocks(kind, layer))
+                weight = source.weight(module, layer)
+                losses, units_kept = weigh(layer, weight, moments.blocks(kind, layer))
                 worth.append(-losses * sensitivity[layer])
                 kept.append(units_kept)
                 advance_to(layer + 1)
