@@ -22,7 +22,7 @@ from spp_export.data.scenario import Scenario
 from spp_export.domains.diagnosis import Diagnosis, check_regime, diagnose_scenario
 from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.engines import Engine, engines_for
-from spp_export.models.families import Role
+from spp_export.models.families import Feature, Role
 from spp_export.models.session import Session
 from spp_export.models.shape import ModelShape
 from spp_export.planning import (
@@ -72,7 +72,9 @@ class PlanResult:
     @property
     def engines(self) -> tuple[Engine, ...]:
         """Engines that will, or will not, load what the plan describes."""
-        return engines_for(self.plan.written_layout, self.plan.written_shapes(self.shape))
+        shape, layers = self.shape, self.plan.written_shapes(self.shape)
+        layout = self.plan.written_layout
+        return engines_for(shape.model_type, layout, layers, experts=bool(shape.experts))
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`: `plan` is the document that `--plan` reads."""
@@ -252,6 +254,13 @@ def _check_family(source: Checkpoint, request: PlanRequest) -> None:
         raise PlanError(
             f"layout is ragged, and in the {family.model_type} family every KV head must serve as "
             "many query heads. Use per-layer."
+        )
+    if request.policy == "published":
+        family.refuse((Feature.MIXERS, Feature.LATENT), "--policy published", "Use --policy exact.")
+    if source.shape.cached and (request.budget.cost == "kv-bytes" or request.max_kv_bytes):
+        raise PlanError(
+            f"a budget of KV bytes: {family.model_type} caches latents for all heads together, so "
+            "fewer heads cache as much. Plan by --keep or --max-params."
         )
 
 

@@ -25,11 +25,12 @@ pytestmark = pytest.mark.thinned(most=6)
 
 # One for every way in which a family differs from Llama: fused projections, no gate, parallel
 # blocks, sandwiched and shifted norms, capped logits, multipliers, weights with inputs first,
-# positions, post-norm, ALiBi, heads side by side, a cache of queries, norms over all heads.
+# positions, post-norm, ALiBi, heads side by side, a cache of queries, norms over all heads,
+# experts, other mixers.
 KINDS = (
     *("llama", "phi3", "arcee", "cohere", "gemma2", "granite", "gpt2", "opt", "opt-350m"),
     *("gpt_neox", "gptj", "bloom", "mpt", "falcon-40b", "gpt_neo", "gpt_bigcode", "persimmon"),
-    *("exaone4", "olmo2"),
+    *("exaone4", "olmo2", "mixtral", "falcon_h1"),
 )
 
 
@@ -55,7 +56,8 @@ def artifacts(workshop: Workshop, name: str) -> Path:
     def make() -> Path:
         path = workshop.root / "kinds" / f"{name}-artifacts"
         model = str(dense(workshop, name))
-        spp_export.probe(workshop.pools, path, model=model, answer_tokens=0)
+        units = "both" if open_source(dense(workshop, name)).family.down else "heads"
+        spp_export.probe(workshop.pools, path, model=model, answer_tokens=0, units=units)
         return path
 
     return workshop.once(f"{name} artifacts of a kind", make)
@@ -73,11 +75,11 @@ def test_a_criterion_plans_what_verifies_or_is_refused(
         "artifacts": artifacts(workshop, name),
         "answer_tokens": 0,
         "keep": 0.6,
-        "units": "both",
         "width_multiple": 8,
         "criterion": criterion,
     }
     kind = open_source(dense(workshop, name)).family
+    options["units"] = "both" if kind.down else "heads"
     unknown = kind.features - KNOWN if criterion in SEQUENTIAL else ()
     if unknown:
         words = rf"Probe Pruning does not know ({'|'.join(map(re.escape, unknown))}), which"
