@@ -115,6 +115,8 @@ def _part(family: Family, spec: TensorSpec) -> str:
             return _NORMS
         return _HEAD if module == family.head else _EMBEDDINGS
     inside = module.removeprefix(f"{family.layers}.{spec.layer}.")
+    if family.mixers and inside in family.mixers.modules:
+        return family.mixers.name
     if inside in (family.output, family.down):
         return _BIASES
     norms = {family.attention_norm, family.mlp_norm, family.query_norm, family.key_norm}

@@ -4,6 +4,7 @@ family computes."""
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,10 @@ from spp_export.common.errors import ModelError
 from spp_export.data.artifacts import Artifacts
 from spp_export.evaluation.contract import write_random
 from spp_export.importance import CRITERIA
+from spp_export.importance.base import Convention
 from spp_export.importance.probe_pruning.blocks import KNOWN
 from spp_export.models.checkpoint.checkpoint import open_source
+from spp_export.models.families import Feature
 from spp_export.planning.scoring import SEQUENTIAL
 
 pytestmark = pytest.mark.thinned(most=6)
@@ -26,11 +29,11 @@ pytestmark = pytest.mark.thinned(most=6)
 # One for every way in which a family differs from Llama: fused projections, no gate, parallel
 # blocks, sandwiched and shifted norms, capped logits, multipliers, weights with inputs first,
 # positions, post-norm, ALiBi, heads side by side, a cache of queries, norms over all heads,
-# experts, other mixers.
+# experts, other mixers, latents.
 KINDS = (
     *("llama", "phi3", "arcee", "cohere", "gemma2", "granite", "gpt2", "opt", "opt-350m"),
     *("gpt_neox", "gptj", "bloom", "mpt", "falcon-40b", "gpt_neo", "gpt_bigcode", "persimmon"),
-    *("exaone4", "olmo2", "mixtral", "falcon_h1"),
+    *("exaone4", "olmo2", "mixtral", "qwen3_next", "lfm2", "falcon_h1", "deepseek_v3"),
 )
 
 
@@ -63,6 +66,14 @@ def artifacts(workshop: Workshop, name: str) -> Path:
     return workshop.once(f"{name} artifacts of a kind", make)
 
 
+def unknown_to(criterion: str, features: frozenset[Feature]) -> Collection[Feature]:
+    """What a criterion does not know of a family: where it reads rows of keys, latents."""
+    if criterion in SEQUENTIAL:
+        return features - KNOWN
+    sums = CRITERIA[criterion].convention is Convention.GROUP_SUM
+    return features & {Feature.LATENT} if sums else ()
+
+
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("criterion", [*CRITERIA, *SEQUENTIAL])
 def test_a_criterion_plans_what_verifies_or_is_refused(
@@ -80,9 +91,9 @@ def test_a_criterion_plans_what_verifies_or_is_refused(
     }
     kind = open_source(dense(workshop, name)).family
     options["units"] = "both" if kind.down else "heads"
-    unknown = kind.features - KNOWN if criterion in SEQUENTIAL else ()
+    unknown = unknown_to(criterion, kind.features)
     if unknown:
-        words = rf"Probe Pruning does not know ({'|'.join(map(re.escape, unknown))}), which"
+        words = rf" does not know ({'|'.join(map(re.escape, unknown))}), which"
         with pytest.raises(ModelError, match=words):
             spp_export.export(workshop.scenario, tmp_path / "slim", **options)
         assert not (tmp_path / "slim").exists()
