@@ -298,4 +298,5 @@ CRITERION = SetCriterion(
     heads=head_losses,
     channels=channel_losses,
     attention=attention_loss,
+    experts="energy",
 )

@@ -64,6 +64,8 @@ def vllm(
         return Engine("vLLM", "no", "the KV groups of a layer must be alike: write it with --pad")
     if layout == "uniform" and model_type in VLLM:
         return expected("stock class")
+    if layout != "uniform" and any(layer.dropped_experts for layer in layers):
+        return Engine("vLLM", "no", "one number of experts for all layers")
     if model_type in PLUGIN | BACKEND and not all(
         layer.has_attention and layer.has_mlp for layer in layers
     ):

@@ -12,9 +12,15 @@ from spp_export.calibration.reading import Text, token_texts
 from spp_export.common.errors import CheckpointError
 from spp_export.common.progress import progress
 from spp_export.evaluation.batches import _TEXTS, exact_dtype, oracle_logits, session_batches
-from spp_export.models.checkpoint.checkpoint import Checkpoint, read_config, written_tensors
+from spp_export.models.checkpoint.checkpoint import (
+    Checkpoint,
+    outputs_first,
+    read_config,
+    written_tensors,
+)
 from spp_export.models.checkpoint.header import StoredTensor
 from spp_export.models.checkpoint.reader import blocks, read_float
+from spp_export.models.families import Family, Role
 from spp_export.models.session import Session
 from spp_export.models.tokenizer import load_tokenizer
 from spp_export.planning import Plan
@@ -167,6 +173,9 @@ def _within(error: CheckpointError, tensor: StoredTensor) -> str:
     return str(error).removeprefix(f"{tensor.file}: ").rstrip(".")
 
 
+_OF_HEADS = (Role.QUERY, Role.KEY, Role.VALUE, Role.OUTPUT)
+
+
 def _compensated(directory: Path, source: Checkpoint, compiled: Plan) -> Projections:
     """The projections that no slicing gives, as written, for the oracle to put in place: the
     compensated ones, and all of a model that was trained further."""
@@ -180,6 +189,7 @@ def _compensated(directory: Path, source: Checkpoint, compiled: Plan) -> Project
             (index, role): partial(
                 _projection,
                 stored,
+                source.family,
                 source.family.layer_name(index, source.family.projection(role)),
                 real_columns(compiled, index, role, source.shape),
                 role in CONSUMERS,
@@ -187,7 +197,7 @@ def _compensated(directory: Path, source: Checkpoint, compiled: Plan) -> Project
             )
             for index, layer in enumerate(compiled.layers)
             for role in roles
-            if f"{source.family.layer_name(index, source.family.projection(role))}.weight" in stored
+            if (source.shape.has_heads if role in _OF_HEADS else source.shape.has_channels)[index]
             if trained or (compiled.compensation != "none" and loses(layer, role, source.shape))
         }
     )
@@ -195,6 +205,7 @@ def _compensated(directory: Path, source: Checkpoint, compiled: Plan) -> Project
 
 def _projection(
     stored: Mapping[str, StoredTensor],
+    family: Family,
     module: str,
     columns: Indices | slice,
     with_bias: bool,
@@ -210,5 +221,5 @@ def _projection(
     if weight is None:  # of attention without heads, or an MLP without channels
         kept = torch.zeros((hidden, 0) if with_bias else (0, hidden))
     else:
-        kept = torch.from_numpy(read_float(weight)[:, columns])
+        kept = torch.from_numpy(outputs_first(family, read_float(weight))[:, columns])
     return Projection(kept, None if bias is None else torch.from_numpy(read_float(bias)))
