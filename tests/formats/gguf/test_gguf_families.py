@@ -118,7 +118,7 @@ def test_forms_in_fewer_bits(quant, tmp_path: Path) -> None:
     [
         ("mistral-window-tied", "mistral sees the last 6 tokens only"),
         ("qwen2-mha-window", "qwen2 sees the last 6 tokens only"),
-        ("qwen3-mqa-bias", "Qwen3 has no biases"),
+        ("qwen3-mqa-bias", "architecture qwen3 has no biases"),
     ],
 )
 def test_what_llama_cpp_cannot_run_is_refused(name: str, match: str, tmp_path: Path) -> None:
