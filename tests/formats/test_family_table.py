@@ -3,6 +3,7 @@ does, or the command's refusal for the reason that the table gives."""
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -22,7 +23,12 @@ from pairs import few
 from transformers import CONFIG_MAPPING
 
 from spp_export.common.errors import SppError
-from spp_export.evaluation.contract import drop_experts, uniform_layers
+from spp_export.evaluation.contract import (
+    drop_experts,
+    only_existing,
+    random_layers,
+    uniform_layers,
+)
 from spp_export.formats.gguf import GgufOptions
 from spp_export.formats.gguf.architecture import architecture_of
 from spp_export.formats.gguf.contents import gguf_contents
@@ -38,6 +44,7 @@ from spp_export.models.checkpoint.reader import read_float
 from spp_export.models.families import FAMILIES
 from spp_export.models.families.served import BACKEND, OWN_ATTENTION, VLLM
 from spp_export.models.shape import Layout
+from spp_export.planning import LayerPlan
 
 sys.path.insert(0, str(Path(__file__).parent / "gguf"))
 from gguf_cases import add_merges
@@ -83,11 +90,23 @@ def dense(tmp_path_factory: pytest.TempPathFactory):
     return made
 
 
+def some_layers(source: Checkpoint, seed: int) -> tuple[LayerPlan, ...]:
+    plan = random_layers(source.shape, seed, channels=bool(source.family.down))
+    return only_existing(plan, source.shape)
+
+
+def size(layer: LayerPlan) -> tuple[int, ...]:
+    return len(layer.query_heads), len(layer.kv_heads), len(layer.channels or ())
+
+
 def slim_of(source: Checkpoint, format_name: str, layout: Layout, target: Path) -> Path:
     """A slim model, of which goes what can."""
     units = FORMATS[format_name].uniform_units(source.family)
     shape, layers = source.shape, None
-    if layout == "uniform" and units != "all":
+    if layout == "per-layer":
+        plans = (some_layers(source, seed) for seed in itertools.count(3))
+        layers = next(plan for plan in plans if len(set(map(size, plan))) > 1)
+    elif units != "all":
         width = 10 if units == "channels" else None
         layers = uniform_layers(
             shape, 3, kv_heads=shape.kv_heads, group_size=shape.group_size, channels=width
@@ -178,7 +197,10 @@ def test_what_the_table_says_is_refused(dense, name, format_name, layout, tmp_pa
         with pytest.raises(SppError, match="layout 'uniform'"):
             make_slim(source, layout, tmp_path / "slim", layers)
         return
-    slim = slim_of(source, format_name, layout, tmp_path / "slim")
+    # A dense model is uniform.
+    slim = source.path
+    if layout != "uniform":
+        slim = slim_of(source, format_name, layout, tmp_path / "slim")
     out = tmp_path / "out"
     out.mkdir()
     with pytest.raises(SppError) as caught:
@@ -198,7 +220,7 @@ def test_mup_folds_into_a_llama_where_no_norms_come_after(tmp_path: Path) -> Non
         assert difference <= limit
 
 
-@pytest.mark.parametrize("name", sorted((VLLM | BACKEND) & CONFIG_MAPPING.keys()))
+@pytest.mark.parametrize("name", sorted((VLLM | BACKEND).intersection(CONFIG_MAPPING)))
 def test_whose_attention_goes_by_the_interface(name: str) -> None:
     """What vLLM's Transformers backend asks for."""
     model = getattr(transformers, FAMILIES[name].architecture)
