@@ -449,3 +449,11 @@ WRAPPERS = (
     Wrapper("internvl", "InternVLForConditionalGeneration", "qwen2"),
 )
 # fmt: on
+
+_GEMMA4 = (
+    "heads of full attention are of another size than those of sliding attention (global_head_dim) "
+    "and may take keys for values (attention_k_eq_v), and the last layers read the keys and values "
+    "of others (num_kv_shared_layers); a record has one size of heads, and KV heads in every layer"
+)
+# Model types that no record can tell of, and why.
+REFUSED = {"gemma4": _GEMMA4, "gemma4_text": _GEMMA4}
