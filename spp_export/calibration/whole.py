@@ -73,7 +73,12 @@ class WholeMoments:
 
     def gather(self) -> None:
         """Make the pass for the next layers."""
-        from spp_export.calibration.activations import MixtureMoments, observe, token_batches
+        from spp_export.calibration.activations import (
+            MixtureMoments,
+            mixture_scales,
+            observe,
+            token_batches,
+        )
 
         session = self._session
         count = max(1, _layers_together(session))
@@ -82,7 +87,8 @@ class WholeMoments:
         batches = token_batches(session.tokenizer, texts)
         part_of_text = [i for i, part in enumerate(self._parts) for _ in part.texts]
         weights = [part.weight for part in self._parts]
-        moments = MixtureMoments(group, batches, part_of_text, weights)
+        scales = mixture_scales(batches, part_of_text, weights)
+        moments = MixtureMoments(group, session.source.shape.channels, scales)
         of_layers = f"{group[0] + 1} to {group[-1] + 1}"
         observe(
             session.model,

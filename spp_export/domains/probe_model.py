@@ -146,11 +146,12 @@ def probe_model(
     calibration = calibrate(held_out_text, request.seed)
     in_domain = held_out_text[IN_DOMAIN].logits
     accuracy = (in_domain.argmax(axis=2) == held_out.labels[:, None]).mean(axis=0)
-    writes = AxisShares(source, input_device(model), weight)
+    domain_N = [k for k, texts in enumerate(pools.train) for _ in texts]
+    writes = AxisShares(source, input_device(model), weight, domain_N)
     collections = _gather(dense, pools, kinds_needed(criteria, request.units), writes)
     with progress("scoring units", None):
         scores, energy_KLH = _scores(source, collections, criteria, request, writes)
-        whitelist = choose_whitelist(energy_KLH, request.seed)
+        whitelist = choose_whitelist(energy_KLH, request.seed, layers=dense.attending)
     manifest = {
         "model": source.name,
         "seed": request.seed,
@@ -288,7 +289,7 @@ def _gather(
         kinds,
         lambda: (dense.model, dense.tokenizer),
         dtype=dense.dtype,
-        also=[[writes.of(k)] for k in range(len(pools.domains))],
+        also=[writes],
     )
 
 
@@ -323,7 +324,7 @@ def _shrinkage(
         return {}
     shape, family = dense.source.shape, dense.source.family
     width = shape.query_heads * shape.head_dim
-    layers = sampled_layers(shape.num_layers, width)
+    layers = sampled_layers(dense.attending, width)
     halves = [
         (2 * k + (2 * n >= len(t)), t[n]) for k, t in enumerate(pools.val) for n in range(len(t))
     ]
@@ -376,6 +377,11 @@ class Dense:
     model: nn.Module
     tokenizer: Any
     source: Checkpoint
+
+    @property
+    def attending(self) -> list[int]:
+        """The layers that have heads."""
+        return [index for index, has in enumerate(self.source.shape.has_heads) if has]
 
     @property
     def dtype(self) -> str:

@@ -29,6 +29,7 @@ from spp_export.models.families import record_of
 from spp_export.models.loader import auto_class
 from spp_export.models.shape import ModelShape
 from spp_export.planning import LayerPlan, Layout, Plan
+from spp_export.planning.plan import only_existing
 from spp_export.slicing.compensation import written_config
 from spp_export.slicing.config import MODELING_FILES
 from spp_export.slicing.weights import write_slim_weights
@@ -158,21 +159,28 @@ def load_exact(path: Path, **options: Any) -> PreTrainedModel:
 
 
 def write_random(settings: Any, target: Path, dtype: torch.dtype = torch.float64) -> Path:
+    """`random_model` of a config, on disk."""
+    model = random_model(settings, dtype)
+    with quiet_transformers():
+        model.save_pretrained(target)
+    return target
+
+
+def random_model(settings: Any, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     """A random model of a config, made by the stock classes: none of its norms and biases can be
     left out unnoticed."""
     torch.manual_seed(0)
     sees = hasattr(settings, "text_config")
     kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-    model = kind.from_config(settings, dtype=dtype)
+    model: PreTrainedModel = kind.from_config(settings, dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() < 2 or "norm" in name:
                 parameter.add_(0.2 * torch.randn_like(parameter))
             else:
                 parameter.copy_(torch.randn_like(parameter) / parameter.shape[1] ** 0.5)
-    with quiet_transformers():
-        model.save_pretrained(target)
-    return target
+    model.eval()
+    return model
 
 
 def make_slim(source: Checkpoint, layout: Layout, target: Path) -> Pair:
@@ -185,6 +193,7 @@ def make_slim(source: Checkpoint, layout: Layout, target: Path) -> Pair:
         layers = chosen(source.shape, 3, channels=bool(source.family.down))
     if source.shape.experts and layout != "per-layer":  # where heads alone go
         layers = drop_experts(layers, source.shape, 3, alike=layout == "uniform")
+    layers = only_existing(layers, source.shape)
     plan = Plan(source.fingerprint, source.name, layout, "none", layers)
     target.mkdir()
     write_slim_weights(source, plan, target)
@@ -212,12 +221,13 @@ def _random_layer(shape: ModelShape, rng: random.Random, channels: bool) -> Laye
 
 
 def ragged_layers(shape: ModelShape, seed: int, *, channels: bool = True) -> tuple[LayerPlan, ...]:
-    """Random query heads of every layer; where groups can differ, they do in the first."""
+    """Random query heads of every layer; where groups can differ, they do in the first that has
+    heads."""
     rng = random.Random(seed)
     plans = []
     for index in range(shape.num_layers):
         heads = _choose(rng, range(shape.query_heads), rng.randint(1, shape.query_heads))
-        if index == 0 and shape.kv_heads > 1:
+        if index == shape.has_heads.index(True) and shape.kv_heads > 1:
             heads = (*range(shape.group_size), shape.group_size)
         kv_heads = tuple(sorted({head // shape.group_size for head in heads}))
         width = rng.randint(1, shape.channels)

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from spp_export.models.families.served import BACKEND, OWN_ATTENTION, PLUGIN, SGLANG, VLLM
 from spp_export.models.shape import LayerShape
 
 # yes: a test of this project loads and runs it. expected: the engine's source or its users say so,
-# and no test of ours does. no: it is known not to.
+# and no test of ours does. no: it is known not to, or nobody says that it does.
 Loads = Literal["yes", "expected", "no"]
 
 
@@ -30,54 +31,68 @@ class Engine:
         return asdict(self)
 
 
-def engines_for(layout: str, layers: Sequence[LayerShape]) -> tuple[Engine, ...]:
-    """Engines for a safetensors directory of this layout and these layers.
+def engines_for(
+    model_type: str, layout: str, layers: Sequence[LayerShape], *, experts: bool = False
+) -> tuple[Engine, ...]:
+    """Engines for a safetensors directory of a family, with experts or without, of this layout and
+    these layers.
 
     Layers of a ragged plan that were padded are of layout per-layer.
     """
-    if layout == "uniform":
-        return (
-            Engine("transformers", "yes", "4.57 or newer, stock class, no code"),
-            Engine("vLLM", "expected", listed("stock class; not run here", _cards(layers))),
-            Engine("llama.cpp", "no", "write it with --format gguf, or spp convert"),
-            Engine("SGLang", "expected", "stock class; not run here"),
-        )
-    same_kv = len({layer.kv_heads for layer in layers}) == 1
+    uniform, ragged = layout == "uniform", layout == "ragged"
+    code = "4.57 or newer: trust_remote_code=True, or after import spp_export"
+    other = "write it with --format gguf, or spp convert"
+    if ragged:
+        other = "the KV groups of a layer must be alike: --format gguf --pad"
     return (
-        Engine(
-            "transformers",
-            "yes",
-            "4.57 or newer: trust_remote_code=True, or after import spp_export",
-        ),
-        Engine("vLLM", "no", "the KV groups of a layer must be alike: write it with --pad")
-        if layout == "ragged"
-        else Engine(
-            "vLLM",
-            "expected",
-            listed(
-                "0.29 or newer, --trust-remote-code, or with spp-export installed; not run here",
-                _cards(layers),
-            ),
-        ),
-        Engine(
-            "llama.cpp",
-            "no",
-            "the KV groups of a layer must be alike: --format gguf --pad"
-            if layout == "ragged"
-            else "write it with --format gguf, or spp convert",
-        ),
-        Engine(
-            "SGLang",
-            "no",
-            "one head count for all layers in its Llama"
-            if same_kv
-            else "one count of KV heads for all layers",
-        ),
+        Engine("transformers", "yes", "4.57 or newer, stock class, no code" if uniform else code),
+        vllm(model_type, layout, layers, experts=experts),
+        Engine("llama.cpp", "no", other),
+        _sglang(model_type, layout, layers),
     )
 
 
+def vllm(
+    model_type: str, layout: str, layers: Sequence[LayerShape] = (), *, experts: bool = False
+) -> Engine:
+    """vLLM, for such a directory."""
+
+    def expected(how: str) -> Engine:
+        return Engine("vLLM", "expected", listed(f"{how}; not run here", _cards(layers)))
+
+    if layout == "ragged":
+        return Engine("vLLM", "no", "the KV groups of a layer must be alike: write it with --pad")
+    if layout == "uniform" and model_type in VLLM:
+        return expected("stock class")
+    if layout != "uniform" and model_type in PLUGIN:
+        return expected("0.29 or newer, --trust-remote-code, or with spp-export installed")
+    if model_type in OWN_ATTENTION:
+        how = "its attention is none that vLLM's Transformers backend can take the place of"
+        return Engine("vLLM", "no", how)
+    if experts and layout != "uniform":
+        how = "its Transformers backend makes the experts of all layers alike"
+        return Engine("vLLM", "no", how)
+    if model_type not in VLLM | BACKEND:
+        return Engine("vLLM", "no", "nothing is known of this family there")
+    if layout == "uniform":
+        return expected("its Transformers backend")
+    return expected("0.29 or newer, --trust-remote-code")
+
+
+def _sglang(model_type: str, layout: str, layers: Sequence[LayerShape]) -> Engine:
+    if layout != "uniform":
+        same_kv = len({layer.kv_heads for layer in layers}) == 1
+        of = "one head count for all layers" if same_kv else "one count of KV heads for all layers"
+        return Engine("SGLang", "no", of)
+    if model_type in SGLANG:
+        return Engine("SGLang", "expected", "stock class; not run here")
+    return Engine("SGLang", "no", "nothing is known of this family there")
+
+
 def _cards(layers: Sequence[LayerShape]) -> str:
-    """How many cards vLLM can spread these layers over."""
+    """How many cards vLLM can spread these layers over, if any are given."""
+    if not layers:
+        return ""
     ways = [n for n in _CARDS if all(layer.splits(n) for layer in layers)]
     if not ways:
         return "one card: its layers do not divide (see --tp)"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from spp_export.common.errors import ModelError
 from spp_export.common.json_files import shown
 from spp_export.models.families import table
 from spp_export.models.families.base import Family, Feature, Role, TensorSpec, Unit, vocabulary_size
+from spp_export.models.families.computed import COMPUTED
 from spp_export.models.families.nested import decoder_settings
 from spp_export.models.quantised import check_not_quantised
 
@@ -22,12 +25,16 @@ __all__ = [
     "Unit",
     "decoder_settings",
     "family_of",
+    "known",
     "known_types",
     "record_of",
     "vocabulary_size",
 ]
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in table.FAMILIES}
+FAMILIES: dict[str, Family] = {
+    family.model_type: replace(family, computed=COMPUTED.get(family.model_type, family.computed))
+    for family in table.FAMILIES
+}
 _WRAPPERS = {wrapper.model_type: wrapper for wrapper in table.WRAPPERS}
 _TEXTS = {family.model_type: family for family in table.TEXTS}
 # What the model type of a checkpoint with layers that differ begins with.
@@ -65,3 +72,17 @@ def family_of(config: Mapping[str, Any]) -> Family:
             f"{', '.join(known_types())}."
         )
     return family.of(config)
+
+
+@contextmanager
+def known(family: Family) -> Iterator[None]:
+    """Have a record beside those of the table while the context is open."""
+    before = FAMILIES.get(family.model_type)
+    FAMILIES[family.model_type] = family
+    try:
+        yield
+    finally:
+        if before is None:
+            del FAMILIES[family.model_type]
+        else:
+            FAMILIES[family.model_type] = before
