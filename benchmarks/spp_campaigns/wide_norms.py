@@ -34,7 +34,7 @@ from spp_export.planning.request import PlanRequest
 from spp_export.slicing.compensation import plan_compensation
 
 _SIZES = (0.9, 0.8, 0.7, 0.5)
-_WORDS, _WINDOW, _BATCH = 1024, 128, 8
+_WORDS, _WINDOW, _BATCH = 320, 128, 8
 _END = "<|end|>"
 _SHAPE = {
     "hidden_size": 128,
@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made = parser(__doc__, writes=True)
     made.add_argument("--pools", required=True, help="directory of pools")
     made.add_argument("--scenario", required=True, help="scenario file")
-    made.add_argument("--steps", type=int, default=300, help="steps of training")
+    made.add_argument("--steps", type=int, default=400, help="steps of training")
     made.add_argument("--size", type=float, action="append", help="share kept; repeatable")
     options = made.parse_args(arguments)
     pools = read_pools(options.pools)

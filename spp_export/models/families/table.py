@@ -682,6 +682,8 @@ _LLAMA = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 
 WRAPPERS = (
     Wrapper("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl_text"),
     Wrapper("qwen3_vl", "Qwen3VLForConditionalGeneration", "qwen3_vl_text"),
+    Wrapper("qwen3_5", "Qwen3_5ForConditionalGeneration", "qwen3_5_text"),
+    Wrapper("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe_text"),
     Wrapper("llava", "LlavaForConditionalGeneration", "llama", defaults=_LLAMA),
     Wrapper("mistral3", "Mistral3ForConditionalGeneration", "mistral"),
     Wrapper("gemma3", "Gemma3ForConditionalGeneration", "gemma3_text", defaults={
