@@ -188,7 +188,9 @@ def make_slim(source: Checkpoint, layout: Layout, target: Path) -> Pair:
     """Sliced on disk, as an export is, by a random plan."""
     if layout == "uniform":
         width = 10 if source.family.down else None
-        layers = uniform_layers(source.shape, 3, kv_heads=1, group_size=2, channels=width)
+        size = min(2, source.shape.group_size)
+        heads = {"kv_heads": 2 // size, "group_size": size}
+        layers = uniform_layers(source.shape, 3, **heads, channels=width)
     else:
         chosen = ragged_layers if layout == "ragged" else random_layers
         layers = chosen(source.shape, 3, channels=bool(source.family.down))
