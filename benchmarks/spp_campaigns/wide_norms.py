@@ -36,7 +36,7 @@ from spp_export.slicing.compensation import plan_compensation
 _SIZES = (0.9, 0.8, 0.7, 0.5)
 _WORDS, _WINDOW, _BATCH = 320, 128, 8
 _END = "<|end|>"
-_SHAPE = {
+_SHAPE: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_hidden_layers": 4,
@@ -44,6 +44,8 @@ _SHAPE = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 512,
     "vocab_size": _WORDS,
+    "pad_token_id": 0,
+    "eos_token_id": 0,
 }
 _COLUMNS = {
     "kept": "{keep:.0%}",
@@ -67,11 +69,10 @@ def train(pools: Pools, steps: int, target: Path) -> float:
     words.train_from_iterator(texts, trainer)
     ids = torch.tensor([i for text in texts for i in (*words.encode(text).ids, 0)])
     torch.manual_seed(0)
-    ends = dict.fromkeys(("pad_token_id", "eos_token_id"), 0)
-    model = Olmo2ForCausalLM(Olmo2Config(**_SHAPE, **ends))
+    model = Olmo2ForCausalLM(Olmo2Config(**_SHAPE))
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=steps)
-    losses = []
+    losses: list[float] = []
     for _ in range(steps):
         starts = torch.randint(len(ids) - _WINDOW, (_BATCH,))
         batch = torch.stack([ids[start : start + _WINDOW] for start in starts])
