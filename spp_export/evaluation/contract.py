@@ -94,11 +94,12 @@ def prove(source: Checkpoint, layout: Layout, target: Path) -> float:
 
 
 @torch.no_grad()
-def exact_logits(model: PreTrainedModel) -> Tensor:
-    """Logits [2,11,V] of `tokens`, in float64 throughout where the model has experts."""
+def exact_logits(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
+    """Logits [2,11,V] of `tokens`, or of other inputs, in float64 throughout where the model has
+    experts."""
     family = record_of(model.config.to_dict())
     with _InDouble() if family and family.experts else nullcontext():
-        logits: Tensor = model(tokens()).logits
+        logits: Tensor = model(**(inputs or {"input_ids": tokens()})).logits
     return logits
 
 

@@ -279,7 +279,7 @@ class Family:
         for places in _STORED if self.inside else ():
             inner = f"{self.layers.rpartition('.')[0]}."
             found = replace(self, stored=tuple(zip((inner, f"{self.head}."), places, strict=True)))
-            if found.on_disk(f"{self.layer_name(0, self.query)}.weight") in names:
+            if found.on_disk(f"{self.embedding}.weight") in names:
                 return found
         return self
 
