@@ -15,12 +15,11 @@ from typing import Any
 import pytest
 import torch
 from factories import random_layers
-from family_models import KNOWN, Pair, emptied, greedy, load, make_dense, tokens
+from family_models import KNOWN, Pair, emptied, greedy, load, make_dense, make_slim, tokens
 from transformers import DynamicCache, PreTrainedModel
 
 from spp_export.common.errors import ModelError, PlanError
 from spp_export.common.progress import quiet_transformers
-from spp_export.evaluation.contract import slice_by
 from spp_export.models.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_source
 from spp_export.models.families import FAMILIES
 from spp_export.slicing.config import slim_config
@@ -54,7 +53,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Pair]
         attention, mlp = PLACES[places]
         layers = random_layers(source.shape, 3, channels=cut)
         layers = emptied(layers, attention, mlp if cut else ())
-        return slice_by(layers, source, "per-layer", root / f"{name}-{places}")
+        return make_slim(source, "per-layer", root / f"{name}-{places}", layers)
 
     return pair
 
@@ -159,7 +158,7 @@ def test_families_whose_attention_has_no_size_of_heads_refuse_by_name(tmp_path: 
     source = open_source(make_dense("gpt_neox", tmp_path / "dense", layers=4))
     layers = emptied(random_layers(source.shape, 3), (0, 3), ())
     with pytest.raises(PlanError, match="layer 0: the plan keeps no heads, and attention of gpt_n"):
-        slice_by(layers, source, "per-layer", tmp_path / "slim")
+        make_slim(source, "per-layer", tmp_path / "slim", layers)
 
 
 def test_experts_stay() -> None:

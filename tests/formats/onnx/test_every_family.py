@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from test_onnx_families import _Graph
 
 from spp_export.common.errors import ModelError
-from spp_export.evaluation.contract import slice_by
 from spp_export.formats.onnx import OnnxOptions
 from spp_export.formats.onnx.options import ATTENTIONS, Attention
 from spp_export.formats.onnx.read import GraphWeights
@@ -105,7 +104,7 @@ def test_layers_may_have_no_attention_and_no_mlp(name, attention, tmp_path: Path
     cut = bool(source.family.down)
     layers = random_layers(source.shape, 3, channels=cut)
     layers = emptied(layers, (0, 2), (2, 3) if cut else ())
-    checkpoint = slice_by(layers, source, "per-layer", tmp_path / "slim").slim
+    checkpoint = make_slim(source, "per-layer", tmp_path / "slim", layers).slim
     assert_the_same(checkpoint, attention, tmp_path)
 
 
