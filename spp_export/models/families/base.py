@@ -716,7 +716,7 @@ class Family:
     def uniform(self) -> Literal["all", "channels", "experts", ""]:
         """What can go where all layers are alike, if the stock config takes no other number of
         heads than the dense model's; "" is nothing."""
-        if not self.derived_head_dim:
+        if not (self.derived_head_dim or (self.mixers and self.mixers.of_heads)):
             return "all"
         if self.experts:
             return "experts"
