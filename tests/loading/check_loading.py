@@ -27,8 +27,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCaus
 TOLERANCE = 1e-5
 OLD = transformers.__version__.startswith("4.")
 # What stock models of transformers 4 do otherwise: an activation in bfloat16, whatever was asked;
-# experts with biases, which those of 5 do not have; convolutions that see padding; a mask of another
-# length than the cache.
+# experts with biases, which those of 5 do not have; convolutions that see padding; a mask that is
+# not as long as the cache.
 OTHER_IN_OLD = {"apertus", "ernie4_5_moe", "falcon_h1", "lfm2"}
 # Stock models of transformers 4 that fail in float64.
 SINGLE_IN_OLD = {"deepseek_v3", "dots1", "glm4_moe", "mpt"}
