@@ -140,9 +140,10 @@ def evaluate(request: EvaluateRequest) -> EvalResult:
         device=request.device,
         dtype=request.dtype,
         dequantize=request.dequantize,
+        parallel=request.parallel,
     )
     for units in request.units:
-        session.source.family.check_units(units)
+        session.source.family.check_units(units, session.source.shape)
     artifacts = open_artifacts(request.artifacts, request.model, session.source)
     others = {
         name: open_artifacts(path, request.model, session.source)

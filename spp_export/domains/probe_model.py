@@ -58,6 +58,7 @@ from spp_export.domains.whitelist import choose_whitelist
 from spp_export.importance import SCORING
 from spp_export.importance.base import Criterion, check_convention
 from spp_export.models.checkpoint.checkpoint import Checkpoint
+from spp_export.models.shape import Units
 
 # Prompts of a domain that are answered: a scenario mixes several domains.
 DIALOGUES = 32
@@ -75,7 +76,7 @@ class ProbeSettings:
 
     select: int | None = None
     criteria: Sequence[str] = DEFAULT_CRITERIA
-    units: str = "both"
+    units: Units = "both"
     seed: int = 0
     calibration_tokens: int = DEFAULT_CALIBRATION_TOKENS
     answer_tokens: int = 0
@@ -116,7 +117,7 @@ def probe_model(
     """
     request = request or ProbeSettings()
     left_out = left_out or Pools((), (), (), {})
-    source.family.check_units(request.units)
+    source.family.check_units(request.units, source.shape)
     criteria = request.check(len(candidates.domains))
     for criterion in criteria:
         check_convention(source.family, criterion)
@@ -221,13 +222,13 @@ def _dialogues(dense: Dense, pools: Pools, request: ProbeSettings) -> tuple[Dial
 def with_gradients(dense: Dense, dialogues: Sequence[Dialogue]) -> tuple[Dialogue, ...]:
     """The dialogues with the gradients of their tokens, from one backward pass; as they are where
     some weights are not in memory."""
-    if not has_weights(dense.model):
+    if not has_weights(dense.reader):
         return tuple(dialogues)
     texts = [dialogue_text(one.tokens, one.answer) for one in dialogues]
     batches = token_batches(dense.tokenizer, texts, batch_tokens=BATCH_TOKENS)
     source = dense.source
     lengths = gradient_lengths(
-        dense.model,
+        dense.reader,
         source.family,
         source.shape,
         batches,
@@ -289,7 +290,7 @@ def _gather(
         dense.source,
         pools.train,
         kinds,
-        lambda: (dense.model, dense.tokenizer),
+        lambda: (dense.reader, dense.tokenizer),
         dtype=dense.dtype,
         also=[writes],
     )
@@ -376,7 +377,7 @@ def _pools_record(
 class Dense:
     """The frozen dense model, its tokenizer and its files."""
 
-    model: nn.Module
+    reader: nn.Module
     tokenizer: Any
     source: Checkpoint
 
@@ -388,17 +389,17 @@ class Dense:
     @property
     def dtype(self) -> str:
         """What it computes in."""
-        return str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        return str(next(self.reader.parameters()).dtype).removeprefix("torch.")
 
     @property
     def device(self) -> str:
         """Where it is; of a model on several devices, where it begins."""
-        return str(next(self.model.parameters()).device)
+        return str(next(self.reader.parameters()).device)
 
     def watch(self, texts: Sequence[str], observer: Observer, description: str) -> None:
         """One forward pass over texts."""
         observe(
-            self.model,
+            self.reader,
             self.source.family,
             token_batches(self.tokenizer, texts),
             [observer],

@@ -64,6 +64,8 @@ def vllm(
         return Engine("vLLM", "no", "the KV groups of a layer must be alike: write it with --pad")
     if layout == "uniform" and model_type in VLLM:
         return expected("stock class")
+    if layout != "uniform" and any(layer.dropped_experts for layer in layers):
+        return Engine("vLLM", "no", "one number of experts for all layers")
     if layout != "uniform" and model_type in PLUGIN:
         return expected("0.29 or newer, --trust-remote-code, or with spp-export installed")
     if model_type in OWN_ATTENTION:

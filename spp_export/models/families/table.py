@@ -491,6 +491,18 @@ FAMILIES = (
            qk_norm=True, sliding="listed",
            defaults={"first_k_dense_replace": 0, "moe_intermediate_size": 1408},
            experts=Experts(_SCORED, *_ROUTED, _DENSE, **_FIRST)),
+    Family("llama4_text", "Llama4ForCausalLM", _features(Feature.EXPERTS, Feature.ROTARY),
+           **_BIASES, **_NO_MLP, rope_theta=500000.0, end_token=2, config_class="Llama4TextConfig",
+           decoder_class="Llama4TextModel", defaults={
+               "head_dim": 128, "num_local_experts": 16, "num_experts_per_tok": 1,
+               "interleave_moe_layer_step": 1, "intermediate_size_mlp": 16384},
+           experts=Experts({
+               "feed_forward.router.weight": f"{_LOCAL[0]} hidden_size",
+               "feed_forward.experts.gate_up_proj": "* hidden_size 2*intermediate_size",
+               "feed_forward.experts.down_proj": "* intermediate_size hidden_size",
+               **_mlp("feed_forward.shared_expert", "intermediate_size")}, *_LOCAL,
+               _mlp("feed_forward", "intermediate_size_mlp"), every="interleave_moe_layer_step",
+               listed="moe_layers", modules=("feed_forward",))),
     Family("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", _features(Feature.EXPERTS, Feature.ROTARY),
            qkv_bias="use_bias", output_bias="use_bias", **_NO_MLP, head_bias="use_bias",
            rope_theta=500000.0, end_token=2, defaults={
@@ -677,7 +689,8 @@ FAMILIES = (
            keys={"num_attention_heads": "n_heads", "num_hidden_layers": "n_layers",
                  "hidden_size": "d_model", "intermediate_size": "", **_EVERY_HEAD},
            derive=_mpt, defaults={"expansion_ratio": 4, **_TIED}),
-    Family("gpt_neo", "GPTNeoForCausalLM", _features(Feature.NO_GATE, _LAYER_NORM, _POSITIONS),
+    Family("gpt_neo", "GPTNeoForCausalLM",
+           _features(Feature.NO_GATE, _LAYER_NORM, _POSITIONS, Feature.MULTIPLIERS),
            **_TRANSFORMER,
            **{**_GPT2, "qkv_bias": False, "query": "attn.attention.q_proj",
               "key": "attn.attention.k_proj", "value": "attn.attention.v_proj",
