@@ -22,6 +22,7 @@ from spp_export.common.errors import ModelError, UsageError
 from spp_export.evaluation.contract import LIMIT, write_random
 from spp_export.evaluation.guessing.guess import Guess, guess, written
 from spp_export.models.families import FAMILIES, Family, Feature, table
+from spp_export.models.modeling import configuration_spp, modeling_spp
 
 pytestmark = pytest.mark.thinned(most=5)
 
@@ -138,7 +139,9 @@ class ParrotForCausalLM(LlamaForCausalLM):
 def test_an_architecture_of_somebodys_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Installed as part of transformers, as per-layer classes are made of what is there."""
     for kind in (ParrotConfig, ParrotModel, ParrotForCausalLM):
-        monkeypatch.setattr(transformers, kind.__name__, kind, raising=False)
+        # The package takes another's place in sys.modules while some of its own are imported.
+        for package in (configuration_spp.transformers, modeling_spp.transformers):
+            monkeypatch.setattr(package, kind.__name__, kind, raising=False)
     monkeypatch.setitem(CONFIG_MAPPING._extra_content, "parrot", ParrotConfig)
     monkeypatch.setitem(MODEL_FOR_CAUSAL_LM_MAPPING._extra_content, ParrotConfig, ParrotForCausalLM)
     found = guess(ParrotConfig().to_dict(), tmp_path)

@@ -270,8 +270,8 @@ def _of_attention(
             usual = scale
         others = calls[family.layer_name(layer, family.attention)].others
         tables = others.get("position_embeddings") if turned else None
-        first = calls[family.layer_name(0, family.attention)].others.get("position_embeddings")
-        if tables is not None and not _same(tables[0], first[0]):
+        first = calls[family.layer_name(0, family.attention)].others
+        if tables is not None and not _same(tables[0], first["position_embeddings"][0]):
             features.add(Feature.ROTARY)  # by the type of the layer
         if family.per_head:
             continue
