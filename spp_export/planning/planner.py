@@ -271,8 +271,6 @@ def _check_family(source: Checkpoint, request: PlanRequest) -> None:
             f"layout is ragged, and in the {family.model_type} family every KV head must serve as "
             "many query heads. Use per-layer."
         )
-    if request.compensate != "none":
-        family.refuse((Feature.TRANSPOSED,), "compensation", "Use --compensate none.")
     if request.policy == "published":
         family.refuse((Feature.MIXERS, Feature.LATENT), "--policy published", "Use --policy exact.")
     if source.shape.cached and (request.budget.cost == "kv-bytes" or request.max_kv_bytes):
