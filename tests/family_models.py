@@ -90,6 +90,16 @@ MORE: dict[str, dict[str, Any]] = {
         "block_multiple_of": 8,
         "conv_bias": True,
     },
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "full_attention", "mlp", "full_attention"],
+        "num_hidden_layers": 4,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 6,
+        "n_groups": 2,
+        "ssm_state_size": 8,
+        "chunk_size": 4,
+        "mlp_bias": True,
+    },
     "falcon_h1": {
         "mamba_d_ssm": 24,
         "mamba_n_heads": 4,

@@ -66,9 +66,12 @@ def check_directory(
     The oracle takes re-fitted projections as they were written, so `compensation`, which knows what
     they were fitted to, is asked about them; only an export has it.
     """
+    from spp_export.evaluation.oracle import masked_dense
     from spp_export.evaluation.parity import (
         VerifyReport,
+        cached_logits,
         check_cache,
+        check_cached_like,
         check_causality,
         check_parity,
     )
@@ -88,8 +91,15 @@ def check_directory(
             tensors,
             check_parity(slim, reference),
             check_causality(slim, longest),
-            check_cache(slim, longest, reference.rounding),
         ]
+        if source.family.mixers:
+            with masked_dense(
+                session.model, source.family, source.shape, compiled, compensated
+            ) as dense:
+                expected = cached_logits(dense, longest)
+            checks.append(check_cached_like(slim, expected, longest, reference.rounding))
+        else:
+            checks.append(check_cache(slim, longest, reference.rounding))
         if compensation is not None and compiled.compensation == "lstsq":
             checks.append(_check_refit(directory, session.source, compensation))
         if prompts:

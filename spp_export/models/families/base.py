@@ -109,6 +109,7 @@ class Feature(StrEnum):
     TRANSPOSED = "weights with their inputs first"
     MIXERS = "other mixers than attention"
     GATED = "an output gate of every head in the tensor of its query"
+    ALTERNATING = "layers of attention or of an MLP alone"
     LATENT = "keys and values made of latents (MLA)"
     WIDE_NORM = "norms over all heads or channels at once"
     VISION = "a tower of vision"
