@@ -161,11 +161,12 @@ def family_name(name: str) -> str:
     return FORMS[name][0] if name in FORMS else name
 
 
-def make_dense(name: str, target: Path) -> Path:
-    """A random model of a family or of one of its forms, made by the stock classes."""
+def make_dense(name: str, target: Path, head_dim: int = 8) -> Path:
+    """A random model of a family or of one of its forms, made by the stock classes, of four heads."""
     family, more = FORMS.get(name, (name, MORE.get(name, {})))
-    sizes = {"hidden_size": 32, "intermediate_size": 24, "vocab_size": 97, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    sizes = {"hidden_size": 4 * head_dim, "intermediate_size": 24}
+    sizes |= {"vocab_size": 97, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": head_dim}
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     record, more = FAMILIES[family], more | EXPERTS.get(family, {})
     named = {record.keys.get(key, key): value for key, value in (sizes | heads).items()}

@@ -35,7 +35,7 @@ from spp_export.planning import (
     forced_heads,
     options_of,
 )
-from spp_export.planning.allocate.options import channel_options
+from spp_export.planning.allocate.options import channel_options, dividing_heads
 from spp_export.planning.bound import Predicted, predicted
 from spp_export.planning.budget import Budget, unit_cost
 from spp_export.planning.latency import LatencyTable
@@ -143,7 +143,10 @@ class Planning:
         known = self.diagnosis.breadth, self.latency
         scoring = scoring_for(session, self.artifacts, parts, request, *known, budget=budget)
         if scoring.criterion not in self.scored:
-            self.scored[scoring.criterion] = scoring, scoring.options()
+            options = scoring.options()
+            if request.kv_divisors and options.heads is not None:
+                options = replace(options, heads=dividing_heads(options.heads))
+            self.scored[scoring.criterion] = scoring, options
         return self.scored[scoring.criterion]
 
     def within(self, budget: Budget | None = None) -> PlanResult:
@@ -163,6 +166,7 @@ class Planning:
                     "asked": {
                         **(budget or request.budget).to_dict(),
                         **({"tensor_parallel": request.tp} if request.tp > 1 else {}),
+                        **({"kv_divisors": True} if request.kv_divisors else {}),
                     },
                     "realised": realised.to_dict(),
                     **({"profile": self.latency.to_dict()} if self.latency else {}),
@@ -274,6 +278,7 @@ def _check_budget(
     scores_LI = np.zeros((shape.num_layers, shape.channels))
     forced = forced_heads(artifacts.whitelist, shape)
     heads = options_of(request.layout)(scores_LH, shape, forced)
+    heads = dividing_heads(heads) if request.kv_divisors else heads
     channels = channel_options(scores_LI, shape, request.width_multiple)
     check_feasible(
         None if request.units == "channels" else heads,

@@ -136,6 +136,8 @@ class Family:
     # Fields of the record that are others where a flag of config.json is on; of `features`, those
     # that come or go.
     variants: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    # What `logits_scaling` of config.json does to logits.
+    scaled_logits: Literal["", "multiplied", "divided"] = ""
     # Values of config.json that the stock config class fills in, and those that nobody handles.
     defaults: Mapping[str, Any] = field(default_factory=dict)
     refused: tuple[str, ...] = ()

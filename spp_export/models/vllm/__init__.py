@@ -11,7 +11,7 @@ from spp_export.models.families import FAMILIES
 
 _MODELS = "spp_export.models.vllm.models"
 # Those with layers of vLLM's own; others run on its Transformers backend.
-_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+OWN_LAYERS = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def register() -> None:
@@ -23,6 +23,6 @@ def register() -> None:
 
     import spp_export.models.modeling  # noqa: F401  registers the configs
 
-    for name in _FAMILIES:
+    for name in OWN_LAYERS:
         architecture = f"Spp{FAMILIES[name].architecture}"
         ModelRegistry.register_model(architecture, f"{_MODELS}:{architecture}")

@@ -1,0 +1,145 @@
+"""Write checkpoints for check_vllm.py to run, and what it is to find: `python build_vllm.py OUT`.
+
+Each directory below OUT is a checkpoint with a `check.json`, a `Check` below. There is one per
+layout of every family, with token ids alone, and some of the families that the plugin has layers
+for, with a tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from factories import (
+    CASES,
+    Case,
+    ragged_layers,
+    random_layers,
+    shape_of,
+    uniform_layers,
+    write_slim,
+)
+from family_models import KNOWN, make_dense, make_slim
+
+from spp_export.models.checkpoint.checkpoint import open_source
+from spp_export.models.engines import VLLM_BACKEND_LACKS
+from spp_export.models.shape import ModelShape
+from spp_export.models.vllm import OWN_LAYERS
+from spp_export.planning import LayerPlan, Layout
+
+# The narrowest heads that vLLM's attention on a CPU takes.
+HEAD_DIM = 32
+SLIDING = {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]}
+MIXED = {"kv_heads": 4, "query_heads": 8, "use_sliding_window": True, "sliding_window": 6}
+
+
+@dataclass(frozen=True)
+class Check:
+    """What vLLM is to do with a checkpoint.
+
+    runs     how it is run: "plugin", "backend" (Transformers backend), "stock" (vLLM's choice)
+    refused  other ways, and words of the error that they end with
+    kv_bytes_per_token  in fp32, as the plan has it; -1 where vLLM is known to take more
+    """
+
+    runs: Sequence[str]
+    refused: dict[str, str]
+    kv_bytes_per_token: int
+
+    def write(self, directory: Path) -> None:
+        """Beside the checkpoint."""
+        (directory / "check.json").write_text(json.dumps(asdict(self), indent=2))
+
+
+def build_all(out: Path) -> None:
+    """Every checkpoint."""
+    for seed, case in enumerate(CASES):
+        dense = case.make(out / "dense" / case.name, head_dim=HEAD_DIM)
+        build(out / case.name, dense, random_layers(shape_of(dense), seed))
+    for family in OWN_LAYERS:
+        options = {"kv_heads": 4, "query_heads": 8, "head_dim": HEAD_DIM}
+        dense = Case(family, family, options).make(out / "dense" / family)
+        build_kinds(out, family, dense)
+    for name in KNOWN:
+        source = open_source(make_dense(name, out / "dense" / f"{name}-32", HEAD_DIM))
+        layouts: list[Layout] = ["per-layer"]
+        if not source.family.derived_head_dim:
+            layouts.append("uniform")
+        for layout in layouts:
+            slim = make_slim(source, layout, out / f"{name}-of-family-{layout}")
+            shapes = [layer.shape(source.shape) for layer in slim.plan.layers]
+            family_check(name, layout, source.shape, shapes).write(slim.slim)
+    build_windows(out)
+
+
+def family_check(name: str, layout: Layout, shape: ModelShape, shapes: Sequence[Any]) -> Check:
+    """Of a family's checkpoint without a tokenizer."""
+    expected = shape.kv_bytes_per_token(shapes, 4)
+    way = "stock" if layout == "uniform" else "backend"
+    lacking = layout != "uniform" and name in VLLM_BACKEND_LACKS
+    return Check([], {way: ""}, expected) if lacking else Check([way], {}, expected)
+
+
+def build_kinds(out: Path, family: str, dense: Path) -> None:
+    """Of a family that the plugin has layers for: uniform, ragged, with biases of either kind."""
+    shape = shape_of(dense)
+    layers = uniform_layers(shape, 0, kv_heads=2, group_size=2, channels=40)
+    build(out / f"{family}-uniform", dense, layers, "uniform", Check(["stock"], {}, 0))
+    refused = dict.fromkeys(("plugin", "backend"), "--layout ragged --pad")
+    build(out / f"{family}-ragged", dense, ragged_layers(shape, 2), "ragged", Check([], refused, 0))
+    layers = random_layers(shape, 1)
+    output = random_biases(shape, "self_attn.o_proj")
+    check = Check(["backend"], {"plugin": "--model-impl transformers"}, 0)
+    alone = check if family == "qwen3" else Check(["plugin", "backend"], {}, 0)
+    build(out / f"{family}-output-bias", dense, layers, "per-layer", alone, output)
+    biases = output | random_biases(shape, "mlp.down_proj")
+    build(out / f"{family}-biased", dense, layers, "per-layer", check, biases)
+
+
+def build_windows(out: Path) -> None:
+    """Full and sliding layers in one model: KV heads of either kind alike and those of one a
+    multiple of the other's, so that vLLM's pages suit both; and counts that suit none."""
+    dense = Case("qwen2", "qwen2", {**MIXED, **SLIDING, "head_dim": HEAD_DIM}).make(
+        out / "dense" / "qwen2-windows"
+    )
+    for name, counts in {"windows-alike": (4, 2, 2), "windows-odd": (4, 3, 2)}.items():
+        layers = [LayerPlan(tuple(range(n)), tuple(range(2 * n)), None) for n in counts]
+        lost = -1 if name == "windows-odd" else 0
+        build(out / name, dense, layers, "per-layer", Check(["plugin", "backend"], {}, lost))
+
+
+def random_biases(shape: ModelShape, module: str) -> dict[str, torch.Tensor]:
+    """A bias for a module of every layer, by name."""
+    generator = torch.Generator().manual_seed(3)
+    return {
+        f"model.layers.{index}.{module}.bias": torch.randn(shape.hidden_size, generator=generator)
+        for index in range(shape.num_layers)
+    }
+
+
+def build(
+    target: Path,
+    dense: Path,
+    layers: Sequence[LayerPlan],
+    layout: Layout = "per-layer",
+    check: Check | None = None,
+    biases: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """One checkpoint with a tokenizer. The bytes of a check that has none are the plan's."""
+    write_slim(target, dense, layers, layout, biases)
+    shape = shape_of(dense)
+    check = check or Check(["plugin", "backend"], {}, 0)
+    planned = shape.kv_bytes_per_token([layer.shape(shape) for layer in layers], 4)
+    Check(check.runs, check.refused, check.kv_bytes_per_token or planned).write(target)
+
+
+if __name__ == "__main__":
+    build_all(Path(sys.argv[1]))

@@ -1,0 +1,386 @@
+"""Run prebuilt checkpoints in vLLM, on the CPU, and compare with transformers.
+
+    python tests/vllm/build_vllm.py OUT     # once, with the project's own environment
+    python tests/vllm/check_vllm.py OUT     # where vLLM's CPU build and this project are
+    python tests/vllm/check_vllm.py OUT qwen3-mqa-bias windows-odd
+
+Greedy tokens and their log-probabilities are to be those of transformers, and the pages of the KV
+cache are to hold a token in as many bytes as the plan has. What cannot run is to say why. At the
+end a per-layer checkpoint is served: the answer of /v1/chat/completions is to be what `generate`
+gives, and so are those that spp itself asks vLLM for. Exit status 1 if anything differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+SOURCES = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    # Gigabytes for the KV cache, of which few blocks are used.
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "OMP_NUM_THREADS": "1",
+}
+os.environ.update(ENVIRONMENT, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+
+import torch
+import transformers
+import vllm
+import vllm.model_executor.models.registry
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from vllm.distributed import cleanup_dist_env_and_memory
+
+# Nats: between the log-probabilities that two programs compute in fp32.
+TOLERANCE = 2e-3
+# One that fills less than a page of the KV cache, one that fills two, and one in between.
+PROMPT_TOKENS = (3, 40, 150)
+NEW_TOKENS = 8
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+QUESTION = "Sulfuric acid is"
+SERVED = "llama-gqa-bias"
+# Seconds until a server answers, and until an answer comes.
+STARTING, ANSWERING = 900, 120
+
+
+class WrongResultError(Exception):
+    """vLLM computes something else, or says nothing of what it cannot."""
+
+
+class Answer(NamedTuple):
+    """Greedy tokens after a prompt, and the log-probability of each."""
+
+    tokens: list[int]
+    logprobs: list[float]
+
+
+class Run(NamedTuple):
+    """What an engine answered, with which class, and what a token takes of its KV cache."""
+
+    answers: list[Answer]
+    class_name: str
+    kv_bytes_per_token: float
+
+
+def main() -> int:
+    """Check every checkpoint below the directory, one line each."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("names", nargs="*", help="of checkpoints; default: all, and the server")
+    arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    # A process for every class that vLLM looks at takes as long as importing vLLM, and is only
+    # there to keep CUDA out of this one.
+    vllm.model_executor.models.registry._run_in_subprocess = lambda look: look()
+    # vLLM collects garbage several times per model; what is imported by now is none.
+    gc.freeze()
+    gc.unfreeze = lambda: None  # type: ignore[assignment]
+    directory = arguments.directory.resolve()
+    names = arguments.names or sorted(path.parent.name for path in directory.glob("*/check.json"))
+    failures = [name for name in names if not attempt(name, check, directory / name)]
+    if not arguments.names:
+        checks = {"endpoint": served, "answers that spp asks for": asked}
+        failures += [
+            name for name, work in checks.items() if not attempt(name, work, directory / SERVED)
+        ]
+    count = len(names) + (0 if arguments.names else 2)
+    print(f"vLLM {vllm.__version__}, transformers {transformers.__version__}: ", end="")
+    print(f"{count} checks, {len(failures)} failed")
+    return int(bool(failures) or not names)
+
+
+def attempt(name: str, work: Any, path: Path) -> bool:
+    """One line about a check."""
+    try:
+        print(f"ok     {name}: {work(path)}", flush=True)
+    except Exception as error:
+        print(f"FAILED {name}: {type(error).__name__}: {error}", flush=True)
+        return False
+    return True
+
+
+def check(path: Path) -> str:
+    """Every way of running a checkpoint, and every way that is to be refused."""
+    expected = json.loads((path / "check.json").read_text())
+    config = json.loads((path / "config.json").read_text())
+    name = config["model_type"].removeprefix("spp_")
+    if name not in transformers.CONFIG_MAPPING:
+        return f"not in transformers {transformers.__version__}"
+    said = []
+    prompts = random_prompts(min(config["vocab_size"], 97))
+    if expected["runs"]:
+        reference = with_transformers(path, prompts)
+    for way in expected["runs"]:
+        run = with_vllm(path, prompts, way)
+        worst = compare(reference, run.answers)
+        kv_bytes = expected["kv_bytes_per_token"]
+        if kv_bytes < 0:
+            note = f"{run.kv_bytes_per_token:g} B per token, more than planned"
+        else:
+            note = f"{run.kv_bytes_per_token:g} B per token"
+            require(run.kv_bytes_per_token == kv_bytes, f"{way}: {note}, planned {kv_bytes}")
+        said.append(f"{way} {run.class_name}, {worst:.1e}, {note}")
+    for way, words in expected["refused"].items():
+        said.append(f"{way} refused: {refusal(path, prompts, way, words)}")
+    return "; ".join(said)
+
+
+def random_prompts(vocabulary: int) -> list[list[int]]:
+    """Token ids."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        torch.randint(3, vocabulary, (count,), generator=generator).tolist()
+        for count in PROMPT_TOKENS
+    ]
+
+
+def with_transformers(path: Path, prompts: list[list[int]]) -> list[Answer]:
+    """By whole sequences, without a cache."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=True)
+    return [greedy(model, prompt) for prompt in prompts]
+
+
+@torch.no_grad()
+def greedy(model: PreTrainedModel, prompt: list[int]) -> Answer:
+    """Of one prompt."""
+    ids, answer = list(prompt), Answer([], [])
+    for _ in range(NEW_TOKENS):
+        logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+        best = logits.float().log_softmax(-1).max(-1)
+        ids.append(int(best.indices))
+        answer.tokens.append(int(best.indices))
+        answer.logprobs.append(float(best.values))
+    return answer
+
+
+def with_vllm(path: Path, prompts: list[list[int]], way: str) -> Run:
+    """All prompts at once."""
+    how: dict[str, Any] = {
+        "plugin": {},
+        "backend": {"model_impl": "transformers", "trust_remote_code": True},
+        "stock": {},
+    }[way]
+    sampling = vllm.SamplingParams(
+        temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=1, detokenize=False
+    )
+    with engine(path, **how) as llm:
+        outputs = llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False
+        )
+        core: Any = llm.llm_engine.engine_core
+        model = core.engine_core.model_executor.driver_worker.worker.get_model()
+        cache = core.engine_core.scheduler.kv_cache_config
+        answers = []
+        for (row,) in (output.outputs for output in outputs):
+            steps = zip(row.token_ids, row.logprobs, strict=True)
+            answers.append(
+                Answer(list(row.token_ids), [step[token].logprob for token, step in steps])
+            )
+        return Run(answers, type(model).__name__, bytes_per_token(cache))
+
+
+@contextmanager
+def engine(path: Path, **options: Any) -> Iterator[vllm.LLM]:
+    """vLLM in this process, which another model can follow."""
+    llm = None
+    try:
+        llm = vllm.LLM(
+            str(path),
+            skip_tokenizer_init=True,
+            dtype="float32",
+            max_model_len=256,
+            max_num_seqs=8,
+            num_gpu_blocks_override=32,
+            enforce_eager=True,
+            generation_config="vllm",
+            **options,
+        )
+        yield llm
+    finally:
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
+
+
+def bytes_per_token(cache: Any) -> float:
+    """Of all layers: each group of layers takes a block of the same bytes for its own number of
+    tokens."""
+    block = cache.kv_cache_tensors[0].size / cache.num_blocks
+    return sum(block / group.kv_cache_spec.block_size for group in cache.kv_cache_groups)
+
+
+def compare(expected: list[Answer], found: list[Answer]) -> float:
+    """Largest difference of log-probabilities; WrongResultError where it or a token is wrong."""
+    worst = 0.0
+    for index, (first, second) in enumerate(zip(expected, found, strict=True)):
+        pairs = zip(first.logprobs, second.logprobs, strict=True)
+        worst = max(worst, *(abs(one - other) for one, other in pairs))
+        require(
+            first.tokens == second.tokens,
+            f"prompt {index}: tokens {second.tokens}, transformers gives {first.tokens}",
+        )
+    require(worst <= TOLERANCE, f"log-probabilities differ by {worst:.1e}")
+    return worst
+
+
+def refusal(path: Path, prompts: list[list[int]], way: str, words: str) -> str:
+    """The line that a way of running ends with; WrongResultError where it runs or says less."""
+    try:
+        with_vllm(path, prompts, way)
+    except Exception as error:
+        said = str(error)
+    else:
+        raise WrongResultError(f"{way} runs it")
+    line = next((line for line in said.splitlines() if words in line), "")
+    require(bool(line), f"{way}: no {words!r} in {said[-300:]!r}")
+    return line.strip()[:100]
+
+
+def served(path: Path) -> str:
+    """vLLM's own server, compiled as it is by default, with nothing but the plugin."""
+    with tempfile.TemporaryDirectory() as name:
+        model = Path(name) / "model"
+        shutil.copytree(path, model)
+        (model / "chat_template.jinja").write_text(TEMPLATE)
+        text, count = generated(model)
+        with server(model, Path(name) / "server.log") as url:
+            body = {
+                "model": str(model),
+                "messages": [{"role": "user", "content": QUESTION}],
+                "temperature": 0,
+                "max_tokens": NEW_TOKENS,
+            }
+            request = urllib.request.Request(
+                f"{url}/v1/chat/completions",
+                data=json.dumps(body).encode(),
+                headers={"Content-Type": "application/json"},
+            )
+            with urllib.request.urlopen(request, timeout=ANSWERING) as response:
+                answer = json.load(response)
+    said = answer["choices"][0]["message"]["content"]
+    require(said == text, f"answered {said!r}, generate gives {text!r}")
+    counted = answer["usage"]["completion_tokens"]
+    require(counted == count, f"{counted} tokens, generate gives {count}")
+    return f"/v1/chat/completions: {count} tokens {said!r}"
+
+
+def generated(model: Path) -> tuple[str, int]:
+    """Greedy answer to the question by this process: text, and its number of tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, trust_remote_code=True
+    )
+    batch = tokenizer.apply_chat_template(
+        [{"role": "user", "content": QUESTION}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    ids = loaded.generate(**batch, do_sample=False, max_new_tokens=NEW_TOKENS)
+    new = ids[0, batch["input_ids"].shape[1] :]
+    return tokenizer.decode(new, skip_special_tokens=True), len(new)
+
+
+@contextmanager
+def server(model: Path, log: Path) -> Iterator[str]:
+    """The address of `vllm serve MODEL`; it ends with the block."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = int(probe.getsockname()[1])
+    # The command `vllm` asks for the version of a distribution of that name, which the CPU build
+    # is not.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command += ["--host", "localhost", "--port", str(port), "--dtype", "float32"]
+    command += ["--max-model-len", "256", "--max-num-seqs", "8"]
+    settings = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, env=settings, stdout=stream, stderr=subprocess.STDOUT)
+        try:
+            url = f"http://localhost:{port}"
+            wait_for(url, process, log)
+            yield url
+        finally:
+            process.terminate()
+            process.wait(timeout=STARTING)
+
+
+def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Return once the server is well."""
+    last = time.monotonic() + STARTING
+    while time.monotonic() < last:
+        require(process.poll() is None, f"the server ended: {log.read_text()[-600:]}")
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=ANSWERING):
+                return
+        except (urllib.error.URLError, ConnectionError):
+            time.sleep(1)
+    raise WrongResultError(f"the server did not answer in {STARTING} s")
+
+
+def asked(path: Path) -> str:
+    """The process by which spp lets vLLM answer prompts."""
+    prompts = random_prompts(97)
+    request = {
+        "engine": {
+            "model": str(path),
+            "skip_tokenizer_init": True,
+            "dtype": "float32",
+            "seed": 1,
+            "max_model_len": 256,
+            "gpu_memory_utilization": 0.5,
+            "enforce_eager": True,
+            "generation_config": "vllm",
+        },
+        "questions": prompts,
+        "seeds": list(range(len(prompts))),
+        "sampling": {
+            "temperature": 0,
+            "max_tokens": NEW_TOKENS,
+            "stop_token_ids": [],
+            "ignore_eos": True,
+            "detokenize": False,
+        },
+    }
+    child = SOURCES / "spp_export" / "calibration" / "engines" / "vllm_child.py"
+    ended = subprocess.run(
+        [sys.executable, "-P", str(child)],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    require(ended.returncode == 0, ended.stderr[-600:])
+    answers = json.loads(ended.stdout.splitlines()[-1])["answers"]
+    expected = [answer.tokens for answer in with_transformers(path, prompts)]
+    require(answers == expected, f"answers {answers}, transformers gives {expected}")
+    return f"{len(answers)} of {NEW_TOKENS} tokens"
+
+
+def require(condition: bool, complaint: str) -> None:
+    """WrongResultError with the complaint unless the condition holds."""
+    if not condition:
+        raise WrongResultError(complaint)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
