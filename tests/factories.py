@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from spp_export.common.progress import quiet_transformers
+from spp_export.evaluation.contract import ragged_layers as ragged_layers
+from spp_export.evaluation.contract import random_layers as random_layers
+from spp_export.evaluation.contract import uniform_layers as uniform_layers
 from spp_export.models.families import FAMILIES, Role
 from spp_export.models.shape import ModelShape
 from spp_export.planning import LayerPlan, Layout
@@ -83,7 +85,7 @@ def make_checkpoint(
     size = sum(parameter.nbytes for parameter in model.parameters())
     with quiet_transformers():
         model.save_pretrained(target, max_shard_size=math.ceil(size / shards) + (shards == 1))
-    _write_tokenizer(target)
+    write_tokenizer(target)
     return target
 
 
@@ -114,7 +116,7 @@ def _randomise(model: PreTrainedModel, seed: int) -> None:
                 parameter.copy_(gain * noise / math.sqrt(parameter.shape[-1]))
 
 
-def _write_tokenizer(target: Path) -> None:
+def write_tokenizer(target: Path) -> None:
     """A byte-level tokenizer without merges: any text, one token per byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: index for index, token in enumerate([PAD, BOS, EOS, *alphabet, UNKNOWN])}
@@ -239,59 +241,6 @@ def shape_of(directory: Path) -> ModelShape:
     """Sizes of a dense checkpoint."""
     config = read_config(directory)
     return FAMILIES[config["model_type"]].read_shape(config, element_bytes=4)
-
-
-def random_layers(shape: ModelShape, seed: int, *, channels: bool = True) -> tuple[LayerPlan, ...]:
-    """A random regular plan that keeps at least one unit of each kind in every layer."""
-    rng = random.Random(seed)
-    return tuple(_random_layer(shape, rng, channels) for _ in range(shape.num_layers))
-
-
-def _random_layer(shape: ModelShape, rng: random.Random, channels: bool) -> LayerPlan:
-    kv_heads = _choose(rng, range(shape.kv_heads), rng.randint(1, shape.kv_heads))
-    size = rng.randint(1, shape.group_size)
-    query_heads: list[int] = []
-    for head in kv_heads:
-        group = range(head * shape.group_size, (head + 1) * shape.group_size)
-        query_heads += _choose(rng, group, size)
-    kept = _choose(rng, range(shape.channels), rng.randint(1, shape.channels)) if channels else None
-    return LayerPlan(kv_heads, tuple(query_heads), kept)
-
-
-def ragged_layers(shape: ModelShape, seed: int, *, channels: bool = True) -> tuple[LayerPlan, ...]:
-    """Random query heads of every layer; where groups can differ, they do in the first."""
-    rng = random.Random(seed)
-    plans = []
-    for index in range(shape.num_layers):
-        heads = _choose(rng, range(shape.query_heads), rng.randint(1, shape.query_heads))
-        if index == 0 and shape.kv_heads > 1:
-            heads = (*range(shape.group_size), shape.group_size)
-        kv_heads = tuple(sorted({head // shape.group_size for head in heads}))
-        width = rng.randint(1, shape.channels)
-        kept = _choose(rng, range(shape.channels), width) if channels else None
-        plans.append(LayerPlan(kv_heads, heads, kept))
-    return tuple(plans)
-
-
-def uniform_layers(
-    shape: ModelShape, seed: int, *, kv_heads: int, group_size: int, channels: int | None = None
-) -> tuple[LayerPlan, ...]:
-    """Random units, but the same number of each in every layer."""
-    rng = random.Random(seed)
-    plans = []
-    for _ in range(shape.num_layers):
-        kept = _choose(rng, range(shape.kv_heads), kv_heads)
-        heads: list[int] = []
-        for head in kept:
-            start = head * shape.group_size
-            heads += _choose(rng, range(start, start + shape.group_size), group_size)
-        width = None if channels is None else _choose(rng, range(shape.channels), channels)
-        plans.append(LayerPlan(kept, tuple(heads), width))
-    return tuple(plans)
-
-
-def _choose(rng: random.Random, units: Sequence[int], count: int) -> tuple[int, ...]:
-    return tuple(sorted(rng.sample(units, count)))
 
 
 def _elements(heads: Sequence[int], head_dim: int) -> torch.Tensor:

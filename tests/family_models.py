@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from factories import ragged_layers, random_layers, uniform_layers
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig
 
-from spp_export.common.progress import quiet_transformers
-from spp_export.evaluation.oracle import masked_dense
-from spp_export.models.checkpoint.checkpoint import Checkpoint
+from spp_export.evaluation.contract import Pair, greedy, make_slim, padded, tokens, write_random
+from spp_export.evaluation.contract import load_exact as load
 from spp_export.models.families import FAMILIES
-from spp_export.planning import Layout, Plan
-from spp_export.slicing.compensation import written_config
-from spp_export.slicing.config import MODELING_FILES
-from spp_export.slicing.weights import write_slim_weights
+
+__all__ = ["KNOWN", "Pair", "greedy", "load", "make_dense", "make_slim", "padded", "tokens"]
 
 # What shows more of a family than its defaults do.
 MORE: dict[str, dict[str, Any]] = {
@@ -53,6 +44,9 @@ MORE: dict[str, dict[str, Any]] = {
     "falcon": {"multi_query": False, "bias": True, "num_kv_heads": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 4},
     "olmo": {"clip_qkv": 2.0, "attention_bias": True},
+    "olmo3": {"layer_types": ["sliding_attention", "full_attention"]},
+    "olmoe": {"clip_qkv": 2.0},
+    "minimax_m2": {"rotary_dim": 4},
 }
 # Sizes that the families of experts have beside those of every family.
 EXPERTS: dict[str, dict[str, Any]] = {
@@ -73,6 +67,8 @@ EXPERTS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 12,
     },
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "dots1": {
         "n_routed_experts": 4,
         "n_shared_experts": 2,
@@ -105,57 +101,6 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
 KNOWN = [name for name in FAMILIES if name in CONFIG_MAPPING]
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A dense checkpoint, what is kept of it, and where that is."""
-
-    source: Checkpoint
-    plan: Plan
-    slim: Path
-
-    def masked(self) -> AbstractContextManager[Any]:
-        """The dense model, masked, while the context is open."""
-        dense = load(self.source.path)
-        return masked_dense(dense, self.source.family, self.source.shape, self.plan)
-
-
-def tokens() -> torch.Tensor:
-    """Token ids [2,11] of a tiny model."""
-    return torch.randint(3, 97, (2, 11), generator=torch.Generator().manual_seed(1))
-
-
-def padded(model: Any) -> dict[str, torch.Tensor]:
-    """The same, as a prompt whose first row has padding before it.
-
-    Without that row for a model that knows eager attention alone: in float64 a mask's lowest value
-    becomes -inf in its softmax, and a row of padding NaN.
-    """
-    ids, attends = tokens(), torch.ones(2, 11, dtype=torch.long)
-    ids[0, :4], attends[0, :4] = 0, 0
-    first = 1 if model.config._attn_implementation == "eager" else 0
-    return {"input_ids": ids[first:], "attention_mask": attends[first:]}
-
-
-def greedy(model: Any, **options: Any) -> torch.Tensor:
-    """Six tokens after the padded prompt."""
-    common = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 6, "min_new_tokens": 6}
-    found: torch.Tensor = model.generate(**padded(model), **common, **options)
-    return found
-
-
-def load(path: Path, **options: Any) -> PreTrainedModel:
-    """A checkpoint in float64, of which nothing is missing or left over."""
-    name = json.loads((path / "config.json").read_text())["model_type"].removeprefix("spp_")
-    if name in EXPERTS and hasattr(PreTrainedModel, "set_experts_implementation"):
-        options["experts_implementation"] = "eager"  # others know no float64
-    with quiet_transformers():
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float64, output_loading_info=True, **options
-        )
-    assert not any(report.values()), report
-    return model
-
-
 def family_name(name: str) -> str:
     """The family of a form, or the family itself."""
     return FORMS[name][0] if name in FORMS else name
@@ -176,31 +121,4 @@ def make_dense(name: str, target: Path, head_dim: int = 8) -> Path:
     settings = AutoConfig.for_model(family, **{**named, **tokens, **more})
     if getattr(settings, "sliding_window", None):
         settings.sliding_window = 5
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(settings, dtype=torch.float64)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() < 2 or "norm" in name:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-            else:
-                parameter.copy_(torch.randn_like(parameter) / parameter.shape[1] ** 0.5)
-    with quiet_transformers():
-        model.save_pretrained(target)
-    return target
-
-
-def make_slim(source: Checkpoint, layout: Layout, target: Path) -> Pair:
-    """Sliced on disk, as an export is, by a random plan."""
-    if layout == "uniform":
-        width = 10 if source.family.down else None
-        layers = uniform_layers(source.shape, 3, kv_heads=1, group_size=2, channels=width)
-    else:
-        chosen = ragged_layers if layout == "ragged" else random_layers
-        layers = chosen(source.shape, 3, channels=bool(source.family.down))
-    plan = Plan(source.fingerprint, source.name, layout, "none", layers)
-    target.mkdir()
-    write_slim_weights(source, plan, target)
-    (target / "config.json").write_text(json.dumps(written_config(source, plan)))
-    for file in MODELING_FILES if layout != "uniform" else ():
-        shutil.copy(file, target)
-    return Pair(source, plan, target)
+    return write_random(settings, target)

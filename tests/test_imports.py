@@ -12,7 +12,7 @@ DOWN = (
     "commands formats evaluation slicing planning domains importance calibration data models common"
 )
 ROOMS = DOWN.split()
-FLOORS = ["spp_cli", "spp_campaigns", "spp_bench", "spp_export", *ROOMS, "spp_kernels"]
+FLOORS = ["spp_cli", "spp_campaigns", "spp_bench", "__main__", "spp_export", *ROOMS, "spp_kernels"]
 SOURCES = {
     ".".join(path.relative_to(folder).with_suffix("").parts).removesuffix(".__init__"): path
     for folder in (ROOT, ROOT / "cli", ROOT / "benchmarks", ROOT / "kernels")
@@ -43,7 +43,7 @@ def floor(name: str) -> int:
 
 def test_rooms_are_the_entries_at_the_root() -> None:
     entries = {path.name for path in (ROOT / "spp_export").iterdir() if path.name != "__pycache__"}
-    assert entries == {*ROOMS, "__init__.py", "py.typed"}
+    assert entries == {*ROOMS, "__init__.py", "__main__.py", "py.typed"}
 
 
 def test_imports_go_down() -> None:

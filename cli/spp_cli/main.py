@@ -39,6 +39,7 @@ from spp_cli.commands.report import report
 from spp_cli.commands.show import show
 from spp_cli.commands.verify import verify
 from spp_cli.output import PipeClosedError, write_error, write_json, write_warning
+from spp_export.common import processes
 from spp_export.common.errors import SppError
 
 _MOMENT_S = 0.01
@@ -120,17 +121,56 @@ def main() -> None:
         for number in _ENDING:
             if signal.getsignal(number) is signal.SIG_DFL:  # and not ignored, as by nohup
                 signal.signal(number, _terminate)
-        status = run(sys.argv[1:])
+        status = _place(sys.argv[1:])
     except KeyboardInterrupt:  # before it began, or once more while the first was reported
-        write_error("interrupted.")
+        processes.say_terminated()
         status = _INTERRUPTED
+        if not processes.rank():
+            write_error("interrupted.")
     except _TerminatedError as error:
-        write_error("terminated.")
-        status = error.exit_code
+        status = _ended(error)
     # All is done, but for the interpreter, which takes a moment to end.
     for number in (signal.SIGINT, *_ENDING):
         signal.signal(number, signal.SIG_IGN)
     sys.exit(status)
+
+
+def _place(arguments: Sequence[str]) -> int:
+    """The exit status of this process, which runs the command or, one of several, helps with it."""
+    _quieten()
+    try:
+        helps = processes.begin()
+    except SppError as error:
+        write_error(str(error))
+        return error.exit_code
+    if not helps:
+        status = run(arguments)
+        processes.finish(status)
+        return status
+    try:
+        return processes.work(explain)
+    except SppError as error:
+        write_error(str(error))
+        return error.exit_code
+
+
+def _ended(error: _TerminatedError, arguments: Sequence[str] = ()) -> int:
+    """The exit status after a signal, which torchrun sends where another process failed."""
+    processes.say_terminated()
+    if failure := processes.failure():
+        return _report(failure, arguments)
+    if not processes.rank():
+        write_error("terminated.")
+    return error.exit_code
+
+
+def _report(error: Exception, arguments: Sequence[str]) -> int:
+    """Say what went wrong; the exit status."""
+    message, code = explain(error)
+    write_error(message)
+    if "--json" in arguments:
+        write_json({"error": message, "exit_code": code})
+    return code
 
 
 def _terminate(number: int, _: FrameType | None) -> None:
@@ -155,12 +195,9 @@ def _deliver_again(lost: Any) -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """The exit status of these arguments; whatever goes wrong is one line on stderr."""
-    for name, value in _QUIET_LIBRARIES.items():
-        os.environ.setdefault(name, value)
+    _quieten()
     if _COMPLETING in os.environ:
         os.environ["COLUMNS"] = "10000"  # a shell takes the second line of a help for a choice
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")  # Python's, which are meant for developers
     _survive_any_text()
     _show_warnings()
     try:
@@ -173,16 +210,19 @@ def run(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _PIPE_CLOSED
     except _TerminatedError as error:
-        write_error("terminated.")
-        return error.exit_code
+        return _ended(error, arguments)
     except Exception as error:
         if os.environ.get("SPP_DEBUG") == "1":
             traceback.print_exc()
-        message, code = explain(error)
-        write_error(message)
-        if "--json" in arguments:
-            write_json({"error": message, "exit_code": code})
-        return code
+        return _report(error, arguments)
+
+
+def _quieten() -> None:
+    """Only what is ours is said."""
+    for name, value in _QUIET_LIBRARIES.items():
+        os.environ.setdefault(name, value)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # Python's, which are meant for developers
 
 
 def explain(error: Exception) -> tuple[str, int]:

@@ -8,11 +8,13 @@ never reaches them: they get the real tokens of a batch, in order, and which tex
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, Protocol
+from importlib import import_module
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -21,9 +23,12 @@ from torch import Tensor, nn
 from spp_export.calibration.reading import Text, TokenText, token_texts
 from spp_export.common.arrays import FloatArray
 from spp_export.common.options import WINDOW
+from spp_export.common.processes import answering
 from spp_export.common.progress import progress
 from spp_export.models.families import Family, Feature
+from spp_export.models.helpers import helpers_of
 from spp_export.models.layerwise import stream_of
+from spp_export.models.session import Session, helped_session
 
 _BATCH_TOKENS = 2048
 # Most channels in one diagonal block of second moments: beyond it the matrix of all of them costs
@@ -58,6 +63,15 @@ class TokenBatch:
         """Tokens that are not padding."""
         return int(self.attention_mask.sum())
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, for other ranks."""
+        return {item.name: getattr(self, item.name) for item in fields(self)}
+
+    @classmethod
+    def sent(cls, values: Mapping[str, Any]) -> Self:
+        """What `to_dict` gave on another rank."""
+        return cls(**{**values, "texts": tuple(values["texts"])})
+
 
 class Observer(Protocol):
     """Something that reduces the activations of one place in every layer.
@@ -73,6 +87,9 @@ class Observer(Protocol):
     - "stream": the stream after the MLP, [T,d]
     - "residual_per_write", "stream_per_write": the same two, in units of what o_proj and down_proj
       write: where a norm is between, longer by as much as it shortens the writes
+    - "output_by_loss", "down_by_loss": "output" and "down", each token times how much the loss
+      feels a change of what o_proj and down_proj write there, the `gradients` of its batch; a batch
+      that has none is not shown
 
     `text_T` gives the index of the text of each of the T real tokens. What `see` is shown may be
     the model's own memory: an observer reads it and keeps no reference.
@@ -82,6 +99,18 @@ class Observer(Protocol):
 
     def see(self, layer: int, values: Tensor, text_T: Tensor) -> None:
         """Take one batch of one layer."""
+
+    def taken(self, layer: int) -> Iterable[Tensor]:
+        """What was taken of a layer: tensors that hold, once those of several observers are added
+        in place, what one would have taken of all batches."""
+
+    def recipe(self) -> dict[str, Any]:
+        """Arguments of `made`, in terms of JSON and arrays."""
+
+    @classmethod
+    def made(cls, session: Session, recipe: Mapping[str, Any]) -> Self:
+        """An observer that has taken nothing yet, for another rank's share of the batches."""
+        return cls(**recipe)
 
 
 def token_batches(
@@ -152,6 +181,15 @@ def observe(
     `layer_done` is told each layer, in order, once it has been shown all that it will be: of a
     model that runs from disk before the next layer begins, of others at the end.
     """
+    helpers = helpers_of(model)
+    helpers.ask(
+        _observe_too,
+        lambda: {
+            "batches": [batch.to_dict() for batch in batches],
+            "observers": [recipe_of(observer) for observer in observers],
+        },
+    )
+    batches = helpers.share(batches)
     decoder = model.get_submodule(family.layers.rpartition(".")[0])
     stream = stream_of(model)
     calls = [model_inputs(model, batch) for batch in batches]
@@ -163,6 +201,11 @@ def observe(
         state.keep = batches[call].attention_mask.bool()
         rows = torch.tensor(batches[call].texts)
         state.texts = rows[:, None].expand_as(state.keep)[state.keep]
+        state.gradients = batches[call].gradients
+
+    def finish(layer: int) -> None:
+        helpers.add(part for observer in observers for part in observer.taken(layer))
+        layer_done(layer)
 
     with (
         torch.no_grad(),
@@ -173,7 +216,7 @@ def observe(
             stream.hidden_states(
                 calls,
                 turn=turn,
-                layer_done=layer_done,
+                layer_done=finish,
                 advance=lambda share: advance_to(share * tokens),
             )
             return
@@ -185,7 +228,34 @@ def observe(
     layers = model.get_submodule(family.layers)
     assert isinstance(layers, nn.ModuleList)
     for index in range(len(layers)):
-        layer_done(index)
+        finish(index)
+
+
+@answering
+def _observe_too(
+    opening: Mapping[str, Any],
+    batches: Sequence[Mapping[str, Any]],
+    observers: Sequence[Mapping[str, Any]],
+) -> None:
+    session = helped_session(opening)
+    observe(
+        session.model,
+        session.source.family,
+        [TokenBatch.sent(batch) for batch in batches],
+        [made_of(recipe, session) for recipe in observers],
+    )
+
+
+def recipe_of(observer: Observer) -> dict[str, Any]:
+    """What another rank makes an observer of, in terms of JSON and arrays."""
+    kind = type(observer)
+    return {"module": kind.__module__, "class": kind.__qualname__, "of": observer.recipe()}
+
+
+def made_of(recipe: Mapping[str, Any], session: Session) -> Observer:
+    """The observer of a recipe, for a rank that has the same model."""
+    kind: type[Observer] = getattr(import_module(recipe["module"]), recipe["class"])
+    return kind.made(session, recipe["of"])
 
 
 def model_inputs(model: nn.Module, batch: TokenBatch) -> dict[str, Any]:
@@ -209,18 +279,25 @@ class _Current:
 
     keep: Tensor
     texts: Tensor
+    gradients: FloatArray | None
 
 
 @contextmanager
 def _hooks(
     model: nn.Module, family: Family, observers: Sequence[Observer], state: _Current
 ) -> Iterator[None]:
-    def show(layer: int, seeing: Sequence[Observer], values: Tensor) -> None:
+    def show(layer: int, seeing: Sequence[Observer], by_loss: bool, values: Tensor) -> None:
         keep = state.keep.to(values.device)
         if values.dim() == 2:  # [B*S,d], as some MLPs read it
             values = values.unflatten(0, keep.shape)
         # Without padding, as with one text at a time, nothing has to be copied.
         real = values.flatten(0, 1) if bool(state.keep.all()) else values[keep]
+        if by_loss:
+            if state.gradients is None:
+                return
+            consumer = seeing[0].place.startswith("down")
+            lengths_T = torch.from_numpy(state.gradients[:, layer, int(consumer)]).to(real.device)
+            real = real.float() * lengths_T.float()[:, None]
         text_T = state.texts.to(values.device)
         for observer in seeing:
             observer.see(layer, real, text_T)
@@ -257,9 +334,10 @@ def _hooks(
     try:
         for asked in sorted({observer.place for observer in observers}):
             seeing = [observer for observer in observers if observer.place == asked]
-            place, _, per_write = asked.partition("_per_")
+            whole, _, by_loss = asked.partition("_by_")
+            place, _, per_write = whole.partition("_per_")
             for index, layer in enumerate(layers):
-                shown: Callable[[Tensor], None] = partial(show, index, seeing)
+                shown: Callable[[Tensor], None] = partial(show, index, seeing, bool(by_loss))
                 if per_write and family.write_norms:
                     gain = _Gain()
                     norm = layer.get_submodule(family.write_norms[place == "stream"])
@@ -292,44 +370,98 @@ class _Gain:
         shown(values * self._shortened.to(values))
 
 
-class TextMeans:
+@dataclass
+class Router(Observer):
+    """Shows a batch to the observers of the collection that it is of: number i has texts from
+    `starts[i]` on."""
+
+    place: str
+    starts: Sequence[int]
+    observers: Sequence[Sequence[Observer]]
+
+    def see(self, layer: int, values: Tensor, text_T: Tensor) -> None:
+        """As of `Observer`."""
+        part = bisect_right(self.starts, int(text_T[0])) - 1
+        for observer in self.observers[part]:
+            observer.see(layer, values, text_T)
+
+    def taken(self, layer: int) -> Iterable[Tensor]:
+        """As of `Observer`."""
+        return [part for seen in self.observers for one in seen for part in one.taken(layer)]
+
+    def recipe(self) -> dict[str, Any]:
+        """As of `Observer`."""
+        observers = [[recipe_of(observer) for observer in seen] for seen in self.observers]
+        return {"place": self.place, "starts": self.starts, "observers": observers}
+
+    @classmethod
+    def made(cls, session: Session, recipe: Mapping[str, Any]) -> Router:
+        """As of `Observer`."""
+        observers = [[made_of(one, session) for one in seen] for seen in recipe["observers"]]
+        return cls(recipe["place"], recipe["starts"], observers)
+
+
+class TextMeans(Observer):
     """Mean over each text's real tokens of a [T,d] stream: `values` is [N,L,d] float32."""
 
     def __init__(self, place: str, texts: int, layers: int, width: int) -> None:
         self.place = place
-        self._sums = torch.zeros((layers, texts, width), dtype=torch.float64)
+        self._size = texts, layers, width
+        self._sums: dict[int, Tensor] = {}
         self._counts = torch.zeros(texts, dtype=torch.float64)
 
     def see(self, layer: int, values: Tensor, text_T: Tensor) -> None:
         """Add the tokens of one batch to their texts' sums."""
-        self._sums[layer].index_add_(0, text_T.cpu(), values.double().cpu())
+        self._of(layer).index_add_(0, text_T.cpu(), values.double().cpu())
         if layer == 0:
             self._counts += torch.bincount(text_T.cpu(), minlength=len(self._counts)).double()
+
+    def taken(self, layer: int) -> Iterable[Tensor]:
+        """As of `Observer`."""
+        return [self._of(layer), *([] if layer else [self._counts])]
+
+    def recipe(self) -> dict[str, Any]:
+        """As of `Observer`."""
+        texts, layers, width = self._size
+        return {"place": self.place, "texts": texts, "layers": layers, "width": width}
 
     @property
     def values(self) -> np.ndarray[Any, np.dtype[np.float32]]:
         """[N,L,d] means; a text without tokens has zeros."""
-        means = self._sums / self._counts.clamp(min=1)[None, :, None]
-        result: np.ndarray[Any, np.dtype[np.float32]] = means.transpose(0, 1).float().numpy()
-        return result
+        means = np.zeros(self._size, dtype=np.float32)
+        for layer in range(means.shape[1]):
+            means[:, layer] = (self._of(layer) / self._counts.clamp(min=1)[:, None]).numpy()
+        return means
+
+    def _of(self, layer: int) -> Tensor:
+        if layer not in self._sums:
+            texts, _, width = self._size
+            self._sums[layer] = torch.zeros((texts, width), dtype=torch.float64)
+        return self._sums[layer]
 
 
-class MeanSquares:
+class MeanSquares(Observer):
     """Sums of squares [L,w] of what one place shows, in fp32, over tokens."""
 
     def __init__(self, place: str, layers: int, width: int) -> None:
         self.place = place
         self.sums = torch.zeros((layers, width), dtype=torch.float32)
-        self.tokens = 0
 
     def see(self, layer: int, values: Tensor, text_T: Tensor) -> None:
         """Add one batch [T,w]."""
         self.sums[layer] += values.float().square().sum(0).cpu()
-        if layer == 0:
-            self.tokens += values.shape[0]
+
+    def taken(self, layer: int) -> Iterable[Tensor]:
+        """As of `Observer`."""
+        return [self.sums[layer]]
+
+    def recipe(self) -> dict[str, Any]:
+        """As of `Observer`."""
+        layers, width = self.sums.shape
+        return {"place": self.place, "layers": layers, "width": width}
 
 
-class SecondMoments:
+class SecondMoments(Observer):
     """Sums of a a^T and of a over tokens, a the inputs [T,w] of one place, per layer in fp32.
 
     Of a a^T only n diagonal blocks of b channels are kept, [n,b,b]: block i is of channels i*b to
@@ -346,62 +478,113 @@ class SecondMoments:
         self._block = width if block is None else block
         self._products: dict[int, Tensor] = {}
         self.sums = torch.zeros((layers, width), dtype=torch.float32)
-        self.tokens = 0
+        self._tokens = torch.zeros(1, dtype=torch.int64)
 
     def see(self, layer: int, values: Tensor, text_T: Tensor) -> None:
         """Add the products of one batch."""
         values = values.float()
         self.sums[layer] += values.sum(0).cpu()
-        if layer not in self._products:
-            self._products[layer] = self._zeros(values.device)
-        products = self._products[layer]
+        products = self._of(layer, values.device)
         for index, part in enumerate(values.split(self._block, dim=1)):
             size = part.shape[1]
-            total = products[index, :size, :size]
-            if total.device == part.device:
-                total.addmm_(part.T, part)
-            else:
-                total += (part.T @ part).to(total.device)
+            _add_products(products[index, :size, :size], part)
         if layer == 0:
-            self.tokens += values.shape[0]
+            self._tokens += values.shape[0]
+
+    def taken(self, layer: int) -> Iterable[Tensor]:
+        """As of `Observer`."""
+        products = self._of(layer, torch.device("cpu"))
+        return [products, self.sums[layer], *([] if layer else [self._tokens])]
+
+    def recipe(self) -> dict[str, Any]:
+        """As of `Observer`."""
+        layers, width = self.sums.shape
+        return {"layers": layers, "width": width, "place": self.place, "block": self._block}
+
+    @property
+    def tokens(self) -> int:
+        """How many were seen."""
+        return int(self._tokens)
 
     def products(self, layer: int) -> Tensor:
         """Sums of a a^T [n,b,b] of one layer, on the CPU."""
-        cpu = torch.device("cpu")
-        return self._products[layer].cpu() if layer in self._products else self._zeros(cpu)
+        return self._of(layer, torch.device("cpu")).cpu()
 
     def release(self, layer: int) -> None:
         """Free one layer's products, once they are stored elsewhere."""
         self._products.pop(layer, None)
 
-    def _zeros(self, device: torch.device) -> Tensor:
-        count = -(-self._width // self._block)
-        size = (count, self._block, self._block)
-        return torch.zeros(size, dtype=torch.float32, device=_home(device, 4 * math.prod(size)))
+    def _of(self, layer: int, device: torch.device) -> Tensor:
+        """A layer's products, which begin beside activations on `device`."""
+        if layer not in self._products:
+            size = (-(-self._width // self._block), self._block, self._block)
+            home = _home(device, 4 * math.prod(size))
+            self._products[layer] = torch.zeros(size, dtype=torch.float32, device=home)
+        return self._products[layer]
 
 
-class LossMoments:
-    """Sums of |g|^2 a a^T over tokens, |g| [T] being their `gradient_lengths` at this place: else
-    as of `SecondMoments`. Tokens come in the order of `lengths` [T,L]."""
+class MixtureMoments(Observer):
+    """Second moments E[a a^T] [m,m] of what down_proj reads in some layers, in fp32, over a mixture
+    of texts; `scale_N` is that of `mixture_scales`.
 
-    def __init__(self, place: str, lengths: Tensor, width: int, block: int) -> None:
-        self.place = place
-        self.second = SecondMoments(lengths.shape[1], width, place=place, block=block)
-        self._lengths = lengths
-        self._seen = [0] * lengths.shape[1]
+    They live where `SecondMoments` do.
+    """
+
+    place = "down"
+
+    def __init__(self, layers: Sequence[int], width: int, scale_N: Tensor) -> None:
+        self.products: dict[int, Tensor] = {}
+        self._layers, self._width, self._scale = layers, width, scale_N
 
     def see(self, layer: int, values: Tensor, text_T: Tensor) -> None:
-        """Add the products of one batch."""
-        start = self._seen[layer]
-        self._seen[layer] = stop = start + len(values)
-        lengths = self._lengths[start:stop, layer, None].to(values.device)
-        self.second.see(layer, values.float() * lengths, text_T)
+        """Add the products of one batch [T,m]."""
+        if layer in self._layers:
+            scale = self._scale[text_T.cpu()].to(values.device)
+            _add_products(self._of(layer, values.device), values.float() * scale[:, None])
+
+    def taken(self, layer: int) -> Iterable[Tensor]:
+        """As of `Observer`."""
+        return [self._of(layer, torch.device("cpu"))] if layer in self._layers else []
+
+    def recipe(self) -> dict[str, Any]:
+        """As of `Observer`."""
+        return {"layers": list(self._layers), "width": self._width, "scale_N": self._scale}
+
+    def _of(self, layer: int, device: torch.device) -> Tensor:
+        if layer not in self.products:
+            home = _home(device, 4 * self._width**2)
+            self.products[layer] = torch.zeros((self._width, self._width), device=home)
+        return self.products[layer]
+
+
+def mixture_scales(
+    batches: Sequence[TokenBatch], parts: Sequence[int], weights: Sequence[float]
+) -> Tensor:
+    """What makes the squares of a text's tokens count by its part's weight: a factor for each text.
+
+    Text i is of part `parts[i]`, and the tokens of a part share its weight.
+    """
+    part_of_text = torch.tensor(parts)
+    tokens = torch.zeros(len(weights), dtype=torch.float64)
+    for batch in batches:
+        of_row = part_of_text[torch.tensor(batch.texts)]
+        tokens.index_add_(0, of_row, batch.attention_mask.sum(1).double())
+    share = torch.tensor(weights, dtype=torch.float64) / tokens.clamp(min=1)
+    return share.sqrt().float()[part_of_text]
 
 
 def channel_block(channels: int) -> int:
     """Channels per block b of down_proj's second moments: the fewest near-equal blocks of at most
     `CHANNEL_BLOCK`."""
     return -(-channels // -(-channels // CHANNEL_BLOCK))
+
+
+def _add_products(total: Tensor, values: Tensor) -> None:
+    """Add the sum of a a^T over the rows of `values` [T,b] to `total` [b,b]."""
+    if total.device == values.device:
+        total.addmm_(values.T, values)
+    else:
+        total += (values.T @ values).to(total.device)
 
 
 def _home(device: torch.device, size: int) -> torch.device:
@@ -412,7 +595,7 @@ def _home(device: torch.device, size: int) -> torch.device:
     return device if free - size >= _FREE_SHARE * total else torch.device("cpu")
 
 
-class StreamSensitivity:
+class StreamSensitivity(Observer):
     """E 1/||r||^2 [L] over tokens, r the stream at "residual_per_write" or "stream_per_write".
 
     How much a change of given size in the stream counts where the next block normalises it. The
@@ -422,11 +605,16 @@ class StreamSensitivity:
     def __init__(self, layers: int, place: str = "residual_per_write") -> None:
         self.place = place
         self.sums = torch.zeros(layers, dtype=torch.float64)
-        self.tokens = 0
 
     def see(self, layer: int, values: Tensor, text_T: Tensor) -> None:
         """Add one batch of the stream [T,d]."""
         norms = values.double().square().sum(1).clamp(min=torch.finfo(torch.float32).tiny)
         self.sums[layer] += norms.reciprocal().sum().cpu()
-        if layer == 0:
-            self.tokens += values.shape[0]
+
+    def taken(self, layer: int) -> Iterable[Tensor]:
+        """As of `Observer`."""
+        return [self.sums[layer : layer + 1]]
+
+    def recipe(self) -> dict[str, Any]:
+        """As of `Observer`."""
+        return {"layers": len(self.sums), "place": self.place}

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,11 @@ from torch.nn.functional import cross_entropy
 from spp_export.calibration.activations import TokenBatch, input_device, model_inputs
 from spp_export.common.arrays import FloatArray
 from spp_export.common.errors import UsageError
+from spp_export.common.processes import answering
 from spp_export.common.progress import progress
 from spp_export.models.families import Family, Feature, Role
+from spp_export.models.helpers import helpers_of
+from spp_export.models.session import helped_session
 from spp_export.models.shape import ModelShape
 
 # Activations of every layer stay until the backward pass, so batches are half of `observe`'s.
@@ -56,7 +60,10 @@ def gradient_reductions(
     whatever happens. Raises UsageError where weights are offloaded: they can have no gradient.
     """
     _require_weights(model)
+    helpers = helpers_of(model)
+    helpers.ask(_reductions_too, lambda: {"batches": [batch.to_dict() for batch in batches]})
     texts = sum(int((batch.attention_mask.sum(1) > 1).sum()) for batch in batches)
+    batches = helpers.share(batches)
     done = 0
     with ExitStack() as stack:
         weights = _Weights(model, family, shape)
@@ -73,6 +80,7 @@ def gradient_reductions(
                 _summed_loss(model, family, batch).backward()
             done += batch.real_tokens
             advance_to(done)
+    helpers.add([*weights.sums(), *(total for sums in gates.values() for total in sums)])
     count = max(texts, 1)
     return weights.reduced(count) | {
         name: [(row / count).float().numpy() for row in sums] for name, sums in gates.items()
@@ -95,14 +103,18 @@ def gradient_lengths(
     The model is left as it was found. Raises UsageError where weights are offloaded.
     """
     _require_weights(model)
-    lengths: list[Tensor] = []
+    helpers = helpers_of(model)
+    helpers.ask(_lengths_too, lambda: {"batches": [batch.to_dict() for batch in batches]})
+    ends = list(accumulate(batch.real_tokens for batch in batches))
+    lengths = torch.zeros((sum(ends[-1:]), shape.num_layers, 2))
+    own = helpers.share(list(zip(batches, ends, strict=True)))
     with ExitStack() as stack:
         stack.enter_context(_without_weights(model))
         seen = stack.enter_context(_gradients_of_writes(model, family, shape))
         stack.enter_context(torch.enable_grad())
-        total, done = sum(batch.real_tokens for batch in batches), 0
+        total, done = sum(batch.real_tokens for batch, _ in own), 0
         advance_to = stack.enter_context(progress(description, total))
-        for batch in batches:
+        for batch, end in own:
             of_batch = torch.zeros((*batch.input_ids.shape, shape.num_layers, 2))
             if bool(batch.predicted.any()):
                 logits = model(**model_inputs(model, batch)).logits
@@ -112,11 +124,25 @@ def gradient_lengths(
                 cross_entropy(scores, targets, reduction="sum").backward()
                 for (layer, consumer), of_tokens in seen.items():
                     of_batch[:, :, layer, consumer] = of_tokens
-            lengths.append(of_batch[batch.attention_mask.bool()])
+            lengths[end - batch.real_tokens : end] = of_batch[batch.attention_mask.bool()]
             done += batch.real_tokens
             advance_to(done)
-    none = torch.zeros((0, shape.num_layers, 2))
-    return torch.cat([none, *lengths]).numpy()
+    helpers.add([lengths])
+    return lengths.numpy()
+
+
+@answering
+def _reductions_too(opening: Mapping[str, Any], batches: Sequence[Mapping[str, Any]]) -> None:
+    session = helped_session(opening)
+    family, shape = session.source.family, session.source.shape
+    gradient_reductions(session.model, family, shape, [TokenBatch.sent(one) for one in batches])
+
+
+@answering
+def _lengths_too(opening: Mapping[str, Any], batches: Sequence[Mapping[str, Any]]) -> None:
+    session = helped_session(opening)
+    family, shape = session.source.family, session.source.shape
+    gradient_lengths(session.model, family, shape, [TokenBatch.sent(one) for one in batches])
 
 
 @contextmanager
@@ -263,6 +289,14 @@ class _Weights:
             self._sums[weight] = weight.grad.float()
         weight.grad = None
 
+    def sums(self) -> list[Tensor]:
+        """Sums of the gradients, in one order; zeros where no text had a next token."""
+        weights = dict.fromkeys(weight for layer in self._layers for weight in layer.values())
+        for weight in weights:
+            if weight not in self._sums:
+                self._sums[weight] = torch.zeros_like(weight, dtype=torch.float32)
+        return [self._sums[weight] for weight in weights]
+
     @torch.no_grad()
     def reduced(self, count: int) -> dict[str, list[FloatArray]]:
         """Sums over rows or columns of |W * gradient / count|, per name and layer."""
@@ -270,10 +304,7 @@ class _Weights:
         for layer in self._layers:
             products = {}
             for weight in dict.fromkeys(layer.values()):
-                total = self._sums.pop(weight, None)
-                if total is None:  # no text had a next token
-                    total = torch.zeros_like(weight, dtype=torch.float32)
-                products[weight] = total.mul_(weight).abs_()
+                products[weight] = self._sums.pop(weight).mul_(weight).abs_()
             for name, (_, axis) in _REDUCTIONS.items():
                 if name not in layer:  # an MLP without a gate
                     reductions[name].append(np.zeros(self._channels, dtype=np.float32))

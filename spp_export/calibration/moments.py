@@ -9,10 +9,10 @@ never meet in memory once they are written.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,7 @@ from spp_export.models.families import Role
 from spp_export.models.shape import ModelShape
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from spp_export.calibration.activations import Observer, TokenBatch
 
@@ -185,10 +185,9 @@ def gather(
     also: Sequence[Observer] = (),
     description: str = "gathering statistics",
 ) -> Collection:
-    """As `gather_all`, of one collection of texts; observers in `also` look on."""
-    observers = [also] if also else ()
+    """As `gather_all`, of one collection of texts."""
     (collection,) = gather_all(
-        source, [texts], kinds, dense, dtype=dtype, also=observers, description=description
+        source, [texts], kinds, dense, dtype=dtype, also=also, description=description
     )
     return collection
 
@@ -200,7 +199,7 @@ def gather_all(
     dense: Callable[[], tuple[nn.Module, Any]],
     *,
     dtype: str = "float32",
-    also: Sequence[Sequence[Observer]] = (),
+    also: Sequence[Observer] = (),
     description: str = "gathering statistics",
 ) -> tuple[Collection, ...]:
     """Statistics of collections of texts, some of `KINDS`, from the cache or by the dense model.
@@ -209,8 +208,9 @@ def gather_all(
     or from as few as memory for their sums allows; "gradients" from passes of their own, as do the
     gradients of tokens that moments in units of the loss need, unless the texts bring them. `dense`
     gives the model and its tokenizer, and is asked only where a pass is needed; `dtype` is the one
-    that it computes in. `also` has observers for each collection that look on in the forward pass,
-    which is then always made. What is given back is not removed from the cache while it is held.
+    that it computes in. Observers in `also` look on in the forward pass, which is then made over
+    all text; the index of a text is that in all collections. What is given back is not removed from
+    the cache while it is held.
     Raises UsageError where gradients of an offloaded model are asked for.
     """
     kinds, layers = tuple(kinds), source.shape.num_layers
@@ -223,19 +223,20 @@ def gather_all(
         }
         for collection in gathered
     ]
+    starts = accumulate(map(len, collections), initial=0)
     parts = [
         _Part(
             texts,
+            start,
             {kind: collection.parts[kind] for kind in sorted(absent) if kind != "gradients"},
-            also[number] if also else (),
         )
-        for number, (texts, collection, absent) in enumerate(
-            zip(collections, gathered, missing, strict=True)
+        for texts, start, collection, absent in zip(
+            collections, starts, gathered, missing, strict=False
         )
     ]
-    wanting = [part for part in parts if part.paths or part.also]
+    wanting = [part for part in parts if part.paths or also]
     if wanting:
-        _forward(source, wanting, dense, description)
+        _forward(source, wanting, dense, also, description)
     for texts, collection, absent in zip(collections, gathered, missing, strict=True):
         if "gradients" in absent:
             reductions = _backward(source, texts, dense, f"{description}, gradients")
@@ -249,12 +250,12 @@ def gather_all(
 
 @dataclass(frozen=True)
 class _Part:
-    """A collection in a forward pass: its texts, the cache file of each kind that is to be written,
-    and who else looks on."""
+    """A collection in a forward pass: its texts, the index of the first of them among those of all
+    collections, and the cache file of each kind that is to be written."""
 
     texts: Sequence[str | TokenText]
+    start: int
     paths: Mapping[str, Path]
-    also: Sequence[Observer]
 
 
 def layer_weights(source: Checkpoint, layer: int) -> LayerWeights:
@@ -276,6 +277,7 @@ def _forward(
     source: Checkpoint,
     parts: Sequence[_Part],
     dense: Callable[[], tuple[nn.Module, Any]],
+    also: Sequence[Observer],
     description: str,
 ) -> None:
     """Passes that write the parts' cache files, a layer at a time."""
@@ -285,7 +287,7 @@ def _forward(
     # Sums of a model that runs from disk are written, and given up, layer by layer.
     held = 1 if stream_of(model) is not None else source.shape.num_layers
     for group in _groups(source, parts, held):
-        _one_pass(source, group, model, tokenizer, description)
+        _one_pass(source, group, model, tokenizer, also, description)
 
 
 def _groups(source: Checkpoint, parts: Sequence[_Part], layers: int) -> Iterator[Sequence[_Part]]:
@@ -308,38 +310,35 @@ def _one_pass(
     parts: Sequence[_Part],
     model: nn.Module,
     tokenizer: Any,
+    also: Sequence[Observer],
     description: str,
 ) -> None:
-    from spp_export.calibration.activations import observe, token_batches
+    from spp_export.calibration.activations import Router, observe, token_batches
 
     sums: list[dict[str, BlockSums | LossSums]] = []
-    batches, starts = [], []
-    start = 0
+    batches: list[TokenBatch] = []
     # A batch is of one part, so that each part's sums are what a pass over it alone gives.
     for part in parts:
-        starts.append(start)
         of_part = token_batches(tokenizer, part.texts)
-        lengths = None
         if any(kind.endswith(LOSS) for kind in part.paths):
-            lengths = _lengths(source, part.texts, of_part, model, tokenizer, description)
+            of_part = _with_gradients(source, part.texts, of_part, model, tokenizer, description)
         sums.append(
             {
-                kind: BlockSums(kind, source.shape)
-                if lengths is None or not kind.endswith(LOSS)
-                else LossSums(kind, source.shape, lengths, of_part)
+                kind: LossSums(kind, source.shape, of_part)
+                if kind.endswith(LOSS)
+                else BlockSums(kind, source.shape)
                 for kind in part.paths
             }
         )
         for batch in of_part:
-            batches.append(replace(batch, texts=tuple(start + text for text in batch.texts)))
-        start += len(part.texts)
+            batches.append(replace(batch, texts=tuple(part.start + text for text in batch.texts)))
     observers = [
-        [*part.also, *(observer for kind in of_part.values() for observer in kind.observers)]
-        for part, of_part in zip(parts, sums, strict=True)
+        [observer for kind in of_part.values() for observer in kind.observers] for of_part in sums
     ]
+    starts = [part.start for part in parts]
     places = dict.fromkeys(observer.place for seen in observers for observer in seen)
     routers = [
-        _Router(place, starts, [[o for o in seen if o.place == place] for seen in observers])
+        Router(place, starts, [[o for o in seen if o.place == place] for seen in observers])
         for place in places
     ]
     with ExitStack() as stack:
@@ -361,26 +360,10 @@ def _one_pass(
             model,
             source.family,
             batches,
-            routers,
+            [*also, *routers],
             description=description,
             layer_done=keep,
         )
-
-
-@dataclass
-class _Router:
-    """Shows a batch to the observers of the collection that it is of: number i has texts
-    `starts[i]` to `starts[i + 1]`."""
-
-    place: str
-    starts: Sequence[int]
-    observers: Sequence[Sequence[Observer]]
-
-    def see(self, layer: int, values: Tensor, text_T: Tensor) -> None:
-        """As of `Observer`."""
-        part = bisect_right(self.starts, int(text_T[0])) - 1
-        for observer in self.observers[part]:
-            observer.see(layer, values, text_T)
 
 
 def _backward(
@@ -403,29 +386,29 @@ def _backward(
     return {f"{name}/{i}": row for name, rows in reductions.items() for i, row in enumerate(rows)}
 
 
-def _lengths(
+def _with_gradients(
     source: Checkpoint,
     texts: Sequence[str | TokenText],
     batches: Sequence[TokenBatch],
     model: nn.Module,
     tokenizer: Any,
     description: str,
-) -> Tensor:
-    """`gradient_lengths` [T,L,2] of the batches' tokens: those that the texts bring, else of a
-    backward pass over the same tokens in smaller batches."""
-    import torch
-
+) -> list[TokenBatch]:
+    """The batches with the `gradient_lengths` of their tokens: those that the texts bring, else of
+    a backward pass over the same tokens in smaller batches."""
     from spp_export.calibration.activations import token_batches
     from spp_export.calibration.gradients import BATCH_TOKENS, gradient_lengths
 
-    known = [batch.gradients for batch in batches if batch.gradients is not None]
-    if known and len(known) == len(batches):
-        return torch.from_numpy(np.concatenate(known)).float()
+    if all(batch.gradients is not None for batch in batches):
+        return list(batches)
     smaller = token_batches(tokenizer, texts, batch_tokens=BATCH_TOKENS)
     described = f"{description}, gradients"
-    return torch.from_numpy(
-        gradient_lengths(model, source.family, source.shape, smaller, description=described)
-    )
+    lengths = gradient_lengths(model, source.family, source.shape, smaller, description=described)
+    ends = np.cumsum([batch.real_tokens for batch in batches])[:-1]
+    return [
+        replace(batch, gradients=part)
+        for batch, part in zip(batches, np.split(lengths, ends), strict=True)
+    ]
 
 
 def _names(kind: str, layers: int) -> set[str]:
@@ -506,23 +489,21 @@ class BlockSums:
 
 class LossSums:
     """As `BlockSums`, of "attention loss" or "mlp loss": second moments of what the output
-    projection reads, `C = 1/(2dN) sum over tokens of |g|^2 a a^T` with the `lengths` |g| [T,L,2] of
-    the batches' tokens, N of which are predicted. `tr(D C D^T)` then estimates how many nats of KL,
-    per predicted token, a change D of the projection costs.
+    projection reads, `C = 1/(2dN) sum over tokens of |g|^2 a a^T` with the `gradients` |g| of the
+    batches' tokens, N of which are predicted. `tr(D C D^T)` then estimates how many nats of KL, per
+    predicted token, a change D of the projection costs.
 
     That of other tokens than those that the model draws itself is only near it.
     """
 
-    def __init__(
-        self, kind: str, shape: ModelShape, lengths: Tensor, batches: Sequence[TokenBatch]
-    ) -> None:
-        from spp_export.calibration.activations import LossMoments, channel_block
+    def __init__(self, kind: str, shape: ModelShape, batches: Sequence[TokenBatch]) -> None:
+        from spp_export.calibration.activations import SecondMoments, channel_block
 
-        consumer, place, width, block = {
-            "attention": (0, "output", heads := shape.query_heads * shape.head_dim, heads),
-            "mlp": (1, "down", shape.channels, channel_block(shape.channels)),
+        place, width, block = {
+            "attention": ("output_by_loss", heads := shape.query_heads * shape.head_dim, heads),
+            "mlp": ("down_by_loss", shape.channels, channel_block(shape.channels)),
         }[kind.removesuffix(LOSS)]
-        self._moments = LossMoments(place, lengths[:, :, consumer], width, block)
+        self._moments = SecondMoments(shape.num_layers, width, place=place, block=block)
         predicted = sum(int(batch.predicted.sum()) for batch in batches)
         self._scale = 1 / (2 * shape.hidden_size * max(predicted, 1))
         self._size = shape.num_layers, -(-width // block), block
@@ -541,6 +522,6 @@ class LossSums:
 
     def averages(self, layer: int) -> dict[str, FloatArray]:
         """As of `BlockSums`."""
-        second = self._moments.second.products(layer).mul_(self._scale).numpy()
-        self._moments.second.release(layer)
+        second = self._moments.products(layer).mul_(self._scale).numpy()
+        self._moments.release(layer)
         return {f"second/{layer}": second}

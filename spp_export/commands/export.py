@@ -42,7 +42,7 @@ from spp_export.formats.format import CardFacts, ModelFiles
 from spp_export.formats.promised import promised_checkpoint
 from spp_export.formats.registry import FORMATS
 from spp_export.formats.safetensors.write import COMPANIONS, write_slim
-from spp_export.models.checkpoint.companions import copy_companions, terms
+from spp_export.models.checkpoint.companions import PROCESSOR_FILES, copy_companions, terms
 from spp_export.models.hub import DEMO, model_license
 from spp_export.models.session import Session, open_session
 from spp_export.planning import Plan, dense_plan, read_plan, sample_plan, validate_plan
@@ -280,7 +280,7 @@ def _preflight(session: Session, target: Path, request: ExportRequest) -> None:
     """Refuse what cannot succeed before any work is done for it; a plan says itself how large the
     result is."""
     place = session.source.path
-    check_readable(place, (*COMPANIONS, *terms(place)))
+    check_readable(place, (*COMPANIONS, *PROCESSOR_FILES, *terms(place)))
     shape, least = session.source.shape, 0
     if request.plan is None:
         least = least_slim_bytes(shape, request.budget.keep, request.units)

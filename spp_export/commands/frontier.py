@@ -139,7 +139,7 @@ def _speed(planning: Planning, plan: TriedPlan, place: Path) -> MeasuredSpeed:
         out = scratch / f"keep-{plan.keep:g}"
         out.mkdir()
         compensation = plan_compensation(
-            session, planning.artifacts, compiled, planning.scenario, request
+            session, planning.artifacts, compiled, planning.scenario, request, blocks=True
         )
         written = write_slim(session, compiled, compensation, out)
         session.__dict__.pop("model", None)

@@ -23,6 +23,7 @@ from spp_export.data.artifacts import Artifacts, open_artifacts
 from spp_export.data.scenario import Scenario, read_scenario
 from spp_export.domains.diagnosis import diagnose_prompts
 from spp_export.models.checkpoint.companions import GENERATION_CONFIG, companion_object
+from spp_export.models.families import Feature
 from spp_export.models.hub import DEMO
 from spp_export.models.session import Session, open_session
 from spp_export.models.stop_tokens import generation_config
@@ -177,6 +178,9 @@ class SharedWeights:
     """The tensors of a dense checkpoint in memory, each read when it is first asked for."""
 
     def __init__(self, session: Session, dtype: torch.dtype) -> None:
+        unknown = (Feature.EXPERTS, Feature.VISION)
+        advice = "Write an export with spp export --plan, and load that."
+        session.source.family.refuse(unknown, "loading by a plan alone", advice)
         self._session, self._dtype = session, dtype
         self._device = torch.device(session.device)
         self._held: dict[str, nn.Parameter] = {}

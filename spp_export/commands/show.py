@@ -297,5 +297,5 @@ def _model_facts(source: Checkpoint) -> dict[str, Any]:
         "head_parameters": shape.head_parameters(shape.layers),
         "kv_bytes_per_token": shape.kv_bytes_per_token(shape.layers),
         # What a user would otherwise look for among the channels.
-        **({"experts_not_cut": shape.uncut_parameters} if shape.uncut else {}),
+        **({"mlp_parameters": shape.mlp_parameters} if shape.mlps else {}),
     }

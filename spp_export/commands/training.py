@@ -49,7 +49,7 @@ class Training:
         layers: Sequence[int],
         dense: nn.Module | None = None,
     ) -> None:
-        family.refuse((Feature.TRANSPOSED,), "recovery", "Keep the export as it is.")
+        family.refuse((Feature.TRANSPOSED, Feature.VISION), "recovery", "Keep the export as it is.")
         roles = tuple(family.projections)
         model.requires_grad_(False)
         if settings.train == "adapters":

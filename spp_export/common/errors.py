@@ -12,6 +12,7 @@ SppError                 exit 2: bad usage or input
 ├── ProfileError         a latency table is malformed or of another model
 ├── OutputError          the output cannot be written where it was asked for
 ├── ResourceError        this machine has too little memory for it
+├── ProcessError         one of the processes that torchrun started is gone, or does not answer
 └── CheckFailed          exit 1: everything ran and the answer is no
     ├── ParityError      the slim model differs from the masked dense model
     └── QualityError     the quality gate was not met
@@ -81,6 +82,10 @@ class OutputError(SppError):
 
 class ResourceError(SppError):
     """This machine has too little memory for the request."""
+
+
+class ProcessError(SppError):
+    """A process that worked for this command is gone, or does not answer."""
 
 
 class CheckFailed(SppError):

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from spp_export.common.processes import local_place
+
 _GROUPS = Path("/sys/fs/cgroup")
 _MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def free_memory(device: str = "cpu") -> int:
     """Bytes free on an accelerator, or else of the machine's memory; where the process is in a
-    control group with a limit, as in a container, what that leaves."""
+    control group with a limit, as in a container, what that leaves; of a machine that several
+    processes of one command run on, each one's part."""
     if device.startswith("cuda"):
         import torch
 
@@ -19,7 +22,7 @@ def free_memory(device: str = "cpu") -> int:
     import psutil
 
     available: int = psutil.virtual_memory().available
-    return min([available, *_left_by_groups()])
+    return min([available, *_left_by_groups()]) // local_place()[1]
 
 
 def _left_by_groups() -> Iterator[int]:

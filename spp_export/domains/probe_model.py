@@ -146,7 +146,8 @@ def probe_model(
     calibration = calibrate(held_out_text, request.seed)
     in_domain = held_out_text[IN_DOMAIN].logits
     accuracy = (in_domain.argmax(axis=2) == held_out.labels[:, None]).mean(axis=0)
-    writes = AxisShares(source, input_device(model), weight)
+    domain_N = [k for k, texts in enumerate(pools.train) for _ in texts]
+    writes = AxisShares(source, input_device(model), weight, domain_N)
     collections = _gather(dense, pools, kinds_needed(criteria, request.units), writes)
     with progress("scoring units", None):
         scores, energy_KLH = _scores(source, collections, criteria, request, writes)
@@ -288,7 +289,7 @@ def _gather(
         kinds,
         lambda: (dense.model, dense.tokenizer),
         dtype=dense.dtype,
-        also=[[writes.of(k)] for k in range(len(pools.domains))],
+        also=[writes],
     )
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from spp_export.calibration.activations import Observer
+from spp_export.calibration.activations import Observer, input_device
 from spp_export.calibration.moments import Collection, layer_weights
 from spp_export.calibration.statistics import Axis
 from spp_export.common.arrays import FloatArray
@@ -17,6 +17,7 @@ from spp_export.common.errors import UsageError
 from spp_export.importance import SCORING
 from spp_export.importance.base import Criterion, statistics_read
 from spp_export.models.checkpoint.checkpoint import Checkpoint
+from spp_export.models.session import Session
 
 DEFAULT_CRITERIA = ("energy", "axis")
 UNITS = ("heads", "both")
@@ -77,17 +78,26 @@ def score_units(
     return scores
 
 
-class AxisShares:
-    """Sums over tokens of (u . w)^2 / (||w||^2 + eps), w a head's write and u the domain's axis.
+class AxisShares(Observer):
+    """Sums over tokens of (u . w)^2 / (||w||^2 + eps), w a head's write and u the axis of the
+    domain that the text is of, `domain_N`; a batch is of one domain.
 
     `||Wo_h a_h||^2 = a_h^T G_h a_h` with `G_h = Wo_h^T Wo_h` [dh,dh], so no write is materialised.
-    `of` gives the observer of a domain's text.
     """
 
-    def __init__(self, source: Checkpoint, device: torch.device, axes_LKd: FloatArray) -> None:
+    place = "output"
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        device: torch.device,
+        axes_LKd: FloatArray,
+        domain_N: Sequence[int],
+    ) -> None:
         shape, family = source.shape, source.family
         heads, dim = shape.query_heads, shape.head_dim
         self.directions = axes_LKd / np.linalg.norm(axes_LKd, axis=2, keepdims=True).clip(min=1e-12)
+        self._axes, self._domain = axes_LKd, domain_N
         self._gram: list[Tensor] = []
         self._along: list[Tensor] = []
         for layer in range(shape.num_layers):
@@ -98,23 +108,33 @@ class AxisShares:
             self._gram.append(torch.einsum("ohi,ohj->hij", weight, weight))
             self._along.append(torch.einsum("ko,ohi->khi", axes, weight))
         domains = axes_LKd.shape[1]
-        self._sums = torch.zeros((domains, shape.num_layers, heads), dtype=torch.float64)
+        self._sums = torch.zeros((shape.num_layers, domains, heads), dtype=torch.float64)
         self._tokens = torch.zeros(domains, dtype=torch.float64)
 
-    def of(self, domain: int) -> Observer:
-        """What looks on while the model reads text of a domain."""
-        return _OneDomain(self, domain)
-
-    def add(self, domain: int, layer: int, values: Tensor) -> None:
-        """Add one batch of o_proj inputs [T,H*dh], all of `domain`."""
+    def see(self, layer: int, values: Tensor, text_T: Tensor) -> None:
+        """Add one batch of o_proj inputs [T,H*dh]."""
+        domain = self._domain[int(text_T[0])]
         gram, along = (part[layer].to(values.device) for part in (self._gram, self._along))
         values_HTi = values.float().view(values.shape[0], gram.shape[0], -1).transpose(0, 1)
         energy_TH = ((values_HTi @ gram) * values_HTi).sum(2).clamp(min=0).T
         along_HT = torch.einsum("hti,hi->ht", values_HTi, along[domain])
         share_TH = along_HT.T.square() / (energy_TH + _EPS)
-        self._sums[domain, layer] += share_TH.double().sum(0).cpu()
+        self._sums[layer, domain] += share_TH.double().sum(0).cpu()
         if layer == 0:
             self._tokens[domain] += len(share_TH)
+
+    def taken(self, layer: int) -> Iterable[Tensor]:
+        """As of `Observer`."""
+        return [self._sums[layer], *([] if layer else [self._tokens])]
+
+    def recipe(self) -> dict[str, Any]:
+        """As of `Observer`."""
+        return {"axes_LKd": self._axes, "domain_N": self._domain}
+
+    @classmethod
+    def made(cls, session: Session, recipe: Mapping[str, Any]) -> Self:
+        """As of `Observer`."""
+        return cls(session.source, input_device(session.model), **recipe)
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -123,18 +143,6 @@ class AxisShares:
 
     def shares(self) -> FloatArray:
         """Averages over each domain's tokens [K,L,H]."""
-        result: FloatArray = (self._sums / self._tokens.clamp(min=1)[:, None, None]).numpy()
+        means = self._sums / self._tokens.clamp(min=1)[None, :, None]
+        result: FloatArray = means.transpose(0, 1).numpy()
         return result
-
-
-@dataclass
-class _OneDomain:
-    """Adds what the model reads to one domain's sums."""
-
-    shares: AxisShares
-    domain: int
-    place: str = "output"
-
-    def see(self, layer: int, values: Tensor, text_T: Tensor) -> None:
-        """As of `Observer`."""
-        self.shares.add(self.domain, layer, values)

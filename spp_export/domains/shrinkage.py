@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spp_export.calibration.activations import Observer
 from spp_export.calibration.refit import refit, residual
 from spp_export.common.arrays import FloatArray, IndexArray
 
@@ -116,7 +117,7 @@ def _named(values: Iterable[float], losses: FloatArray) -> dict[str, float]:
     return {f"{v:g}": round(float(loss), 8) for v, loss in zip(values, losses, strict=True)}
 
 
-class GroupSeconds:
+class GroupSeconds(Observer):
     """Second moments of o_proj's input in a few layers, of several groups of texts in one pass.
 
     `group_N` gives the group of each text; moments are averages over a group's tokens.
@@ -126,6 +127,7 @@ class GroupSeconds:
 
     def __init__(self, layers: Sequence[int], width: int, group_N: Sequence[int]) -> None:
         self._row = {layer: row for row, layer in enumerate(layers)}
+        self._recipe = {"layers": list(layers), "width": width, "group_N": list(group_N)}
         self._group = torch.tensor(group_N, dtype=torch.long)
         groups = int(self._group.max()) + 1
         self._sums = torch.zeros((len(layers), groups, width, width), dtype=torch.float32)
@@ -141,6 +143,15 @@ class GroupSeconds:
             part = values[group_T == group].float()
             self._sums[row, group] += (part.T @ part).cpu()
             self._tokens[row, group] += len(part)
+
+    def taken(self, layer: int) -> Iterable[Tensor]:
+        """As of `Observer`."""
+        row = self._row.get(layer)
+        return [] if row is None else [self._sums[row], self._tokens[row]]
+
+    def recipe(self) -> dict[str, Any]:
+        """As of `Observer`."""
+        return self._recipe
 
     def second(self, layer: int) -> FloatArray:
         """E[a a^T] of each group [n,m,m]."""

@@ -44,7 +44,7 @@ def check_batches(
     from spp_export.calibration.activations import TokenBatch, token_batches
     from spp_export.calibration.reading import token_texts
 
-    context = source.config.get("max_position_embeddings")
+    context = source.family.settings(source.config).get("max_position_embeddings")
     room = context if isinstance(context, int) and context > 0 else _TOKENS_PER_TEXT
     if prompts:
         most, some = min(_TOKENS_PER_TEXT, room), token_texts(tokenizer, prompts[:_TEXTS])

@@ -1,13 +1,16 @@
-"""The oracle: the dense model with the inputs of o_proj and down_proj zeroed for removed units.
+"""The oracle: the dense model with the inputs of o_proj and down_proj zeroed for removed units, and
+the router's logits of removed experts at -inf.
 
 Removing a unit is exactly this. (Zeroing after o_proj would zero coordinates of the residual
-stream, to which every head writes: a different function.)
+stream, to which every head writes: a different function.) Where a norm goes over all heads or
+channels at once, the masked model norms the kept ones alone, as the slim one does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 
 from spp_export.models.families import Family, Role, TensorSpec
 from spp_export.models.layerwise import stream_of
+from spp_export.models.routing import expert_block, without_experts
 from spp_export.models.shape import ModelShape
 from spp_export.planning import LayerPlan, Plan
 from spp_export.slicing.cut import kept_indices, kept_units
@@ -56,11 +60,18 @@ def masked_dense(
         for index, layer in enumerate(plan.layers):
             for role, inputs in _kept_inputs(layer, shape).items():
                 if not family.projection(role):
-                    continue  # nothing is cut of its MLPs
+                    continue  # of its MLPs whole experts are cut
                 module = model.get_submodule(family.layer_name(index, family.projection(role)))
                 width = shape.channels if role is Role.DOWN else shape.query_heads * shape.head_dim
                 if len(inputs) < width:
                     handles.append(_mask_input(module, width, inputs))
+            if layer.shape(shape).dropped_experts:
+                stay = frozenset(layer.experts or ())
+                gone = [expert for expert in range(shape.experts) if expert not in stay]
+                stack.enter_context(without_experts(expert_block(model, family, index), gone))
+            for name, kept in _kept_in_norms(family, layer, specs).items():
+                norm = model.get_submodule(family.layer_name(index, name))
+                handles.append(_norm_kept(norm, kept))
             if stream is None:
                 put_in_place(index)
         if stream is not None:
@@ -101,6 +112,32 @@ def _kept_outputs(layer: LayerPlan, specs: Iterable[TensorSpec]) -> dict[Role, T
             units = tuple(range(spec.shape[0] // spec.step)) if units is None else units
             kept[spec.role] = torch.from_numpy(kept_indices(units, spec.step))
     return kept
+
+
+def _kept_in_norms(
+    family: Family, layer: LayerPlan, specs: Iterable[TensorSpec]
+) -> dict[str, Tensor]:
+    """What stays of the norms over all heads or channels that lose any; `specs` of layer 0."""
+    names = {f"{family.layer_name(0, norm)}.weight": norm for norm in family.wide_norms}
+    kept: dict[str, Tensor] = {}
+    for spec in specs:
+        if spec.name in names and (units := kept_units(spec, layer)) is not None:
+            kept[names[spec.name]] = torch.from_numpy(kept_indices(units, spec.step))
+    return kept
+
+
+def _norm_kept(norm: nn.Module, kept: Tensor) -> Any:
+    """Let a norm see its inputs at `kept` alone; it gives 0 for the others."""
+
+    def norm_again(whole: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        places = kept.to(output.device)
+        own = copy(whole)
+        own.__dict__["_parameters"] = {"weight": whole.weight[places]}
+        result = torch.zeros_like(output)
+        result[..., places] = own.forward(args[0][..., places])
+        return result
+
+    return norm.register_forward_hook(norm_again)
 
 
 def _mask_input(module: nn.Module, width: int, kept: Tensor) -> Any:

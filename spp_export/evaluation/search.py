@@ -109,7 +109,12 @@ class PlanSearch:
         planning = self._planning
         session: Session = planning.session
         compensation = plan_compensation(
-            session, planning.artifacts, result.plan, planning.scenario, planning.request
+            session,
+            planning.artifacts,
+            result.plan,
+            planning.scenario,
+            planning.request,
+            blocks=True,
         )
         masked = MaskedModel(session, result, compensation.projections())
         quality = measure_quality(

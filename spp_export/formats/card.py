@@ -54,8 +54,9 @@ def model_card(
     license_name: str | None,
 ) -> str:
     """README.md of a slim checkpoint, with the metadata that model hubs read."""
-    metadata = _metadata(plan.model_source, "transformers", ["pruned", "spp"], license_name)
-    parts = _plan_parts(plan, shape, sizes)
+    sees = bool(shape.beside)
+    metadata = _metadata(plan.model_source, "transformers", ["pruned", "spp"], license_name, sees)
+    parts = _plan_parts(plan, shape, sizes) | {"sees": sees}
     return _render(name, metadata, checks, _MASKED, engines, **parts)
 
 
@@ -125,7 +126,7 @@ def _render(
     **parts: Any,
 ) -> str:
     """The card; a format's own parts are `form`, `base_model`, `stored` and `attention`."""
-    unused = dict.fromkeys(("plan", "sizes", "form", "stored", "attention"))
+    unused = dict.fromkeys(("plan", "sizes", "form", "stored", "attention", "sees"))
     return _template().render(
         unused | parts,
         name=name,
@@ -167,7 +168,13 @@ def _template() -> Template:
     return environment.from_string(text)
 
 
-def _metadata(base_model: str, library: str, tags: Sequence[str], license_name: str | None) -> str:
+def _metadata(
+    base_model: str,
+    library: str,
+    tags: Sequence[str],
+    license_name: str | None,
+    sees: bool = False,
+) -> str:
     """The YAML that model hubs read."""
     from huggingface_hub import ModelCardData
 
@@ -175,7 +182,7 @@ def _metadata(base_model: str, library: str, tags: Sequence[str], license_name: 
         base_model=hub_id(base_model),
         library_name=library,
         license=_printable(license_name) if license_name else None,
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if sees else "text-generation",
         tags=list(tags),
     )
     return data.to_yaml()
@@ -222,6 +229,7 @@ def _plan_parts(
         "plan": plan,
         "scenario": str(scenario) if scenario else "",
         "cut": "parts",
+        "told": [f"{remark[:1].upper()}{remark[1:]}." for remark in plan.remarks],
         "domains": [f"{d} {v:.0%}" for d, v in sorted(known, key=lambda item: -item[1])],
         "kept": [(name, _runs(of_layers)) for name, of_layers in counts.items() if of_layers],
         "asked": _listed(_numbers(plan.budget.get("asked"))),

@@ -4,6 +4,24 @@ from __future__ import annotations
 
 from spp_export.common.errors import UsageError
 from spp_export.common.options import check_device_name
+from spp_export.common.processes import local_place
+
+
+def own_device(device: str) -> str:
+    """The device of this process: where several of a machine run on cards, each has one of its own.
+
+    Raises UsageError for a card by its number, which only one of them could have.
+    """
+    place, several = local_place()
+    kind, _, index = device.partition(":")
+    if several == 1 or kind not in ("cuda", "xpu"):
+        return device
+    if index and int(index) != place:
+        raise UsageError(
+            f"--device {device}: each of the {several} processes of this machine takes a card of "
+            f"its own. Use --device {kind}."
+        )
+    return f"{kind}:{place}"
 
 
 def require_device(device: str) -> None:

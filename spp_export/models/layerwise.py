@@ -32,7 +32,7 @@ from spp_export.models.weights_on_disk import (
 
 _STREAM = "spp_layer_stream"
 # What happens between the last layer and the logits, in the embedding or beside the layers; and
-# experts, whose tensors in memory are others than on disk.
+# experts and towers of vision, whose tensors in memory are others than on disk.
 _UNKNOWN = (
     Feature.MULTIPLIERS,
     Feature.SOFTCAP,
@@ -40,6 +40,7 @@ _UNKNOWN = (
     Feature.ALIBI,
     Feature.SIDE_BY_SIDE,
     Feature.EXPERTS,
+    Feature.VISION,
 )
 # Arguments of one call of the model: input_ids and what else it takes.
 Call = Mapping[str, Any]

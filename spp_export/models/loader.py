@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 import spp_export.models.modeling  # noqa: F401  registers the per-layer classes
 from spp_export.common.errors import CheckpointError, reason_of
 from spp_export.common.progress import quiet_transformers
 from spp_export.models.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_source
 from spp_export.models.checkpoint.companions import check_companions
+from spp_export.models.families import Family
 
 
 def load_slim(
@@ -49,6 +50,11 @@ def load_dense(
     return _load(open_source(Path(path)), dtype, device, attn_implementation)
 
 
+def auto_class(family: Family) -> Any:
+    """Transformers' own, which loads models of a family."""
+    return AutoModelForImageTextToText if family.inside else AutoModelForCausalLM
+
+
 def _load(
     opened: Checkpoint,
     dtype: torch.dtype | str | None,
@@ -70,7 +76,7 @@ def _load(
         options["device_map"] = "auto" if device == "auto" else {"": torch.device(device)}
     try:
         with quiet_transformers():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = auto_class(opened.family).from_pretrained(
                 path,
                 trust_remote_code=False,
                 local_files_only=True,

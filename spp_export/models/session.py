@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spp_export.common.errors import UsageError
+from spp_export.common.errors import ModelError, UsageError
 from spp_export.common.memory import free_memory
 from spp_export.common.progress import progress
 from spp_export.models.checkpoint.checkpoint import Checkpoint, open_source
 from spp_export.models.checkpoint.reader import require_unchanged
 from spp_export.models.dequantise import find_model
-from spp_export.models.devices import require_device
+from spp_export.models.devices import own_device, require_device
+from spp_export.models.helpers import help_with
 from spp_export.models.hub import DEMO
 from spp_export.models.tokenizer import ModelTokenizer, load_tokenizer
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 # Of the free memory, what weights may take; activations and logits need some as well.
 _MEMORY_SHARE = 0.8
+# What `helped_session` opened last, and how.
+_HELPED: dict[str, Any] = {}
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -33,6 +36,7 @@ class Session:
 
     layerwise: run models layer by layer, their weights staying on disk; None decides by the memory
     that is free.
+    opening: arguments of `open_session` as they were given, by which other ranks open it too.
     remembered: what was read off the model and may be asked for again, by what decided it.
     """
 
@@ -40,6 +44,7 @@ class Session:
     device: str
     dtype: str
     layerwise: bool | None = False
+    opening: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     remembered: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -53,7 +58,18 @@ class Session:
             with progress("loading the dense model", None):
                 model = load_dense(self.source.path, dtype=self.torch_dtype, device=self.device)
         require_unchanged(self.source.tensors.values())
+        if self.opening:
+            help_with(model, self._opening())
         return model
+
+    def _opening(self) -> dict[str, Any]:
+        """How another rank opens this model."""
+        return {
+            **self.opening,
+            "dtype": self.dtype,
+            "layerwise": self.from_disk,
+            "fingerprint": self.source.fingerprint,
+        }
 
     def slim_model(self, directory: Path) -> nn.Module:
         """A slim checkpoint of this model, to run beside it."""
@@ -110,6 +126,8 @@ def open_session(
             "--layerwise runs on one device, and --device auto spreads the model over several. "
             "Give one of the two."
         )
+    opening = {"model": model, "dequantize": dequantize, "device": device}
+    device = own_device(device)
     require_device(device)
     location = find_model(model, dequantize=dequantize)
     source = open_source(location.path, location.name)
@@ -117,4 +135,22 @@ def open_session(
         dtype = "float32" if device == "cpu" else source.dtype_name
     if dtype not in _DTYPES:
         raise UsageError(f"--dtype {dtype}: expected one of {', '.join(_DTYPES)}.")
-    return Session(source, device, dtype, layerwise)
+    return Session(source, device, dtype, layerwise, opening)
+
+
+def helped_session(opening: Mapping[str, Any]) -> Session:
+    """The model that rank 0 reads a text with, on another rank; opened once, and the one before it
+    given up. Raises ModelError where the name stands for another model here."""
+    if _HELPED.get("opening") != opening:
+        _HELPED.clear()
+        how = dict(opening)
+        fingerprint = how.pop("fingerprint")
+        session = open_session(how.pop("model"), **how)
+        if session.source.fingerprint != fingerprint:
+            raise ModelError(
+                f"{opening['model']}: is another model here than on rank 0. Give every machine the "
+                "same files."
+            )
+        _HELPED.update(opening=opening, session=session)
+    helped: Session = _HELPED["session"]
+    return helped

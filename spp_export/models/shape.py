@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
+Kind = Literal["heads", "channels", "experts"]
 Units = Literal["heads", "channels", "both"]
 UNITS: tuple[Units, ...] = ("heads", "channels", "both")
+_KINDS: dict[Units, tuple[Kind, ...]] = {
+    "heads": ("heads",),
+    "channels": ("channels",),
+    "both": ("heads", "channels"),
+}
 Layout = Literal["uniform", "per-layer", "ragged"]
 LAYOUTS: tuple[Layout, ...] = ("uniform", "per-layer", "ragged")
+
+
+def includes(units: Units, kind: Kind) -> bool:
+    """Whether units of this kind may go."""
+    return kind in _KINDS[units]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -18,12 +29,14 @@ class LayerShape:
     """How many query heads, KV heads and MLP channels a layer has.
 
     groups: where KV heads serve different numbers of query heads, the number of each; else empty.
+    dropped_experts: how many of the dense model's the layer has not.
     """
 
     query_heads: int
     kv_heads: int
     channels: int
     groups: tuple[int, ...] = ()
+    dropped_experts: int = 0
 
     @property
     def regular(self) -> bool:
@@ -45,50 +58,52 @@ class LayerShape:
     def padded(self) -> LayerShape:
         """The regular layer whose every group is as large as the largest of this one."""
         query_heads = self.kv_heads * max(self.query_groups)
-        return LayerShape(query_heads, self.kv_heads, self.channels)
+        return replace(self, query_heads=query_heads, groups=())
 
 
 @dataclass(frozen=True, slots=True)
-class Uncut:
-    """Tensors of a layer of which nothing is cut, all of one shape.
+class ExpertTensor:
+    """A tensor of experts, of a router or of an MLP beside them, of which experts alone are cut.
 
-    name      relative to the layer; "*" in it is the number of an expert
-    experts   how many there are, each with a tensor; 0 where it is one tensor
-    routed    the share of it, or of them, that a token is routed to
+    name     relative to the layer; "*" in it is the number of an expert, each of which has one
+    shape    of the dense model's
+    axis     the one that counts experts; None where each has a tensor, or where it is of none
+    routed   whether a token reads it of those experts only that it is routed to
     """
 
     name: str
     shape: tuple[int, ...]
-    experts: int = 0
-    routed: float = 1.0
+    axis: int | None = None
+    routed: bool = False
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """One name for each tensor."""
-        if not self.experts:
-            return (self.name,)
-        return tuple(self.name.replace("*", str(expert)) for expert in range(self.experts))
+    def each(self) -> bool:
+        """Whether every expert has a tensor of its own."""
+        return "*" in self.name
 
     @property
-    def elements(self) -> int:
-        """Of all the tensors."""
-        return prod(self.shape) * (self.experts or 1)
+    def of_experts(self) -> bool:
+        """Whether some of it goes with an expert."""
+        return self.each or self.axis is not None
 
     @property
-    def unread(self) -> int:
-        """Elements that are not read for one token."""
-        return self.elements - round(self.elements * self.routed)
+    def per_expert(self) -> int:
+        """Elements that go with one expert."""
+        if self.axis is not None:
+            return prod(self.shape) // self.shape[self.axis]
+        return prod(self.shape) if self.each else 0
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
     """Parameters of a model, summed over the tensors of its record.
 
-    query_head, kv_head, channel  what goes with one of these, in every tensor that it is a part of
+    query_head, kv_head, channel, expert  what goes with one of these, in every tensor that it is a
+              part of
     layer     of a layer, what goes with none of them
-    outside   beside the layers, and in them where layers differ in it: `Uncut`; decoding a token
-              does not read `unread` of these: an input embedding that is not the head, and
-              experts that it is not routed to
+    outside   beside the layers, and in them where layers differ in it: `ExpertTensor`; decoding a
+              token does not read `unread` of these: an input embedding that is not the head, and
+              experts that it is not routed to, each of which has `routed` parameters
     kv_rows   elements that one KV head adds to the cache per token
     query_rows  the same of one query head, of models that cache its keys and values
     """
@@ -101,6 +116,8 @@ class Costs:
     unread: int
     kv_rows: int
     query_rows: int = 0
+    expert: int = 0
+    routed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +127,13 @@ class ModelShape:
     `qkv_bias`, `output_bias` and `mlp_bias` say which projections carry a bias, `down_bias` that
     down_proj has one whatever gate and up have; `qk_norm` whether queries and keys are normalised
     per head. `element_bytes` is the size of one stored element of the attention weights.
-    `switches` are further flags of the record that config.json turns on. `uncut` are, layer by
-    layer, MLPs of which nothing is cut; empty where MLPs are. `positions` are the rows of a table
-    of positions, `embedding_size` is 0 where the embedding is as wide as the stream. `costs` come
-    from the record; None counts the tensors of a Llama with these biases.
+    `switches` are further flags of the record that config.json turns on. `mlps` are, layer by
+    layer, the tensors of experts and of MLPs beside them; empty where no layer has experts. A layer
+    with experts has `experts`, and a token is routed to `experts_per_token` of them, in groups of
+    them where `grouped_experts`. `beside` are names and shapes of tensors beside the decoder, such
+    as those of a tower of vision. `positions` are the rows of a table of positions,
+    `embedding_size` is 0 where the embedding is as wide as the stream. `costs` come from the
+    record; None counts the tensors of a Llama with these biases.
     """
 
     model_type: str
@@ -132,7 +152,11 @@ class ModelShape:
     down_bias: bool = False
     qk_norm: bool = False
     switches: tuple[str, ...] = ()
-    uncut: tuple[tuple[Uncut, ...], ...] = ()
+    mlps: tuple[tuple[ExpertTensor, ...], ...] = ()
+    experts: int = 0
+    experts_per_token: int = 0
+    grouped_experts: bool = False
+    beside: tuple[tuple[str, tuple[int, ...]], ...] = ()
     positions: int = 0
     embedding_size: int = 0
     costs: Costs | None = None
@@ -176,9 +200,27 @@ class ModelShape:
         )
 
     @property
-    def uncut_parameters(self) -> int:
-        """Parameters of MLPs that stay as they are: experts, routers and what is beside them."""
-        return sum(tensor.elements for layer in self.uncut for tensor in layer)
+    def sparse(self) -> tuple[bool, ...]:
+        """Of every layer, whether it has experts."""
+        if not self.mlps:
+            return (False,) * self.num_layers
+        return tuple(any(tensor.of_experts for tensor in layer) for layer in self.mlps)
+
+    @property
+    def mlp_parameters(self) -> int:
+        """Parameters of `mlps`: experts, routers and what is beside them."""
+        return sum(
+            prod(tensor.shape) * (self.experts if tensor.each else 1)
+            for layer in self.mlps
+            for tensor in layer
+        )
+
+    def experts_in(self, layers: Sequence[LayerShape]) -> tuple[int, ...]:
+        """How many experts each of these layers, all of the model, has: 0 where it has none."""
+        return tuple(
+            self.experts - layer.dropped_experts if sparse else 0
+            for layer, sparse in zip(layers, self.sparse, strict=True)
+        )
 
     @property
     def query_head_parameters(self) -> int:
@@ -207,12 +249,21 @@ class ModelShape:
         """All parameters of a model with these layers; tied embeddings count once."""
         channels = sum(layer.channels for layer in layers) * self.channel_parameters
         fixed = self.counted.layer * len(layers) + self.counted.outside
-        return self.head_parameters(layers) + channels + fixed
+        return self.head_parameters(layers) + channels + fixed - self._dropped(layers)
+
+    def expert_parameters(self, layers: Sequence[LayerShape]) -> int:
+        """Parameters that go with the experts of these layers, all of the model: with their rows of
+        routers, without what is beside them."""
+        return self.counted.expert * self.experts * sum(self.sparse) - self._dropped(layers)
+
+    def _dropped(self, layers: Sequence[LayerShape]) -> int:
+        return self.counted.expert * sum(layer.dropped_experts for layer in layers)
 
     def decode_parameters(self, layers: Sequence[LayerShape]) -> int:
         """Parameters read to decode one token: all but an untied input embedding, of which one
         row is gathered, and the experts that it is not routed to."""
-        return self.parameters(layers) - self.counted.unread
+        gone = self.counted.routed * sum(layer.dropped_experts for layer in layers)
+        return self.parameters(layers) - self.counted.unread + gone
 
     def kv_bytes_per_token(
         self, layers: Sequence[LayerShape], element_bytes: int | None = None
@@ -232,7 +283,7 @@ def channel_widths(channels: int, multiple: int) -> tuple[int, ...]:
 def resident_parameters(shape: ModelShape) -> int:
     """Most parameters in memory at once of a model that runs layer by layer: two layers, or one
     and the head."""
-    if shape.uncut:  # such models run as a whole
+    if shape.mlps:  # such models run as a whole
         return shape.parameters(shape.layers)
     outside = shape.parameters(())
     layer = max(shape.parameters((layer,)) - outside for layer in shape.layers)
@@ -240,7 +291,8 @@ def resident_parameters(shape: ModelShape) -> int:
 
 
 def unit_parameters(shape: ModelShape, layers: Sequence[LayerShape], units: Units) -> int:
-    """Parameters of these layers that belong to heads, to channels or to both."""
-    heads = shape.head_parameters(layers) if units != "channels" else 0
-    channels = sum(layer.channels for layer in layers) if units != "heads" else 0
-    return heads + channels * shape.channel_parameters
+    """Parameters of these layers, all of the model, that belong to the units of these kinds."""
+    heads = shape.head_parameters(layers) if includes(units, "heads") else 0
+    channels = sum(layer.channels for layer in layers) if includes(units, "channels") else 0
+    experts = shape.expert_parameters(layers) if includes(units, "experts") else 0
+    return heads + channels * shape.channel_parameters + experts

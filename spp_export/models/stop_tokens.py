@@ -10,9 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from spp_export.models.checkpoint.checkpoint import OWN
 from spp_export.models.checkpoint.companions import GENERATION_CONFIG, companion_object
-from spp_export.models.families import FAMILIES
+from spp_export.models.families import decoder_settings, record_of
 
 _EOS = "eos_token_id"
 _SPECIAL = ("bos_token_id", _EOS, "pad_token_id")
@@ -33,6 +32,7 @@ def stop_tokens(
     end token, and the token that the chat template writes after an answer. Of these last ones only
     special tokens count: a stale number would end answers at some word.
     """
+    config = _whole(config)
     obeyed = _ids(generation) or _ids(config)
     others = [*_ids(config), *_default(config, obeyed)]
     if tokenizer is None:
@@ -67,6 +67,7 @@ def generation_config(
     None where the directory's own file already does that, or where it has none and a config.json
     with the content `beside` does. Raises ModelError for a file that is malformed.
     """
+    config, beside = _whole(config), _whole(beside)
     stored = companion_object(directory, GENERATION_CONFIG)
     stop = stop_tokens(stored, config, tokenizer)
     obeyed = _ids(stored) if stored else [*_ids(beside), *_default(beside, _ids(beside))]
@@ -76,6 +77,11 @@ def generation_config(
     return {**settings, _EOS: list(stop) if len(stop) > 1 else stop[0]}
 
 
+def _whole(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with what it says of its decoder, where that is in a part of it."""
+    return {**config, **decoder_settings(config)}
+
+
 def _ids(settings: Mapping[str, Any]) -> list[int]:
     value = settings.get(_EOS)
     return [id_ for id_ in (value if isinstance(value, list) else [value]) if type(id_) is int]
@@ -83,7 +89,7 @@ def _ids(settings: Mapping[str, Any]) -> list[int]:
 
 def _default(config: Mapping[str, Any], obeyed: list[int]) -> Iterator[int]:
     """What the family's config class takes where nothing is named."""
-    family = FAMILIES.get(str(config.get("model_type")).removeprefix(OWN))
+    family = record_of(config)
     if not obeyed and _EOS not in config and family and family.end_token is not None:
         token = family.end_token
         yield from token if isinstance(token, tuple) else (token,)

@@ -21,7 +21,7 @@ from spp_export.models.checkpoint.companions import (
     companion_object,
     copy_companions,
 )
-from spp_export.models.families import FAMILIES, vocabulary_size
+from spp_export.models.families import decoder_settings, known_types, vocabulary_size
 from spp_export.models.stop_tokens import generation_config
 
 # What transformers says of a directory with none of these depends on its version.
@@ -103,7 +103,7 @@ def load_tokenizer(
     import transformers
 
     shown = name or os.fspath(directory)
-    config = read_config(directory)
+    config = decoder_settings(read_config(directory))
     rows = vocabulary_size(config) if "vocab_size" in config else None
     check_companions(directory)
     if not has_tokenizer(directory):
@@ -156,7 +156,7 @@ def write_companions(
     stored = companion_object(directory, TOKENIZER_CONFIG)
     settings = {key: value for key, value in stored.items() if key != "auto_map"}
     name = settings.get("tokenizer_class")
-    stock = name and str(config.get("model_type")) in FAMILIES
+    stock = name and str(config.get("model_type")) in known_types()
     copied = [GENERATION_CONFIG, TOKENIZER_CONFIG, *TOKENIZER_FILES]
     as_it_is = (directory / _WHOLE).is_file() and (stock or name in _PLAIN)
     if getattr(tokenizer, "backend_tokenizer", None) is not None and not as_it_is:

@@ -19,6 +19,7 @@ PROVENANCE = (
     "scenario",
     "artifacts",
     "diagnosis",
+    "family",
     "calibration",
     "criterion",
     "policy",
@@ -32,18 +33,21 @@ FILL = -1
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """What one layer keeps, as ascending indices in the source; `channels` None keeps them all."""
+    """What one layer keeps, as ascending indices in the source; `channels` and `experts` None keep
+    them all."""
 
     kv_heads: tuple[int, ...]
     query_heads: tuple[int, ...]
     channels: tuple[int, ...] | None = None
+    experts: tuple[int, ...] | None = None
 
     def shape(self, model: ModelShape) -> LayerShape:
         """Size of the layer after slicing."""
         channels = model.channels if self.channels is None else len(self.channels)
         groups = tuple(len(heads) for heads in self._heads_by_group(model.group_size))
         groups = groups if len(set(groups)) > 1 else ()
-        return LayerShape(len(self.query_heads), len(self.kv_heads), channels, groups)
+        dropped = 0 if self.experts is None else model.experts - len(self.experts)
+        return LayerShape(len(self.query_heads), len(self.kv_heads), channels, groups, dropped)
 
     def padded_heads(self, group_size: int) -> tuple[int, ...]:
         """The query heads, each group followed by as many `FILL`s as the largest has more.
@@ -67,6 +71,7 @@ class LayerPlan:
             "kv_heads": list(self.kv_heads),
             "query_heads": list(self.query_heads),
             "channels": None if self.channels is None else list(self.channels),
+            **({} if self.experts is None else {"experts": list(self.experts)}),
         }
 
 
@@ -88,6 +93,7 @@ class Plan:
     scenario: Mapping[str, Any] = field(default_factory=dict)
     artifacts: Mapping[str, Any] = field(default_factory=dict)
     diagnosis: Mapping[str, Any] = field(default_factory=dict)
+    family: Mapping[str, Any] = field(default_factory=dict)
     calibration: Mapping[str, Any] = field(default_factory=dict)
     criterion: Mapping[str, Any] = field(default_factory=dict)
     policy: Mapping[str, Any] = field(default_factory=dict)
@@ -107,6 +113,12 @@ class Plan:
                 f"plan: model.source is the path {self.model_source!r:.80}, expected a hub id or "
                 "the name of a directory."
             )
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a reader has to be told of this kind of model, as far as the plan says."""
+        listed = self.family.get("remarks")
+        return tuple(x for x in listed if isinstance(x, str)) if isinstance(listed, list) else ()
 
     def layer_shapes(self, model: ModelShape) -> tuple[LayerShape, ...]:
         """Size of every layer after slicing, of what is kept alone."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,6 +39,7 @@ class _LayerDocument(Document):
     kv_heads: _Indices
     query_heads: _Indices
     channels: _Indices | None = None
+    experts: _Indices | None = None
 
 
 class PlanDocument(Document):
@@ -54,6 +56,7 @@ class PlanDocument(Document):
     scenario: _Provenance
     artifacts: _Provenance
     diagnosis: _Provenance
+    family: _Provenance
     calibration: _Provenance
     criterion: _Provenance
     policy: _Provenance
@@ -82,7 +85,7 @@ def parse_plan(text: str | bytes, *, what: str = "plan") -> Plan:
         document.layout,
         document.compensation,
         tuple(
-            LayerPlan(layer.kv_heads, layer.query_heads, layer.channels)
+            LayerPlan(layer.kv_heads, layer.query_heads, layer.channels, layer.experts)
             for layer in document.layers
         ),
         **{name: getattr(document, name) for name in PROVENANCE},
@@ -132,6 +135,7 @@ def validate_plan(plan: Plan, shape: ModelShape, fingerprint: str) -> None:
         )
     for index, layer in enumerate(plan.layers):
         validate_layer(f"layer {index}", layer, shape, ragged=plan.layout == "ragged")
+        _check_experts(f"layer {index}", layer, shape, sparse=shape.sparse[index])
     if plan.layout == "uniform":
         _check_uniform(plan, shape)
     if plan.model_fingerprint != fingerprint:
@@ -149,10 +153,10 @@ def validate_layer(
     _check_range(place, "KV group", layer.kv_heads, shape.kv_heads)
     _check_range(place, "query head", layer.query_heads, shape.query_heads)
     if layer.channels is not None:
-        if shape.uncut:
+        if shape.mlps:
             raise PlanError(
-                f"{place}: plan keeps channels, and experts, which {shape.model_type} models have, "
-                "are not cut yet. Plan with --units heads."
+                f"{place}: plan keeps channels, and of the MLPs of {shape.model_type} models whole "
+                "experts go. Plan with --units heads."
             )
         _check_range(place, "channel", layer.channels, shape.channels)
 
@@ -180,6 +184,26 @@ def validate_layer(
             )
 
 
+def _check_experts(place: str, layer: LayerPlan, shape: ModelShape, *, sparse: bool) -> None:
+    """PlanError, starting with `place`, unless the experts that the layer keeps can be routed to;
+    `sparse`: whether it has any."""
+    if layer.experts is None:
+        return
+    if not sparse:
+        raise PlanError(f"{place}: plan keeps experts, and the layer has none. {_AGAIN}")
+    _check_range(place, "expert", layer.experts, shape.experts)
+    if len(layer.experts) < shape.experts_per_token:
+        raise PlanError(
+            f"{place}: plan keeps {len(layer.experts)} experts and every token is routed to "
+            f"{shape.experts_per_token}. Keep as many at least."
+        )
+    if shape.grouped_experts and len(layer.experts) < shape.experts:
+        raise PlanError(
+            f"{place}: plan drops experts, and this {shape.model_type} model routes to groups of "
+            "them (n_group above 1), which are not cut. Keep all experts."
+        )
+
+
 def _check_range(place: str, unit: str, indices: tuple[int, ...], count: int) -> None:
     if problem := _index_problem(indices):
         raise PlanError(f"{place}: the list of kept {unit}s {problem}.")
@@ -194,10 +218,16 @@ def _check_range(place: str, unit: str, indices: tuple[int, ...], count: int) ->
 def _check_uniform(plan: Plan, shape: ModelShape) -> None:
     shapes = plan.layer_shapes(shape)
     for index, layer in enumerate(shapes):
-        if layer != shapes[0]:
+        if replace(layer, dropped_experts=0) != replace(shapes[0], dropped_experts=0):
             raise PlanError(
                 f"layer {index}: plan keeps {layer.query_heads} query heads, {layer.kv_heads} KV "
                 f"heads and {layer.channels} channels but layer 0 keeps {shapes[0].query_heads}, "
                 f"{shapes[0].kv_heads} and {shapes[0].channels}. A uniform layout needs the same "
                 "in every layer; use layout per-layer."
             )
+    counts = [count for count in shape.experts_in(shapes) if count]
+    if len(set(counts)) > 1:
+        raise PlanError(
+            f"plan keeps {min(counts)} experts in one layer and {max(counts)} in another. A "
+            "uniform layout needs the same in every layer; use layout per-layer."
+        )

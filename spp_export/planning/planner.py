@@ -13,6 +13,7 @@ from spp_export.calibration.answers import scenario_traffic
 from spp_export.calibration.mixture import Mixing, WeightedTexts, calibration_parts
 from spp_export.calibration.reading import ScenarioText, token_texts
 from spp_export.calibration.stored import Kept
+from spp_export.calibration.whole import in_blocks, passes
 from spp_export.common.arrays import FloatArray
 from spp_export.common.errors import PlanError, UsageError
 from spp_export.common.versions import library_versions
@@ -42,7 +43,12 @@ from spp_export.planning.latency import LatencyTable
 from spp_export.planning.published import published_mask, published_text
 from spp_export.planning.request import PlanRequest
 from spp_export.planning.scoring import Scoring, UnitOptions, check_criterion
-from spp_export.planning.written import compensated_shape, losing_roles
+from spp_export.planning.written import (
+    compensated_shape,
+    kept_tensors,
+    layers_losing,
+    losing_roles,
+)
 
 # A consumer loses inputs unless only the units of the other one may go.
 _LOSING = {Role.OUTPUT: "channels", Role.DOWN: "heads"}
@@ -173,6 +179,7 @@ class Planning:
                 },
             }
         sizes = predicted(shape, [layer.shape(shape) for layer in layers], written, self.latency)
+        remarks = list(session.source.family.remarks)
         compiled = Plan(
             session.source.fingerprint,
             session.source.name,
@@ -182,18 +189,29 @@ class Planning:
             scenario=scenario_record(self.scenario, self.text),
             artifacts=artifacts_record(artifacts),
             diagnosis=self.diagnosis.to_dict(),
+            family={"remarks": remarks} if remarks else {},
             calibration={
                 "shrinkage": self.mixing.shrinkage,
                 "scenario_weight": self.mixing.scenario_weight,
                 "calibration_tokens": request.calibration_tokens,
                 "answer_tokens": _answer_tokens(session, request),
                 "answer_seed": request.seed,
+                **self._moments(layers),
             },
             predicted=sizes.to_dict(),
             versions=library_versions(),
             **provenance,
         )
         return PlanResult(compiled, shape, self.diagnosis, sizes)
+
+    def _moments(self, layers: Sequence[LayerPlan]) -> dict[str, str]:
+        """Of which moments of wide MLPs the re-fit is to be made."""
+        shape = self.session.source.shape
+        losing = layers_losing(layers, Role.DOWN, shape)
+        if self.request.compensate != "lstsq" or not losing or not in_blocks(shape):
+            return {}
+        whole = self.request.whole_moments and passes(self.session, len(losing))
+        return {"moments": "whole" if whole else "blocks"}
 
     def _layers(
         self, options: UnitOptions, budget: Budget
@@ -417,12 +435,10 @@ def _attention_probabilities(session: Session, artifacts: Artifacts, text: str) 
 
 
 def plan_tensors(session: Session, compiled: Plan) -> list[dict[str, Sequence[Any]]]:
-    """Every tensor that slicing changes: name, old and new shape."""
+    """Every tensor that slicing changes and that stays: name, old and new shape."""
     shape, family = session.source.shape, session.source.family
-    before = family.tensors(shape, shape.layers)
-    after = family.tensors(shape, compiled.written_shapes(shape))
     return [
         {"name": old.name, "dense": old.shape, "slim": new.shape}
-        for old, new in zip(before, after, strict=True)
+        for new, old in kept_tensors(family, shape, compiled)
         if old.shape != new.shape
     ]

@@ -70,6 +70,11 @@ class PlanRequest(AnswerTokens, CalibrationTokens, Seed):
     compensate: Compensation = option(
         "lstsq", help="How the kept weights make up for what is removed; lstsq by default."
     )
+    whole_moments: bool = option(
+        True,
+        help="Re-fit MLPs of more than 1,536 channels on the moments of all of these together, if "
+        "memory takes them in at most four passes over the text; in blocks otherwise.",
+    )
     regime: str | None = option(
         None,
         type=Regime,

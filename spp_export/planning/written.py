@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 
 from spp_export.models.checkpoint.checkpoint import Checkpoint
-from spp_export.models.families import Role
+from spp_export.models.families import Family, Role, TensorSpec
 from spp_export.models.shape import ModelShape
 from spp_export.planning import Compensation, LayerPlan, Layout, Plan
 
@@ -19,6 +19,11 @@ def loses(layer: LayerPlan, role: Role, shape: ModelShape) -> bool:
     if role is Role.OUTPUT:
         return kept.query_heads < shape.query_heads
     return role is Role.DOWN and kept.channels < shape.channels
+
+
+def layers_losing(layers: Iterable[LayerPlan], role: Role, shape: ModelShape) -> tuple[int, ...]:
+    """The numbers of the layers whose o_proj (OUTPUT) or down_proj (DOWN) loses inputs."""
+    return tuple(i for i, layer in enumerate(layers) if loses(layer, role, shape))
 
 
 def losing_roles(layers: Iterable[LayerPlan], shape: ModelShape) -> frozenset[Role]:
@@ -80,3 +85,23 @@ def slim_shape(source: Checkpoint, layout: Layout, biased: Collection[Role]) -> 
             mlp_bias=shape.mlp_bias or family.mlp_bias == switch,
         )
     return shape
+
+
+def kept_tensors(
+    family: Family, shape: ModelShape, plan: Plan
+) -> Iterator[tuple[TensorSpec, TensorSpec]]:
+    """Every tensor that is written and the one of the source that it comes from, in file order.
+
+    They have one name but for experts, which are numbered anew where others before them go.
+    `shape` is of the source, with biases that only what is written has.
+    """
+    before = (
+        spec
+        for spec in family.tensors(shape, shape.layers)
+        if spec.layer is None or _stays(spec.expert, plan.layers[spec.layer])
+    )
+    return zip(family.tensors(shape, plan.written_shapes(shape)), before, strict=True)
+
+
+def _stays(expert: int | None, layer: LayerPlan) -> bool:
+    return expert is None or layer.experts is None or expert in layer.experts

@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from spp_export.calibration.answers import Answering, scenario_traffic
-from spp_export.calibration.mixture import Mixing, calibration_parts, gather_parts
+from spp_export.calibration.mixture import Mixing, WeightedTexts, calibration_parts, gather_parts
 from spp_export.calibration.moments import Moments
 from spp_export.calibration.reading import TokenText
-from spp_export.calibration.refit import bias, refit_blocks, residual_blocks
+from spp_export.calibration.refit import bias, refit, refit_blocks, residual, residual_blocks
+from spp_export.calibration.whole import MOMENTS, WholeMoments, passes
 from spp_export.common.arrays import FloatArray
 from spp_export.common.errors import PlanError
 from spp_export.common.options import WINDOW
 from spp_export.data.artifacts import Artifacts
 from spp_export.data.scenario import Scenario
-from spp_export.models.checkpoint.checkpoint import Checkpoint
-from spp_export.models.checkpoint.reader import read_float, stored_tensors
+from spp_export.models.checkpoint.checkpoint import Checkpoint, written_tensors
+from spp_export.models.checkpoint.reader import read_float
 from spp_export.models.families import Feature, Role, TensorSpec
 from spp_export.models.session import Session
 from spp_export.models.shape import ModelShape
 from spp_export.planning import Plan
 from spp_export.planning.planner import requested_mixing
 from spp_export.planning.request import PlanRequest
-from spp_export.planning.written import CONSUMERS, biased_roles, loses, moment_kinds
+from spp_export.planning.written import (
+    CONSUMERS,
+    biased_roles,
+    layers_losing,
+    loses,
+    moment_kinds,
+)
 from spp_export.slicing.config import slim_config
 from spp_export.slicing.cut import kept_indices, real_elements
 from spp_export.slicing.weights import Refit
@@ -66,7 +74,13 @@ def real_columns(compiled: Plan, layer: int, role: Role, shape: ModelShape) -> I
 class Compensator:
     """What the slicer needs: a re-fit per consumer that loses inputs, and biases to add."""
 
-    def __init__(self, source: Checkpoint, compiled: Plan, moments: Moments | None) -> None:
+    def __init__(
+        self,
+        source: Checkpoint,
+        compiled: Plan,
+        moments: Moments | None,
+        whole: WholeMoments | None = None,
+    ) -> None:
         if compiled.compensation != "none":
             source.family.refuse(
                 (Feature.TRANSPOSED,), "compensation", "Export with --compensate none."
@@ -74,13 +88,28 @@ class Compensator:
         self._source = source
         self._plan = compiled
         self._moments = moments
+        self._whole = whole
+        # By tensor, of those that were re-fitted on whole moments, which are not kept.
+        self._lost: dict[str, tuple[float, float]] = {}
 
     def refit(self, spec: TensorSpec) -> Refit | None:
         """How the slicer replaces a tensor: only consumers' weights that lose columns, by lstsq."""
         if self._plan.compensation != "lstsq" or not self._loses(spec):
             return None
+        if self._whole is not None and spec.role is Role.DOWN:
+            return partial(self._refit_whole, self._whole, spec)
         blocks, kept = self._blocks(spec), self._kept(spec)
         return lambda weight: refit_blocks(weight, blocks, kept, RIDGE)
+
+    def _refit_whole(self, whole: WholeMoments, spec: TensorSpec, weight: FloatArray) -> FloatArray:
+        assert spec.layer is not None
+        moments, kept = whole.take(spec.layer), self._kept(spec)
+        refitted = refit(weight, moments, kept, RIDGE)
+        self._lost[spec.name] = (
+            residual(weight, moments, kept, refitted),
+            residual(weight, moments, kept, weight[:, kept]),
+        )
+        return refitted
 
     def biases(self) -> Mapping[tuple[int, Role], FloatArray]:
         """The mean write of what was removed, per layer and consumer that loses some, for `bias`.
@@ -126,11 +155,16 @@ class Compensator:
     def lost(self, directory: Path) -> Iterator[tuple[float, float]]:
         """Per re-fitted consumer, the share of its output's energy that is lost on the moments: as
         written in `directory`, and as the plain slice would lose it. Yields nothing but for lstsq.
+
+        Of one that was re-fitted on whole moments it is that of the re-fit, before it was rounded.
         """
         if self._plan.compensation != "lstsq":
             return
-        stored = stored_tensors(directory)
+        stored = written_tensors(directory, self._source.family)
         for spec in self._losing():
+            if spec.name in self._lost:
+                yield self._lost[spec.name]
+                continue
             weight = read_float(self._source.tensors[spec.name])
             blocks, kept = self._blocks(spec), self._kept(spec)
             assert spec.layer is not None
@@ -177,11 +211,15 @@ def plan_compensation(
     compiled: Plan,
     scenario: Scenario | None,
     request: PlanRequest,
+    *,
+    blocks: bool = False,
 ) -> Compensator:
     """The re-fit or the biases of a plan, on the text that its provenance names.
 
-    Statistics of text that were not gathered before take a pass of the dense model. Raises
-    UsageError where there is no text at all, PlanError for a malformed mixture.
+    Statistics of text that were not gathered before take a pass of the dense model, and so do the
+    moments of all channels of a wide MLP, where the plan asks for them: not with `blocks`, for one
+    of many plans that are tried. Raises UsageError where there is no text at all, PlanError for a
+    malformed mixture.
     """
     if compiled.compensation == "none":
         return Compensator(session.source, compiled, None)
@@ -196,7 +234,32 @@ def plan_compensation(
     answered = answering.tokens > 0
     parts = calibration_parts(artifacts, mixture, texts, mixing, answered=answered)
     moments = gather_parts(session, parts, moment_kinds(compiled, session.source.shape))
-    return Compensator(session.source, compiled, moments)
+    whole = None if blocks else _whole_moments(session, compiled, parts)
+    return Compensator(session.source, compiled, moments, whole)
+
+
+def _whole_moments(
+    session: Session, compiled: Plan, parts: Sequence[WeightedTexts]
+) -> WholeMoments | None:
+    """What the plan asks for; the first of them are gathered here."""
+    asked: Any = compiled.calibration.get("moments", "blocks")
+    if asked not in MOMENTS:
+        raise PlanError(
+            f"plan: calibration.moments must be one of {', '.join(MOMENTS)}, got {asked!r:.40}. "
+            "Leave it out for blocks."
+        )
+    layers = layers_losing(compiled.layers, Role.DOWN, session.source.shape)
+    if asked == "blocks" or compiled.compensation != "lstsq" or not layers:
+        return None
+    if not passes(session, len(layers)):
+        _log.warning(
+            "the plan was made for re-fitting on the moments of all channels together, which this "
+            "machine's free memory does not hold: they are taken in blocks, and the weights differ."
+        )
+        return None
+    whole = WholeMoments(session, parts, layers)
+    whole.gather()
+    return whole
 
 
 def _mixing(compiled: Plan) -> Mixing | None:

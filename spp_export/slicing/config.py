@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from spp_export.common.errors import ModelError, PlanError
-from spp_export.models.families import Family, Role
+from spp_export.models.families import Family, Feature, Role
 from spp_export.models.shape import LayerShape, ModelShape
 
 # What travels in a per-layer or ragged checkpoint, beside its config.json.
@@ -29,6 +30,8 @@ _DROPPED = (
 )
 
 
+# What is said of a model as a whole, where its decoder's settings are a part of config.json.
+_OF_THE_WHOLE = ("model_type", "architectures", "base_architecture", "auto_map")
 _DEFAULT_ROPE_THETA = 10000.0
 # Rotary settings that the config of some families has by another name.
 _ROTARY = {"rope_theta", "partial_rotary_factor"}
@@ -62,12 +65,16 @@ def slim_config(
     that contradicts itself.
     """
     _check_layers(shape, layers, ragged=layout == "ragged" and family.uneven_groups)
-    config = portable_config(source_config, family.rope_theta)
+    if family.inside:
+        settings, alone = family.settings(source_config), replace(family, inside="")
+        slim = slim_config(settings, alone, shape, layers, layout, biased, kept_heads)
+        return _around(source_config, family, settings, slim)
+    config = portable_config(source_config, family.rope_theta, family.rope_by_type)
     config["tie_word_embeddings"] = shape.tied_embeddings
     if family.derived_head_dim != "attention":
         config["head_dim"] = shape.head_dim
     if family.experts:
-        config |= family.experts.counts({**family.defaults, **source_config})
+        config |= family.experts.counts(shape.experts)
     settings = config.get("rope_parameters") or {}
     for key in _ROTARY & family.keys.keys() & settings.keys():
         config[family.keys[key]] = settings[key]
@@ -75,6 +82,7 @@ def slim_config(
     new = sorted(role for role in biased if not has_bias[role])
     if layout == "uniform":
         config |= _uniform(family, shape, layers)
+        config |= _experts(family, shape, max(shape.experts_in(layers)))
         config |= {family.bias_switch(role): True for role in new}
     elif layout in ("per-layer", "ragged"):
         config |= _per_layer(family, shape, layers, ragged=layout == "ragged")
@@ -90,20 +98,46 @@ def slim_config(
     return dict(sorted(config.items()))
 
 
+def _around(
+    source_config: Mapping[str, Any],
+    family: Family,
+    settings: Mapping[str, Any],
+    slim: dict[str, Any],
+) -> dict[str, Any]:
+    """config.json of a model with its decoder's settings inside, from both of its parts."""
+    flat = family.inside not in source_config
+    outside = source_config.keys() - (settings.keys() if flat else set())
+    config = {key: source_config[key] for key in outside if key not in _DROPPED}
+    whole = {key: slim.pop(key) for key in _OF_THE_WHOLE if key in slim}
+    if "base_architecture" not in whole:  # the stock classes load it
+        whole["model_type"] = source_config["model_type"]
+    if "model_type" in settings:
+        slim["model_type"] = settings["model_type"]
+    config |= {**whole, family.inside: slim, "tie_word_embeddings": slim["tie_word_embeddings"]}
+    dtypes = {key: source_config.get(key) for key in ("dtype", "torch_dtype")}
+    if dtype := next(filter(None, dtypes.values()), None):
+        config |= dict.fromkeys(dtypes, dtype)
+    return dict(sorted(config.items()))
+
+
 def portable_config(
-    config: Mapping[str, Any], rope_theta: float | None = _DEFAULT_ROPE_THETA
+    config: Mapping[str, Any],
+    rope_theta: float | None = _DEFAULT_ROPE_THETA,
+    rope_by_type: bool = False,
 ) -> dict[str, Any]:
     """A config.json that transformers 4.57 and 5.x read alike, from one that either wrote.
 
     5.x writes `rope_parameters`, which 4.57 ignores without a word and then rotates by the default
     theta; 4.57 writes `rope_theta` and `rope_scaling`. Both forms are given, as are `dtype` and
     `torch_dtype`. Paths and names of foreign code are left out. `rope_theta` is what the stock
-    class takes where the source says nothing; None leaves rotary settings out there.
+    class takes where the source says nothing; None leaves rotary settings out there. Where layers
+    rotate by their type (`rope_by_type`), what 4.57 wrote stays as it is, and 5.x reads it as well.
 
     Raises ModelError where the two forms of the source disagree.
     """
     result = {key: value for key, value in config.items() if key not in _DROPPED}
-    result |= _rope(config, rope_theta)
+    if not rope_by_type or config.get("rope_parameters") is not None:
+        result |= _rope(config, rope_theta)
     dtype = config.get("dtype") or config.get("torch_dtype")
     if dtype is not None:
         result |= {"dtype": dtype, "torch_dtype": dtype}
@@ -126,12 +160,17 @@ def _check_layers(shape: ModelShape, layers: Sequence[LayerShape], *, ragged: bo
 
 
 def _uniform(family: Family, shape: ModelShape, layers: Sequence[LayerShape]) -> dict[str, Any]:
-    first = layers[0]
-    odd = next((index for index, layer in enumerate(layers) if layer != first), None)
+    first, sizes = layers[0], [_sizes(layer) for layer in layers]
+    odd = next((index for index, size in enumerate(sizes) if size != sizes[0]), None)
     if odd is not None:
         raise PlanError(
-            f"layer {odd} has {_sizes(layers[odd])}, layer 0 has {_sizes(first)}; layout 'uniform' "
+            f"layer {odd} has {sizes[odd]}, layer 0 has {sizes[0]}; layout 'uniform' "
             "needs all layers alike. Use layout 'per-layer'."
+        )
+    if len(counts := set(shape.experts_in(layers)) - {0}) > 1:
+        raise PlanError(
+            f"layers have {min(counts)} to {max(counts)} experts; layout 'uniform' needs as many "
+            "in every layer that has any. Use layout 'per-layer'."
         )
     if not family.stock_accepts(shape)(first.query_heads):
         wanted = "divides"
@@ -157,6 +196,8 @@ def _per_layer(
     config_class = family.config_class or f"{prefix}Config"
     decoder_class = family.decoder_class or f"{prefix}Model"
     digits = len(str(len(layers) - 1))
+    sees = Feature.VISION in family.features
+    auto = "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
     return {
         "model_type": f"spp_{family.model_type}",
         "architectures": [f"Spp{family.architecture}"],
@@ -164,14 +205,17 @@ def _per_layer(
         "auto_map": {
             "AutoConfig": f"configuration_spp.Spp{config_class}",
             "AutoModel": f"modeling_spp.Spp{decoder_class}",
-            "AutoModelForCausalLM": f"modeling_spp.Spp{family.architecture}",
+            auto: f"modeling_spp.Spp{family.architecture}",
         },
-        **_per_layer_modules(family, shape),
+        **_per_layer_modules(family, shape, layers),
         **_counts(shape.layer),
         "per_layer_config": {
             str(index).zfill(digits): _counts(layer)
+            | _experts(family, shape, experts)
             | ({"query_groups": list(layer.query_groups)} if ragged else {})
-            for index, layer in enumerate(layers)
+            for index, (layer, experts) in enumerate(
+                zip(layers, shape.experts_in(layers), strict=True)
+            )
         },
         "serialize_explicit_per_layer_config": True,
         # The same once more, for readers that know lists only.
@@ -180,14 +224,20 @@ def _per_layer(
     }
 
 
-def _per_layer_modules(family: Family, shape: ModelShape) -> dict[str, Any]:
+def _per_layer_modules(
+    family: Family, shape: ModelShape, layers: Sequence[LayerShape]
+) -> dict[str, Any]:
     """What modeling_spp.py has to know of a family beyond the names that are Llama's."""
     modules = [family.attention]
+    if family.experts and any(layer.dropped_experts for layer in layers):
+        modules += family.experts.modules
     if family.derived_head_dim != "attention":
-        alone = {"per_layer_modules": {"layers": "layers", "modules": modules}}
-        return alone if family.experts else {}
+        named = {"per_layer_modules": {"layers": "layers", "modules": modules}}
+        return named if family.experts else {}
     inputs = list(dict.fromkeys((family.query, family.key, family.value)))
     outputs = list(dict.fromkeys(name for name in (family.gate, family.up) if name))
+    if "C" in family.wide_norms.values():  # more is as wide as the MLP than its projections
+        modules.append(family.down.rpartition(".")[0])
     return {
         "per_layer_modules": {
             "layers": family.layers.rpartition(".")[2],
@@ -238,6 +288,13 @@ def _counts(layer: LayerShape) -> dict[str, int]:
     }
 
 
+def _experts(family: Family, shape: ModelShape, count: int) -> dict[str, int]:
+    """The number of experts of a layer, where it has any, and fewer than the dense model's do."""
+    if family.experts is None or count in (0, shape.experts):
+        return {}
+    return family.experts.counts(count)
+
+
 def _sizes(layer: LayerShape) -> str:
     return f"({layer.query_heads} query, {layer.kv_heads} KV, {layer.channels} channels)"
 
@@ -265,7 +322,7 @@ def _rope(config: Mapping[str, Any], theta: float | None) -> dict[str, Any]:
     scaling = {key: value for key, value in settings.items() if key not in beside}
     return {
         "rope_parameters": settings,
-        "rope_scaling": None if settings["rope_type"] == "default" else scaling,
+        "rope_scaling": None if scaling == {"rope_type": "default"} else scaling,
         **{key: settings[key] for key in beside if key in settings},
     }
 

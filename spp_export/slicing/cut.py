@@ -43,6 +43,7 @@ def _kept(
         Unit.QUERY: layer_plan.query_heads,
         Unit.KV: layer_plan.kv_heads,
         Unit.CHANNEL: layer_plan.channels,
+        Unit.EXPERT: layer_plan.experts,
     }
     parts = spec.parts or ((spec.unit, spec.shape[spec.axis] // spec.step),)
     counts = [count for _, count in parts]

@@ -29,7 +29,7 @@ from spp_export.models.checkpoint.writer import (
 )
 from spp_export.models.families import Role, TensorSpec
 from spp_export.planning import Plan, validate_plan
-from spp_export.planning.written import slim_shape
+from spp_export.planning.written import kept_tensors, slim_shape
 from spp_export.slicing.cut import Indices, real_elements, slice_rows, written_units
 
 # The whole dense tensor as floats -> the slim tensor as floats.
@@ -108,13 +108,12 @@ class SlimTensors:
         family, self._source, self._plan = source.family, source, plan
         self._replaced = replaced
         shape = slim_shape(source, plan.layout, {role for _, role in biases})
-        layers = plan.written_shapes(source.shape)
-        self._slim = {spec.name: spec for spec in family.tensors(shape, layers)}
-        self._dense = {
-            spec.name: spec for spec in family.tensors(source.shape, source.shape.layers)
-        }
+        pairs = list(kept_tensors(family, shape, plan))
+        # By their names on disk.
+        self._slim = {family.on_disk(slim.name): slim for slim, _ in pairs}
+        self._dense = {family.on_disk(slim.name): dense for slim, dense in pairs}
         self._biases = {
-            f"{family.layer_name(layer, family.projection(role))}.bias": value
+            family.on_disk(f"{family.layer_name(layer, family.projection(role))}.bias"): value
             for (layer, role), value in biases.items()
         }
         assert self._biases.keys() <= self._slim.keys(), "a bias of a layer that does not exist"
@@ -132,19 +131,21 @@ class SlimTensors:
 
     def changes(self, entry: TensorEntry) -> bool:
         """Whether a slim tensor is another than the source's of its name."""
-        if entry.name not in self._source.tensors or entry.name in self._biases:
-            return True
         spec = self._dense[entry.name]
+        if spec.name not in self._source.tensors or entry.name in self._biases:
+            return True
+        if spec.name != self._slim[entry.name].name:  # an expert with another number
+            return True
         units = written_units(spec, self._plan, self._source.shape)
         return units is not None or self._replaced(spec) is not None
 
     def _blocks(self, entry: TensorEntry) -> Iterator[Bits]:
-        stored, added = self._source.tensors.get(entry.name), self._biases.get(entry.name)
+        spec = self._dense[entry.name]
+        stored, added = self._source.tensors.get(spec.name), self._biases.get(entry.name)
         if stored is None or added is not None:
             old = read_float(stored) if stored else np.zeros(entry.shape)
             yield from encoded(old if added is None else old + added, entry)
             return
-        spec = self._dense[entry.name]
         refit, units = self._replaced(spec), written_units(spec, self._plan, self._source.shape)
         if refit is not None:
             values = refit(read_float(stored))
@@ -159,7 +160,7 @@ class SlimTensors:
 
     def _dtype(self, name: str) -> str:
         """The stored dtype; that of the weight beside it for a bias the source does not have."""
-        tensors = self._source.tensors
+        tensors, name = self._source.tensors, self._dense[name].name
         stored = tensors.get(name) or tensors[f"{name.removesuffix('.bias')}.weight"]
         return stored.dtype
 

@@ -7,6 +7,7 @@ loss that transformers computes with respect to the gates and the weights.
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -259,8 +260,10 @@ def drawn_by(model, count, tokens):
 
 def moments_by_loss(model, family, shape, batches):
     """By kind, the moments [1,m,m] of every layer."""
-    lengths = torch.from_numpy(gradient_lengths(model, family, shape, batches))
-    sums = {kind: LossSums(kind + LOSS, shape, lengths, batches) for kind in ("attention", "mlp")}
+    lengths = gradient_lengths(model, family, shape, batches)
+    parts = np.split(lengths, np.cumsum([batch.real_tokens for batch in batches])[:-1])
+    batches = [replace(b, gradients=part) for b, part in zip(batches, parts, strict=True)]
+    sums = {kind: LossSums(kind + LOSS, shape, batches) for kind in ("attention", "mlp")}
     observe(model, family, batches, [it for of_kind in sums.values() for it in of_kind.observers])
     layers = range(shape.num_layers)
     return {kind: [of.averages(i)[f"second/{i}"] for i in layers] for kind, of in sums.items()}

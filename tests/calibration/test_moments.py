@@ -13,16 +13,19 @@ from safetensors.numpy import save_file
 from transformers import AutoTokenizer
 
 from spp_export.calibration import moments
-from spp_export.calibration.activations import TextMeans
+from spp_export.calibration.activations import TextMeans, token_batches
+from spp_export.calibration.mixture import WeightedTexts
 from spp_export.calibration.moments import KINDS, Moments, gather, gather_all, layer_weights
 from spp_export.calibration.reading import dialogue_text
 from spp_export.calibration.statistics import Axis, Gradients
+from spp_export.calibration.whole import WholeMoments, passes
 from spp_export.common.errors import OutputError
 from spp_export.common.progress import show_progress
 from spp_export.data.artifacts import Dialogue
 from spp_export.domains.probe_model import Dense, with_gradients
 from spp_export.models.checkpoint.checkpoint import open_source
 from spp_export.models.loader import load_dense
+from spp_export.models.session import open_session
 
 TEXTS = ("Gold melts at 1064 degrees.", "", "Why?", "Iron rusts in damp air, gold does not.")
 OTHERS = ("A bond is a loan that can be sold.",)
@@ -154,6 +157,39 @@ def test_many_channels_are_kept_in_blocks(dense, monkeypatch):
         assert_close(blocks, np.stack([whole[place, place] for place in places]))
         mlp = found.layer_statistics(open_source(dense), 1).mlp
         assert_close(mlp.square, (seen["down"][1] ** 2).mean(0))
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_whole_moments_of_a_mixture(dense, monkeypatch, together):
+    """Of all channels, in as few passes as memory asks for: the sums of the texts one by one."""
+    monkeypatch.setattr("spp_export.calibration.activations.CHANNEL_BLOCK", 20)
+    monkeypatch.setattr(
+        "spp_export.calibration.whole.free_memory", lambda kind: 4 * together * 4 * 96**2
+    )
+    session = open_session(str(dense))
+    count = Passes(dense)
+    session.__dict__["model"] = count()[0]
+    assert passes(session, 2) == 2 // together
+    parts = (WeightedTexts(TEXTS, 0.3, "one"), WeightedTexts(OTHERS, 0.7))
+    whole = WholeMoments(session, parts, (0, 1))
+    seen, others = direct(dense, TEXTS), direct(dense, OTHERS)
+    for layer in (0, 1):
+        expected = 0.3 * second(seen["down"][layer]) + 0.7 * second(others["down"][layer])
+        assert_close(whole.take(layer), expected)
+    assert count.forward == 2 // together * batches(session, parts)
+
+
+def batches(session, parts):
+    """Calls of the model in a pass."""
+    return len(token_batches(session.tokenizer, [text for part in parts for text in part.texts]))
+
+
+def test_no_whole_moments_beyond_four_passes(dense, monkeypatch):
+    session = open_session(str(dense))
+    monkeypatch.setattr("spp_export.calibration.whole.free_memory", lambda kind: 4 * 4 * 96**2)
+    assert [passes(session, layers) for layers in (1, 4, 5)] == [1, 4, 0]
+    monkeypatch.setattr("spp_export.calibration.whole.free_memory", lambda kind: 96**2)
+    assert passes(session, 1) == 0
 
 
 def test_a_mixture_weighs_collections_not_tokens(dense):
@@ -437,10 +473,10 @@ def test_pools_in_one_pass_are_the_pools_one_by_one(dense, monkeypatch, tmp_path
 def test_a_pass_is_made_for_what_is_missing_alone(dense):
     source, model = open_source(dense), Passes(dense)
     gather(source, POOLS[1], ["attention"], model)
-    seen = TextMeans("output", len(OTHERS), 2, 64)
+    seen = TextMeans("stream", len(POOLS[0]) + len(POOLS[1]), 2, 64)
     before = model.forward
     gather_all(source, POOLS[:2], ["attention"], model)
     assert model.forward == before + 1
-    gather_all(source, POOLS[:2], ["attention"], model, also=[(), (seen,)])
-    assert model.forward == before + 2, "only the pool that somebody looks at"
-    assert np.abs(seen.values).sum() > 0
+    gather_all(source, POOLS[:2], ["attention"], model, also=[seen])
+    wanted = direct(dense, OTHERS)["stream"][1].mean(0)
+    np.testing.assert_allclose(seen.values[len(TEXTS), 1], wanted, rtol=1e-4, atol=1e-5)

@@ -77,7 +77,7 @@ for path, remote in jobs:
     asked = dict(do_sample=False, max_new_tokens=6, min_new_tokens=6)
     ids = generate(prompt, return_tensors=True, **asked)[0]["generated_token_ids"]
     text = generate(prompt, return_full_text=False, **asked)[0]["generated_text"]
-    print(json.dumps([type(generate.model).__name__, ids, text]))
+    print(json.dumps([type(generate.model).__module__, ids, text]))
 """
 
 
@@ -305,7 +305,7 @@ def load_elsewhere(
 def pipelines_elsewhere(
     out: Path, prompt: str, jobs: Sequence[tuple[str, bool]]
 ) -> list[tuple[str, list[int], str]]:
-    """Class, ids of prompt and greedy continuation, and the continuation's text of checkpoints, by
+    """Module of the class, ids of prompt and greedy continuation, and the continuation's text, by
     `transformers.pipeline` in an interpreter like that of `load_elsewhere`."""
     return [(*line,) for line in _alone(_PIPELINE, out, prompt, jobs)]
 

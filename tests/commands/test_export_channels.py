@@ -334,6 +334,51 @@ def test_transformers_alone_loads_them_and_generates(bench, tmp_path):
         assert ids == continued.tolist()
 
 
+def test_a_refit_on_the_moments_of_all_channels(bench, tmp_path):
+    """As the plan asks for: down_proj is the closed form on the whole moments, and o_proj what it
+    is without; what is lost is reported of both."""
+    asked = Asked("llama-gqa-bias", "per-layer", "lstsq")
+    plan = bench.plan(asked)
+    plan = replace(plan, calibration={**plan.calibration, "moments": "whole"})
+    dense, in_blocks = bench.workshop.dense(asked.case), bench.exported(asked)
+    result = spp_export.export(
+        bench.workshop.scenario, tmp_path / "out", model=str(dense), plan=plan
+    )
+    tensors, before = stored(tmp_path / "out"), in_blocks.tensors
+    seen, weights = bench.inputs(asked.case, DOWN_PROJ), stored(dense)
+    for layer, kept in ((0, plan.layers[0].channels), (2, plan.layers[2].channels)):
+        name = f"model.layers.{layer}.{DOWN_PROJ}.weight"
+        weight = weights[name].double().numpy()
+        expected, error = ridge(weight, seen[layer], list(kept))
+        assert np.abs(tensors[name].double().numpy() - expected).max() <= error
+        assert not torch.equal(tensors[name], before[name])
+    name = f"model.layers.0.{O_PROJ}.weight"
+    assert torch.equal(tensors[name], before[name])
+    (check,) = (c for c in result.report["checks"] if c["name"].startswith("re-fitted"))
+    assert "4 projections" in check["detail"]
+
+
+def test_without_memory_for_them_blocks_are_taken_and_said(bench, tmp_path, monkeypatch, caplog):
+    asked = Asked("llama-gqa-bias", "per-layer", "lstsq")
+    plan = bench.plan(asked)
+    plan = replace(plan, calibration={**plan.calibration, "moments": "whole"})
+    monkeypatch.setattr("spp_export.calibration.whole.free_memory", lambda kind: 0)
+    dense = bench.workshop.dense(asked.case)
+    spp_export.export(bench.workshop.scenario, tmp_path / "out", model=str(dense), plan=plan)
+    assert "in blocks, and the weights differ" in caplog.text
+    tensors, expected = stored(tmp_path / "out"), bench.exported(asked).tensors
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+def test_a_plan_of_other_moments_is_refused(bench, tmp_path):
+    scenario, model = bench.workshop.scenario, str(bench.workshop.dense("llama-gqa-bias"))
+    plan = bench.plan(Asked("llama-gqa-bias", "per-layer", "lstsq"))
+    wrong = replace(plan, calibration={"moments": "all"})
+    with refused(PlanError, r"calibration\.moments must be one of whole, blocks, got 'all'"):
+        spp_export.export(scenario, tmp_path / "out", model=model, plan=wrong)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("compensate", ["lstsq", "bias"])
 @pytest.mark.parametrize("case", ["llama-gqa-bias", "qwen2-gqa-tied"])
 def test_projections_measure_a_plan_without_writing_it(bench, case, compensate):

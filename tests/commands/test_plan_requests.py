@@ -229,3 +229,25 @@ def test_a_whitelist_that_does_not_fit_the_budget_says_so(workshop, tmp_path):
     edited = with_whitelist(workshop, tmp_path, NAME, every)
     with pytest.raises(BudgetError, match="and the whitelist"):
         workshop.plan(NAME, artifacts=edited, keep=0.7, compensate="none")
+
+
+def test_a_plan_of_a_wide_mlp_says_which_moments_its_refit_reads(workshop, monkeypatch):
+    monkeypatch.setattr("spp_export.calibration.activations.CHANNEL_BLOCK", 20)
+
+    def moments(**asked):
+        plan = spp_export.plan(
+            workshop.scenario,
+            model=str(workshop.dense(NAME)),
+            artifacts=workshop.artifacts(NAME),
+            answer_tokens=0,
+            width_multiple=8,
+            **asked,
+        ).plan
+        return plan.calibration.get("moments")
+
+    assert moments(units="channels", keep=0.5) == "whole"
+    assert moments(units="channels", keep=0.5, whole_moments=False) == "blocks"
+    assert moments(units="channels", keep=0.5, compensate="bias") is None
+    assert moments(units="heads", keep=0.5) is None
+    monkeypatch.setattr("spp_export.calibration.whole.free_memory", lambda kind: 0)
+    assert moments(units="channels", keep=0.5) == "blocks"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -67,11 +69,16 @@ def observed(request, tmp_path_factory):
     tokenizer = AutoTokenizer.from_pretrained(path)
     size = (source.shape.num_layers, len(TEXTS), source.shape.hidden_size)
     axes = np.random.default_rng(0).standard_normal(size) * 7
-    writes = AxisShares(source, torch.device("cpu"), axes)
+    domains = [k for k, texts in enumerate(TEXTS) for _ in texts]
+    writes = AxisShares(source, torch.device("cpu"), axes, domains)
     # domains in any order, as they come
     for k in (2, 0, 1):
-        batches = token_batches(tokenizer, TEXTS[k], batch_tokens=60)
-        observe(model, source.family, batches, [writes.of(k)])
+        start = domains.index(k)
+        batches = [
+            replace(batch, texts=tuple(start + text for text in batch.texts))
+            for batch in token_batches(tokenizer, TEXTS[k], batch_tokens=60)
+        ]
+        observe(model, source.family, batches, [writes])
     return writes, explicit(model, tokenizer, axes)
 
 

@@ -192,7 +192,7 @@ def test_the_wider_oracle_has_the_weights_of_the_narrower_one(dense, dtype):
     found = reference_logits(stream, *arguments)
     assert equal(found.exact, expected.exact)
     assert equal(found.same, expected.same)
-    assert found.rounding > 0
+    assert found.rounding.usual > 0
     # and the model computes in its own again
     plain = [{"input_ids": IDS, "use_cache": False}]
     assert equal(logits_of_calls(stream, plain), logits_of_calls(whole, plain))
@@ -280,7 +280,7 @@ def test_sums_over_texts_are_the_same(dense):
         observe(model, FAMILIES["llama"], BATCHES, [means, squares, seconds])
         products = [seconds.products(layer) for layer in range(4)]
         found.append([torch.from_numpy(means.values), squares.sums, seconds.sums, *products])
-        assert squares.tokens == seconds.tokens == 56
+        assert seconds.tokens == 56
     assert equal(*found)
 
 

@@ -27,6 +27,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCaus
 TOLERANCE = 1e-5
 # Stock models whose activation transformers 4 computes in bfloat16, whatever it is asked for.
 IN_BFLOAT16 = {"apertus"}
+# Stock models that continue a text otherwise with a static cache than with any other.
+WITHOUT_STATIC_CACHE = {"gpt_neo"}
 PROMPTS = ("Sulfuric acid is", "The treaty of 1648 ended a war that")
 
 
@@ -108,7 +110,8 @@ def check_family(case: Path, trust: bool) -> float:
         options["attn_implementation"] = "eager"
     model = load(path, **options)
     worst = check_logits(model, expected)
-    check_generation(model, expected, eos_token_id=None)
+    static = path.parent.name not in WITHOUT_STATIC_CACHE
+    check_generation(model, expected, static=static, eos_token_id=None)
     check_saved_again(model, expected, options)
     return worst
 
@@ -160,18 +163,21 @@ def check_causality(model: torch.nn.Module, expected: dict[str, torch.Tensor]) -
 
 
 def check_generation(
-    model: torch.nn.Module, expected: dict[str, torch.Tensor], **options: object
+    model: torch.nn.Module,
+    expected: dict[str, torch.Tensor],
+    *,
+    static: bool = True,
+    **options: object,
 ) -> None:
     """Greedy tokens of a left-padded batch with every cache; beams at least run the same twice."""
     count = expected["tokens"].shape[1] - expected["input_ids"].shape[1]
     inputs = {name: expected[name] for name in ("input_ids", "attention_mask")}
     common = {"do_sample": False, "max_new_tokens": count, "min_new_tokens": count, **inputs}
     common |= options
-    for name, cache in {
-        "dynamic cache": {},
-        "static cache": {"cache_implementation": "static", "disable_compile": True},
-        "no cache": {"use_cache": False},
-    }.items():
+    caches: dict[str, dict[str, Any]] = {"dynamic cache": {}, "no cache": {"use_cache": False}}
+    if static:
+        caches["static cache"] = {"cache_implementation": "static", "disable_compile": True}
+    for name, cache in caches.items():
         tokens = model.generate(**common, **cache)
         require(torch.equal(tokens, expected["tokens"]), f"greedy tokens differ with {name}")
     beams = [model.generate(**common, num_beams=2, use_cache=cache) for cache in (True, False)]

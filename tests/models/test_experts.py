@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from spp_export.models.families import FAMILIES
 from spp_export.models.layerwise import open_layerwise
 from spp_export.models.loader import load_dense
 from spp_export.planning import LayerPlan, Plan, validate_plan
+from spp_export.planning.plan_file import parse_plan
+from spp_export.slicing.compensation import written_config
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3, "vocab_size": 97}
 SIZES |= {"intermediate_size": 24, "num_key_value_heads": 2}
@@ -36,8 +39,7 @@ def batch() -> TokenBatch:
 
 def layers_with_experts(family: str, **config: object) -> list[int]:
     shape = FAMILIES[family].read_shape({**SIZES, **EXPERTS[family], **config}, 4)
-    routed = [any(tensor.routed < 1 for tensor in layer) for layer in shape.uncut]
-    return [index for index, found in enumerate(routed) if found]
+    return [index for index, sparse in enumerate(shape.sparse) if sparse]
 
 
 def test_which_layers_have_experts_is_as_config_json_says() -> None:
@@ -67,6 +69,14 @@ def test_decoding_reads_the_experts_that_a_token_is_routed_to(source: Checkpoint
     assert shape.parameters(shape.layers) == whole
     assert shape.decode_parameters(shape.layers) == whole - table - experts // 2
     assert shape.channel_parameters == 0
+    fewer = tuple(replace(layer, dropped_experts=1) for layer in shape.layers)
+    each = experts // shape.experts // sum(shape.sparse)
+    fewer = fewer if all(shape.sparse) else (shape.layer, fewer[1])
+    row = shape.hidden_size + (shape.model_type != "mixtral")
+    assert whole - shape.parameters(fewer) == sum(shape.sparse) * (each + row)
+    assert shape.decode_parameters(shape.layers) - shape.decode_parameters(fewer) == (
+        sum(shape.sparse) * row
+    )
 
 
 @pytest.mark.parametrize("family", sorted(EXPERTS))
@@ -89,11 +99,11 @@ def test_what_is_not_cut_yet_is_refused_by_name(source: Checkpoint) -> None:
     family, shape = source.family, source.shape
     family.check_units("heads")
     for units in ("channels", "both"):
-        with pytest.raises(ModelError, match=f"--units {units} .*experts.* not cut yet, which qwe"):
+        with pytest.raises(ModelError, match=f"--units {units} does not know experts, which qwe"):
             family.check_units(units)
     layer = LayerPlan((0, 1), (0, 1, 2, 3), tuple(range(8)))
     plan = Plan(source.fingerprint, source.name, "per-layer", "none", (layer,) * shape.num_layers)
-    with pytest.raises(PlanError, match="layer 0: plan keeps channels, and experts, which qwen3_m"):
+    with pytest.raises(PlanError, match="layer 0: plan keeps channels, and of the MLPs of qwen3_m"):
         validate_plan(plan, shape, source.fingerprint)
     with pytest.raises(ModelError, match="a model that runs from disk does not know experts"):
         open_layerwise(source.path, torch.float32)
@@ -102,6 +112,41 @@ def test_what_is_not_cut_yet_is_refused_by_name(source: Checkpoint) -> None:
     model = load(source.path)
     with pytest.raises(ModelError, match="reading down does not know experts"):
         observe(model, family, [batch()], [MeanSquares("down", 2, shape.channels)])
+
+
+def plan_keeping(source: Checkpoint, *experts: tuple[int, ...] | None) -> Plan:
+    layers = tuple(LayerPlan((0, 1), (0, 1, 2, 3), None, kept) for kept in experts)
+    return Plan(source.fingerprint, source.name, "per-layer", "none", layers)
+
+
+@pytest.mark.parametrize("source", ["glm4_moe"], indirect=True)
+def test_a_plan_keeps_experts_that_a_token_can_be_routed_to(source: Checkpoint) -> None:
+    """The first of its two layers has none; a token is routed to two of the other's four."""
+    shape = source.shape
+    plan = plan_keeping(source, None, (0, 3))
+    validate_plan(plan, shape, source.fingerprint)
+    assert parse_plan(plan.to_json()) == plan
+    assert [layer.dropped_experts for layer in plan.layer_shapes(shape)] == [0, 2]
+    for kept, message in (
+        (((0, 1), None), "layer 0: plan keeps experts, and the layer has none"),
+        ((None, (1,)), "layer 1: plan keeps 1 experts and every token is routed to 2"),
+        ((None, (1, 4)), "layer 1: plan keeps expert 4 but the model has 4"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            validate_plan(plan_keeping(source, *kept), shape, source.fingerprint)
+    grouped = source.family.read_shape({**source.config, "n_group": 2}, 4)
+    with pytest.raises(PlanError, match=r"layer 1: .* routes to groups of them"):
+        validate_plan(plan, grouped, source.fingerprint)
+    validate_plan(plan_keeping(source, None, None), grouped, source.fingerprint)
+
+
+@pytest.mark.parametrize("source", ["qwen3_moe"], indirect=True)
+def test_a_uniform_plan_has_as_many_experts_in_every_layer(source: Checkpoint) -> None:
+    plan = replace(plan_keeping(source, (0, 3), (0, 1, 2)), layout="uniform")
+    with pytest.raises(PlanError, match="keeps 2 experts in one layer and 3 in another"):
+        validate_plan(plan, source.shape, source.fingerprint)
+    with pytest.raises(PlanError, match="layers have 2 to 3 experts; layout 'uniform'"):
+        written_config(source, plan)
 
 
 @pytest.mark.parametrize("source", ["gpt_oss", "dots1"], indirect=True)

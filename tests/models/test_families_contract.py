@@ -25,9 +25,10 @@ from family_models import (
     tokens,
 )
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers import CONFIG_MAPPING
 
 from spp_export.common.progress import quiet_transformers
+from spp_export.evaluation.contract import exact_logits
 from spp_export.models.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_source
 from spp_export.models.families import FAMILIES, Family, Feature
 from spp_export.planning import Layout
@@ -71,17 +72,12 @@ def pair(request: pytest.FixtureRequest, dense: Callable[[str], Checkpoint]) -> 
     return make_slim(source, layout, source.path.parent / layout)
 
 
-@torch.no_grad()
-def logits(model: PreTrainedModel, **options: Any) -> torch.Tensor:
-    return model(tokens(), **options).logits
-
-
 def test_a_slim_model_is_the_masked_dense_model(pair: Pair) -> None:
-    assert open_checkpoint(pair.slim).layers == pair.plan.layer_shapes(pair.source.shape)
+    assert pair.as_planned()
     slim = load(pair.slim)
     with pair.masked() as masked:
-        expected = logits(masked)
-    assert (logits(slim) - expected).abs().max().item() <= 1e-12
+        expected = exact_logits(masked)
+    assert (exact_logits(slim) - expected).abs().max().item() <= 1e-12
     assert expected.std().item() > 0.01
 
 
@@ -103,7 +99,7 @@ def test_saved_and_loaded_again_it_is_the_same(pair: Pair, tmp_path: Path) -> No
     assert open_checkpoint(tmp_path).layers == open_checkpoint(pair.slim).layers
     again = load(tmp_path)
     assert type(again) is type(slim)
-    assert (logits(again) - logits(slim)).abs().max().item() <= 1e-12
+    assert (exact_logits(again) - exact_logits(slim)).abs().max().item() <= 1e-12
 
 
 @pytest.mark.slow
@@ -152,6 +148,7 @@ def test_only_llamas_and_what_computes_as_they_do_have_no_features() -> None:
     for family in FAMILIES.values():
         assert (family.experts is not None) == (Feature.EXPERTS in family.features)
         assert (family.head_rows != ()) == (Feature.SINKS in family.features)
+        assert (family.wide_norms != {}) == (Feature.WIDE_NORM in family.features)
         if family.experts:
             assert len(family.projections) == 4
             continue
@@ -171,7 +168,7 @@ def test_tensors_may_be_named_as_in_the_decoder(name: str, tmp_path: Path) -> No
     assert again.tensors.keys() == source.tensors.keys()
     pair = make_slim(again, "per-layer", tmp_path / "slim")
     with pair.masked() as masked:
-        assert (logits(load(pair.slim)) - logits(masked)).abs().max().item() <= 1e-12
+        assert (exact_logits(load(pair.slim)) - exact_logits(masked)).abs().max().item() <= 1e-12
 
 
 @pytest.mark.parametrize("name", KNOWN)

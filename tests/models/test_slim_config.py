@@ -122,6 +122,20 @@ def test_both_ways_to_write_rotary_settings_give_both(kind):
     assert portable_config(configs[0]) == configs[0]
 
 
+@pytest.mark.parametrize("name", [name for name, x in FAMILIES.items() if x.rope_by_type])
+@pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 8.0}])
+@pytest.mark.parametrize("layout", ["per-layer", "uniform"])
+def test_rotary_settings_by_layer_type_may_be_of_an_old_version(name, scaling, layout):
+    """As Gemma 3 and OLMo 3 were published."""
+    old = {"rope_theta": 1e6, "rope_local_base_freq": 500.0, "rope_scaling": scaling}
+    source = {**SOURCE, **old, "model_type": name}
+    source |= {"layer_types": ["full_attention", "sliding_attention"] * 6, "head_dim": 8}
+    made = slim(source, ALIKE, layout, FAMILIES[name])
+    read, dense = AutoConfig.for_model(**made), AutoConfig.for_model(**source)
+    for key in ("rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq"):
+        assert getattr(read, key, None) == getattr(dense, key, None), key
+
+
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 def test_the_type_is_given_under_both_names(key):
     config = portable_config({**SOURCE, key: "bfloat16"})

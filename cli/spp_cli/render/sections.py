@@ -108,6 +108,11 @@ def unknown_domain(diagnosis: Mapping[str, Any]) -> list[Text]:
     ]
 
 
+def remarks_on(plan: Plan) -> list[Text]:
+    """What has to be told of this kind of model."""
+    return [Text(single_line(remark), style=FAINT) for remark in plan.remarks]
+
+
 def domain_axes(axes: Mapping[str, Any], look: Look) -> list[RenderableType]:
     """How far apart the candidate domains are, and the angles between their axes in degrees."""
     names, selected = axes["candidates"], axes.get("selected", ())
@@ -182,8 +187,9 @@ def sizes(plan: Plan, shape: ModelShape, predicted: Predicted) -> Table:
         ("weights on disk", predicted.dense_file_bytes, predicted.file_bytes, byte_size),
         ("KV cache per token", predicted.dense_kv_bytes, predicted.kv_bytes, _bytes),
     ]
-    if stay := shape.uncut_parameters:
-        rows.insert(2, ("of experts and MLPs, not cut", stay, stay, _thousands))
+    if mlps := shape.mlp_parameters:
+        gone = shape.expert_parameters(shape.layers) - shape.expert_parameters(slim)
+        rows.insert(2, ("of experts and MLPs", mlps, mlps - gone, _thousands))
     channels = sum(layer.channels for layer in slim)
     if channels != shape.channels * shape.num_layers:
         rows.insert(2, ("MLP channels", shape.channels * shape.num_layers, channels, _thousands))
@@ -209,6 +215,16 @@ def stock_counts(plan: Plan) -> list[Text]:
         return []
     known = ", ".join(str(count) for count in counts)
     return [Text(f"query heads that the stock config accepts: {known}", style=FAINT)]
+
+
+def moments(plan: Plan) -> list[Text]:
+    """For wide MLPs, what their re-fit was made of."""
+    words = {
+        "whole": "down_proj is re-fitted on the moments of all channels together",
+        "blocks": "down_proj is re-fitted in blocks of channels",
+    }
+    made = plan.calibration.get("moments")
+    return [Text(words[made], style=FAINT)] if made in words else []
 
 
 def bounds(predicted: Predicted) -> list[Text]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from spp_export.calibration.engines.base import Dense, Prompts
+from spp_export.common.processes import answering
 from spp_export.common.progress import progress, quiet_transformers
+from spp_export.models.helpers import helpers_of
+from spp_export.models.session import helped_session
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -23,7 +27,7 @@ def steps(questions: int, tokens: int) -> int:
 class Batches:
     """`generate` of transformers; questions of about one length are answered together."""
 
-    version = "answers: sampled by transformers, v1"
+    version = "answers: sampled by transformers, v2"
 
     def suits(self, dense: Dense, prompts: Prompts) -> bool:
         """Everywhere."""
@@ -34,6 +38,8 @@ class Batches:
         import torch
         from transformers import GenerationConfig
 
+        helpers = helpers_of(dense.model)
+        helpers.ask(_answer_too, lambda: {"prompts": asdict(prompts)})
         questions, tokens, stop = prompts.questions, prompts.tokens, prompts.stop
         config = GenerationConfig(
             do_sample=True,
@@ -42,22 +48,33 @@ class Batches:
             pad_token_id=stop[0] if stop else 0,
             **prompts.sampling,
         )
-        answers: list[list[int]] = [[] for _ in questions]
         order = sorted(range(len(questions)), key=lambda place: len(questions[place]))
         groups = [order[start : start + _ROWS] for start in range(0, len(order), _ROWS)]
+        own = helpers.share(list(enumerate(groups)))
+        said = torch.zeros((len(questions), tokens), dtype=torch.long)
+        lengths = torch.zeros(len(questions), dtype=torch.long)
         with (
             torch.random.fork_rng(),
             torch.no_grad(),
-            progress("answering prompts", steps(len(questions), tokens)) as advance_to,
+            progress("answering prompts", len(own) * tokens) as advance_to,
         ):
-            torch.manual_seed(prompts.seed)
-            for number, group in enumerate(groups):
+            for done, (number, group) in enumerate(own):
+                # What a group says is its own, whoever answers those before it.
+                torch.manual_seed(prompts.seed + number)
                 rows = [questions[place] for place in group]
-                done = partial(_plus, advance_to, number * tokens)
-                for place, said in zip(group, _continued(dense, rows, config, done), strict=True):
-                    answers[place] = prompts.ended(said)
-                done(tokens)
-        return answers
+                step = partial(_plus, advance_to, done * tokens)
+                for place, row in zip(group, _continued(dense, rows, config, step), strict=True):
+                    ended = prompts.ended(row)
+                    said[place, : len(ended)] = torch.tensor(ended)
+                    lengths[place] = len(ended)
+                step(tokens)
+        helpers.add([said, lengths])
+        return [row[:end] for row, end in zip(said.tolist(), lengths.tolist(), strict=True)]
+
+
+@answering
+def _answer_too(opening: Mapping[str, Any], prompts: Mapping[str, Any]) -> None:
+    Batches().answers(helped_session(opening), Prompts(**prompts))
 
 
 def _plus(advance_to: Callable[[float], None], begun: int, steps: int) -> None:

@@ -67,6 +67,7 @@ def report_parts(
         "bounds": _bounds(plan),
         "weight_bytes": place.weight_bytes,
         "heads": heads,
+        "told": [f"{remark[:1].upper()}{remark[1:]}." for remark in plan.remarks],
         "states": STATES,
         "channels": channels_part(heads),
         "checks": checks,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from spp_export.calibration.activations import TokenBatch
 from spp_export.common.errors import UsageError, reason_of
-from spp_export.evaluation.parity import Check, ReferenceLogits
+from spp_export.evaluation.parity import Check, Errors, ReferenceLogits
 from spp_export.formats.onnx.options import OnnxOptions, Precision, require
 from spp_export.formats.onnx.read import GraphWeights
 from spp_export.formats.onnx.runtime.model import OrtModel
@@ -155,23 +155,22 @@ class _Comparison:
         self._exact = list(_exact_rows(reference))
         largest = max(float(row.abs().max()) for row in self._exact)
         epsilon = torch.finfo(getattr(torch, OnnxOptions(precision=precision).torch_dtype)).eps
-        self._limit = _ROUNDINGS * reference.rounding + _ROOM[precision] * epsilon * max(
-            largest, 1.0
-        )
+        self._rounding = reference.rounding
+        self._room = _ROOM[precision] * epsilon * max(largest, 1.0)
         self._largest = largest
 
     def __call__(self, name: str, results: Iterator[tuple[int, slice, Logits]]) -> Check:
         """`results` are rows by number, the slice of their tokens that was computed, and its logits
         [T,V].
         """
-        worst, tokens = 0.0, 0
-        for row, part, logits in results:
-            exact = self._exact[row][part].double().numpy()
-            difference = float(np.abs(exact - logits).max())
-            worst = max(worst, difference if difference == difference else float("inf"))
-            tokens += len(logits)
-        detail = f"{tokens} tokens, largest |logit| {self._largest:.1f}"
-        return Check(name, worst <= self._limit < float("inf"), worst, self._limit, detail)
+        errors = [
+            (self._exact[row][part].double().cpu() - torch.from_numpy(logits)).abs().amax(-1)
+            for row, part, logits in results
+        ]
+        of_tokens = torch.cat(errors)
+        detail = f"{len(of_tokens)} tokens, largest |logit| {self._largest:.1f}"
+        found = Errors.of_tokens(of_tokens)
+        return found.check(name, self._rounding, _ROUNDINGS, self._room, detail)
 
 
 def _rows(batches: Sequence[TokenBatch]) -> Iterator[NDArray[np.int64]]:

@@ -25,6 +25,10 @@ DATA_NAME = "model.onnx_data"
 # Smaller tensors stay in the graph.
 _EXTERNAL_ABOVE = 1024
 
+# Tensors that are read, turned and written at a time: what is gained beyond is little, and each
+# is in memory.
+_WRITERS = 2
+
 # bytes done, bytes in all
 Advance = Callable[[int, int], None]
 
@@ -56,7 +60,13 @@ def write_onnx(
 
     try:
         onnx_ir.external_data.unload_from_model(
-            model, out, DATA_NAME, size_threshold_bytes=_EXTERNAL_ABOVE, callback=count
+            model,
+            out,
+            DATA_NAME,
+            size_threshold_bytes=_EXTERNAL_ABOVE,
+            callback=count,
+            # Parts of a quantised weight are made together, and so one after the other.
+            max_workers=1 if options.quant else _WRITERS,
         )
         share_aliases(model, out)
         onnx_ir.save(model, out / GRAPH_NAME)

@@ -27,7 +27,7 @@ class TorchModel:
     @property
     def context_length(self) -> int:
         """Positions that the model's config knows."""
-        return int(self._model.config.max_position_embeddings)
+        return int(self._model.config.get_text_config().max_position_embeddings)
 
     def start(self, capacity: int) -> Feed:
         """A new sequence; the cache grows by itself, whatever the capacity."""

@@ -12,9 +12,9 @@ from spp_export.calibration.reading import Text, token_texts
 from spp_export.common.errors import CheckpointError
 from spp_export.common.progress import progress
 from spp_export.evaluation.batches import _TEXTS, exact_dtype, oracle_logits, session_batches
-from spp_export.models.checkpoint.checkpoint import Checkpoint, read_config
+from spp_export.models.checkpoint.checkpoint import Checkpoint, read_config, written_tensors
 from spp_export.models.checkpoint.header import StoredTensor
-from spp_export.models.checkpoint.reader import blocks, read_float, stored_tensors
+from spp_export.models.checkpoint.reader import blocks, read_float
 from spp_export.models.session import Session
 from spp_export.models.tokenizer import load_tokenizer
 from spp_export.planning import Plan
@@ -140,7 +140,7 @@ def _check_tensors(directory: Path, source: Checkpoint, compiled: Plan) -> Check
         return Check(name, False, detail=f"config.json differs from the plan in {different[0]}")
     shape = written_shape(source, compiled)
     expected = {spec.name: spec for spec in source.family.tensors(shape, layers)}
-    stored = stored_tensors(directory)
+    stored = written_tensors(directory, source.family)
     if stored.keys() != expected.keys():
         odd = sorted(stored.keys() ^ expected.keys())[0]
         return Check(name, False, detail=f"{odd}: in the files or in the plan but not in both")
@@ -172,7 +172,7 @@ def _compensated(directory: Path, source: Checkpoint, compiled: Plan) -> Project
     compensated ones, and all of a model that was trained further."""
     from spp_export.slicing.projections import ProjectionsOnDisk
 
-    stored = stored_tensors(directory)
+    stored = written_tensors(directory, source.family)
     trained = (directory / RECOVERY_NAME).is_file()
     roles = tuple(source.family.projections.values()) if trained else CONSUMERS
     return ProjectionsOnDisk(

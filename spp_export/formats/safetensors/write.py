@@ -8,7 +8,7 @@ from pathlib import Path
 from spp_export.common.json_files import dump_json
 from spp_export.common.progress import progress
 from spp_export.models.checkpoint.checkpoint import TOKENIZER_FILES
-from spp_export.models.checkpoint.companions import copy_companions, terms
+from spp_export.models.checkpoint.companions import copy_companions, copy_processor, terms
 from spp_export.models.session import Session
 from spp_export.models.tokenizer import write_companions
 from spp_export.planning import Plan
@@ -46,6 +46,7 @@ def write_slim(
         for path in MODELING_FILES:
             shutil.copyfile(path, work / path.name)
     write_companions(source.path, work, config)
+    copy_processor(source.path, work)
     copy_companions(source.path, terms(source.path), work)
     (work / "plan.json").write_text(compiled.to_json(), encoding="utf-8")
     return written

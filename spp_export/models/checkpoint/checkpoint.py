@@ -18,7 +18,15 @@ from spp_export.common.json_files import read_json, shown
 from spp_export.models.checkpoint.dtypes import ELEMENT_BYTES, FLOAT_DTYPES, Floats
 from spp_export.models.checkpoint.header import StoredTensor, show
 from spp_export.models.checkpoint.reader import model_file, read_float, same_bytes, stored_tensors
-from spp_export.models.families import FAMILIES, Family, TensorSpec, family_of
+from spp_export.models.families import (
+    OWN,
+    Family,
+    TensorSpec,
+    decoder_settings,
+    family_of,
+    known_types,
+    record_of,
+)
 from spp_export.models.shape import LayerShape, Layout, ModelShape
 
 CONFIG_NAME = "config.json"
@@ -43,8 +51,6 @@ _MAX_PUBLIC_NAME = 120
 _VOLATILE_KEYS = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")
 
 
-# What the model type of a checkpoint with layers that differ begins with.
-OWN = "spp_"
 _MAX_DIGITS = 9
 
 
@@ -108,7 +114,7 @@ def open_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
     that are malformed or do not hold exactly the tensors of the config.
     """
     config = read_config(path)
-    if "per_layer_config" in config:
+    if "per_layer_config" in decoder_settings(config):
         return _open_slim(path, name, config)
     return _open_dense(path, name, config)
 
@@ -119,9 +125,9 @@ def open_source(path: Path, name: str | None = None) -> Checkpoint:
 
 
 def _open_dense(path: Path, name: str | None, config: Mapping[str, Any]) -> Checkpoint:
-    family = family_of(config)
-    stored = _whole_names(family, stored_tensors(path), config)
-    shape = family.read_shape(config, _element_bytes(family, stored))
+    family, stored = _stored_as(family_of(config), stored_tensors(path))
+    stored = _whole_names(family, stored, config)
+    shape = _shape(family, stored, config)
     _check_layers(path, shape, stored, "Fetch the model again.")
     specs = {spec.name: spec for spec in family.tensors(shape, shape.layers)}
     _check_names(path, family, shape, specs, stored, config)
@@ -134,23 +140,22 @@ def _open_dense(path: Path, name: str | None, config: Mapping[str, Any]) -> Chec
 
 def _open_slim(path: Path, name: str | None, config: Mapping[str, Any]) -> Checkpoint:
     model_type = str(config.get("model_type"))
-    own = model_type.startswith(OWN)
-    family = FAMILIES.get(model_type.removeprefix(OWN)) if own else None
+    family = record_of(config) if model_type.startswith(OWN) else None
     if family is None:
         raise ModelError(
             f"{path}: model_type {shown(model_type)} with per_layer_config is not supported; "
-            f"known are {', '.join(f'{OWN}{name}' for name in sorted(FAMILIES))}."
+            f"known are {', '.join(f'{OWN}{name}' for name in known_types())}."
         )
-    family = family.of(config)
+    family, stored = _stored_as(family.of(config), stored_tensors(path))
     if config.get("quantization_config") is not None:
         raise ModelError(
             f"{path}: config.json has quantization_config, which spp never writes. "
             "Write the export again."
         )
-    stored = stored_tensors(path)
     shape = _slim_shape(config, family, stored)
     _check_layers(path, shape, stored, "Write the export again.")
-    layers = _slim_layers(config["per_layer_config"], shape, path)
+    listed = family.settings(config)["per_layer_config"]
+    layers = _slim_layers(listed, family, shape, path)
     tensors = _slim_tensors(family, shape, layers, stored, path)
     layout: Layout = "per-layer" if all(layer.regular for layer in layers) else "ragged"
     return Checkpoint(
@@ -229,6 +234,36 @@ def _element_bytes(family: Family, stored: Mapping[str, StoredTensor]) -> int:
     the check of names then fails."""
     tensor = stored.get(f"{family.layer_name(0, family.query)}.weight")
     return ELEMENT_BYTES[tensor.dtype] if tensor else 2
+
+
+def written_tensors(directory: Path, family: Family) -> dict[str, StoredTensor]:
+    """The tensors of a slice in a directory, by their names in memory; `family` is its source's.
+    Errors as of `stored_tensors`."""
+    return {family.in_memory(name): x for name, x in stored_tensors(directory).items()}
+
+
+def _stored_as(
+    family: Family, stored: Mapping[str, StoredTensor]
+) -> tuple[Family, Mapping[str, StoredTensor]]:
+    """The record of a decoder as it is stored, and tensors by their names in memory."""
+    family = family.as_stored(stored)
+    return family, {family.in_memory(name): tensor for name, tensor in stored.items()}
+
+
+def _shape(
+    family: Family, stored: Mapping[str, StoredTensor], config: Mapping[str, Any]
+) -> ModelShape:
+    """Sizes by the config; of a decoder beside a tower of vision, with what the files alone tell:
+    the tensors of the tower, and whether there is a head, of which its config has two words."""
+    shape = family.read_shape(config, _element_bytes(family, stored))
+    if not family.inside:
+        return shape
+    decoder, head = f"{family.layers.rpartition('.')[0]}.", f"{family.head}."
+    tower = (name for name in sorted(stored) if not name.startswith((decoder, head)))
+    words = [part.get("tie_word_embeddings") for part in (config, family.settings(config))]
+    tied = f"{head}weight" not in stored and words != [False, False]
+    beside = tuple((name, stored[name].shape) for name in tower)
+    return family.changed(shape, tied_embeddings=tied, beside=beside)
 
 
 def _whole_names(
@@ -326,8 +361,8 @@ def _named(names: list[str]) -> str:
 def _slim_shape(
     config: Mapping[str, Any], family: Family, stored: Mapping[str, StoredTensor]
 ) -> ModelShape:
-    shape = family.read_shape(config, _element_bytes(family, stored))
-    biased = config.get("biased_projections", [])
+    shape = _shape(family, stored, config)
+    biased = family.settings(config).get("biased_projections", [])
     known = tuple(name for name in (family.output, family.down) if name)
     if not isinstance(biased, list) or any(name not in known for name in biased):
         raise ModelError(
@@ -341,10 +376,13 @@ def _slim_shape(
     )
 
 
-def _slim_layers(listed: Any, shape: ModelShape, path: Path) -> tuple[LayerShape, ...]:
+def _slim_layers(
+    listed: Any, family: Family, shape: ModelShape, path: Path
+) -> tuple[LayerShape, ...]:
     wrong = ModelError(
         f"{path / 'config.json'}: per_layer_config must give every one of the "
-        f"{shape.num_layers} layers its head counts and its width. Write the export again."
+        f"{shape.num_layers} layers its head counts and its width, and its experts where it has "
+        "fewer. Write the export again."
     )
     if not isinstance(listed, Mapping) or len(listed) != shape.num_layers:
         raise wrong
@@ -352,15 +390,18 @@ def _slim_layers(listed: Any, shape: ModelShape, path: Path) -> tuple[LayerShape
     if not all(digits):
         raise wrong
     by_index = {int(key): value for key, value in listed.items()}
-    layers = [_slim_layer(by_index.get(index)) for index in range(shape.num_layers)]
+    layers = [
+        _slim_layer(by_index.get(index), family, shape, sparse)
+        for index, sparse in enumerate(shape.sparse)
+    ]
     kept = tuple(layer for layer in layers if layer is not None)
     if len(kept) < len(layers):
         raise wrong
     return kept
 
 
-def _slim_layer(entry: Any) -> LayerShape | None:
-    """One layer's entry; None where it is malformed."""
+def _slim_layer(entry: Any, family: Family, shape: ModelShape, sparse: bool) -> LayerShape | None:
+    """One layer's entry; None where it is malformed. `sparse`: whether the layer has experts."""
     if not isinstance(entry, Mapping):
         return None
     names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
@@ -373,7 +414,16 @@ def _slim_layer(entry: Any) -> LayerShape | None:
     query, kv, channels = sizes
     if groups and (len(groups) != kv or sum(groups) != query):
         return None
-    layer = LayerShape(query, kv, channels, tuple(groups) if len(set(groups)) > 1 else ())
+    experts = shape.experts
+    if sparse and family.experts:
+        known = [entry[name] for name in family.experts.counts(experts) if name in entry]
+        if any(type(count) is not int or count != known[0] for count in known):
+            return None
+        experts = known[0] if known else experts
+        if not 1 <= experts <= shape.experts:
+            return None
+    groups = tuple(groups) if len(set(groups)) > 1 else ()
+    layer = LayerShape(query, kv, channels, groups, shape.experts - experts)
     return layer if layer.groups or layer.regular else None
 
 

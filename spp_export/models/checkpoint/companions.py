@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spp_export.common.errors import ModelError
-from spp_export.common.json_files import json_object, read_json
+from spp_export.common.json_files import dump_json, json_object, read_json
 from spp_export.models.checkpoint.checkpoint import TOKENIZER_FILES
 from spp_export.models.checkpoint.reader import model_file
 
@@ -18,6 +18,14 @@ from spp_export.models.checkpoint.reader import model_file
 MAX_COMPANION_BYTES = 64 << 20
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+# What makes numbers of pictures, beside a model that sees.
+PROCESSOR_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
+# The key under which settings name code.
+_CODE = "auto_map"
 # Read by Python's own parser, in which deep nesting ends a process. tokenizer.json is not: it has
 # a million items where a vocabulary is large, and its own reader has limits.
 _OBJECTS = (
@@ -26,8 +34,7 @@ _OBJECTS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.json",
-    "processor_config.json",
-    "preprocessor_config.json",
+    *PROCESSOR_FILES,
 )
 # Old models carry it, and nothing opens it.
 _UNUSED = "special_tokens_map_file"
@@ -77,6 +84,26 @@ def copy_companions(directory: Path, names: Iterable[str], target: Path) -> None
     for name in names:
         if original := companion(directory, name):
             shutil.copyfile(original, target / name)
+
+
+def copy_processor(directory: Path, target: Path) -> None:
+    """Copy the settings of a model's processor, if it has any, without the code that they name:
+    whoever trusts the code of an export must not run another's. Errors as of `copy_companions`."""
+    for name in PROCESSOR_FILES:
+        settings = companion_object(directory, name)
+        plain = _without_code(settings)
+        if plain == settings:
+            copy_companions(directory, [name], target)
+        else:
+            (target / name).write_text(dump_json(plain), encoding="utf-8")
+
+
+def _without_code(settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_code(value) if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if key != _CODE
+    }
 
 
 def check_companions(directory: Path) -> None:

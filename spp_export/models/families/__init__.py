@@ -9,35 +9,57 @@ from spp_export.common.errors import ModelError
 from spp_export.common.json_files import shown
 from spp_export.models.families import table
 from spp_export.models.families.base import Family, Feature, Role, TensorSpec, Unit, vocabulary_size
+from spp_export.models.families.nested import decoder_settings
 from spp_export.models.quantised import check_not_quantised
 
 __all__ = [
     "FAMILIES",
+    "OWN",
     "Family",
     "Feature",
     "Role",
     "TensorSpec",
     "Unit",
+    "decoder_settings",
     "family_of",
+    "known_types",
+    "record_of",
     "vocabulary_size",
 ]
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in table.FAMILIES}
+_WRAPPERS = {wrapper.model_type: wrapper for wrapper in table.WRAPPERS}
+_TEXTS = {family.model_type: family for family in table.TEXTS}
+# What the model type of a checkpoint with layers that differ begins with.
+OWN = "spp_"
+
+
+def known_types() -> list[str]:
+    """Every model type that can be sliced, in order."""
+    return sorted({*FAMILIES, *_WRAPPERS})
+
+
+def record_of(config: Mapping[str, Any]) -> Family | None:
+    """The record of a config.json, a slim one's too; None where no record has its model type."""
+    model_type = str(config.get("model_type")).removeprefix(OWN)
+    if model_type in _WRAPPERS:
+        return _WRAPPERS[model_type].family(config, FAMILIES | _TEXTS)
+    return FAMILIES.get(model_type)
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a parsed config.json; ModelError names what is unknown."""
-    model_type = config.get("model_type")
     check_not_quantised(config)
-    if "per_layer_config" in config:
+    if "per_layer_config" in decoder_settings(config):
         raise ModelError(
             "config.json: the checkpoint has per_layer_config, so its layers already differ. "
             "Slice the dense model it came from."
         )
-    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    model_type = config.get("model_type")
+    family = record_of(config) if model_type in known_types() else None
     if family is None:
         raise ModelError(
             f"config.json: model_type {shown(model_type)} is not supported; known are "
-            f"{', '.join(sorted(FAMILIES))}."
+            f"{', '.join(known_types())}."
         )
     return family.of(config)

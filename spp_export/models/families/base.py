@@ -15,7 +15,8 @@ from typing import Any, Literal
 from spp_export.common.errors import ModelError, PlanError
 from spp_export.common.json_files import shown
 from spp_export.models.families.experts import Experts
-from spp_export.models.shape import Costs, LayerShape, ModelShape
+from spp_export.models.families.nested import decoder_settings
+from spp_export.models.shape import Costs, ExpertTensor, LayerShape, ModelShape
 
 # Far above any model, far below what would be felt in memory before the tensors are compared.
 _MOST: Mapping[str, int] = {
@@ -37,6 +38,7 @@ class Unit(StrEnum):
     QUERY = "query"
     KV = "kv"
     CHANNEL = "channel"
+    EXPERT = "expert"
 
 
 class Role(StrEnum):
@@ -59,7 +61,8 @@ class TensorSpec:
     `axis` counts `unit`s in steps of `step` elements (head_dim for heads, 1 for channels); both are
     None where nothing is ever cut. Where the axis has several parts, as in one tensor of queries,
     keys and values, `parts` says how many of which unit each has: one part after the other, or,
-    `side_by_side`, unit by unit: the queries of a KV head, its key, its value.
+    `side_by_side`, unit by unit: the queries of a KV head, its key, its value. `expert` is the
+    number of the expert that it belongs to as a whole.
     """
 
     name: str
@@ -71,6 +74,7 @@ class TensorSpec:
     step: int = 1
     parts: tuple[tuple[Unit, int], ...] = ()
     side_by_side: bool = False
+    expert: int | None = None
 
 
 class Feature(StrEnum):
@@ -87,15 +91,34 @@ class Feature(StrEnum):
     SHIFTED_NORM = "norms that add 1 to their weights"
     BARE_NORM = "norms without weights"
     ROTARY = "a rotary embedding of its own"
-    EXPERTS = "experts, which are not cut yet"
+    EXPERTS = "experts"
     SINKS = "attention sinks"
     POSITIONS = "embeddings of positions"
     ALIBI = "scores biased by distance (ALiBi)"
     POST_NORM = "norms of the stream after attention and MLP"
     SIDE_BY_SIDE = "each head's query, key and value side by side in one tensor"
     TRANSPOSED = "weights with their inputs first"
+    WIDE_NORM = "norms over all heads or channels at once"
+    VISION = "a tower of vision"
 
 
+# What a reader of a plan has to be told of what a family computes.
+_REMARKS: Mapping[Feature, str] = {
+    Feature.WIDE_NORM: (
+        "this model norms all its heads (or channels) together: a slim one norms those that are "
+        "kept, and so does the dense model that it is checked against; removing units changes "
+        "what the others compute, which the scores do not foresee"
+    ),
+    Feature.VISION: (
+        "the decoder of text alone is cut, by text without pictures; the tower of vision and what "
+        "projects from it stay as they are"
+    ),
+}
+
+
+# How the names of a decoder beside a tower of vision, and of its head, begin on disk where not as
+# in memory.
+_STORED = (("model.", "lm_head."), ("language_model.model.", "language_model.lm_head."))
 # A flag of the family: fixed, or the name of the boolean in config.json that decides; "!name" where
 # false means that there is one, "a&b" where it takes both.
 Flag = bool | str
@@ -144,6 +167,8 @@ class Family:
     # What the stock config takes for theta where config.json says nothing of rotary settings; None
     # where it takes more than that.
     rope_theta: float | None = 10000.0
+    # Layers rotate by their type.
+    rope_by_type: bool = False
     # In one tensor: each KV head's queries, its key, its value. Else all queries, keys and values.
     side_by_side: bool = False
     # Attention takes KV heads that serve different numbers of query heads.
@@ -152,6 +177,10 @@ class Family:
     caches_queries: bool = False
     # Weights of projections have their inputs first.
     transposed: bool = False
+    # The key of config.json under which the decoder's settings are; "" where they are all of it.
+    inside: str = ""
+    # How names of tensors begin in memory, and how on disk, where they differ there.
+    stored: tuple[tuple[str, str], ...] = ()
     layers: str = "model.layers"
     query: str = "self_attn.q_proj"
     key: str = "self_attn.k_proj"
@@ -170,6 +199,9 @@ class Family:
     more_norms: tuple[str, ...] = ()
     norm_weight: Flag = True
     norm_bias: bool = False
+    # Norms over all query heads ("Q"), KV heads ("K") or channels ("C") at once. A slim model norms
+    # the kept ones alone, so that cutting is not masking, and the masked model does the same.
+    wide_norms: Mapping[str, str] = field(default_factory=dict)
     # Further tensors of a layer with one element for each query head, such as sinks.
     head_rows: tuple[str, ...] = ()
     # In place of gate, up and down, where nothing is cut of the MLPs.
@@ -202,13 +234,41 @@ class Family:
 
     def of(self, config: Mapping[str, Any]) -> Family:
         """The record of a model with this config.json. Raises ModelError for a malformed flag."""
-        config = self._read(config)
+        config = self._read(self.settings(config))
         changed = replace(self, variants=())
         for flag, changes in self.variants:
             if _flag(config, flag):
                 features = changed.features ^ changes.get("features", frozenset())
                 changed = replace(changed, **{**changes, "features": features})
         return changed
+
+    def settings(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What config.json says of the decoder."""
+        return decoder_settings(config) if self.inside else config
+
+    def as_stored(self, names: Collection[str]) -> Family:
+        """This record, for files whose tensors have these names: a decoder beside a tower of vision
+        is stored under one of several names, by the version that wrote it."""
+        for places in _STORED if self.inside else ():
+            inner = f"{self.layers.rpartition('.')[0]}."
+            found = replace(self, stored=tuple(zip((inner, f"{self.head}."), places, strict=True)))
+            if found.on_disk(f"{self.layer_name(0, self.query)}.weight") in names:
+                return found
+        return self
+
+    def on_disk(self, name: str) -> str:
+        """The stored name of a tensor."""
+        for here, there in self.stored:
+            if name.startswith(here):
+                return there + name.removeprefix(here)
+        return name
+
+    def in_memory(self, name: str) -> str:
+        """The name that a stored tensor has in the model."""
+        for here, there in self.stored:
+            if name.startswith(there):
+                return here + name.removeprefix(there)
+        return name
 
     def _read(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """A config.json under Llama's keys, with what is not said there."""
@@ -287,6 +347,11 @@ class Family:
         """`more_norms`, each with its flag or ""."""
         return tuple(map(_optional, self.more_norms))
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a reader of a plan has to be told."""
+        return tuple(text for feature, text in _REMARKS.items() if feature in self.features)
+
     def refuse(self, unknown: Collection[Feature], what: str, instead: str) -> None:
         """ModelError if this family computes one of these things, which `what` does not know."""
         for feature in sorted(self.features & set(unknown)):
@@ -319,7 +384,7 @@ class Family:
 
         Raises ModelError for a missing or impossible size.
         """
-        config = self._read(config)
+        config = self._read(self.settings(config))
         for key in self.refused:
             if config.get(key):
                 raise ModelError(
@@ -366,7 +431,7 @@ class Family:
             mlp_bias=_flag(config, self.mlp_bias),
             qk_norm=_flag(config, self.qk_norm),
             switches=tuple(flag for flag in flags if _flag(config, flag)),
-            uncut=self.experts.read(config, layers) if self.experts else (),
+            **(self.experts.read(config, layers) if self.experts else {}),
             positions=(
                 _size(config, "max_position_embeddings") + self.more_positions
                 if self.positions
@@ -387,7 +452,7 @@ class Family:
         """Parameters, summed over the tensors of one layer and of what is beside the layers."""
         per_unit = dict.fromkeys(Unit, 0)
         fixed = outside = rows = 0
-        for spec in self.tensors(replace(shape, uncut=()), (shape.layer,)):
+        for spec in self.tensors(replace(shape, mlps=()), (shape.layer,)):
             elements = prod(spec.shape)
             if spec.layer is None:
                 outside += elements
@@ -400,18 +465,21 @@ class Family:
                     weight = len(spec.shape) == 2 and spec.role is not Role.OTHER
                     rows += spec.step if unit is Unit.KV and weight else 0
         unread = 0 if shape.tied_embeddings else shape.vocab_size * shape.embedding_width
-        for tensor in (tensor for layer in shape.uncut for tensor in layer):
-            outside += tensor.elements
-            unread += tensor.unread
+        unread += sum(prod(size) for _, size in shape.beside)
+        sparse = next((mlp for mlp, has in zip(shape.mlps, shape.sparse, strict=False) if has), ())
+        routed = sum(tensor.per_expert for tensor in sparse if tensor.routed)
+        left_out = shape.experts - shape.experts_per_token
         return Costs(
             per_unit[Unit.QUERY],
             per_unit[Unit.KV],
             per_unit[Unit.CHANNEL],
             fixed,
-            outside,
-            unread,
+            outside + shape.mlp_parameters,
+            unread + sum(shape.sparse) * left_out * routed,
             0 if self.caches_queries else rows,
             rows if self.caches_queries else 0,
+            sum(tensor.per_expert for tensor in sparse),
+            routed,
         )
 
     def tensors(self, shape: ModelShape, layers: Sequence[LayerShape]) -> Iterator[TensorSpec]:
@@ -435,6 +503,8 @@ class Family:
             yield TensorSpec(f"{self.head}.weight", table)
         if self.head_bias is True or self.head_bias in shape.switches:
             yield TensorSpec(f"{self.head}.bias", (shape.vocab_size,))
+        for name, size in shape.beside:
+            yield TensorSpec(name, size)
 
     def _layer_tensors(
         self, shape: ModelShape, layer: LayerShape, index: int
@@ -491,6 +561,8 @@ class Family:
                     yield from whole([(f"{module}.bias", (shape.head_dim,))])
         for name in self.head_rows:
             yield cut(name, Role.OTHER, "q")
+        for module, form in self.wide_norms.items():
+            yield cut(f"{module}.weight", Role.OTHER, form)
         yield from whole(self._norm(self.mlp_norm, shape))
         for module, (role, form) in widths.items():
             yield cut(f"{module}.weight", role, form, hidden)
@@ -500,12 +572,28 @@ class Family:
             yield cut(f"{module}.bias", role, form)
         if self.down and (shape.mlp_bias or shape.down_bias):
             yield from whole([(f"{self.down}.bias", (hidden,))])
-        for tensor in shape.uncut[index] if shape.uncut else ():
-            yield from whole((name, tensor.shape) for name in tensor.names)
+        experts = shape.experts - layer.dropped_experts
+        for tensor in shape.mlps[index] if shape.mlps else ():
+            yield from self._expert_tensors(tensor, experts, index)
         for module, flag in map(_optional, self.more_norms):
             if not flag or flag in shape.switches:
                 yield from whole(self._norm(module, shape))
         yield from whole(self.fixed.items())
+
+    def _expert_tensors(
+        self, tensor: ExpertTensor, experts: int, index: int
+    ) -> Iterator[TensorSpec]:
+        """A tensor of a layer with so many experts, or one for each of them."""
+        name, axis, size = self.layer_name(index, tensor.name), tensor.axis, list(tensor.shape)
+        if tensor.each:
+            for expert in range(experts):
+                one = name.replace("*", str(expert))
+                yield TensorSpec(one, tensor.shape, index, expert=expert)
+        elif axis is None:
+            yield TensorSpec(name, tensor.shape, index)
+        else:
+            size[axis] = experts
+            yield TensorSpec(name, tuple(size), index, unit=Unit.EXPERT, axis=axis)
 
     def _forms(self, roles: Mapping[Role, str]) -> dict[str, tuple[Role, str]]:
         """The modules of these roles, each with its first role and what its outputs count."""

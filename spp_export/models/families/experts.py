@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 from spp_export.common.errors import ModelError
 from spp_export.common.json_files import shown
-from spp_export.models.shape import Uncut
+from spp_export.models.shape import ExpertTensor
 
 # Far above any model: of one size, and of experts.
 _MOST, _MOST_EXPERTS = 1 << 22, 1 << 12
@@ -18,17 +18,19 @@ _EACH = "*"
 
 @dataclass(frozen=True)
 class Experts:
-    """MLPs that stay as they are: experts, routers, shared experts, and those of other layers.
+    """MLPs of which experts alone are cut: experts, routers, shared experts, and other layers'.
 
     `tensors` and, of layers without experts, `dense` give names relative to a layer and shapes:
     "*" in a name stands for every expert's number, "*" among the sizes for all the experts in one
-    tensor. A size is a product of numbers and keys of config.json, "2*intermediate_size"; a tensor
-    of size 0 is none. "key|other" is a key with two names, "name?key" a tensor that is there only
-    if the key is true.
+    tensor. A size is a product of numbers and keys of config.json, "2*intermediate_size"; one that
+    is `count` is a row or column for each expert; a tensor of size 0 is none. "key|other" is a key
+    with two names, "name?key" a tensor that is there only if the key is true.
 
-    `count` and `routed` are keys: how many experts, and how many see a token. The rest are keys
-    that say which layers have experts, all where there are none: from `first` on, up to `last` (-1
-    is the last one), every so many (`every`), and not those in the list `never`.
+    `count` and `routed` are keys: how many experts, and how many see a token; `groups`, where a
+    token is first routed to groups of them: how many groups. The rest are keys that say which
+    layers have experts, all where there are none: from `first` on, up to `last` (-1 is the last
+    one), every so many (`every`), and not those in the list `never`. `modules` are the names, in
+    memory, of what has experts and router, as one or another version of transformers has them.
     """
 
     tensors: Mapping[str, str]
@@ -39,9 +41,12 @@ class Experts:
     last: str = ""
     every: str = ""
     never: str = ""
+    groups: str = ""
+    modules: tuple[str, ...] = ("mlp",)
 
-    def read(self, config: Mapping[str, Any], layers: int) -> tuple[tuple[Uncut, ...], ...]:
-        """The tensors of every layer; ModelError names a size that is missing or impossible."""
+    def read(self, config: Mapping[str, Any], layers: int) -> dict[str, Any]:
+        """What a `ModelShape` has of them; ModelError names a size that is missing or
+        impossible."""
         count = _size(config, self.count)
         if count > _MOST_EXPERTS:
             raise ModelError(
@@ -49,16 +54,34 @@ class Experts:
                 f"{count}. The checkpoint is damaged or of another format."
             )
         places = [count > 0 and self._has_experts(config, layer) for layer in range(layers)]
-        share = min(1.0, _size(config, self.routed) / count) if count else 1.0
         kinds = {
-            sparse: tuple(_uncut(config, sizes, count, share)) if sparse in places else ()
+            sparse: tuple(self._mlps(config, sizes, count)) if sparse in places else ()
             for sparse, sizes in ((True, self.tensors), (False, self.dense))
         }
-        return tuple(kinds[sparse] for sparse in places)
+        return {
+            "mlps": tuple(kinds[sparse] for sparse in places),
+            "experts": count,
+            "experts_per_token": min(count, _size(config, self.routed)),
+            "grouped_experts": bool(self.groups) and (_value(config, self.groups) or 1) != 1,
+        }
 
-    def counts(self, config: Mapping[str, Any]) -> dict[str, int]:
-        """The number of experts by all its names: each version of transformers reads one."""
-        return dict.fromkeys(self.count.split("|"), _size(config, self.count))
+    def counts(self, count: int) -> dict[str, int]:
+        """A number of experts by all its names: each version of transformers reads one."""
+        return dict.fromkeys(self.count.split("|"), count)
+
+    def _mlps(
+        self, config: Mapping[str, Any], tensors: Mapping[str, str], count: int
+    ) -> Iterator[ExpertTensor]:
+        for place, sizes in tensors.items():
+            name, _, flag = place.partition("?")
+            if flag and not _value(config, flag):
+                continue
+            words = sizes.split()
+            shape = tuple(count if word == _EACH else _product(config, word) for word in words)
+            axes = [axis for axis, word in enumerate(words) if word in (_EACH, self.count)]
+            if prod(shape):
+                routed = _EACH in name or _EACH in words
+                yield ExpertTensor(name, shape, axes[0] if axes else None, routed)
 
     def _has_experts(self, config: Mapping[str, Any], layer: int) -> bool:
         first = _size(config, self.first) if self.first else 0
@@ -77,22 +100,6 @@ class Experts:
             and (layer + 1) % every == 0
             and layer not in (never or ())
         )
-
-
-def _uncut(
-    config: Mapping[str, Any], tensors: Mapping[str, str], count: int, share: float
-) -> list[Uncut]:
-    found = []
-    for place, sizes in tensors.items():
-        name, _, flag = place.partition("?")
-        if flag and not _value(config, flag):
-            continue
-        words = sizes.split()
-        shape = tuple(count if word == _EACH else _product(config, word) for word in words)
-        each, routed = _EACH in name, _EACH in name or _EACH in words
-        if prod(shape):
-            found.append(Uncut(name, shape, count if each else 0, share if routed else 1.0))
-    return found
 
 
 def _product(config: Mapping[str, Any], word: str) -> int:

@@ -7,12 +7,18 @@ from typing import Any
 
 from spp_export.models.families.base import Family, Feature
 from spp_export.models.families.experts import Experts
+from spp_export.models.families.vision import Wrapper
 
 _BIASES: Any = {"qkv_bias": "attention_bias", "output_bias": "attention_bias"}
 _TIED = {"tie_word_embeddings": True}
 _LAYER_NORM = Feature.LAYER_NORM
 _SANDWICH: Any = {
     "mlp_norm": "pre_feedforward_layernorm",
+    "more_norms": ("post_attention_layernorm", "post_feedforward_layernorm"),
+}
+_POST_NORMS: Any = {
+    "attention_norm": "",
+    "mlp_norm": "",
     "more_norms": ("post_attention_layernorm", "post_feedforward_layernorm"),
 }
 _GEMMA = {Feature.SHIFTED_NORM, Feature.ACTIVATION, Feature.MULTIPLIERS}
@@ -91,6 +97,7 @@ _GPT2: Any = {
     "obsolete": ("attn.bias", "attn.masked_bias"),
     "end_token": 50256,
 }
+_QK_NORMS: Any = {"wide_norms": {"self_attn.q_norm": "Q", "self_attn.k_norm": "K"}}
 _GATE_UP: Any = {"gate": "mlp.gate_up_proj", "up": "mlp.gate_up_proj"}
 
 _NO_MLP: Any = {"gate": "", "up": "", "down": ""}
@@ -119,7 +126,9 @@ _SCORED = {
 }
 _DENSE = _mlp("mlp", "intermediate_size")
 _STEPS: Any = {"every": "decoder_sparse_step", "never": "mlp_only_layers"}
+_FIRST: Any = {"first": "first_k_dense_replace", "groups": "n_group"}
 _LOCAL = ("num_local_experts|num_experts", "num_experts_per_tok")
+_BLOCK: Any = {"modules": ("mlp", "block_sparse_moe")}
 _BLOCK_SPARSE = {
     "block_sparse_moe.gate.weight": "num_local_experts|num_experts hidden_size",
     "block_sparse_moe.experts.*.w1.weight": "intermediate_size hidden_size",
@@ -172,9 +181,7 @@ FAMILIES = (
            gate="", up="mlp.c_fc", down="mlp.c_proj", sliding="all",
            defaults={"use_bias": True, **_TIED}, end_token=50256),
     Family("exaone4", "Exaone4ForCausalLM", _features(Feature.SANDWICH, Feature.ROTARY),
-           qk_norm=True, attention_norm="", mlp_norm="",
-           more_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
-           sliding="listed", end_token=2),
+           qk_norm=True, **_POST_NORMS, sliding="listed", end_token=2),
     Family("cohere", "CohereForCausalLM",
            _features(Feature.PARALLEL, _LAYER_NORM, Feature.MULTIPLIERS, Feature.ROTARY), **_BIASES,
            qk_norm="use_qk_norm", head_norms=True, mlp_norm="", rope_theta=500000.0,
@@ -191,6 +198,7 @@ FAMILIES = (
     Family("gemma3_text", "Gemma3ForCausalLM",
            _features(*_GEMMA, Feature.SANDWICH, Feature.SOFTCAP, Feature.ROTARY), **_BIASES,
            **_SANDWICH, qk_norm=True, heads_divide_hidden=True, sliding="listed", rope_theta=None,
+           rope_by_type=True,
            config_class="Gemma3TextConfig", decoder_class="Gemma3TextModel",
            defaults={"head_dim": 256, **_TIED}, end_token=1),
     Family("olmo", "OlmoForCausalLM", _features(_LAYER_NORM, Feature.BARE_NORM), **_BIASES,
@@ -229,15 +237,36 @@ FAMILIES = (
            _features(Feature.NO_GATE, Feature.BARE_NORM, Feature.SOFTCAP, Feature.ROTARY),
            **_BIASES, gate="", up="mlp.fc1", down="mlp.fc2", norm_weight=False, end_token=1),
 
+    Family("olmo2", "Olmo2ForCausalLM", _features(Feature.SANDWICH, Feature.WIDE_NORM), **_BIASES,
+           **_POST_NORMS, **_QK_NORMS, end_token=50279),
+    Family("olmo3", "Olmo3ForCausalLM",
+           _features(Feature.SANDWICH, Feature.WIDE_NORM, Feature.ROTARY), **_BIASES,
+           **_POST_NORMS, **_QK_NORMS, rope_theta=None, rope_by_type=True, sliding="listed",
+           end_token=50279),
+    Family("bitnet", "BitNetForCausalLM", _features(Feature.WIDE_NORM, Feature.ACTIVATION),
+           **_BIASES, derived_head_dim="attention", rope_theta=500000.0, end_token=128001,
+           wide_norms={"self_attn.attn_sub_norm": "Q", "mlp.ffn_sub_norm": "C"}),
+
+    Family("olmoe", "OlmoeForCausalLM", _features(Feature.EXPERTS, Feature.WIDE_NORM), **_BIASES,
+           **_NO_MLP, **_QK_NORMS, derived_head_dim="attention", end_token=50279,
+           defaults={"num_local_experts": 64, "num_experts_per_tok": 8},
+           experts=Experts({"mlp.gate.weight": f"{_COUNTS[0]} hidden_size",
+                            **_mlp("mlp.experts.*", "intermediate_size")}, *_COUNTS)),
+    Family("minimax_m2", "MiniMaxM2ForCausalLM",
+           _features(Feature.EXPERTS, Feature.WIDE_NORM, Feature.ROTARY), **_NO_MLP, **_QK_NORMS,
+           defaults={"head_dim": 128, "num_local_experts": 256, "num_experts_per_tok": 8},
+           rope_theta=None, end_token=200020, experts=Experts(
+               {**_BLOCK_SPARSE, "block_sparse_moe.e_score_correction_bias": _LOCAL[0]},
+               *_LOCAL, **_BLOCK)),
     Family("mixtral", "MixtralForCausalLM", _features(Feature.EXPERTS), **_NO_MLP,
            defaults={"num_local_experts": 8, "num_experts_per_tok": 2}, rope_theta=None,
-           sliding="all", end_token=2, experts=Experts(_BLOCK_SPARSE, *_LOCAL)),
+           sliding="all", end_token=2, experts=Experts(_BLOCK_SPARSE, *_LOCAL, **_BLOCK)),
     Family("phimoe", "PhimoeForCausalLM",
            _features(Feature.EXPERTS, _LAYER_NORM, Feature.ROTARY), **_BIASES, **_NO_MLP,
            derived_head_dim="attention",
            defaults={"num_local_experts": 16, "num_experts_per_tok": 2}, rope_theta=None,
            norm_bias=True, head_bias="lm_head_bias", sliding="all", end_token=2,
-           experts=Experts(_BLOCK_SPARSE, *_LOCAL)),
+           experts=Experts(_BLOCK_SPARSE, *_LOCAL, **_BLOCK)),
     Family("qwen3_moe", "Qwen3MoeForCausalLM", _features(Feature.EXPERTS), **_BIASES, **_NO_MLP,
            qk_norm=True, defaults={"num_local_experts": 128, "num_experts_per_tok": 8,
                                    "moe_intermediate_size": 768, "decoder_sparse_step": 1},
@@ -267,16 +296,16 @@ FAMILIES = (
                "block_sparse_moe.router.layer.weight": f"{_LOCAL[0]} hidden_size",
                "block_sparse_moe.input_linear.weight": "* 2*intermediate_size hidden_size",
                "block_sparse_moe.output_linear.weight": "* hidden_size intermediate_size"},
-               *_LOCAL)),
+               *_LOCAL, **_BLOCK)),
     Family("glm4_moe", "Glm4MoeForCausalLM", _features(Feature.EXPERTS, Feature.ROTARY),
            **_NO_MLP, qkv_bias="attention_bias", qk_norm="use_qk_norm", rope_theta=None,
            defaults={"n_routed_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 8,
                      "moe_intermediate_size": 1408, "first_k_dense_replace": 1},
-           experts=Experts(_SCORED, *_ROUTED, _DENSE, first="first_k_dense_replace")),
+           experts=Experts(_SCORED, *_ROUTED, _DENSE, **_FIRST)),
     Family("dots1", "Dots1ForCausalLM", _features(Feature.EXPERTS), **_BIASES, **_NO_MLP,
            qk_norm=True, sliding="listed",
            defaults={"first_k_dense_replace": 0, "moe_intermediate_size": 1408},
-           experts=Experts(_SCORED, *_ROUTED, _DENSE, first="first_k_dense_replace")),
+           experts=Experts(_SCORED, *_ROUTED, _DENSE, **_FIRST)),
     Family("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", _features(Feature.EXPERTS, Feature.ROTARY),
            qkv_bias="use_bias", output_bias="use_bias", **_NO_MLP, head_bias="use_bias",
            rope_theta=500000.0, end_token=2, defaults={
@@ -397,5 +426,26 @@ FAMILIES = (
            key_norm="self_attn.k_layernorm", final_norm="model.final_layernorm",
            rope_theta=None, derived_head_dim="attention", keys=_EVERY_HEAD,
            defaults={"qk_layernorm": True}, end_token=2),
+)
+
+# Decoders that only models with a tower of vision have.
+TEXTS = (
+    Family("qwen2_5_vl_text", "Qwen2_5_VLForConditionalGeneration", _features(Feature.ROTARY),
+           qkv_bias=True, rope_theta=None, derived_head_dim="attention", sliding="listed"),
+    Family("qwen3_vl_text", "Qwen3VLForConditionalGeneration", _features(Feature.ROTARY), **_BIASES,
+           qk_norm=True, rope_theta=None, defaults={"head_dim": 128}),
+)
+_LLAMA = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+          "num_attention_heads": 32, "vocab_size": 32000}
+WRAPPERS = (
+    Wrapper("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl_text"),
+    Wrapper("qwen3_vl", "Qwen3VLForConditionalGeneration", "qwen3_vl_text"),
+    Wrapper("llava", "LlavaForConditionalGeneration", "llama", defaults=_LLAMA),
+    Wrapper("mistral3", "Mistral3ForConditionalGeneration", "mistral"),
+    Wrapper("gemma3", "Gemma3ForConditionalGeneration", "gemma3_text", defaults={
+        "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262208}),
+    Wrapper("smolvlm", "SmolVLMForConditionalGeneration", "llama", "model.text_model"),
+    Wrapper("internvl", "InternVLForConditionalGeneration", "qwen2"),
 )
 # fmt: on

@@ -12,14 +12,16 @@ from typing import Any
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     PretrainedConfig,
 )
 
-from spp_export.models.families import FAMILIES
+from spp_export.models.families import known_types
 from spp_export.models.modeling import configuration_spp, modeling_spp, uneven_attention
 
 
@@ -40,6 +42,7 @@ def _config_class(model_type: str) -> type[Any]:
     for auto, models in (
         (AutoModel, MODEL_MAPPING),
         (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+        (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
     ):
         if stock in models:
             model: Any = models[stock]
@@ -67,7 +70,7 @@ def register(model_type: str) -> None:
     AutoConfig.register(name, stand_in, exist_ok=True)
 
 
-for _model_type in FAMILIES:
+for _model_type in known_types():
     register(_model_type)
 
 uneven_attention.register()

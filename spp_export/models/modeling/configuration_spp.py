@@ -21,6 +21,8 @@ from transformers import PretrainedConfig
 # Before the name of a stock class, and before its model type in config.json.
 _CLASS, _TYPE = "Spp", "spp_"
 _PART = "Part"
+# Where a config of a model that sees has that of its decoder.
+_TEXT = "text_config"
 # What a config keeps of `per_layer_config`: itself, or since transformers 5.14 what it became.
 _PER_LAYER = ("per_layer_config", "_heterogeneity_spec")
 
@@ -35,23 +37,34 @@ class _PerLayerConfig:
 
     `model_type` is the stock one, by which transformers knows how to read weights; config.json has
     one of our own, so that nobody takes the model for a stock one.
+
+    Where the decoder is a part of a model that also sees, all this is said in its own config, in
+    `text_config`, which then is one of these as well.
     """
 
     _auto_class = "AutoConfig"
     model_type: str
+    text_config: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Of transformers 4; 5 makes one of its own, and calls `__post_init__`."""
-        listed = _taken_out(kwargs)
+        listed, text = _taken_out(kwargs), _text_of(kwargs)
         super().__init__(*args, **kwargs)
-        self.per_layer_config = listed
+        self._set_per_layer(listed, text)
 
     def __post_init__(self, **kwargs: Any) -> None:
-        listed = _taken_out(kwargs)
+        listed, text = _taken_out(kwargs), _text_of(vars(self))
         parent: Any = super()
         parent.__post_init__(**kwargs)
         # Stock configs read their own counts above, which a config with this set refuses.
-        self.per_layer_config = listed
+        self._set_per_layer(listed, text)
+
+    def _set_per_layer(self, listed: Any, text: Mapping[str, Any] | None) -> None:
+        if text is None:
+            self.per_layer_config = listed
+            return
+        own = _config_class(f"{_CLASS}{type(self.text_config).__name__}")
+        self.text_config = own(**text)
 
     def validate_architecture(self) -> None:
         """Accept head counts that do not divide hidden_size: head_dim is explicit here."""
@@ -67,11 +80,24 @@ class _PerLayerConfig:
     def part(self, changes: Mapping[str, Any]) -> Any:
         """A stock config without a per-layer part, with these changes, as in `layer_config`."""
         part = _empty(_part_class(type(self).__name__))
-        state = {key: value for key, value in vars(self).items() if key not in _PER_LAYER}
-        vars(part).update(copy.deepcopy(state), model_config=self)
+        vars(part).update(self._state(), model_config=self)
         for name, value in changes.items():
             setattr(part, name, value)
         return part
+
+    def _state(self) -> dict[str, Any]:
+        """A copy of what this config says, without its per-layer part and without that of the
+        decoder's config in it. Configs of other parts of the model are the same objects."""
+        state = {key: value for key, value in vars(self).items() if key not in _PER_LAYER}
+        parts = {key: x for key, x in state.items() if isinstance(x, PretrainedConfig)}
+        text = parts.get(_TEXT)
+        if isinstance(text, _PerLayerConfig):
+            # Of the very class that transformers finds a decoder by.
+            stock = _empty(_stock(type(text).__name__))
+            vars(stock).update(text._state())
+            parts[_TEXT] = stock
+        rest = {key: value for key, value in state.items() if key not in parts}
+        return {**copy.deepcopy(rest), **parts}
 
     @property
     def auto_map(self) -> dict[str, str]:
@@ -96,6 +122,11 @@ class _PerLayerConfig:
         output["architectures"] = [_own(name) for name in output.get("architectures") or ()]
         own = {"AutoConfig": f"{__name__.rpartition('.')[2]}.{type(self).__name__}"}
         output["auto_map"] = own | vars(self).get("auto_map", {})
+        text = output.get(_TEXT)
+        if isinstance(text, dict):  # it is no model by itself
+            text["model_type"] = text["model_type"].removeprefix(_TYPE)
+            for name in ("architectures", "auto_map"):
+                text.pop(name, None)
         return output
 
     @classmethod
@@ -143,6 +174,18 @@ def _taken_out(kwargs: dict[str, Any]) -> Any:
     """The per-layer part, out of what a stock config is made of."""
     kwargs.pop("model_type", None)  # it would hide that of the class
     return kwargs.pop("per_layer_config", None)
+
+
+def _text_of(given: dict[str, Any]) -> dict[str, Any] | None:
+    """What a config is given as that of its decoder, if its layers differ; `given` gets it without
+    what stock classes do not know."""
+    text = given.get(_TEXT)
+    if isinstance(text, PretrainedConfig):
+        return None
+    if not isinstance(text, Mapping) or _PER_LAYER[0] not in text:
+        return None
+    given[_TEXT] = {key: value for key, value in text.items() if key != _PER_LAYER[0]}
+    return {key: value for key, value in text.items() if key != "model_type"}
 
 
 def _own(name: str) -> str:

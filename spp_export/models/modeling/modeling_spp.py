@@ -1,4 +1,4 @@
-"""Decoders whose layers differ in query heads, KV heads and MLP width.
+"""Decoders whose layers differ in query heads, KV heads, MLP width and experts.
 
 Models, layers, attention, caches and masks are the stock ones of transformers. A model is made as
 the stock class makes it; then every layer gets the modules that differ from a layer made from its
@@ -9,10 +9,11 @@ attention gets its keys and values with a copy for each query head, made after t
 No family is named here: `SppXForCausalLM` is made of transformers' `XForCausalLM` when it is first
 asked for, and what is special about a family is in its config.json. `per_layer_modules` there says
 where the layers are in the decoder and which of their modules differ from layer to layer, attention
-first; `narrow` in it is for an attention whose config has no size of heads, `wide` for an MLP whose
-width is given by what is as wide, `per_head` for an attention that is given something for every
-head of the dense model, as scores that are biased by distance are. `biased_projections`
-names modules of a layer, such as `mlp.down_proj`, that have a bias where the stock model has none.
+first, and by all names that versions of transformers have for them; `narrow` in it is for an
+attention whose config has no size of heads, `wide` for an MLP whose width is given by what is as
+wide, `per_head` for an attention that is given something for every head of the dense model, as
+scores that are biased by distance are. `biased_projections` names modules of a layer, such as
+`mlp.down_proj`, that have a bias where the stock model has none.
 See configuration_spp.py for why this file imports so little.
 """
 
@@ -25,13 +26,21 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    GenerationMixin,
+    PreTrainedModel,
+)
 
 from .configuration_spp import __getattr__ as config_class
 
 _CLASS = "Spp"
 # Where config.json does not say: as in Llama, and in what versions before wrote.
 _PER_LAYER_MODULES = {"layers": "layers", "modules": ["self_attn", "mlp"]}
+# Where a config of a model that sees has that of its decoder.
+_TEXT = "text_config"
+# What transformers has chosen for a decoder when it was made.
+_IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_internal")
 # An attention that spp_export registers, and that takes keys and values as they are cached.
 _UNEVEN_ATTENTION = "spp_ragged"
 # What vLLM's Transformers backend sets: an attention that no cache of ours stands before.
@@ -89,21 +98,25 @@ class _PerLayerModel:
         parent: Any = super()
         parent.__init__(whole, *args, **kwargs)
         model: Any = self
+        # Of the decoder, which may be a part of the model.
+        own, made_from = getattr(config, _TEXT, config), getattr(whole, _TEXT, whole)
         # Modules beside the layers keep the config that they were made from: rotary embeddings
         # read head counts again when weights have been loaded.
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel) and module.config is whole:
+        parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+        for module in parts:
+            if module.config is whole:
                 module.config = config
-        listed: Any = getattr(config, "per_layer_modules", None) or _PER_LAYER_MODULES
+            elif type(module.config) is type(made_from):
+                for name in _IMPLEMENTATIONS:
+                    if hasattr(module.config, name):
+                        setattr(own, name, getattr(module.config, name))
+                module.config = own
+        listed: Any = getattr(own, "per_layer_modules", None) or _PER_LAYER_MODULES
         first = listed["layers"].partition(".")[0]
-        decoder = next(
-            module
-            for module in model.modules()
-            if isinstance(module, PreTrainedModel) and hasattr(module, first)
-        )
+        decoder = next(x for x in parts if x.config is own and hasattr(x, first))
         layers: Any = decoder.get_submodule(listed["layers"])
         for index, layer in enumerate(layers):
-            _graft(layer, config, index, listed)
+            _graft(layer, own, index, listed)
         model.init_weights()
 
 
@@ -119,7 +132,8 @@ def _graft(layer: nn.Module, config: Any, index: int, listed: Mapping[str, Any])
     if modules:
         donor = type(layer)(own, index)
         for name in modules:
-            setattr(layer, name, getattr(donor, name))
+            if hasattr(layer, name):  # not by another version's name
+                setattr(layer, name, getattr(donor, name))
     for side, places in listed.get("wide", {}).items():
         for place in places:
             _resize(layer, place, {side: own.intermediate_size})
@@ -219,10 +233,17 @@ def _model_class(name: str) -> type[Any]:
         "__module__": __name__,
         "__qualname__": name,  # by which a pickle finds it
         "config_class": config_class(f"{_CLASS}{config.__name__}"),
-        "_auto_class": "AutoModelForCausalLM" if stock.can_generate() else "AutoModel",
+        "_auto_class": _auto_class(stock),
     }
     # The stock name: transformers looks up by it how the names of weights are converted.
     return type(stock.__name__, bases, attributes)
+
+
+def _auto_class(stock: Any) -> str:
+    if not stock.can_generate():
+        return "AutoModel"
+    sees = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(stock.config_class, None) is stock
+    return "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,261 @@
+"""What a record must do: sliced by it alone, a model computes what the dense one does with the
+removed units masked, in float64, with a cache and without.
+
+Judged on tiny random models and random plans, so that nothing of a family has to be trusted.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+
+import spp_export.models.modeling  # noqa: F401  registers the per-layer classes
+from spp_export.common.errors import ModelError
+from spp_export.common.progress import quiet_transformers
+from spp_export.evaluation.oracle import masked_dense
+from spp_export.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from spp_export.models.families import record_of
+from spp_export.models.loader import auto_class
+from spp_export.models.shape import ModelShape
+from spp_export.planning import LayerPlan, Layout, Plan
+from spp_export.slicing.compensation import written_config
+from spp_export.slicing.config import MODELING_FILES
+from spp_export.slicing.weights import write_slim_weights
+
+# The largest difference of logits of about 1 that rounding in float64 explains.
+LIMIT = 1e-12
+_NEW_TOKENS = 6
+# Below it, logits are all alike and compare nothing.
+_LEAST_SPREAD = 0.01
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A dense checkpoint, what is kept of it, and where that is."""
+
+    source: Checkpoint
+    plan: Plan
+    slim: Path
+
+    def masked(self) -> AbstractContextManager[Any]:
+        """The dense model, masked, while the context is open."""
+        dense = load_exact(self.source.path)
+        return masked_dense(dense, self.source.family, self.source.shape, self.plan)
+
+    def as_planned(self) -> bool:
+        """Whether the layers on disk have the sizes that the plan gives them."""
+        opened, layers = open_checkpoint(self.slim), self.plan.layer_shapes(self.source.shape)
+        if opened.shape.experts_in(opened.layers) != self.source.shape.experts_in(layers):
+            return False
+        if opened.layout == "uniform":  # a dense model of its own, which has not dropped any
+            layers = tuple(replace(layer, dropped_experts=0) for layer in layers)
+        return opened.layers == layers
+
+
+def prove(source: Checkpoint, layout: Layout, target: Path) -> float:
+    """The largest difference of logits between a slice of a tiny `source`, written to `target`, and
+    the dense model with the same units masked, where everything holds.
+
+    Raises ModelError for the first thing that does not: shapes of layers, logits, or the tokens of
+    greedy generation with a cache and without.
+    """
+    pair = make_slim(source, layout, target)
+    if not pair.as_planned():
+        raise ModelError(f"layout {layout}: layers have other sizes than the plan gives them.")
+    slim = load_exact(pair.slim)
+    with torch.no_grad(), pair.masked() as masked:
+        expected = exact_logits(masked)
+        follows = greedy(masked, use_cache=False)
+    difference = float((exact_logits(slim) - expected).abs().max())
+    if not difference <= LIMIT or float(expected.std()) <= _LEAST_SPREAD:
+        raise ModelError(
+            f"layout {layout}: logits differ from those of the masked dense model by up to "
+            f"{difference:.2g}, at most {LIMIT:g} was expected."
+        )
+    for use_cache in (True, False):
+        if not torch.equal(greedy(slim, use_cache=use_cache), follows):
+            raise ModelError(
+                f"layout {layout}: generation {'with' if use_cache else 'without'} a cache gives "
+                "other tokens than the masked dense model."
+            )
+    return difference
+
+
+@torch.no_grad()
+def exact_logits(model: PreTrainedModel) -> Tensor:
+    """Logits [2,11,V] of `tokens`, in float64 throughout where the model has experts."""
+    family = record_of(model.config.to_dict())
+    with _InDouble() if family and family.experts else nullcontext():
+        logits: Tensor = model(tokens()).logits
+    return logits
+
+
+class _InDouble(TorchFunctionMode):
+    """What a model computes in float32 whatever its weights are, it computes in float64: routers
+    do, and how their products are rounded depends on the number of experts."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        func = Tensor.double if func is Tensor.float else func
+        named = {name: _widened(value) for name, value in (kwargs or {}).items()}
+        return func(*map(_widened, args), **named)
+
+
+def _widened(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
+
+
+def tokens() -> torch.Tensor:
+    """Token ids [2,11] of a tiny model, whose vocabulary has at least 97."""
+    return torch.randint(3, 97, (2, 11), generator=torch.Generator().manual_seed(1))
+
+
+def padded(model: Any) -> dict[str, torch.Tensor]:
+    """The same, as a prompt whose first row has padding before it.
+
+    Without that row for a model that knows eager attention alone: in float64 a mask's lowest value
+    becomes -inf in its softmax, and a row of padding NaN.
+    """
+    ids, attends = tokens(), torch.ones(2, 11, dtype=torch.long)
+    ids[0, :4], attends[0, :4] = 0, 0
+    first = 1 if model.config._attn_implementation == "eager" else 0
+    return {"input_ids": ids[first:], "attention_mask": attends[first:]}
+
+
+def greedy(model: Any, **options: Any) -> torch.Tensor:
+    """Six tokens after the padded prompt."""
+    length = {"max_new_tokens": _NEW_TOKENS, "min_new_tokens": _NEW_TOKENS}
+    common = {"do_sample": False, "eos_token_id": None, **length}
+    generated: torch.Tensor = model.generate(**padded(model), **common, **options)
+    return generated
+
+
+def load_exact(path: Path, **options: Any) -> PreTrainedModel:
+    """A tiny checkpoint in float64. Raises ModelError where tensors are missing or left over."""
+    family = record_of(json.loads((path / "config.json").read_text()))
+    assert family is not None
+    if family.experts and hasattr(PreTrainedModel, "set_experts_implementation"):
+        options["experts_implementation"] = "eager"  # others know no float64
+    with quiet_transformers():
+        loaded: Any = auto_class(family).from_pretrained(
+            path, dtype=torch.float64, output_loading_info=True, **options
+        )
+    model, report = loaded
+    if wrong := {what: sorted(map(str, names)) for what, names in report.items() if names}:
+        raise ModelError(f"{path}: transformers loads it with {wrong}.")
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def write_random(settings: Any, target: Path, dtype: torch.dtype = torch.float64) -> Path:
+    """A random model of a config, made by the stock classes: none of its norms and biases can be
+    left out unnoticed."""
+    torch.manual_seed(0)
+    sees = hasattr(settings, "text_config")
+    kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    model = kind.from_config(settings, dtype=dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() < 2 or "norm" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+            else:
+                parameter.copy_(torch.randn_like(parameter) / parameter.shape[1] ** 0.5)
+    with quiet_transformers():
+        model.save_pretrained(target)
+    return target
+
+
+def make_slim(source: Checkpoint, layout: Layout, target: Path) -> Pair:
+    """Sliced on disk, as an export is, by a random plan."""
+    if layout == "uniform":
+        width = 10 if source.family.down else None
+        layers = uniform_layers(source.shape, 3, kv_heads=1, group_size=2, channels=width)
+    else:
+        chosen = ragged_layers if layout == "ragged" else random_layers
+        layers = chosen(source.shape, 3, channels=bool(source.family.down))
+    if source.shape.experts and layout != "per-layer":  # where heads alone go
+        layers = drop_experts(layers, source.shape, 3, alike=layout == "uniform")
+    plan = Plan(source.fingerprint, source.name, layout, "none", layers)
+    target.mkdir()
+    write_slim_weights(source, plan, target)
+    (target / "config.json").write_text(json.dumps(written_config(source, plan)))
+    for file in MODELING_FILES if layout != "uniform" else ():
+        shutil.copy(file, target)
+    return Pair(source, plan, target)
+
+
+def random_layers(shape: ModelShape, seed: int, *, channels: bool = True) -> tuple[LayerPlan, ...]:
+    """A random regular plan that keeps at least one unit of each kind in every layer."""
+    rng = random.Random(seed)
+    return tuple(_random_layer(shape, rng, channels) for _ in range(shape.num_layers))
+
+
+def _random_layer(shape: ModelShape, rng: random.Random, channels: bool) -> LayerPlan:
+    kv_heads = _choose(rng, range(shape.kv_heads), rng.randint(1, shape.kv_heads))
+    size = rng.randint(1, shape.group_size)
+    query_heads: list[int] = []
+    for head in kv_heads:
+        group = range(head * shape.group_size, (head + 1) * shape.group_size)
+        query_heads += _choose(rng, group, size)
+    kept = _choose(rng, range(shape.channels), rng.randint(1, shape.channels)) if channels else None
+    return LayerPlan(kv_heads, tuple(query_heads), kept)
+
+
+def ragged_layers(shape: ModelShape, seed: int, *, channels: bool = True) -> tuple[LayerPlan, ...]:
+    """Random query heads of every layer; where groups can differ, they do in the first."""
+    rng = random.Random(seed)
+    plans = []
+    for index in range(shape.num_layers):
+        heads = _choose(rng, range(shape.query_heads), rng.randint(1, shape.query_heads))
+        if index == 0 and shape.kv_heads > 1:
+            heads = (*range(shape.group_size), shape.group_size)
+        kv_heads = tuple(sorted({head // shape.group_size for head in heads}))
+        width = rng.randint(1, shape.channels)
+        kept = _choose(rng, range(shape.channels), width) if channels else None
+        plans.append(LayerPlan(kv_heads, heads, kept))
+    return tuple(plans)
+
+
+def uniform_layers(
+    shape: ModelShape, seed: int, *, kv_heads: int, group_size: int, channels: int | None = None
+) -> tuple[LayerPlan, ...]:
+    """Random units, but the same number of each in every layer."""
+    rng = random.Random(seed)
+    plans = []
+    for _ in range(shape.num_layers):
+        kept = _choose(rng, range(shape.kv_heads), kv_heads)
+        heads: list[int] = []
+        for head in kept:
+            start = head * shape.group_size
+            heads += _choose(rng, range(start, start + shape.group_size), group_size)
+        width = None if channels is None else _choose(rng, range(shape.channels), channels)
+        plans.append(LayerPlan(kept, tuple(heads), width))
+    return tuple(plans)
+
+
+def drop_experts(
+    layers: Sequence[LayerPlan], shape: ModelShape, seed: int, *, alike: bool = False
+) -> tuple[LayerPlan, ...]:
+    """The same layers with random experts: in turn as many as a token is routed to, one more, and
+    so on, or in all layers `alike` all but one."""
+    rng, layers, most = random.Random(seed), list(layers), shape.experts - 1
+    least = most if alike else min(shape.experts_per_token, most)
+    for turn, index in enumerate(index for index, sparse in enumerate(shape.sparse) if sparse):
+        kept = least + turn % (most - least + 1)
+        experts = _choose(rng, range(shape.experts), kept)
+        layers[index] = replace(layers[index], experts=experts)
+    return tuple(layers)
+
+
+def _choose(rng: random.Random, units: Sequence[int], count: int) -> tuple[int, ...]:
+    return tuple(sorted(rng.sample(units, count)))

@@ -1,0 +1,109 @@
+"""Families that compute otherwise than Llama, from the command line to the files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from exporting import Workshop
+from factories import make_checkpoint
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from vision_models import make_talking
+
+from spp_cli.main import run
+from spp_export.common.progress import quiet_transformers
+from spp_export.evaluation.oracle import masked_dense
+from spp_export.models.checkpoint.checkpoint import open_source
+from spp_export.planning import read_plan
+
+# Without this package: what a reader of the card does.
+_ALONE = """
+import json, sys
+import numpy
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+path, prompt = sys.argv[1:]
+model = AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=True, dtype="float64")
+processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
+picture = Image.fromarray(numpy.load(path + "/../picture.npy"))
+inputs = processor(images=picture, text=prompt, return_tensors="pt")
+inputs["pixel_values"] = inputs["pixel_values"].double()
+ids = model.generate(**inputs, do_sample=False, max_new_tokens=6, min_new_tokens=6)
+print(json.dumps([type(model).__module__, "spp_export" in sys.modules, ids.tolist()]))
+"""
+PROMPT = "<image> What is this?"
+
+
+def command(*words: object) -> None:
+    assert run([str(word) for word in words]) == 0
+
+
+def test_norms_over_all_heads_go_through_every_command(workshop: Workshop, tmp_path: Path) -> None:
+    """Verified against the norm over the kept heads, which plan, card and report say."""
+    dense = make_checkpoint(tmp_path, "olmo2", kv_heads=2, query_heads=4, layers=2)
+    model = ("--model", dense)
+    artifacts, out = tmp_path / "artifacts", tmp_path / "slim"
+    answers = ("--answer-tokens", "0")
+    command("probe", "--pools", workshop.pools, *model, *answers, "-o", artifacts)
+    asked = ("--artifacts", artifacts, "--keep", "0.6", "--units", "both", *answers)
+    asked = (*asked, "--width-multiple", "8", "--layout", "ragged")
+    command("export", "--scenario", workshop.scenario, *model, *asked, "-o", out)
+    verdict = json.loads((out / "verify.json").read_text())
+    assert verdict["passed"]
+    (remark,) = json.loads((out / "plan.json").read_text())["family"]["remarks"]
+    assert "norms all its heads" in remark
+    assert f"{remark[:1].upper()}{remark[1:]}." in (out / "README.md").read_text()
+    command("verify", out, *model)
+    command("report", out, "-o", tmp_path / "page.html")
+    assert "norms all its heads" in (tmp_path / "page.html").read_text()
+
+
+def test_a_model_that_sees_answers_about_a_picture(workshop: Workshop, tmp_path: Path) -> None:
+    """With its own processor, in transformers alone too, as the masked dense model does."""
+    dense, artifacts, out = make_talking(tmp_path / "dense"), tmp_path / "artifacts", tmp_path / "o"
+    model, answers = ("--model", dense), ("--answer-tokens", "0")
+    command("probe", "--pools", workshop.pools, *model, *answers, "-o", artifacts)
+    asked = ("--artifacts", artifacts, "--keep", "0.6", "--units", "both", *answers)
+    asked = (*asked, "--width-multiple", "8", "--compensate", "none")
+    command("export", "--scenario", workshop.scenario, *model, *asked, "-o", out)
+    assert json.loads((out / "verify.json").read_text())["passed"]
+    (remark,) = read_plan(out / "plan.json").remarks
+    assert "text without pictures" in remark
+    card = (out / "README.md").read_text()
+    assert "AutoProcessor" in card
+    assert "image-text-to-text" in card
+
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    np.save(tmp_path / "picture.npy", pixels)
+    with quiet_transformers():
+        processor = AutoProcessor.from_pretrained(out)
+        slim = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float64)
+        whole = AutoModelForImageTextToText.from_pretrained(dense, dtype=torch.float64)
+    inputs = processor(images=Image.fromarray(pixels), text=PROMPT, return_tensors="pt")
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    length = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
+    source = open_source(dense)
+    plan = read_plan(out / "plan.json")
+    with masked_dense(whole, source.family, source.shape, plan) as masked, torch.no_grad():
+        expected, follows = masked(**inputs).logits, masked.generate(**inputs, **length).tolist()
+        assert (slim(**inputs).logits - expected).abs().max().item() <= 1e-12
+        assert slim.generate(**inputs, **length).tolist() == follows
+    alone = subprocess.run(
+        [sys.executable, "-I", "-c", _ALONE, str(out), PROMPT],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
+        capture_output=True,
+        text=True,
+    )
+    assert alone.returncode == 0, alone.stderr
+    module, ours, ids = json.loads(alone.stdout)
+    assert module.startswith("transformers_modules")
+    assert not ours
+    assert ids == follows
