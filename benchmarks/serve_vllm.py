@@ -191,6 +191,7 @@ def _throughput(directory: str, options: argparse.Namespace) -> Any:
     import random
 
     import vllm
+
     from spp_bench.provenance import machine, versions
 
     engine = _engine(directory, options)

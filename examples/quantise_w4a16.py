@@ -1,4 +1,4 @@
-"""Store an export's weights in 4 bits with llm-compressor, and measure what cutting and rounding cost.
+"""Store an export's weights in 4 bits with llm-compressor, and measure what that costs.
 
 Needs llm-compressor, which wants an older transformers than spp's newest, so give it an environment
 of its own: pip install . llmcompressor==0.14.0.1. The result loads in transformers with
@@ -21,7 +21,7 @@ DATA = Path(__file__).parents[1] / "benchmarks" / "data"
 SCENARIO = DATA / "scenarios" / "chemistry.txt"
 HELD_OUT = DATA / "pools" / "chemistry" / "val.txt"
 TEXTS, TOKENS = 24, 256
-# Weights that share a scale. It must divide every width: the multiple of channels that export keeps.
+# Weights that share a scale; it must divide every width, as export's multiple of channels does.
 GROUP = 64
 
 

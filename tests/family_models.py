@@ -107,7 +107,7 @@ def family_name(name: str) -> str:
 
 
 def make_dense(name: str, target: Path, head_dim: int = 8) -> Path:
-    """A random model of a family or of one of its forms, made by the stock classes, of four heads."""
+    """A random model of a family or one of its forms, of four heads, made by the stock classes."""
     family, more = FORMS.get(name, (name, MORE.get(name, {})))
     sizes = {"hidden_size": 4 * head_dim, "intermediate_size": 24}
     sizes |= {"vocab_size": 97, "num_hidden_layers": 2}

@@ -13,8 +13,8 @@ from spp_export.models.shape import LayerShape
 Loads = Literal["yes", "expected", "no"]
 
 
-# Families whose layers cannot differ in vLLM: our plugin has no layers for them, and in transformers
-# their attention is not of the form that vLLM's Transformers backend looks for.
+# Families whose layers cannot differ in vLLM: our plugin has no layers for them, and vLLM's
+# Transformers backend cannot run them.
 VLLM_BACKEND_LACKS = frozenset({"bloom", "falcon", "gpt2", "gpt_neo", "gpt_neox", "gptj", "mpt"})
 # Sizes of one machine's set of cards.
 _CARDS = (2, 4, 8)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,25 +45,33 @@ MIXED = {"kv_heads": 4, "query_heads": 8, "use_sliding_window": True, "sliding_w
 class Check:
     """What vLLM is to do with a checkpoint.
 
-    runs     how it is run: "plugin", "backend" (Transformers backend), "stock" (vLLM's choice)
+    runs     how it is run: "plugin", "backend" (Transformers backend), "stock" (vLLM's choice),
+             "promoted" (the plugin, all layers as if they had no window in the KV cache)
     refused  other ways, and words of the error that they end with
-    kv_bytes_per_token  in fp32, as the plan has it; -1 where vLLM is known to take more
+    kv_bytes_per_token  in fp32, as the plan has it
+    wider    those of `runs` of which it is known that a token takes more
     """
 
     runs: Sequence[str]
     refused: dict[str, str]
-    kv_bytes_per_token: int
+    kv_bytes_per_token: int = 0
+    wider: Sequence[str] = ()
 
     def write(self, directory: Path) -> None:
         """Beside the checkpoint."""
         (directory / "check.json").write_text(json.dumps(asdict(self), indent=2))
 
 
+# Of biases that vLLM's own layers do not have.
+REFUSED_BIAS = Check(["backend"], {"plugin": "--model-impl transformers"})
+
+
 def build_all(out: Path) -> None:
     """Every checkpoint."""
     for seed, case in enumerate(CASES):
         dense = case.make(out / "dense" / case.name, head_dim=HEAD_DIM)
-        build(out / case.name, dense, random_layers(shape_of(dense), seed))
+        check = REFUSED_BIAS if case.name == "qwen3-mqa-bias" else None
+        build(out / case.name, dense, random_layers(shape_of(dense), seed), check=check)
     for family in OWN_LAYERS:
         options = {"kv_heads": 4, "query_heads": 8, "head_dim": HEAD_DIM}
         dense = Case(family, family, options).make(out / "dense" / family)
@@ -92,16 +100,15 @@ def build_kinds(out: Path, family: str, dense: Path) -> None:
     """Of a family that the plugin has layers for: uniform, ragged, with biases of either kind."""
     shape = shape_of(dense)
     layers = uniform_layers(shape, 0, kv_heads=2, group_size=2, channels=40)
-    build(out / f"{family}-uniform", dense, layers, "uniform", Check(["stock"], {}, 0))
+    build(out / f"{family}-uniform", dense, layers, "uniform", Check(["stock"], {}))
     refused = dict.fromkeys(("plugin", "backend"), "--layout ragged --pad")
-    build(out / f"{family}-ragged", dense, ragged_layers(shape, 2), "ragged", Check([], refused, 0))
+    build(out / f"{family}-ragged", dense, ragged_layers(shape, 2), "ragged", Check([], refused))
     layers = random_layers(shape, 1)
     output = random_biases(shape, "self_attn.o_proj")
-    check = Check(["backend"], {"plugin": "--model-impl transformers"}, 0)
-    alone = check if family == "qwen3" else Check(["plugin", "backend"], {}, 0)
+    alone = REFUSED_BIAS if family == "qwen3" else None
     build(out / f"{family}-output-bias", dense, layers, "per-layer", alone, output)
     biases = output | random_biases(shape, "mlp.down_proj")
-    build(out / f"{family}-biased", dense, layers, "per-layer", check, biases)
+    build(out / f"{family}-biased", dense, layers, "per-layer", REFUSED_BIAS, biases)
 
 
 def build_windows(out: Path) -> None:
@@ -110,10 +117,14 @@ def build_windows(out: Path) -> None:
     dense = Case("qwen2", "qwen2", {**MIXED, **SLIDING, "head_dim": HEAD_DIM}).make(
         out / "dense" / "qwen2-windows"
     )
-    for name, counts in {"windows-alike": (4, 2, 2), "windows-odd": (4, 3, 2)}.items():
+    ways = ["plugin", "backend"]
+    checks = {
+        "windows-alike": ((4, 2, 2), Check(ways, {})),
+        "windows-odd": ((4, 3, 2), Check([*ways, "promoted"], {}, wider=ways)),
+    }
+    for name, (counts, check) in checks.items():
         layers = [LayerPlan(tuple(range(n)), tuple(range(2 * n)), None) for n in counts]
-        lost = -1 if name == "windows-odd" else 0
-        build(out / name, dense, layers, "per-layer", Check(["plugin", "backend"], {}, lost))
+        build(out / name, dense, layers, "per-layer", check)
 
 
 def random_biases(shape: ModelShape, module: str) -> dict[str, torch.Tensor]:
@@ -133,12 +144,12 @@ def build(
     check: Check | None = None,
     biases: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """One checkpoint with a tokenizer. The bytes of a check that has none are the plan's."""
+    """One checkpoint with a tokenizer, and its check with the bytes of the plan."""
     write_slim(target, dense, layers, layout, biases)
     shape = shape_of(dense)
-    check = check or Check(["plugin", "backend"], {}, 0)
+    check = check or Check(["plugin", "backend"], {})
     planned = shape.kv_bytes_per_token([layer.shape(shape) for layer in layers], 4)
-    Check(check.runs, check.refused, check.kv_bytes_per_token or planned).write(target)
+    replace(check, kv_bytes_per_token=planned).write(target)
 
 
 if __name__ == "__main__":

@@ -114,8 +114,9 @@ class SppQwen3DecoderLayer(Qwen3DecoderLayer):
 
     def __init__(self, config: Any, *args: Any, prefix: str = "", **kwargs: Any) -> None:
         layer = layer_config(config, prefix)
-        if getattr(config, "biased_projections", None):
-            raise ValueError(f"vLLM's own Qwen3 layers have no bias on o_proj alone. {_OTHERWISE}")
+        # Without a word it leaves out one that a checkpoint has.
+        if config.attention_bias or getattr(config, "biased_projections", None):
+            raise ValueError(f"vLLM's own Qwen3 layers have no bias on o_proj. {_OTHERWISE}")
         super().__init__(layer, *args, prefix=prefix, **kwargs)
 
 
