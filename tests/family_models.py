@@ -106,8 +106,15 @@ def family_name(name: str) -> str:
     return FORMS[name][0] if name in FORMS else name
 
 
-def make_dense(name: str, target: Path, head_dim: int = 8) -> Path:
-    """A random model of a family or one of its forms, of four heads, made by the stock classes."""
+def make_dense(name: str, target: Path, head_dim: int = 8, **more: Any) -> Path:
+    """A random model of a family or one of its forms, of four heads, made by the stock classes.
+
+    `more` are further keys of its config.json."""
+    return write_random(settings_of(name, head_dim, **more), target)
+
+
+def settings_of(name: str, head_dim: int = 8, **changes: Any) -> Any:
+    """The tiny config of a family or of one of its forms."""
     family, more = FORMS.get(name, (name, MORE.get(name, {})))
     sizes = {"hidden_size": 4 * head_dim, "intermediate_size": 24}
     sizes |= {"vocab_size": 97, "num_hidden_layers": 2}
@@ -118,7 +125,7 @@ def make_dense(name: str, target: Path, head_dim: int = 8) -> Path:
     named.pop("", None)
     if record.derived_head_dim == "attention":
         del named["head_dim"]
-    settings = AutoConfig.for_model(family, **{**named, **tokens, **more})
+    settings = AutoConfig.for_model(family, **{**named, **tokens, **more, **changes})
     if getattr(settings, "sliding_window", None):
         settings.sliding_window = 5
-    return write_random(settings, target)
+    return settings

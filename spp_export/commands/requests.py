@@ -567,7 +567,14 @@ class ShowRequest(Dequantize):
 
     path: PathLike = argument(
         metavar="PATH",
-        help="A plan, artifacts, an export, a dense model, or results of 'spp eval'.",
+        help="A plan, artifacts, an export, a dense model (its directory, or its name if it is in "
+        "the cache), or results of 'spp eval'.",
+    )
+    _: KW_ONLY
+    guess: bool = option(
+        False,
+        help="Of a model whose architecture has no record: propose one from transformers' classes "
+        "and prove it on tiny models. No weights are needed.",
     )
 
 

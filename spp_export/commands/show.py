@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spp_export.commands.requests import ShowRequest
+from spp_export.commands.show_model import model_facts
 from spp_export.common.errors import ArtifactsError, ModelError, PlanError, SppError, UsageError
 from spp_export.common.json_files import read_json
 from spp_export.common.manifest import MANIFEST_NAME, check_manifest, listed_names
-from spp_export.common.options import command
+from spp_export.common.options import PathLike, command
 from spp_export.data.artifacts import Artifacts, read_artifacts
 from spp_export.evaluation.harness.records import RESULTS, Results, read_results
 from spp_export.evaluation.harness.table import interval, notes, ranking, units_name
@@ -23,10 +25,12 @@ from spp_export.formats.registry import FORMATS, detect_format
 from spp_export.models.checkpoint.checkpoint import (
     ADAPTER_NAME,
     CONFIG_NAME,
-    Checkpoint,
     open_source,
+    read_config,
 )
 from spp_export.models.dequantise import find_model
+from spp_export.models.families import FAMILIES, known
+from spp_export.models.hub import DEMO, DEMO_NAME, stored_model
 from spp_export.planning import Plan, read_plan
 
 _SIZES = ("parameters", "file_bytes", "kv_bytes_per_token")
@@ -38,7 +42,8 @@ _FAR = 1e9
 class Shown:
     """What a path is, the facts about it, and what is wrong with its files.
 
-    kind      "plan", "artifacts", "dense model", "evaluation", or that of an export's format
+    kind      "plan", "artifacts", "dense model", "guessed record", "evaluation", or that of an
+              export's format
     facts     JSON values by name, in the order to show them
     problems  how its files differ from the manifest, one line each: missing, extra, of another size
               or SHA-256; None where no manifest says what they should be
@@ -64,12 +69,12 @@ def show(request: ShowRequest) -> Shown:
 
         print(spp_export.show("out/chemistry").facts)
     """
-    place = Path(request.path)
-    if not place.exists():
-        raise UsageError(f"{place}: no such file or directory.")
+    place = _place(request.path)
+    if request.guess:
+        return _guessed(place)
     if request.dequantize:
         location = find_model(os.fspath(place), dequantize=True)
-        return Shown("dense model", _model_facts(open_source(location.path, location.name)))
+        return Shown("dense model", model_facts(open_source(location.path, location.name)))
     if place.suffix == ".jsonl" and place.is_file():
         return Shown("evaluation", _evaluation_facts(read_results(place)))
     if not place.is_dir() and place.suffix != ".json":
@@ -87,11 +92,49 @@ def show(request: ShowRequest) -> Shown:
     if "plan.json" in names:
         return _export(place, detect_format(place, names) or FORMATS["safetensors"])
     if names & {CONFIG_NAME, ADAPTER_NAME}:  # of an adapter it says what it is
-        return Shown("dense model", _model_facts(open_source(place)), _problems(place))
+        return Shown("dense model", model_facts(open_source(place)), _problems(place))
     raise UsageError(
         f"{place}: is neither an export, an artifacts directory, a model nor an evaluation; it has "
         f"no plan.json, artifacts.json, config.json or {RESULTS}."
     )
+
+
+def _place(path: PathLike) -> Path:
+    """A path, or that of a model of this machine's cache by its name. Raises UsageError."""
+    place = Path(path)
+    if place.exists():
+        return place
+    name = os.fspath(path)
+    stored = stored_model(DEMO_NAME if name == DEMO else name)
+    if stored is None:
+        raise UsageError(
+            f"{place}: no such file or directory, and no model of that name in the cache, of which "
+            "'spp cache' tells."
+        )
+    return stored
+
+
+def _guessed(place: Path) -> Shown:
+    """The record of an architecture that has none, and that the model's tensors are as it says."""
+    config = read_config(place)
+    name = config.get("model_type")
+    if name in FAMILIES:
+        raise UsageError(f"{place}: {name} models have a record. Drop --guess.")
+
+    from spp_export.evaluation.guessing.guess import guess, written
+
+    with tempfile.TemporaryDirectory() as scratch:
+        found = guess(config, Path(scratch))
+    facts: dict[str, Any] = {
+        "family": name,
+        "record": written(found.family).splitlines(),
+        "proven": dict(found.proven),
+        "next": "add the record to spp_export/models/families/table.py, as CONTRIBUTING.md shows",
+    }
+    if any(place.glob("*.safetensors")):
+        with known(found.family):
+            facts |= model_facts(open_source(place))
+    return Shown("guessed record", facts)
 
 
 def _evaluation_facts(results: Results) -> dict[str, Any]:
@@ -276,26 +319,3 @@ def _axes_facts(axes: Any) -> dict[str, Any] | None:
 def _between(value: Any, low: float, high: float) -> bool:
     """Whether a JSON value is a number in a range."""
     return type(value) in (int, float) and low <= value <= high
-
-
-def _model_facts(source: Checkpoint) -> dict[str, Any]:
-    shape = source.shape
-    return {
-        "model": source.name,
-        "fingerprint": source.fingerprint,
-        "family": shape.model_type,
-        "dtype": source.dtype_name,
-        "layers": shape.num_layers,
-        "query_heads": shape.query_heads,
-        "kv_heads": shape.kv_heads,
-        "head_dim": shape.head_dim,
-        "hidden_size": shape.hidden_size,
-        "channels": shape.channels,
-        "vocabulary": shape.vocab_size,
-        "tied_embeddings": shape.tied_embeddings,
-        "parameters": shape.parameters(shape.layers),
-        "head_parameters": shape.head_parameters(shape.layers),
-        "kv_bytes_per_token": shape.kv_bytes_per_token(shape.layers),
-        # What a user would otherwise look for among the channels.
-        **({"mlp_parameters": shape.mlp_parameters} if shape.mlps else {}),
-    }

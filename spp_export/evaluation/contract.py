@@ -158,21 +158,28 @@ def load_exact(path: Path, **options: Any) -> PreTrainedModel:
 
 
 def write_random(settings: Any, target: Path, dtype: torch.dtype = torch.float64) -> Path:
+    """`random_model` of a config, on disk."""
+    model = random_model(settings, dtype)
+    with quiet_transformers():
+        model.save_pretrained(target)
+    return target
+
+
+def random_model(settings: Any, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     """A random model of a config, made by the stock classes: none of its norms and biases can be
     left out unnoticed."""
     torch.manual_seed(0)
     sees = hasattr(settings, "text_config")
     kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-    model = kind.from_config(settings, dtype=dtype)
+    model: PreTrainedModel = kind.from_config(settings, dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() < 2 or "norm" in name:
                 parameter.add_(0.2 * torch.randn_like(parameter))
             else:
                 parameter.copy_(torch.randn_like(parameter) / parameter.shape[1] ** 0.5)
-    with quiet_transformers():
-        model.save_pretrained(target)
-    return target
+    model.eval()
+    return model
 
 
 def make_slim(source: Checkpoint, layout: Layout, target: Path) -> Pair:

@@ -7,12 +7,18 @@ import json
 
 import numpy as np
 import pytest
+from family_models import make_dense
 from safetensors.numpy import save_file
+from vision_models import make_seeing
 
 from spp_export import show
 from spp_export.common.errors import ArtifactsError, UsageError
 from spp_export.common.manifest import write_manifest
 from spp_export.data.artifacts import Artifacts, write_artifacts
+from spp_export.models.checkpoint.checkpoint import open_source
+from spp_export.models.families import FAMILIES
+from spp_export.models.hub import DEMO_NAME
+from spp_export.models.shape import LAYOUTS
 
 PLAN = {
     "schema_version": 1,
@@ -281,6 +287,61 @@ def test_a_dense_model(tmp_path):
         "kv_bytes_per_token": 2 * 2 * 2 * 2,
     }
     assert expected.items() <= found.facts.items()
+    assert found.facts["computes"] == "what Llama does"
+    gone = {row["unit"]: (row["in_a_layer"], row["parameters"]) for row in found.facts["can_go"]}
+    assert gone == {
+        "query heads": ([4], 2 * 8 * 8),
+        "KV groups": ([2], 2 * 4 * 8),
+        "MLP channels": ([6], 3 * 6 * 8),
+    }
+    stays = {row["part"]: row["parameters"] for row in found.facts["stays"]}
+    assert stays == {"embeddings": 80, "norms": 24}
+    assert sum(stays.values()) + sum(count for _, count in gone.values()) == total
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "refused"),
+    [
+        ("gpt_oss", "norms", {"onnx", "gguf"}),
+        ("opt", "biases of o and down", {"onnx", "gguf"}),
+        ("qwen2", "norms", set()),
+        ("llava", "tower of vision", {"onnx", "gguf"}),
+    ],
+)
+def test_what_a_model_can_become(name, part, refused, tmp_path):
+    """What formats themselves say of a plan of each layout; of GGUF, but for its tokenizer."""
+    make = make_dense if name in FAMILIES else make_seeing
+    source = open_source(make(name, tmp_path / "dense"))
+    facts = show(source.path).facts
+    (row,) = (row for row in facts["stays"] if row["part"] == part)
+    assert row["parameters"] > 0
+    counted = [row["parameters"] for row in (*facts["can_go"], *facts["stays"])]
+    assert sum(counted) == facts["parameters"]
+    units = ["query heads", "KV groups", "experts" if source.family.experts else "MLP channels"]
+    assert [row["unit"] for row in facts["can_go"]] == units
+    can = {(row["format"], row["layout"]): row for row in facts["can_become"]}
+    assert all("model" in can[each, "per-layer"]["how"] for each in refused)
+    assert not any(can[each, layout]["can"] for each in refused for layout in LAYOUTS)
+    assert can["safetensors", "per-layer"]["can"]
+    ragged = source.shape.group_size > 1
+    assert can["safetensors", "ragged"]["can"] == ragged
+    if not refused:
+        assert can["onnx", "ragged"]["how"].startswith("with --pad: ")
+        assert "tokenizer" in can["gguf", "per-layer"]["how"]
+    json.dumps(facts)
+
+
+def test_a_model_of_the_cache_by_its_name(tmp_path, monkeypatch):
+    place = make_dense("llama", tmp_path / "dense")
+    names = []
+    monkeypatch.setattr(
+        "spp_export.commands.show.stored_model",
+        lambda name: names.append(name) or (place if name == "org/model" else None),
+    )
+    assert show("org/model").facts["family"] == "llama"
+    with pytest.raises(UsageError, match="no model of that name in the cache"):
+        show("demo")
+    assert names == ["org/model", DEMO_NAME]
 
 
 def test_nothing_we_know(tmp_path):

@@ -47,11 +47,16 @@ def shown_report(shown: Shown, look: Look) -> RenderableType:
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(style=FAINT, no_wrap=True)
     table.add_column(overflow="fold")
+    apart = {"axes", "record", *_PARTS}
     for name, value in shown.facts.items():
-        if name == "axes":
-            continue
-        table.add_row(name.replace("_", " "), _value(value))
+        if name not in apart:
+            table.add_row(name.replace("_", " "), _value(value))
     lines: list[RenderableType] = [Text(shown.kind, style=STRONG), table]
+    if record := shown.facts.get("record"):
+        lines += [Text(), *map(Text, record)]
+    for name in _PARTS:
+        if rows := shown.facts.get(name):
+            lines += [Text(), Text(name.replace("_", " "), style=FAINT), _part_table(rows)]
     if axes := shown.facts.get("axes"):
         lines += [Text(), *sections.domain_axes(axes, look)]
     if shown.problems is not None:
@@ -60,6 +65,20 @@ def shown_report(shown: Shown, look: Look) -> RenderableType:
     if shown.problems == ():
         lines.append(Text("every file is as the manifest lists it", style=GOOD))
     return Group(*lines)
+
+
+# Facts about a model that are a table each.
+_PARTS = ("can_go", "stays", "can_become")
+
+
+def _part_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style=FAINT)
+    for name, value in rows[0].items():
+        numbers = type(value) is int
+        table.add_column(name.replace("_", " "), justify="right" if numbers else "left")
+    for row in rows:
+        table.add_row(*(_value(value) for value in row.values()))
+    return table
 
 
 def written_page(result: ReportResult, look: Look) -> RenderableType:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from spp_export.common.errors import ModelError
@@ -22,6 +23,7 @@ __all__ = [
     "Unit",
     "decoder_settings",
     "family_of",
+    "known",
     "known_types",
     "record_of",
     "vocabulary_size",
@@ -63,3 +65,17 @@ def family_of(config: Mapping[str, Any]) -> Family:
             f"{', '.join(known_types())}."
         )
     return family.of(config)
+
+
+@contextmanager
+def known(family: Family) -> Iterator[None]:
+    """Have a record beside those of the table while the context is open."""
+    before = FAMILIES.get(family.model_type)
+    FAMILIES[family.model_type] = family
+    try:
+        yield
+    finally:
+        if before is None:
+            del FAMILIES[family.model_type]
+        else:
+            FAMILIES[family.model_type] = before

@@ -161,7 +161,8 @@ class Family:
     variants: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     # What `logits_scaling` of config.json does to logits.
     scaled_logits: Literal["", "multiplied", "divided"] = ""
-    # Values of config.json that the stock config class fills in, and those that nobody handles.
+    # Values of config.json that the stock config class fills in, and switches that nobody handles
+    # where they are on, or "!name" where they are off.
     defaults: Mapping[str, Any] = field(default_factory=dict)
     refused: tuple[str, ...] = ()
     # What the stock config takes for theta where config.json says nothing of rotary settings; None
@@ -386,10 +387,12 @@ class Family:
         """
         config = self._read(self.settings(config))
         for key in self.refused:
-            if config.get(key):
+            name = key.removeprefix("!")
+            value = config.get(name)
+            if value is False if key != name else value:
                 raise ModelError(
-                    f"config.json: {key} is {shown(config[key])}; the record of the "
-                    f"{self.model_type} family has no field for the tensors that come with it."
+                    f"config.json: {name} is {shown(value)}; the record of the "
+                    f"{self.model_type} family has no field for what comes with it."
                 )
         hidden = _size(config, "hidden_size")
         query_heads = _size(config, "num_attention_heads")

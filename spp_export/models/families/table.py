@@ -36,7 +36,7 @@ def _opt(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"embedding_size": config.get("word_embed_proj_dim")}
 
 
-def _four_times(config: Mapping[str, Any], ratio: Any = 4) -> Mapping[str, Any]:
+def four_times(config: Mapping[str, Any], ratio: Any = 4) -> Mapping[str, Any]:
     """The width of the MLP, where config.json does not say it."""
     hidden, width = config.get("hidden_size"), config.get("intermediate_size")
     known = isinstance(hidden, int) and isinstance(ratio, int)
@@ -44,12 +44,12 @@ def _four_times(config: Mapping[str, Any], ratio: Any = 4) -> Mapping[str, Any]:
 
 
 def _mpt(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    return _four_times(config, config.get("expansion_ratio"))
+    return four_times(config, config.get("expansion_ratio"))
 
 
 def _bigcode(config: Mapping[str, Any]) -> Mapping[str, Any]:
     one = config.get("multi_query")
-    return {**_four_times(config), "num_key_value_heads": 1 if one else None}
+    return {**four_times(config), "num_key_value_heads": 1 if one else None}
 
 
 def _falcon(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -58,7 +58,7 @@ def _falcon(config: Mapping[str, Any]) -> Mapping[str, Any]:
     if not grouped and config.get("multi_query"):
         kv_heads = 1
     two = grouped and config.get("num_ln_in_parallel_attn") in (None, 2)
-    return {**_four_times(config), "num_key_value_heads": kv_heads, "two_norms": bool(two)}
+    return {**four_times(config), "num_key_value_heads": kv_heads, "two_norms": bool(two)}
 
 
 _4H: Any = {"gate": "", "up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}
@@ -91,7 +91,7 @@ _GPT2: Any = {
     "mlp_norm": "ln_2",
     "embedding": "transformer.wte",
     "positions": "transformer.wpe",
-    "derive": _four_times,
+    "derive": four_times,
     "defaults": {"n_positions": 1024, **_TIED},
     "refused": ("add_cross_attention",),
     "obsolete": ("attn.bias", "attn.masked_bias"),
@@ -355,7 +355,7 @@ FAMILIES = (
            end_token=2),
     Family("gptj", "GPTJForCausalLM",
            _features(Feature.PARALLEL, Feature.NO_GATE, _LAYER_NORM, Feature.ROTARY),
-           **_TRANSFORMER, keys={**_N_KEYS, **_EVERY_HEAD}, derive=_four_times,
+           **_TRANSFORMER, keys={**_N_KEYS, **_EVERY_HEAD}, derive=four_times,
            query="attn.q_proj", key="attn.k_proj", value="attn.v_proj", output="attn.out_proj",
            gate="", up="mlp.fc_in", down="mlp.fc_out", mlp_bias=True, attention="attn",
            attention_norm="ln_1", mlp_norm="", embedding="transformer.wte", head_bias=True,
@@ -390,7 +390,7 @@ FAMILIES = (
            embedding_norm="transformer.word_embeddings_layernorm", per_head=("alibi",),
            keys={"num_attention_heads": "n_head", "num_hidden_layers": "n_layer",
                  "hidden_size": "n_embed", "intermediate_size": "", **_EVERY_HEAD},
-           derive=_four_times, defaults=_TIED, end_token=2),
+           derive=four_times, defaults=_TIED, end_token=2),
     Family("mpt", "MptForCausalLM",
            _features(Feature.NO_GATE, _LAYER_NORM, Feature.ALIBI, Feature.FUSED),
            **{**_TRANSFORMER, "layers": "transformer.blocks",
