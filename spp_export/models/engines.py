@@ -13,9 +13,13 @@ from spp_export.models.shape import LayerShape
 Loads = Literal["yes", "expected", "no"]
 
 
-# Families whose layers cannot differ in vLLM: our plugin has no layers for them, and vLLM's
-# Transformers backend cannot run them.
-VLLM_BACKEND_LACKS = frozenset({"bloom", "falcon", "gpt2", "gpt_neo", "gpt_neox", "gptj", "mpt"})
+# Families that vLLM's Transformers backend cannot run; our plugin has no layers for them.
+VLLM_BACKEND_LACKS = frozenset(
+    {"bloom", "falcon", "gpt2", "gpt_neo", "gpt_neox", "gptj", "mpt", "phimoe"}
+)
+# Families of which vLLM's own class computes sizes of a uniform model otherwise than transformers,
+# so that only its Transformers backend is right; of the last, neither is.
+VLLM_CLASS_LACKS = frozenset({"cohere2", "qwen2", "falcon"})
 # Sizes of one machine's set of cards.
 _CARDS = (2, 4, 8)
 

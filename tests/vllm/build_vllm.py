@@ -30,13 +30,19 @@ from factories import (
 from family_models import KNOWN, make_dense, make_slim
 
 from spp_export.models.checkpoint.checkpoint import open_source
-from spp_export.models.engines import VLLM_BACKEND_LACKS
+from spp_export.models.engines import VLLM_BACKEND_LACKS, VLLM_CLASS_LACKS
 from spp_export.models.shape import ModelShape
 from spp_export.models.vllm import OWN_LAYERS
 from spp_export.planning import LayerPlan, Layout
 
 # The narrowest heads that vLLM's attention on a CPU takes.
 HEAD_DIM = 32
+# Where vLLM has no kernel on a CPU for narrower experts, and no biases that no published model has.
+OTHERWISE: dict[str, dict[str, Any]] = {
+    "gpt_oss": {"intermediate_size": 64},
+    "ernie4_5": {"use_bias": False},
+    "ernie4_5_moe": {"use_bias": False},
+}
 SLIDING = {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]}
 MIXED = {"kv_heads": 4, "query_heads": 8, "use_sliding_window": True, "sliding_window": 6}
 
@@ -77,23 +83,26 @@ def build_all(out: Path) -> None:
         dense = Case(family, family, options).make(out / "dense" / family)
         build_kinds(out, family, dense)
     for name in KNOWN:
-        source = open_source(make_dense(name, out / "dense" / f"{name}-32", HEAD_DIM))
-        layouts: list[Layout] = ["per-layer"]
-        if not source.family.derived_head_dim:
-            layouts.append("uniform")
-        for layout in layouts:
-            slim = make_slim(source, layout, out / f"{name}-of-family-{layout}")
-            shapes = [layer.shape(source.shape) for layer in slim.plan.layers]
-            family_check(name, layout, source.shape, shapes).write(slim.slim)
+        build_family(out, name)
     build_windows(out)
 
 
-def family_check(name: str, layout: Layout, shape: ModelShape, shapes: Sequence[Any]) -> Check:
-    """Of a family's checkpoint without a tokenizer."""
-    expected = shape.kv_bytes_per_token(shapes, 4)
-    way = "stock" if layout == "uniform" else "backend"
-    lacking = layout != "uniform" and name in VLLM_BACKEND_LACKS
-    return Check([], {way: ""}, expected) if lacking else Check([way], {}, expected)
+def build_family(out: Path, name: str) -> None:
+    """Per-layer, and uniform where the config says as much, without a tokenizer."""
+    dense = make_dense(name, out / "dense" / f"{name}-32", HEAD_DIM, **OTHERWISE.get(name, {}))
+    source = open_source(dense)
+    family = source.family
+    # vLLM looks at the experts of phimoe without an end.
+    layouts: dict[Layout, list[str]] = {"per-layer": [] if name == "phimoe" else ["backend"]}
+    if not family.derived_head_dim or family.keys.get("intermediate_size", "any"):
+        layouts["uniform"] = ["backend" if name in VLLM_CLASS_LACKS else "stock"]
+    for layout, ways in layouts.items():
+        slim = make_slim(source, layout, out / f"{name}-of-family-{layout}")
+        shapes = [layer.shape(source.shape) for layer in slim.plan.layers]
+        lacking = ways == ["backend"] and name in VLLM_BACKEND_LACKS
+        refused = dict.fromkeys(ways, "") if lacking else {}
+        check = Check([] if lacking else ways, refused, source.shape.kv_bytes_per_token(shapes, 4))
+        check.write(slim.slim)
 
 
 def build_kinds(out: Path, family: str, dense: Path) -> None:
