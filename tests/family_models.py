@@ -13,6 +13,28 @@ from spp_export.models.families import FAMILIES
 
 __all__ = ["KNOWN", "Pair", "greedy", "load", "make_dense", "make_slim", "padded", "tokens"]
 
+# Two kinds of layers, and small gated delta nets.
+MIXED = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "num_hidden_layers": 3,
+}
+DELTA: dict[str, Any] = {
+    **MIXED,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 6,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+LATENTS: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 10,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
 # What shows more of a family than its defaults do.
 MORE: dict[str, dict[str, Any]] = {
     "granite": {
@@ -44,12 +66,69 @@ MORE: dict[str, dict[str, Any]] = {
     "falcon": {"multi_query": False, "bias": True, "num_kv_heads": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 4},
     "olmo": {"clip_qkv": 2.0, "attention_bias": True},
+    "qwen3_5_text": {**DELTA, "attention_bias": True},
+    "qwen3_next": {**DELTA, "mlp_only_layers": [2]},
+    "qwen3_5_moe_text": DELTA,
+    "deepseek_v3": {**LATENTS, "attention_bias": True, "num_hidden_layers": 2},
+    "deepseek_v2": LATENTS,
+    "minimax": {
+        **MIXED,
+        "block_size": 4,
+        "full_attn_alpha_factor": 1.5,
+        "full_attn_beta_factor": 0.7,
+        "mlp_beta_factor": 0.8,
+    },
+    "lfm2": {
+        "layer_types": ["conv", "full_attention", "conv"],
+        "num_hidden_layers": 3,
+        "block_multiple_of": 8,
+        "conv_bias": True,
+    },
+    "falcon_h1": {
+        "mamba_d_ssm": 24,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 6,
+        "mamba_n_groups": 2,
+        "mamba_d_state": 8,
+        "mamba_chunk_size": 4,
+        "mamba_rms_norm": True,
+        "mamba_proj_bias": True,
+        "key_multiplier": 0.5,
+        "attention_out_multiplier": 0.7,
+        "mlp_multipliers": [0.9, 0.8],
+        "lm_head_multiplier": 2.0,
+        "attention_bias": True,
+    },
     "olmo3": {"layer_types": ["sliding_attention", "full_attention"]},
     "olmoe": {"clip_qkv": 2.0},
     "minimax_m2": {"rotary_dim": 4},
 }
 # Sizes that the families of experts have beside those of every family.
 EXPERTS: dict[str, dict[str, Any]] = {
+    "qwen3_5_moe_text": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_expert_intermediate_size": 20,
+    },
+    "deepseek_v3": {
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+    },
+    "deepseek_v2": {
+        "n_routed_experts": 4,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+    },
+    "minimax": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_next": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+        "shared_expert_intermediate_size": 20,
+    },
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {
@@ -84,6 +163,7 @@ EXPERTS: dict[str, dict[str, Any]] = {
 }
 # Other forms of a family, by a name of their own.
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "deepseek_v2-lite": ("deepseek_v2", {**LATENTS, "q_lora_rank": None}),
     "opt-350m": ("opt", {"word_embed_proj_dim": 20, "do_layer_norm_before": False}),
     "opt-bare": ("opt", {"layer_norm_elementwise_affine": False, "enable_bias": False}),
     "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}),

@@ -91,8 +91,9 @@ class Observer(Protocol):
       feels a change of what o_proj and down_proj write there, the `gradients` of its batch; a batch
       that has none is not shown
 
-    `text_T` gives the index of the text of each of the T real tokens. What `see` is shown may be
-    the model's own memory: an observer reads it and keeps no reference.
+    A layer that has no such place shows nothing. `text_T` gives the index of the text of each of
+    the T real tokens. What `see` is shown may be the model's own memory: an observer reads it and
+    keeps no reference.
     """
 
     place: str
@@ -337,6 +338,9 @@ def _hooks(
             whole, _, by_loss = asked.partition("_by_")
             place, _, per_write = whole.partition("_per_")
             for index, layer in enumerate(layers):
+                name = read[place] if place in read else written[place]
+                if name and not _has(layer, name):
+                    continue  # a layer with another mixer, or without an MLP
                 shown: Callable[[Tensor], None] = partial(show, index, seeing, bool(by_loss))
                 if per_write and family.write_norms:
                     gain = _Gain()
@@ -345,16 +349,19 @@ def _hooks(
                     shown = partial(gain.show, shown)
                 if read.get(place) == "":
                     family.refuse((Feature.EXPERTS,), f"reading {place}", "Use --units heads.")
+                module = layer.get_submodule(name)
                 if place in read:
-                    module = layer.get_submodule(read[place])
                     handles.append(module.register_forward_pre_hook(before(shown)))
                 else:
-                    module = layer.get_submodule(written[place])
                     handles.append(module.register_forward_hook(after(shown)))
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _has(layer: nn.Module, name: str) -> bool:
+    return name in dict(layer.named_modules())
 
 
 class _Gain:
@@ -467,11 +474,17 @@ class SecondMoments(Observer):
     Of a a^T only n diagonal blocks of b channels are kept, [n,b,b]: block i is of channels i*b to
     (i+1)*b, the last one filled up with zeros. `block` = `width` (the default) keeps the whole
     matrix. The sums live beside the activations while that leaves an accelerator a quarter of its
-    memory, else on the CPU.
+    memory, else on the CPU. Tokens are counted in the layer `first`, the first that has this place.
     """
 
     def __init__(
-        self, layers: int, width: int, *, place: str = "output", block: int | None = None
+        self,
+        layers: int,
+        width: int,
+        *,
+        place: str = "output",
+        block: int | None = None,
+        first: int = 0,
     ) -> None:
         self.place = place
         self._width = width
@@ -479,6 +492,7 @@ class SecondMoments(Observer):
         self._products: dict[int, Tensor] = {}
         self.sums = torch.zeros((layers, width), dtype=torch.float32)
         self._tokens = torch.zeros(1, dtype=torch.int64)
+        self._first = first
 
     def see(self, layer: int, values: Tensor, text_T: Tensor) -> None:
         """Add the products of one batch."""
@@ -488,18 +502,19 @@ class SecondMoments(Observer):
         for index, part in enumerate(values.split(self._block, dim=1)):
             size = part.shape[1]
             _add_products(products[index, :size, :size], part)
-        if layer == 0:
+        if layer == self._first:
             self._tokens += values.shape[0]
 
     def taken(self, layer: int) -> Iterable[Tensor]:
         """As of `Observer`."""
         products = self._of(layer, torch.device("cpu"))
-        return [products, self.sums[layer], *([] if layer else [self._tokens])]
+        return [products, self.sums[layer], *([self._tokens] if layer == self._first else [])]
 
     def recipe(self) -> dict[str, Any]:
         """As of `Observer`."""
         layers, width = self.sums.shape
-        return {"layers": layers, "width": width, "place": self.place, "block": self._block}
+        sizes = {"layers": layers, "width": width, "block": self._block}
+        return {**sizes, "place": self.place, "first": self._first}
 
     @property
     def tokens(self) -> int:

@@ -216,4 +216,6 @@ def statistics_bytes(shape: ModelShape, kind: str) -> int:
     heads = shape.query_heads * shape.head_dim
     block = channel_block(shape.channels)
     second = {"attention": heads**2, "mlp": -(-shape.channels // block) * block**2}
-    return 4 * shape.num_layers * second.get(kind.removesuffix(LOSS), 0)
+    layers = {"attention": sum(shape.has_heads), "mlp": sum(shape.has_channels)}
+    name = kind.removesuffix(LOSS)
+    return 4 * layers.get(name, 0) * second.get(name, 0)

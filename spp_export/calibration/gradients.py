@@ -179,8 +179,8 @@ def _gradients_of_writes(
     try:
         for layer in range(shape.num_layers):
             for consumer, role in enumerate((family.output, family.down)):
-                if not role:
-                    continue  # nothing is cut of its MLPs
+                if not role or not (shape.has_heads, shape.has_channels)[consumer][layer]:
+                    continue  # nothing is cut of its MLPs, or the layer has none
                 module = model.get_submodule(family.layer_name(layer, role))
                 hook = partial(on_forward, (layer, consumer))
                 handles.append(module.register_forward_hook(hook))
@@ -245,13 +245,18 @@ class _Weights:
     """The seven projections of every layer, and the sums of their gradients."""
 
     def __init__(self, model: nn.Module, family: Family, shape: ModelShape) -> None:
-        self._layers = [
+        parameters = dict(model.named_parameters())
+        places = [
             {
-                name: model.get_parameter(f"{family.layer_name(i, getattr(family, role))}.weight")
+                name: f"{family.layer_name(i, getattr(family, role))}.weight"
                 for name, (role, _) in _REDUCTIONS.items()
                 if getattr(family, role)
             }
             for i in range(shape.num_layers)
+        ]
+        self._layers = [
+            {name: parameters[place] for name, place in layer.items() if place in parameters}
+            for layer in places
         ]
         self._rows = {
             name: family.rows(Role(role), shape) if axis == 1 else slice(None)
@@ -306,7 +311,7 @@ class _Weights:
             for weight in dict.fromkeys(layer.values()):
                 products[weight] = self._sums.pop(weight).mul_(weight).abs_()
             for name, (_, axis) in _REDUCTIONS.items():
-                if name not in layer:  # an MLP without a gate
+                if name not in layer:  # an MLP without a gate, or a layer without such units
                     reductions[name].append(np.zeros(self._channels, dtype=np.float32))
                     continue
                 product = products[layer[name]]
@@ -341,8 +346,13 @@ def _gates(
     shaped = _BatchShape()
     handles = [shaped.watch(model)]
     try:
-        for name, role in (("head_gates", family.output), ("channel_gates", family.down)):
+        for name, role, has in (
+            ("head_gates", family.output, shape.has_heads),
+            ("channel_gates", family.down, shape.has_channels),
+        ):
             for index, total in enumerate(sums[name]) if role else ():
+                if not has[index]:
+                    continue
                 module = model.get_submodule(family.layer_name(index, role))
                 handles.append(module.register_forward_pre_hook(partial(on_forward, total)))
         yield sums

@@ -213,13 +213,13 @@ def gather_all(
     the cache while it is held.
     Raises UsageError where gradients of an offloaded model are asked for.
     """
-    kinds, layers = tuple(kinds), source.shape.num_layers
+    kinds = tuple(kinds)
     gathered = tuple(map(Collection, cache_paths(source, collections, kinds, dtype)))
     missing = [
         {
             kind
             for kind, path in collection.parts.items()
-            if not (hold_for(collection, path) and is_whole(path, _names(kind, layers)))
+            if not (hold_for(collection, path) and is_whole(path, _names(kind, source.shape)))
         }
         for collection in gathered
     ]
@@ -259,12 +259,16 @@ class _Part:
 
 
 def layer_weights(source: Checkpoint, layer: int) -> LayerWeights:
-    """The seven projections of one layer, read from the source's files."""
+    """The seven projections of one layer, as far as it has them, read from the source's files."""
     family, shape = source.family, source.shape
 
+    of_heads = (Role.QUERY, Role.KEY, Role.VALUE, Role.OUTPUT)
+
     def weight(role: Role) -> FloatArray:
-        if not (module := family.projection(role)):
-            width = 0 if family.experts else shape.channels
+        module = family.projection(role)
+        has = shape.has_heads if role in of_heads else shape.has_channels
+        if not module or not has[layer]:
+            width = 0 if family.experts or not has[layer] else shape.channels
             return np.zeros((width, shape.hidden_size), dtype=np.float32)
         whole = source.weight(module, layer)
         return whole if role in (Role.OUTPUT, Role.DOWN) else whole[family.rows(role, shape)]
@@ -411,14 +415,21 @@ def _with_gradients(
     ]
 
 
-def _names(kind: str, layers: int) -> set[str]:
+def _names(kind: str, shape: ModelShape) -> set[str]:
     """Tensors of a whole cache file."""
-    if kind.endswith(LOSS):
-        return {f"second/{i}" for i in range(layers)}
     if kind == "gradients":
-        return {f"{name}/{i}" for name in _GRADIENTS for i in range(layers)}
+        return {f"{name}/{i}" for name in _GRADIENTS for i in range(shape.num_layers)}
+    layers = _layers_seen(kind, shape)
+    if kind.endswith(LOSS):
+        return {f"second/{i}" for i in layers}
     per_layer = ("second", "mean", "input_square")
-    return {"sensitivity", *(f"{name}/{i}" for name in per_layer for i in range(layers))}
+    return {"sensitivity", *(f"{name}/{i}" for name in per_layer for i in layers)}
+
+
+def _layers_seen(kind: str, shape: ModelShape) -> list[int]:
+    """The layers that have what statistics of a kind, with or without the loss, are of."""
+    has = shape.has_heads if kind.startswith("attention") else shape.has_channels
+    return [layer for layer in range(shape.num_layers) if has[layer]]
 
 
 class BlockSums:
@@ -443,9 +454,11 @@ class BlockSums:
             "attention": (shape.query_heads * shape.head_dim, None),
             "mlp": (shape.channels, channel_block(shape.channels)),
         }[kind]
-        self._layers = layers
+        self._layers, self._seen = layers, _layers_seen(kind, shape)
         self._reads = MeanSquares(reads, layers, shape.hidden_size)
-        self._second = SecondMoments(layers, width, place=consumes, block=block)
+        self._second = SecondMoments(
+            layers, width, place=consumes, block=block, first=self._seen[0] if self._seen else 0
+        )
         self._block = block or width
         self._widths = shape.hidden_size, width
         self._stream = StreamSensitivity(layers, stream)
@@ -462,7 +475,7 @@ class BlockSums:
         sizes: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
             "sensitivity": (np.dtype(np.float64), (self._layers,))
         }
-        for layer in range(self._layers):
+        for layer in self._seen:
             count = -(-width // self._block)
             sizes[f"second/{layer}"] = single, (count, self._block, self._block)
             sizes[f"mean/{layer}"] = single, (width,)
@@ -470,17 +483,19 @@ class BlockSums:
         return sizes
 
     def averages(self, layer: int) -> dict[str, FloatArray]:
-        """One layer's, per token: `second/l` [n,b,b], `mean/l`, `input_square/l`; and with the last
-        layer `sensitivity` [L].
+        """One layer's, per token, if it has such a block: `second/l` [n,b,b], `mean/l`,
+        `input_square/l`; and with the last layer `sensitivity` [L].
 
         The layer's sums are given up for it, so that a large model's are not in memory together.
         """
         tokens = max(self._second.tokens, 1)
-        averages: dict[str, FloatArray] = {
-            f"second/{layer}": self._second.products(layer).div_(tokens).numpy(),
-            f"mean/{layer}": (self._second.sums[layer] / tokens).numpy(),
-            f"input_square/{layer}": (self._reads.sums[layer] / tokens).numpy(),
-        }
+        averages: dict[str, FloatArray] = {}
+        if layer in self._seen:
+            averages = {
+                f"second/{layer}": self._second.products(layer).div_(tokens).numpy(),
+                f"mean/{layer}": (self._second.sums[layer] / tokens).numpy(),
+                f"input_square/{layer}": (self._reads.sums[layer] / tokens).numpy(),
+            }
         self._second.release(layer)
         if layer == self._layers - 1:
             averages["sensitivity"] = (self._stream.sums / tokens).numpy()
@@ -506,7 +521,7 @@ class LossSums:
         self._moments = SecondMoments(shape.num_layers, width, place=place, block=block)
         predicted = sum(int(batch.predicted.sum()) for batch in batches)
         self._scale = 1 / (2 * shape.hidden_size * max(predicted, 1))
-        self._size = shape.num_layers, -(-width // block), block
+        self._layers, self._size = _layers_seen(kind, shape), (-(-width // block), block)
 
     @property
     def observers(self) -> tuple[Observer, ...]:
@@ -516,12 +531,14 @@ class LossSums:
     @property
     def sizes(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
         """As of `BlockSums`."""
-        layers, count, block = self._size
+        count, block = self._size
         size = np.dtype(np.float32), (count, block, block)
-        return {f"second/{layer}": size for layer in range(layers)}
+        return {f"second/{layer}": size for layer in self._layers}
 
     def averages(self, layer: int) -> dict[str, FloatArray]:
         """As of `BlockSums`."""
+        if layer not in self._layers:
+            return {}
         second = self._moments.products(layer).mul_(self._scale).numpy()
         self._moments.release(layer)
         return {f"second/{layer}": second}

@@ -383,7 +383,11 @@ class _Job:
             source.shape,
             predicted(source.shape, layers, written_shape(source, plan)),
             report,
-            engines_for(plan.written_layout, layers),
+            engines_for(
+                source.family.model_type,
+                plan.written_layout,
+                layers,
+            ),
             model_license(source.path),
         )
         return f"{card}\n{recovery_section(report, record)}"

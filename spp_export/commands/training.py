@@ -55,10 +55,12 @@ class Training:
         if settings.train == "adapters":
             model = _with_adapters(model, roles, settings)
         else:
+            parameters = dict(model.named_parameters())
             for layer in layers:
                 for role in roles:
-                    name = family.layer_name(layer, role)
-                    model.get_parameter(f"{name}.weight").requires_grad_(True)
+                    name = f"{family.layer_name(layer, role)}.weight"
+                    if name in parameters:
+                        parameters[name].requires_grad_(True)
         self.model: Any = model
         self.settings = settings
         self.losses: list[float] = []

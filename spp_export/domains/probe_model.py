@@ -151,7 +151,7 @@ def probe_model(
     collections = _gather(dense, pools, kinds_needed(criteria, request.units), writes)
     with progress("scoring units", None):
         scores, energy_KLH = _scores(source, collections, criteria, request, writes)
-        whitelist = choose_whitelist(energy_KLH, request.seed)
+        whitelist = choose_whitelist(energy_KLH, request.seed, layers=dense.attending)
     manifest = {
         "model": source.name,
         "seed": request.seed,
@@ -324,7 +324,7 @@ def _shrinkage(
         return {}
     shape, family = dense.source.shape, dense.source.family
     width = shape.query_heads * shape.head_dim
-    layers = sampled_layers(shape.num_layers, width)
+    layers = sampled_layers(dense.attending, width)
     halves = [
         (2 * k + (2 * n >= len(t)), t[n]) for k, t in enumerate(pools.val) for n in range(len(t))
     ]
@@ -377,6 +377,11 @@ class Dense:
     model: nn.Module
     tokenizer: Any
     source: Checkpoint
+
+    @property
+    def attending(self) -> list[int]:
+        """The layers that have heads."""
+        return [index for index, has in enumerate(self.source.shape.has_heads) if has]
 
     @property
     def dtype(self) -> str:

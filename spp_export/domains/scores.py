@@ -72,8 +72,9 @@ def score_units(
             axis = Axis(directions_LKd[layer, k], shares_KLH[k, layer])
             seen = collection.layer_statistics(source, layer, weights=weights, axis=axis, seed=seed)
             for criterion in criteria:
-                scores[f"head/{criterion.name}"][k, layer] = criterion.heads(seen)
-                if units == "both":
+                if shape.has_heads[layer]:
+                    scores[f"head/{criterion.name}"][k, layer] = criterion.heads(seen)
+                if units == "both" and shape.has_channels[layer]:
                     scores[f"channel/{criterion.name}"][k, layer] = criterion.channels(seen)
     return scores
 
@@ -98,18 +99,21 @@ class AxisShares(Observer):
         heads, dim = shape.query_heads, shape.head_dim
         self.directions = axes_LKd / np.linalg.norm(axes_LKd, axis=2, keepdims=True).clip(min=1e-12)
         self._axes, self._domain = axes_LKd, domain_N
-        self._gram: list[Tensor] = []
-        self._along: list[Tensor] = []
+        self._gram: dict[int, Tensor] = {}
+        self._along: dict[int, Tensor] = {}
         for layer in range(shape.num_layers):
+            if not shape.has_heads[layer]:
+                continue
             # From the files: a model spread over devices may not have its weights at hand.
             stored = source.weight(family.output, layer)
             weight = torch.from_numpy(stored).float().view(-1, heads, dim).to(device)
             axes = torch.from_numpy(self.directions[layer]).to(weight)
-            self._gram.append(torch.einsum("ohi,ohj->hij", weight, weight))
-            self._along.append(torch.einsum("ko,ohi->khi", axes, weight))
+            self._gram[layer] = torch.einsum("ohi,ohj->hij", weight, weight)
+            self._along[layer] = torch.einsum("ko,ohi->khi", axes, weight)
         domains = axes_LKd.shape[1]
         self._sums = torch.zeros((shape.num_layers, domains, heads), dtype=torch.float64)
         self._tokens = torch.zeros(domains, dtype=torch.float64)
+        self._first = shape.has_heads.index(True)
 
     def see(self, layer: int, values: Tensor, text_T: Tensor) -> None:
         """Add one batch of o_proj inputs [T,H*dh]."""
@@ -120,12 +124,12 @@ class AxisShares(Observer):
         along_HT = torch.einsum("hti,hi->ht", values_HTi, along[domain])
         share_TH = along_HT.T.square() / (energy_TH + _EPS)
         self._sums[layer, domain] += share_TH.double().sum(0).cpu()
-        if layer == 0:
+        if layer == self._first:
             self._tokens[domain] += len(share_TH)
 
     def taken(self, layer: int) -> Iterable[Tensor]:
         """As of `Observer`."""
-        return [self._sums[layer], *([] if layer else [self._tokens])]
+        return [self._sums[layer], *([self._tokens] if layer == self._first else [])]
 
     def recipe(self) -> dict[str, Any]:
         """As of `Observer`."""

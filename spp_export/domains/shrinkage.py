@@ -43,11 +43,12 @@ class LayerCase:
     kept: IndexArray
 
 
-def sampled_layers(layers: int, width: int) -> tuple[int, ...]:
-    """At most eight evenly spaced layers, down to two where o_proj reads many inputs (`width`)."""
+def sampled_layers(layers: Sequence[int], width: int) -> tuple[int, ...]:
+    """At most eight evenly spaced ones of these layers, down to two where o_proj reads many inputs
+    (`width`)."""
     affordable = max(_FEWEST_LAYERS, min(_MOST_LAYERS, _MOST_LAYERS * _WIDE // width))
-    places = np.linspace(0, layers - 1, min(affordable, layers)).round()
-    return tuple(int(layer) for layer in np.unique(places))
+    places = np.linspace(0, len(layers) - 1, min(affordable, len(layers))).round()
+    return tuple(layers[int(place)] for place in np.unique(places))
 
 
 def strongest(energy_KLH: FloatArray, layer: int, head_dim: int) -> IndexArray:

@@ -10,6 +10,7 @@ of the model bounds the expected share of false discoveries.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,9 +72,18 @@ class Whitelist:
 
 
 def choose_whitelist(
-    importance_KLH: FloatArray, seed: int = 0, permutations: int = PERMUTATIONS
+    importance_KLH: FloatArray,
+    seed: int = 0,
+    permutations: int = PERMUTATIONS,
+    *,
+    layers: Sequence[int] | None = None,
 ) -> Whitelist:
-    """Heads that meet the rule and that the test confirms, of an energy-like score [K,L,H]."""
+    """Heads that meet the rule and that the test confirms, of an energy-like score [K,L,H].
+
+    layers: those that have heads; None where all have.
+    """
+    layers = range(importance_KLH.shape[1]) if layers is None else layers
+    importance_KLH = importance_KLH[:, list(layers)]
     z_KLH = _standardised(importance_KLH)
     statistic_LH, rule_LH = _statistic(z_KLH)
     p_LH = np.empty_like(statistic_LH)
@@ -87,7 +97,7 @@ def choose_whitelist(
     confirmed_LH = p_LH <= cut
     held = rule_LH & confirmed_LH
     return Whitelist(
-        heads=tuple((int(layer), int(head)) for layer, head in np.argwhere(held)),
+        heads=tuple((int(layers[row]), int(head)) for row, head in np.argwhere(held)),
         by_rule=int(rule_LH.sum()),
         confirmed=int(confirmed_LH.sum()),
         expected=float((np.concatenate(by_chance) <= cut).sum() / permutations),

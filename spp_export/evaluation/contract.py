@@ -29,6 +29,7 @@ from spp_export.models.families import record_of
 from spp_export.models.loader import auto_class
 from spp_export.models.shape import ModelShape
 from spp_export.planning import LayerPlan, Layout, Plan
+from spp_export.planning.plan import only_existing
 from spp_export.slicing.compensation import written_config
 from spp_export.slicing.config import MODELING_FILES
 from spp_export.slicing.weights import write_slim_weights
@@ -195,6 +196,7 @@ def make_slim(source: Checkpoint, layout: Layout, target: Path) -> Pair:
         layers = chosen(source.shape, 3, channels=bool(source.family.down))
     if source.shape.experts and layout != "per-layer":  # where heads alone go
         layers = drop_experts(layers, source.shape, 3, alike=layout == "uniform")
+    layers = only_existing(layers, source.shape)
     plan = Plan(source.fingerprint, source.name, layout, "none", layers)
     target.mkdir()
     write_slim_weights(source, plan, target)
@@ -222,12 +224,13 @@ def _random_layer(shape: ModelShape, rng: random.Random, channels: bool) -> Laye
 
 
 def ragged_layers(shape: ModelShape, seed: int, *, channels: bool = True) -> tuple[LayerPlan, ...]:
-    """Random query heads of every layer; where groups can differ, they do in the first."""
+    """Random query heads of every layer; where groups can differ, they do in the first that has
+    heads."""
     rng = random.Random(seed)
     plans = []
     for index in range(shape.num_layers):
         heads = _choose(rng, range(shape.query_heads), rng.randint(1, shape.query_heads))
-        if index == 0 and shape.kv_heads > 1:
+        if index == shape.has_heads.index(True) and shape.kv_heads > 1:
             heads = (*range(shape.group_size), shape.group_size)
         kv_heads = tuple(sorted({head // shape.group_size for head in heads}))
         width = rng.randint(1, shape.channels)

@@ -39,13 +39,14 @@ def masked_dense(
     the kept outputs.
     """
     stream = stream_of(model)
-    specs = list(family.tensors(shape, (shape.layer,)))
+    specs = [spec for spec in family.tensors(shape, shape.layers) if spec.unit]
     handles: list[Any] = []
     saved: list[tuple[nn.Linear, Any, Any]] = []
 
     def put_in_place(index: int) -> None:
         layer = plan.layers[index]
-        inputs, outputs = _kept_inputs(layer, shape), _kept_outputs(layer, specs)
+        inputs = _kept_inputs(layer, index, shape)
+        outputs = _kept_outputs(layer, [spec for spec in specs if spec.layer == index])
         for role, kept in (*inputs.items(), *outputs.items()):
             if compensated and (index, role) in compensated:
                 module = _linear(model, family.layer_name(index, family.projection(role)))
@@ -58,7 +59,7 @@ def masked_dense(
     with ExitStack() as stack:
         stack.callback(_restore, handles, saved)
         for index, layer in enumerate(plan.layers):
-            for role, inputs in _kept_inputs(layer, shape).items():
+            for role, inputs in _kept_inputs(layer, index, shape).items():
                 if not family.projection(role):
                     continue  # of its MLPs whole experts are cut
                 module = model.get_submodule(family.layer_name(index, family.projection(role)))
@@ -69,7 +70,7 @@ def masked_dense(
                 stay = frozenset(layer.experts or ())
                 gone = [expert for expert in range(shape.experts) if expert not in stay]
                 stack.enter_context(without_experts(expert_block(model, family, index), gone))
-            for name, kept in _kept_in_norms(family, layer, specs).items():
+            for name, kept in _kept_in_norms(family, layer, index, specs).items():
                 norm = model.get_submodule(family.layer_name(index, name))
                 handles.append(_norm_kept(norm, kept))
             if stream is None:
@@ -93,18 +94,20 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
     return module
 
 
-def _kept_inputs(layer: LayerPlan, shape: ModelShape) -> dict[Role, Tensor]:
-    """The inputs of o_proj and of down_proj that stay."""
+def _kept_inputs(layer: LayerPlan, index: int, shape: ModelShape) -> dict[Role, Tensor]:
+    """The inputs of o_proj and of down_proj that stay, of what the layer has of these."""
     channels = range(shape.channels) if layer.channels is None else layer.channels
     heads, within = torch.tensor(layer.query_heads), torch.arange(shape.head_dim)
-    return {
+    kept = {
         Role.OUTPUT: (heads[:, None] * shape.head_dim + within).flatten(),
         Role.DOWN: torch.tensor(channels),
     }
+    has = {Role.OUTPUT: shape.has_heads[index], Role.DOWN: shape.has_channels[index]}
+    return {role: inputs for role, inputs in kept.items() if has[role]}
 
 
 def _kept_outputs(layer: LayerPlan, specs: Iterable[TensorSpec]) -> dict[Role, Tensor]:
-    """The outputs of the other projections that stay; `specs` of a whole layer."""
+    """The outputs of the other projections that stay; `specs` of the layer."""
     kept: dict[Role, Tensor] = {}
     for spec in specs:
         if spec.role is not Role.OTHER and spec.axis == 0 and len(spec.shape) == 2:
@@ -115,10 +118,10 @@ def _kept_outputs(layer: LayerPlan, specs: Iterable[TensorSpec]) -> dict[Role, T
 
 
 def _kept_in_norms(
-    family: Family, layer: LayerPlan, specs: Iterable[TensorSpec]
+    family: Family, layer: LayerPlan, index: int, specs: Iterable[TensorSpec]
 ) -> dict[str, Tensor]:
-    """What stays of the norms over all heads or channels that lose any; `specs` of layer 0."""
-    names = {f"{family.layer_name(0, norm)}.weight": norm for norm in family.wide_norms}
+    """What stays of a layer's norms over all heads or channels that lose any."""
+    names = {f"{family.layer_name(index, norm)}.weight": norm for norm in family.wide_norms}
     kept: dict[str, Tensor] = {}
     for spec in specs:
         if spec.name in names and (units := kept_units(spec, layer)) is not None:

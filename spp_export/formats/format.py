@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from spp_export.evaluation.parity import Check, ReferenceLogits
     from spp_export.models.checkpoint.checkpoint import Checkpoint
     from spp_export.models.engines import Engine
+    from spp_export.models.families import Family
     from spp_export.models.session import Session
-    from spp_export.models.shape import LayerShape, ModelShape
+    from spp_export.models.shape import LayerShape, Layout, ModelShape
     from spp_export.planning import Plan
     from spp_export.planning.bound import Predicted
 
@@ -284,6 +285,17 @@ class Format(ABC, Generic[OptionsT]):
     def holds(self, names: Iterable[str]) -> bool:
         """Whether files of these names hold a model in this format."""
         return any(Path(name).match(self.weights) for name in names)
+
+    def refusal(self, family: Family, layout: Layout) -> str | None:
+        """Why this format holds no model of a family in a layout; None where it holds some. What is
+        refused of all the same, for its config.json or its plan, is told by `prepare`."""
+        if layout == "ragged" and not self.ragged:
+            return "the KV groups of a layer must be alike: export with --pad"
+        if layout == "ragged" and not family.uneven_groups:
+            return "every KV head must serve as many query heads"
+        if layout == "uniform" and not family.uniform:
+            return "the stock config has neither a size of heads nor a width of the MLP"
+        return None
 
     @abstractmethod
     def prepare(self, options: OptionsT, checkpoint: Checkpoint, plan: Plan) -> ModelFiles:

@@ -32,7 +32,8 @@ def mixed_scores(
     *,
     seed: int = 0,
 ) -> FloatArray:
-    """`score(l,u) = sum_k s_k I(l,u,k)`, s the weights of the parts: [L,H] or [L,I] float64.
+    """`score(l,u) = sum_k s_k I(l,u,k)`, s the weights of the parts: [L,H] or [L,I] float64, zero
+    where a layer has no such units.
 
     A domain's scores are the artifacts' where they hold them; the rest is computed from statistics
     that are gathered once. Raises UsageError for a criterion of domains where there are none.
@@ -56,7 +57,12 @@ def mixed_scores(
     ]
     total = sum(weight for weight, _ in weighted)
     rows = []
+    has = source.shape.has_heads if unit == "head" else source.shape.has_channels
+    units = source.shape.query_heads if unit == "head" else source.shape.channels
     for layer in range(source.shape.num_layers):
+        if not has[layer]:
+            rows.append(np.zeros(units))
+            continue
         weights = cache(partial(layer_weights, source, layer))
         shares = [weight / total * score(layer, weights) for weight, score in weighted]
         rows.append(np.sum(shares, axis=0))

@@ -6,20 +6,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from spp_export.models.families.served import BACKEND, NOT_BACKEND, PLUGIN, SGLANG, VLLM
 from spp_export.models.shape import LayerShape
 
 # yes: a test of this project loads and runs it. expected: the engine's source or its users say so,
-# and no test of ours does. no: it is known not to.
+# and no test of ours does. no: it is known not to, or nobody says that it does.
 Loads = Literal["yes", "expected", "no"]
 
 
-# Families that vLLM's Transformers backend cannot run; our plugin has no layers for them.
-VLLM_BACKEND_LACKS = frozenset(
-    {"bloom", "falcon", "gpt2", "gpt_neo", "gpt_neox", "gptj", "mpt", "phimoe"}
-)
-# Families of which vLLM's own class computes sizes of a uniform model otherwise than transformers,
-# so that only its Transformers backend is right; of the last, neither is.
-VLLM_CLASS_LACKS = frozenset({"cohere2", "qwen2", "falcon"})
 # Sizes of one machine's set of cards.
 _CARDS = (2, 4, 8)
 
@@ -37,54 +31,59 @@ class Engine:
         return asdict(self)
 
 
-def engines_for(layout: str, layers: Sequence[LayerShape]) -> tuple[Engine, ...]:
-    """Engines for a safetensors directory of this layout and these layers.
+def engines_for(model_type: str, layout: str, layers: Sequence[LayerShape]) -> tuple[Engine, ...]:
+    """Engines for a safetensors directory of a family, of this layout and these layers.
 
     Layers of a ragged plan that were padded are of layout per-layer.
     """
-    if layout == "uniform":
-        return (
-            Engine("transformers", "yes", "4.57 or newer, stock class, no code"),
-            Engine("vLLM", "expected", listed("stock class; not run here", _cards(layers))),
-            Engine("llama.cpp", "no", "write it with --format gguf, or spp convert"),
-            Engine("SGLang", "expected", "stock class; not run here"),
-        )
-    same_kv = len({layer.kv_heads for layer in layers}) == 1
+    uniform, ragged = layout == "uniform", layout == "ragged"
+    code = "4.57 or newer: trust_remote_code=True, or after import spp_export"
+    other = "write it with --format gguf, or spp convert"
+    if ragged:
+        other = "the KV groups of a layer must be alike: --format gguf --pad"
     return (
-        Engine(
-            "transformers",
-            "yes",
-            "4.57 or newer: trust_remote_code=True, or after import spp_export",
-        ),
-        Engine("vLLM", "no", "the KV groups of a layer must be alike: write it with --pad")
-        if layout == "ragged"
-        else Engine(
-            "vLLM",
-            "expected",
-            listed(
-                "0.29 or newer, --trust-remote-code, or with spp-export installed; not run here",
-                _cards(layers),
-            ),
-        ),
-        Engine(
-            "llama.cpp",
-            "no",
-            "the KV groups of a layer must be alike: --format gguf --pad"
-            if layout == "ragged"
-            else "write it with --format gguf, or spp convert",
-        ),
-        Engine(
-            "SGLang",
-            "no",
-            "one head count for all layers in its Llama"
-            if same_kv
-            else "one count of KV heads for all layers",
-        ),
+        Engine("transformers", "yes", "4.57 or newer, stock class, no code" if uniform else code),
+        _vllm(model_type, layout, layers),
+        Engine("llama.cpp", "no", other),
+        _sglang(model_type, layout, layers),
     )
 
 
+def _vllm(model_type: str, layout: str, layers: Sequence[LayerShape]) -> Engine:
+    def runs(how: str) -> Engine:
+        return Engine("vLLM", "yes", listed(f"0.29 or newer, {how}", _cards(layers)))
+
+    if layout == "ragged":
+        return Engine("vLLM", "no", "the KV groups of a layer must be alike: write it with --pad")
+    if layout == "uniform" and model_type in VLLM:
+        return runs("no code")
+    if layout == "uniform" and model_type in BACKEND:
+        return runs("--model-impl transformers")
+    if any(layer.dropped_experts for layer in layers):
+        return Engine("vLLM", "no", "all layers must have the experts of the dense model")
+    if layout != "uniform" and model_type in PLUGIN:
+        return runs("with spp-export installed, or --trust-remote-code")
+    if layout != "uniform" and model_type in BACKEND:
+        return runs("--trust-remote-code")
+    if model_type in NOT_BACKEND:
+        return Engine("vLLM", "no", "its Transformers backend does not run this family")
+    return Engine("vLLM", "no", "nothing is known of this family there")
+
+
+def _sglang(model_type: str, layout: str, layers: Sequence[LayerShape]) -> Engine:
+    if layout != "uniform":
+        same_kv = len({layer.kv_heads for layer in layers}) == 1
+        of = "one head count for all layers" if same_kv else "one count of KV heads for all layers"
+        return Engine("SGLang", "no", of)
+    if model_type in SGLANG:
+        return Engine("SGLang", "expected", "stock class; not run here")
+    return Engine("SGLang", "no", "nothing is known of this family there")
+
+
 def _cards(layers: Sequence[LayerShape]) -> str:
-    """How many cards vLLM can spread these layers over."""
+    """How many cards vLLM can spread these layers over, if any are given."""
+    if not layers:
+        return ""
     ways = [n for n in _CARDS if all(layer.splits(n) for layer in layers)]
     if not ways:
         return "one card: its layers do not divide (see --tp)"

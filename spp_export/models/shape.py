@@ -15,6 +15,8 @@ _KINDS: dict[Units, tuple[Kind, ...]] = {
     "channels": ("channels",),
     "both": ("heads", "channels"),
 }
+# Names of tensors, relative to a layer, and their shapes.
+Tensors = tuple[tuple[str, tuple[int, ...]], ...]
 Layout = Literal["uniform", "per-layer", "ragged"]
 LAYOUTS: tuple[Layout, ...] = ("uniform", "per-layer", "ragged")
 
@@ -28,8 +30,9 @@ def includes(units: Units, kind: Kind) -> bool:
 class LayerShape:
     """How many query heads, KV heads and MLP channels a layer has.
 
-    groups: where KV heads serve different numbers of query heads, the number of each; else empty.
-    dropped_experts: how many of the dense model's the layer has not.
+    No heads: it has no attention, or another mixer in its place. No channels: it has no MLP that is
+    cut. groups: where KV heads serve different numbers of query heads, the number of each; else
+    empty. dropped_experts: how many of the dense model's the layer has not.
     """
 
     query_heads: int
@@ -41,23 +44,25 @@ class LayerShape:
     @property
     def regular(self) -> bool:
         """Whether every KV head serves the same number of query heads."""
-        return not self.groups and self.kv_heads > 0 and self.query_heads % self.kv_heads == 0
+        if not self.kv_heads:
+            return self.query_heads == 0
+        return not self.groups and self.query_heads % self.kv_heads == 0
 
     @property
     def query_groups(self) -> tuple[int, ...]:
         """Query heads of each KV head."""
-        return self.groups or (self.query_heads // self.kv_heads,) * self.kv_heads
+        return self.groups or (self.query_heads // max(self.kv_heads, 1),) * self.kv_heads
 
     def splits(self, ways: int) -> bool:
         """Whether `ways` cards can share the layer as vLLM does: each takes as many query heads and
         channels, and as many KV heads, or else one KV head serves as many cards."""
-        kv = self.kv_heads % ways == 0 or ways % self.kv_heads == 0
+        kv = self.kv_heads % ways == 0 or ways % max(self.kv_heads, 1) == 0
         return self.regular and self.query_heads % ways == 0 and kv and self.channels % ways == 0
 
     @property
     def padded(self) -> LayerShape:
         """The regular layer whose every group is as large as the largest of this one."""
-        query_heads = self.kv_heads * max(self.query_groups)
+        query_heads = self.kv_heads * max(self.query_groups, default=0)
         return replace(self, query_heads=query_heads, groups=())
 
 
@@ -100,12 +105,15 @@ class Costs:
 
     query_head, kv_head, channel, expert  what goes with one of these, in every tensor that it is a
               part of
-    layer     of a layer, what goes with none of them
-    outside   beside the layers, and in them where layers differ in it: `ExpertTensor`; decoding a
-              token does not read `unread` of these: an input embedding that is not the head, and
-              experts that it is not routed to, each of which has `routed` parameters
+    layer     of any layer, what goes with none of them
+    attention, mlp  the same of what only layers with heads have, and of those with channels
+    outside   beside the layers, and in them where layers differ in it, as in experts and other
+              mixers; decoding a token does not read `unread` of these: an input embedding that is
+              not the head, and experts that it is not routed to, each of which has `routed`
+              parameters
     kv_rows   elements that one KV head adds to the cache per token
     query_rows  the same of one query head, of models that cache its keys and values
+    layer_rows  the same of a layer with heads, however many
     """
 
     query_head: int
@@ -118,11 +126,14 @@ class Costs:
     query_rows: int = 0
     expert: int = 0
     routed: int = 0
+    layer_rows: int = 0
+    attention: int = 0
+    mlp: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """Sizes of a dense decoder whose layers are all alike.
+    """Sizes of a dense decoder whose layers are alike, but for units that some do not have.
 
     `qkv_bias`, `output_bias` and `mlp_bias` say which projections carry a bias, `down_bias` that
     down_proj has one whatever gate and up have; `qk_norm` whether queries and keys are normalised
@@ -130,10 +141,15 @@ class ModelShape:
     `switches` are further flags of the record that config.json turns on. `mlps` are, layer by
     layer, the tensors of experts and of MLPs beside them; empty where no layer has experts. A layer
     with experts has `experts`, and a token is routed to `experts_per_token` of them, in groups of
-    them where `grouped_experts`. `beside` are names and shapes of tensors beside the decoder, such
-    as those of a tower of vision. `positions` are the rows of a table of positions,
-    `embedding_size` is 0 where the embedding is as wide as the stream. `costs` come from the
-    record; None counts the tensors of a Llama with these biases.
+    them where `grouped_experts`. `mixers` are, layer by layer, names and shapes of other tensors
+    that stay, such as those of what mixes tokens in the place of attention; `without_heads` and
+    `without_channels` are the layers that have none. `head_rows` are the elements of one head in
+    the tensors of queries and of keys, `head_inputs` what these read, 0 where it is head_dim and
+    hidden_size; `cached` is what attention caches of a token for all heads together, 0 where it is
+    keys and values. `beside` are names and shapes of tensors beside the decoder, such as those of a
+    tower of vision. `positions` are the rows of a table of positions, `embedding_size` is 0 where
+    the embedding is as wide as the stream. `costs` come from the record; None counts the tensors of
+    a Llama with these biases.
     """
 
     model_type: str
@@ -156,7 +172,13 @@ class ModelShape:
     experts: int = 0
     experts_per_token: int = 0
     grouped_experts: bool = False
-    beside: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    mixers: tuple[Tensors, ...] = ()
+    without_heads: frozenset[int] = frozenset()
+    without_channels: frozenset[int] = frozenset()
+    head_rows: tuple[int, int] = (0, 0)
+    head_inputs: tuple[int, int] = (0, 0)
+    cached: int = 0
+    beside: Tensors = ()
     positions: int = 0
     embedding_size: int = 0
     costs: Costs | None = None
@@ -173,13 +195,42 @@ class ModelShape:
 
     @property
     def layer(self) -> LayerShape:
-        """The shape of every layer of the dense model."""
+        """The shape of a layer of the dense model that has heads and channels."""
         return LayerShape(self.query_heads, self.kv_heads, self.channels)
 
     @property
     def layers(self) -> tuple[LayerShape, ...]:
         """The dense model's layers, one entry each."""
-        return (self.layer,) * self.num_layers
+        return self.alike(self.layer)
+
+    def alike(self, size: LayerShape) -> tuple[LayerShape, ...]:
+        """Layers of one size, each as far as it has such units."""
+        return self.existing((size,) * self.num_layers)
+
+    def existing(self, layers: Sequence[LayerShape]) -> tuple[LayerShape, ...]:
+        """The layers without units that they do not have in this model."""
+        return tuple(
+            replace(
+                layer,
+                query_heads=layer.query_heads * has_heads,
+                kv_heads=layer.kv_heads * has_heads,
+                channels=layer.channels * has_channels,
+                groups=layer.groups if has_heads else (),
+            )
+            for layer, has_heads, has_channels in zip(
+                layers, self.has_heads, self.has_channels, strict=True
+            )
+        )
+
+    @property
+    def has_heads(self) -> tuple[bool, ...]:
+        """Whether each layer has heads."""
+        return tuple(index not in self.without_heads for index in range(self.num_layers))
+
+    @property
+    def has_channels(self) -> tuple[bool, ...]:
+        """Whether each layer has channels."""
+        return tuple(index not in self.without_channels for index in range(self.num_layers))
 
     @property
     def counted(self) -> Costs:
@@ -188,12 +239,13 @@ class ModelShape:
             return self.costs
         hidden, dim, bias = self.hidden_size, self.head_dim, int(self.qkv_bias)
         table = self.vocab_size * hidden
-        biases = hidden * (int(self.output_bias) + int(self.mlp_bias or self.down_bias))
         return Costs(
             query_head=dim * (2 * hidden + bias),
             kv_head=2 * dim * (hidden + bias),
             channel=3 * hidden + 2 * int(self.mlp_bias),
-            layer=2 * hidden + 2 * dim * int(self.qk_norm) + biases,
+            layer=2 * hidden,
+            attention=2 * dim * int(self.qk_norm) + hidden * int(self.output_bias),
+            mlp=hidden * int(self.mlp_bias or self.down_bias),
             outside=table * (1 if self.tied_embeddings else 2) + hidden,
             unread=0 if self.tied_embeddings else table,
             kv_rows=2 * dim,
@@ -223,6 +275,11 @@ class ModelShape:
         )
 
     @property
+    def mixer_parameters(self) -> int:
+        """Parameters of what is beside heads and MLPs, and stays, such as other mixers."""
+        return sum(prod(size) for layer in self.mixers for _, size in layer)
+
+    @property
     def query_head_parameters(self) -> int:
         """Parameters that go with one query head: its rows of q_proj and columns of o_proj."""
         return self.counted.query_head
@@ -248,7 +305,9 @@ class ModelShape:
     def parameters(self, layers: Sequence[LayerShape]) -> int:
         """All parameters of a model with these layers; tied embeddings count once."""
         channels = sum(layer.channels for layer in layers) * self.channel_parameters
-        fixed = self.counted.layer * len(layers) + self.counted.outside
+        costs, attending = self.counted, sum(layer.query_heads > 0 for layer in layers)
+        fixed = costs.layer * len(layers) + costs.attention * attending + costs.outside
+        fixed += costs.mlp * sum(layer.channels > 0 for layer in layers)
         return self.head_parameters(layers) + channels + fixed - self._dropped(layers)
 
     def expert_parameters(self, layers: Sequence[LayerShape]) -> int:
@@ -270,8 +329,20 @@ class ModelShape:
     ) -> int:
         """Bytes of KV cache per token, at `element_bytes` (default: the stored dtype)."""
         size = self.element_bytes if element_bytes is None else element_bytes
-        rows, more = self.counted.kv_rows, self.counted.query_rows
-        return size * sum(rows * layer.kv_heads + more * layer.query_heads for layer in layers)
+        costs = self.counted
+        return size * sum(
+            costs.kv_rows * layer.kv_heads
+            + costs.query_rows * layer.query_heads
+            + costs.layer_rows * (layer.query_heads > 0)
+            for layer in layers
+        )
+
+
+def common_size(layers: Sequence[LayerShape]) -> LayerShape:
+    """The size of layers that are alike: each count as of the first that has such units."""
+    heads = next((layer for layer in layers if layer.query_heads), layers[0])
+    channels = next((layer.channels for layer in layers if layer.channels), 0)
+    return replace(heads, channels=channels)
 
 
 def channel_widths(channels: int, multiple: int) -> tuple[int, ...]:

@@ -33,7 +33,7 @@ from spp_export.planning.allocate.sizes import (
 from spp_export.planning.budget import Budget, Limit, unit_cost
 from spp_export.planning.infeasible import infeasible, uniform_infeasible
 from spp_export.planning.latency import LatencyTable
-from spp_export.planning.plan import LayerPlan
+from spp_export.planning.plan import LayerPlan, only_existing
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,18 +132,19 @@ def compile_units(
         raise PlanError(f"layout is {layout!r}, expected {' or '.join(LAYOUTS)}.")
     if layout == "ragged" and budget.cost == "latency":
         raise PlanError("layout is ragged, and tables of latency have regular layers only.")
-    dense_score = _score(heads, channels, shape.layers)
+    dense_score = _score(heads, channels, shape, shape.layers)
     heads, channels = _splittable(heads, channels, shape, layout, tensor_parallel)
     limit = budget.limit(shape, breadth, latency)
     uniform: UniformChoice | None = None
     bound: float | None = None
     if layout == "uniform":
         uniform = _uniform(heads, channels, shape, budget, limit, accepts)
-        shapes = (uniform.layer,) * shape.num_layers
+        shapes = shape.alike(uniform.layer)
     else:
         shapes, bound = _per_layer(heads, channels, shape, budget, limit)
-    layers = layer_plans(_kept_heads(heads, shape, shapes), _kept_channels(channels, shapes))
-    score = _score(heads, channels, shapes)
+    kept = layer_plans(_kept_heads(heads, shape, shapes), _kept_channels(channels, shapes))
+    layers = only_existing(kept, shape)
+    score = _score(heads, channels, shape, shapes)
     realised = Realised(
         **_figures(shape, budget, limit, shapes),
         score=score,
@@ -230,7 +231,7 @@ def forced_heads(whitelist: Iterable[tuple[int, int]], shape: ModelShape) -> Boo
                 f"layer {layer}: the whitelist holds query head {head} but the model has "
                 f"{shape.num_layers} layers of {shape.query_heads}. Use artifacts of this model."
             )
-        forced[layer, head] = True
+        forced[layer, head] = layer not in shape.without_heads
     return forced
 
 
@@ -271,7 +272,8 @@ def _per_layer(
     if channels is not None:
         widths = np.array(channels.widths)[picks[-1]]
     rows = zip(query.tolist(), groups.tolist(), widths.tolist(), strict=True)
-    return tuple(LayerShape(*row) for row in rows), None if choice.exact else choice.bound
+    shapes = shape.existing([LayerShape(*row) for row in rows])
+    return shapes, None if choice.exact else choice.bound
 
 
 def _candidates(
@@ -280,10 +282,10 @@ def _candidates(
     candidates = []
     if heads is not None:
         costs = head_costs(shape, limit.kind, heads.query_heads, limit.latency)
-        candidates.append(Candidates.of_heads(heads, costs))
+        candidates.append(Candidates.of_heads(heads, costs, shape.has_heads))
     if channels is not None:
         costs = width_costs(shape, channels.widths, limit.latency)
-        candidates.append(Candidates.of_channels(channels, costs))
+        candidates.append(Candidates.of_channels(channels, costs, shape.has_channels))
     return candidates
 
 
@@ -309,16 +311,20 @@ def _kept_channels(
 
 
 def _score(
-    heads: Options | None, channels: ChannelOptions | None, shapes: Sequence[LayerShape]
+    heads: Options | None,
+    channels: ChannelOptions | None,
+    shape: ModelShape,
+    shapes: Sequence[LayerShape],
 ) -> float:
     """Worth of layers of these sizes, of the units that may go."""
     layers, total = np.arange(len(shapes)), 0.0
     if heads is not None:
         groups, count = _counts(heads, shapes)
-        total += float(heads.value[layers, groups - 1, count - 1].sum())
+        worth = heads.value[layers, groups - 1, count - 1]
+        total += float(worth[np.array(shape.has_heads)].sum())
     if channels is not None:
         at = np.searchsorted(channels.widths, [layer.channels for layer in shapes])
-        total += float(channels.value[layers, at].sum())
+        total += float(channels.value[layers, at][np.array(shape.has_channels)].sum())
     return total
 
 
@@ -374,7 +380,7 @@ def cover(
     per_group = kept.reshape(options.value.shape).sum(axis=2)
     groups = np.maximum((per_group > 0).sum(axis=1), 1)
     heads = np.maximum(per_group.max(axis=1), 1)
-    return layer_plans(options.kept(groups, heads))
+    return only_existing(layer_plans(options.kept(groups, heads)), shape)
 
 
 def exactly(kept_LH: ArrayLike, shape: ModelShape, scores_LH: ArrayLike) -> tuple[LayerPlan, ...]:
@@ -386,4 +392,5 @@ def exactly(kept_LH: ArrayLike, shape: ModelShape, scores_LH: ArrayLike) -> tupl
     options = ragged_options(scores_LH, shape, kept)
     per_group = kept.reshape(len(kept), shape.kv_heads, -1).any(axis=2)
     groups, heads = per_group.sum(axis=1), kept.sum(axis=1)
-    return layer_plans(options.kept(np.maximum(groups, 1), np.maximum(heads, 1)))
+    kept_LGg = options.kept(np.maximum(groups, 1), np.maximum(heads, 1))
+    return only_existing(layer_plans(kept_LGg), shape)

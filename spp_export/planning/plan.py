@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -34,7 +34,7 @@ FILL = -1
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
     """What one layer keeps, as ascending indices in the source; `channels` and `experts` None keep
-    them all."""
+    them all. Nothing is listed of units that the layer does not have in the source."""
 
     kv_heads: tuple[int, ...]
     query_heads: tuple[int, ...]
@@ -55,7 +55,7 @@ class LayerPlan:
         group_size: query heads per KV head of the source.
         """
         groups = self._heads_by_group(group_size)
-        widest = max(len(heads) for heads in groups)
+        widest = max(map(len, groups), default=0)
         return tuple(head for heads in groups for head in (*heads, *[FILL] * (widest - len(heads))))
 
     def _heads_by_group(self, group_size: int) -> list[list[int]]:
@@ -154,21 +154,38 @@ class Plan:
 def dense_plan(shape: ModelShape, fingerprint: str, source: str) -> Plan:
     """The plan that keeps everything."""
     layer = LayerPlan(tuple(range(shape.kv_heads)), tuple(range(shape.query_heads)))
-    return Plan(fingerprint, source, "uniform", "none", (layer,) * shape.num_layers)
+    layers = only_existing((layer,) * shape.num_layers, shape)
+    return Plan(fingerprint, source, "uniform", "none", layers)
+
+
+def only_existing(layers: Sequence[LayerPlan], shape: ModelShape) -> tuple[LayerPlan, ...]:
+    """The layers without the units that they do not have in the source."""
+    return tuple(
+        replace(
+            layer,
+            kv_heads=layer.kv_heads if has_heads else (),
+            query_heads=layer.query_heads if has_heads else (),
+            channels=layer.channels if has_channels else (),
+        )
+        for layer, has_heads, has_channels in zip(
+            layers, shape.has_heads, shape.has_channels, strict=True
+        )
+    )
 
 
 def sample_plan(
     dense: Plan, shape: ModelShape, layout: Layout, compensation: Compensation, units: Units
 ) -> Plan:
     """A plan like others of its kind, for what depends on nothing else: where layers may differ,
-    the first has about half of the units."""
+    they have about half of the units."""
     groups, heads = shape.kv_heads, shape.query_heads
     if units != "channels":
         groups = -(-groups // 2)
         heads = groups * shape.group_size if shape.kv_heads > 1 else -(-heads // 2)
     width = None if units == "heads" else tuple(range(-(-shape.channels // 2)))
     first = LayerPlan(tuple(range(groups)), tuple(range(heads)), width)
-    layers = dense.layers if layout == "uniform" else (first, *dense.layers[1:])
+    layers = dense.layers if layout == "uniform" else (first,) * shape.num_layers
+    layers = only_existing(layers, shape)
     return replace(dense, layout=layout, compensation=compensation, layers=layers)
 
 

@@ -15,12 +15,13 @@ from spp_export.common.disk import file_exists, publish_file
 from spp_export.common.documents import Document, Rows, printable, validated
 from spp_export.common.errors import PlanError
 from spp_export.common.json_files import MAX_JSON_BYTES, parse_json, read_bytes, shown
-from spp_export.models.shape import Layout, ModelShape
+from spp_export.models.shape import Layout, ModelShape, common_size
 from spp_export.planning.plan import PROVENANCE, SCHEMA_VERSION, Compensation, LayerPlan, Plan
 
 
 def _ascending(indices: tuple[int, ...]) -> tuple[int, ...]:
-    if problem := _index_problem(indices):
+    # Whether a layer may keep none depends on the model.
+    if indices and (problem := _index_problem(indices)):
         raise ValueError(problem)
     return indices
 
@@ -134,7 +135,7 @@ def validate_plan(plan: Plan, shape: ModelShape, fingerprint: str) -> None:
             f"plan has {len(plan.layers)} layers but the model has {shape.num_layers}. {_AGAIN}"
         )
     for index, layer in enumerate(plan.layers):
-        validate_layer(f"layer {index}", layer, shape, ragged=plan.layout == "ragged")
+        validate_layer(index, layer, shape, ragged=plan.layout == "ragged")
         _check_experts(f"layer {index}", layer, shape, sparse=shape.sparse[index])
     if plan.layout == "uniform":
         _check_uniform(plan, shape)
@@ -146,13 +147,18 @@ def validate_plan(plan: Plan, shape: ModelShape, fingerprint: str) -> None:
 
 
 def validate_layer(
-    place: str, layer: LayerPlan, shape: ModelShape, *, ragged: bool = False
+    index: int, layer: LayerPlan, shape: ModelShape, *, ragged: bool = False
 ) -> None:
-    """PlanError, starting with `place`, unless the layer is in range and whole, and regular where
-    it may not be `ragged`."""
-    _check_range(place, "KV group", layer.kv_heads, shape.kv_heads)
-    _check_range(place, "query head", layer.query_heads, shape.query_heads)
-    if layer.channels is not None:
+    """PlanError unless the layer is in range and whole, and regular where it may not be `ragged`;
+    of units that it does not have in the source it keeps none."""
+    place = f"layer {index}"
+    if index in shape.without_channels:
+        _check_none(place, "MLP channels", layer.channels)
+    if index in shape.without_heads:
+        _check_none(place, "query heads", (*layer.query_heads, *layer.kv_heads))
+    else:
+        _validate_heads(place, layer, shape, ragged=ragged)
+    if layer.channels is not None and index not in shape.without_channels:
         if shape.mlps:
             raise PlanError(
                 f"{place}: plan keeps channels, and of the MLPs of {shape.model_type} models whole "
@@ -160,6 +166,17 @@ def validate_layer(
             )
         _check_range(place, "channel", layer.channels, shape.channels)
 
+
+def _check_none(place: str, units: str, kept: tuple[int, ...] | None) -> None:
+    if kept != ():
+        raise PlanError(
+            f"{place}: plan keeps {units}, and this layer has none that could go. {_AGAIN}"
+        )
+
+
+def _validate_heads(place: str, layer: LayerPlan, shape: ModelShape, *, ragged: bool) -> None:
+    _check_range(place, "KV group", layer.kv_heads, shape.kv_heads)
+    _check_range(place, "query head", layer.query_heads, shape.query_heads)
     size = shape.group_size
     heads_in = Counter(head // size for head in layer.query_heads)
     for head in layer.query_heads:
@@ -216,16 +233,17 @@ def _check_range(place: str, unit: str, indices: tuple[int, ...], count: int) ->
 
 
 def _check_uniform(plan: Plan, shape: ModelShape) -> None:
-    shapes = plan.layer_shapes(shape)
-    for index, layer in enumerate(shapes):
-        if replace(layer, dropped_experts=0) != replace(shapes[0], dropped_experts=0):
+    shapes = [replace(layer, dropped_experts=0) for layer in plan.layer_shapes(shape)]
+    alike = shape.alike(common_size(shapes))
+    for index, (layer, first) in enumerate(zip(shapes, alike, strict=True)):
+        if layer != first:
             raise PlanError(
                 f"layer {index}: plan keeps {layer.query_heads} query heads, {layer.kv_heads} KV "
-                f"heads and {layer.channels} channels but layer 0 keeps {shapes[0].query_heads}, "
-                f"{shapes[0].kv_heads} and {shapes[0].channels}. A uniform layout needs the same "
-                "in every layer; use layout per-layer."
+                f"heads and {layer.channels} channels but the first keeps "
+                f"{first.query_heads}, {first.kv_heads} and {first.channels}. A uniform layout "
+                "needs the same in every layer; use layout per-layer."
             )
-    counts = [count for count in shape.experts_in(shapes) if count]
+    counts = [count for count in shape.experts_in(plan.layer_shapes(shape)) if count]
     if len(set(counts)) > 1:
         raise PlanError(
             f"plan keeps {min(counts)} experts in one layer and {max(counts)} in another. A "

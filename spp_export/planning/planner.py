@@ -72,7 +72,8 @@ class PlanResult:
     @property
     def engines(self) -> tuple[Engine, ...]:
         """Engines that will, or will not, load what the plan describes."""
-        return engines_for(self.plan.written_layout, self.plan.written_shapes(self.shape))
+        layers = self.plan.written_shapes(self.shape)
+        return engines_for(self.shape.model_type, self.plan.written_layout, layers)
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`: `plan` is the document that `--plan` reads."""
@@ -259,6 +260,13 @@ def _check_family(source: Checkpoint, request: PlanRequest) -> None:
         )
     if request.compensate != "none":
         family.refuse((Feature.TRANSPOSED,), "compensation", "Use --compensate none.")
+    if request.policy == "published":
+        family.refuse((Feature.MIXERS, Feature.LATENT), "--policy published", "Use --policy exact.")
+    if source.shape.cached and (request.budget.cost == "kv-bytes" or request.max_kv_bytes):
+        raise PlanError(
+            f"a budget of KV bytes: {family.model_type} caches latents for all heads together, so "
+            "fewer heads cache as much. Plan by --keep or --max-params."
+        )
 
 
 def _check_answerable(session: Session, artifacts: Artifacts, request: PlanRequest) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from spp_export.calibration.cache import LOSS
 from spp_export.calibration.mixture import WeightedTexts, gather_parts
@@ -246,12 +247,23 @@ class Scoring:
             sensitivity: FloatArray = np.ones(source.shape.num_layers)
         else:
             sensitivity = moments.sensitivity(kind)
-        worth, kept = [], []
+        has = source.shape.has_heads if units == "heads" else source.shape.has_channels
+        rows: list[tuple[FloatArray, Any]] = []
         with progress(f"weighing {units}", source.shape.num_layers) as advance_to:
             for layer in range(source.shape.num_layers):
-                stored = source.tensors[f"{source.family.layer_name(layer, module)}.weight"]
-                losses, units_kept = weigh(layer, read_float(stored), moments.blocks(kind, layer))
-                worth.append(-losses * sensitivity[layer])
-                kept.append(units_kept)
+                if has[layer]:
+                    stored = source.tensors[f"{source.family.layer_name(layer, module)}.weight"]
+                    blocks = moments.blocks(kind, layer)
+                    losses, units_kept = weigh(layer, read_float(stored), blocks)
+                    rows.append((-losses * sensitivity[layer], units_kept))
                 advance_to(layer + 1)
-        return np.stack(worth), np.stack(kept)
+        # Of layers without such units nothing is read.
+        worth, kept = (_spread(np.stack(of), has) for of in zip(*rows, strict=True))
+        return worth, kept
+
+
+def _spread(rows: NDArray[Any], has: Sequence[bool]) -> NDArray[Any]:
+    """Rows of the layers that `has` names, among zeros for the others."""
+    whole = np.zeros((len(has), *rows.shape[1:]), rows.dtype)
+    whole[np.array(has)] = rows
+    return whole

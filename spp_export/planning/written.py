@@ -14,11 +14,11 @@ CONSUMERS = {Role.OUTPUT: "attention", Role.DOWN: "mlp"}
 
 
 def loses(layer: LayerPlan, role: Role, shape: ModelShape) -> bool:
-    """Whether a layer's o_proj (OUTPUT) or down_proj (DOWN) loses inputs."""
+    """Whether a layer's o_proj (OUTPUT) or down_proj (DOWN), if it has one, loses inputs."""
     kept = layer.shape(shape)
     if role is Role.OUTPUT:
-        return kept.query_heads < shape.query_heads
-    return role is Role.DOWN and kept.channels < shape.channels
+        return 0 < kept.query_heads < shape.query_heads
+    return role is Role.DOWN and 0 < kept.channels < shape.channels
 
 
 def layers_losing(layers: Iterable[LayerPlan], role: Role, shape: ModelShape) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from spp_export.common.errors import ModelError, PlanError
 from spp_export.models.families import Family, Feature, Role
-from spp_export.models.shape import LayerShape, ModelShape
+from spp_export.models.shape import LayerShape, ModelShape, common_size
 
 # What travels in a per-layer or ragged checkpoint, beside its config.json.
 MODELING_FILES: tuple[Path, ...] = tuple(
@@ -72,7 +72,10 @@ def slim_config(
     config = portable_config(source_config, family.rope_theta, family.rope_by_type)
     config["tie_word_embeddings"] = shape.tied_embeddings
     if family.derived_head_dim != "attention":
-        config["head_dim"] = shape.head_dim
+        config[family.keys.get("head_dim", "head_dim")] = shape.head_dim
+    config |= family.settled
+    for key in [key for key, value in family.settled.items() if value is None]:
+        del config[key]
     if family.experts:
         config |= family.experts.counts(shape.experts)
     settings = config.get("rope_parameters") or {}
@@ -151,7 +154,8 @@ def _check_layers(shape: ModelShape, layers: Sequence[LayerShape], *, ragged: bo
             "Make the plan for this checkpoint."
         )
     for index, layer in enumerate(layers):
-        if not (layer.regular or (ragged and layer.groups)):
+        without = shape.has_heads[index] and not layer.query_heads
+        if without or not (layer.regular or (ragged and layer.groups)):
             raise PlanError(
                 f"layer {index}: {layer.query_heads} query heads over {layer.kv_heads} KV heads is "
                 "not a regular layer; every kept KV group must keep as many query heads. "
@@ -160,13 +164,16 @@ def _check_layers(shape: ModelShape, layers: Sequence[LayerShape], *, ragged: bo
 
 
 def _uniform(family: Family, shape: ModelShape, layers: Sequence[LayerShape]) -> dict[str, Any]:
-    first, sizes = layers[0], [_sizes(layer) for layer in layers]
-    odd = next((index for index, size in enumerate(sizes) if size != sizes[0]), None)
+    first = common_size(layers)
+    alike = shape.alike(first)
+    odd = next((i for i, layer in enumerate(layers) if _sizes(layer) != _sizes(alike[i])), None)
     if odd is not None:
         raise PlanError(
-            f"layer {odd} has {sizes[odd]}, layer 0 has {sizes[0]}; layout 'uniform' "
-            "needs all layers alike. Use layout 'per-layer'."
+            f"layer {odd} has {_sizes(layers[odd])}, the first has {_sizes(first)}; layout "
+            "'uniform' needs all layers alike. Use layout 'per-layer'."
         )
+    if first.query_heads == 0:  # of none that could go
+        first = replace(first, query_heads=shape.query_heads, kv_heads=shape.kv_heads)
     if len(counts := set(shape.experts_in(layers)) - {0}) > 1:
         raise PlanError(
             f"layers have {min(counts)} to {max(counts)} experts; layout 'uniform' needs as many "
@@ -210,7 +217,7 @@ def _per_layer(
         **_per_layer_modules(family, shape, layers),
         **_counts(shape.layer),
         "per_layer_config": {
-            str(index).zfill(digits): _counts(layer)
+            str(index).zfill(digits): _counts(_as_made(layer, index, shape))
             | _experts(family, shape, experts)
             | ({"query_groups": list(layer.query_groups)} if ragged else {})
             for index, (layer, experts) in enumerate(
@@ -231,13 +238,18 @@ def _per_layer_modules(
     modules = [family.attention]
     if family.experts and any(layer.dropped_experts for layer in layers):
         modules += family.experts.modules
+    mlp = family.down.rpartition(".")[0]
     if family.derived_head_dim != "attention":
-        named = {"per_layer_modules": {"layers": "layers", "modules": modules}}
-        return named if family.experts else {}
+        modules += [mlp] if mlp else []
+        listed: dict[str, Any] = {"layers": "layers", "modules": list(dict.fromkeys(modules))}
+        if stays := _staying(family, shape, modules):
+            listed["stays"] = stays
+        usual = listed == {"layers": "layers", "modules": ["self_attn", "mlp"]}
+        return {} if usual and not family.experts else {"per_layer_modules": listed}
     inputs = list(dict.fromkeys((family.query, family.key, family.value)))
     outputs = list(dict.fromkeys(name for name in (family.gate, family.up) if name))
     if "C" in family.wide_norms.values():  # more is as wide as the MLP than its projections
-        modules.append(family.down.rpartition(".")[0])
+        modules.append(mlp)
     return {
         "per_layer_modules": {
             "layers": family.layers.rpartition(".")[2],
@@ -265,6 +277,18 @@ def _for_vllm(
     return keys
 
 
+def _staying(family: Family, shape: ModelShape, modules: Sequence[str]) -> dict[str, list[int]]:
+    """Per module, the layers in which it is something else, of which nothing is cut."""
+    without = [(family.attention, shape.without_heads)]
+    without += [(family.down.rpartition(".")[0], shape.without_channels)]
+    stays = {}
+    for module in modules:
+        layers = [lack for name, lack in without if name == module]
+        if layers and (whole := layers[0].intersection(*layers)):
+            stays[module] = sorted(whole)
+    return stays
+
+
 def _per_head(
     family: Family,
     shape: ModelShape,
@@ -286,6 +310,14 @@ def _counts(layer: LayerShape) -> dict[str, int]:
         "num_key_value_heads": layer.kv_heads,
         "intermediate_size": layer.channels,
     }
+
+
+def _as_made(layer: LayerShape, index: int, shape: ModelShape) -> LayerShape:
+    """A layer with the dense model's counts of units that it does not have: other mixers may be
+    made by these."""
+    if index in shape.without_heads:
+        layer = replace(layer, query_heads=shape.query_heads, kv_heads=shape.kv_heads)
+    return replace(layer, channels=shape.channels) if index in shape.without_channels else layer
 
 
 def _experts(family: Family, shape: ModelShape, count: int) -> dict[str, int]:

@@ -379,7 +379,7 @@ def test_a_builder_that_is_wrong_about_one_weight_is_found(workshop, tmp_path, m
 
     def wrong(tensors, precision):
         read = right(tensors, precision)
-        if not tensors[0].name.endswith("layers.1.self_attn.o_proj.weight"):
+        if not tensors[0].stored.name.endswith("layers.1.self_attn.o_proj.weight"):
             return read
         return lambda: np.roll(read(), 1, axis=0)
 

@@ -109,9 +109,10 @@ def test_ties_follow_the_scenario_least():
 
 
 def test_layers_are_spread_and_fewer_where_they_are_wide():
-    assert sampled_layers(30, 576) == (0, 4, 8, 12, 17, 21, 25, 29)
-    assert sampled_layers(3, 64) == (0, 1, 2)
-    assert sampled_layers(32, 4096) == (0, 31)
+    assert sampled_layers(range(30), 576) == (0, 4, 8, 12, 17, 21, 25, 29)
+    assert sampled_layers(range(3), 64) == (0, 1, 2)
+    assert sampled_layers(range(32), 4096) == (0, 31)
+    assert sampled_layers((3, 7, 11), 64) == (3, 7, 11)
 
 
 def test_the_kept_inputs_are_those_of_the_strongest_heads():

@@ -86,8 +86,11 @@ def test_generation_is_that_of_the_masked_dense_model(pair: Pair) -> None:
     with pair.masked() as masked, torch.no_grad():
         assert bool(masked(**padded(masked)).logits.isfinite().all())
         expected = greedy(masked, use_cache=False).tolist()
+        cached = greedy(masked, use_cache=True).tolist()
+    # Rows with padding are others with a cache in transformers' own MiniMax.
+    assert cached == expected or pair.source.family.model_type == "minimax"
     slim = load(pair.slim)
-    assert greedy(slim, use_cache=True).tolist() == expected
+    assert greedy(slim, use_cache=True).tolist() == cached
     assert greedy(slim, use_cache=False).tolist() == expected
 
 
@@ -116,8 +119,11 @@ def test_parameters_are_those_of_the_stock_model(
     cached = model(tokens(), use_cache=True).past_key_values
     layers = getattr(cached, "layers", None)
     assert layers is not None
+    stored_of_heads = [layer for layer in layers if getattr(layer, "keys", None) is not None]
     assert shape.kv_bytes_per_token(shape.layers, 1) == sum(
-        (layer.keys.shape[1] * layer.keys.shape[3]) * 2 for layer in layers
+        part.shape[1] * part.shape[3]
+        for layer in stored_of_heads
+        for part in (layer.keys, layer.values)
     )
 
 
@@ -148,9 +154,11 @@ def test_only_llamas_and_what_computes_as_they_do_have_no_features() -> None:
     for family in FAMILIES.values():
         assert (family.experts is not None) == (Feature.EXPERTS in family.features)
         assert (family.head_rows != ()) == (Feature.SINKS in family.features)
+        assert (family.mixers is not None) == (Feature.MIXERS in family.features)
+        assert (family.query_inputs != "") == (Feature.LATENT in family.features)
         assert (family.wide_norms != {}) == (Feature.WIDE_NORM in family.features)
         if family.experts:
-            assert len(family.projections) == 4
+            assert len(family.projections) == (3 if Feature.LATENT in family.features else 4)
             continue
         fused = len(family.projections) < (6 if family.gate == "" else 7)
         assert fused == (Feature.FUSED in family.features)

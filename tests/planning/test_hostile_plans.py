@@ -62,10 +62,8 @@ MALFORMED = {
     "the same head twice": layers(query_heads=[1, 1]),
     "heads in another order": layers(query_heads=[1, 0]),
     "heads that are a number": layers(query_heads=2),
-    "no heads": layers(query_heads=[]),
     "channels that are true": layers(channels=True),
     "channels of lists": layers(channels=[[0]]),
-    "no channels": layers(channels=[]),
 }
 # What is a plan, but not of this model.
 MISFITS = {

@@ -69,6 +69,6 @@ def test_layer_count_fingerprint_and_uniform_layout():
     with pytest.raises(PlanError, match="layer 1: plan keeps 6 query heads, 3 KV heads and 10 ch"):
         validate_plan(plan_of(small, DENSE, layout="uniform"), SHAPE, "f")
     thin = replace(small, channels=(0, 3))
-    with pytest.raises(PlanError, match=r"layer 1: .* 2 channels but layer 0 keeps 1, 1 and 10"):
+    with pytest.raises(PlanError, match=r"layer 1: .* 2 channels but the first keeps 1, 1 and 10"):
         validate_plan(plan_of(small, thin, layout="uniform"), SHAPE, "f")
     validate_plan(plan_of(small, thin), SHAPE, "f")

@@ -120,8 +120,8 @@ def test_what_cannot_divide_is_refused():
 
 def test_the_list_of_engines_names_the_cards():
     def how(*layers: LayerShape) -> str:
-        found = {engine.name: engine.how for engine in engines_for("per-layer", layers)}
-        return found["vLLM"]
+        engines = engines_for("llama", "per-layer", layers)
+        return {engine.name: engine.how for engine in engines}["vLLM"]
 
     assert "1, 2, 4 cards" in how(LayerShape(8, 4, 96), LayerShape(4, 2, 48))
     assert "one card" in how(LayerShape(9, 3, 96))

@@ -30,9 +30,8 @@ from factories import (
 from family_models import KNOWN, make_dense, make_slim
 
 from spp_export.models.checkpoint.checkpoint import open_source
-from spp_export.models.engines import VLLM_BACKEND_LACKS, VLLM_CLASS_LACKS
+from spp_export.models.families.served import BACKEND, NOT_BACKEND, PLUGIN, VLLM
 from spp_export.models.shape import ModelShape
-from spp_export.models.vllm import OWN_LAYERS
 from spp_export.planning import LayerPlan, Layout
 
 # The narrowest heads that vLLM's attention on a CPU takes.
@@ -78,12 +77,13 @@ def build_all(out: Path) -> None:
         dense = case.make(out / "dense" / case.name, head_dim=HEAD_DIM)
         check = REFUSED_BIAS if case.name == "qwen3-mqa-bias" else None
         build(out / case.name, dense, random_layers(shape_of(dense), seed), check=check)
-    for family in OWN_LAYERS:
+    for family in sorted(PLUGIN):
         options = {"kv_heads": 4, "query_heads": 8, "head_dim": HEAD_DIM}
         dense = Case(family, family, options).make(out / "dense" / family)
         build_kinds(out, family, dense)
     for name in KNOWN:
-        build_family(out, name)
+        if name in BACKEND | NOT_BACKEND:
+            build_family(out, name)
     build_windows(out)
 
 
@@ -92,17 +92,18 @@ def build_family(out: Path, name: str) -> None:
     dense = make_dense(name, out / "dense" / f"{name}-32", HEAD_DIM, **OTHERWISE.get(name, {}))
     source = open_source(dense)
     family = source.family
-    # vLLM looks at the experts of phimoe without an end.
-    layouts: dict[Layout, list[str]] = {"per-layer": [] if name == "phimoe" else ["backend"]}
+    ways: dict[Layout, str] = {"per-layer": "backend"}
     if not family.derived_head_dim or family.keys.get("intermediate_size", "any"):
-        layouts["uniform"] = ["backend" if name in VLLM_CLASS_LACKS else "stock"]
-    for layout, ways in layouts.items():
+        ways["uniform"] = "stock" if name in VLLM else "backend"
+    for layout, way in ways.items():
         slim = make_slim(source, layout, out / f"{name}-of-family-{layout}")
         shapes = [layer.shape(source.shape) for layer in slim.plan.layers]
-        lacking = ways == ["backend"] and name in VLLM_BACKEND_LACKS
-        refused = dict.fromkeys(ways, "") if lacking else {}
-        check = Check([] if lacking else ways, refused, source.shape.kv_bytes_per_token(shapes, 4))
-        check.write(slim.slim)
+        lacking = way == "backend" and name in NOT_BACKEND
+        # vLLM looks at the experts of phimoe without an end.
+        refused = {way: ""} if lacking and name != "phimoe" else {}
+        check = Check([] if lacking else [way], refused)
+        planned = source.shape.kv_bytes_per_token(shapes, 4)
+        replace(check, kv_bytes_per_token=planned).write(slim.slim)
 
 
 def build_kinds(out: Path, family: str, dense: Path) -> None:

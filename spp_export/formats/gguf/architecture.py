@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from spp_export.common.errors import ModelError
-from spp_export.formats.settings import settings_of
+from spp_export.formats.settings import rotation, settings_of
 from spp_export.models.checkpoint.checkpoint import Checkpoint
 
 Name = Literal["llama", "deci", "qwen2", "qwen3", "openelm"]
@@ -73,7 +73,8 @@ def _stock_qwen2(decoder: Checkpoint) -> bool:
     shape = decoder.shape
     width = decoder.layers[0].query_heads * shape.head_dim
     extra = shape.output_bias or shape.mlp_bias or shape.down_bias
-    return width == shape.hidden_size and not extra and settings_of(decoder).rotary_type != "llama3"
+    kind = rotation(settings_of(decoder), decoder.family, shape.head_dim).kind
+    return width == shape.hidden_size and not extra and kind != "llama3"
 
 
 def _normalised(decoder: Checkpoint) -> Name:

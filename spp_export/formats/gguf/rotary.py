@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from spp_export.common.errors import ModelError
 from spp_export.formats.gguf.architecture import Architecture
 from spp_export.formats.gguf.values import Metadata, count, real, text
-from spp_export.formats.settings import rotary_frequencies, settings_of
+from spp_export.formats.settings import Rotation, rotation, settings_of
 from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.slicing.config import portable_config
 
@@ -33,7 +33,8 @@ def rotary_metadata(decoder: Checkpoint, architecture: Architecture) -> Metadata
         f"{name}.rope.dimension_count": count(dim),
         f"{name}.rope.freq_base": real(theta),
     }
-    kind = settings.rotary_type
+    turned = _rotation(decoder)
+    kind = turned.kind
     plain = theta ** (-np.arange(0, dim, 2) / dim)
     if kind == "default":
         _compare(decoder, plain, 1.0)
@@ -56,17 +57,24 @@ def rotary_metadata(decoder: Checkpoint, architecture: Architecture) -> Metadata
     return metadata
 
 
+def _rotation(decoder: Checkpoint) -> Rotation:
+    return rotation(settings_of(decoder), decoder.family, decoder.shape.head_dim)
+
+
 def frequency_factors(decoder: Checkpoint) -> NDArray[np.float32] | None:
     """What the plain frequencies are divided by [head_dim / 2], for a scaling given that way."""
-    settings = settings_of(decoder)
-    if settings.rotary_type != "llama3":
+    turned = _rotation(decoder)
+    if turned.kind != "llama3":
         return None
     config, dim = portable_config(decoder.config), decoder.shape.head_dim
     plain = float(config["rope_theta"]) ** (-np.arange(0, dim, 2) / dim)
-    scaled, attention = rotary_frequencies(settings, decoder.family)
-    if attention != 1.0:
-        raise ModelError(f"GGUF: llama3 scaling with attention factor {attention} is not known.")
-    factors: NDArray[np.float32] = (plain / scaled).astype(np.float32)
+    if turned.factor != 1.0:
+        raise ModelError(
+            f"GGUF: llama3 scaling with attention factor {turned.factor} is not known."
+        )
+    factors: NDArray[np.float32] = (plain / turned.frequencies.astype(np.float64)).astype(
+        np.float32
+    )
     return factors
 
 
@@ -93,13 +101,13 @@ def _yarn(plain: Floats, theta: float, factor: float, original: int) -> Floats:
 
 
 def _compare(decoder: Checkpoint, frequencies: Floats, attention: float) -> None:
-    settings = settings_of(decoder)
-    expected, scale = rotary_frequencies(settings, decoder.family)
+    turned = _rotation(decoder)
+    expected = turned.frequencies.astype(np.float64)
     same = expected.shape == frequencies.shape and np.allclose(
         expected, frequencies, rtol=_TOLERANCE, atol=0
     )
-    if not same or not math.isclose(scale, attention, rel_tol=_TOLERANCE):
+    if not same or not math.isclose(turned.factor, attention, rel_tol=_TOLERANCE):
         raise ModelError(
-            f"GGUF: rotary scaling {settings.rotary_type!r:.40} has settings that "
+            f"GGUF: rotary scaling {turned.kind!r:.40} has settings that "
             "llama.cpp takes otherwise than transformers does. Export safetensors or ONNX."
         )

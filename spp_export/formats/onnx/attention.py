@@ -5,14 +5,17 @@ A form is made once per graph, with what all layers share: masks, lengths, rotar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from spp_export.formats.onnx.options import Attention
+from spp_export.formats.onnx.norms import Norms
+from spp_export.formats.onnx.options import INSIDE_MULTIPLE, Attention
 from spp_export.formats.onnx.recorder import BATCH, MICROSOFT, SEQUENCE, TOTAL, Recorder
+from spp_export.formats.settings import Settings
 from spp_export.models.shape import LayerShape
 
 if TYPE_CHECKING:
@@ -23,22 +26,51 @@ LEFT_PADDING_GUARD = "left_padding_needs_gqa_bias"
 
 
 @dataclass(frozen=True)
-class AttentionInputs:
-    """What one layer's attention reads.
+class Rotary:
+    """A rotary embedding of the first `size` elements of a head, by tables [positions, size/2]."""
 
-    packed          [B, S, (H + 2G) D], queries, keys and values side by side
+    cos: ir.Value
+    sin: ir.Value
+    size: int
+    interleaved: bool
+
+
+@dataclass(frozen=True)
+class HeadNorms:
+    """Norms of queries and of keys, by modules of the checkpoint; "" has no weights. `wide`: of all
+    heads at once."""
+
+    norms: Norms
+    query: str
+    key: str
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What one layer's attention does with its packed projection, which is [B, S, (H + 2G) D]:
+    queries, keys and values side by side.
+
     past            key and value so far, each [B, G, past, D]
-    norms           weights [D] of the q and k norms, where the family has them
+    slopes          of a bias by distance, for each query head; empty is none
     """
 
-    packed: ir.Value
     past: tuple[ir.Value, ir.Value]
-    norms: tuple[ir.Value, ir.Value] | None
     layer: LayerShape
     head_dim: int
+    settings: Settings
     window: int | None
-    epsilon: float
+    rotary: Rotary | None
+    slopes: tuple[float, ...]
+    norms: HeadNorms | None
     name: str
+
+    @property
+    def apart(self) -> bool:
+        """Whether something is done to queries, keys or values by themselves."""
+        return bool(
+            self.norms or self.settings.clip is not None or self.settings.computed.query_factor
+        )
 
 
 # Attention's output [B, S, H D], and key and value with the new tokens.
@@ -48,18 +80,19 @@ Attended = tuple[Any, Any, Any]
 class Form(Protocol):
     """One way to write attention."""
 
-    def __call__(self, inputs: AttentionInputs) -> Attended: ...
+    def __call__(self, packed: ir.Value, inputs: AttentionInputs) -> Attended: ...
+
+    def positions(self) -> Any:
+        """The place of every new token in its text: [B, S]."""
 
 
 @dataclass(frozen=True)
 class Shared:
-    """Graph inputs and tables that every layer uses."""
+    """Graph inputs that every layer uses."""
 
     input_ids: ir.Value
     attention_mask: ir.Value
     position_ids: ir.Value | None
-    cos: ir.Value
-    sin: ir.Value
 
 
 def attention_form(form: Attention, g: Recorder, shared: Shared) -> Form:
@@ -77,7 +110,9 @@ class _Grouped:
 
     def __init__(self, g: Recorder, shared: Shared) -> None:
         self._g, self._shared = g, shared
-        real = g.op(
+        self._positions: Any = None
+        self._distance: Any = None
+        self._real = real = g.op(
             "ReduceSum",
             [shared.attention_mask, g.constant([1], "axis_1")],
             "mask/real_tokens",
@@ -114,18 +149,63 @@ class _Grouped:
             dtype="INT64",
         )
 
-    def __call__(self, inputs: AttentionInputs) -> Attended:
-        g, shared = self._g, self._shared
-        queries: list[Any] = [inputs.packed, None, None]
-        if inputs.norms:
-            queries = list(_normed(g, inputs))
-        return _group_query_attention(
-            g,
-            inputs,
-            [*queries, *inputs.past, self._last, self._total, shared.cos, shared.sin],
-            do_rotary=1,
-            **({} if inputs.window is None else {"local_window_size": inputs.window}),
-        )
+    def positions(self) -> Any:
+        """By the lengths of the rows: after what was read before, or from the beginning, for rows
+        that are padded behind."""
+        if self._positions is None:
+            g = self._g
+            length = g.op(
+                "Shape", [self._shared.input_ids], "mask/length", [1], dtype="INT64", start=1, end=2
+            )
+            before = g.op("Sub", [self._real, length], "mask/before", [BATCH], dtype="INT64")
+            none = g.constant(0, "zero")
+            before = g.op("Max", [before, none], "mask/read_before", [BATCH], dtype="INT64")
+            column = g.op(
+                "Unsqueeze",
+                [before, g.constant([1], "axis_1")],
+                "mask/read_before_column",
+                [BATCH, 1],
+                dtype="INT64",
+            )
+            count = g.op("Squeeze", [length], "mask/length_scalar", [], dtype="INT64")
+            new = g.op(
+                "Range",
+                [none, count, g.constant(1, "one")],
+                "mask/new",
+                [SEQUENCE],
+                dtype="INT64",
+            )
+            shape: list[int | str] = [BATCH, SEQUENCE]
+            self._positions = g.op("Add", [column, new], "positions", shape, dtype="INT64")
+        return self._positions
+
+    def __call__(self, packed: Any, inputs: AttentionInputs) -> Attended:
+        g, rotary = self._g, inputs.rotary
+        queries: list[Any] = [packed, None, None]
+        # The operator's own rotary takes positions from the lengths.
+        inside = rotary is not None and not rotary.size % INSIDE_MULTIPLE
+        attributes: dict[str, Any] = {"do_rotary": int(inside)}
+        if inputs.apart or (rotary and not inside):
+            queries = list(_prepared(g, packed, inputs, self.positions))
+        tables: list[Any] = [None, None]
+        if rotary and inside:
+            tables = [rotary.cos, rotary.sin]
+            attributes |= {"rotary_interleaved": 1} if rotary.interleaved else {}
+        elif rotary:
+            queries[:2] = _rotated(g, queries[:2], inputs, self.positions())
+        if inputs.window is not None:
+            attributes["local_window_size"] = inputs.window
+        values = [*queries, *inputs.past, self._last, self._total, *tables]
+        if inputs.slopes:
+            values += [None, self._bias(inputs)]
+        return _group_query_attention(g, inputs, values, **attributes)
+
+    def _bias(self, inputs: AttentionInputs) -> Any:
+        """By distance, in columns of the cache [1, H, S, T]: rows are padded behind, if at all."""
+        if self._distance is None:
+            self._distance = _Columns(self._g, self._shared).distance()
+        shape: list[int | str] = [1, inputs.layer.query_heads, SEQUENCE, TOTAL]
+        return _by_distance(self._g, self._distance, inputs, shape)
 
 
 class _GroupedWithBias:
@@ -147,31 +227,20 @@ class _GroupedWithBias:
         )
         self._last = g.op("Expand", [last, batch], "seqlens_k", [BATCH], dtype="INT32")
 
-    def __call__(self, inputs: AttentionInputs) -> Attended:
-        g, shared = self._g, self._shared
-        query, key, value = _normed(g, inputs) if inputs.norms else _split(g, inputs)
-        rotated = [
-            g.op(
-                "RotaryEmbedding",
-                [part, shared.position_ids, shared.cos, shared.sin],
-                f"{inputs.name}/rotated_{name}",
-                [BATCH, SEQUENCE, heads * inputs.head_dim],
-                domain=MICROSOFT,
-            )
-            for part, name, heads in (
-                (query, "query", inputs.layer.query_heads),
-                (key, "key", inputs.layer.kv_heads),
-            )
-        ]
-        return _group_query_attention(
-            g,
-            inputs,
-            [
-                *(*rotated, value, *inputs.past, self._last, self._total),
-                *(None, None, None, self._masks.bias(inputs.window)),
-            ],
-            do_rotary=0,
-        )
+    def positions(self) -> Any:
+        """A graph input."""
+        return self._shared.position_ids
+
+    def __call__(self, packed: Any, inputs: AttentionInputs) -> Attended:
+        g = self._g
+        *pair, value = _prepared(g, packed, inputs, self.positions)
+        if inputs.rotary:
+            pair = _rotated(g, pair, inputs, self.positions())
+        bias = self._masks.bias(inputs.window)
+        if inputs.slopes:
+            bias = self._masks.with_distance(bias, inputs)
+        values = [*pair, value, *inputs.past, self._last, self._total, None, None, None, bias]
+        return _group_query_attention(g, inputs, values, do_rotary=0)
 
 
 class _Standard:
@@ -180,36 +249,49 @@ class _Standard:
     def __init__(self, g: Recorder, shared: Shared) -> None:
         self._g, self._shared, self._masks = g, shared, _Masks(g, shared)
 
-    def __call__(self, inputs: AttentionInputs) -> Attended:
-        g, shared, layer, dim = self._g, self._shared, inputs.layer, inputs.head_dim
-        query, key, value = _normed(g, inputs) if inputs.norms else _split(g, inputs)
-        rotated = [
-            g.op(
-                "RotaryEmbedding",
-                [part, shared.cos, shared.sin, shared.position_ids],
-                f"{inputs.name}/rotated_{name}",
-                [BATCH, SEQUENCE, heads * dim],
-                num_heads=heads,
-            )
-            for part, name, heads in (
-                (query, "query", layer.query_heads),
-                (key, "key", layer.kv_heads),
-            )
-        ]
+    def positions(self) -> Any:
+        """A graph input."""
+        return self._shared.position_ids
+
+    def __call__(self, packed: Any, inputs: AttentionInputs) -> Attended:
+        g, layer, dim, rotary = self._g, inputs.layer, inputs.head_dim, inputs.rotary
+        *pair, value = _prepared(g, packed, inputs, self.positions)
+        if rotary:
+            more = _turning(rotary, dim)
+            pair = [
+                g.op(
+                    "RotaryEmbedding",
+                    [part, rotary.cos, rotary.sin, self.positions()],
+                    f"{inputs.name}/rotated_{name}",
+                    [BATCH, SEQUENCE, heads * dim],
+                    num_heads=heads,
+                    **more,
+                )
+                for part, name, heads in _heads(pair, inputs)
+            ]
+        settings = inputs.settings
+        mask = self._masks.allowed(inputs.window)
+        if inputs.slopes:
+            mask = self._masks.with_distance(self._masks.bias(inputs.window), inputs)
+        factors: dict[str, Any] = {}
+        if settings.score_cap is not None:
+            factors["softcap"] = settings.score_cap
+        if settings.scores != dim**-0.5:
+            factors["scale"] = settings.scores
         attended, new_key, new_value = g.ops(
             "Attention",
-            [*rotated, value, self._masks.allowed(inputs.window), *inputs.past],
+            [*pair, value, mask, *inputs.past],
             inputs.name,
             _attended_shapes(inputs),
             q_num_heads=layer.query_heads,
             kv_num_heads=layer.kv_heads,
+            **factors,
         )
         return attended, new_key, new_value
 
 
-class _Masks:
-    """Which keys a query sees: real ones, not after it, inside the window; and itself always, so
-    that no row of padding is empty, which would give NaN."""
+class _Columns:
+    """The columns of keys, and those of the new tokens among them."""
 
     def __init__(self, g: Recorder, shared: Shared) -> None:
         self._g = g
@@ -225,17 +307,33 @@ class _Masks:
         ]
         past = g.op("Sub", scalars, "mask/past", [], dtype="INT64")
         zero, unit = g.constant(0, "zero"), g.constant(1, "one")
-        self._mask = shared.attention_mask
         queries = g.op("Range", [past, scalars[0], unit], "mask/queries", [SEQUENCE], dtype="INT64")
-        self._columns = queries
-        self._query = g.op(
+        self.queries = queries
+        self.query = g.op(
             "Unsqueeze",
             [queries, g.constant([1], "axis_1")],
             "mask/query_column",
             [SEQUENCE, 1],
             dtype="INT64",
         )
-        self._key = g.op("Range", [zero, scalars[0], unit], "mask/keys", [TOTAL], dtype="INT64")
+        self.key = g.op("Range", [zero, scalars[0], unit], "mask/keys", [TOTAL], dtype="INT64")
+
+    def distance(self) -> Any:
+        """From a query to every key, below zero for those before it: [S, T]."""
+        return _distance(self._g, self.key, self.query, [SEQUENCE, TOTAL])
+
+
+class _Masks:
+    """Which keys a query sees: real ones, not after it, inside the window; and itself always, so
+    that no row of padding is empty, which would give NaN."""
+
+    def __init__(self, g: Recorder, shared: Shared) -> None:
+        self._g = g
+        columns = _Columns(g, shared)
+        self._columns, self._query, self._key = columns.queries, columns.query, columns.key
+        self._mask = shared.attention_mask
+        self._counted: tuple[Any, Any] | None = None
+        self._distance: Any = None
         real = g.op(
             "Cast", [shared.attention_mask], "mask/real", [BATCH, TOTAL], dtype="BOOL", to=_BOOL
         )
@@ -295,17 +393,8 @@ class _Masks:
 
         Positions count real tokens: padding may stand between a prompt and what follows it.
         """
-        g, unit = self._g, self._g.constant(1, "one")
-        counted = g.op(
-            "CumSum",
-            [self._mask, unit],
-            "mask/real_so_far",
-            [BATCH, TOTAL],
-            dtype="INT64",
-        )
-        own = g.op(
-            "Gather", [counted, self._columns], "mask/own", [BATCH, SEQUENCE], dtype="INT64", axis=1
-        )
+        g = self._g
+        counted, own = self._real_tokens()
         first = g.op(
             "Sub",
             [own, g.constant(window, f"window_{window}")],
@@ -335,10 +424,69 @@ class _Masks:
             dtype="BOOL",
         )
 
+    def _real_tokens(self) -> tuple[Any, Any]:
+        """How many real tokens there are up to every key [B, T] and up to every query [B, S]."""
+        if self._counted is None:
+            g, unit = self._g, self._g.constant(1, "one")
+            counted = g.op(
+                "CumSum",
+                [self._mask, unit],
+                "mask/real_so_far",
+                [BATCH, TOTAL],
+                dtype="INT64",
+            )
+            own = g.op(
+                "Gather",
+                [counted, self._columns],
+                "mask/own",
+                [BATCH, SEQUENCE],
+                dtype="INT64",
+                axis=1,
+            )
+            self._counted = counted, own
+        return self._counted
+
+    def with_distance(self, bias: Any, inputs: AttentionInputs) -> Any:
+        """A mask [B, 1, S, T] and the layer's bias by distance in real tokens: [B, H, S, T]."""
+        g = self._g
+        if self._distance is None:
+            counted, own = self._real_tokens()
+            shapes: list[list[int | str]] = [[BATCH, 1, 1, TOTAL], [BATCH, 1, SEQUENCE, 1]]
+            key, query = (
+                g.op(
+                    "Unsqueeze",
+                    [value, g.constant(axes, f"axes_{axes[0]}_{axes[1]}")],
+                    f"mask/{name}_of_distance",
+                    shape,
+                    dtype="INT64",
+                )
+                for value, axes, name, shape in zip(
+                    (counted, own), ([1, 2], [1, 3]), ("key", "query"), shapes, strict=True
+                )
+            )
+            self._distance = _distance(g, key, query, [BATCH, 1, SEQUENCE, TOTAL])
+        shape: list[int | str] = [BATCH, inputs.layer.query_heads, SEQUENCE, TOTAL]
+        more = _by_distance(g, self._distance, inputs, shape)
+        return g.op("Add", [bias, more], f"{inputs.name}/bias", shape)
+
+
+def _distance(g: Recorder, key: Any, query: Any, shape: list[int | str]) -> Any:
+    whole = g.op("Sub", [key, query], "mask/distance", shape, dtype="INT64")
+    return g.op("Cast", [whole], "mask/distance_float", shape, to=int(g.dtype))
+
+
+def _by_distance(g: Recorder, distance: Any, inputs: AttentionInputs, shape: Any) -> Any:
+    """The bias of scores by distance, of the shape [B or 1, H, S, T]."""
+    slopes = np.asarray(inputs.slopes, np.float32)[None, :, None, None]
+    values = [distance, g.numbers(slopes, f"{inputs.name}/slopes")]
+    return g.op("Mul", values, f"{inputs.name}/distance", shape)
+
 
 def _group_query_attention(
     g: Recorder, inputs: AttentionInputs, values: list[Any], **attributes: Any
 ) -> Attended:
+    cap = inputs.settings.score_cap
+    attributes |= {} if cap is None else {"softcap": cap}
     attended, key, value = g.ops(
         "GroupQueryAttention",
         values,
@@ -347,7 +495,7 @@ def _group_query_attention(
         domain=MICROSOFT,
         num_heads=inputs.layer.query_heads,
         kv_num_heads=inputs.layer.kv_heads,
-        scale=float(inputs.head_dim**-0.5),
+        scale=inputs.settings.scores,
         **attributes,
     )
     return attended, key, value
@@ -363,13 +511,13 @@ def _attended_shapes(inputs: AttentionInputs) -> list[tuple[str, list[int | str]
     ]
 
 
-def _split(g: Recorder, inputs: AttentionInputs) -> tuple[Any, Any, Any]:
+def _split(g: Recorder, packed: Any, inputs: AttentionInputs) -> tuple[Any, Any, Any]:
     dim = inputs.head_dim
     widths = [inputs.layer.query_heads * dim, *[inputs.layer.kv_heads * dim] * 2]
     sizes = g.constant(widths, f"{inputs.name}/widths")
     query, key, value = g.ops(
         "Split",
-        [inputs.packed, sizes],
+        [packed, sizes],
         f"{inputs.name}/split",
         [
             (f"{inputs.name}/{part}", [BATCH, SEQUENCE, width])
@@ -380,37 +528,93 @@ def _split(g: Recorder, inputs: AttentionInputs) -> tuple[Any, Any, Any]:
     return query, key, value
 
 
-def _normed(g: Recorder, inputs: AttentionInputs) -> tuple[Any, Any, Any]:
-    """Queries and keys normalised head by head, values as they are."""
-    assert inputs.norms is not None
-    query, key, value = _split(g, inputs)
-    heads = (inputs.layer.query_heads, inputs.layer.kv_heads)
-    normed = []
-    for part, weight, count, name in zip((query, key), inputs.norms, heads, "qk", strict=True):
-        dim = inputs.head_dim
-        apart = g.op(
-            "Reshape",
-            [part, g.constant([0, 0, count, dim], f"heads_{count}")],
-            f"{inputs.name}/{name}_heads",
-            [BATCH, SEQUENCE, count, dim],
+def _prepared(
+    g: Recorder, packed: Any, inputs: AttentionInputs, positions: Callable[[], Any]
+) -> tuple[Any, Any, Any]:
+    """Queries, keys and values apart, with all that is done to them but for their rotation."""
+    clip, norms = inputs.settings.clip, inputs.norms
+    if clip is not None:
+        ends = [g.number(value, name) for value, name in ((-clip, "clip_low"), (clip, "clip_high"))]
+        width = (inputs.layer.query_heads + 2 * inputs.layer.kv_heads) * inputs.head_dim
+        packed = g.op("Clip", [packed, *ends], f"{inputs.name}/clipped", [BATCH, SEQUENCE, width])
+    query, key, value = _split(g, packed, inputs)
+    if norms:
+        modules = (norms.query, norms.key)
+        pair = zip(_heads((query, key), inputs), "qk", modules, strict=True)
+        query, key = (
+            _normed(g, part, norms, module, (inputs, heads, letter))
+            for (part, _, heads), letter, module in pair
         )
-        scaled = g.op(
-            "RMSNormalization",
-            [apart, weight],
-            f"{inputs.name}/{name}_norm",
-            [BATCH, SEQUENCE, count, dim],
-            axis=-1,
-            epsilon=inputs.epsilon,
+    factor = inputs.settings.computed.query_factor
+    if factor:
+        query = _scaled_by_place(g, query, inputs, factor, positions())
+    return query, key, value
+
+
+def _heads(pair: Sequence[Any], inputs: AttentionInputs) -> Iterator[tuple[Any, str, int]]:
+    """Queries and keys, each with its name and its number of heads."""
+    counts = (inputs.layer.query_heads, inputs.layer.kv_heads)
+    yield from zip(pair, ("query", "key"), counts, strict=True)
+
+
+def _normed(
+    g: Recorder, part: Any, norms: HeadNorms, module: str, of: tuple[AttentionInputs, int, str]
+) -> Any:
+    """Queries or keys normalised head by head, or all at once."""
+    inputs, count, letter = of
+    name, dim = inputs.name, inputs.head_dim
+    if norms.wide:
+        return norms.norms(part, module, f"{name}/{letter}_norm", [BATCH, SEQUENCE, count * dim])
+    shape: list[int | str] = [BATCH, SEQUENCE, count, dim]
+    sizes = g.constant([0, 0, count, dim], f"heads_{count}")
+    apart = g.op("Reshape", [part, sizes], f"{name}/{letter}_heads", shape)
+    scaled = norms.norms(apart, module, f"{name}/{letter}_norm", shape)
+    return g.op(
+        "Reshape",
+        [scaled, g.constant([0, 0, count * dim], f"flat_{count}")],
+        f"{name}/{letter}_normed",
+        [BATCH, SEQUENCE, count * dim],
+    )
+
+
+def _scaled_by_place(
+    g: Recorder, query: Any, inputs: AttentionInputs, factor: Callable[[Any, Any], Any], at: Any
+) -> Any:
+    """Queries times the factor of their position."""
+    settings = inputs.settings
+    table: NDArray[Any] = factor(settings.stock, np.arange(settings.context_length))
+    rows = g.numbers(np.asarray(table, np.float32)[:, None], "query_factors")
+    shape: list[int | str] = [BATCH, SEQUENCE, 1]
+    factors = g.op("Gather", [rows, at], f"{inputs.name}/factors", shape)
+    width = inputs.layer.query_heads * inputs.head_dim
+    return g.op("Mul", [query, factors], f"{inputs.name}/q_scaled", [BATCH, SEQUENCE, width])
+
+
+def _rotated(g: Recorder, pair: Sequence[Any], inputs: AttentionInputs, at: Any) -> list[Any]:
+    """Queries and keys, rotated by Microsoft's operator."""
+    rotary, dim = inputs.rotary, inputs.head_dim
+    assert rotary is not None
+    return [
+        g.op(
+            "RotaryEmbedding",
+            [part, at, rotary.cos, rotary.sin],
+            f"{inputs.name}/rotated_{name}",
+            [BATCH, SEQUENCE, heads * dim],
+            domain=MICROSOFT,
+            **_turning(rotary, dim, {"num_heads": heads}),
         )
-        normed.append(
-            g.op(
-                "Reshape",
-                [scaled, g.constant([0, 0, count * dim], f"flat_{count}")],
-                f"{inputs.name}/{name}_normed",
-                [BATCH, SEQUENCE, count * dim],
-            )
-        )
-    return normed[0], normed[1], value
+        for part, name, heads in _heads(pair, inputs)
+    ]
+
+
+def _turning(
+    rotary: Rotary, head_dim: int, where_partial: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """Attributes of an operator that rotates: those that are not as by default."""
+    partial: dict[str, Any] = {}
+    if rotary.size != head_dim:
+        partial = {"rotary_embedding_dim": rotary.size, **(where_partial or {})}
+    return partial | ({"interleaved": 1} if rotary.interleaved else {})
 
 
 def _total_length(g: Recorder, shared: Shared) -> Any:

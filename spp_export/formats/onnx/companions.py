@@ -20,6 +20,8 @@ _PER_LAYER_KEYS = (
     "serialize_explicit_per_layer_config",
     "base_architecture",
     "biased_projections",
+    "per_layer_modules",
+    "per_head",
 )
 # Names that genai knows, and what it takes where the model does not say.
 _SEARCH = {
@@ -46,21 +48,27 @@ def onnx_config(
     `context_length` is in tokens. Keys are sorted, so equal arguments give equal JSON. Raises
     ModelError for a config that contradicts itself.
     """
-    config = portable_config(checkpoint_config)
+    config = portable_config(checkpoint_config, family.rope_theta, family.rope_by_type)
     for key in _PER_LAYER_KEYS:
         config.pop(key, None)
     counts = shape.layer if layout == "per-layer" else layers[0]
+    sizes = {
+        "hidden_size": shape.hidden_size,
+        "num_hidden_layers": shape.num_layers,
+        "max_position_embeddings": context_length,
+        "num_attention_heads": _scalar_heads(shape, layout),
+        "num_key_value_heads": counts.kv_heads,
+        "intermediate_size": counts.channels,
+    }
+    named = {family.keys.get(key, ""): size for key, size in sizes.items()}
+    config |= sizes | {key: size for key, size in named.items() if key}
     config |= {
         "model_type": family.model_type,
         "architectures": [family.architecture],
         "dtype": options.torch_dtype,
         "torch_dtype": options.torch_dtype,
         "head_dim": shape.head_dim,
-        "max_position_embeddings": context_length,
         "tie_word_embeddings": shape.tied_embeddings,
-        "num_attention_heads": _scalar_heads(shape, layout),
-        "num_key_value_heads": counts.kv_heads,
-        "intermediate_size": counts.channels,
         "num_attention_heads_per_layer": [layer.query_heads for layer in layers],
         "num_key_value_heads_per_layer": [layer.kv_heads for layer in layers],
         "intermediate_size_per_layer": [layer.channels for layer in layers],
@@ -78,17 +86,19 @@ def genai_config(
     head_dim: int,
     options: OnnxOptions,
     stop: Sequence[int],
+    kind: str,
 ) -> dict[str, Any]:
     """genai_config.json for onnxruntime-genai 0.15 or newer, from `onnx_config`'s result.
 
-    `stop` are the tokens that end an answer, the only ones that the runtime stops at.
+    `stop` are the tokens that end an answer, the only ones that the runtime stops at; `kind` is
+    what it calls the model.
     The scalar head counts are the largest of any layer; the runtime takes every layer's own KV
     heads from the shapes of the graph's inputs. A sliding window is not mentioned: the graph masks
     by itself, over a KV cache of full length, and the section would ask for a cache that slides.
     """
     context = config["max_position_embeddings"]
     model: dict[str, Any] = {
-        "type": config["model_type"],
+        "type": kind,
         "vocab_size": config["vocab_size"],
         "context_length": context,
         "decoder": _decoder(config, layers, head_dim, options),

@@ -12,10 +12,9 @@ from spp_export.formats.card import onnx_card
 from spp_export.formats.dequantised import write_dequantised
 from spp_export.formats.format import CardFacts, Comparison, FileChecks, ModelFiles
 from spp_export.formats.onnx.engines import onnx_engines
-from spp_export.formats.onnx.options import OnnxOptions
+from spp_export.formats.onnx.options import OnnxOptions, onnx_settings
 from spp_export.formats.onnx.read import GraphWeights
 from spp_export.formats.onnx.write import write_onnx
-from spp_export.formats.settings import settings_of
 from spp_export.models.checkpoint.checkpoint import Checkpoint, open_checkpoint, read_config
 from spp_export.models.checkpoint.reader import read_float
 from spp_export.planning import Plan
@@ -30,7 +29,7 @@ class OnnxFiles(ModelFiles):
     nbytes: Mapping[str, int] = {}
 
     def __init__(self, options: OnnxOptions, checkpoint: Checkpoint, plan: Plan) -> None:
-        settings_of(checkpoint)  # which refuses what no graph can express
+        onnx_settings(checkpoint)  # which refuses what no graph can express
         self._options, self._base = options, plan.model_source
         self.engines = onnx_engines(checkpoint.layout, **options.to_dict())
         reason = options.reason(checkpoint.shape)

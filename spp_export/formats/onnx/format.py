@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from spp_export.formats.format import FileChecks, Format, Library, ModelFiles, Promise, RunningModel
 from spp_export.formats.onnx.engines import onnx_engines
-from spp_export.formats.onnx.options import ATTENTIONS, PRECISIONS, OnnxOptions
+from spp_export.formats.onnx.options import ATTENTIONS, KNOWN, PRECISIONS, OnnxOptions
 from spp_export.models.engines import Engine
 
 if TYPE_CHECKING:
     from spp_export.models.checkpoint.checkpoint import Checkpoint
-    from spp_export.models.shape import LayerShape
+    from spp_export.models.families import Family
+    from spp_export.models.shape import LayerShape, Layout
     from spp_export.planning import Plan
 
 
@@ -37,6 +38,12 @@ class Onnx(Format[OnnxOptions]):
     )
     required = ("onnx", "onnx_ir", "onnxruntime")
     runs = ("onnxruntime",)
+
+    def refusal(self, family: Family, layout: Layout) -> str | None:
+        from spp_export.formats.settings import features_refusal
+
+        layouts = super().refusal(family, layout)
+        return layouts or features_refusal(family, KNOWN, "ONNX")
 
     def prepare(self, options: OnnxOptions, checkpoint: Checkpoint, plan: Plan) -> ModelFiles:
         from spp_export.formats.onnx.files import OnnxFiles

@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from spp_export.common.errors import UsageError
 from spp_export.common.installation import install_command, require_package
 from spp_export.formats.format import FormatOptions
+from spp_export.models.families import Feature
 
 if TYPE_CHECKING:
+    from spp_export.formats.settings import Settings
+    from spp_export.models.checkpoint.checkpoint import Checkpoint
     from spp_export.models.shape import ModelShape
 
 # gqa       GroupQueryAttention with its rotary inside; right padding; shared KV buffer; fastest
@@ -25,7 +28,8 @@ Quant = Literal["int8", "int4", "int8-dynamic"]
 
 # What head_dim is a multiple of, as ONNX Runtime says when it runs them. The rotary inside
 # GroupQueryAttention is what needs 16.
-_HEAD_MULTIPLES: Mapping[Attention, int] = {"gqa": 16, "gqa-bias": 8, "standard": 1}
+INSIDE_MULTIPLE = 16
+_HEAD_MULTIPLES: Mapping[Attention, int] = {"gqa": INSIDE_MULTIPLE, "gqa-bias": 8, "standard": 1}
 
 ATTENTIONS: tuple[Attention, ...] = get_args(Attention)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -34,6 +38,29 @@ QUANTS: tuple[Quant, ...] = get_args(Quant)
 # Counts up where the same checkpoint and options would give another graph: `verify` compares whole
 # graphs, and must be able to say that one was written before.
 GRAPH_VERSION = 1
+
+# What a graph can compute beyond a Llama.
+KNOWN = frozenset(
+    {
+        Feature.NO_GATE,
+        Feature.ACTIVATION,
+        Feature.FUSED,
+        Feature.PARALLEL,
+        Feature.SANDWICH,
+        Feature.MULTIPLIERS,
+        Feature.SOFTCAP,
+        Feature.LAYER_NORM,
+        Feature.SHIFTED_NORM,
+        Feature.BARE_NORM,
+        Feature.ROTARY,
+        Feature.POSITIONS,
+        Feature.ALIBI,
+        Feature.POST_NORM,
+        Feature.SIDE_BY_SIDE,
+        Feature.TRANSPOSED,
+        Feature.WIDE_NORM,
+    }
+)
 
 # As safetensors spells them.
 STORED: Mapping[Precision, str] = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
@@ -129,6 +156,13 @@ class OnnxOptions(FormatOptions):
     def element_bytes(self) -> int:
         """Of one value that is not quantised."""
         return 4 if self.precision == "fp32" else 2
+
+
+def onnx_settings(decoder: Checkpoint) -> Settings:
+    """Settings of a checkpoint that is to be a graph. Raises ModelError where it cannot be one."""
+    from spp_export.formats.settings import settings_of
+
+    return settings_of(decoder, KNOWN, "ONNX")
 
 
 def require(name: str) -> ModuleType:

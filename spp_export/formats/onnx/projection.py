@@ -22,7 +22,7 @@ from spp_export.formats.onnx.quantise import (
     quantiser,
 )
 from spp_export.formats.onnx.recorder import BATCH, MICROSOFT, SEQUENCE, Recorder
-from spp_export.formats.onnx.weights import Array, matrix, rounded, table, vector
+from spp_export.formats.onnx.weights import Array, Part, matrix, rounded, table, vector
 from spp_export.models.checkpoint.header import StoredTensor
 
 EMBEDDING = "embed_tokens"
@@ -60,12 +60,10 @@ class Projections:
         # Activations that were quantised already: gate and up read the same ones.
         self._quantised_inputs: dict[str, tuple[Any, Any, Any]] = {}
 
-    def linear(
-        self, x: Any, weights: Sequence[StoredTensor], biases: Sequence[StoredTensor], name: str
-    ) -> Any:
+    def linear(self, x: Any, weights: Sequence[Part], biases: Sequence[Part], name: str) -> Any:
         """`x` times weights [out_i, in] side by side, plus biases: [B, S, sum out_i]."""
         g, precision = self._g, self._precision
-        width, depth = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
+        width, depth = sum(weight.outputs for weight in weights), weights[0].inputs
         shape: list[int | str] = [BATCH, SEQUENCE, width]
         way = self._way(name)
         if way is None:
@@ -97,7 +95,7 @@ class Projections:
         """`x` times the embedding itself: [B, S, V]."""
         g, (rows, width), way = self._g, embedding.shape, self._scheme.head
         if way == "dynamic":
-            read = matrix([embedding], "fp32")
+            read = matrix([Part(embedding)], "fp32")
             return self._dynamic(x, read, width, rows, EMBEDDING, output="lm_head")
         if way is not None:
             parts = self._quantised_embedding(embedding, way)
@@ -123,7 +121,7 @@ class Projections:
 
     def _quantised_embedding(self, embedding: StoredTensor, bits: Bits) -> Sequence[Any]:
         rows, width = embedding.shape
-        return self._quantised(matrix([embedding], "fp32"), width, rows, bits, EMBEDDING)
+        return self._quantised(matrix([Part(embedding)], "fp32"), width, rows, bits, EMBEDDING)
 
     def _quantised_rows(self, ids: Any, embedding: StoredTensor, bits: Bits) -> Any:
         """Rows out of the head's own blocks."""
@@ -202,14 +200,16 @@ class Projections:
 
     def _quantised_input(self, x: Any, depth: int) -> tuple[Any, Any, Any]:
         if x.name not in self._quantised_inputs:
+            # The embedding has a scale of its own.
+            name = f"{x.name}/input" if x.name == EMBEDDING else x.name
             codes, scale, zero = self._g.mixed(
                 "DynamicQuantizeLinear",
                 [x],
-                f"{x.name}/quantised",
+                f"{name}/quantised",
                 [
-                    (f"{x.name}/codes", "UINT8", [BATCH, SEQUENCE, depth]),
-                    (f"{x.name}/scale", "FLOAT", []),
-                    (f"{x.name}/zero", "UINT8", []),
+                    (f"{name}/codes", "UINT8", [BATCH, SEQUENCE, depth]),
+                    (f"{name}/scale", "FLOAT", []),
+                    (f"{name}/zero", "UINT8", []),
                 ],
             )
             self._quantised_inputs[x.name] = (codes, scale, zero)
@@ -218,7 +218,7 @@ class Projections:
     def _dynamic_rows(self, ids: Any, embedding: StoredTensor) -> Any:
         """Rows out of the head's own integers [d, V]."""
         g, (rows, width) = self._g, embedding.shape
-        read = matrix([embedding], "fp32")
+        read = matrix([Part(embedding)], "fp32")
         weight, scales = self._per_channel(read, width, rows, EMBEDDING)
         columns: list[int | str] = [width, BATCH, SEQUENCE]
         shape: list[int | str] = [BATCH, SEQUENCE, width]

@@ -10,12 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spp_export.common.errors import CheckpointError, reason_of
+from spp_export.formats.onnx.names import HEAD, initializer_name, product_name
 from spp_export.formats.onnx.options import require
 from spp_export.formats.onnx.projection import EMBEDDING
 from spp_export.formats.onnx.quantise import Quantised, dequantise
 from spp_export.formats.onnx.untrusted import read_graph
 from spp_export.formats.onnx.write import GRAPH_NAME
-from spp_export.models.families import Family, TensorSpec
+from spp_export.formats.parts import outputs_of
+from spp_export.models.families import Family, Role, TensorSpec
 from spp_export.models.shape import LayerShape, ModelShape
 
 Floats = NDArray[np.floating[Any]]
@@ -47,9 +49,10 @@ class GraphWeights:
 
     def in_few_bits(self, spec: TensorSpec) -> bool:
         """Whether a quantised graph holds a tensor in few bits."""
-        if spec.name == f"{self._family.embedding}.weight":
+        module, _, kind = spec.name.rpartition(".")
+        if module == self._family.embedding:
             return self._shape.tied_embeddings  # else rows are read as they are
-        return len(spec.shape) > 1
+        return kind == "weight" and (module in self._outside or spec.role is not Role.OTHER)
 
     def read(self, name: str) -> Floats:
         """A tensor by its name in the checkpoint. CheckpointError where the graph lacks it."""
@@ -57,33 +60,54 @@ class GraphWeights:
         module, _, kind = name.rpartition(".")
         if module == family.embedding:
             return self._embedding()
-        if module == family.head:
-            return self._matrix("lm_head").T
-        if module == family.final_norm:
-            return self._plain(f"{family.final_norm}.weight")
-        index, role = module.removeprefix(f"{family.layers}.").split(".", 1)
-        layer = f"layers.{index}"
-        part = self._part(role, int(index))
-        if part is None:
-            return self._plain(f"{layer}.{role}.{kind}")
-        packed, columns = part
-        if kind == "bias":
-            return self._plain(f"{layer}.{packed}.bias")[columns]
-        return self._matrix(f"{layer}.{packed}")[:, columns].T
+        if module in self._outside:
+            product = product_name(family, module)
+            return self._plain(f"{product}.bias") if kind == "bias" else self._matrix(product).T
+        inside = module.removeprefix(f"{family.layers}.")
+        index, _, role = inside.partition(".")
+        if inside == module or role not in family.projections:
+            return self._plain(initializer_name(family, name))
+        return self._projection(int(index), role, kind)
 
-    def _part(self, role: str, layer: int) -> tuple[str, slice] | None:
-        """The product that a projection is part of, and its columns; None for a norm."""
-        family, shape = self._family, self._layers[layer]
-        query, kv = (n * self._shape.head_dim for n in (shape.query_heads, shape.kv_heads))
+    @property
+    def _outside(self) -> tuple[str, ...]:
+        """Modules of products beside the layers."""
+        return (self._family.head, *self._family.embedding_projections)
+
+    def _projection(self, index: int, module: str, kind: str) -> Floats:
+        """A projection's weight or bias, put together of what the graph has of its roles."""
+        family, layer = self._family, self._layers[index]
+        rows = outputs_of(family, self._shape, layer)
+        parts = []
+        for role, part in rows.items():
+            if family.projection(role) == module:
+                product, columns = self._product(role, layer)
+                product = f"layers.{index}.{product}"
+                if kind == "bias":
+                    parts.append((part, self._plain(f"{product}.bias")[columns]))
+                else:
+                    parts.append((part, self._matrix(product)[:, columns].T))
+        if len(parts) == 1:
+            values = parts[0][1]
+        else:
+            total = sum(len(part) for _, part in parts)
+            values = np.empty((total, *parts[0][1].shape[1:]), np.float32)
+            for part, of_role in parts:
+                values[part] = of_role
+        return values.T if family.transposed and kind == "weight" else values
+
+    def _product(self, role: Role, layer: LayerShape) -> tuple[str, slice]:
+        """The product that a role is part of, and its columns there."""
+        query, kv = (n * self._shape.head_dim for n in (layer.query_heads, layer.kv_heads))
         return {
-            family.query: ("qkv_proj", slice(0, query)),
-            family.key: ("qkv_proj", slice(query, query + kv)),
-            family.value: ("qkv_proj", slice(query + kv, query + 2 * kv)),
-            family.output: ("o_proj", slice(None)),
-            family.gate: ("gate_proj", slice(None)),
-            family.up: ("up_proj", slice(None)),
-            family.down: ("down_proj", slice(None)),
-        }.get(role)
+            Role.QUERY: ("qkv_proj", slice(0, query)),
+            Role.KEY: ("qkv_proj", slice(query, query + kv)),
+            Role.VALUE: ("qkv_proj", slice(query + kv, query + 2 * kv)),
+            Role.OUTPUT: ("o_proj", slice(None)),
+            Role.GATE: ("gate_proj", slice(None)),
+            Role.UP: ("up_proj", slice(None)),
+            Role.DOWN: ("down_proj", slice(None)),
+        }[role]
 
     def _embedding(self) -> Floats:
         if f"{EMBEDDING}.weight" in self._initializers:
@@ -104,6 +128,9 @@ class GraphWeights:
 
     def _depth(self, name: str) -> int:
         """Inputs of a product."""
+        enters = self._family.embedding_projections[:1]
+        if name in (HEAD, EMBEDDING, *enters):
+            return self._shape.embedding_width
         index, _, role = name.removeprefix("layers.").partition(".")
         if role == "o_proj":
             return self._layers[int(index)].query_heads * self._shape.head_dim

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spp_export.formats.onnx.options import Precision, require
+from spp_export.formats.onnx.weights import rounded
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -34,6 +35,7 @@ class Recorder:
     def __init__(self, precision: Precision) -> None:
         self.ir = require("onnx_ir")
         self.dtype: Any = self.ir.DataType[_DTYPES[precision]]
+        self._precision = precision
         self.inputs: list[ir.Value] = []
         self.outputs: list[ir.Value] = []
         self._tape = self.ir.tape.Tape()
@@ -105,6 +107,14 @@ class Recorder:
             array = values if isinstance(values, np.ndarray) else np.asarray(values, np.int64)
             self._constants[name] = self._tape.initializer(self.ir.tensor(array, name=name))
         return self._constants[name]
+
+    def number(self, value: float, name: str) -> ir.Value:
+        """A small initialiser of one number of the graph's own type."""
+        return self.numbers(np.asarray(value, np.float32), name)
+
+    def numbers(self, values: NDArray[np.float32], name: str) -> ir.Value:
+        """A small initialiser of the graph's own type."""
+        return self.constant(rounded(values, self._precision), name)
 
     def weight(
         self, name: str, shape: Sequence[int], make: Callable[[], NDArray[Any]], dtype: str = ""

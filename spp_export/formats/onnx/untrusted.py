@@ -20,10 +20,11 @@ _MAX_GRAPH_BYTES = 8 << 20
 _MAX_RANK = 8
 # What spp writes, by domain. Others read files, run code or call graphs of their own.
 _PLAIN = (
-    *("Add", "And", "Attention", "Cast", "CumSum", "DynamicQuantizeLinear", "Equal", "Expand"),
-    *("Gather", "Greater", "LessOrEqual", "MatMul", "MatMulInteger", "Mul", "Or"),
-    *("RMSNormalization", "Range", "ReduceSum", "Reshape", "RotaryEmbedding", "Shape", "Sigmoid"),
-    *("Slice", "Split", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where"),
+    *("Add", "And", "Attention", "Cast", "Clip", "CumSum", "DynamicQuantizeLinear", "Equal"),
+    *("Exp", "Expand", "Gather", "Gelu", "Greater", "LayerNormalization", "LessOrEqual", "MatMul"),
+    *("MatMulInteger", "Max", "Min", "Mul", "Or", "RMSNormalization", "Range", "ReduceSum"),
+    *("Relu", "Reshape", "RotaryEmbedding", "Shape", "Sigmoid", "Slice", "Softplus", "Split"),
+    *("Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze", "Where"),
 )
 _CONTRIBUTED = (
     *("GatherBlockQuantized", "GroupQueryAttention", "MatMulNBits", "RotaryEmbedding"),

@@ -18,7 +18,7 @@ from spp_export.formats.onnx.checks import (
 )
 from spp_export.formats.onnx.companions import onnx_config
 from spp_export.formats.onnx.files import onnx_options
-from spp_export.formats.onnx.options import GRAPH_VERSION, OnnxOptions
+from spp_export.formats.onnx.options import GRAPH_VERSION, OnnxOptions, onnx_settings
 from spp_export.formats.onnx.read import GraphWeights
 from spp_export.formats.onnx.runtime.model import OrtModel
 from spp_export.formats.onnx.runtime.module import OrtModule
@@ -26,7 +26,6 @@ from spp_export.formats.onnx.structure import difference
 from spp_export.formats.onnx.write import GRAPH_NAME, genai_config_beside
 from spp_export.formats.promised import compensated_projections, kept_of, promised_checkpoint
 from spp_export.formats.safetensors.verify import check_tokenizer
-from spp_export.formats.settings import settings_of
 from spp_export.models.checkpoint.checkpoint import Checkpoint, read_config
 from spp_export.models.checkpoint.companions import companion_object
 from spp_export.planning import Plan
@@ -100,7 +99,7 @@ def _different_key(directory: Path, promised: Checkpoint, options: OnnxOptions) 
         promised.layers,
         promised.layout,
         options,
-        settings_of(promised).context_length,
+        onnx_settings(promised).context_length,
     )
     genai = genai_config_beside(directory, config, promised, options)
     for name, expected in (("config.json", config), ("genai_config.json", genai)):

@@ -7,6 +7,7 @@ input are one matrix.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,9 +30,29 @@ _STRIP = 16
 _BLOCK_BYTES = 1 << 20
 
 
-def vector(stored: Sequence[StoredTensor], precision: Precision) -> Callable[[], Array]:
-    """Reader of tensors [n] one after the other."""
-    return lambda: np.concatenate([rows(tensor, precision) for tensor in stored])
+@dataclass(frozen=True)
+class Part:
+    """Some outputs of a weight or a bias: all, or those of `rows`. `turned`: inputs come first."""
+
+    stored: StoredTensor
+    rows: slice | Sequence[int] = field(default_factory=lambda: slice(None))
+    turned: bool = False
+
+    @property
+    def inputs(self) -> int:
+        """Of a weight."""
+        return self.stored.shape[0 if self.turned else 1]
+
+    @property
+    def outputs(self) -> int:
+        """How many there are."""
+        length = self.stored.shape[1 if self.turned else 0]
+        return len(range(length)[self.rows] if isinstance(self.rows, slice) else self.rows)
+
+
+def vector(parts: Sequence[Part], precision: Precision) -> Callable[[], Array]:
+    """Reader of biases [n] one after the other."""
+    return lambda: np.concatenate([rows(part.stored, precision)[part.rows] for part in parts])
 
 
 def table(stored: StoredTensor, precision: Precision) -> Callable[[], Array]:
@@ -39,13 +60,13 @@ def table(stored: StoredTensor, precision: Precision) -> Callable[[], Array]:
     return lambda: rows(stored, precision)
 
 
-def matrix(stored: Sequence[StoredTensor], precision: Precision) -> Callable[[], Array]:
+def matrix(parts: Sequence[Part], precision: Precision) -> Callable[[], Array]:
     """Reader of weights [out_i, in] as one matrix [in, sum out_i]."""
 
     def read() -> Array:
-        width, bits = sum(tensor.shape[0] for tensor in stored), bits_dtype(STORED[precision])
-        result, row = np.empty((stored[0].shape[1], width), bits), 0
-        for block in (block for tensor in stored for block in _blocks(tensor, precision)):
+        width, bits = sum(part.outputs for part in parts), bits_dtype(STORED[precision])
+        result, row = np.empty((parts[0].inputs, width), bits), 0
+        for block in (block for part in parts for block in _outputs(part, precision)):
             for start in range(0, len(block), _STRIP):
                 strip = block[start : start + _STRIP]
                 result[:, row : row + len(strip)] = strip.T
@@ -63,9 +84,19 @@ def rows(tensor: StoredTensor, precision: Precision) -> Array:
     dtype = STORED[precision]
     result, row = np.empty(tensor.shape, bits_dtype(dtype)), 0
     for block in _blocks(tensor, precision):
-        result[row : row + len(block)] = block
+        np.atleast_1d(result)[row : row + len(block)] = block  # a view; one number has no rows
         row += len(block)
     return result.view(_numpy_type(dtype))
+
+
+def _outputs(part: Part, precision: Precision) -> Iterator[Bits]:
+    """A part's bits in `precision`, some outputs at a time; all of it where they do not lie one
+    after the other."""
+    if part.outputs == part.stored.shape[0] and not part.turned:
+        yield from _blocks(part.stored, precision)
+        return
+    bits = rows(part.stored, precision).view(bits_dtype(STORED[precision]))
+    yield (bits.T if part.turned else bits)[part.rows]
 
 
 def _blocks(tensor: StoredTensor, precision: Precision) -> Iterator[Bits]:

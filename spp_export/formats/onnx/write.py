@@ -11,11 +11,11 @@ from spp_export.common.json_files import dump_json
 from spp_export.common.publish import require_free_space
 from spp_export.formats.onnx.companions import genai_config, onnx_config, tokenizer_config
 from spp_export.formats.onnx.graph import build_graph
-from spp_export.formats.onnx.options import OnnxOptions
+from spp_export.formats.onnx.options import OnnxOptions, onnx_settings
 from spp_export.formats.onnx.recorder import share_aliases
-from spp_export.formats.settings import settings_of
 from spp_export.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from spp_export.models.checkpoint.companions import GENERATION_CONFIG, companion_object
+from spp_export.models.families.served import GENAI
 from spp_export.models.stop_tokens import stop_tokens
 from spp_export.models.tokenizer import has_tokenizer, load_tokenizer, write_companions
 
@@ -93,7 +93,7 @@ def _companions(checkpoint: Path, out: Path, decoder: Checkpoint, options: OnnxO
         decoder.layers,
         decoder.layout,
         options,
-        settings_of(decoder).context_length,
+        onnx_settings(decoder).context_length,
     )
     (out / "config.json").write_text(dump_json(config), encoding="utf-8")
     write_companions(
@@ -111,4 +111,6 @@ def genai_config_beside(
     generation = companion_object(out, GENERATION_CONFIG)
     tokenizer = load_tokenizer(out) if has_tokenizer(out) else None
     stop = stop_tokens(generation, config, tokenizer)
-    return genai_config(config, generation, decoder.layers, decoder.shape.head_dim, options, stop)
+    shape, name = decoder.shape, decoder.family.model_type
+    kind = name if name in GENAI else "decoder"
+    return genai_config(config, generation, decoder.layers, shape.head_dim, options, stop, kind)

@@ -19,6 +19,7 @@ from spp_export.formats.format import (
     RunningModel,
 )
 from spp_export.models.engines import Engine, engines_for
+from spp_export.models.families import record_of
 
 if TYPE_CHECKING:
     from spp_export.models.checkpoint.checkpoint import Checkpoint
@@ -71,7 +72,8 @@ class Safetensors(Format[SafetensorsOptions]):
     def engines_for(
         self, config: Mapping[str, Any], layout: str, layers: Sequence[LayerShape]
     ) -> tuple[Engine, ...]:
-        return engines_for(layout, layers)
+        family = record_of(config)
+        return engines_for(family.model_type if family else "", layout, layers)
 
     def describe(self, summary: Mapping[str, Any], size: str) -> list[str]:
         return []
@@ -92,7 +94,11 @@ class SafetensorsFiles(ModelFiles):
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan) -> None:
         self._plan = plan
-        self.engines = engines_for(checkpoint.layout, checkpoint.layers)
+        self.engines = engines_for(
+            checkpoint.family.model_type,
+            checkpoint.layout,
+            checkpoint.layers,
+        )
         self.element_bytes = checkpoint.shape.element_bytes
         self.torch_dtype = checkpoint.dtype_name
 

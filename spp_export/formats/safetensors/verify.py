@@ -186,6 +186,7 @@ def _compensated(directory: Path, source: Checkpoint, compiled: Plan) -> Project
             )
             for index, layer in enumerate(compiled.layers)
             for role in roles
+            if f"{source.family.layer_name(index, source.family.projection(role))}.weight" in stored
             if trained or (compiled.compensation != "none" and loses(layer, role, source.shape))
         }
     )

@@ -83,7 +83,7 @@ class Checkpoint:
     @property
     def dtype(self) -> str:
         """Stored dtype of the attention weights, as safetensors spells it ("BF16")."""
-        return self.tensor(self.family.query, 0).dtype
+        return self.tensor(self.family.query, self.shape.has_heads.index(True)).dtype
 
     @property
     def dtype_name(self) -> str:
@@ -230,9 +230,15 @@ def fingerprint(config: Mapping[str, Any], tensors: Iterable[StoredTensor]) -> s
 
 
 def _element_bytes(family: Family, stored: Mapping[str, StoredTensor]) -> int:
-    """Element size of the first layer's query weights; any size where `stored` lacks them, since
-    the check of names then fails."""
-    tensor = stored.get(f"{family.layer_name(0, family.query)}.weight")
+    """Element size of the first query weights; any size where `stored` lacks them, since the check
+    of names then fails."""
+    last = f".{family.query}.weight"
+    queries = (
+        tensor
+        for name, tensor in stored.items()
+        if name.startswith(f"{family.layers}.") and name.endswith(last)
+    )
+    tensor = next(queries, None)
     return ELEMENT_BYTES[tensor.dtype] if tensor else 2
 
 
@@ -397,7 +403,7 @@ def _slim_layers(
     kept = tuple(layer for layer in layers if layer is not None)
     if len(kept) < len(layers):
         raise wrong
-    return kept
+    return shape.existing(kept)
 
 
 def _slim_layer(entry: Any, family: Family, shape: ModelShape, sparse: bool) -> LayerShape | None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from spp_export.common.errors import ModelError
 from spp_export.common.json_files import shown
 from spp_export.models.families import table
 from spp_export.models.families.base import Family, Feature, Role, TensorSpec, Unit, vocabulary_size
+from spp_export.models.families.computed import COMPUTED
 from spp_export.models.families.nested import decoder_settings
 from spp_export.models.quantised import check_not_quantised
 
@@ -29,7 +31,10 @@ __all__ = [
     "vocabulary_size",
 ]
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in table.FAMILIES}
+FAMILIES: dict[str, Family] = {
+    family.model_type: replace(family, computed=COMPUTED.get(family.model_type, family.computed))
+    for family in table.FAMILIES
+}
 _WRAPPERS = {wrapper.model_type: wrapper for wrapper in table.WRAPPERS}
 _TEXTS = {family.model_type: family for family in table.TEXTS}
 # What the model type of a checkpoint with layers that differ begins with.

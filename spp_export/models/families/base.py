@@ -14,7 +14,9 @@ from typing import Any, Literal
 
 from spp_export.common.errors import ModelError, PlanError
 from spp_export.common.json_files import shown
-from spp_export.models.families.experts import Experts
+from spp_export.models.families.computed import Computed
+from spp_export.models.families.experts import Experts, product
+from spp_export.models.families.mixers import Mixers
 from spp_export.models.families.nested import decoder_settings
 from spp_export.models.shape import Costs, ExpertTensor, LayerShape, ModelShape
 
@@ -98,6 +100,9 @@ class Feature(StrEnum):
     POST_NORM = "norms of the stream after attention and MLP"
     SIDE_BY_SIDE = "each head's query, key and value side by side in one tensor"
     TRANSPOSED = "weights with their inputs first"
+    MIXERS = "other mixers than attention"
+    GATED = "an output gate of every head in the tensor of its query"
+    LATENT = "keys and values made of latents (MLA)"
     WIDE_NORM = "norms over all heads or channels at once"
     VISION = "a tower of vision"
 
@@ -139,6 +144,8 @@ class Family:
     architecture: str
     # What its attention, MLP or logits compute otherwise than Llama's.
     features: frozenset[Feature] = frozenset()
+    # How, for other engines than transformers; None where none is told.
+    computed: Computed | None = None
     # Biases of q, k and v, of o, of the MLP's projections.
     qkv_bias: Flag = False
     output_bias: Flag = False
@@ -207,6 +214,20 @@ class Family:
     head_rows: tuple[str, ...] = ()
     # In place of gate, up and down, where nothing is cut of the MLPs.
     experts: Experts | None = None
+    # Layers with other mixers than attention, or with more tensors whose sizes config.json says.
+    mixers: Mixers | None = None
+    # Where they are not head_dim and hidden_size, by keys of config.json as in `Experts`: elements
+    # that a head has among the outputs of the module of its query, and of that of its key, which
+    # without a `value` is its value's as well; inputs of these modules.
+    query_rows: str = ""
+    key_rows: str = ""
+    query_inputs: str = ""
+    key_inputs: str = ""
+    # Elements that attention caches of a token for all heads together, in place of keys and values.
+    cached: str = ""
+    # Keys of config.json that a slim one has otherwise, for their consequences are in its sizes;
+    # None leaves one out.
+    settled: Mapping[str, Any] = field(default_factory=dict)
     # Further tensors of a layer, of which nothing is cut.
     fixed: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     # What attention and its mask take that has a part for every query head.
@@ -311,8 +332,12 @@ class Family:
 
     def rows(self, role: Role, shape: ModelShape) -> slice | list[int]:
         """Where the outputs of q, k, v, gate or up are among those of the module that has them."""
-        query, kv = (heads * shape.head_dim for heads in (shape.query_heads, shape.kv_heads))
-        sizes = {Role.QUERY: query, Role.KEY: kv, Role.VALUE: kv}
+        of_query, of_key = (rows or shape.head_dim for rows in shape.head_rows)
+        sizes = {
+            Role.QUERY: shape.query_heads * of_query,
+            Role.KEY: shape.kv_heads * of_key,
+            Role.VALUE: shape.kv_heads * shape.head_dim,
+        }
         if self.side_by_side and role in sizes:
             return self._rows_beside(role, shape)
         sizes |= dict.fromkeys((Role.GATE, Role.UP), shape.channels)
@@ -355,11 +380,13 @@ class Family:
 
     def refuse(self, unknown: Collection[Feature], what: str, instead: str) -> None:
         """ModelError if this family computes one of these things, which `what` does not know."""
-        for feature in sorted(self.features & set(unknown)):
-            raise ModelError(
-                f"{what} does not know {feature.value}, which {self.model_type} models have. "
-                f"{instead}"
-            )
+        if refusal := self.refusal(unknown, what):
+            raise ModelError(f"{refusal}, which {self.model_type} models have. {instead}")
+
+    def refusal(self, unknown: Collection[Feature], what: str) -> str | None:
+        """What `refuse` says begins with this; None where it says nothing."""
+        features = sorted(self.features & set(unknown))
+        return f"{what} does not know {features[0].value}" if features else None
 
     def check_units(self, units: str) -> None:
         """ModelError where other units than heads are to go, and the MLPs are not cut."""
@@ -435,6 +462,7 @@ class Family:
             qk_norm=_flag(config, self.qk_norm),
             switches=tuple(flag for flag in flags if _flag(config, flag)),
             **(self.experts.read(config, layers) if self.experts else {}),
+            **self._others(config, layers),
             positions=(
                 _size(config, "max_position_embeddings") + self.more_positions
                 if self.positions
@@ -446,6 +474,22 @@ class Family:
         )
         return self.changed(shape)
 
+    def _others(self, config: Mapping[str, Any], layers: int) -> dict[str, Any]:
+        """The fields of a shape that say what is beside heads and channels, or otherwise made."""
+
+        def sizes(*words: str) -> tuple[int, ...]:
+            return tuple(product(config, word) if word else 0 for word in words)
+
+        found: dict[str, Any] = {
+            "head_rows": sizes(self.query_rows, self.key_rows),
+            "head_inputs": sizes(self.query_inputs, self.key_inputs),
+            "cached": product(config, self.cached) if self.cached else 0,
+        }
+        if self.mixers:
+            names = ("mixers", "without_heads", "without_channels")
+            found |= dict(zip(names, self.mixers.read(config, layers), strict=True))
+        return found
+
     def changed(self, shape: ModelShape, **changes: Any) -> ModelShape:
         """A shape of this family with other fields, and with the costs that follow from them."""
         shape = replace(shape, **changes, costs=None)
@@ -453,21 +497,25 @@ class Family:
 
     def _costs(self, shape: ModelShape) -> Costs:
         """Parameters, summed over the tensors of one layer and of what is beside the layers."""
+        none: frozenset[int] = frozenset()
+        bare = replace(shape, mlps=(), mixers=(), without_heads=none, without_channels=none)
         per_unit = dict.fromkeys(Unit, 0)
-        fixed = outside = rows = 0
-        for spec in self.tensors(replace(shape, mlps=()), (shape.layer,)):
+        outside = rows = 0
+        for spec in self.tensors(bare, (shape.layer,)):
             elements = prod(spec.shape)
             if spec.layer is None:
                 outside += elements
-            elif spec.unit is None or spec.axis is None:
-                fixed += elements
-            else:
+            elif spec.unit is not None and spec.axis is not None:
                 length = spec.shape[spec.axis]
                 for unit, _ in spec.parts or ((spec.unit, 0),):
                     per_unit[unit] += elements // length * spec.step
                     weight = len(spec.shape) == 2 and spec.role is not Role.OTHER
                     rows += spec.step if unit is Unit.KV and weight else 0
+        whole = self._fixed(bare, shape.layer)
+        attention = whole - self._fixed(bare, replace(shape.layer, query_heads=0, kv_heads=0))
+        mlp = whole - self._fixed(bare, replace(shape.layer, channels=0))
         unread = 0 if shape.tied_embeddings else shape.vocab_size * shape.embedding_width
+        alone = not (self.caches_queries or shape.cached)
         unread += sum(prod(size) for _, size in shape.beside)
         sparse = next((mlp for mlp, has in zip(shape.mlps, shape.sparse, strict=False) if has), ())
         routed = sum(tensor.per_expert for tensor in sparse if tensor.routed)
@@ -476,13 +524,24 @@ class Family:
             per_unit[Unit.QUERY],
             per_unit[Unit.KV],
             per_unit[Unit.CHANNEL],
-            fixed,
-            outside + shape.mlp_parameters,
+            whole - attention - mlp,
+            outside + shape.mlp_parameters + shape.mixer_parameters,
             unread + sum(shape.sparse) * left_out * routed,
-            0 if self.caches_queries else rows,
+            rows if alone else 0,
             rows if self.caches_queries else 0,
             sum(tensor.per_expert for tensor in sparse),
             routed,
+            shape.cached,
+            attention,
+            mlp,
+        )
+
+    def _fixed(self, shape: ModelShape, layer: LayerShape) -> int:
+        """Parameters of a layer that go with none of its units."""
+        return sum(
+            prod(spec.shape)
+            for spec in self.tensors(shape, (layer,))
+            if spec.layer is not None and spec.unit is None
         )
 
     def tensors(self, shape: ModelShape, layers: Sequence[LayerShape]) -> Iterator[TensorSpec]:
@@ -514,15 +573,18 @@ class Family:
     ) -> Iterator[TensorSpec]:
         hidden = shape.hidden_size
 
-        def cut(name: str, role: Role, form: str, *rest: int, axis: int = 0) -> TensorSpec:
-            """A tensor of which `axis` has the parts of `form`, and the other axes these sizes."""
+        def cut(
+            name: str, role: Role, form: str, *rest: int, axis: int = 0, rows: int = 0
+        ) -> TensorSpec:
+            """A tensor of which `axis` has the parts of `form`, and the other axes these sizes;
+            `rows` of each unit, where that is not head_dim."""
             counts = {
                 Unit.QUERY: layer.query_heads,
                 Unit.KV: layer.kv_heads,
                 Unit.CHANNEL: layer.channels,
             }
             parts = tuple((_UNITS[letter], counts[_UNITS[letter]]) for letter in form)
-            step = shape.head_dim if form[0] in "QK" else 1
+            step = rows or (shape.head_dim if form[0] in "QK" else 1)
             # A weight has another axis; where that of the inputs is the first, all is turned.
             turned = self.transposed and bool(rest) and role is not Role.OTHER
             axis = 1 - axis if turned else axis
@@ -546,35 +608,42 @@ class Family:
 
         heads = self._forms({Role.QUERY: "Q", Role.KEY: "K", Role.VALUE: "K"})
         widths = self._forms({Role.GATE: "C", Role.UP: "C"})
+        rows = dict(zip((Role.QUERY, Role.KEY), shape.head_rows, strict=True))
+        inputs = dict(zip((Role.QUERY, Role.KEY), shape.head_inputs, strict=True))
         yield from whole(self._norm(self.attention_norm, shape))
-        for module, (role, form) in heads.items():
-            yield cut(f"{module}.weight", role, form, hidden)
-        yield cut(f"{self.output}.weight", Role.OUTPUT, "Q", hidden, axis=1)
-        for module, (role, form) in heads.items() if shape.qkv_bias else ():
-            yield cut(f"{module}.bias", role, form)
-        if shape.output_bias:
-            yield from whole([(f"{self.output}.bias", (hidden,))])
-        if shape.qk_norm and self.head_norms:
-            yield cut(f"{self.query_norm}.weight", Role.OTHER, "q", shape.head_dim)
-            yield cut(f"{self.key_norm}.weight", Role.OTHER, "k", shape.head_dim)
-        elif shape.qk_norm:
-            for module in (self.query_norm, self.key_norm):
-                yield from whole([(f"{module}.weight", (shape.head_dim,))])
-                if self.qk_norm_bias:
-                    yield from whole([(f"{module}.bias", (shape.head_dim,))])
-        for name in self.head_rows:
-            yield cut(name, Role.OTHER, "q")
+        if layer.query_heads:
+            for module, (role, form) in heads.items():
+                size = inputs.get(role) or hidden
+                yield cut(f"{module}.weight", role, form, size, rows=rows.get(role, 0))
+            yield cut(f"{self.output}.weight", Role.OUTPUT, "Q", hidden, axis=1)
+            for module, (role, form) in heads.items() if shape.qkv_bias else ():
+                yield cut(f"{module}.bias", role, form, rows=rows.get(role, 0))
+            if shape.output_bias:
+                yield from whole([(f"{self.output}.bias", (hidden,))])
+            if shape.qk_norm and self.head_norms:
+                yield cut(f"{self.query_norm}.weight", Role.OTHER, "q", shape.head_dim)
+                yield cut(f"{self.key_norm}.weight", Role.OTHER, "k", shape.head_dim)
+            elif shape.qk_norm:
+                for module in (self.query_norm, self.key_norm):
+                    yield from whole([(f"{module}.weight", (shape.head_dim,))])
+                    if self.qk_norm_bias:
+                        yield from whole([(f"{module}.bias", (shape.head_dim,))])
+            for name in self.head_rows:
+                yield cut(name, Role.OTHER, "q")
         for module, form in self.wide_norms.items():
-            yield cut(f"{module}.weight", Role.OTHER, form)
+            if layer.channels if form == "C" else layer.query_heads:
+                yield cut(f"{module}.weight", Role.OTHER, form)
         yield from whole(self._norm(self.mlp_norm, shape))
-        for module, (role, form) in widths.items():
-            yield cut(f"{module}.weight", role, form, hidden)
-        if self.down:
-            yield cut(f"{self.down}.weight", Role.DOWN, "C", hidden, axis=1)
-        for module, (role, form) in widths.items() if shape.mlp_bias else ():
-            yield cut(f"{module}.bias", role, form)
-        if self.down and (shape.mlp_bias or shape.down_bias):
-            yield from whole([(f"{self.down}.bias", (hidden,))])
+        if layer.channels:
+            for module, (role, form) in widths.items():
+                yield cut(f"{module}.weight", role, form, hidden)
+            if self.down:
+                yield cut(f"{self.down}.weight", Role.DOWN, "C", hidden, axis=1)
+            for module, (role, form) in widths.items() if shape.mlp_bias else ():
+                yield cut(f"{module}.bias", role, form)
+            if self.down and (shape.mlp_bias or shape.down_bias):
+                yield from whole([(f"{self.down}.bias", (hidden,))])
+        yield from whole(shape.mixers[index] if shape.mixers else ())
         experts = shape.experts - layer.dropped_experts
         for tensor in shape.mlps[index] if shape.mlps else ():
             yield from self._expert_tensors(tensor, experts, index)
@@ -623,10 +692,22 @@ class Family:
             for kind in config.layer_types[:num_layers]
         )
 
+    @property
+    def uniform(self) -> Literal["all", "channels", "experts", ""]:
+        """What can go where all layers are alike, if the stock config takes no other number of
+        heads than the dense model's; "" is nothing."""
+        if not self.derived_head_dim:
+            return "all"
+        if self.experts:
+            return "experts"
+        return "channels" if self.keys.get("intermediate_size", "any") else ""
+
     def stock_accepts(self, shape: ModelShape) -> Callable[[int], bool]:
         """Whether the family's stock config takes a count of query heads, for layout `uniform`."""
         if self.derived_head_dim:
             return lambda heads: heads * shape.head_dim == shape.hidden_size
+        if self.mixers and self.mixers.of_heads:
+            return lambda heads: heads == shape.query_heads
         return lambda heads: not self.heads_divide_hidden or shape.hidden_size % heads == 0
 
     def is_obsolete(self, name: str) -> bool:

@@ -22,9 +22,9 @@ class Experts:
 
     `tensors` and, of layers without experts, `dense` give names relative to a layer and shapes:
     "*" in a name stands for every expert's number, "*" among the sizes for all the experts in one
-    tensor. A size is a product of numbers and keys of config.json, "2*intermediate_size"; one that
-    is `count` is a row or column for each expert; a tensor of size 0 is none. "key|other" is a key
-    with two names, "name?key" a tensor that is there only if the key is true.
+    tensor. A size is a sum of products of numbers and keys of config.json, "2*intermediate_size";
+    one that is `count` is a row or column for each expert; a tensor of size 0 is none. "key|other"
+    is a key with two names, "name?key" a tensor that is there only if the key is true.
 
     `count` and `routed` are keys: how many experts, and how many see a token; `groups`, where a
     token is first routed to groups of them: how many groups. The rest are keys that say which
@@ -62,7 +62,7 @@ class Experts:
             "mlps": tuple(kinds[sparse] for sparse in places),
             "experts": count,
             "experts_per_token": min(count, _size(config, self.routed)),
-            "grouped_experts": bool(self.groups) and (_value(config, self.groups) or 1) != 1,
+            "grouped_experts": bool(self.groups) and (value_of(config, self.groups) or 1) != 1,
         }
 
     def counts(self, count: int) -> dict[str, int]:
@@ -74,10 +74,10 @@ class Experts:
     ) -> Iterator[ExpertTensor]:
         for place, sizes in tensors.items():
             name, _, flag = place.partition("?")
-            if flag and not _value(config, flag):
+            if flag and not value_of(config, flag):
                 continue
             words = sizes.split()
-            shape = tuple(count if word == _EACH else _product(config, word) for word in words)
+            shape = tuple(count if word == _EACH else product(config, word) for word in words)
             axes = [axis for axis, word in enumerate(words) if word in (_EACH, self.count)]
             if prod(shape):
                 routed = _EACH in name or _EACH in words
@@ -85,9 +85,9 @@ class Experts:
 
     def _has_experts(self, config: Mapping[str, Any], layer: int) -> bool:
         first = _size(config, self.first) if self.first else 0
-        last = _value(config, self.last) if self.last else -1
+        last = value_of(config, self.last) if self.last else -1
         every = _size(config, self.every) if self.every else 1
-        never = _value(config, self.never) if self.never else None
+        never = value_of(config, self.never) if self.never else None
         if type(last) is not int or every < 1 or not isinstance(never or [], list):
             raise ModelError(
                 f"config.json: {self.last or self.every or self.never} does not say which layers "
@@ -102,22 +102,26 @@ class Experts:
         )
 
 
-def _product(config: Mapping[str, Any], word: str) -> int:
-    factors = word.split("*")
-    return prod(int(part) if part.isdigit() else _size(config, part) for part in factors)
+def product(config: Mapping[str, Any], word: str) -> int:
+    """A sum of products of numbers and keys of config.json, "2*head_dim+v_head_dim"; ModelError
+    names a size that is missing or impossible."""
+    return sum(
+        prod(int(part) if part.isdigit() else _size(config, part) for part in term.split("*"))
+        for term in word.split("+")
+    )
 
 
 def _size(config: Mapping[str, Any], key: str) -> int:
-    value = _value(config, key)
+    value = value_of(config, key)
     if type(value) is not int or not 0 <= value <= _MOST:
         raise ModelError(
             f"config.json: {key.partition('|')[0]} must be an integer from 0 to {_MOST}, got "
-            f"{shown(value)}. Experts are of that size; fetch the model again."
+            f"{shown(value)}. Tensors are of that size; fetch the model again."
         )
     return value
 
 
-def _value(config: Mapping[str, Any], key: str) -> Any:
+def value_of(config: Mapping[str, Any], key: str) -> Any:
     """What config.json says under one of the names of a key."""
     names = (name for name in key.split("|") if config.get(name) is not None)
     return config.get(next(names, ""))

@@ -7,6 +7,7 @@ from typing import Any
 
 from spp_export.models.families.base import Family, Feature
 from spp_export.models.families.experts import Experts
+from spp_export.models.families.mixers import Mixers
 from spp_export.models.families.vision import Wrapper
 
 _BIASES: Any = {"qkv_bias": "attention_bias", "output_bias": "attention_bias"}
@@ -118,6 +119,11 @@ _EACH = {
     "mlp.gate.weight": f"{_COUNTS[0]} hidden_size",
     **_mlp("mlp.experts.*", "moe_intermediate_size"),
 }
+_WITH_SHARED = {
+    **_EACH,
+    "mlp.shared_expert_gate.weight": "1 hidden_size",
+    **_mlp("mlp.shared_expert", "shared_expert_intermediate_size"),
+}
 _SCORED = {
     **_EACH,
     "mlp.gate.weight": f"{_ROUTED[0]} hidden_size",
@@ -135,6 +141,167 @@ _BLOCK_SPARSE = {
     "block_sparse_moe.experts.*.w2.weight": "hidden_size intermediate_size",
     "block_sparse_moe.experts.*.w3.weight": "intermediate_size hidden_size",
 }
+
+
+def _by_interval(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The kinds of layers of Qwen3-Next and what follows it, where config.json lists none."""
+    count, every = config.get("num_hidden_layers"), config.get("full_attention_interval", 4)
+    if config.get("layer_types") is not None or not isinstance(count, int):
+        return {}
+    if not isinstance(every, int) or every < 1:
+        return {}
+    kinds = ("full_attention", "linear_attention")
+    return {"layer_types": [kinds[bool((index + 1) % every)] for index in range(count)]}
+
+
+def _delta_nets(*projections: str) -> Mixers:
+    """Gated delta nets (arXiv 2412.06464), whose projections' outputs are these."""
+    keys = "linear_num_key_heads*linear_key_head_dim"
+    values = "linear_num_value_heads*linear_value_head_dim"
+    named = {"qkvz": f"2*{keys}+2*{values}", "ba": "2*linear_num_value_heads"}
+    named |= {"qkv": f"2*{keys}+{values}", "z": values}
+    named |= dict.fromkeys(("a", "b"), "linear_num_value_heads")
+    return Mixers(
+        "gated delta nets",
+        {
+            **{
+                f"linear_attn.in_proj_{name}.weight": f"{named[name]} hidden_size"
+                for name in projections
+            },
+            "linear_attn.conv1d.weight": f"{named['qkv']} 1 linear_conv_kernel_dim",
+            "linear_attn.dt_bias": "linear_num_value_heads",
+            "linear_attn.A_log": "linear_num_value_heads",
+            "linear_attn.norm.weight": "linear_value_head_dim",
+            "linear_attn.out_proj.weight": f"hidden_size {values}",
+        },
+        kinds=("linear_attention",),
+        heads=("full_attention",),
+    )
+
+
+# What Qwen3-Next's attention and the models after it have in common.
+_QWEN_NEXT: Any = {
+    **_BIASES,
+    "qk_norm": True,
+    "query_rows": "2*head_dim",
+    "derive": _by_interval,
+}
+_QWEN_NEXT_FEATURES = {Feature.MIXERS, Feature.GATED, Feature.SHIFTED_NORM, Feature.ROTARY}
+_QWEN_NEXT_SIZES = {
+    "head_dim": 256,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+}
+
+
+def _latents(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Whether MLA makes its queries of latents, and whether these projections have a bias."""
+    made = config.get("q_lora_rank") is not None
+    return {"q_latents": made, "q_latents_bias": made and config.get("attention_bias") is True}
+
+
+# Multi-head latent attention (arXiv 2405.04434): each head has a query, and a key and a value of
+# its own, of which it has rows in two projections that read latents.
+_MLA: Any = {
+    "output_bias": "attention_bias",
+    "query": "self_attn.q_b_proj",
+    "key": "self_attn.kv_b_proj",
+    "value": "",
+    "query_rows": "qk_nope_head_dim+qk_rope_head_dim",
+    "key_rows": "qk_nope_head_dim+v_head_dim",
+    "query_inputs": "q_lora_rank",
+    "key_inputs": "kv_lora_rank",
+    "cached": "kv_lora_rank+qk_rope_head_dim",
+    "keys": {"head_dim": "v_head_dim"},
+    "derive": _latents,
+    "variants": (("!q_latents", {"query": "self_attn.q_proj", "query_inputs": ""}),),
+    "mixers": Mixers(
+        "the latents of attention (MLA)",
+        {
+            "self_attn.q_a_proj.weight?q_latents": "q_lora_rank hidden_size",
+            "self_attn.q_a_proj.bias?q_latents_bias": "q_lora_rank",
+            "self_attn.q_a_layernorm.weight?q_latents": "q_lora_rank",
+            "self_attn.kv_a_proj_with_mqa.weight": "kv_lora_rank+qk_rope_head_dim hidden_size",
+            "self_attn.kv_a_proj_with_mqa.bias?attention_bias": "kv_lora_rank+qk_rope_head_dim",
+            "self_attn.kv_a_layernorm.weight": "kv_lora_rank",
+        },
+    ),
+}
+_MLA_SIZES = {
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+}
+
+
+def _lfm2(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """LFM2's kinds of layers where config.json lists those with attention alone, and the width of
+    its MLPs, which follows from the one that it says."""
+    found: dict[str, Any] = {}
+    count, attending = config.get("num_hidden_layers"), config.get("full_attn_idxs")
+    if config.get("layer_types") is None and isinstance(count, int):
+        attending = range(count) if attending is None else attending
+        kinds = ("conv", "full_attention")
+        found["layer_types"] = [kinds[index in attending] for index in range(count)]
+    width, multiple = config.get("intermediate_size"), config.get("block_multiple_of")
+    numbers = isinstance(width, int) and isinstance(multiple, int)
+    if numbers and width and multiple and config.get("block_auto_adjust_ff_dim"):
+        factor: Any = config.get("block_ffn_dim_multiplier")
+        width = int(2 * width / 3)
+        if isinstance(factor, (int, float)):
+            width = multiple * -(-int(factor * width) // multiple)
+        found["intermediate_size"] = width
+    return found
+
+
+def _minimax(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The size of heads, and the kinds of layers, where config.json says neither."""
+    found: dict[str, Any] = {}
+    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    if config.get("head_dim") is None and isinstance(hidden, int) and isinstance(heads, int):
+        found["head_dim"] = hidden // max(heads, 1)
+    count = config.get("num_hidden_layers")
+    if config.get("layer_types") is None and isinstance(count, int):
+        kinds = ("full_attention", "linear_attention")
+        found["layer_types"] = [kinds[index % 2] for index in range(count)]
+    return found
+
+
+_LIGHTNING = "num_attention_heads*head_dim"
+
+
+def _falcon_h1(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The width of its Mamba mixers."""
+    width, hidden = config.get("mamba_d_ssm"), config.get("hidden_size")
+    expand = config.get("mamba_expand")
+    if width is None and isinstance(hidden, int) and isinstance(expand, (int, float)):
+        width = int(expand * hidden)
+    return {"ssm_width": width}
+
+
+def _mamba2(
+    place: str, width: str, groups: str, state: str, heads: str, kernel: str, **flags: str
+) -> dict[str, str]:
+    """Tensors of a Mamba-2 mixer (arXiv 2405.21060) by the keys of its sizes; flags: of biases of
+    its convolution, of in_proj and of out_proj, and of its norm."""
+    convolved = f"{width}+2*{groups}*{state}"
+    made = f"{width}+{convolved}+{heads}"
+    norm = f"?{flags['norm']}" if "norm" in flags else ""
+    return {
+        f"{place}.conv1d.weight": f"{convolved} 1 {kernel}",
+        f"{place}.conv1d.bias?{flags['conv']}": convolved,
+        f"{place}.in_proj.weight": f"{made} hidden_size",
+        f"{place}.in_proj.bias?{flags['enter']}": made,
+        **{f"{place}.{name}": heads for name in ("dt_bias", "A_log", "D")},
+        f"{place}.norm.weight{norm}": width,
+        f"{place}.out_proj.weight": f"hidden_size {width}",
+        f"{place}.out_proj.bias?{flags['leave']}": "hidden_size",
+    }
 
 
 def _features(*features: Feature) -> frozenset[Feature]:
@@ -220,11 +387,11 @@ FAMILIES = (
            more_norms=("post_self_attn_layernorm", "post_mlp_layernorm"),
            defaults={"attention_bias": True, "head_dim": 128},
            end_token=(151329, 151336, 151338)),
-    Family("stablelm", "StableLmForCausalLM",
-           _features(_LAYER_NORM, Feature.PARALLEL, Feature.ROTARY), qkv_bias="use_qkv_bias",
-           norm_bias=True, mlp_norm="",
-           more_norms=("post_attention_layernorm?!use_parallel_residual",),
-           derived_head_dim="attention", refused=("qk_layernorm",), end_token=0),
+    Family("stablelm", "StableLmForCausalLM", _features(_LAYER_NORM, Feature.ROTARY),
+           qkv_bias="use_qkv_bias", norm_bias=True, derived_head_dim="attention",
+           variants=(("use_parallel_residual", {
+               "features": _features(Feature.PARALLEL), "mlp_norm": ""}),),
+           refused=("qk_layernorm",), end_token=0),
     Family("jais2", "Jais2ForCausalLM", _features(Feature.NO_GATE, _LAYER_NORM), **_BIASES,
            mlp_bias="mlp_bias", norm_bias=True, gate="", heads_divide_hidden=True,
            defaults={"attention_bias": True, "mlp_bias": True}, end_token=150024),
@@ -276,9 +443,7 @@ FAMILIES = (
                "qkv_bias": True, "num_local_experts": 60, "num_experts_per_tok": 4,
                "moe_intermediate_size": 1408, "decoder_sparse_step": 1,
                "shared_expert_intermediate_size": 5632},
-           experts=Experts({**_EACH, "mlp.shared_expert_gate.weight": "1 hidden_size",
-                            **_mlp("mlp.shared_expert", "shared_expert_intermediate_size")},
-                           *_COUNTS, _DENSE, **_STEPS)),
+           experts=Experts(_WITH_SHARED, *_COUNTS, _DENSE, **_STEPS)),
     Family("gpt_oss", "GptOssForCausalLM",
            _features(Feature.EXPERTS, Feature.SINKS, Feature.ROTARY), **_BIASES, **_NO_MLP,
            head_rows=("self_attn.sinks",), rope_theta=None, sliding="listed", defaults={
@@ -321,6 +486,83 @@ FAMILIES = (
                "moe_num_experts", "moe_k", _mlp("mlp", "intermediate_size", "use_bias"),
                first="moe_layer_start_index", last="moe_layer_end_index",
                every="moe_layer_interval")),
+    Family("qwen3_5_text", "Qwen3_5ForCausalLM", frozenset(_QWEN_NEXT_FEATURES), **_QWEN_NEXT,
+           defaults=_QWEN_NEXT_SIZES, mixers=_delta_nets("qkv", "z", "b", "a"),
+           config_class="Qwen3_5TextConfig", decoder_class="Qwen3_5TextModel"),
+    Family("qwen3_next", "Qwen3NextForCausalLM",
+           _features(Feature.EXPERTS, *_QWEN_NEXT_FEATURES), **_QWEN_NEXT, **_NO_MLP,
+           mixers=_delta_nets("qkvz", "ba"), defaults={
+               **_QWEN_NEXT_SIZES, "num_experts": 512, "num_experts_per_tok": 10,
+               "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512,
+               "decoder_sparse_step": 1},
+           experts=Experts(_WITH_SHARED, *_COUNTS, _DENSE, **_STEPS)),
+    Family("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM",
+           _features(Feature.EXPERTS, *_QWEN_NEXT_FEATURES), **_QWEN_NEXT, **_NO_MLP,
+           mixers=_delta_nets("qkv", "z", "b", "a"), defaults={
+               **_QWEN_NEXT_SIZES, "num_experts": 256, "num_experts_per_tok": 8,
+               "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512},
+           keys={"intermediate_size": "moe_intermediate_size"},
+           experts=Experts(_WITH_SHARED, *_COUNTS),
+           config_class="Qwen3_5MoeTextConfig", decoder_class="Qwen3_5MoeTextModel"),
+    Family("deepseek_v3", "DeepseekV3ForCausalLM",
+           _features(Feature.EXPERTS, Feature.MIXERS, Feature.LATENT, Feature.ROTARY), **_MLA,
+           **_NO_MLP, end_token=1, defaults={
+               **_MLA_SIZES, "n_routed_experts": 256, "n_shared_experts": 1,
+               "num_experts_per_tok": 8, "moe_intermediate_size": 2048,
+               "first_k_dense_replace": 3, "n_group": 8},
+           experts=Experts(_SCORED, *_ROUTED, _DENSE, **_FIRST)),
+    Family("deepseek_v2", "DeepseekV2ForCausalLM",
+           _features(Feature.EXPERTS, Feature.MIXERS, Feature.LATENT, Feature.ROTARY), **_MLA,
+           **_NO_MLP, end_token=2, refused=("mlp_bias",), defaults={
+               **_MLA_SIZES, "n_routed_experts": 64, "n_shared_experts": 2,
+               "moe_intermediate_size": 1407, "first_k_dense_replace": 0},
+           experts=Experts(
+               {name: size for name, size in _SCORED.items() if "correction" not in name},
+               *_ROUTED, _DENSE, **_FIRST)),
+    Family("minimax", "MiniMaxForCausalLM",
+           _features(Feature.EXPERTS, Feature.MIXERS, Feature.MULTIPLIERS), **_NO_MLP,
+           derive=_minimax, sliding="all", rope_theta=1000000.0, end_token=2, mixers=Mixers(
+               "lightning attention", {
+                   "self_attn.norm.weight": _LIGHTNING,
+                   "self_attn.qkv_proj.weight": f"3*{_LIGHTNING} hidden_size",
+                   "self_attn.out_proj.weight": f"hidden_size {_LIGHTNING}",
+                   "self_attn.output_gate.weight": f"{_LIGHTNING} hidden_size",
+                   "self_attn.slope_rate": "num_attention_heads 1 1",
+                   "self_attn.query_decay": "num_attention_heads block_size 1",
+                   "self_attn.key_decay": "num_attention_heads block_size 1",
+                   "self_attn.diagonal_decay": "1 num_attention_heads block_size block_size"},
+               kinds=("linear_attention",), heads=("full_attention",), of_heads=True),
+           defaults={"num_local_experts": 8, "num_experts_per_tok": 2, "block_size": 256},
+           experts=Experts(_BLOCK_SPARSE, *_LOCAL)),
+    Family("lfm2", "Lfm2ForCausalLM", _features(Feature.MIXERS), derive=_lfm2, qk_norm=True,
+           query_norm="self_attn.q_layernorm", key_norm="self_attn.k_layernorm",
+           output="self_attn.out_proj", gate="feed_forward.w1", up="feed_forward.w3",
+           down="feed_forward.w2", attention_norm="operator_norm", mlp_norm="ffn_norm",
+           final_norm="model.embedding_norm", rope_theta=1000000.0, end_token=2,
+           keys={"tie_word_embeddings": "tie_embedding", "intermediate_size": "block_ff_dim"},
+           settled={"block_auto_adjust_ff_dim": False},
+           defaults={**_TIED, "conv_L_cache": 3, "block_auto_adjust_ff_dim": True,
+                     "block_multiple_of": 256, "block_ffn_dim_multiplier": 1.0},
+           mixers=Mixers("short convolutions", {
+               "conv.conv.weight": "hidden_size 1 conv_L_cache",
+               "conv.conv.bias?conv_bias": "hidden_size",
+               "conv.in_proj.weight": "3*hidden_size hidden_size",
+               "conv.in_proj.bias?conv_bias": "3*hidden_size",
+               "conv.out_proj.weight": "hidden_size hidden_size",
+               "conv.out_proj.bias?conv_bias": "hidden_size"},
+               kinds=("conv",), heads=("full_attention",))),
+    Family("falcon_h1", "FalconH1ForCausalLM", _features(Feature.MIXERS, Feature.MULTIPLIERS),
+           **_BIASES, mlp_bias="mlp_bias", derive=_falcon_h1, rope_theta=None,
+           gate="feed_forward.gate_proj", up="feed_forward.up_proj",
+           down="feed_forward.down_proj", mlp_norm="pre_ff_layernorm",
+           final_norm="model.final_layernorm", end_token=2, defaults={
+               "mamba_d_ssm": 1024, "mamba_n_heads": 128, "mamba_n_groups": 1,
+               "mamba_d_state": 256, "mamba_d_conv": 4, "mamba_expand": 2,
+               "mamba_conv_bias": True},
+           mixers=Mixers("Mamba-2 mixers beside attention", _mamba2(
+               "mamba", "ssm_width", "mamba_n_groups", "mamba_d_state", "mamba_n_heads",
+               "mamba_d_conv", conv="mamba_conv_bias", enter="mamba_proj_bias",
+               leave="projectors_bias", norm="mamba_rms_norm"))),
     Family("opt", "OPTForCausalLM", _features(Feature.NO_GATE, _LAYER_NORM, _POSITIONS),
            keys={"intermediate_size": "ffn_dim", **_EVERY_HEAD}, derive=_opt,
            derived_head_dim="attention",

@@ -12,7 +12,8 @@ where the layers are in the decoder and which of their modules differ from layer
 first, and by all names that versions of transformers have for them; `narrow` in it is for an
 attention whose config has no size of heads, `wide` for an MLP whose width is given by what is as
 wide, `per_head` for an attention that is given something for every head of the dense model, as
-scores that are biased by distance are. `biased_projections` names modules of a layer, such as
+scores that are biased by distance are; `stays` lists the layers in which a module is another mixer,
+or not there, and stays as it is. `biased_projections` names modules of a layer, such as
 `mlp.down_proj`, that have a bias where the stock model has none.
 See configuration_spp.py for why this file imports so little.
 """
@@ -123,7 +124,8 @@ class _PerLayerModel:
 def _graft(layer: nn.Module, config: Any, index: int, listed: Mapping[str, Any]) -> None:
     """Give a layer the modules of one that is made from its own config."""
     own, attention = config.layer_config(index), listed["modules"][0]
-    modules = listed["modules"]
+    stays = listed.get("stays", {})
+    modules = [name for name in listed["modules"] if index not in stays.get(name, ())]
     if "narrow" in listed:
         _narrow(layer, attention, config, index, listed.get("keys", {}), **listed["narrow"])
         # The rest of it, with heads that fill the hidden size.
@@ -148,6 +150,8 @@ def _graft(layer: nn.Module, config: Any, index: int, listed: Mapping[str, Any])
             )
         _serve_unevenly(getattr(layer, attention), query_groups)
     for name in getattr(config, "biased_projections", ()):
+        if any(index in layers and name.startswith(f"{at}.") for at, layers in stays.items()):
+            continue
         linear: Any = layer.get_submodule(name)
         linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
 

@@ -8,10 +8,9 @@ Transformers backend with `--trust-remote-code`.
 from __future__ import annotations
 
 from spp_export.models.families import FAMILIES
+from spp_export.models.families.served import PLUGIN
 
 _MODELS = "spp_export.models.vllm.models"
-# Those with layers of vLLM's own; others run on its Transformers backend.
-OWN_LAYERS = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def register() -> None:
@@ -23,6 +22,6 @@ def register() -> None:
 
     import spp_export.models.modeling  # noqa: F401  registers the configs
 
-    for name in OWN_LAYERS:
+    for name in sorted(PLUGIN):  # others run on its Transformers backend
         architecture = f"Spp{FAMILIES[name].architecture}"
         ModelRegistry.register_model(architecture, f"{_MODELS}:{architecture}")

@@ -30,17 +30,33 @@ class Candidates:
     cost: FloatArray | IntArray
 
     @classmethod
-    def of_heads(cls, options: Options, costs: ArrayLike) -> Candidates:
+    def of_heads(
+        cls, options: Options, costs: ArrayLike, has_heads: Sequence[bool] = ()
+    ) -> Candidates:
         """Size of a groups and a count n of heads at (a-1)*N + n-1. costs: [G,N] or [L,G,N],
-        positive integers (`head_costs`) or floats."""
+        positive integers (`head_costs`) or floats. A layer without heads, by `has_heads`, has one
+        size, the first, that costs nothing."""
         value = options.value
         flat = (len(value), value[0].size)
-        return cls(value.reshape(flat), np.broadcast_to(costs, value.shape).reshape(flat))
+        costs = np.broadcast_to(costs, value.shape).reshape(flat)
+        return cls._of(value.reshape(flat), costs, has_heads)
 
     @classmethod
-    def of_channels(cls, options: ChannelOptions, costs: ArrayLike) -> Candidates:
+    def of_channels(
+        cls, options: ChannelOptions, costs: ArrayLike, has_channels: Sequence[bool] = ()
+    ) -> Candidates:
         """Width `options.widths[i]` at i. costs: [W] or [L,W], as for heads."""
-        return cls(options.value, np.broadcast_to(costs, options.value.shape))
+        costs = np.broadcast_to(costs, options.value.shape)
+        return cls._of(options.value, costs, has_channels)
+
+    @classmethod
+    def _of(cls, value: FloatArray, cost: NDArray[Any], has_units: Sequence[bool]) -> Candidates:
+        if all(has_units):
+            return cls(value, cost)
+        has = np.array(has_units)[:, None]
+        first = np.arange(value.shape[1]) == 0
+        nothing = np.where(first, 0.0, -np.inf)
+        return cls(np.where(has, value, nothing), np.where(has | ~first, cost, 0))
 
 
 def head_costs(
@@ -62,7 +78,9 @@ def head_costs(
     if kind == "latency":
         assert latency is not None, "a cost in time needs a table"
         return latency.attention_cost(query_heads, groups)
-    return groups * (2 * shape.head_dim * shape.element_bytes) * np.ones_like(query_heads)
+    costs = shape.counted
+    cached = groups * costs.kv_rows + query_heads * costs.query_rows + costs.layer_rows
+    return shape.element_bytes * cached
 
 
 def width_costs(
@@ -169,22 +187,23 @@ def uniform_sizes(
     head_value, head_cost = np.zeros(1), np.zeros(1, dtype=np.int64)
     width_value, width_cost = np.zeros(1), np.zeros(1, dtype=np.int64)
     stock = np.ones(1, dtype=bool)
+    has_heads, has_channels = np.array(shape.has_heads), np.array(shape.has_channels)
     if heads is not None:
         a, b = regular_sizes(shape.kv_heads, shape.group_size)
         query, groups = (a * b).ravel(), (a * np.ones_like(b)).ravel()
-        head_value = heads.value.sum(axis=0).ravel()
-        head_cost = head_costs(shape, kind, latency=latency).ravel()
+        head_value = heads.value[has_heads].sum(axis=0).ravel()
+        head_cost = head_costs(shape, kind, latency=latency).ravel() * has_heads.sum()
         stock = np.array([accepts(int(count)) for count in query], dtype=bool)
     if channels is not None:
-        widths, width_value = np.array(channels.widths), channels.value.sum(axis=0)
-        width_cost = width_costs(shape, channels.widths, latency)
+        widths, width_value = np.array(channels.widths), channels.value[has_channels].sum(axis=0)
+        width_cost = width_costs(shape, channels.widths, latency) * has_channels.sum()
     count = len(widths)
     return UniformSizes(
         query_heads=np.repeat(query, count),
         kv_heads=np.repeat(groups, count),
         channels=np.tile(widths, len(query)),
         value=np.add.outer(head_value, width_value).ravel(),
-        cost=np.add.outer(head_cost, width_cost).ravel() * shape.num_layers,
+        cost=np.add.outer(head_cost, width_cost).ravel(),
         stock=np.repeat(stock, count),
     )
 

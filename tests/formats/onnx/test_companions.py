@@ -99,14 +99,14 @@ def test_the_form_of_the_graph_is_recorded(precision, dtype):
 def test_genai_is_told_the_inputs_and_whether_the_cache_is_shared(attention, positions, shared):
     options = OnnxOptions(attention)
     config = made("mistral", "per-layer", options=options, sliding_window=6)
-    genai = genai_config(config, {}, LAYERS, 16, options, [2])
+    genai = genai_config(config, {}, LAYERS, 16, options, [2], "llama")
     decoder = genai["model"]["decoder"]
     assert ("position_ids" in decoder["inputs"]) == positions
     assert genai["search"]["past_present_share_buffer"] is shared
     assert "sliding_window" not in decoder
     counts = ("num_attention_heads", "num_key_value_heads", "num_hidden_layers", "head_size")
     assert [decoder[name] for name in counts] == [8, 4, 3, 16]
-    assert genai["model"]["type"] == "mistral"
+    assert genai["model"]["type"] == "llama"
     assert genai["model"]["context_length"] == genai["search"]["max_length"] == 512
 
 
@@ -120,7 +120,7 @@ def test_genai_is_told_the_inputs_and_whether_the_cache_is_shared(attention, pos
 )
 def test_genai_stops_where_it_is_told_to(generation, stop, eos, pad):
     config = made("llama", "per-layer", eos_token_id=5, bos_token_id=None, pad_token_id=None)
-    model = genai_config(config, generation, LAYERS, 16, OPTIONS, stop)["model"]
+    model = genai_config(config, generation, LAYERS, 16, OPTIONS, stop, "llama")["model"]
     assert (model["eos_token_id"], model["pad_token_id"]) == (eos, pad)
     assert "bos_token_id" not in model
 
@@ -128,7 +128,7 @@ def test_genai_stops_where_it_is_told_to(generation, stop, eos, pad):
 def test_sampling_settings_of_the_model_are_kept():
     generation = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": None}
     config = made("qwen3", "per-layer")
-    search = genai_config(config, generation, LAYERS, 16, OPTIONS, [2])["search"]
+    search = genai_config(config, generation, LAYERS, 16, OPTIONS, [2], "llama")["search"]
     names = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
     assert [search[name] for name in names] == [True, 0.6, 20, 1.0, 1.0]
 

@@ -282,7 +282,7 @@ def _context_length(config: Mapping[str, Any], graph: Any, path: Path) -> int:
     """Tokens of a row by the config, for as many of which the graph must know a rotation."""
     length = _size(config, "max_position_embeddings", path, _MOST_POSITIONS)
     for tensor in graph.initializer:
-        if tensor.name in _TABLES and tensor.dims[:1] != [length]:
+        if tensor.name.startswith(_TABLES) and tensor.dims[:1] != [length]:
             raise CheckpointError(
                 f"{path / GRAPH}: its table {tensor.name} is for {list(tensor.dims[:1])} "
                 f"positions, config.json says {length}. Export it again."

@@ -1,0 +1,35 @@
+"""Which other engines run a family, as far as that is known.
+
+Of vLLM, tests/vllm runs what is said here, on a CPU; no test runs the others, which have a class of a
+family by their registries. A family that is not named is one of which nothing is known.
+"""
+
+from __future__ import annotations
+
+# Those of which this package has a class for layers that differ (spp_export.models.vllm).
+PLUGIN = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+# Those that vLLM's Transformers backend runs, layers that differ too.
+BACKEND = frozenset(
+    {
+        *("llama", "mistral", "qwen2", "qwen3", "granite", "seed_oss", "ernie4_5", "smollm3"),
+        *("ministral", "ministral3", "cwm", "hyperclovax", "arcee", "nemotron", "starcoder2"),
+        *("exaone4", "cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "olmo", "phi", "phi3"),
+        *("glm", "glm4", "stablelm", "jais2", "apertus", "nanochat", "mixtral", "qwen3_moe"),
+        *("qwen2_moe", "gpt_oss", "granitemoe", "glm4_moe", "dots1", "ernie4_5_moe", "opt"),
+        *("gpt_bigcode", "persimmon"),
+    }
+)
+# Those that it does not run, and of which vLLM has at most a class for layers that are alike.
+NOT_BACKEND = frozenset({"bloom", "falcon", "gpt2", "gpt_neo", "gpt_neox", "gptj", "mpt", "phimoe"})
+# Those whose uniform models vLLM takes without an option for stock ones, and that its own class, or
+# the backend, then computes as transformers does.
+VLLM = BACKEND - {"qwen2", "cohere2"} | {"gpt2", "gpt_neox", "gptj"}
+# sglang/srt/models.
+SGLANG = frozenset(
+    {
+        *("llama", "mistral", "qwen2", "qwen3", "granite", "arcee", "apertus", "cohere"),
+        *("cohere2", "gemma2", "gemma3_text", "gpt2", "starcoder2", "mixtral"),
+    }
+)
+# What onnxruntime-genai knows by the name of the family; others it runs as "decoder".
+GENAI = frozenset({"llama", "mistral", "qwen2", "qwen3"})

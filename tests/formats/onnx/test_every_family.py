@@ -1,0 +1,146 @@
+"""Families of the table as graphs: what each computes otherwise than Llama, in ONNX Runtime."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from family_models import FORMS, KNOWN, family_name, load, make_dense, make_slim
+from numpy.typing import NDArray
+from test_onnx_families import _Graph
+
+from spp_export.common.errors import ModelError
+from spp_export.formats.onnx import OnnxOptions
+from spp_export.formats.onnx.options import ATTENTIONS, Attention
+from spp_export.formats.onnx.read import GraphWeights
+from spp_export.formats.onnx.structure import difference
+from spp_export.formats.onnx.write import write_onnx
+from spp_export.formats.registry import FORMATS
+from spp_export.models.checkpoint.checkpoint import open_checkpoint, open_source
+from spp_export.models.checkpoint.reader import read_float
+from spp_export.models.families import FAMILIES
+
+ONNX = FORMATS["onnx"]
+NAMES = [*KNOWN, *(name for name in FORMS if family_name(name) in KNOWN)]
+# What no record tells of: its slopes are rounded to bfloat16.
+NOT_TOLD = ("falcon-rw",)
+WRITTEN = [
+    name
+    for name in NAMES
+    if name not in NOT_TOLD and not ONNX.refusal(FAMILIES[family_name(name)], "per-layer")
+]
+# Every family in one form, slowly in the others.
+CASES = [
+    pytest.param(
+        name, form, marks=() if (number + other) % 3 == 0 else pytest.mark.slow, id=f"{name}-{form}"
+    )
+    for number, name in enumerate(WRITTEN)
+    for other, form in enumerate(ATTENTIONS)
+]
+_PROMPT, _COUNT = 13, 17
+
+
+@pytest.fixture(scope="module")
+def slim(tmp_path_factory: pytest.TempPathFactory):
+    """A per-layer model of a family whose heads ONNX Runtime's own rotary takes, made once."""
+    place = tmp_path_factory.mktemp("slim")
+
+    @cache
+    def made(name: str, layout: str = "per-layer") -> Path:
+        source = open_source(make_dense(name, place / name / layout / "dense", head_dim=16))
+        return make_slim(source, layout, place / name / layout / "slim").slim
+
+    return made
+
+
+def ids(rows: int, count: int, seed: int = 0) -> NDArray[np.int64]:
+    return np.random.default_rng(seed).integers(3, 97, (rows, count))
+
+
+def truth(checkpoint: Path, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Logits [B,S,V] in float64."""
+    with torch.no_grad():
+        logits = load(checkpoint)(torch.from_numpy(tokens), use_cache=False).logits
+    result: NDArray[np.float64] = logits.numpy()
+    return result
+
+
+def assert_close(found: NDArray[np.float64], expected: NDArray[np.float64]) -> None:
+    limit = 64 * np.finfo(np.float32).eps * max(1.0, np.abs(expected).max())
+    assert np.abs(found - expected).max() <= limit
+    assert expected.std() > 1e-3
+
+
+def written(checkpoint: Path, out: Path, attention: Attention) -> _Graph:
+    out.mkdir()
+    write_onnx(checkpoint, out, OnnxOptions(attention))
+    return _Graph(out)
+
+
+@pytest.mark.parametrize(("name", "attention"), CASES)
+def test_a_graph_gives_the_logits_of_transformers(slim, name, attention, tmp_path: Path) -> None:
+    """A prompt, then token by token with the cache; and the weights can be read back."""
+    checkpoint = slim(name)
+    graph = written(checkpoint, tmp_path / "onnx", attention)
+    tokens = ids(1, _COUNT)
+    expected, ones = truth(checkpoint, tokens), np.ones_like(tokens)
+    logits, past = graph.run(tokens[:, :_PROMPT], ones[:, :_PROMPT], graph.past(1))
+    assert_close(logits, expected[:, :_PROMPT])
+    for step in range(_PROMPT, _COUNT):
+        logits, past = graph.run(tokens[:, step : step + 1], ones[:, : step + 1], past)
+        assert_close(logits[:, 0], expected[:, step])
+    onnx.checker.check_model(tmp_path / "onnx" / "model.onnx")
+    decoder = open_checkpoint(checkpoint)
+    assert difference(tmp_path / "onnx", decoder, OnnxOptions(attention)) is None
+    weights = GraphWeights(tmp_path / "onnx", decoder.family, decoder.shape, decoder.layers)
+    for spec in weights.specs:
+        stored = np.asarray(read_float(decoder.tensors[spec.name]), np.float32)
+        assert np.array_equal(weights.read(spec.name), stored), spec.name
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", ["gpt2", "bloom", "gemma2", "ministral3", "glm"])
+def test_rows_of_unequal_length(slim, name: str, side: str, tmp_path: Path) -> None:
+    """Positions, distances and windows count real tokens."""
+    checkpoint = slim(name)
+    graph = written(checkpoint, tmp_path / "onnx", "gqa" if side == "right" else "gqa-bias")
+    tokens, new = ids(2, 11), ids(2, 1, seed=1)
+    mask = np.ones_like(tokens)
+    mask[1, slice(0, 5) if side == "left" else slice(6, 11)] = 0
+    logits, past = graph.run(tokens, mask, graph.past(2))
+    grown = np.concatenate([mask, np.ones_like(new)], 1)
+    if side == "right":  # each row goes on right behind its own last token
+        grown = np.sort(grown, axis=1)[:, ::-1].copy()
+    after, _ = graph.run(new, grown, past)
+    for row in range(2):
+        real = mask[row] == 1
+        expected = truth(checkpoint, np.concatenate([tokens[row][real], new[row]])[None])[0]
+        assert_close(logits[row][real], expected[:-1])
+        assert_close(after[row, 0], expected[-1])
+
+
+@pytest.mark.parametrize("name", ["gemma2", "phi3", "gpt2", "opt-350m"])
+@pytest.mark.parametrize("quant", ["int8", "int8-dynamic"])
+def test_quantised_weights_can_be_read_back(slim, name: str, quant, tmp_path: Path) -> None:
+    """Near to what was stored, each in its place."""
+    checkpoint, decoder = slim(name), open_checkpoint(slim(name))
+    (tmp_path / "onnx").mkdir()
+    write_onnx(checkpoint, tmp_path / "onnx", OnnxOptions(quant=quant))
+    weights = GraphWeights(tmp_path / "onnx", decoder.family, decoder.shape, decoder.layers)
+    for spec in weights.specs:
+        stored = read_float(decoder.tensors[spec.name])
+        lost = np.linalg.norm(weights.read(spec.name) - stored) / np.linalg.norm(stored)
+        assert lost <= (0.05 if weights.in_few_bits(spec) else 1e-6), spec.name
+
+
+@pytest.mark.parametrize("name", NOT_TOLD)
+def test_what_no_record_tells_is_refused(name: str, tmp_path: Path) -> None:
+    source = open_source(make_dense(name, tmp_path / "dense"))
+    (tmp_path / "onnx").mkdir()
+    with pytest.raises(ModelError, match="ONNX does not know scores biased by distance"):
+        write_onnx(source.path, tmp_path / "onnx", OnnxOptions())
+    assert not list((tmp_path / "onnx").iterdir())
