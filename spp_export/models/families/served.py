@@ -1,7 +1,7 @@
 """Which other engines run a family, as far as that is known.
 
-Of vLLM, tests/vllm runs what is said here, on a CPU; no test runs the others, which have a class of a
-family by their registries. A family that is not named is one of which nothing is known.
+tests/vllm runs what is said of vLLM, on a CPU. No test runs the others, which have a class of a
+family by their registries. Of a family that is not named nothing is known.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BACKEND = frozenset(
 NOT_BACKEND = frozenset({"bloom", "falcon", "gpt2", "gpt_neo", "gpt_neox", "gptj", "mpt", "phimoe"})
 # Those whose uniform models vLLM takes without an option for stock ones, and that its own class, or
 # the backend, then computes as transformers does.
-VLLM = BACKEND - {"qwen2", "cohere2"} | {"gpt2", "gpt_neox", "gptj"}
+VLLM = BACKEND - {"qwen2", "cohere2", "ernie4_5_moe"} | {"gpt2", "gpt_neox", "gptj"}
 # sglang/srt/models.
 SGLANG = frozenset(
     {
