@@ -325,6 +325,10 @@ def _hooks(
     if Feature.POST_NORM in family.features:
         # Norms leave shares as they are: of the sums, the stream and what was written to it.
         read["residual"], read["stream"] = (name for name, _ in family.norms)
+    if Feature.LATENT in family.features:
+        # Queries are made of what the norm gives, by way of latents.
+        del read["attention_input"]
+        written["attention_input"] = family.attention_norm
     if Feature.PARALLEL in family.features:
         # What attention writes is first read together with what the MLP writes.
         del read["residual"]

@@ -107,13 +107,15 @@ class Collection:
         """
         shape = source.shape
         kinds = set(self.parts if kinds is None else kinds)
+        attends = "attention" in kinds and shape.has_heads[layer]
+        widens = "mlp" in kinds and shape.has_channels[layer]
         return LayerStatistics(
             layer=layer,
             heads=shape.query_heads,
             groups=shape.kv_heads,
             weights=layer_weights(source, layer) if weights is None else weights,
-            attention=self._attention(layer, shape.query_heads) if "attention" in kinds else None,
-            mlp=self._mlp(layer) if "mlp" in kinds else None,
+            attention=self._attention(layer, shape.query_heads) if attends else None,
+            mlp=self._mlp(layer) if widens else None,
             gradients=self.gradients(layer) if "gradients" in kinds else None,
             axis=axis,
             seed=seed,

@@ -186,7 +186,7 @@ def least_slim_bytes(shape: ModelShape, keep: float | None, units: str) -> int:
     `keep` None, a budget of another kind, may take any of the units: "heads" or "both".
     """
     heads = shape.head_parameters(shape.layers)
-    channels = shape.num_layers * shape.channels * shape.channel_parameters
+    channels = sum(layer.channels for layer in shape.layers) * shape.channel_parameters
     removable = heads + (channels if units == "both" else 0)
     # Rounding to whole groups and widths can end below the budget.
     stays = 0.9 * (keep or 0.0)

@@ -14,6 +14,7 @@ from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.families import Family, TensorSpec, Unit
 from spp_export.models.shape import LAYOUTS, Layout
 from spp_export.planning import LayerPlan, Plan
+from spp_export.planning.plan import only_existing
 from spp_export.slicing.compensation import written_config
 
 _UNITS = {
@@ -114,6 +115,8 @@ def _part(family: Family, spec: TensorSpec) -> str:
             return _NORMS
         return _HEAD if module == family.head else _EMBEDDINGS
     inside = module.removeprefix(f"{family.layers}.{spec.layer}.")
+    if family.mixers and inside in family.mixers.modules:
+        return family.mixers.name
     if inside in (family.output, family.down):
         return _BIASES
     norms = {family.attention_norm, family.mlp_norm, family.query_norm, family.key_norm}
@@ -153,12 +156,14 @@ def _some_plan(source: Checkpoint, layout: Layout) -> Plan:
     has none."""
     shape = source.shape
     whole = _layer(source, shape.kv_heads, shape.group_size, cut=False)
+    first = shape.has_heads.index(True)
     if layout == "uniform":
-        layers = (_uniform_layer(source),) * shape.num_layers
+        layers = [_uniform_layer(source)] * shape.num_layers
     elif layout == "per-layer":
         kv_heads = max(1, shape.kv_heads - 1)
         size = max(1, shape.group_size - (shape.kv_heads == 1))
-        layers = (_layer(source, kv_heads, size), *[whole] * (shape.num_layers - 1))
+        layers = [whole] * shape.num_layers
+        layers[first] = _layer(source, kv_heads, size)
     else:
         if shape.group_size == 1 or shape.kv_heads == 1:
             raise PlanError("its KV groups cannot differ in size. Use layout per-layer.")
@@ -167,11 +172,9 @@ def _some_plan(source: Checkpoint, layout: Layout) -> Plan:
                 f"in the {shape.model_type} family every KV head must serve as many query heads. "
                 "Use layout per-layer."
             )
-        layers = (
-            LayerPlan(whole.kv_heads, whole.query_heads[1:], whole.channels),
-            *[whole] * (shape.num_layers - 1),
-        )
-    return Plan(source.fingerprint, source.name, layout, "none", layers)
+        layers = [whole] * shape.num_layers
+        layers[first] = LayerPlan(whole.kv_heads, whole.query_heads[1:], whole.channels)
+    return Plan(source.fingerprint, source.name, layout, "none", only_existing(layers, shape))
 
 
 def _uniform_layer(source: Checkpoint) -> LayerPlan:

@@ -56,7 +56,7 @@ from spp_export.domains.shrinkage import (
 )
 from spp_export.domains.whitelist import choose_whitelist
 from spp_export.importance import SCORING
-from spp_export.importance.base import Criterion
+from spp_export.importance.base import Criterion, check_convention
 from spp_export.models.checkpoint.checkpoint import Checkpoint
 
 # Prompts of a domain that are answered: a scenario mixes several domains.
@@ -118,6 +118,8 @@ def probe_model(
     left_out = left_out or Pools((), (), (), {})
     source.family.check_units(request.units)
     criteria = request.check(len(candidates.domains))
+    for criterion in criteria:
+        check_convention(source.family, criterion)
     dense = Dense(model, tokenizer, source)
     read = [
         read_pools_within(tokenizer, part, request.calibration_tokens)

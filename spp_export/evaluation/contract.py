@@ -187,10 +187,11 @@ def make_slim(source: Checkpoint, layout: Layout, target: Path) -> Pair:
     """Sliced on disk, as an export is, by a random plan."""
     if layout == "uniform":
         width = 10 if source.family.down else None
-        # Some stock configs take no fewer heads.
-        whole = bool(source.family.derived_head_dim)
-        groups, size = (source.shape.kv_heads, source.shape.group_size) if whole else (1, 2)
-        layers = uniform_layers(source.shape, 3, kv_heads=groups, group_size=size, channels=width)
+        size = min(2, source.shape.group_size)
+        heads = {"kv_heads": 2 // size, "group_size": size}
+        if source.family.derived_head_dim:  # its stock config takes no fewer
+            heads = {"kv_heads": source.shape.kv_heads, "group_size": source.shape.group_size}
+        layers = uniform_layers(source.shape, 3, **heads, channels=width)
     else:
         chosen = ragged_layers if layout == "ragged" else random_layers
         layers = chosen(source.shape, 3, channels=bool(source.family.down))

@@ -249,9 +249,8 @@ def _size_parts(plan: Plan, shape: ModelShape, predicted: Predicted) -> dict[str
     layers = plan.layer_shapes(shape)
     heads = sum(layer.query_heads for layer in layers)
     channels = sum(layer.channels for layer in layers)
-    whole_heads, whole_channels = (
-        size * shape.num_layers for size in (shape.query_heads, shape.channels)
-    )
+    whole_heads = sum(layer.query_heads for layer in shape.layers)
+    whole_channels = sum(layer.channels for layer in shape.layers)
     rows = [
         ("parameters", predicted.dense_parameters, predicted.parameters),
         ("KV cache, bytes per token", predicted.dense_kv_bytes, predicted.kv_bytes),

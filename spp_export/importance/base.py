@@ -10,6 +10,7 @@ from typing import Protocol
 from spp_export.calibration.cache import LOSS
 from spp_export.calibration.statistics import LayerStatistics
 from spp_export.common.arrays import BoolArray, FloatArray, IndexArray
+from spp_export.models.families import Family, Feature
 from spp_export.models.shape import Units
 
 
@@ -48,6 +49,13 @@ class Criterion:
     needs: frozenset[Need] = frozenset()
     comparable: str = "standardised"
     companion: str | None = None
+
+
+def check_convention(family: Family, criterion: Criterion | SetCriterion | None) -> None:
+    """ModelError where a criterion sums over matrices that a family does not have."""
+    if criterion is not None and criterion.convention is Convention.GROUP_SUM:
+        what = f"criterion {criterion.name}"
+        family.refuse((Feature.LATENT,), what, "Use one that reads o_proj alone, such as energy.")
 
 
 def statistics_read(needs: Iterable[Need], units: Units) -> tuple[str, ...]:

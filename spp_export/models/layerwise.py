@@ -40,6 +40,7 @@ _UNKNOWN = (
     Feature.ALIBI,
     Feature.SIDE_BY_SIDE,
     Feature.EXPERTS,
+    Feature.MIXERS,
     Feature.VISION,
 )
 # Arguments of one call of the model: input_ids and what else it takes.

@@ -120,6 +120,16 @@ class Plan:
         listed = self.family.get("remarks")
         return tuple(x for x in listed if isinstance(x, str)) if isinstance(listed, list) else ()
 
+    @property
+    def without_heads(self) -> frozenset[int]:
+        """The layers that have no heads in the source, as far as the plan says."""
+        listed = self.family.get("without_heads")
+        return (
+            frozenset(x for x in listed if type(x) is int)
+            if isinstance(listed, list)
+            else frozenset()
+        )
+
     def layer_shapes(self, model: ModelShape) -> tuple[LayerShape, ...]:
         """Size of every layer after slicing, of what is kept alone."""
         return tuple(layer.shape(model) for layer in self.layers)
@@ -177,16 +187,18 @@ def sample_plan(
     dense: Plan, shape: ModelShape, layout: Layout, compensation: Compensation, units: Units
 ) -> Plan:
     """A plan like others of its kind, for what depends on nothing else: where layers may differ,
-    they have about half of the units."""
+    the first that has heads has about half of the units."""
     groups, heads = shape.kv_heads, shape.query_heads
     if units != "channels":
         groups = -(-groups // 2)
         heads = groups * shape.group_size if shape.kv_heads > 1 else -(-heads // 2)
     width = None if units == "heads" else tuple(range(-(-shape.channels // 2)))
     first = LayerPlan(tuple(range(groups)), tuple(range(heads)), width)
-    layers = dense.layers if layout == "uniform" else (first,) * shape.num_layers
-    layers = only_existing(layers, shape)
-    return replace(dense, layout=layout, compensation=compensation, layers=layers)
+    layers = list(dense.layers)
+    if layout != "uniform":
+        layers[shape.has_heads.index(True)] = first
+    existing = only_existing(layers, shape)
+    return replace(dense, layout=layout, compensation=compensation, layers=existing)
 
 
 def _entry(name: str, value: Any) -> str:

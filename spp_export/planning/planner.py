@@ -180,7 +180,10 @@ class Planning:
                 },
             }
         sizes = predicted(shape, [layer.shape(shape) for layer in layers], written, self.latency)
-        remarks = list(session.source.family.remarks)
+        told: dict[str, Any] = {
+            "remarks": list(session.source.family.remarks),
+            "without_heads": sorted(shape.without_heads),
+        }
         compiled = Plan(
             session.source.fingerprint,
             session.source.name,
@@ -190,7 +193,7 @@ class Planning:
             scenario=scenario_record(self.scenario, self.text),
             artifacts=artifacts_record(artifacts),
             diagnosis=self.diagnosis.to_dict(),
-            family={"remarks": remarks} if remarks else {},
+            family={name: value for name, value in told.items() if value},
             calibration={
                 "shrinkage": self.mixing.shrinkage,
                 "scenario_weight": self.mixing.scenario_weight,

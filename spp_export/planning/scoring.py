@@ -17,7 +17,13 @@ from spp_export.common.errors import UsageError
 from spp_export.common.progress import progress
 from spp_export.data.artifacts import Artifacts
 from spp_export.importance import CRITERIA, SCORING
-from spp_export.importance.base import Need, SetCriterion, statistics_read, unit_statistics
+from spp_export.importance.base import (
+    Need,
+    SetCriterion,
+    check_convention,
+    statistics_read,
+    unit_statistics,
+)
 from spp_export.importance.comparable import LOSSES, comparable_kinds
 from spp_export.importance.mixed import ScoredUnit, check_domain_scores, mixed_scores
 from spp_export.models.checkpoint.reader import read_float
@@ -72,6 +78,7 @@ def check_criterion(session: Session, artifacts: Artifacts, name: str, units: Un
             f"--criterion {name}: needs every weight in memory, and this model runs layer by "
             "layer. Choose another criterion, or --no-layerwise."
         )
+    check_convention(session.source.family, CRITERIA.get(name))
     if name in SCORING:
         for unit in ("head", "channel"):
             if units in (f"{unit}s", "both"):

@@ -9,17 +9,20 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from exporting import Workshop
-from factories import make_checkpoint
+from factories import VOCAB, make_checkpoint, write_tokenizer
+from family_models import settings_of
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from vision_models import make_talking
 
 from spp_cli.main import run
 from spp_export.common.progress import quiet_transformers
+from spp_export.evaluation.contract import write_random
 from spp_export.evaluation.oracle import masked_dense
-from spp_export.models.checkpoint.checkpoint import open_source
+from spp_export.models.checkpoint.checkpoint import open_checkpoint, open_source
 from spp_export.planning import read_plan
 
 # Without this package: what a reader of the card does.
@@ -107,3 +110,47 @@ def test_a_model_that_sees_answers_about_a_picture(workshop: Workshop, tmp_path:
     assert module.startswith("transformers_modules")
     assert not ours
     assert ids == follows
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "deepseek_v3"])
+def test_what_is_beside_heads_stays_and_every_command_says_so(
+    family: str, workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Heads of layers with softmax attention, or of MLA, go; gated delta nets and latents stay."""
+    settings = settings_of(family)
+    settings.vocab_size, settings.max_position_embeddings = VOCAB, 1024
+    dense = write_random(settings, tmp_path / "dense")
+    write_tokenizer(dense)
+    model = ("--model", dense)
+    artifacts, out = tmp_path / "artifacts", tmp_path / "slim"
+    units = ("--units", "both" if family == "qwen3_5_text" else "heads")
+    answers = ("--answer-tokens", "0", *units)
+    command("probe", "--pools", workshop.pools, *model, *answers, "-o", artifacts)
+    asked = ("--artifacts", artifacts, "--keep", "0.6", *answers)
+    asked = (*asked, "--width-multiple", "8", "--layout", "ragged")
+    command("export", "--scenario", workshop.scenario, *model, *asked, "-o", out)
+    assert json.loads((out / "verify.json").read_text())["passed"]
+
+    source, slim = open_source(dense), open_checkpoint(out)
+    stay = {name for layer in source.shape.mixers for name, _ in layer}
+    left = {name.split(".", 3)[-1] for name in slim.tensors}
+    assert stay
+    assert stay <= left
+    plan = read_plan(out / "plan.json")
+    assert plan.without_heads == source.shape.without_heads
+    assert sum(layer.query_heads for layer in slim.layers) < sum(
+        layer.query_heads for layer in source.layers
+    )
+    (remark,) = plan.remarks
+    assert remark == f"{source.family.mixers.name} stay as they are"
+    assert f"{remark[:1].upper()}{remark[1:]}." in (out / "README.md").read_text()
+    command("verify", out, *model)
+    command("report", out, "-o", tmp_path / "page.html")
+    assert remark[1:] in (tmp_path / "page.html").read_text()
+    capsys.readouterr()
+    command("show", dense, "--json")
+    facts = json.loads(capsys.readouterr().out)["facts"]
+    parts = {part["part"]: part["parameters"] for part in facts["stays"]}
+    assert parts[source.family.mixers.name] == source.shape.mixer_parameters
+    (heads,) = (unit["layers"] for unit in facts["can_go"] if unit["unit"] == "query heads")
+    assert heads == sum(source.shape.has_heads)

@@ -41,7 +41,7 @@ def layouts(family: Family) -> Iterator[Layout]:
     if family.uneven_groups:
         yield "ragged"
     yield "per-layer"
-    if not family.derived_head_dim:
+    if not family.derived_head_dim and not (family.mixers and family.mixers.of_heads):
         yield "uniform"
 
 
@@ -111,7 +111,7 @@ def test_parameters_are_those_of_the_stock_model(
     name: str, dense: Callable[[str], Checkpoint]
 ) -> None:
     model, shape = load(dense(name).path), dense(name).shape
-    stored = ("act_fn", "e_score_correction_bias")
+    stored = ("act_fn", "e_score_correction_bias", "slope_rate", "_decay")
     buffers = sum(
         buffer.numel() for name, buffer in model.named_buffers() if any(x in name for x in stored)
     )

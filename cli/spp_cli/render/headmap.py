@@ -61,6 +61,8 @@ def _head_row(
     for layer in layers:
         if head in layer.query_heads:
             row.append(look.block * cell, style=KEPT)
+        elif not layer.query_heads:  # it has another mixer, or none is kept
+            row.append(" " * cell)
         else:
             gone = head // shape.group_size not in layer.kv_heads
             row.append(look.dot.ljust(cell), style=FAINT if gone else "")
@@ -73,6 +75,7 @@ def _group_row(
     row = Text(f"{group:>{LABEL_WIDTH - 1}} ", style="")
     for layer in layers:
         kept = Counter(head // shape.group_size for head in layer.query_heads)[group]
-        mark = look.dot if kept == 0 else _COUNTS[min(kept, len(_COUNTS) - 1)]
+        none = look.dot if layer.query_heads else " "
+        mark = none if kept == 0 else _COUNTS[min(kept, len(_COUNTS) - 1)]
         row.append(mark.ljust(cell), style=KEPT if kept else FAINT)
     return row

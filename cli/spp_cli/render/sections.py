@@ -190,9 +190,11 @@ def sizes(plan: Plan, shape: ModelShape, predicted: Predicted) -> Table:
     if mlps := shape.mlp_parameters:
         gone = shape.expert_parameters(shape.layers) - shape.expert_parameters(slim)
         rows.insert(2, ("of experts and MLPs", mlps, mlps - gone, _thousands))
-    channels = sum(layer.channels for layer in slim)
-    if channels != shape.channels * shape.num_layers:
-        rows.insert(2, ("MLP channels", shape.channels * shape.num_layers, channels, _thousands))
+    if mixers := shape.mixer_parameters:
+        rows.insert(2, ("of what stays beside heads", mixers, mixers, _thousands))
+    dense, channels = (sum(x.channels for x in layers) for layers in (shape.layers, slim))
+    if channels != dense:
+        rows.insert(2, ("MLP channels", dense, channels, _thousands))
     for name, before, after, form in rows:
         saved = Text(f"{1 - after / before:.1%}", style=GOOD if after < before else "")
         table.add_row(name, form(before), form(after), saved)

@@ -50,6 +50,7 @@ class Heads:
 
     query_heads: of a dense layer; where that is not `recorded`, up to the highest that is kept.
     kv_heads: of a dense layer; None where that is not recorded. channels: the same of its MLP.
+    without_heads: the layers that have none in the dense model.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -58,11 +59,17 @@ class Heads:
     kv_heads: int | None
     channels: int | None
     scores: Scores | None = None
+    without_heads: frozenset[int] = frozenset()
 
     @property
     def group_size(self) -> int | None:
         """Query heads per KV head of the dense model."""
         return self.query_heads // self.kv_heads if self.kv_heads else None
+
+    @property
+    def attending(self) -> list[int]:
+        """The layers that have heads in the dense model."""
+        return [i for i in range(len(self.layers)) if i not in self.without_heads] or [0]
 
     @property
     def kept(self) -> int:
@@ -97,7 +104,7 @@ class Heads:
         return [
             (
                 str(index),
-                f"{len(layer.query_heads)}{of}",
+                "another mixer" if index in self.without_heads else f"{len(layer.query_heads)}{of}",
                 ranges(layer.query_heads),
                 ranges(layer.kv_heads),
             )
@@ -109,8 +116,10 @@ class Heads:
         return _LEFT + self.cell * layer
 
     def state(self, layer: int, head: int) -> str:
-        """Whether a head stays, and why not: a key of `STATES`."""
+        """Whether a head stays, and why not: a key of `STATES`, or "none" where there is none."""
         kept = self.layers[layer]
+        if layer in self.without_heads:
+            return "none"
         if head in kept.query_heads:
             return "kept"
         size = self.group_size
@@ -153,7 +162,7 @@ def heads_of(plan: Plan, config: Mapping[str, Any], artifacts: Artifacts | None)
     if artifacts:
         query_heads = query_heads or artifacts.query_heads
         channels = channels or artifacts.channels
-    shown = query_heads or 1 + max(layer.query_heads[-1] for layer in plan.layers)
+    shown = query_heads or 1 + max(max(layer.query_heads, default=0) for layer in plan.layers)
     if shown > _MOST_HEADS or shown * len(plan.layers) > _MOST_CELLS:
         raise PlanError(
             f"plan: {len(plan.layers)} layers of {shown} query heads are more than a page shows, "
@@ -170,7 +179,9 @@ def heads_of(plan: Plan, config: Mapping[str, Any], artifacts: Artifacts | None)
                 "Make it again with 'spp plan'."
             )
     scores = _scores(plan, shown, artifacts) if artifacts else None
-    return Heads(plan.layers, shown, query_heads is not None, kv_heads, channels, scores)
+    recorded = query_heads is not None
+    without = plan.without_heads
+    return Heads(plan.layers, shown, recorded, kv_heads, channels, scores, without)
 
 
 def matching_artifacts(plan: Plan, directory: str | None) -> Artifacts | None:
@@ -202,6 +213,8 @@ def _check_heads(plan: Plan, query_heads: int, kv_heads: int | None) -> None:
     groups = kv_heads or query_heads
     size, rest = divmod(query_heads, groups)
     for index, layer in enumerate(plan.layers):
+        if not layer.query_heads:
+            continue
         inside = layer.query_heads[-1] < query_heads and layer.kv_heads[-1] < groups
         grouped = not rest and {head // size for head in layer.query_heads} == set(layer.kv_heads)
         if not inside or (kv_heads and not grouped):

@@ -64,7 +64,9 @@ def rounded_projections(source: Checkpoint, rounding: Rounding) -> Projections:
     language model head stay as they are."""
 
     source.family.refuse(
-        (Feature.FUSED, Feature.NO_GATE), "rounding of weights", "Compare with other criteria."
+        (Feature.FUSED, Feature.NO_GATE, Feature.MIXERS, Feature.EXPERTS),
+        "rounding of weights",
+        "Compare with other criteria.",
     )
 
     def read(layer: int, role: Role) -> Projection:

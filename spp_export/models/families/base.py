@@ -376,7 +376,8 @@ class Family:
     @property
     def remarks(self) -> tuple[str, ...]:
         """What a reader of a plan has to be told."""
-        return tuple(text for feature, text in _REMARKS.items() if feature in self.features)
+        told = tuple(text for feature, text in _REMARKS.items() if feature in self.features)
+        return (*told, f"{self.mixers.name} stay as they are") if self.mixers else told
 
     def refuse(self, unknown: Collection[Feature], what: str, instead: str) -> None:
         """ModelError if this family computes one of these things, which `what` does not know."""

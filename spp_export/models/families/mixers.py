@@ -31,6 +31,11 @@ class Mixers:
     channels: tuple[str, ...] = ()
     of_heads: bool = False
 
+    @property
+    def modules(self) -> frozenset[str]:
+        """The modules whose tensors these are, relative to a layer."""
+        return frozenset(place.partition("?")[0].rpartition(".")[0] for place in self.tensors)
+
     def read(
         self, config: Mapping[str, Any], layers: int
     ) -> tuple[tuple[Tensors, ...], frozenset[int], frozenset[int]]:
