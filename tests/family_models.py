@@ -61,6 +61,12 @@ MORE: dict[str, dict[str, Any]] = {
     "glm4_moe": {"attention_bias": True, "use_qk_norm": True, "first_k_dense_replace": 1},
     "dots1": {"layer_types": ["sliding_attention", "full_attention"]},
     "ernie4_5_moe": {"use_bias": True, "moe_layer_start_index": 1},
+    "llama4_text": {
+        "interleave_moe_layer_step": 2,
+        "no_rope_layer_interval": 2,
+        "attention_chunk_size": 5,
+        "floor_scale": 4,
+    },
     "gpt_neox": {"rope_parameters": {"rope_theta": 5000.0, "partial_rotary_factor": 0.5}},
     "gptj": {"rotary_dim": 4},
     "falcon": {"multi_query": False, "bias": True, "num_kv_heads": 4},
@@ -139,6 +145,11 @@ EXPERTS: dict[str, dict[str, Any]] = {
     },
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "llama4_text": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size_mlp": 40,
+    },
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "glm4_moe": {
         "n_routed_experts": 4,

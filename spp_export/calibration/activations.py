@@ -28,6 +28,7 @@ from spp_export.common.progress import progress
 from spp_export.models.families import Family, Feature
 from spp_export.models.helpers import helpers_of
 from spp_export.models.layerwise import stream_of
+from spp_export.models.routing import expert_block, routed_writes, router_of
 from spp_export.models.session import Session, helped_session
 
 _BATCH_TOKENS = 2048
@@ -85,6 +86,8 @@ class Observer(Protocol):
     - "mlp_input": the normed stream that gate and up read, [T,d]
     - "down": the input of down_proj, [T,I]
     - "stream": the stream after the MLP, [T,d]
+    - "experts": how much each expert writes for a token, `routed_writes` [T,E], in layers that have
+      any
     - "residual_per_write", "stream_per_write": the same two, in units of what o_proj and down_proj
       write: where a norm is between, longer by as much as it shortens the writes
     - "output_by_loss", "down_by_loss": "output" and "down", each token times how much the loss
@@ -321,7 +324,7 @@ def _hooks(
         "down": family.down,
     }
     # Not of the attention as a whole, which in some families adds the stream itself.
-    written = {"attention": family.output, "stream": ""}
+    written = {"attention": family.output, "stream": "", "experts": ""}
     if Feature.POST_NORM in family.features:
         # Norms leave shares as they are: of the sums, the stream and what was written to it.
         read["residual"], read["stream"] = (name for name, _ in family.norms)
@@ -351,6 +354,10 @@ def _hooks(
                     norm = layer.get_submodule(family.write_norms[place == "stream"])
                     handles.append(norm.register_forward_hook(gain.take))
                     shown = partial(gain.show, shown)
+                if place == "experts":
+                    if block := expert_block(model, family, index):
+                        handles.append(_hook_experts(block, shown))
+                    continue
                 if read.get(place) == "":
                     family.refuse((Feature.EXPERTS,), f"reading {place}", "Use --units heads.")
                 module = layer.get_submodule(name)
@@ -362,6 +369,18 @@ def _hooks(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _hook_experts(block: nn.Module, shown: Callable[[Tensor], None]) -> Any:
+    """Show what each expert of a block writes."""
+    router = router_of(block)
+    assert router is not None
+    count = len(next(router.parameters()))  # a row for each
+
+    def show_writes(experts: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        shown(routed_writes(experts, inputs, output, count))
+
+    return block.get_submodule("experts").register_forward_hook(show_writes)
 
 
 def _has(layer: nn.Module, name: str) -> bool:
@@ -470,6 +489,35 @@ class MeanSquares(Observer):
         """As of `Observer`."""
         layers, width = self.sums.shape
         return {"place": self.place, "layers": layers, "width": width}
+
+
+class ExpertWrites(Observer):
+    """Sums over tokens of what experts write [T,E]: `squares` [L,E] of lengths, `lengths` [L,E],
+    and `routed` [L,E], how many of the `tokens` [L] each expert writes something for."""
+
+    place = "experts"
+
+    def __init__(self, layers: int, experts: int) -> None:
+        self._sums = torch.zeros((3, layers, experts), dtype=torch.float64)
+        self.squares, self.lengths, self.routed = self._sums
+        self.tokens = torch.zeros(layers, dtype=torch.int64)
+
+    def see(self, layer: int, values: Tensor, text_T: Tensor) -> None:
+        """Add one batch."""
+        squares = values.double().cpu()
+        self.squares[layer] += squares.sum(0)
+        self.lengths[layer] += squares.sqrt().sum(0)
+        self.routed[layer] += (squares > 0).sum(0)
+        self.tokens[layer] += len(squares)
+
+    def taken(self, layer: int) -> Iterable[Tensor]:
+        """As of `Observer`."""
+        return [self._sums[:, layer], self.tokens[layer : layer + 1]]
+
+    def recipe(self) -> dict[str, Any]:
+        """As of `Observer`."""
+        _, layers, experts = self._sums.shape
+        return {"layers": layers, "experts": experts}
 
 
 class SecondMoments(Observer):

@@ -35,6 +35,7 @@ from spp_export.models.shape import ModelShape
 _VERSIONS = {
     "attention": "attention: what q and o read, and the stream after; fp32, v5",
     "mlp": "mlp: what gate and down read, and the stream after; fp32, blocks of 1536, v2",
+    "experts": "experts: what each writes, and the stream after; fp32, v1",
     "gradients": "gradients: reductions of |W dL/dW| and gates; fp32, v2",
     "attention loss": "attention: what o reads, by the squared gradient of its output; fp32, v2",
     "mlp loss": "mlp: what down reads, by the squared gradient of its output; fp32, v2",

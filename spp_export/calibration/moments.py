@@ -1,10 +1,10 @@
 """Statistics of the dense model on text collections: gathered once, cached, read layer by layer.
 
-"attention" and "mlp" come from one forward pass, and so do "attention loss" and "mlp loss", whose
-moments are weighted by the gradient at each token so as to be in units of the loss; where a text
-does not bring these, they take a backward pass. "gradients" take one of their own. They lie in the
-user's cache, one file each, so that no pass is made twice and that the matrices of a large model
-never meet in memory once they are written.
+"attention", "mlp" and "experts" come from one forward pass, and so do "attention loss" and "mlp
+loss", whose moments are weighted by the gradient at each token so as to be in units of the loss;
+where a text does not bring these, they take a backward pass. "gradients" take one of their own.
+They lie in the user's cache, one file each, so that no pass is made twice and that the matrices of
+a large model never meet in memory once they are written.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from spp_export.calibration.reading import TokenText
 from spp_export.calibration.statistics import (
     AttentionInputs,
     Axis,
+    ExpertOutputs,
     Gradients,
     LayerStatistics,
     LayerWeights,
@@ -54,6 +55,7 @@ __all__ = ["KINDS", "Collection", "Moments", "gather", "layer_weights"]
 # Of the free memory, what sums over activations may take.
 _MEMORY_SHARE = 0.25
 _GRADIENTS = tuple(field.name for field in fields(Gradients))
+_EXPERTS = tuple(field.name for field in fields(ExpertOutputs))
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,12 @@ class Collection:
     def sensitivity(self, kind: str) -> FloatArray:
         """E 1/||r||^2 [L] of the residual stream after attention, or after the MLP."""
         return self._read(kind, "sensitivity")
+
+    def experts(self, layer: int) -> ExpertOutputs:
+        """What the layer's experts write."""
+        return ExpertOutputs(
+            **{name: self._read("experts", f"{name}/{layer}") for name in _EXPERTS}
+        )
 
     def gradients(self, layer: int) -> Gradients:
         """First-order saliency of the layer's weights and units."""
@@ -116,9 +124,11 @@ class Collection:
             weights=layer_weights(source, layer) if weights is None else weights,
             attention=self._attention(layer, shape.query_heads) if attends else None,
             mlp=self._mlp(layer) if widens else None,
+            experts=self.experts(layer) if "experts" in kinds else None,
             gradients=self.gradients(layer) if "gradients" in kinds else None,
             axis=axis,
             seed=seed,
+            expert_count=shape.experts,
         )
 
     def _attention(self, layer: int, heads: int) -> AttentionInputs:
@@ -321,21 +331,14 @@ def _one_pass(
 ) -> None:
     from spp_export.calibration.activations import Router, observe, token_batches
 
-    sums: list[dict[str, BlockSums | LossSums]] = []
+    sums: list[dict[str, BlockSums | LossSums | ExpertSums]] = []
     batches: list[TokenBatch] = []
     # A batch is of one part, so that each part's sums are what a pass over it alone gives.
     for part in parts:
         of_part = token_batches(tokenizer, part.texts)
         if any(kind.endswith(LOSS) for kind in part.paths):
             of_part = _with_gradients(source, part.texts, of_part, model, tokenizer, description)
-        sums.append(
-            {
-                kind: LossSums(kind, source.shape, of_part)
-                if kind.endswith(LOSS)
-                else BlockSums(kind, source.shape)
-                for kind in part.paths
-            }
-        )
+        sums.append({kind: _sums(kind, source.shape, of_part) for kind in part.paths})
         for batch in of_part:
             batches.append(replace(batch, texts=tuple(part.start + text for text in batch.texts)))
     observers = [
@@ -370,6 +373,15 @@ def _one_pass(
             description=description,
             layer_done=keep,
         )
+
+
+def _sums(
+    kind: str, shape: ModelShape, batches: Sequence[TokenBatch]
+) -> BlockSums | LossSums | ExpertSums:
+    """What gathers statistics of a kind; the batches have gradients where it needs them."""
+    if kind == "experts":
+        return ExpertSums(shape)
+    return LossSums(kind, shape, batches) if kind.endswith(LOSS) else BlockSums(kind, shape)
 
 
 def _backward(
@@ -424,14 +436,14 @@ def _names(kind: str, shape: ModelShape) -> set[str]:
     layers = _layers_seen(kind, shape)
     if kind.endswith(LOSS):
         return {f"second/{i}" for i in layers}
-    per_layer = ("second", "mean", "input_square")
+    per_layer = _EXPERTS if kind == "experts" else ("second", "mean", "input_square")
     return {"sensitivity", *(f"{name}/{i}" for name in per_layer for i in layers)}
 
 
 def _layers_seen(kind: str, shape: ModelShape) -> list[int]:
     """The layers that have what statistics of a kind, with or without the loss, are of."""
-    has = shape.has_heads if kind.startswith("attention") else shape.has_channels
-    return [layer for layer in range(shape.num_layers) if has[layer]]
+    has = {"attention": shape.has_heads, "mlp": shape.has_channels, "experts": shape.sparse}
+    return [layer for layer, there in enumerate(has[kind.removesuffix(LOSS)]) if there]
 
 
 class BlockSums:
@@ -500,6 +512,45 @@ class BlockSums:
             }
         self._second.release(layer)
         if layer == self._layers - 1:
+            averages["sensitivity"] = (self._stream.sums / tokens).numpy()
+        return averages
+
+
+class ExpertSums:
+    """Observers of what experts write and of the stream after the MLP; else as of `BlockSums`."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        from spp_export.calibration.activations import ExpertWrites, StreamSensitivity
+        from spp_export.models.routing import check_routed_writes
+
+        check_routed_writes()
+        self._size, self._seen = (shape.num_layers, shape.experts), _layers_seen("experts", shape)
+        self._writes = ExpertWrites(*self._size)
+        self._stream = StreamSensitivity(shape.num_layers, "stream_per_write")
+
+    @property
+    def observers(self) -> tuple[Observer, ...]:
+        """The observers to attach while the model runs."""
+        return self._writes, self._stream
+
+    @property
+    def sizes(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+        """As of `BlockSums`."""
+        layers, experts = self._size
+        names = [f"{name}/{layer}" for name in _EXPERTS for layer in self._seen]
+        each = np.dtype(np.float32), (experts,)
+        return {"sensitivity": (np.dtype(np.float64), (layers,)), **dict.fromkeys(names, each)}
+
+    def averages(self, layer: int) -> dict[str, FloatArray]:
+        """As of `BlockSums`."""
+        writes, tokens = self._writes, max(int(self._writes.tokens.max()), 1)
+        sums = {"square": writes.squares, "length": writes.lengths, "routed": writes.routed}
+        averages: dict[str, FloatArray] = {}
+        if layer in self._seen:
+            averages = {
+                f"{name}/{layer}": (of[layer] / tokens).float().numpy() for name, of in sums.items()
+            }
+        if layer == self._size[0] - 1:
             averages["sensitivity"] = (self._stream.sums / tokens).numpy()
         return averages
 

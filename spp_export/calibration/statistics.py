@@ -50,6 +50,17 @@ class MlpInputs:
 
 
 @dataclass(frozen=True)
+class ExpertOutputs:
+    """What each of E experts writes, w = g f(x) with its weight g by the router and 0 where a token
+    is not routed to it: square [E] E ||w||^2 and length [E] E ||w|| over all real tokens, routed
+    [E] the share of them that it writes something for."""
+
+    square: FloatArray
+    length: FloatArray
+    routed: FloatArray
+
+
+@dataclass(frozen=True)
 class Gradients:
     """Reductions of |W * dLoss/dW|, the loss being the mean over texts of the mean next-token loss.
 
@@ -81,7 +92,8 @@ class Axis:
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """One layer of H query heads in G groups, seen by one text collection.
+    """One layer of H query heads in G groups and E experts (`expert_count`), seen by one text
+    collection.
 
     Only what the criteria asked for `needs` is gathered; the rest is None.
     """
@@ -95,3 +107,5 @@ class LayerStatistics:
     gradients: Gradients | None = None
     axis: Axis | None = None
     seed: int = 0
+    experts: ExpertOutputs | None = None
+    expert_count: int = 0

@@ -142,7 +142,7 @@ def evaluate(request: EvaluateRequest) -> EvalResult:
         dequantize=request.dequantize,
     )
     for units in request.units:
-        session.source.family.check_units(units)
+        session.source.family.check_units(units, session.source.shape)
     artifacts = open_artifacts(request.artifacts, request.model, session.source)
     others = {
         name: open_artifacts(path, request.model, session.source)

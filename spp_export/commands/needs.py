@@ -20,7 +20,7 @@ from spp_export.models.checkpoint.checkpoint import TOKENIZER_FILES, Checkpoint
 from spp_export.models.checkpoint.companions import companion
 from spp_export.models.checkpoint.dtypes import ELEMENT_BYTES, FLOAT_DTYPES
 from spp_export.models.session import Session
-from spp_export.models.shape import ModelShape, resident_parameters
+from spp_export.models.shape import ModelShape, Units, resident_parameters, unit_parameters
 
 _ELEMENT_BYTES = {name: ELEMENT_BYTES[stored] for stored, name in FLOAT_DTYPES.items()}
 # What an interpreter with torch takes, and what is computed with the weights.
@@ -180,14 +180,12 @@ def check_readable(directory: Path, names: Iterable[str]) -> None:
             ) from error
 
 
-def least_slim_bytes(shape: ModelShape, keep: float | None, units: str) -> int:
+def least_slim_bytes(shape: ModelShape, keep: float | None, units: Units) -> int:
     """About the fewest bytes of tensors under this budget, before there is a plan.
 
-    `keep` None, a budget of another kind, may take any of the units: "heads" or "both".
+    `keep` None, a budget of another kind, may take any of the units.
     """
-    heads = shape.head_parameters(shape.layers)
-    channels = sum(layer.channels for layer in shape.layers) * shape.channel_parameters
-    removable = heads + (channels if units == "both" else 0)
+    removable = unit_parameters(shape, shape.layers, units)
     # Rounding to whole groups and widths can end below the budget.
     stays = 0.9 * (keep or 0.0)
     return round(shape.element_bytes * (shape.parameters(shape.layers) - (1 - stays) * removable))

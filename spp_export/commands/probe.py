@@ -50,7 +50,7 @@ def probe(request: ProbeRequest) -> Artifacts:
         layerwise=None,
         dequantize=request.dequantize,
     )
-    session.source.family.check_units(request.units)
+    session.source.family.check_units(request.units, session.source.shape)
     if not pools:
         pools, names = _extended(request, session)
     texts, named = pools

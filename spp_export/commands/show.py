@@ -242,6 +242,10 @@ def _plan_facts(plan: Plan) -> dict[str, Any]:
     if any(layer.channels is not None for layer in plan.layers):
         kept = [None if layer.channels is None else len(layer.channels) for layer in plan.layers]
         facts["channels"] = kept
+    if any(layer.experts is not None for layer in plan.layers):
+        facts["experts"] = [
+            None if layer.experts is None else len(layer.experts) for layer in plan.layers
+        ]
     realised = plan.budget.get("realised")
     facts |= {
         "scenario": plan.scenario.get("name"),

@@ -58,6 +58,7 @@ from spp_export.domains.whitelist import choose_whitelist
 from spp_export.importance import SCORING
 from spp_export.importance.base import Criterion, check_convention
 from spp_export.models.checkpoint.checkpoint import Checkpoint
+from spp_export.models.shape import Units
 
 # Prompts of a domain that are answered: a scenario mixes several domains.
 DIALOGUES = 32
@@ -75,7 +76,7 @@ class ProbeSettings:
 
     select: int | None = None
     criteria: Sequence[str] = DEFAULT_CRITERIA
-    units: str = "both"
+    units: Units = "both"
     seed: int = 0
     calibration_tokens: int = DEFAULT_CALIBRATION_TOKENS
     answer_tokens: int = 0
@@ -116,7 +117,7 @@ def probe_model(
     """
     request = request or ProbeSettings()
     left_out = left_out or Pools((), (), (), {})
-    source.family.check_units(request.units)
+    source.family.check_units(request.units, source.shape)
     criteria = request.check(len(candidates.domains))
     for criterion in criteria:
         check_convention(source.family, criterion)

@@ -195,7 +195,8 @@ def make_slim(source: Checkpoint, layout: Layout, target: Path) -> Pair:
     else:
         chosen = ragged_layers if layout == "ragged" else random_layers
         layers = chosen(source.shape, 3, channels=bool(source.family.down))
-    if source.shape.experts and layout != "per-layer":  # where heads alone go
+    go = any(source.shape.sparse) and not source.shape.grouped_experts
+    if go and layout != "per-layer":  # where heads alone go
         layers = drop_experts(layers, source.shape, 3, alike=layout == "uniform")
     layers = only_existing(layers, source.shape)
     plan = Plan(source.fingerprint, source.name, layout, "none", layers)

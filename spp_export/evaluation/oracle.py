@@ -69,7 +69,9 @@ def masked_dense(
             if layer.shape(shape).dropped_experts:
                 stay = frozenset(layer.experts or ())
                 gone = [expert for expert in range(shape.experts) if expert not in stay]
-                stack.enter_context(without_experts(expert_block(model, family, index), gone))
+                block = expert_block(model, family, index)
+                assert block is not None, f"layer {index} has no experts"
+                stack.enter_context(without_experts(block, gone))
             for name, kept in _kept_in_norms(family, layer, index, specs).items():
                 norm = model.get_submodule(family.layer_name(index, name))
                 handles.append(_norm_kept(norm, kept))

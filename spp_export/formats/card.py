@@ -222,6 +222,9 @@ def _plan_parts(
         "query heads": [len(layer.query_heads) for layer in plan.layers],
         "KV heads": [len(layer.kv_heads) for layer in plan.layers],
         "MLP channels": [len(x.channels) for x in plan.layers if x.channels is not None],
+        "experts, of layers that lose some": [
+            len(x.experts) for x in plan.layers if x.experts is not None
+        ],
     }
     realised = _numbers(plan.budget.get("realised"))
     hashes = {"Scenario": plan.scenario.get("sha256"), "Artifacts": plan.artifacts.get("sha256")}
@@ -249,16 +252,23 @@ def _size_parts(plan: Plan, shape: ModelShape, predicted: Predicted) -> dict[str
     layers = plan.layer_shapes(shape)
     heads = sum(layer.query_heads for layer in layers)
     channels = sum(layer.channels for layer in layers)
+    experts, whole_experts = (sum(shape.experts_in(of)) for of in (layers, shape.layers))
     whole_heads = sum(layer.query_heads for layer in shape.layers)
     whole_channels = sum(layer.channels for layer in shape.layers)
     rows = [
         ("parameters", predicted.dense_parameters, predicted.parameters),
         ("KV cache, bytes per token", predicted.dense_kv_bytes, predicted.kv_bytes),
         ("query heads", whole_heads, heads),
-        ("MLP channels", whole_channels, channels),
+        ("experts", whole_experts, experts)
+        if whole_experts
+        else ("MLP channels", whole_channels, channels),
     ]
     written = sum(layer.query_heads for layer in plan.written_shapes(shape))
-    cut = {"attention heads": heads < whole_heads, "MLP channels": channels < whole_channels}
+    cut = {
+        "attention heads": heads < whole_heads,
+        "MLP channels": channels < whole_channels,
+        "experts": experts < whole_experts,
+    }
     return {
         "cut": " and ".join(name for name, is_cut in cut.items() if is_cut) or "parts",
         "sizes": [(name, f"{dense:,}", f"{slim:,}") for name, dense, slim in rows],

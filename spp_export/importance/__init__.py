@@ -26,6 +26,7 @@ FILES = (
     "dass",
     "loraprune",
     "magnitude",
+    "reap",
     "random",
     "obs",
     "fisher",

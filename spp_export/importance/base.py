@@ -11,7 +11,7 @@ from spp_export.calibration.cache import LOSS
 from spp_export.calibration.statistics import LayerStatistics
 from spp_export.common.arrays import BoolArray, FloatArray, IndexArray
 from spp_export.models.families import Family, Feature
-from spp_export.models.shape import Units
+from spp_export.models.shape import Kind, Units, includes
 
 
 class Need(StrEnum):
@@ -34,7 +34,8 @@ class Convention(StrEnum):
 
 @dataclass(frozen=True)
 class Criterion:
-    """Scores of the units of one layer, higher means keep: heads [H] and channels [I].
+    """Scores of the units of one layer, higher means keep: heads [H], channels [I] and, where it
+    says something of them, experts [E].
 
     source: the paper and the variant. comparable: how its scores are best put beside other
     layers', one of `COMPARABLE`. companion: the criterion whose scores its heads (or channels)
@@ -49,6 +50,7 @@ class Criterion:
     needs: frozenset[Need] = frozenset()
     comparable: str = "standardised"
     companion: str | None = None
+    experts: Callable[[LayerStatistics], FloatArray] | None = None
 
 
 def check_convention(family: Family, criterion: Criterion | SetCriterion | None) -> None:
@@ -65,7 +67,7 @@ def statistics_read(needs: Iterable[Need], units: Units) -> tuple[str, ...]:
     if needs & {Need.ACTIVATIONS, Need.MOMENTS}:
         kinds += unit_statistics(units)
     if Need.LOSS in needs:
-        kinds += [kind + LOSS for kind in unit_statistics(units)]
+        kinds += [kind + LOSS for kind in unit_statistics(units) if kind != "experts"]
     if Need.GRADIENTS in needs:
         kinds.append("gradients")
     return tuple(kinds)
@@ -73,7 +75,8 @@ def statistics_read(needs: Iterable[Need], units: Units) -> tuple[str, ...]:
 
 def unit_statistics(units: Units) -> tuple[str, ...]:
     """Kinds of statistics of the projections that read these units, and of the stream after."""
-    return tuple(kind for kind, of in (("attention", "channels"), ("mlp", "heads")) if units != of)
+    kinds: dict[Kind, str] = {"heads": "attention", "channels": "mlp", "experts": "experts"}
+    return tuple(kind for unit, kind in kinds.items() if includes(units, unit))
 
 
 class HeadLosses(Protocol):
@@ -110,7 +113,8 @@ class SetCriterion:
 
     Its losses are energies of what a layer writes, which across layers go by `stream`; of moments
     by Need.LOSS they are in nats already, and go by `raw`. There is no other way. A loss is that of
-    the mixture of all text, not a mixture of losses.
+    the mixture of all text, not a mixture of losses. experts: the criterion whose scores experts
+    have, in the same units; None where there is none.
     """
 
     name: str
@@ -120,3 +124,4 @@ class SetCriterion:
     channels: ChannelLosses
     needs: frozenset[Need] = frozenset({Need.MOMENTS})
     comparable: str = "stream"
+    experts: str | None = None

@@ -2,7 +2,9 @@
 
 `I = sqrt(E ||w(x)||^2)` on the true forward pass. A head writes `w = Wo_h a_h`, so that
 `E ||w||^2 = tr(Wo_h^T Wo_h C_h)` with `C_h = E a_h a_h^T`; a channel has `||Wd_c||^2 E z_c^2`.
-Output-only: it reads o_proj and down_proj and their inputs. No gradient.
+Output-only: it reads o_proj and down_proj and their inputs. No gradient. An expert writes its
+output times its weight by the router, and nothing for tokens that are not routed to it; what is
+left out is that these are routed to others once it is gone.
 
 Across layers it goes by `stream`: squared, and relative to the stream that is written to, which is
 the energy that goes with the unit, in one currency for layers, heads and channels.
@@ -39,6 +41,12 @@ def channels(statistics: LayerStatistics) -> FloatArray:
     return np.sqrt(column_squares(statistics.weights.down) * statistics.mlp.square)
 
 
+def experts(statistics: LayerStatistics) -> FloatArray:
+    """Scores [E] in units of the residual stream's norm."""
+    assert statistics.experts is not None
+    return np.sqrt(statistics.experts.square.astype(np.float64))
+
+
 CRITERION = Criterion(
     name="energy",
     source="root mean square of the write into the residual stream",
@@ -47,4 +55,5 @@ CRITERION = Criterion(
     channels=channels,
     needs=frozenset({Need.ACTIVATIONS}),
     comparable="stream",
+    experts=experts,
 )

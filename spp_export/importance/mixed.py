@@ -16,8 +16,10 @@ from spp_export.common.errors import UsageError
 from spp_export.data.artifacts import Artifacts
 from spp_export.importance.base import Criterion, Need, statistics_read
 from spp_export.models.session import Session
+from spp_export.models.shape import Units
 
-ScoredUnit = Literal["head", "channel"]
+ScoredUnit = Literal["head", "channel", "expert"]
+_UNITS: dict[ScoredUnit, Units] = {"head": "heads", "channel": "channels", "expert": "experts"}
 # Scores of one layer by one part of the text. The layer's weights are read once for all parts, and
 # not at all where the artifacts hold every score.
 _Score = Callable[[int, Callable[[], LayerWeights]], FloatArray]
@@ -32,8 +34,8 @@ def mixed_scores(
     *,
     seed: int = 0,
 ) -> FloatArray:
-    """`score(l,u) = sum_k s_k I(l,u,k)`, s the weights of the parts: [L,H] or [L,I] float64, zero
-    where a layer has no such units.
+    """`score(l,u) = sum_k s_k I(l,u,k)`, s the weights of the parts: [L,H], [L,I] or [L,E] float64,
+    zero where a layer has no such units.
 
     A domain's scores are the artifacts' where they hold them; the rest is computed from statistics
     that are gathered once. Raises UsageError for a criterion of domains where there are none.
@@ -42,7 +44,7 @@ def mixed_scores(
     source, scored = session.source, _scored_parts(parts, criterion)
     held = [_held_scores(artifacts, part, f"{unit}/{criterion.name}") for part in scored]
     missing = [part for part, scores in zip(scored, held, strict=True) if scores is None]
-    kinds = statistics_read(criterion.needs, "heads" if unit == "head" else "channels")
+    kinds = statistics_read(criterion.needs, _UNITS[unit])
     gathered = iter(
         gather_collections(session, missing, kinds) if kinds else [Collection({})] * len(missing)
     )
@@ -57,8 +59,11 @@ def mixed_scores(
     ]
     total = sum(weight for weight, _ in weighted)
     rows = []
-    has = source.shape.has_heads if unit == "head" else source.shape.has_channels
-    units = source.shape.query_heads if unit == "head" else source.shape.channels
+    has, units = {
+        "head": (source.shape.has_heads, source.shape.query_heads),
+        "channel": (source.shape.has_channels, source.shape.channels),
+        "expert": (source.shape.sparse, source.shape.experts),
+    }[unit]
     for layer in range(source.shape.num_layers):
         if not has[layer]:
             rows.append(np.zeros(units))
@@ -110,7 +115,13 @@ def _held_layer(scores: FloatArray, layer: int, _: Callable[[], LayerWeights]) -
 def _computed(
     session: Session, collection: Collection, criterion: Criterion, unit: ScoredUnit, seed: int
 ) -> _Score:
-    score_of = criterion.heads if unit == "head" else criterion.channels
+    by_unit = {
+        "head": criterion.heads,
+        "channel": criterion.channels,
+        "expert": criterion.experts,
+    }
+    score_of = by_unit[unit]
+    assert score_of is not None, f"{criterion.name} says nothing of experts"
     return lambda layer, weights: score_of(
         collection.layer_statistics(session.source, layer, weights=weights(), seed=seed)
     )

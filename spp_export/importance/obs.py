@@ -283,4 +283,5 @@ CRITERION = SetCriterion(
     convention=Convention.OUTPUT_ONLY,
     heads=head_losses,
     channels=channel_losses,
+    experts="energy",
 )

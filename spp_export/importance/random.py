@@ -24,6 +24,12 @@ def channels(statistics: LayerStatistics) -> FloatArray:
     return np.random.default_rng([statistics.seed, statistics.layer, 1]).random(count)
 
 
+def experts(statistics: LayerStatistics) -> FloatArray:
+    """Scores [E] in [0,1)."""
+    seed = [statistics.seed, statistics.layer, 2]
+    return np.random.default_rng(seed).random(statistics.expert_count)
+
+
 CRITERION = Criterion(
     name="random",
     source="uniform draws",
@@ -31,4 +37,5 @@ CRITERION = Criterion(
     heads=heads,
     channels=channels,
     comparable="shifted",
+    experts=experts,
 )

@@ -60,7 +60,7 @@ def _vllm(model_type: str, layout: str, layers: Sequence[LayerShape]) -> Engine:
     if layout == "uniform" and model_type in BACKEND:
         return runs("--model-impl transformers")
     if any(layer.dropped_experts for layer in layers):
-        return Engine("vLLM", "no", "all layers must have the experts of the dense model")
+        return Engine("vLLM", "no", "one number of experts for all layers")
     if layout != "uniform" and model_type in PLUGIN:
         return runs("with spp-export installed, or --trust-remote-code")
     if layout != "uniform" and model_type in BACKEND:

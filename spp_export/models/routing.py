@@ -3,11 +3,12 @@ and how to keep a router from choosing some experts."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -20,34 +21,55 @@ _ROUTERS = ("gate", "router")
 _CORRECTION = "e_score_correction_bias"
 
 
-def expert_block(model: nn.Module, family: Family, layer: int) -> nn.Module:
-    """What has the experts and the router of a layer. Raises ModelError where nothing has."""
+def expert_block(model: nn.Module, family: Family, layer: int) -> nn.Module | None:
+    """What has the experts and the router of a layer; None where it has none."""
     place = model.get_submodule(family.layer_name(layer, "").rstrip("."))
     names = family.experts.modules if family.experts else ()
-    for block in (getattr(place, name, None) for name in names):
-        if isinstance(block, nn.Module) and _router_name(block):
-            return block
-    raise ModelError(
-        f"layer {layer}: no router in {' or '.join(names) or 'a model without experts'}, as this "
-        "version of transformers makes it. Use another version."
-    )
+    blocks = (getattr(place, name, None) for name in names)
+    found = (block for block in blocks if block is not None and router_of(block) is not None)
+    return next(found, None)
 
 
-def router(block: nn.Module) -> nn.Module:
-    """The router of an `expert_block`."""
-    return block.get_submodule(_router_name(block))
+def router_of(block: nn.Module) -> nn.Module | None:
+    """The router of an `expert_block`; None of another MLP."""
+    routers = (getattr(block, name, None) for name in _ROUTERS)
+    return next((router for router in routers if isinstance(router, nn.Module)), None)
 
 
-def _router_name(block: nn.Module) -> str:
-    names = (name for name in _ROUTERS if isinstance(getattr(block, name, None), nn.Module))
-    return next(names, "")
+def check_routed_writes() -> None:
+    """ModelError where this version of transformers does not show what single experts write."""
+    if int(transformers.__version__.partition(".")[0]) < 5:
+        raise ModelError(
+            f"choosing experts needs transformers 5 or newer, and {transformers.__version__} is "
+            "installed. Install a newer one, or use --units heads."
+        )
+
+
+def routed_writes(experts: Any, inputs: Sequence[Tensor], output: Tensor, count: int) -> Tensor:
+    """||g_e f_e(x)||^2 [T,E] of what each of `count` experts writes for each token, weighed by the
+    router: 0 where a token is not routed to it.
+
+    `experts` is the module of all of a layer, called with `inputs`: tokens, the experts that each
+    is routed to and their weights [T,k], of which `output` has the sum; or tokens that are weighed
+    already, expert by expert, and `output` has one for each.
+    """
+    if len(inputs) == 1:
+        squares: Tensor = output.float().square().sum(-1)
+        return squares.view(count, -1).T
+    tokens, chosen, weights = inputs
+    writes = tokens.new_zeros((len(tokens), count), dtype=torch.float32)
+    for place in range(chosen.shape[1]):
+        one = slice(place, place + 1)
+        write = experts.forward(tokens, chosen[:, one], weights[:, one])
+        writes.scatter_add_(1, chosen[:, one], write.float().square().sum(-1, keepdim=True))
+    return writes
 
 
 @contextmanager
 def without_experts(block: nn.Module, gone: Collection[int]) -> Iterator[None]:
     """Inside, the router of an `expert_block` gives the experts `gone` logits of -inf, which is
     what a router without their rows computes of the others."""
-    chooses: Any = router(block)
+    chooses: Any = router_of(block)
     forward, dropped = chooses.forward, torch.tensor(sorted(gone), dtype=torch.long)
 
     def masked(*args: Any, **kwargs: Any) -> Any:

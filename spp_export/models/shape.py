@@ -8,12 +8,15 @@ from math import prod
 from typing import Literal
 
 Kind = Literal["heads", "channels", "experts"]
-Units = Literal["heads", "channels", "both"]
-UNITS: tuple[Units, ...] = ("heads", "channels", "both")
+Units = Literal["heads", "channels", "both", "experts", "all"]
+UNITS: tuple[Units, ...] = ("heads", "channels", "both", "experts", "all")
 _KINDS: dict[Units, tuple[Kind, ...]] = {
     "heads": ("heads",),
     "channels": ("channels",),
     "both": ("heads", "channels"),
+    "experts": ("experts",),
+    # Of MLPs with experts, these go as a whole.
+    "all": ("heads", "experts"),
 }
 # Names of tensors, relative to a layer, and their shapes.
 Tensors = tuple[tuple[str, tuple[int, ...]], ...]
@@ -216,9 +219,10 @@ class ModelShape:
                 kv_heads=layer.kv_heads * has_heads,
                 channels=layer.channels * has_channels,
                 groups=layer.groups if has_heads else (),
+                dropped_experts=layer.dropped_experts * sparse,
             )
-            for layer, has_heads, has_channels in zip(
-                layers, self.has_heads, self.has_channels, strict=True
+            for layer, has_heads, has_channels, sparse in zip(
+                layers, self.has_heads, self.has_channels, self.sparse, strict=True
             )
         )
 
@@ -367,3 +371,8 @@ def unit_parameters(shape: ModelShape, layers: Sequence[LayerShape], units: Unit
     channels = sum(layer.channels for layer in layers) if includes(units, "channels") else 0
     experts = shape.expert_parameters(layers) if includes(units, "experts") else 0
     return heads + channels * shape.channel_parameters + experts
+
+
+def kept_share(shape: ModelShape, layers: Sequence[LayerShape], units: Units) -> float:
+    """Share of the parameters of the units of these kinds that these layers keep."""
+    return unit_parameters(shape, layers, units) / unit_parameters(shape, shape.layers, units)

@@ -9,7 +9,14 @@ from decimal import Decimal
 from typing import Any, Literal
 
 from spp_export.common.errors import UsageError
-from spp_export.models.shape import UNITS, LayerShape, ModelShape, Units, unit_parameters
+from spp_export.models.shape import (
+    UNITS,
+    LayerShape,
+    ModelShape,
+    Units,
+    includes,
+    unit_parameters,
+)
 from spp_export.planning.allocate.sizes import CostKind
 from spp_export.planning.latency import LatencyTable
 
@@ -23,7 +30,8 @@ DEFAULT_RHO = 0.1
 class Budget:
     """Exactly one of five limits, and which units may go to meet it.
 
-    units: "heads" of q, k, v and o, "channels" of gate, up and down, or "both".
+    units: "heads" of q, k, v and o, "channels" of gate, up and down, or "both"; "experts", or "all"
+    of heads and experts.
     cost: what `keep` and `strength` are shares of, and what units compete by: the parameters of
     those projections, the bytes of KV cache, or the latency of the blocks that hold the units.
     keep: share that may stay, in (0, 1].
@@ -33,7 +41,8 @@ class Budget:
     the higher it is, and less the more domains a scenario draws on.
 
     Raises UsageError for none, several, a value out of range, a limit in another currency than
-    the cost, or KV bytes where channels may go, which have none.
+    the cost, KV bytes where channels or experts may go, which have none, or latency where experts
+    may, of which no table knows.
     """
 
     keep: float | None = None
@@ -80,6 +89,11 @@ class Budget:
             name = limit if limit == "max_kv_bytes" else "cost kv-bytes"
             raise UsageError(
                 f"budget: {name} limits heads, and units are {self.units}; use units heads."
+            )
+        if self.cost == "latency" and includes(self.units, "experts"):
+            raise UsageError(
+                f"budget: tables of latency know no experts, and units are {self.units}; "
+                "use cost params."
             )
 
     def limit(

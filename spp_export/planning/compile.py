@@ -11,9 +11,18 @@ from numpy.typing import ArrayLike
 
 from spp_export.common.arrays import BoolArray, IntArray
 from spp_export.common.errors import BudgetError, PlanError
-from spp_export.models.shape import LAYOUTS, LayerShape, Layout, ModelShape, Units, unit_parameters
+from spp_export.models.shape import (
+    LAYOUTS,
+    Kind,
+    LayerShape,
+    Layout,
+    ModelShape,
+    Units,
+    includes,
+    kept_share,
+)
 from spp_export.planning.allocate.options import (
-    ChannelOptions,
+    NestedOptions,
     Options,
     layer_options,
     ragged_options,
@@ -25,6 +34,7 @@ from spp_export.planning.allocate.sizes import (
     UniformChoice,
     allocate,
     choose_uniform,
+    expert_costs,
     head_costs,
     smallest_cost,
     uniform_sizes,
@@ -47,8 +57,9 @@ class Realised:
     For a uniform layout, accepted_query_heads are the counts that the stock config takes and the
     whitelist allows, and next_larger (query heads, KV heads) and next_larger_channels are the next
     size above the budget.
-    Where channels may go: units, and the kept shares of the parameters of q, k, v and o
-    (head_keep) and of gate, up and down (channel_keep).
+    Where other units than heads may go: units, and the kept shares of the parameters of q, k, v and
+    o (head_keep) and of gate, up and down (channel_keep) or of experts (expert_keep), of which
+    next_larger_experts is the next larger number.
     """
 
     kind: str
@@ -66,6 +77,8 @@ class Realised:
     units: str | None = None
     head_keep: float | None = None
     channel_keep: float | None = None
+    expert_keep: float | None = None
+    next_larger_experts: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The record for plan.json, without what does not apply."""
@@ -106,7 +119,7 @@ def options_of(layout: Layout) -> Callable[[ArrayLike, ModelShape, BoolArray | N
 
 def compile_units(
     heads: Options | None,
-    channels: ChannelOptions | None,
+    channels: NestedOptions | None,
     shape: ModelShape,
     budget: Budget,
     layout: Layout = "per-layer",
@@ -115,49 +128,54 @@ def compile_units(
     breadth: float | None = None,
     latency: LatencyTable | None = None,
     tensor_parallel: int = 1,
+    experts: NestedOptions | None = None,
 ) -> tuple[tuple[LayerPlan, ...], Realised]:
-    """As `compile_plan`, from what every size of every layer is worth: of heads, of channels, or of
-    both in competition. Layers are ragged only where the sizes of heads are.
+    """As `compile_plan`, from what every size of every layer is worth: of heads, of channels or of
+    experts, in competition. Layers are ragged only where the sizes of heads are.
 
     None means that all of those units stay; it must agree with the units of the budget. latency:
     the table, needed where the budget's cost is that; a table of another model is a ProfileError,
     and layout `ragged`, whose shapes no table has, a PlanError. tensor_parallel: the cards that
     every layer must divide among (`LayerShape.splits`), which no ragged layer does.
     """
-    present = (heads is not None, channels is not None)
-    assert present == (budget.units != "channels", budget.units != "heads"), (
-        "options of other units"
-    )
+    kinds: tuple[tuple[Kind, object], ...]
+    kinds = (("heads", heads), ("channels", channels), ("experts", experts))
+    for kind, options in kinds:
+        assert (options is not None) == includes(budget.units, kind), f"options of {kind}"
     if layout not in LAYOUTS:
         raise PlanError(f"layout is {layout!r}, expected {' or '.join(LAYOUTS)}.")
     if layout == "ragged" and budget.cost == "latency":
         raise PlanError("layout is ragged, and tables of latency have regular layers only.")
-    dense_score = _score(heads, channels, shape, shape.layers)
+    dense_score = _score(heads, channels, experts, shape, shape.layers)
     heads, channels = _splittable(heads, channels, shape, layout, tensor_parallel)
     limit = budget.limit(shape, breadth, latency)
     uniform: UniformChoice | None = None
     bound: float | None = None
     if layout == "uniform":
-        uniform = _uniform(heads, channels, shape, budget, limit, accepts)
+        uniform = _uniform(heads, channels, experts, shape, budget, limit, accepts)
         shapes = shape.alike(uniform.layer)
     else:
-        shapes, bound = _per_layer(heads, channels, shape, budget, limit)
-    kept = layer_plans(_kept_heads(heads, shape, shapes), _kept_channels(channels, shapes))
+        shapes, bound = _per_layer(heads, channels, experts, shape, budget, limit)
+    kept = layer_plans(
+        _kept_heads(heads, shape, shapes),
+        _kept_channels(channels, shapes),
+        _kept_experts(experts, shape, shapes),
+    )
     layers = only_existing(kept, shape)
-    score = _score(heads, channels, shape, shapes)
+    score = _score(heads, channels, experts, shape, shapes)
     realised = Realised(
         **_figures(shape, budget, limit, shapes),
         score=score,
         dense_score=dense_score,
         score_bound=score if bound is None else bound,
-        **({} if uniform is None else _alternatives(uniform, budget)),
+        **({} if uniform is None else _alternatives(uniform, shape, budget)),
     )
     return layers, realised
 
 
 def check_feasible(
     heads: Options | None,
-    channels: ChannelOptions | None,
+    channels: NestedOptions | None,
     shape: ModelShape,
     budget: Budget,
     layout: Layout = "per-layer",
@@ -166,25 +184,26 @@ def check_feasible(
     breadth: float | None = None,
     latency: LatencyTable | None = None,
     tensor_parallel: int = 1,
+    experts: NestedOptions | None = None,
 ) -> None:
     """The errors that `compile_units` would raise, whatever the sizes are worth."""
     heads, channels = _splittable(heads, channels, shape, layout, tensor_parallel)
     limit = budget.limit(shape, breadth, latency)
     if layout == "uniform":
-        _uniform(heads, channels, shape, budget, limit, accepts)
+        _uniform(heads, channels, experts, shape, budget, limit, accepts)
         return
-    candidates = _candidates(heads, channels, shape, limit)
+    candidates = _candidates(heads, channels, experts, shape, limit)
     if smallest_cost(candidates) > limit.cost:
         raise infeasible(shape, budget, limit, candidates, channels)
 
 
 def _splittable(
     heads: Options | None,
-    channels: ChannelOptions | None,
+    channels: NestedOptions | None,
     shape: ModelShape,
     layout: Layout,
     ways: int,
-) -> tuple[Options | None, ChannelOptions | None]:
+) -> tuple[Options | None, NestedOptions | None]:
     """What may be chosen of both kinds of units; PlanError where units that stay do not divide."""
     if ways == 1:
         return heads, channels
@@ -206,20 +225,29 @@ def _splittable(
     )
 
 
-def layer_plans(kept_LGg: BoolArray, kept_LI: BoolArray | None = None) -> tuple[LayerPlan, ...]:
-    """One LayerPlan per layer of masks of kept query heads [L,G,g] and kept channels [L,I].
+def layer_plans(
+    kept_LGg: BoolArray, kept_LI: BoolArray | None = None, kept_LE: BoolArray | None = None
+) -> tuple[LayerPlan, ...]:
+    """One LayerPlan per layer of masks of kept query heads [L,G,g], channels [L,I] and experts
+    [L,E].
 
-    Without a mask, or where a layer's is full, all its channels stay and none is listed.
+    Without a mask, or where a layer's is full, all its channels or experts stay and none is listed.
     """
-    rows = [None] * len(kept_LGg) if kept_LI is None else kept_LI
+    rows = [None] * len(kept_LGg)
+    masks = (kept_LGg, rows if kept_LI is None else kept_LI, rows if kept_LE is None else kept_LE)
     return tuple(
         LayerPlan(
             tuple(np.flatnonzero(mask.any(axis=1)).tolist()),
             tuple(np.flatnonzero(mask).tolist()),
-            None if row is None or row.all() else tuple(np.flatnonzero(row).tolist()),
+            _unless_all(channels),
+            _unless_all(experts),
         )
-        for mask, row in zip(kept_LGg, rows, strict=True)
+        for mask, channels, experts in zip(*masks, strict=True)
     )
+
+
+def _unless_all(mask: BoolArray | None) -> tuple[int, ...] | None:
+    return None if mask is None or mask.all() else tuple(np.flatnonzero(mask).tolist())
 
 
 def forced_heads(whitelist: Iterable[tuple[int, int]], shape: ModelShape) -> BoolArray:
@@ -237,13 +265,14 @@ def forced_heads(whitelist: Iterable[tuple[int, int]], shape: ModelShape) -> Boo
 
 def _uniform(
     heads: Options | None,
-    channels: ChannelOptions | None,
+    channels: NestedOptions | None,
+    experts: NestedOptions | None,
     shape: ModelShape,
     budget: Budget,
     limit: Limit,
     accepts: Callable[[int], bool],
 ) -> UniformChoice:
-    sizes = uniform_sizes(heads, channels, shape, limit.kind, accepts, limit.latency)
+    sizes = uniform_sizes(heads, channels, shape, limit.kind, accepts, limit.latency, experts)
     try:
         return choose_uniform(sizes, limit.cost)
     except BudgetError:
@@ -252,13 +281,14 @@ def _uniform(
 
 def _per_layer(
     heads: Options | None,
-    channels: ChannelOptions | None,
+    channels: NestedOptions | None,
+    experts: NestedOptions | None,
     shape: ModelShape,
     budget: Budget,
     limit: Limit,
 ) -> tuple[tuple[LayerShape, ...], float | None]:
     """The best size of every layer, and the proven bound where it is not proven best."""
-    candidates = _candidates(heads, channels, shape, limit)
+    candidates = _candidates(heads, channels, experts, shape, limit)
     try:
         picks, choice = allocate(candidates, limit.cost)
     except BudgetError:
@@ -266,18 +296,27 @@ def _per_layer(
     groups = np.full(shape.num_layers, shape.kv_heads)
     query = np.full(shape.num_layers, shape.query_heads)
     widths = np.full(shape.num_layers, shape.channels)
+    dropped = np.zeros(shape.num_layers, dtype=np.int64)
+    picked = iter(picks)
     if heads is not None:
-        groups = picks[0] // heads.query_heads.shape[1] + 1
-        query = heads.query_heads.ravel()[picks[0]]
+        sizes = next(picked)
+        groups = sizes // heads.query_heads.shape[1] + 1
+        query = heads.query_heads.ravel()[sizes]
     if channels is not None:
-        widths = np.array(channels.widths)[picks[-1]]
-    rows = zip(query.tolist(), groups.tolist(), widths.tolist(), strict=True)
-    shapes = shape.existing([LayerShape(*row) for row in rows])
-    return shapes, None if choice.exact else choice.bound
+        widths = np.array(channels.widths)[next(picked)]
+    if experts is not None:
+        dropped[list(shape.sparse)] = shape.experts - np.array(experts.widths)[next(picked)]
+    rows = zip(query.tolist(), groups.tolist(), widths.tolist(), dropped.tolist(), strict=True)
+    layers = [LayerShape(q, g, width, dropped_experts=gone) for q, g, width, gone in rows]
+    return shape.existing(layers), None if choice.exact else choice.bound
 
 
 def _candidates(
-    heads: Options | None, channels: ChannelOptions | None, shape: ModelShape, limit: Limit
+    heads: Options | None,
+    channels: NestedOptions | None,
+    experts: NestedOptions | None,
+    shape: ModelShape,
+    limit: Limit,
 ) -> list[Candidates]:
     candidates = []
     if heads is not None:
@@ -285,7 +324,9 @@ def _candidates(
         candidates.append(Candidates.of_heads(heads, costs, shape.has_heads))
     if channels is not None:
         costs = width_costs(shape, channels.widths, limit.latency)
-        candidates.append(Candidates.of_channels(channels, costs, shape.has_channels))
+        candidates.append(Candidates.nested(channels, costs, shape.has_channels))
+    if experts is not None:
+        candidates.append(Candidates.nested(experts, expert_costs(shape, experts.widths)))
     return candidates
 
 
@@ -305,14 +346,30 @@ def _counts(heads: Options, shapes: Sequence[LayerShape]) -> tuple[IntArray, Int
 
 
 def _kept_channels(
-    channels: ChannelOptions | None, shapes: Sequence[LayerShape]
+    channels: NestedOptions | None, shapes: Sequence[LayerShape]
 ) -> BoolArray | None:
     return None if channels is None else channels.kept([layer.channels for layer in shapes])
 
 
+def _kept_experts(
+    experts: NestedOptions | None, shape: ModelShape, shapes: Sequence[LayerShape]
+) -> BoolArray | None:
+    if experts is None:
+        return None
+    kept = np.ones((len(shapes), shape.experts), dtype=bool)
+    kept[list(shape.sparse)] = experts.kept(_expert_counts(shape, shapes))
+    return kept
+
+
+def _expert_counts(shape: ModelShape, shapes: Sequence[LayerShape]) -> list[int]:
+    """Of the layers that have experts."""
+    return [count for count in shape.experts_in(shapes) if count]
+
+
 def _score(
     heads: Options | None,
-    channels: ChannelOptions | None,
+    channels: NestedOptions | None,
+    experts: NestedOptions | None,
     shape: ModelShape,
     shapes: Sequence[LayerShape],
 ) -> float:
@@ -325,6 +382,9 @@ def _score(
     if channels is not None:
         at = np.searchsorted(channels.widths, [layer.channels for layer in shapes])
         total += float(channels.value[layers, at][np.array(shape.has_channels)].sum())
+    if experts is not None:
+        at = np.searchsorted(experts.widths, _expert_counts(shape, shapes))
+        total += float(experts.value[np.arange(len(at)), at].sum())
     return total
 
 
@@ -336,31 +396,29 @@ def _figures(
         "kind": limit.kind,
         "limit": limit.cost,
         "cost": unit_cost(shape, shapes, budget.units, limit.kind, limit.latency),
-        "keep": _share(shape, shapes, budget.units),
+        "keep": kept_share(shape, shapes, budget.units),
         "parameters": shape.parameters(shapes),
         "kv_bytes_per_token": shape.kv_bytes_per_token(shapes),
     }
     if budget.units != "heads":
         figures["units"] = budget.units
-        figures["head_keep"] = _share(shape, shapes, "heads")
-        figures["channel_keep"] = _share(shape, shapes, "channels")
+        figures["head_keep"] = kept_share(shape, shapes, "heads")
+        of_mlps: Units = "experts" if includes(budget.units, "experts") else "channels"
+        figures[f"{of_mlps.removesuffix('s')}_keep"] = kept_share(shape, shapes, of_mlps)
     return figures
 
 
-def _share(shape: ModelShape, shapes: Sequence[LayerShape], units: Units) -> float:
-    """Share of the units' parameters that layers of these sizes keep."""
-    return unit_parameters(shape, shapes, units) / unit_parameters(shape, shape.layers, units)
-
-
-def _alternatives(uniform: UniformChoice, budget: Budget) -> dict[str, Any]:
+def _alternatives(uniform: UniformChoice, shape: ModelShape, budget: Budget) -> dict[str, Any]:
     """The entries of `Realised` about other uniform sizes, of the units that may go."""
     larger = uniform.next_larger
     entries: dict[str, Any] = {}
-    if budget.units != "channels":
+    if includes(budget.units, "heads"):
         entries["accepted_query_heads"] = uniform.accepted
         entries["next_larger"] = larger and (larger.query_heads, larger.kv_heads)
-    if budget.units != "heads":
+    if includes(budget.units, "channels"):
         entries["next_larger_channels"] = larger and larger.channels
+    if includes(budget.units, "experts"):
+        entries["next_larger_experts"] = larger and shape.experts - larger.dropped_experts
     return entries
 
 

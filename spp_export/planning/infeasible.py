@@ -7,12 +7,18 @@ from collections.abc import Sequence
 import numpy as np
 
 from spp_export.common.errors import BudgetError
-from spp_export.models.shape import ModelShape, unit_parameters
-from spp_export.planning.allocate.options import ChannelOptions
+from spp_export.models.shape import ModelShape, includes, unit_parameters
+from spp_export.planning.allocate.options import NestedOptions
 from spp_export.planning.allocate.sizes import Candidates, UniformSizes, smallest_cost
 from spp_export.planning.budget import Budget, Limit, unit_cost
 
-_WHOSE = {"heads": "head", "channels": "channel", "both": "head and channel"}
+_WHOSE = {
+    "heads": "head",
+    "channels": "channel",
+    "both": "head and channel",
+    "experts": "expert",
+    "all": "head and expert",
+}
 
 
 def infeasible(
@@ -20,11 +26,12 @@ def infeasible(
     budget: Budget,
     limit: Limit,
     candidates: Sequence[Candidates],
-    channels: ChannelOptions | None,
+    channels: NestedOptions | None,
 ) -> BudgetError:
     """The error for layers of any regular size, naming the smallest total."""
     smallest = smallest_cost(candidates)
     width = "" if channels is None else f"{channels.widths[0]} channels per layer"
+    count = f"{shape.experts_per_token} experts in every layer that has any"
     # The fastest size need not be the smallest.
     whose = "the fastest blocks measured"
     least = (
@@ -34,6 +41,8 @@ def infeasible(
             "heads": "one KV group per layer, and the whitelist",
             "channels": width,
             "both": f"one KV group and {width}, and the whitelist",
+            "experts": count,
+            "all": f"one KV group per layer, {count}, and the whitelist",
         }[budget.units]
     )
     return BudgetError(
@@ -56,7 +65,14 @@ def uniform_infeasible(
         layer = sizes.layer(index)
         heads = f"{layer.query_heads} query heads in {layer.kv_heads} KV groups"
         channels = f"{layer.channels} channels"
-        size = {"heads": heads, "channels": channels, "both": f"{heads} and {channels}"}
+        experts = f"{sizes.experts[index]} experts"
+        size = {
+            "heads": heads,
+            "channels": channels,
+            "both": f"{heads} and {channels}",
+            "experts": experts,
+            "all": f"{heads} and {experts}",
+        }
         return f"{size[budget.units]}, {_figure(shape, budget, limit, int(sizes.cost[index]))}"
 
     text = f"{request} is below the smallest uniform plan ({describe(above)})"
@@ -64,7 +80,7 @@ def uniform_infeasible(
     if within.any():
         below = int(np.flatnonzero(within & (sizes.cost == sizes.cost[within].max()))[-1])
         text += f"; the next below ({describe(below)}) drops whitelisted heads"
-    if budget.units != "channels":
+    if includes(budget.units, "heads"):
         accepted = ", ".join(map(str, np.unique(sizes.query_heads[sizes.stock]).tolist()))
         text += f". The stock config accepts {accepted} query heads"
     return BudgetError(f"{text}. {_advice(shape, budget, limit, int(sizes.cost[above]))}")

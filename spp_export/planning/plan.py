@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from spp_export.common.errors import PlanError
 from spp_export.common.json_files import dump_json
-from spp_export.models.shape import LayerShape, Layout, ModelShape, Units
+from spp_export.models.shape import LayerShape, Layout, ModelShape, Units, includes
 
 SCHEMA_VERSION = 1
 
@@ -189,14 +189,18 @@ def sample_plan(
     """A plan like others of its kind, for what depends on nothing else: where layers may differ,
     the first that has heads has about half of the units."""
     groups, heads = shape.kv_heads, shape.query_heads
-    if units != "channels":
+    if includes(units, "heads"):
         groups = -(-groups // 2)
         heads = groups * shape.group_size if shape.kv_heads > 1 else -(-heads // 2)
-    width = None if units == "heads" else tuple(range(-(-shape.channels // 2)))
+    width = tuple(range(-(-shape.channels // 2))) if includes(units, "channels") else None
     first = LayerPlan(tuple(range(groups)), tuple(range(heads)), width)
     layers = list(dense.layers)
     if layout != "uniform":
         layers[shape.has_heads.index(True)] = first
+        if includes(units, "experts"):
+            experts = tuple(range(max(shape.experts_per_token, -(-shape.experts // 2))))
+            sparse = shape.sparse.index(True)
+            layers[sparse] = replace(layers[sparse], experts=experts)
     existing = only_existing(layers, shape)
     return replace(dense, layout=layout, compensation=compensation, layers=existing)
 

@@ -24,7 +24,7 @@ from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.engines import Engine, engines_for
 from spp_export.models.families import Feature, Role
 from spp_export.models.session import Session
-from spp_export.models.shape import ModelShape
+from spp_export.models.shape import Kind, ModelShape, includes
 from spp_export.planning import (
     LayerPlan,
     Plan,
@@ -36,7 +36,11 @@ from spp_export.planning import (
     forced_heads,
     options_of,
 )
-from spp_export.planning.allocate.options import channel_options, dividing_heads
+from spp_export.planning.allocate.options import (
+    channel_options,
+    dividing_heads,
+    expert_options,
+)
 from spp_export.planning.bound import Predicted, predicted
 from spp_export.planning.budget import Budget, unit_cost
 from spp_export.planning.latency import LatencyTable
@@ -50,8 +54,8 @@ from spp_export.planning.written import (
     losing_roles,
 )
 
-# A consumer loses inputs unless only the units of the other one may go.
-_LOSING = {Role.OUTPUT: "channels", Role.DOWN: "heads"}
+# The units that a consumer reads, and loses inputs with.
+_LOSING: dict[Role, Kind] = {Role.OUTPUT: "heads", Role.DOWN: "channels"}
 
 
 _PUBLISHED_IMPORTANCE = "head/published"
@@ -181,7 +185,7 @@ class Planning:
             }
         sizes = predicted(shape, [layer.shape(shape) for layer in layers], written, self.latency)
         told: dict[str, Any] = {
-            "remarks": list(session.source.family.remarks),
+            "remarks": [*session.source.family.remarks, *_on_experts(shape, layers)],
             "without_heads": sorted(shape.without_heads),
         }
         compiled = Plan(
@@ -233,12 +237,25 @@ class Planning:
             breadth=self.diagnosis.breadth,
             latency=self.latency,
             tensor_parallel=request.tp,
+            experts=options.experts,
         )
         # What lost nothing after all gets no bias.
         losing = losing_roles(layers, source.shape)
         written = compensated_shape(source, request.layout, request.compensate, losing)
         whole = written.parameters([layer.shape(source.shape) for layer in layers])
         return layers, replace(realised, parameters=whole), written
+
+
+def _on_experts(shape: ModelShape, layers: Sequence[LayerPlan]) -> list[str]:
+    """What a reader of a plan has to be told of experts that go."""
+    counts = [n for n in shape.experts_in([layer.shape(shape) for layer in layers]) if n]
+    if sum(counts) == shape.experts * len(counts):
+        return []
+    each = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
+    return [
+        f"{sum(counts)} of {shape.experts * len(counts)} experts stay, {each} in a layer; a token "
+        f"is routed to {shape.experts_per_token} of them as before, and MLPs beside them stay"
+    ]
 
 
 def _answer_tokens(session: Session, request: PlanRequest) -> int:
@@ -249,7 +266,7 @@ def _answer_tokens(session: Session, request: PlanRequest) -> int:
 
 def _largest_written(session: Session, request: PlanRequest) -> ModelShape:
     """The shape that is written where every consumer that may lose inputs does."""
-    losing = frozenset(role for role, units in _LOSING.items() if request.units != units)
+    losing = frozenset(role for role, kind in _LOSING.items() if includes(request.units, kind))
     return compensated_shape(session.source, request.layout, request.compensate, losing)
 
 
@@ -274,7 +291,7 @@ def _check_family(source: Checkpoint, request: PlanRequest) -> None:
 
 def _check_answerable(session: Session, artifacts: Artifacts, request: PlanRequest) -> None:
     """What these artifacts and this model have no answer to, before a text is read."""
-    session.source.family.check_units(request.units)
+    session.source.family.check_units(request.units, session.source.shape)
     if request.regime is not None:
         check_regime(artifacts, request.regime)
     if request.policy == "published":
@@ -309,9 +326,12 @@ def _check_budget(
     heads = options_of(request.layout)(scores_LH, shape, forced)
     heads = dividing_heads(heads) if request.kv_divisors else heads
     channels = channel_options(scores_LI, shape, request.width_multiple)
+    experts = None
+    if includes(request.units, "experts"):
+        experts = expert_options(np.zeros((sum(shape.sparse), shape.experts)), shape)
     check_feasible(
-        None if request.units == "channels" else heads,
-        None if request.units == "heads" else channels,
+        heads if includes(request.units, "heads") else None,
+        channels if includes(request.units, "channels") else None,
         shape if request.max_params is None else written,
         request.budget,
         request.layout,
@@ -319,6 +339,7 @@ def _check_budget(
         breadth=breadth,
         latency=latency,
         tensor_parallel=request.tp,
+        experts=experts,
     )
 
 

@@ -41,7 +41,9 @@ class PlanRequest(AnswerTokens, CalibrationTokens, Seed):
     """The options of a plan in `spp plan` and `spp export`."""
 
     units: Units = option(
-        "heads", help="What may be removed: attention heads, MLP channels, or both."
+        "heads",
+        help="What may be removed: attention heads, MLP channels, or both; of models of experts "
+        "heads, whole experts, or all of these.",
     )
     layout: Layout = option(
         "per-layer",
@@ -190,7 +192,7 @@ class PlanRequest(AnswerTokens, CalibrationTokens, Seed):
         from spp_export.planning.scoring import default_criterion
 
         return self.criterion or default_criterion(
-            session, artifacts, self.compensate, self.answer_tokens, removed
+            session, artifacts, self.compensate, self.answer_tokens, removed, self.units
         )
 
     def check(self) -> None:

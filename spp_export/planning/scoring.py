@@ -18,22 +18,24 @@ from spp_export.common.progress import progress
 from spp_export.data.artifacts import Artifacts
 from spp_export.importance import CRITERIA, SCORING
 from spp_export.importance.base import (
+    Criterion,
     Need,
     SetCriterion,
     check_convention,
     statistics_read,
     unit_statistics,
 )
-from spp_export.importance.comparable import LOSSES, comparable_kinds
+from spp_export.importance.comparable import LOSSES, comparable_kinds, stream
 from spp_export.importance.mixed import ScoredUnit, check_domain_scores, mixed_scores
 from spp_export.models.checkpoint.reader import read_float
 from spp_export.models.session import Session
-from spp_export.models.shape import Units, channel_widths
+from spp_export.models.shape import Kind, Units, channel_widths, includes
 from spp_export.planning.allocate.options import (
-    ChannelOptions,
+    NestedOptions,
     Options,
     SetOptions,
     channel_options,
+    expert_options,
     layer_options,
     per_parameter,
     ragged_options,
@@ -42,6 +44,7 @@ from spp_export.planning.allocate.options import (
 # Their scores come from a pass over the scenario through layers already pruned.
 SEQUENTIAL = {"pp-scenario": False, "full-batch-probing-scenario": True}
 CRITERION_NAMES = (*CRITERIA, *SEQUENTIAL)
+_SCORED: dict[ScoredUnit, Kind] = {"head": "heads", "channel": "channels", "expert": "experts"}
 # `obs` assumes that what stays is re-fitted; without that, energy is the better guide.
 DEFAULT_CRITERION = {"lstsq": "obs", "bias": "energy", "none": "energy"}
 # `fisher` expands the loss around the dense model. On the default model it chose better than `obs`
@@ -55,11 +58,14 @@ def default_criterion(
     compensation: str,
     answer_tokens: int,
     removed: float = 0.0,
+    units: Units = "heads",
 ) -> str:
     """The criterion where none is named: `fisher` rather than `obs` where a moderate share is
     `removed` and gradients are at hand, those of the pools in the artifacts and those of the
-    scenario by a backward pass."""
-    usual = DEFAULT_CRITERION[compensation]
+    scenario by a backward pass. Of experts alone nothing is re-fitted, and `fisher` knows none."""
+    usual = "energy" if units == "experts" else DEFAULT_CRITERION[compensation]
+    if includes(units, "experts"):
+        return usual
     known = artifacts.dialogues and all(one.gradients is not None for one in artifacts.dialogues)
     # Spread over devices, some weights may have none.
     in_memory = session.device != "auto" and not session.from_disk
@@ -67,6 +73,24 @@ def default_criterion(
     # Shares of budgets are quotients, which round.
     moderate = removed <= _MOST_REMOVED + 1e-6
     return "fisher" if usual == "obs" and at_hand and moderate else usual
+
+
+def _for_experts(name: str) -> str:
+    """The criterion that scores experts where this one decides. Raises UsageError where none
+    does."""
+    criterion = CRITERIA.get(name)
+    if isinstance(criterion, SetCriterion) and criterion.experts:
+        return criterion.experts
+    if isinstance(criterion, Criterion) and criterion.experts:
+        return name
+    known = [other for other in CRITERIA if other != name and _knows_experts(CRITERIA[other])]
+    raise UsageError(
+        f"--criterion {name}: it says nothing of experts. Use {', '.join(known)}, or --units heads."
+    )
+
+
+def _knows_experts(criterion: Criterion | SetCriterion) -> bool:
+    return criterion.experts is not None
 
 
 def check_criterion(session: Session, artifacts: Artifacts, name: str, units: Units) -> None:
@@ -78,19 +102,26 @@ def check_criterion(session: Session, artifacts: Artifacts, name: str, units: Un
             f"--criterion {name}: needs every weight in memory, and this model runs layer by "
             "layer. Choose another criterion, or --no-layerwise."
         )
+    if includes(units, "experts"):
+        from spp_export.models.routing import check_routed_writes
+
+        _for_experts(name)
+        check_routed_writes()
     check_convention(session.source.family, CRITERIA.get(name))
     if name in SCORING:
-        for unit in ("head", "channel"):
-            if units in (f"{unit}s", "both"):
+        for unit, kind in _SCORED.items():
+            if includes(units, kind):
                 check_domain_scores(artifacts, SCORING[name], unit)
 
 
 @dataclass(frozen=True)
 class UnitOptions:
-    """Worth of every size of every layer's heads and channels; None where all of them stay."""
+    """Worth of every size of every layer's heads and channels, and of the experts of layers that
+    have any; None where all of them stay."""
 
     heads: Options | None
-    channels: ChannelOptions | None
+    channels: NestedOptions | None
+    experts: NestedOptions | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +155,7 @@ class Scoring:
         return UnitOptions(
             head_options(worth["head"], shape, self.forced) if "head" in worth else None,
             channel_options(worth["channel"], shape, self.multiple) if "channel" in worth else None,
+            expert_options(worth["expert"], shape) if "expert" in worth else None,
         )
 
     def _worth(self) -> dict[ScoredUnit, FloatArray]:
@@ -133,7 +165,7 @@ class Scoring:
         if how == "stream":
             kinds = unit_statistics(self.units)
             moments = gather_parts(self.session, self.parts, kinds)
-            sensitivities = [moments.sensitivity(kind) for kind in kinds]
+            sensitivities = [self._sensitivity(moments, kind) for kind in kinds]
         compared = comparable_kinds(list(scores.values()), how, sensitivities)
         worth = dict(zip(scores, compared, strict=True))
         if how in LOSSES:
@@ -141,6 +173,7 @@ class Scoring:
         parameters: dict[ScoredUnit, float] = {
             "head": shape.query_head_parameters + shape.kv_head_parameters / shape.group_size,
             "channel": float(shape.channel_parameters),
+            "expert": float(shape.counted.expert),
         }
         return {unit: per_parameter(of, parameters[unit]) for unit, of in worth.items()}
 
@@ -152,23 +185,25 @@ class Scoring:
         return CRITERIA[self.criterion].comparable if self.criterion in CRITERIA else "standardised"
 
     def _scores(self) -> dict[ScoredUnit, FloatArray]:
-        """Scores [L,H] of heads and [L,I] of channels, of the units that may go."""
-        units: tuple[ScoredUnit, ...] = ("head", "channel")
-        units = tuple(unit for unit in units if self.units in (f"{unit}s", "both"))
+        """Scores [L,H] of heads, [L,I] of channels and [S,E] of the experts of layers that have
+        any, of the units that may go."""
+        units = tuple(unit for unit, kind in _SCORED.items() if includes(self.units, kind))
         if self.criterion in SEQUENTIAL:
             sequential = dict(zip(("head", "channel"), self._sequential(), strict=True))
             return {unit: sequential[unit] for unit in units}
-        return {
-            unit: mixed_scores(
-                self.session,
-                self.artifacts,
-                self.parts,
-                SCORING[self.criterion],
-                unit,
-                seed=self.seed,
-            )
-            for unit in units
-        }
+        return {unit: self._mixed(self.criterion, unit) for unit in units}
+
+    def _mixed(self, criterion: str, unit: ScoredUnit) -> FloatArray:
+        scores = mixed_scores(
+            self.session, self.artifacts, self.parts, SCORING[criterion], unit, seed=self.seed
+        )
+        return scores[list(self.session.source.shape.sparse)] if unit == "expert" else scores
+
+    def _sensitivity(self, moments: Moments, kind: str) -> FloatArray:
+        """Of the layers that have units of a kind."""
+        sensitivity = moments.sensitivity(kind)
+        sparse = list(self.session.source.shape.sparse)
+        return sensitivity[sparse] if kind == "experts" else sensitivity
 
     def record(self) -> dict[str, Any]:
         """What decided, for plan.json."""
@@ -212,8 +247,8 @@ class Scoring:
         # The re-fit reads plain moments: with them here, one pass gathers all.
         needs = criterion.needs | {Need.MOMENTS}
         moments = gather_parts(self.session, self.parts, statistics_read(needs, self.units))
-        heads = channels = None
-        if self.units != "channels":
+        heads = channels = experts = None
+        if includes(self.units, "heads"):
             groups = (shape.kv_heads, shape.group_size)
             worth, sets = self._weighed(
                 "heads",
@@ -224,7 +259,7 @@ class Scoring:
                 ),
             )
             heads = SetOptions(worth, sets, ragged=self.ragged)
-        if self.units != "heads":
+        if includes(self.units, "channels"):
             worth, places = self._weighed(
                 "channels",
                 moments,
@@ -232,8 +267,11 @@ class Scoring:
                 lambda _, weight, blocks: criterion.channels(weight, blocks, self.multiple),
             )
             widths = channel_widths(shape.channels, self.multiple)
-            channels = ChannelOptions(widths, worth, places)
-        return UnitOptions(heads, channels)
+            channels = NestedOptions(widths, worth, places)
+        if includes(self.units, "experts"):
+            scores = self._mixed(_for_experts(self.criterion), "expert")
+            experts = expert_options(stream(scores, self._sensitivity(moments, "experts")), shape)
+        return UnitOptions(heads, channels, experts)
 
     def _weighed(
         self,

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from spp_export.calibration import moments
 from spp_export.calibration.activations import TextMeans, token_batches
 from spp_export.calibration.mixture import WeightedTexts
-from spp_export.calibration.moments import KINDS, Moments, gather, gather_all, layer_weights
+from spp_export.calibration.moments import Moments, gather, gather_all, layer_weights
 from spp_export.calibration.reading import dialogue_text
 from spp_export.calibration.statistics import Axis, Gradients
 from spp_export.calibration.whole import WholeMoments, passes
@@ -27,6 +27,8 @@ from spp_export.models.checkpoint.checkpoint import open_source
 from spp_export.models.loader import load_dense
 from spp_export.models.session import open_session
 
+# The models here have no experts.
+KINDS = tuple(kind for kind in moments.KINDS if kind != "experts")
 TEXTS = ("Gold melts at 1064 degrees.", "", "Why?", "Iron rusts in damp air, gold does not.")
 OTHERS = ("A bond is a loan that can be sold.",)
 MODULES = {

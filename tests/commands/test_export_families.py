@@ -68,6 +68,45 @@ def test_norms_over_all_heads_go_through_every_command(workshop: Workshop, tmp_p
     assert "norms all its heads" in (tmp_path / "page.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("family", "units", "layout", "keep"),
+    [
+        ("mixtral", "experts", "per-layer", 0.7),
+        ("qwen3_moe", "all", "ragged", 0.45),
+        pytest.param("qwen3_moe", "experts", "uniform", 0.7, marks=pytest.mark.slow),
+    ],
+)
+def test_whole_experts_go_through_every_command(
+    family: str, units: str, layout: str, keep: float, workshop: Workshop, tmp_path: Path
+) -> None:
+    """Another number of them in each layer, or in the uniform layout the same."""
+    sizes = {"kv_heads": 2, "query_heads": 4, "layers": 3, "num_experts_per_tok": 2}
+    sizes |= {"num_experts" if family == "qwen3_moe" else "num_local_experts": 6}
+    dense = make_checkpoint(tmp_path, family, moe_intermediate_size=24, **sizes)
+    model, answers = ("--model", dense), ("--answer-tokens", "0")
+    artifacts, out = tmp_path / "artifacts", tmp_path / "slim"
+    probed = ("--units", "heads", *answers, "-o", artifacts)
+    command("probe", "--pools", workshop.pools, *model, *probed)
+    asked = ("--artifacts", artifacts, "--keep", keep, "--units", units, "--layout", layout)
+    command("export", "--scenario", workshop.scenario, *model, *asked, *answers, "-o", out)
+    assert json.loads((out / "verify.json").read_text())["passed"]
+    plan = json.loads((out / "plan.json").read_text())
+    counts = [len(layer.get("experts", range(6))) for layer in plan["layers"]]
+    assert min(counts) >= 2
+    assert sum(counts) < 18
+    if units == "experts":
+        assert (len(set(counts)) == 1) == (layout == "uniform")
+    assert any(len(layer["query_heads"]) < 4 for layer in plan["layers"]) == (units == "all")
+    (remark,) = plan["family"]["remarks"]
+    assert remark.startswith(f"{sum(counts)} of 18 experts stay, ")
+    assert f"{remark}." in (out / "README.md").read_text()
+    realised = plan["budget"]["realised"]
+    assert realised["cost"] <= realised["limit"]
+    assert realised["expert_keep"] < 1
+    command("verify", out, *model)
+    command("report", out, "-o", tmp_path / "page.html")
+
+
 def test_a_model_that_sees_answers_about_a_picture(workshop: Workshop, tmp_path: Path) -> None:
     """With its own processor, in transformers alone too, as the masked dense model does."""
     dense, artifacts, out = make_talking(tmp_path / "dense"), tmp_path / "artifacts", tmp_path / "o"

@@ -10,6 +10,7 @@ import pytest
 from spp_export.calibration.statistics import (
     AttentionInputs,
     Axis,
+    ExpertOutputs,
     Gradients,
     LayerStatistics,
     LayerWeights,
@@ -19,10 +20,10 @@ from spp_export.importance import CRITERIA, SCORING
 from spp_export.importance.base import Need, SetCriterion
 from spp_export.importance.comparable import COMPARABLE
 
-GROUPS, SIZE, DIM, HIDDEN, CHANNELS = 2, 3, 4, 10, 14
+GROUPS, SIZE, DIM, HIDDEN, CHANNELS, EXPERTS = 2, 3, 4, 10, 14, 5
 HEADS = GROUPS * SIZE
 PARTS = {
-    Need.ACTIVATIONS: ("attention", "mlp"),
+    Need.ACTIVATIONS: ("attention", "mlp", "experts"),
     Need.GRADIENTS: ("gradients",),
     Need.AXIS: ("axis",),
 }
@@ -82,7 +83,16 @@ def make(seed=0, dtype=np.float32, scale=1.0):
     )
     direction = normal(HIDDEN)
     axis = Axis(direction / max(np.linalg.norm(direction), 1e-9), positive(HEADS) % 1)
-    return LayerStatistics(5, HEADS, GROUPS, weights, attention, mlp, gradients, axis, seed=3)
+    known = (weights, attention, mlp, gradients, axis)
+    experts = ExpertOutputs(positive(EXPERTS), positive(EXPERTS), positive(EXPERTS))
+    more = {"experts": experts, "expert_count": EXPERTS}
+    return LayerStatistics(5, HEADS, GROUPS, *known, seed=3, **more)
+
+
+def units_of(criterion):
+    """The scores that it gives, and of how many units."""
+    counted = [(criterion.heads, HEADS), (criterion.channels, CHANNELS)]
+    return counted + ([(criterion.experts, EXPERTS)] if criterion.experts else [])
 
 
 def pick(record, axes):
@@ -139,7 +149,8 @@ def only(layer, needs):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_scores_are_finite_doubles_of_the_right_shape(criterion, dtype):
     layer = make(dtype=dtype)
-    for scores, count in ((criterion.heads(layer), HEADS), (criterion.channels(layer), CHANNELS)):
+    for units, count in units_of(criterion):
+        scores = units(layer)
         assert scores.shape == (count,)
         assert scores.dtype == np.float64
         assert np.isfinite(scores).all()
@@ -149,14 +160,14 @@ def test_scores_are_finite_doubles_of_the_right_shape(criterion, dtype):
 @everything
 def test_a_layer_of_zeros_has_finite_scores(criterion):
     layer = make(scale=0.0)
-    assert np.isfinite(criterion.heads(layer)).all()
-    assert np.isfinite(criterion.channels(layer)).all()
+    for units, _ in units_of(criterion):
+        assert np.isfinite(units(layer)).all()
 
 
 @everything
 def test_single_precision_costs_little(criterion):
     wide, narrow = make(dtype=np.float64), make(dtype=np.float32)
-    for units in (criterion.heads, criterion.channels):
+    for units, _ in units_of(criterion):
         np.testing.assert_allclose(units(narrow), units(wide), rtol=2e-4, atol=2e-5)
 
 
@@ -164,11 +175,11 @@ def test_single_precision_costs_little(criterion):
 def test_needs_are_what_is_read(criterion):
     layer = make()
     enough = only(layer, criterion.needs)
-    np.testing.assert_array_equal(criterion.heads(enough), criterion.heads(layer))
-    np.testing.assert_array_equal(criterion.channels(enough), criterion.channels(layer))
+    for units, _ in units_of(criterion):
+        np.testing.assert_array_equal(units(enough), units(layer))
     for need in criterion.needs:
         short = only(layer, criterion.needs - {need})
-        for units in (criterion.heads, criterion.channels):
+        for units, _ in units_of(criterion):
             with pytest.raises(AssertionError):
                 units(short)
 
@@ -186,6 +197,11 @@ def test_scores_follow_their_units(name):
         order = random.permutation(CHANNELS)
         found = criterion.channels(reorder_channels(layer, order))
         np.testing.assert_allclose(found, criterion.channels(layer)[order], rtol=1e-5)
+        if criterion.experts:
+            order = random.permutation(EXPERTS)
+            axes = dict.fromkeys(("square", "length", "routed"), (0, order))
+            found = criterion.experts(replace(layer, experts=pick(layer.experts, axes.items())))
+            np.testing.assert_allclose(found, criterion.experts(layer)[order], rtol=1e-5)
 
 
 @everything
@@ -193,6 +209,16 @@ def test_records_name_what_exists(criterion):
     assert criterion.comparable in COMPARABLE
     assert criterion.companion is None or criterion.companion in SCORING
     assert criterion.source
+
+
+def test_criteria_that_say_something_of_experts():
+    known = {name for name, criterion in CRITERIA.items() if criterion.experts}
+    assert known == {"energy", "reap", "random", "obs"}
+    assert SCORING[CRITERIA["obs"].experts].comparable == CRITERIA["obs"].comparable
+    layer = make()
+    square, length, routed = layer.experts.square, layer.experts.length, layer.experts.routed
+    np.testing.assert_allclose(SCORING["energy"].experts(layer), np.sqrt(square), rtol=1e-6)
+    np.testing.assert_allclose(SCORING["reap"].experts(layer), length / routed, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", [n for n, c in CRITERIA.items() if isinstance(c, SetCriterion)])

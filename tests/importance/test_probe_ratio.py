@@ -4,9 +4,11 @@ import pytest
 
 from spp_campaigns.probe_pruning import kept_share, ratio_for
 from spp_export.importance.probe_pruning.score import Targets
-from spp_export.models.shape import UNITS, LayerShape, ModelShape, Units, unit_parameters
+from spp_export.models.shape import LayerShape, ModelShape, Units, unit_parameters
 
 SHAPE = ModelShape("llama", 32, 4096, 32, 8, 128, 14336, 128256, False, 2)
+
+UNITS: tuple[Units, ...] = ("heads", "channels", "both")
 
 
 @pytest.mark.parametrize("units", UNITS)

@@ -24,7 +24,10 @@ from spp_export.planning.budget import Budget
         ({"max_kv_bytes": False}, "max_kv_bytes must be a positive integer, got False"),
         ({"strength": 1.5}, r"strength must be a number in \[0, 1\], got 1.5"),
         ({"strength": 0.5, "rho": -0.1}, r"rho must be a number in \[0, 1\], got -0.1"),
-        ({"keep": 0.5, "units": "mlp"}, "units must be one of heads, channels, both, got 'mlp'"),
+        (
+            {"keep": 0.5, "units": "mlp"},
+            "units must be one of heads, channels, both, experts, all, got 'mlp'",
+        ),
         ({"max_kv_bytes": 9, "units": "both"}, "limits heads, and units are both; use units heads"),
         ({"max_kv_bytes": 9, "units": "channels"}, "max_kv_bytes limits heads, and units are ch"),
     ],

@@ -110,7 +110,8 @@ def build_kinds(out: Path, family: str, dense: Path) -> None:
     """Of a family that the plugin has layers for: uniform, ragged, with biases of either kind."""
     shape = shape_of(dense)
     layers = uniform_layers(shape, 0, kv_heads=2, group_size=2, channels=40)
-    build(out / f"{family}-uniform", dense, layers, "uniform", Check(["stock"], {}))
+    way = "stock" if family in VLLM else "backend"
+    build(out / f"{family}-uniform", dense, layers, "uniform", Check([way], {}))
     refused = dict.fromkeys(("plugin", "backend"), "--layout ragged --pad")
     build(out / f"{family}-ragged", dense, ragged_layers(shape, 2), "ragged", Check([], refused))
     layers = random_layers(shape, 1)

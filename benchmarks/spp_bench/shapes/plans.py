@@ -11,13 +11,14 @@ import numpy as np
 
 from spp_bench.shapes.shapes import Published
 from spp_export.common.errors import UsageError
-from spp_export.models.shape import UNITS, LayerShape, Units
+from spp_export.models.shape import LayerShape, Units
 from spp_export.planning import Layout, Plan, compile_units
 from spp_export.planning.allocate.options import channel_options, layer_options, per_parameter
 from spp_export.planning.budget import DEFAULT_KEEP, Budget
 from spp_export.slicing.config import slim_config
 
 LAYOUTS: tuple[Layout, ...] = ("per-layer", "uniform")
+UNITS: tuple[Units, ...] = ("heads", "channels", "both")
 Word = TypeVar("Word", bound=str)
 
 

@@ -190,6 +190,8 @@ def sizes(plan: Plan, shape: ModelShape, predicted: Predicted) -> Table:
     if mlps := shape.mlp_parameters:
         gone = shape.expert_parameters(shape.layers) - shape.expert_parameters(slim)
         rows.insert(2, ("of experts and MLPs", mlps, mlps - gone, _thousands))
+        whole, stay = (sum(shape.experts_in(layers)) for layers in (shape.layers, slim))
+        rows.insert(3, ("experts", whole, stay, _thousands))
     if mixers := shape.mixer_parameters:
         rows.insert(2, ("of what stays beside heads", mixers, mixers, _thousands))
     dense, channels = (sum(x.channels for x in layers) for layers in (shape.layers, slim))

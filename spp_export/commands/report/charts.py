@@ -28,6 +28,7 @@ from spp_export.common.plots import (
 from spp_export.evaluation.harness.curves import HIGHEST, Curve, curves, drawn_figure, places
 from spp_export.evaluation.harness.records import RESULTS, Results, read_results
 from spp_export.evaluation.harness.table import source_notes, units_name
+from spp_export.models.shape import UNITS
 from spp_export.planning import Plan
 
 # main: what the page is about. bound: the most that is possible. other: one of a few to compare
@@ -268,7 +269,7 @@ def _note(results: Results, plan: Plan) -> str:
 def _units(plan: Plan) -> str:
     """What the plan's budget removes, as `spp eval` calls it."""
     units = mapping(plan.budget.get("asked")).get("units")
-    if units in ("heads", "channels", "both"):
+    if units in UNITS:
         return str(units)
     return "both" if any(layer.channels is not None for layer in plan.layers) else "heads"
 

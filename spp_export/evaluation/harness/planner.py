@@ -32,7 +32,7 @@ from spp_export.evaluation.harness.yardsticks import Rounding, rounded_projectio
 from spp_export.evaluation.oracle import masked_dense
 from spp_export.models.families import Role
 from spp_export.models.session import Session
-from spp_export.models.shape import Units, unit_parameters
+from spp_export.models.shape import Units, kept_share
 from spp_export.planning import LayerPlan, Plan, compile_units, dense_plan, read_plan, validate_plan
 from spp_export.planning.budget import Budget
 from spp_export.planning.planner import requested_mixing, scoring_for
@@ -68,16 +68,16 @@ class Planner:
         """Choose units for a row by its criterion, and re-fit what stays."""
         shape = self.session.source.shape
         options = self._scored(row)
+        budget = Budget(keep=row.keep, units=row.units)
         layers, realised = compile_units(
-            options.heads, options.channels, shape, Budget(keep=row.keep, units=row.units)
+            options.heads, options.channels, shape, budget, experts=options.experts
         )
         return self._planned(row, layers, {"keep": realised.keep})
 
     def take(self, row: Row, plan: Plan) -> PlannedRow:
         """Take the units of a plan as they are, and re-fit as the plan says."""
         shape = self.session.source.shape
-        share = unit_parameters(shape, plan.layer_shapes(shape), row.units)
-        keep = share / unit_parameters(shape, shape.layers, row.units)
+        keep = kept_share(shape, plan.layer_shapes(shape), row.units)
         return self._planned(
             replace(row, compensation=plan.compensation), plan.layers, {"keep": keep}
         )
@@ -96,11 +96,10 @@ class Planner:
         realised |= {
             "parameters": source.shape.parameters(shapes),
             "kv_bytes_per_token": source.shape.kv_bytes_per_token(shapes),
-            "channel_keep": unit_parameters(source.shape, shapes, "channels")
-            / unit_parameters(source.shape, source.shape.layers, "channels"),
-            "head_keep": unit_parameters(source.shape, shapes, "heads")
-            / unit_parameters(source.shape, source.shape.layers, "heads"),
         }
+        of_mlps: Units = "experts" if any(source.shape.sparse) else "channels"
+        for units in ("heads", of_mlps):
+            realised[f"{units.removesuffix('s')}_keep"] = kept_share(source.shape, shapes, units)
         return PlannedRow(layers, realised, Compensator(source, compiled, moments).projections())
 
     def _scored(self, row: Row) -> UnitOptions:
@@ -188,8 +187,9 @@ def _plan_row(session: Session, plan: Plan, name: str) -> Row:
         any(loses(layer, role, shape) for layer in plan.layers) for role in (Role.OUTPUT, Role.DOWN)
     )
     units: Units = "both" if heads and channels else "channels" if channels else "heads"
-    kept = unit_parameters(shape, plan.layer_shapes(shape), units)
-    share = round(kept / unit_parameters(shape, shape.layers, units), 2)
+    if any(layer.experts is not None for layer in plan.layers):
+        units = "all" if heads else "experts"
+    share = round(kept_share(shape, plan.layer_shapes(shape), units), 2)
     digest = hashlib.sha256(plan.to_json().encode()).hexdigest()
     return Row(share, units, f"plan {name}", compensation=plan.compensation, plan=digest)
 

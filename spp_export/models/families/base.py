@@ -18,7 +18,14 @@ from spp_export.models.families.computed import Computed
 from spp_export.models.families.experts import Experts, product
 from spp_export.models.families.mixers import Mixers
 from spp_export.models.families.nested import decoder_settings
-from spp_export.models.shape import Costs, ExpertTensor, LayerShape, ModelShape
+from spp_export.models.shape import (
+    Costs,
+    ExpertTensor,
+    LayerShape,
+    ModelShape,
+    Units,
+    includes,
+)
 
 # Far above any model, far below what would be felt in memory before the tensors are compared.
 _MOST: Mapping[str, int] = {
@@ -389,10 +396,24 @@ class Family:
         features = sorted(self.features & set(unknown))
         return f"{what} does not know {features[0].value}" if features else None
 
-    def check_units(self, units: str) -> None:
-        """ModelError where other units than heads are to go, and the MLPs are not cut."""
-        if units != "heads":
-            self.refuse((Feature.EXPERTS,), f"--units {units}", "Use --units heads.")
+    def check_units(self, units: Units, shape: ModelShape) -> None:
+        """ModelError where units are to go that models of this family, or this one, do not have or
+        that are not cut."""
+        if includes(units, "channels"):
+            instead = "Use --units heads, experts or all."
+            self.refuse((Feature.EXPERTS,), f"--units {units}", instead)
+        if not includes(units, "experts"):
+            return
+        if not any(shape.sparse):
+            raise ModelError(
+                f"--units {units}: this {self.model_type} model has no experts. "
+                "Use --units heads, channels or both."
+            )
+        if shape.grouped_experts:
+            raise ModelError(
+                f"--units {units}: this {self.model_type} model routes to groups of experts "
+                "(n_group above 1), which are not cut. Use --units heads."
+            )
 
     def bias_switch(self, role: Role) -> str:
         """The switch of the stock config that gives o_proj (OUTPUT) or down_proj (DOWN) a bias.

@@ -29,7 +29,8 @@ class Experts:
     `count` and `routed` are keys: how many experts, and how many see a token; `groups`, where a
     token is first routed to groups of them: how many groups. The rest are keys that say which
     layers have experts, all where there are none: from `first` on, up to `last` (-1 is the last
-    one), every so many (`every`), and not those in the list `never`. `modules` are the names, in
+    one), every so many (`every`), and not those in the list `never`; where config.json has the list
+    `listed`, those in it and no others. `modules` are the names, in
     memory, of what has experts and router, as one or another version of transformers has them.
     """
 
@@ -41,6 +42,7 @@ class Experts:
     last: str = ""
     every: str = ""
     never: str = ""
+    listed: str = ""
     groups: str = ""
     modules: tuple[str, ...] = ("mlp",)
 
@@ -88,11 +90,15 @@ class Experts:
         last = value_of(config, self.last) if self.last else -1
         every = _size(config, self.every) if self.every else 1
         never = value_of(config, self.never) if self.never else None
-        if type(last) is not int or every < 1 or not isinstance(never or [], list):
+        listed = value_of(config, self.listed) if self.listed else None
+        lists = all(isinstance(places or [], list) for places in (never, listed))
+        if type(last) is not int or every < 1 or not lists:
             raise ModelError(
                 f"config.json: {self.last or self.every or self.never} does not say which layers "
                 "have experts. Fetch the model again."
             )
+        if listed is not None:
+            return layer in listed
         before_last = last == -1 or layer <= last
         return (
             first <= layer

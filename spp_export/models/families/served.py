@@ -16,14 +16,14 @@ BACKEND = frozenset(
         *("exaone4", "cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "olmo", "phi", "phi3"),
         *("glm", "glm4", "stablelm", "jais2", "apertus", "nanochat", "mixtral", "qwen3_moe"),
         *("qwen2_moe", "gpt_oss", "granitemoe", "glm4_moe", "dots1", "ernie4_5_moe", "opt"),
-        *("gpt_bigcode", "persimmon"),
+        *("gpt_bigcode", "persimmon", "olmo2", "olmo3", "olmoe", "bitnet"),
     }
 )
 # Those that it does not run, and of which vLLM has at most a class for layers that are alike.
 NOT_BACKEND = frozenset({"bloom", "falcon", "gpt2", "gpt_neo", "gpt_neox", "gptj", "mpt", "phimoe"})
 # Those whose uniform models vLLM takes without an option for stock ones, and that its own class, or
 # the backend, then computes as transformers does.
-VLLM = BACKEND - {"qwen2", "cohere2", "ernie4_5_moe"} | {"gpt2", "gpt_neox", "gptj"}
+VLLM = BACKEND - {"qwen2", "cohere2", "ernie4_5_moe", "olmoe"} | {"gpt2", "gpt_neox", "gptj"}
 # sglang/srt/models.
 SGLANG = frozenset(
     {

@@ -471,6 +471,18 @@ FAMILIES = (
            qk_norm=True, sliding="listed",
            defaults={"first_k_dense_replace": 0, "moe_intermediate_size": 1408},
            experts=Experts(_SCORED, *_ROUTED, _DENSE, **_FIRST)),
+    Family("llama4_text", "Llama4ForCausalLM", _features(Feature.EXPERTS, Feature.ROTARY),
+           **_BIASES, **_NO_MLP, rope_theta=500000.0, end_token=2, config_class="Llama4TextConfig",
+           decoder_class="Llama4TextModel", defaults={
+               "head_dim": 128, "num_local_experts": 16, "num_experts_per_tok": 1,
+               "interleave_moe_layer_step": 1, "intermediate_size_mlp": 16384},
+           experts=Experts({
+               "feed_forward.router.weight": f"{_LOCAL[0]} hidden_size",
+               "feed_forward.experts.gate_up_proj": "* hidden_size 2*intermediate_size",
+               "feed_forward.experts.down_proj": "* intermediate_size hidden_size",
+               **_mlp("feed_forward.shared_expert", "intermediate_size")}, *_LOCAL,
+               _mlp("feed_forward", "intermediate_size_mlp"), every="interleave_moe_layer_step",
+               listed="moe_layers", modules=("feed_forward",))),
     Family("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", _features(Feature.EXPERTS, Feature.ROTARY),
            qkv_bias="use_bias", output_bias="use_bias", **_NO_MLP, head_bias="use_bias",
            rope_theta=500000.0, end_token=2, defaults={
@@ -533,7 +545,7 @@ FAMILIES = (
                    "self_attn.diagonal_decay": "1 num_attention_heads block_size block_size"},
                kinds=("linear_attention",), heads=("full_attention",), of_heads=True),
            defaults={"num_local_experts": 8, "num_experts_per_tok": 2, "block_size": 256},
-           experts=Experts(_BLOCK_SPARSE, *_LOCAL)),
+           experts=Experts(_BLOCK_SPARSE, *_LOCAL, **_BLOCK)),
     Family("lfm2", "Lfm2ForCausalLM", _features(Feature.MIXERS), derive=_lfm2, qk_norm=True,
            query_norm="self_attn.q_layernorm", key_norm="self_attn.k_layernorm",
            output="self_attn.out_proj", gate="feed_forward.w1", up="feed_forward.w3",

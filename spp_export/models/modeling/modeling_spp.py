@@ -61,6 +61,10 @@ class _RepeatingCache:
             keys, values = self._cache.update(keys, values, *place, **options)
         return self._repeated(keys), self._repeated(values)
 
+    def get_seq_length(self, *place: Any) -> int:
+        """How many tokens are cached."""
+        return 0 if self._cache is None else int(self._cache.get_seq_length(*place))
+
     def _repeated(self, states: Tensor) -> Tensor:
         # No index tensor: it would have to follow the model from device to device.
         heads = zip(states.split(1, dim=1), self._query_groups, strict=True)

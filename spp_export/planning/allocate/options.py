@@ -225,11 +225,12 @@ def ragged_options(
 
 
 @dataclass(frozen=True, slots=True)
-class ChannelOptions:
-    """The widths of L layers of I channels; each keeps the channels of every smaller one.
+class NestedOptions:
+    """The widths of L layers of I channels, or numbers of experts of those that have any; each
+    keeps the units of every smaller one.
 
     widths: ascending, the last is I. value: [L,W], the worth of every width. rank: [L,I], the
-    place of a channel in its layer, best first.
+    place of a unit in its layer, best first.
     """
 
     widths: tuple[int, ...]
@@ -237,11 +238,11 @@ class ChannelOptions:
     rank: IntArray
 
     def kept(self, widths: ArrayLike) -> BoolArray:
-        """Kept channels [L,I] at `widths` [L]."""
+        """Kept units [L,I] at `widths` [L]."""
         return self.rank < np.reshape(widths, (-1, 1))
 
 
-def channel_options(scores_LI: ArrayLike, shape: ModelShape, multiple: int = 64) -> ChannelOptions:
+def channel_options(scores_LI: ArrayLike, shape: ModelShape, multiple: int = 64) -> NestedOptions:
     """All widths of every layer with the channels of highest score, ties to the lowest index.
 
     scores_LI: [L,I] finite, of any sign. Widths are the multiples of `multiple`, and I.
@@ -250,10 +251,24 @@ def channel_options(scores_LI: ArrayLike, shape: ModelShape, multiple: int = 64)
     """
     layers, channels = shape.num_layers, shape.channels
     scores = checked(scores_LI, layers, channels, unit="channel", plural="channels")
-    widths = channel_widths(channels, multiple)
+    return _nested(scores, channel_widths(channels, multiple))
+
+
+def expert_options(scores_SE: ArrayLike, shape: ModelShape) -> NestedOptions:
+    """All numbers of experts that the S layers which have any may keep, at least as many as a token
+    is routed to, with those of highest score, ties to the lowest index.
+
+    scores_SE: [S,E] finite, of any sign. Raises PlanError as `channel_options` does.
+    """
+    layers, experts = sum(shape.sparse), shape.experts
+    scores = checked(scores_SE, layers, experts, unit="expert", plural="experts")
+    return _nested(scores, tuple(range(shape.experts_per_token, experts + 1)))
+
+
+def _nested(scores: FloatArray, widths: tuple[int, ...]) -> NestedOptions:
     order = np.argsort(-scores, axis=-1, kind="stable")
     kept_score = np.cumsum(np.take_along_axis(scores, order, axis=-1), axis=-1)
-    return ChannelOptions(widths, kept_score[:, np.array(widths) - 1], places(order, axis=-1))
+    return NestedOptions(widths, kept_score[:, np.array(widths) - 1], places(order, axis=-1))
 
 
 def splittable_heads(options: Options, ways: int) -> Options:
@@ -283,7 +298,7 @@ def dividing_heads(options: Options) -> Options:
     return replace(options, value=np.where(allowed[:, None], options.value, -np.inf))
 
 
-def splittable_channels(options: ChannelOptions, ways: int) -> ChannelOptions:
+def splittable_channels(options: NestedOptions, ways: int) -> NestedOptions:
     """The same options without widths that do not divide among `ways` cards.
 
     Raises PlanError where none is left.

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from spp_export.common.arrays import BoolArray, FloatArray, IntArray
 from spp_export.common.errors import BudgetError
 from spp_export.models.shape import LayerShape, ModelShape
-from spp_export.planning.allocate.options import ChannelOptions, Options, regular_sizes
+from spp_export.planning.allocate.options import NestedOptions, Options, regular_sizes
 from spp_export.planning.knapsack import Choice, choose
 from spp_export.planning.latency import LatencyTable
 
@@ -42,12 +42,13 @@ class Candidates:
         return cls._of(value.reshape(flat), costs, has_heads)
 
     @classmethod
-    def of_channels(
-        cls, options: ChannelOptions, costs: ArrayLike, has_channels: Sequence[bool] = ()
+    def nested(
+        cls, options: NestedOptions, costs: ArrayLike, has_units: Sequence[bool] = ()
     ) -> Candidates:
-        """Width `options.widths[i]` at i. costs: [W] or [L,W], as for heads."""
+        """Width, or number of experts, `options.widths[i]` at i. costs: [W] or [L,W], as for
+        heads."""
         costs = np.broadcast_to(costs, options.value.shape)
-        return cls._of(options.value, costs, has_channels)
+        return cls._of(options.value, costs, has_units)
 
     @classmethod
     def _of(cls, value: FloatArray, cost: NDArray[Any], has_units: Sequence[bool]) -> Candidates:
@@ -93,6 +94,12 @@ def width_costs(
     return np.array(widths, dtype=np.int64) * shape.channel_parameters
 
 
+def expert_costs(shape: ModelShape, counts: Sequence[int]) -> IntArray:
+    """Cost [W] of a layer of each number of experts, in parameters of these and their rows of the
+    router."""
+    return np.array(counts, dtype=np.int64) * shape.counted.expert
+
+
 def smallest_cost(candidates: Sequence[Candidates]) -> int:
     """Total cost of the smallest sizes that there are."""
     return sum(
@@ -124,7 +131,8 @@ def _padded(rows: NDArray[Any], columns: int, fill: float) -> NDArray[Any]:
 
 @dataclass(frozen=True, slots=True)
 class UniformSizes:
-    """Every size that all layers might share [N], by KV groups, heads per group, then channels.
+    """Every size that all layers might share [N], by KV groups, heads per group, then channels or
+    experts. `experts` is of layers that have any; where none does, 0.
 
     value: total worth, -inf where forced heads do not fit. cost: of all layers together. stock:
     whether the stock config takes the count of query heads.
@@ -133,6 +141,8 @@ class UniformSizes:
     query_heads: IntArray
     kv_heads: IntArray
     channels: IntArray
+    experts: IntArray
+    dense_experts: int
     value: FloatArray
     cost: IntArray
     stock: BoolArray
@@ -143,9 +153,12 @@ class UniformSizes:
         return self.stock & (self.value > -np.inf)
 
     def layer(self, index: int) -> LayerShape:
-        """The size at `index`."""
+        """The size at `index`, of a layer with experts where some have any."""
         return LayerShape(
-            int(self.query_heads[index]), int(self.kv_heads[index]), int(self.channels[index])
+            int(self.query_heads[index]),
+            int(self.kv_heads[index]),
+            int(self.channels[index]),
+            dropped_experts=self.dense_experts - int(self.experts[index]),
         )
 
     def cheapest(self, among: BoolArray) -> int | None:
@@ -171,11 +184,12 @@ class UniformChoice:
 
 def uniform_sizes(
     heads: Options | None,
-    channels: ChannelOptions | None,
+    channels: NestedOptions | None,
     shape: ModelShape,
     kind: CostKind,
     accepts: Callable[[int], bool],
     latency: LatencyTable | None = None,
+    experts: NestedOptions | None = None,
 ) -> UniformSizes:
     """All sizes of the units given; those of a kind that is None stay, and cost nothing.
 
@@ -197,11 +211,19 @@ def uniform_sizes(
     if channels is not None:
         widths, width_value = np.array(channels.widths), channels.value[has_channels].sum(axis=0)
         width_cost = width_costs(shape, channels.widths, latency) * has_channels.sum()
+    counts = np.full(len(widths), shape.experts)
+    if experts is not None:
+        assert channels is None, "of MLPs go channels or experts"
+        counts, width_value = np.array(experts.widths), experts.value.sum(axis=0)
+        width_cost = expert_costs(shape, experts.widths) * len(experts.value)
+        widths = np.full(len(counts), shape.channels)
     count = len(widths)
     return UniformSizes(
         query_heads=np.repeat(query, count),
         kv_heads=np.repeat(groups, count),
         channels=np.tile(widths, len(query)),
+        experts=np.tile(counts, len(query)),
+        dense_experts=shape.experts,
         value=np.add.outer(head_value, width_value).ravel(),
         cost=np.add.outer(head_cost, width_cost).ravel(),
         stock=np.repeat(stock, count),
