@@ -42,7 +42,7 @@ DOCS := build/venv-docs
 	test-transformers-js test-vllm test-report test-serving test-faults test-examples fuzz docs eval eval-finance eval-traffic \
 	eval-answers eval-ablations lm-eval picture bench bench-onnx bench-gguf bench-gpu bench-peers latency-plan \
 	onnx-exporters onnx-memory onnx-parity gguf-parity ragged many recovery choices distillation scale \
-	layerwise blocked-moments answer-engines compile-time start-time reference clean
+	layerwise blocked-moments answer-engines distributed compile-time start-time reference clean
 
 help:
 	@echo "make demo          slice the default model for a chemistry scenario"
@@ -82,6 +82,7 @@ help:
 	@echo "make ragged        the ragged attention kernel beside padding and expanding"
 	@echo "make many          memory of three scenarios of the default model in one process"
 	@echo "make blocked-moments  what moments in blocks cost the re-fit of a wide MLP"
+	@echo "make distributed   the demo scenario's plan on 1, 2 and 4 processes of torchrun, and a killed one"
 	@echo "make scale         slicing 1, 4 and 15 GB beside cp: time and peak memory; 30 GB of disk"
 	@echo "make layerwise     peak memory of verifying layer by layer: 4 GB, and a 14B model's shape"
 	@echo "make choices       other ways of planning than the defaults, on answers"
@@ -374,6 +375,9 @@ ragged: $(INSTALLED)
 
 blocked-moments: $(INSTALLED)
 	$(BIN)/python -m spp_campaigns.blocked_moments --json $(RESULTS)/blocked-moments.json
+
+distributed: $(INSTALLED)
+	$(BIN)/python -m spp_campaigns.distributed --json $(RESULTS)/distributed-cpu.json
 
 scale: $(INSTALLED)
 	mkdir -p build

@@ -26,7 +26,7 @@ from spp_export.common.options import WINDOW
 from spp_export.common.processes import answering
 from spp_export.common.progress import progress
 from spp_export.models.families import Family, Feature
-from spp_export.models.helpers import helpers_of
+from spp_export.models.helpers import Helpers, helpers_of
 from spp_export.models.layerwise import stream_of
 from spp_export.models.routing import expert_block, routed_writes, router_of
 from spp_export.models.session import Session, helped_session
@@ -213,7 +213,7 @@ def observe(
 
     with (
         torch.no_grad(),
-        _hooks(model, family, observers, state),
+        _hooks(model, family, observers, state, helpers),
         progress(description, tokens) as advance_to,
     ):
         if stream is not None:
@@ -243,7 +243,7 @@ def _observe_too(
 ) -> None:
     session = helped_session(opening)
     observe(
-        session.model,
+        session.reader,
         session.source.family,
         [TokenBatch.sent(batch) for batch in batches],
         [made_of(recipe, session) for recipe in observers],
@@ -288,9 +288,15 @@ class _Current:
 
 @contextmanager
 def _hooks(
-    model: nn.Module, family: Family, observers: Sequence[Observer], state: _Current
+    model: nn.Module,
+    family: Family,
+    observers: Sequence[Observer],
+    state: _Current,
+    helpers: Helpers,
 ) -> Iterator[None]:
     def show(layer: int, seeing: Sequence[Observer], by_loss: bool, values: Tensor) -> None:
+        if not helpers.takes:
+            return
         keep = state.keep.to(values.device)
         if values.dim() == 2:  # [B*S,d], as some MLPs read it
             values = values.unflatten(0, keep.shape)
@@ -307,7 +313,10 @@ def _hooks(
             observer.see(layer, real, text_T)
 
     def before(shown: Callable[[Tensor], None]) -> Any:
-        return lambda _module, args: shown(args[0])
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            shown(helpers.whole(args[0], getattr(module, "in_features", None)))
+
+        return hook
 
     def after(shown: Callable[[Tensor], None]) -> Any:
         return lambda _module, _args, output: shown(

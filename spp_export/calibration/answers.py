@@ -69,7 +69,7 @@ def scenario_traffic(
     if key not in session.remembered:
         parts = [read_traffic(session, part, limit, answering) for part in scenario.split()]
         session.remembered[key] = ScenarioText(*parts)
-        if answering.tokens and session.from_disk and _asks(scenario):
+        if answering.tokens and session.reads_from_disk and _asks(scenario):
             _log.warning(
                 "prompts are read without answers: the model runs from disk, and would be read "
                 "again for every token. Give conversations with answers, or --answers FILE."
@@ -187,7 +187,7 @@ def read_traffic(
     where there are to be no answers.
     """
     tokens = answering.tokens
-    if not tokens or session.from_disk:
+    if not tokens or session.reads_from_disk:
         known = [
             part if part.answered else replace(part, chat=one.chat)
             for one in conversations

@@ -61,6 +61,11 @@ def gradient_reductions(
     """
     _require_weights(model)
     helpers = helpers_of(model)
+    if helpers.in_parts:
+        raise UsageError(
+            "gradients of weights are not taken of a model in parts. Choose a criterion without, "
+            "or another --parallel."
+        )
     helpers.ask(_reductions_too, lambda: {"batches": [batch.to_dict() for batch in batches]})
     texts = sum(int((batch.attention_mask.sum(1) > 1).sum()) for batch in batches)
     batches = helpers.share(batches)
@@ -135,14 +140,14 @@ def gradient_lengths(
 def _reductions_too(opening: Mapping[str, Any], batches: Sequence[Mapping[str, Any]]) -> None:
     session = helped_session(opening)
     family, shape = session.source.family, session.source.shape
-    gradient_reductions(session.model, family, shape, [TokenBatch.sent(one) for one in batches])
+    gradient_reductions(session.reader, family, shape, [TokenBatch.sent(one) for one in batches])
 
 
 @answering
 def _lengths_too(opening: Mapping[str, Any], batches: Sequence[Mapping[str, Any]]) -> None:
     session = helped_session(opening)
     family, shape = session.source.family, session.source.shape
-    gradient_lengths(session.model, family, shape, [TokenBatch.sent(one) for one in batches])
+    gradient_lengths(session.reader, family, shape, [TokenBatch.sent(one) for one in batches])
 
 
 @contextmanager

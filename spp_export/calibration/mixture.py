@@ -81,7 +81,7 @@ def gather_collections(
         session.source,
         [part.texts for part in parts],
         kinds,
-        lambda: (session.model, session.tokenizer),
+        lambda: (session.reader, session.tokenizer),
         dtype=session.dtype,
     )
 

@@ -91,7 +91,7 @@ class WholeMoments:
         moments = MixtureMoments(group, session.source.shape.channels, scales)
         of_layers = f"{group[0] + 1} to {group[-1] + 1}"
         observe(
-            session.model,
+            session.reader,
             session.source.family,
             batches,
             [moments],

@@ -26,6 +26,7 @@ def diagnose(request: DiagnoseRequest) -> Diagnosis:
         dtype=request.dtype,
         layerwise=request.layerwise,
         dequantize=request.dequantize,
+        parallel=request.parallel,
     )
     artifacts = open_artifacts(request.artifacts, request.model, session.source)
     return diagnose_scenario(session, artifacts, text, request.regime, request.calibration_tokens)

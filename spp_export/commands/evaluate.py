@@ -140,6 +140,7 @@ def evaluate(request: EvaluateRequest) -> EvalResult:
         device=request.device,
         dtype=request.dtype,
         dequantize=request.dequantize,
+        parallel=request.parallel,
     )
     for units in request.units:
         session.source.family.check_units(units, session.source.shape)

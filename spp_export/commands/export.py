@@ -96,6 +96,7 @@ def export(request: ExportRequest) -> ExportResult:
         dtype=request.dtype,
         layerwise=request.layerwise,
         dequantize=request.dequantize,
+        parallel=request.parallel,
     )
     request = request.fitted(session.source.shape)
     _check_format(request)

@@ -31,6 +31,7 @@ def plan(request: PlanFileRequest) -> PlanResult:
         dtype=request.dtype,
         layerwise=request.layerwise,
         dequantize=request.dequantize,
+        parallel=request.parallel,
     )
     artifacts = open_artifacts(request.artifacts, request.model, session.source)
     with noting() as kept:

@@ -49,6 +49,7 @@ def probe(request: ProbeRequest) -> Artifacts:
         dtype=request.dtype,
         layerwise=None,
         dequantize=request.dequantize,
+        parallel=request.parallel,
     )
     session.source.family.check_units(request.units, session.source.shape)
     if not pools:
@@ -62,7 +63,7 @@ def probe(request: ProbeRequest) -> Artifacts:
         request.seed,
         request.calibration_tokens,
         # A model that runs from disk would read all of it again for every token.
-        0 if session.from_disk else request.answer_tokens,
+        0 if session.reads_from_disk else request.answer_tokens,
     )
     options.check(len(named))
     check_readable(session.source.path, TOKENIZER_FILES)
@@ -70,7 +71,7 @@ def probe(request: ProbeRequest) -> Artifacts:
     check_disk(needs)
     check_memory(needs)
     artifacts = probe_model(
-        session.model,
+        session.reader,
         session.tokenizer,
         session.source,
         texts.take(named),

@@ -51,7 +51,7 @@ def judged_texts(
     from spp_export.evaluation.quality import ANSWERS, HELD_OUT
 
     answering, limit = plan_answering(plan, PlanRequest()), calibration_tokens(plan, PlanRequest())
-    answers = dense is not None and answering.tokens > 0 and not dense.from_disk
+    answers = dense is not None and answering.tokens > 0 and not dense.reads_from_disk
     conversations: Sequence[Conversation]
     if scenario is not None and plan.scenario.get("sha256") != scenario.sha256:
         conversations = scenario.conversations

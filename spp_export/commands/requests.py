@@ -32,6 +32,7 @@ from spp_export.common.options import (
     Layerwise,
     Model,
     Numbers,
+    Parallel,
     PathLike,
     Request,
     Seed,
@@ -94,7 +95,9 @@ class GivenAnswers(AnswerTokens):
 
 
 @dataclass(frozen=True)
-class PlanFileRequest(PlanRequest, GivenAnswers, Force, Layerwise, Dtype, Artifacts, Model):
+class PlanFileRequest(
+    PlanRequest, GivenAnswers, Force, Layerwise, Parallel, Dtype, Artifacts, Model
+):
     """A plan, and the file it goes to."""
 
     scenario: PathLike = scenario_option()
@@ -136,7 +139,7 @@ class FrontierRequest(PlanRequest, GivenAnswers, Force, Dtype, Artifacts, Model)
 
 
 @dataclass(frozen=True)
-class DiagnoseRequest(CalibrationTokens, Layerwise, Dtype, Artifacts, Model):
+class DiagnoseRequest(CalibrationTokens, Layerwise, Parallel, Dtype, Artifacts, Model):
     """A scenario's domains."""
 
     scenario: PathLike = scenario_option()
@@ -147,7 +150,7 @@ class DiagnoseRequest(CalibrationTokens, Layerwise, Dtype, Artifacts, Model):
 
 
 @dataclass(frozen=True)
-class ProbeRequest(AnswerTokens, CalibrationTokens, Force, Seed, Dtype, Artifacts, Model):
+class ProbeRequest(AnswerTokens, CalibrationTokens, Force, Seed, Parallel, Dtype, Artifacts, Model):
     """A model's artifacts."""
 
     pools: PathLike | None = option(
@@ -364,6 +367,7 @@ class ExportRequest(
     KeepFailed,
     Force,
     Layerwise,
+    Parallel,
     Dtype,
     Distance,
     FormRequest,
@@ -830,7 +834,9 @@ class EvalRequest(Seed):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalTexts(EvalRequest, GivenAnswers, CalibrationTokens, Force, Dtype, Artifacts, Model):
+class EvalTexts(
+    EvalRequest, GivenAnswers, CalibrationTokens, Force, Parallel, Dtype, Artifacts, Model
+):
     """What an evaluation reads, beside its scenario."""
 
     wrong: PathLike | None = option(

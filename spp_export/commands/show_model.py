@@ -9,13 +9,13 @@ from typing import Any
 
 from spp_export.common.errors import PlanError, SppError
 from spp_export.formats.format import Format
+from spp_export.formats.promised import promised_checkpoint
 from spp_export.formats.registry import FORMATS
 from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.families import Family, TensorSpec, Unit
 from spp_export.models.shape import LAYOUTS, Layout
-from spp_export.planning import LayerPlan, Plan
+from spp_export.planning import LayerPlan, Plan, dense_plan, sample_plan
 from spp_export.planning.plan import only_existing
-from spp_export.slicing.compensation import written_config
 
 _UNITS = {
     "query": "query heads",
@@ -137,12 +137,7 @@ def _becomes(source: Checkpoint, made: Format[Any], layout: Layout) -> tuple[boo
     pad = layout == "ragged" and not made.ragged
     try:
         plan = replace(_some_plan(source, layout), padded=pad)
-        slim = replace(
-            source,
-            config=written_config(source, plan),
-            layers=plan.written_shapes(source.shape),
-            layout=plan.written_layout,
-        )
+        slim = promised_checkpoint(source, plan)
         made.require()
         files = made.prepare(made.options.chosen("cpu", {}, slim.shape), slim, plan)
     except SppError as error:
@@ -154,49 +149,35 @@ def _becomes(source: Checkpoint, made: Format[Any], layout: Layout) -> tuple[boo
 def _some_plan(source: Checkpoint, layout: Layout) -> Plan:
     """One that only this layout can hold, or `uniform` as well. Raises PlanError where the family
     has none."""
-    shape = source.shape
-    whole = _layer(source, shape.kv_heads, shape.group_size, cut=False)
-    first = shape.has_heads.index(True)
+    family, shape = source.family, source.shape
+    dense = dense_plan(shape, source.fingerprint, source.name)
+    if layout == "per-layer":
+        return sample_plan(dense, shape, layout, "none", "both" if family.down else "heads")
     if layout == "uniform":
-        layers = [_uniform_layer(source)] * shape.num_layers
-    elif layout == "per-layer":
-        kv_heads = max(1, shape.kv_heads - 1)
-        size = max(1, shape.group_size - (shape.kv_heads == 1))
-        layers = [whole] * shape.num_layers
-        layers[first] = _layer(source, kv_heads, size)
+        layers = only_existing((_uniform_layer(source),) * shape.num_layers, shape)
+    elif shape.group_size == 1 or shape.kv_heads == 1:
+        raise PlanError("its KV groups cannot differ in size. Use layout per-layer.")
+    elif not family.uneven_groups:
+        raise PlanError(
+            f"in the {shape.model_type} family every KV head must serve as many query heads. "
+            "Use layout per-layer."
+        )
     else:
-        if shape.group_size == 1 or shape.kv_heads == 1:
-            raise PlanError("its KV groups cannot differ in size. Use layout per-layer.")
-        if not source.family.uneven_groups:
-            raise PlanError(
-                f"in the {shape.model_type} family every KV head must serve as many query heads. "
-                "Use layout per-layer."
-            )
-        layers = [whole] * shape.num_layers
-        layers[first] = LayerPlan(whole.kv_heads, whole.query_heads[1:], whole.channels)
-    return Plan(source.fingerprint, source.name, layout, "none", only_existing(layers, shape))
+        layers = tuple(replace(layer, query_heads=layer.query_heads[1:]) for layer in dense.layers)
+    return replace(dense, layout=layout, layers=layers)
 
 
 def _uniform_layer(source: Checkpoint) -> LayerPlan:
-    """The largest layer below the dense one that the stock config takes."""
-    shape, accepts = source.shape, source.family.stock_accepts(source.shape)
-    sizes = (
-        (kv_heads, size)
-        for kv_heads in range(shape.kv_heads, 0, -1)
-        for size in range(shape.group_size, 0, -1)
-        if (kv_heads, size) != (shape.kv_heads, shape.group_size) and accepts(kv_heads * size)
-    )
-    found = next(sizes, None)
-    if found is not None:
-        return _layer(source, *found, cut=False)
-    if not source.family.down or not source.family.keys.get("intermediate_size", "any"):
+    """The layer with most heads below the dense one's that the stock config takes, or with half of
+    the channels."""
+    family, shape = source.family, source.shape
+    accepts = family.stock_accepts(shape)
+    for kv_heads in range(shape.kv_heads, 0, -1):
+        for size in range(shape.group_size, 0, -1):
+            if kv_heads * size < shape.query_heads and accepts(kv_heads * size):
+                heads = (g * shape.group_size + i for g in range(kv_heads) for i in range(size))
+                return LayerPlan(tuple(range(kv_heads)), tuple(heads))
+    if not family.down or not family.keys.get("intermediate_size", "any"):
         raise PlanError("its stock config takes no other number of heads or channels.")
-    return _layer(source, shape.kv_heads, shape.group_size)
-
-
-def _layer(source: Checkpoint, kv_heads: int, size: int, *, cut: bool = True) -> LayerPlan:
-    """The first KV heads and of each its first query heads; half of the channels if `cut`."""
-    shape = source.shape
-    queries = [g * shape.group_size + head for g in range(kv_heads) for head in range(size)]
-    half = tuple(range(max(1, shape.channels // 2))) if cut and source.family.down else None
-    return LayerPlan(tuple(range(kv_heads)), tuple(queries), half)
+    every = tuple(range(shape.kv_heads)), tuple(range(shape.query_heads))
+    return LayerPlan(*every, tuple(range(max(1, shape.channels // 2))))

@@ -49,11 +49,11 @@ class Training:
         layers: Sequence[int],
         dense: nn.Module | None = None,
     ) -> None:
-        family.refuse((Feature.TRANSPOSED, Feature.VISION), "recovery", "Keep the export as it is.")
+        family.refuse((Feature.VISION,), "recovery", "Keep the export as it is.")
         roles = tuple(family.projections)
         model.requires_grad_(False)
         if settings.train == "adapters":
-            model = _with_adapters(model, roles, settings)
+            model = _with_adapters(model, family, settings)
         else:
             parameters = dict(model.named_parameters())
             for layer in layers:
@@ -162,13 +162,14 @@ class Training:
         return trained
 
 
-def _with_adapters(model: nn.Module, roles: Sequence[str], settings: RecoverSettings) -> nn.Module:
+def _with_adapters(model: nn.Module, family: Family, settings: RecoverSettings) -> nn.Module:
     peft = require_peft()
     config = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=0.0,
-        target_modules=[role.rpartition(".")[2] for role in roles],
+        target_modules=[module.rpartition(".")[2] for module in family.projections],
+        fan_in_fan_out=family.transposed,
         bias="none",
         task_type="CAUSAL_LM",
     )

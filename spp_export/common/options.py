@@ -32,6 +32,7 @@ from spp_export.common.errors import UsageError
 
 PathLike = str | os.PathLike[str]
 DtypeName = Literal["float32", "bfloat16", "float16", "float64"]
+ParallelName = Literal["data", "tensor", "map"]
 
 # Panels of the help page.
 MAKE, BUDGET, CHECKS = "What to make", "Budget", "Checks"
@@ -333,6 +334,19 @@ class Layerwise(Request):
         panel=RUNNING,
         help="Run models layer by layer, their weights staying on disk; by default where they do "
         "not fit in memory.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel(Request):
+    """How the processes that torchrun started share a model and its text."""
+
+    parallel: ParallelName = option(
+        "data",
+        panel=RUNNING,
+        help="How processes of torchrun read text: data, each the whole model and its share of the "
+        "text; tensor, each a part of the model, by transformers' plan; map, each a model that "
+        "accelerate spreads over its share of the machine's cards.",
     )
 
 

@@ -101,6 +101,13 @@ def rank() -> int:
     return _here.rank
 
 
+def lone_environment() -> dict[str, str]:
+    """The environment of a child that is no rank, though this process may be one."""
+    own = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    kept = {name: value for name, value in os.environ.items() if name not in own}
+    return {name: value for name, value in kept.items() if not name.startswith("TORCHELASTIC_")}
+
+
 def answering(function: Called) -> Called:
     """Let other ranks be asked for a function of this package."""
     _answering[_name(function)] = function
@@ -147,6 +154,21 @@ def add(tensors: Iterable[Tensor]) -> None:
             tensor.copy_(there)
 
 
+def whole(part: Tensor) -> Tensor:
+    """What every rank has a part of, joined in their order along the last axis.
+
+    The parts have one shape; every rank calls this at once.
+    """
+    import torch
+    import torch.distributed as dist
+
+    part = part.contiguous()
+    parts = [torch.empty_like(part) for _ in range(_here.size)]
+    with _Together():
+        _wait(dist.all_gather(parts, part, async_op=True))
+    return torch.cat(parts, dim=-1)
+
+
 def work(explain: Callable[[Exception], tuple[str, int]]) -> int:
     """Do what rank 0 asks until it ends; the exit status. `explain` gives what a user reads of an
     error, which rank 0 says, and its exit status."""
@@ -161,6 +183,7 @@ def work(explain: Callable[[Exception], tuple[str, int]]) -> int:
         kind = type(error).__name__ if isinstance(error, SppError) else SppError.__name__
         _say(error=kind, message=message)
     else:
+        _say(status=status)
         return status
     if lost := failure():
         raise lost
@@ -171,14 +194,20 @@ def finish(status: int) -> None:
     """Rank 0 is done, by this exit status: the others end by the same."""
     if _here.size == 1 or _here.rank:
         return
-    import torch
-
-    with suppress(Exception):  # they see the connection close
+    with suppress(Exception):  # then torchrun ends them
         _say(status=status)
         if _here.control is None:
             _here.store.set(_START, str(status))
-        elif not status:  # else they may be in the middle of something
+        elif status:  # they may be in the middle of something, and see the connection close
+            return
+        else:
+            import torch
+
             _broadcast(torch.tensor([0, status]))
+        # Where no agent of torchrun keeps the words, they go with this process.
+        until = time.monotonic() + _GRACE_S
+        while time.monotonic() < until and not all(map(_word_of, range(_here.size))):
+            time.sleep(_LOOK_S)
 
 
 def say_terminated() -> None:

@@ -221,7 +221,7 @@ def diagnose_prompts(
         raise ScenarioError("the scenario has no tokens for this model. Give it some text.")
     means = TextMeans("residual", len(prompts), shape.num_layers, shape.hidden_size)
     observe(
-        session.model,
+        session.reader,
         session.source.family,
         batches,
         [means],

@@ -222,13 +222,13 @@ def _dialogues(dense: Dense, pools: Pools, request: ProbeSettings) -> tuple[Dial
 def with_gradients(dense: Dense, dialogues: Sequence[Dialogue]) -> tuple[Dialogue, ...]:
     """The dialogues with the gradients of their tokens, from one backward pass; as they are where
     some weights are not in memory."""
-    if not has_weights(dense.model):
+    if not has_weights(dense.reader):
         return tuple(dialogues)
     texts = [dialogue_text(one.tokens, one.answer) for one in dialogues]
     batches = token_batches(dense.tokenizer, texts, batch_tokens=BATCH_TOKENS)
     source = dense.source
     lengths = gradient_lengths(
-        dense.model,
+        dense.reader,
         source.family,
         source.shape,
         batches,
@@ -290,7 +290,7 @@ def _gather(
         dense.source,
         pools.train,
         kinds,
-        lambda: (dense.model, dense.tokenizer),
+        lambda: (dense.reader, dense.tokenizer),
         dtype=dense.dtype,
         also=[writes],
     )
@@ -377,7 +377,7 @@ def _pools_record(
 class Dense:
     """The frozen dense model, its tokenizer and its files."""
 
-    model: nn.Module
+    reader: nn.Module
     tokenizer: Any
     source: Checkpoint
 
@@ -389,17 +389,17 @@ class Dense:
     @property
     def dtype(self) -> str:
         """What it computes in."""
-        return str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        return str(next(self.reader.parameters()).dtype).removeprefix("torch.")
 
     @property
     def device(self) -> str:
         """Where it is; of a model on several devices, where it begins."""
-        return str(next(self.model.parameters()).device)
+        return str(next(self.reader.parameters()).device)
 
     def watch(self, texts: Sequence[str], observer: Observer, description: str) -> None:
         """One forward pass over texts."""
         observe(
-            self.model,
+            self.reader,
             self.source.family,
             token_batches(self.tokenizer, texts),
             [observer],

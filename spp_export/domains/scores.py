@@ -138,7 +138,7 @@ class AxisShares(Observer):
     @classmethod
     def made(cls, session: Session, recipe: Mapping[str, Any]) -> Self:
         """As of `Observer`."""
-        return cls(session.source, input_device(session.model), **recipe)
+        return cls(session.source, input_device(session.reader), **recipe)
 
     @property
     def tokens(self) -> tuple[int, ...]:

@@ -41,7 +41,7 @@ def masked_dense(
     stream = stream_of(model)
     specs = [spec for spec in family.tensors(shape, shape.layers) if spec.unit]
     handles: list[Any] = []
-    saved: list[tuple[nn.Linear, Any, Any]] = []
+    saved: list[tuple[Any, Any, Any]] = []
 
     def put_in_place(index: int) -> None:
         layer = plan.layers[index]
@@ -49,12 +49,12 @@ def masked_dense(
         outputs = _kept_outputs(layer, [spec for spec in specs if spec.layer == index])
         for role, kept in (*inputs.items(), *outputs.items()):
             if compensated and (index, role) in compensated:
-                module = _linear(model, family.layer_name(index, family.projection(role)))
+                module: Any = model.get_submodule(family.layer_name(index, family.projection(role)))
                 if stream is None:
                     saved.append((module, module.weight, module.bias))
                 columns = slice(None) if role in outputs else kept
                 rows = kept if role in outputs else slice(None)
-                _replace(module, rows, columns, compensated[index, role])
+                _replace(module, rows, columns, compensated[index, role], family.transposed)
 
     with ExitStack() as stack:
         stack.callback(_restore, handles, saved)
@@ -82,18 +82,12 @@ def masked_dense(
         yield model
 
 
-def _restore(handles: list[Any], saved: list[tuple[nn.Linear, Any, Any]]) -> None:
+def _restore(handles: list[Any], saved: list[tuple[Any, Any, Any]]) -> None:
     for handle in handles:
         handle.remove()
     for module, weight, bias in saved:
         module.weight = weight
         module.bias = bias
-
-
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    module = model.get_submodule(name)
-    assert isinstance(module, nn.Linear), name
-    return module
 
 
 def _kept_inputs(layer: LayerPlan, index: int, shape: ModelShape) -> dict[Role, Tensor]:
@@ -112,9 +106,11 @@ def _kept_outputs(layer: LayerPlan, specs: Iterable[TensorSpec]) -> dict[Role, T
     """The outputs of the other projections that stay; `specs` of the layer."""
     kept: dict[Role, Tensor] = {}
     for spec in specs:
-        if spec.role is not Role.OTHER and spec.axis == 0 and len(spec.shape) == 2:
+        reads = spec.role in (Role.OUTPUT, Role.DOWN, Role.OTHER)
+        if not reads and spec.axis is not None and len(spec.shape) == 2:
             units = kept_units(spec, layer)
-            units = tuple(range(spec.shape[0] // spec.step)) if units is None else units
+            count = spec.shape[spec.axis] // spec.step
+            units = tuple(range(count)) if units is None else units
             kept[spec.role] = torch.from_numpy(kept_indices(units, spec.step))
     return kept
 
@@ -160,11 +156,15 @@ def _mask_input(module: nn.Module, width: int, kept: Tensor) -> Any:
 
 
 def _replace(
-    module: nn.Linear, rows: Tensor | slice, columns: Tensor | slice, projection: Projection
+    module: Any,
+    rows: Tensor | slice,
+    columns: Tensor | slice,
+    projection: Projection,
+    transposed: bool,
 ) -> None:
     """What is not replaced is of units that are masked."""
     weight = torch.zeros_like(module.weight)
-    weight[rows, columns] = projection.weight.to(weight)
+    (weight.T if transposed else weight)[rows, columns] = projection.weight.to(weight)
     module.weight = nn.Parameter(weight, requires_grad=False)
     if projection.bias is not None:
         module.bias = nn.Parameter(projection.bias.to(weight), requires_grad=False)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spp_export.models.checkpoint.checkpoint import Checkpoint
+from spp_export.models.checkpoint.checkpoint import Checkpoint, outputs_first
 from spp_export.models.checkpoint.header import StoredTensor
 from spp_export.models.checkpoint.reader import read_float
 from spp_export.models.families import TensorSpec
@@ -93,7 +93,7 @@ def compensated_projections(
                 continue
             module = source.family.layer_name(index, source.family.projection(role))
             real = real_columns(compiled, index, role, source.shape)
-            stored = read(f"{module}.weight")[:, real]
+            stored = outputs_first(source.family, read(f"{module}.weight"))[:, real]
             weight = torch.from_numpy(np.ascontiguousarray(stored))
             bias = None
             if f"{module}.bias" in has_bias:

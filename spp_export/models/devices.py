@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from spp_export.common.errors import UsageError
+from spp_export.common.memory import free_memory
 from spp_export.common.options import check_device_name
 from spp_export.common.processes import local_place
 
@@ -22,6 +23,28 @@ def own_device(device: str) -> str:
             f"its own. Use --device {kind}."
         )
     return f"{kind}:{place}"
+
+
+def own_cards() -> dict[int | str, int] | None:
+    """Of the machine's cards those of this process, with the bytes that are free on each, and the
+    machine's memory, for a model that is spread over them; None for all of them.
+
+    Raises UsageError where there are more processes than cards.
+    """
+    place, several = local_place()
+    import torch
+
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if several == 1 or not cards:
+        return None
+    if cards < several:
+        raise UsageError(
+            f"--device auto: {several} processes share the {cards} cards of this machine, each at "
+            "least one. Start fewer."
+        )
+    own = range(cards)[place::several]
+    free: dict[int | str, int] = {card: free_memory(f"cuda:{card}") for card in own}
+    return free | {"cpu": free_memory()}
 
 
 def require_device(device: str) -> None:

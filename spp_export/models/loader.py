@@ -11,13 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 
 import spp_export.models.modeling  # noqa: F401  registers the per-layer classes
-from spp_export.common.errors import CheckpointError, reason_of
+from spp_export.common import processes
+from spp_export.common.errors import CheckpointError, UsageError, reason_of
 from spp_export.common.progress import quiet_transformers
 from spp_export.models.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_source
 from spp_export.models.checkpoint.companions import check_companions
+from spp_export.models.devices import own_cards
 from spp_export.models.families import Family
 
 
@@ -55,15 +63,35 @@ def auto_class(family: Family) -> Any:
     return AutoModelForImageTextToText if family.inside else AutoModelForCausalLM
 
 
+def load_parts(path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+    """A source model of which each rank has a part, by transformers' own plan; all of them call
+    this at once. Parameters and errors as in `load_slim`, UsageError where transformers has no
+    plan."""
+    opened = open_source(Path(path))
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    plan = getattr(config, "base_model_tp_plan", None)
+    if not plan:
+        raise UsageError(
+            f"--parallel tensor: transformers {transformers.__version__} has no plan for the parts "
+            f"of a {config.model_type} model. Use --parallel map."
+        )
+    known = getattr(getattr(transformers, "distributed", None), "DistributedConfig", None)
+    if known is not None and "tp_plan" in getattr(known, "__dataclass_fields__", {}):
+        how = known(tp_size=processes.count(), tp_plan="auto")
+        return _load(opened, dtype, "cpu", None, distributed_config=how)
+    return _load(opened, dtype, "cpu", None, tp_plan="auto")
+
+
 def _load(
     opened: Checkpoint,
     dtype: torch.dtype | str | None,
     device: str | torch.device,
     attn_implementation: str | None,
+    **options: Any,
 ) -> PreTrainedModel:
     path = opened.path
     check_companions(path)
-    options: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype}
+    options["dtype"] = "auto" if dtype is None else dtype
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     if opened.family.experts and hasattr(PreTrainedModel, "set_experts_implementation"):
@@ -74,6 +102,8 @@ def _load(
             options["experts_implementation"] = "eager"
     if str(device) != "cpu":
         options["device_map"] = "auto" if device == "auto" else {"": torch.device(device)}
+    if device == "auto" and (cards := own_cards()):
+        options["max_memory"] = cards
     try:
         with quiet_transformers():
             loaded: Any = auto_class(opened.family).from_pretrained(

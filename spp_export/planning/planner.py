@@ -261,7 +261,7 @@ def _on_experts(shape: ModelShape, layers: Sequence[LayerPlan]) -> list[str]:
 def _answer_tokens(session: Session, request: PlanRequest) -> int:
     """How long answers are: as asked, and none of a model that runs from disk. What is planned on
     is what the plan says, and so what is re-fitted on."""
-    return 0 if session.from_disk else request.answer_tokens
+    return 0 if session.reads_from_disk else request.answer_tokens
 
 
 def _largest_written(session: Session, request: PlanRequest) -> ModelShape:
@@ -278,8 +278,6 @@ def _check_family(source: Checkpoint, request: PlanRequest) -> None:
             f"layout is ragged, and in the {family.model_type} family every KV head must serve as "
             "many query heads. Use per-layer."
         )
-    if request.compensate != "none":
-        family.refuse((Feature.TRANSPOSED,), "compensation", "Use --compensate none.")
     if request.policy == "published":
         family.refuse((Feature.MIXERS, Feature.LATENT), "--policy published", "Use --policy exact.")
     if source.shape.cached and (request.budget.cost == "kv-bytes" or request.max_kv_bytes):
@@ -460,7 +458,7 @@ def _attention_probabilities(session: Session, artifacts: Artifacts, text: str) 
     means = TextMeans("attention", 1, shape.num_layers, shape.hidden_size)
     (read,) = token_texts(session.tokenizer, [text])
     batches = token_batches(session.tokenizer, [read.beginning(_PUBLISHED_TOKENS)])
-    observe(session.model, session.source.family, batches, [means])
+    observe(session.reader, session.source.family, batches, [means])
     logits = np.einsum("ld,lkd->lk", means.values[0], artifacts.weight) + artifacts.bias
     probabilities: FloatArray = 1.0 / (1.0 + np.exp(-logits.astype(np.float64)))
     return probabilities

@@ -27,7 +27,6 @@ from spp_export.importance.base import (
 )
 from spp_export.importance.comparable import LOSSES, comparable_kinds, stream
 from spp_export.importance.mixed import ScoredUnit, check_domain_scores, mixed_scores
-from spp_export.models.checkpoint.reader import read_float
 from spp_export.models.session import Session
 from spp_export.models.shape import Kind, Units, channel_widths, includes
 from spp_export.planning.allocate.options import (
@@ -68,7 +67,7 @@ def default_criterion(
         return usual
     known = artifacts.dialogues and all(one.gradients is not None for one in artifacts.dialogues)
     # Spread over devices, some weights may have none.
-    in_memory = session.device != "auto" and not session.from_disk
+    in_memory = session.device != "auto" and not session.reads_from_disk
     at_hand = known and in_memory and answer_tokens > 0
     # Shares of budgets are quotients, which round.
     moderate = removed <= _MOST_REMOVED + 1e-6
@@ -94,10 +93,10 @@ def _knows_experts(criterion: Criterion | SetCriterion) -> bool:
 
 
 def check_criterion(session: Session, artifacts: Artifacts, name: str, units: Units) -> None:
-    """UsageError where this model or these artifacts cannot be scored by a criterion, before
-    anything is gathered for it."""
+    """UsageError where this model or these artifacts cannot be scored by a criterion, ModelError
+    where it does not know what the family computes, before anything is gathered for it."""
     needs = CRITERIA[name].needs if name in CRITERIA else frozenset({Need.GRADIENTS})
-    if needs & {Need.GRADIENTS, Need.LOSS} and session.from_disk:
+    if needs & {Need.GRADIENTS, Need.LOSS} and session.reads_from_disk:
         raise UsageError(
             f"--criterion {name}: needs every weight in memory, and this model runs layer by "
             "layer. Choose another criterion, or --no-layerwise."
@@ -108,6 +107,10 @@ def check_criterion(session: Session, artifacts: Artifacts, name: str, units: Un
         _for_experts(name)
         check_routed_writes()
     check_convention(session.source.family, CRITERIA.get(name))
+    if name in SEQUENTIAL:
+        from spp_export.importance.probe_pruning.blocks import check_family
+
+        check_family(session.source.family)
     if name in SCORING:
         for unit, kind in _SCORED.items():
             if includes(units, kind):
@@ -297,9 +300,8 @@ class Scoring:
         with progress(f"weighing {units}", source.shape.num_layers) as advance_to:
             for layer in range(source.shape.num_layers):
                 if has[layer]:
-                    stored = source.tensors[f"{source.family.layer_name(layer, module)}.weight"]
-                    blocks = moments.blocks(kind, layer)
-                    losses, units_kept = weigh(layer, read_float(stored), blocks)
+                    weight, blocks = source.weight(module, layer), moments.blocks(kind, layer)
+                    losses, units_kept = weigh(layer, weight, blocks)
                     rows.append((-losses * sensitivity[layer], units_kept))
                 advance_to(layer + 1)
         # Of layers without such units nothing is read.

@@ -21,9 +21,9 @@ from spp_export.common.errors import PlanError
 from spp_export.common.options import WINDOW
 from spp_export.data.artifacts import Artifacts
 from spp_export.data.scenario import Scenario
-from spp_export.models.checkpoint.checkpoint import Checkpoint, written_tensors
+from spp_export.models.checkpoint.checkpoint import Checkpoint, outputs_first, written_tensors
 from spp_export.models.checkpoint.reader import read_float
-from spp_export.models.families import Feature, Role, TensorSpec
+from spp_export.models.families import Role, TensorSpec
 from spp_export.models.session import Session
 from spp_export.models.shape import ModelShape
 from spp_export.planning import Plan
@@ -81,10 +81,6 @@ class Compensator:
         moments: Moments | None,
         whole: WholeMoments | None = None,
     ) -> None:
-        if compiled.compensation != "none":
-            source.family.refuse(
-                (Feature.TRANSPOSED,), "compensation", "Export with --compensate none."
-            )
         self._source = source
         self._plan = compiled
         self._moments = moments
@@ -121,7 +117,7 @@ class Compensator:
         result = {}
         for spec in self._losing():
             assert spec.layer is not None
-            weight = read_float(self._source.tensors[spec.name])
+            weight = self._weight(spec)
             removed = np.setdiff1d(np.arange(weight.shape[1]), self._kept(spec))
             result[spec.layer, spec.role] = bias(weight, self._mean(spec), removed)
         return result
@@ -139,7 +135,7 @@ class Compensator:
         projections = {}
         for spec in self._losing() if self._plan.compensation != "none" else ():
             assert spec.layer is not None
-            weight = read_float(tensors[spec.name])
+            weight = self._weight(spec)
             refit = self.refit(spec)
             kept = weight[:, self._kept(spec)] if refit is None else refit(weight)
             added = biases.get((spec.layer, spec.role))
@@ -165,11 +161,11 @@ class Compensator:
             if spec.name in self._lost:
                 yield self._lost[spec.name]
                 continue
-            weight = read_float(self._source.tensors[spec.name])
+            weight = self._weight(spec)
             blocks, kept = self._blocks(spec), self._kept(spec)
             assert spec.layer is not None
             real = real_columns(self._plan, spec.layer, spec.role, self._source.shape)
-            written = read_float(stored[spec.name])[:, real]
+            written = outputs_first(self._source.family, read_float(stored[spec.name]))[:, real]
             yield (
                 residual_blocks(weight, blocks, kept, written),
                 residual_blocks(weight, blocks, kept, weight[:, kept]),
@@ -184,6 +180,14 @@ class Compensator:
         if spec.layer is None or spec.role not in CONSUMERS:
             return False
         return loses(self._plan.layers[spec.layer], spec.role, self._source.shape)
+
+    def _weight(self, spec: TensorSpec) -> FloatArray:
+        """The dense weight [outputs, inputs] of a consumer."""
+        assert spec.layer is not None
+        weight: FloatArray = self._source.weight(
+            self._source.family.projection(spec.role), spec.layer
+        )
+        return weight
 
     def _blocks(self, spec: TensorSpec) -> FloatArray:
         """Second moments [n,b,b] of the input of a consumer: of o_proj's in one block."""

@@ -5,7 +5,7 @@ One thread reads, checks and slices, one writes, one hashes and one flushes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -16,7 +16,7 @@ import numpy as np
 from spp_export.common.errors import CheckpointError
 from spp_export.common.manifest import FileRecord
 from spp_export.common.publish import require_free_space
-from spp_export.models.checkpoint.checkpoint import Checkpoint
+from spp_export.models.checkpoint.checkpoint import Checkpoint, outputs_first
 from spp_export.models.checkpoint.dtypes import Bits, Floats, all_finite, from_float
 from spp_export.models.checkpoint.header import show
 from spp_export.models.checkpoint.reader import BLOCK_BYTES, blocks, read_float
@@ -30,9 +30,9 @@ from spp_export.models.checkpoint.writer import (
 from spp_export.models.families import Role, TensorSpec
 from spp_export.planning import Plan, validate_plan
 from spp_export.planning.written import kept_tensors, slim_shape
-from spp_export.slicing.cut import Indices, real_elements, slice_rows, written_units
+from spp_export.slicing.cut import real_elements, slice_rows, written_units
 
-# The whole dense tensor as floats -> the slim tensor as floats.
+# The whole dense weight [outputs, inputs] as floats -> the slim one.
 Refit = Callable[[Floats], Floats]
 # (layer, OUTPUT or DOWN) -> what is added to that projection's bias, [hidden_size].
 Biases = Mapping[tuple[int, Role], Floats]
@@ -148,10 +148,10 @@ class SlimTensors:
             return
         refit, units = self._replaced(spec), written_units(spec, self._plan, self._source.shape)
         if refit is not None:
-            values = refit(read_float(stored))
-            if units is not None and values.shape != entry.shape:
-                values = _filled(values, entry, real_elements(units, spec.step))
-            yield from encoded(values, entry)
+            values = refit(outputs_first(self._source.family, read_float(stored)))
+            if units is not None:
+                values = _filled(values, units, spec.step)
+            yield from encoded(outputs_first(self._source.family, values), entry)
             return
         row = 0
         for block in blocks(stored):
@@ -165,9 +165,12 @@ class SlimTensors:
         return stored.dtype
 
 
-def _filled(values: Floats, entry: TensorEntry, real: Indices) -> Floats:
-    """The columns `values` at `real`, zeros between them."""
-    whole = np.zeros(entry.shape, dtype=values.dtype)
+def _filled(values: Floats, units: Sequence[int], step: int) -> Floats:
+    """The columns `values` of units of `step` each, and zeros where a `FILL` is among these."""
+    width, real = len(units) * step, real_elements(units, step)
+    if len(real) == width:
+        return values
+    whole = np.zeros((len(values), width), dtype=values.dtype)
     whole[:, real] = values
     return whole
 

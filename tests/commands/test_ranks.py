@@ -80,6 +80,23 @@ def test_the_plan_is_that_of_one_process(ranks, ask, tmp_path, size):
             np.testing.assert_allclose(found[name][key], values, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_model_in_parts(ranks, ask, tmp_path, size):
+    asked = ask("plan", "--units", "both", "--answer-tokens", "4", "--json")
+    (one,) = ranks.run(asked, 1)
+    expected = renewed(tmp_path)
+    first, *others = ranks.run([*asked, "--parallel", "tensor"], size)
+    assert first.status == 0, first.err
+    assert not any(other.out or other.err or other.status for other in others)
+    layers = [json.loads(rank.out)["plan"]["layers"] for rank in (first, one)]
+    assert layers[0] == layers[1]
+    found = renewed(tmp_path)
+    assert found.keys() == expected.keys()
+    for name, tensors in expected.items():
+        for key, values in tensors.items():
+            np.testing.assert_allclose(found[name][key], values, rtol=1e-4, atol=1e-5)
+
+
 def test_more_ranks_than_texts(ranks, ask, workshop, tmp_path):
     (tmp_path / "one.txt").write_text("1+1=2")
     asked = ask("plan", "--answer-tokens", "0", "--json")
@@ -115,6 +132,19 @@ def test_of_a_killed_first_rank_another_one_tells(ranks, ask, tmp_path):
     assert "was killed" in line
     assert not any(other.out for other in others)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "said"),
+    [
+        (1, ["--parallel", "tensor"], "torchrun"),
+        (3, ["--parallel", "tensor"], "3 processes cannot share the model's 4 KV heads"),
+        (2, ["--parallel", "tensor", "--layerwise"], "Drop --layerwise"),
+        (2, ["--device", "cuda:1"], "each of the 2 processes of this machine takes a card"),
+    ],
+)
+def test_ways_to_share_that_cannot_be(ranks, ask, size, options, said):
+    assert said in one_line(ranks.run(ask("diagnose", *options), size), 2)
 
 
 def test_a_usage_error_is_said_once(ranks, tmp_path):

@@ -29,7 +29,7 @@ def block(kind, layer, sizes):
         parts |= {"units": sizes.query_heads, "step": sizes.head_dim, "norms": None}
         return kind(layer, query=none, key=none, value=none, **parts)
     parts |= {"units": sizes.channels, "step": 1}
-    return kind(layer, gate=none, up=none, activation=none, **parts)
+    return kind(layer, **parts)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ class Batches:
         import torch
         from transformers import GenerationConfig
 
-        helpers = helpers_of(dense.model)
+        helpers = helpers_of(dense.reader)
         helpers.ask(_answer_too, lambda: {"prompts": asdict(prompts)})
         questions, tokens, stop = prompts.questions, prompts.tokens, prompts.stop
         config = GenerationConfig(
@@ -92,7 +92,7 @@ def _continued(
 
     from spp_export.calibration.activations import input_device
 
-    model, width = dense.model, max(map(len, rows))
+    model, width = dense.reader, max(map(len, rows))
     ids = torch.full((len(rows), width), config.pad_token_id, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, question in enumerate(rows):

@@ -20,6 +20,7 @@ import numpy as np
 
 from spp_export.calibration.engines.base import Dense, EngineFailed, Prompts
 from spp_export.calibration.engines.batches import steps
+from spp_export.common.processes import lone_environment
 from spp_export.common.progress import progress
 from spp_export.common.signals import Cleanup, held
 
@@ -79,7 +80,7 @@ class Vllm:
                 "detokenize": False,
             },
         }
-        environment = {**os.environ, _VISIBLE: _card(dense.device)}
+        environment = lone_environment() | {_VISIBLE: _card(dense.device)}
         said = _asked(request, environment, len(prompts.questions))
         return [prompts.ended(answer) for answer in said]
 

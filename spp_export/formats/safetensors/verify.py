@@ -12,9 +12,15 @@ from spp_export.calibration.reading import Text, token_texts
 from spp_export.common.errors import CheckpointError
 from spp_export.common.progress import progress
 from spp_export.evaluation.batches import _TEXTS, exact_dtype, oracle_logits, session_batches
-from spp_export.models.checkpoint.checkpoint import Checkpoint, read_config, written_tensors
+from spp_export.models.checkpoint.checkpoint import (
+    Checkpoint,
+    outputs_first,
+    read_config,
+    written_tensors,
+)
 from spp_export.models.checkpoint.header import StoredTensor
 from spp_export.models.checkpoint.reader import blocks, read_float
+from spp_export.models.families import Family
 from spp_export.models.session import Session
 from spp_export.models.tokenizer import load_tokenizer
 from spp_export.planning import Plan
@@ -180,6 +186,7 @@ def _compensated(directory: Path, source: Checkpoint, compiled: Plan) -> Project
             (index, role): partial(
                 _projection,
                 stored,
+                source.family,
                 source.family.layer_name(index, source.family.projection(role)),
                 real_columns(compiled, index, role, source.shape),
                 role in CONSUMERS,
@@ -193,7 +200,11 @@ def _compensated(directory: Path, source: Checkpoint, compiled: Plan) -> Project
 
 
 def _projection(
-    stored: Mapping[str, StoredTensor], module: str, columns: Indices | slice, with_bias: bool
+    stored: Mapping[str, StoredTensor],
+    family: Family,
+    module: str,
+    columns: Indices | slice,
+    with_bias: bool,
 ) -> Projection:
     import torch
 
@@ -201,7 +212,8 @@ def _projection(
 
     # Of o_proj and down_proj only: the biases of the others are cut, and never changed.
     bias = stored.get(f"{module}.bias") if with_bias else None
+    weight = outputs_first(family, read_float(stored[f"{module}.weight"]))
     return Projection(
-        torch.from_numpy(read_float(stored[f"{module}.weight"])[:, columns]),
+        torch.from_numpy(weight[:, columns]),
         None if bias is None else torch.from_numpy(read_float(bias)),
     )

@@ -6,7 +6,7 @@ Only the projections are called on the probe; the model's own forward pass is ne
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,9 @@ from spp_export.common.errors import ModelError
 from spp_export.importance.probe_pruning.probe import Probe
 from spp_export.models.families import Family, Feature
 from spp_export.models.shape import ModelShape
+
+# What a family may compute otherwise than Llama.
+KNOWN = {Feature.NO_GATE, Feature.ACTIVATION, Feature.LAYER_NORM, Feature.POSITIONS}
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,9 @@ class AttentionBlock(ProbedBlock):
         query, key, value = heads(self.query), heads(self.key), heads(self.value)
         if self.norms is not None:
             query, key = self.norms[0](query), self.norms[1](key)
-        cos, sin = (_rotary(part, probe, x) for part in call["position_embeddings"])
-        query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
+        if tables := call.get("position_embeddings"):
+            cos, sin = (_rotary(part, probe, x) for part in tables)
+            query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
         query, key, value = (part.transpose(1, 2) for part in (query, key, value))
         shared = self.units // key.shape[1]
         attended = F.scaled_dot_product_attention(
@@ -104,17 +108,18 @@ class AttentionBlock(ProbedBlock):
 
 @dataclass(frozen=True)
 class MlpBlock(ProbedBlock):
-    """gate, up and down."""
-
-    gate: nn.Module
-    up: nn.Module
-    activation: nn.Module
+    """The projections and the activation between them, whatever these are."""
 
     def ahead(self, x: Tensor, probe: Probe, call: Mapping[str, Any]) -> Tensor:
-        """The gated product, token by token."""
-        kept = probe.take(x)
-        gated: Tensor = self.activation(self.gate(kept)) * self.up(kept)
-        return gated
+        """What down_proj reads, token by token."""
+        seen: list[Tensor] = []
+        handle = self.consumer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        try:
+            self.body(probe.take(x))
+        finally:
+            handle.remove()
+        (read,) = seen
+        return read
 
     def run(self, x: Tensor, call: Mapping[str, Any]) -> Tensor:
         """The model's own MLP."""
@@ -122,21 +127,26 @@ class MlpBlock(ProbedBlock):
         return written
 
 
+def check_family(family: Family) -> None:
+    """ModelError for a family that computes what is not known here."""
+    family.refuse(set(Feature) - KNOWN, "Probe Pruning", "Use another criterion.")
+
+
 def layer_blocks(
     model: nn.Module, family: Family, shape: ModelShape
 ) -> list[tuple[ProbedBlock, ProbedBlock]]:
     """Attention and MLP of every layer of the dense model, in order.
 
-    Raises ModelError where weights are offloaded: scores read them between forward passes.
+    Raises ModelError where weights are offloaded: scores read them between forward passes; and as
+    `check_family` does.
     """
-    family.refuse(tuple(Feature), "Probe Pruning", "Use another criterion.")
+    check_family(family)
     pairs: list[tuple[ProbedBlock, ProbedBlock]] = []
     for layer in range(shape.num_layers):
 
         def part(role: str, layer: int = layer) -> nn.Module:
             return model.get_submodule(family.layer_name(layer, role))
 
-        body = part(family.gate.rpartition(".")[0])
         attention = AttentionBlock(
             layer,
             norm=part(family.attention_norm),
@@ -147,21 +157,25 @@ def layer_blocks(
             query=part(family.query),
             key=part(family.key),
             value=part(family.value),
-            norms=(part(family.query_norm), part(family.key_norm)) if family.qk_norm else None,
+            norms=(part(family.query_norm), part(family.key_norm)) if shape.qk_norm else None,
         )
         mlp = MlpBlock(
             layer,
             norm=part(family.mlp_norm),
-            body=body,
+            body=_mlp(family, part),
             consumer=_linear(part(family.down), family.layer_name(layer, family.down)),
             units=shape.channels,
             step=1,
-            gate=part(family.gate),
-            up=part(family.up),
-            activation=body.get_submodule("act_fn"),
         )
         pairs.append((attention, mlp))
     return pairs
+
+
+def _mlp(family: Family, part: Callable[[str], nn.Module]) -> nn.Module:
+    """The module of the MLP, or one of its parts where a layer, as OPT's, has these alone."""
+    if module := family.down.rpartition(".")[0]:
+        return part(module)
+    return nn.Sequential(part(family.up), part("activation_fn"), part(family.down))
 
 
 def zero_removed(values: Tensor, kept: Tensor) -> Tensor:

@@ -68,7 +68,10 @@ def gather_history(
 
     def reader(into: PositionMoments) -> Callable[..., None]:
         def read(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            into.add(args[0], whole(real.to(args[0].device)))
+            values = args[0]
+            if values.dim() == 2:  # [B*S,I], as some MLPs read it
+                values = values.unflatten(0, real.shape)
+            into.add(values, whole(real.to(values.device)))
 
         return read
 

@@ -126,8 +126,10 @@ def _probes(stream: _Stream, full: bool, history: History | None) -> Iterator[tu
 
 
 def _of_rows(call: dict[str, Any], rows: slice) -> dict[str, Any]:
-    """The rotary embedding of some rows; it may be one for all."""
-    parts = call["position_embeddings"]
+    """The rotary embedding of some rows, if there is one; it may be one for all."""
+    parts = call.get("position_embeddings")
+    if parts is None:
+        return {}
     return {"position_embeddings": tuple(p if len(p) == 1 else p[rows] for p in parts)}
 
 

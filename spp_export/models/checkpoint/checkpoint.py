@@ -96,8 +96,7 @@ class Checkpoint:
 
     def weight(self, module: str, layer: int) -> Floats:
         """A projection's weight [outputs, inputs], however it is stored."""
-        weight = read_float(self.tensor(module, layer))
-        return np.ascontiguousarray(weight.T) if self.family.transposed else weight
+        return outputs_first(self.family, read_float(self.tensor(module, layer)))
 
     def bias(self, module: str, layer: int) -> StoredTensor | None:
         """A projection's bias, where it has one."""
@@ -105,6 +104,11 @@ class Checkpoint:
 
     def _module(self, module: str, layer: int | None) -> str:
         return module if layer is None else self.family.layer_name(layer, module)
+
+
+def outputs_first(family: Family, weight: Floats) -> Floats:
+    """A projection's weight [outputs, inputs] from one as the family stores it, and back."""
+    return np.ascontiguousarray(weight.T) if family.transposed else weight
 
 
 def open_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
