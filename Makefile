@@ -35,7 +35,6 @@ TRANSFORMERS_JS := build/transformers-js
 CHROMIUM := build/chromium
 SERVING := build/venv-serving
 VLLM_ENV := build/venv-vllm
-QUANTISE := build/venv-quantise
 DOCS := build/venv-docs
 
 .PHONY: help demo artifacts check test test-all test-loading test-lm-eval test-optimum \
@@ -208,17 +207,8 @@ test-faults: $(INSTALLED)
 	PYTHONPATH=tests:tests/commands $(BIN)/python tests/faults/campaign.py --small --seed 1 --rounds $(ROUNDS)
 	$(BIN)/python tests/faults/every_bytecode.py
 
-# Two of them in environments of their own.
-test-examples: $(INSTALLED) $(VLLM_ENV)/.installed $(QUANTISE)/.installed
-	SPP_VLLM=$(VLLM_ENV)/bin/python SPP_QUANTISE=$(QUANTISE)/bin/python \
-		$(BIN)/python -m pytest tests/docs/run_examples.py
-
-# llm-compressor wants a transformers of at most 5.17.
-$(QUANTISE)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(QUANTISE)
-	$(QUANTISE)/bin/python -m pip install --quiet --disable-pip-version-check \
-		torch==2.13.0 llmcompressor==0.14.0.1 --editable .
-	@touch $@
+test-examples: $(INSTALLED)
+	$(BIN)/python -m pytest tests/docs/run_examples.py
 
 # The website needs nothing of this package.
 docs: $(DOCS)/.installed

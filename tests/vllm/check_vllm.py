@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -107,10 +108,11 @@ def main() -> int:
 
 
 def attempt(name: str, work: Any, path: Path) -> bool:
-    """One line about a check."""
+    """One line about a check; the traceback of what failed is on standard error."""
     try:
         print(f"ok     {name}: {work(path)}", flush=True)
     except Exception as error:
+        traceback.print_exc()
         print(f"FAILED {name}: {type(error).__name__}: {error}", flush=True)
         return False
     return True
