@@ -411,6 +411,7 @@ start-time: $(INSTALLED)
 reference: $(INSTALLED)
 	$(BIN)/python -m spp_cli.reference > cli/README.md
 	$(BIN)/python -m spp_cli.reference --readme README.md
+	$(BIN)/python -m spp_cli.reference --families > docs/families.md
 
 clean:
 	rm -rf build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis
