@@ -23,7 +23,11 @@ BACKEND = frozenset(
 NOT_BACKEND = frozenset({"bloom", "falcon", "gpt2", "gpt_neo", "gpt_neox", "gptj", "mpt", "phimoe"})
 # Those whose uniform models vLLM takes without an option for stock ones, and that its own class, or
 # the backend, then computes as transformers does.
-VLLM = BACKEND - {"qwen2", "cohere2", "ernie4_5_moe", "olmoe"} | {"gpt2", "gpt_neox", "gptj"}
+VLLM = BACKEND - {"qwen2", "cohere2", "ernie4_5_moe", "olmoe", "stablelm"} | {
+    "gpt2",
+    "gpt_neox",
+    "gptj",
+}
 # sglang/srt/models.
 SGLANG = frozenset(
     {
