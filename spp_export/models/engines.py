@@ -61,6 +61,11 @@ def _vllm(model_type: str, layout: str, layers: Sequence[LayerShape]) -> Engine:
         return runs("--model-impl transformers")
     if any(layer.dropped_experts for layer in layers):
         return Engine("vLLM", "no", "one number of experts for all layers")
+    if model_type in PLUGIN | BACKEND and not all(
+        layer.has_attention and layer.has_mlp for layer in layers
+    ):
+        how = "every layer must have attention and an MLP there: plan --no-allow-empty-layers"
+        return Engine("vLLM", "no", how)
     if layout != "uniform" and model_type in PLUGIN:
         return runs("with spp-export installed, or --trust-remote-code")
     if layout != "uniform" and model_type in BACKEND:
