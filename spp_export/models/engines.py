@@ -43,13 +43,15 @@ def engines_for(model_type: str, layout: str, layers: Sequence[LayerShape]) -> t
         other = "the KV groups of a layer must be alike: --format gguf --pad"
     return (
         Engine("transformers", "yes", "4.57 or newer, stock class, no code" if uniform else code),
-        _vllm(model_type, layout, layers),
+        vllm(model_type, layout, layers),
         Engine("llama.cpp", "no", other),
         _sglang(model_type, layout, layers),
     )
 
 
-def _vllm(model_type: str, layout: str, layers: Sequence[LayerShape]) -> Engine:
+def vllm(model_type: str, layout: str, layers: Sequence[LayerShape] = ()) -> Engine:
+    """vLLM, for such a directory."""
+
     def runs(how: str) -> Engine:
         return Engine("vLLM", "yes", listed(f"0.29 or newer, {how}", _cards(layers)))
 
