@@ -103,6 +103,20 @@ def test_max_kv_bytes_counts_the_cache(workshop, name, layout):
     assert result.predicted.dense_kv_bytes == dense
 
 
+def test_numbers_of_kv_heads_that_divide_are_in_the_plan(workshop):
+    """Of four KV heads, three are kept only where they may be."""
+    free, dividing = set(), set()
+    for keep in (0.6, 0.7, 0.8, 0.9):
+        common = {"keep": keep, "compensate": "none"}
+        plan = workshop.plan("qwen3-gqa-tied", **common, kv_divisors=True).plan
+        dividing |= {len(layer.kv_heads) for layer in plan.layers}
+        assert plan.budget["asked"] == {"keep": keep, "kv_divisors": True}
+        layers = workshop.plan("qwen3-gqa-tied", **common).plan.layers
+        free |= {len(layer.kv_heads) for layer in layers}
+    assert 3 in free
+    assert dividing <= {1, 2, 4}
+
+
 def test_strength_keeps_more_for_a_broad_scenario(workshop, tmp_path):
     """keep = rho + (1 - rho) (1 - eta (1 - c))."""
     narrow = workshop.scenario
@@ -222,7 +236,9 @@ def test_a_whitelist_that_does_not_fit_the_budget_says_so(workshop, tmp_path):
         workshop.plan(NAME, artifacts=edited, keep=0.7, compensate="none")
 
 
-def test_a_plan_of_a_wide_mlp_says_which_moments_its_refit_reads(workshop, monkeypatch):
+def test_a_plan_of_a_wide_mlp_says_which_moments_its_refit_reads(workshop, tmp_path, monkeypatch):
+    # Statistics in blocks of this size are no other test's.
+    monkeypatch.setenv("SPP_CACHE", str(tmp_path))
     monkeypatch.setattr("spp_export.calibration.activations.CHANNEL_BLOCK", 20)
 
     def moments(**asked):
