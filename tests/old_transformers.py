@@ -8,9 +8,16 @@ from typing import Any
 import pytest
 import transformers
 
+from spp_export.evaluation.batches import SINGLE_IN_4
+
 OLD = transformers.__version__.startswith("4.")
-# They fail in float64: a router's weights stay in float32, and its experts' sums with them.
-SINGLE = {"deepseek_v3", "dots1", "glm4_moe"}
+SINGLE = SINGLE_IN_4
+FLOAT64 = "these stock models fail in float64"
+WRITES = "its lists of experts do not show what single ones write"
+FP8 = "it does not dequantise FP8"
+ABSENT = "it does not have this family"
+# Its other attention leaves scores uncapped.
+CAPPED: dict[str, Any] = {"attn_implementation": "eager"} if OLD else {}
 
 
 def since_5(reason: str) -> pytest.MarkDecorator:
@@ -20,17 +27,12 @@ def since_5(reason: str) -> pytest.MarkDecorator:
 
 def but_in_old(names: Iterable[str], unable: Collection[str], reason: str) -> list[Any]:
     """Parameters of a test, of which transformers 4 leaves out those that it is `unable` to do."""
-    return [
-        pytest.param(name, marks=since_5(reason) if name in unable else ()) for name in names
-    ]
+    return [pytest.param(name, marks=since_5(reason) if name in unable else ()) for name in names]
 
 
-FLOAT64 = "these stock models fail in float64"
-WRITES = "its lists of experts do not show what single ones write"
-FP8 = "it does not dequantise FP8"
-
-
-def in_its_words(config: Mapping[str, Any], keys: Mapping[str, str] | None = None) -> dict[str, Any]:
+def in_its_words(
+    config: Mapping[str, Any], keys: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """A config with rotary settings where this version of transformers reads them: those before 5
     ignore `rope_parameters`. `keys` are a family's own names for them."""
     config = dict(config)

@@ -16,6 +16,7 @@ from typing import Any
 import gguf_cases
 import pytest
 from factories import CASES, format_options, ragged_layers, random_layers, shape_of, uniform_layers
+from old_transformers import since_5
 
 import spp_export
 from spp_export import GgufOptions, OnnxOptions
@@ -75,6 +76,7 @@ def hashes(name: str, root: Path) -> dict[str, dict[str, str]]:
 CASE = {case.name: case for case in CASES}
 
 
+@since_5("the models that are exported are not byte for byte those that 5 writes")
 @pytest.mark.parametrize("name", NAMES)
 def test_exports_have_the_bytes_of_before(name: str, tmp_path: Path) -> None:
     expected = json.loads(HASHES.read_text())[name]

@@ -161,7 +161,8 @@ class _Check:
 
         checkpoint, files = self.checkpoint, self.files
         own = getattr(torch, files.torch_dtype)
-        exact = wide_dtype(own, checkpoint.shape.parameters(checkpoint.layers), "cpu")
+        parameters = checkpoint.shape.parameters(checkpoint.layers)
+        exact = wide_dtype(own, checkpoint.family, parameters, "cpu")
         against = Comparison(
             checkpoint.path,
             self.batches,

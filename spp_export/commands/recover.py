@@ -280,7 +280,8 @@ class _Job:
         batches: list[TokenBatch] = session_batches(session, self._measured, self._settings.seed)
         shape = session.source.shape
         layers = self._plan.written_shapes(shape)
-        exact = wide_dtype(torch.float32, 2 * shape.parameters(layers), session.device)
+        family, parameters = session.source.family, 2 * shape.parameters(layers)
+        exact = wide_dtype(torch.float32, family, parameters, session.device)
         wide = tuple(real_logits(training.model.to(exact), batches))
         training.model.to(torch.float32)
         names = training.changed

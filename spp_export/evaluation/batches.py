@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from spp_export.common.memory import free_memory
 from spp_export.models.checkpoint.checkpoint import Checkpoint
-from spp_export.models.families import Role
+from spp_export.models.families import Family, Role
 from spp_export.models.session import Session
 from spp_export.models.shape import resident_parameters
 from spp_export.planning import Plan
@@ -32,6 +32,10 @@ _RANDOM_ROWS = 4
 
 
 _RANDOM_TOKENS = 48
+
+
+# In transformers 4 their routers, or MPT's masks, stay in float32, and fail beside float64.
+SINGLE_IN_4 = {"deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe", "mpt"}
 
 
 def check_batches(
@@ -90,9 +94,8 @@ def exact_dtype(session: Session, compensated: Projections) -> torch.dtype:
     disk, only a layer's do.
     """
     if session.from_disk:
-        return wide_dtype(
-            session.torch_dtype, resident_parameters(session.source.shape), session.device
-        )
+        resident = resident_parameters(session.source.shape)
+        return wide_dtype(session.torch_dtype, session.source.family, resident, session.device)
     shape = session.source.shape
     query, kv = (heads * shape.head_dim for heads in (shape.query_heads, shape.kv_heads))
     widths = {
@@ -102,17 +105,20 @@ def exact_dtype(session: Session, compensated: Projections) -> torch.dtype:
     }
     beside = sum(shape.hidden_size * widths[role] for _, role in compensated)
     parameters = shape.parameters(shape.layers) + beside
-    return wide_dtype(session.torch_dtype, parameters, session.device)
+    return wide_dtype(session.torch_dtype, session.source.family, parameters, session.device)
 
 
-def wide_dtype(own: torch.dtype, parameters: int, device: str) -> torch.dtype:
-    """float64 on the CPU, and elsewhere for a model in float32; float32 for one in half precision;
-    `own` where so many parameters do not fit in memory that wide."""
+def wide_dtype(own: torch.dtype, family: Family, parameters: int, device: str) -> torch.dtype:
+    """float64 on the CPU, and elsewhere for a model in float32; float32 for one in half precision,
+    and of a family whose stock models compute no wider; `own` where so many parameters do not fit
+    in memory that wide."""
     import torch
+    import transformers
 
     halves = (torch.bfloat16, torch.float16)
-    wide = torch.float32 if device != "cpu" and own in halves else torch.float64
-    if not _casts(device, wide):
+    single = family.model_type in SINGLE_IN_4 and transformers.__version__.startswith("4.")
+    wide = torch.float32 if single or (device != "cpu" and own in halves) else torch.float64
+    if not _casts(device, wide) or wide.itemsize < own.itemsize:
         return own
     return wide if wide.itemsize * parameters < 0.8 * free_memory(device) else own
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spp_export.evaluation.batches import exact_dtype, wide_dtype
-from spp_export.models.families import Role
+from spp_export.models.families import FAMILIES, Role
 from spp_export.models.shape import ModelShape
 
 SHAPE = ModelShape(
@@ -31,9 +31,8 @@ def chosen(monkeypatch, device, dtype, free, compensated=()):
     """The reference dtype with `free` bytes on the accelerator and in memory each."""
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
-    session = SimpleNamespace(
-        device=device, torch_dtype=dtype, source=SimpleNamespace(shape=SHAPE), from_disk=False
-    )
+    source = SimpleNamespace(shape=SHAPE, family=FAMILIES["llama"])
+    session = SimpleNamespace(device=device, torch_dtype=dtype, source=source, from_disk=False)
     return exact_dtype(session, dict.fromkeys(compensated))
 
 
@@ -70,5 +69,5 @@ def test_its_own_where_it_cannot_be_cast(monkeypatch, device, dtype):
 def test_a_graph_asks_in_its_own_precision(monkeypatch):
     """`convert` knows no session."""
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    assert wide_dtype(torch.float16, 50, "cpu") == torch.float64
-    assert wide_dtype(torch.float16, 100, "cpu") == torch.float16
+    assert wide_dtype(torch.float16, FAMILIES["llama"], 50, "cpu") == torch.float64
+    assert wide_dtype(torch.float16, FAMILIES["llama"], 100, "cpu") == torch.float16

@@ -16,6 +16,7 @@ import pytest
 import torch
 from factories import random_layers
 from family_models import KNOWN, Pair, emptied, greedy, load, make_dense, make_slim, tokens
+from old_transformers import FLOAT64, since_5
 from transformers import DynamicCache, PreTrainedModel
 
 from spp_export.common.errors import ModelError, PlanError
@@ -63,9 +64,9 @@ CASES = [
     pytest.param(
         name,
         places,
-        marks=()
-        if places == "ends" or (name in MANY[:5] and places in ("middle", "one-kind"))
-        else pytest.mark.slow,
+        marks=[since_5(FLOAT64)] * (name == "ernie4_5_moe")
+        + [pytest.mark.slow]
+        * (places != "ends" and not (name in MANY[:5] and places in ("middle", "one-kind"))),
     )
     for name in ABLE
     for places in (PLACES if name in MANY else ("ends", "one-kind"))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 from factories import make_checkpoint
+from old_transformers import since_5
 from tokenizers import Tokenizer
 
 import spp_export
@@ -62,6 +63,7 @@ def test_a_graph_of_it_has_a_tokenizer_for_engines_that_know_no_other(model, tmp
     assert genai["model"]["eos_token_id"] in (2, [2])
 
 
+@since_5("its LlamaTokenizer puts a space before every text, as llama.cpp does")
 def test_what_llama_cpp_would_read_otherwise_is_refused(model, tmp_path):
     with pytest.raises(ModelError, match=r"prepend_scheme first.* puts a space only before"):
         spp_export.convert(model, tmp_path / "gguf", format="gguf")
