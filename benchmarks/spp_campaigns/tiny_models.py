@@ -88,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             folder.mkdir()
             model = _trained(family, tokenizer, folder / "dense", options.steps)
             rows.append(_through_everything(family, model, folder, options.keep))
+            print(table(_COLUMNS, rows[-1:]), flush=True)
     settings = {"steps": options.steps, "keep": options.keep}
     document = {"machine": machine(), "settings": settings, "rows": rows}
     finish(options, document, table(_COLUMNS, rows))
@@ -148,7 +149,9 @@ def _through_everything(family: str, model: Path, folder: Path, keep: float) -> 
     named, artifacts = str(model), folder / "artifacts"
     units = "heads" if FAMILIES[family].experts else "both"
     answers: dict[str, Any] = {"answer_tokens": 32}
-    spp_export.probe(_DATA / "pools", artifacts, model=named, domains=_DOMAINS, **answers)
+    spp_export.probe(
+        _DATA / "pools", artifacts, model=named, domains=_DOMAINS, units=units, **answers
+    )
     asked: dict[str, Any] = {
         "model": named,
         "artifacts": artifacts,
