@@ -37,7 +37,7 @@ DOCS := build/venv-docs
 .PHONY: help demo artifacts check test test-all test-loading test-lm-eval test-optimum \
 	test-transformers-js test-vllm test-report test-serving test-faults test-examples fuzz docs eval eval-finance eval-traffic \
 	eval-answers eval-ablations lm-eval picture bench bench-onnx bench-gguf bench-gpu bench-peers latency-plan \
-	onnx-exporters onnx-memory onnx-parity gguf-parity ragged many recovery choices distillation scale \
+	onnx-exporters onnx-memory onnx-parity gguf-parity ragged many recovery choices distillation wide-norms scale \
 	layerwise blocked-moments answer-engines distributed compile-time start-time reference clean
 
 help:
@@ -78,6 +78,7 @@ help:
 	@echo "make ragged        the ragged attention kernel beside padding and expanding"
 	@echo "make many          memory of three scenarios of the default model in one process"
 	@echo "make blocked-moments  what moments in blocks cost the re-fit of a wide MLP"
+	@echo "make wide-norms    what norms over all heads cost, on a tiny OLMo 2 that it trains"
 	@echo "make distributed   the demo scenario's plan on 1, 2 and 4 processes of torchrun, and a killed one"
 	@echo "make scale         slicing 1, 4 and 15 GB beside cp: time and peak memory; 30 GB of disk"
 	@echo "make layerwise     peak memory of verifying layer by layer: 4 GB, and a 14B model's shape"
@@ -372,6 +373,10 @@ choices: $(INSTALLED)
 	$(BIN)/python -m spp_campaigns.choices --scenario $(DATA)/scenarios/finance.txt \
 		--other $(DATA)/scenarios/chemistry.txt --json $(RESULTS)/choices-finance.json
 
+wide-norms: $(INSTALLED)
+	$(BIN)/python -m spp_campaigns.wide_norms --pools $(DATA)/pools --scenario $(SCENARIO) \
+		--json $(RESULTS)/wide-norms-cpu.json
+
 distillation: $(INSTALLED)
 	$(BIN)/python -m spp_campaigns.distillation --scenario $(DATA)/scenarios/chemistry.txt \
 		--data $(DATA)/pools/chemistry/train.txt --validation $(DATA)/pools/chemistry/val.txt \
@@ -397,6 +402,7 @@ start-time: $(INSTALLED)
 reference: $(INSTALLED)
 	$(BIN)/python -m spp_cli.reference > cli/README.md
 	$(BIN)/python -m spp_cli.reference --readme README.md
+	$(BIN)/python -m spp_cli.reference --families > docs/families.md
 
 clean:
 	rm -rf build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -197,16 +197,22 @@ def family_name(name: str) -> str:
     return FORMS[name][0] if name in FORMS else name
 
 
-def make_dense(name: str, target: Path, head_dim: int = 8) -> Path:
-    """A random model of a family or one of its forms, of four heads, made by the stock classes."""
-    return write_random(settings_of(name, head_dim), target)
+def make_dense(name: str, target: Path, head_dim: int = 8, vocab: int = 97, **more: Any) -> Path:
+    """A random model of a family or one of its forms, of four heads, made by the stock classes.
+
+    `more` are other values of its config.
+    """
+    settings = settings_of(name, head_dim, vocab)
+    for key, value in more.items():
+        setattr(settings, key, value)
+    return write_random(settings, target)
 
 
-def settings_of(name: str, head_dim: int = 8) -> Any:
+def settings_of(name: str, head_dim: int = 8, vocab: int = 97) -> Any:
     """The tiny config of a family or of one of its forms."""
     family, more = FORMS.get(name, (name, MORE.get(name, {})))
     sizes = {"hidden_size": 4 * head_dim, "intermediate_size": 24}
-    sizes |= {"vocab_size": 97, "num_hidden_layers": 2}
+    sizes |= {"vocab_size": vocab, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": head_dim}
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     record, more = FAMILIES[family], more | EXPERTS.get(family, {})

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from factories import VOCAB, write_tokenizer
+from family_models import DELTA, EXPERTS
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -49,6 +50,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "num_position_embeddings": 16,
             "deepstack_visual_indexes": [0, 1],
         },
+        "image_token_id": IMAGE,
+        **_MARKS,
+    },
+    "qwen3_5": {
+        "text_config": text("qwen3_5_text", rope_parameters=_MROPE, **DELTA),
+        "vision_config": {**_QWEN, "depth": 1, "num_position_embeddings": 16},
+        "image_token_id": IMAGE,
+        **_MARKS,
+    },
+    "qwen3_5_moe": {
+        "text_config": text(
+            "qwen3_5_moe_text", rope_parameters=_MROPE, **DELTA, **EXPERTS["qwen3_5_moe_text"]
+        )
+        | {"moe_intermediate_size": 24},
+        "vision_config": {**_QWEN, "depth": 1, "num_position_embeddings": 16},
         "image_token_id": IMAGE,
         **_MARKS,
     },

@@ -1,7 +1,8 @@
-"""The commands' help as documentation.
+"""The commands' help, and what each family can become, as documentation.
 
 python -m spp_cli.reference > cli/README.md     # the help of every command, as one page
 python -m spp_cli.reference --readme README.md  # the table of commands in a file, renewed
+python -m spp_cli.reference --families > docs/families.md  # families, formats and layouts
 """
 
 from __future__ import annotations
@@ -14,6 +15,10 @@ from typing import Any
 from typer.main import get_command
 
 from spp_cli.main import app
+from spp_export.formats.registry import FORMATS
+from spp_export.models.engines import vllm
+from spp_export.models.families import FAMILIES
+from spp_export.models.shape import Layout
 
 _WIDTH = 80
 # What is between these lines of a file is ours.
@@ -49,6 +54,52 @@ def with_table(text: str) -> str:
     return f"{before}{_BEGIN}\n\n{table()}\n\n{_END}{after}"
 
 
+_FAMILIES = """\
+# Which family, in which format and layout?
+
+Written by `make reference` from the records of the families. A cell says whether `spp export`
+writes a model of the family in that format and layout. *Yes* under safetensors, ONNX and GGUF is a
+test: a tiny random model is sliced, written, loaded in transformers, ONNX Runtime or llama.cpp, and
+compared (`tests/models/test_families_contract.py`, `tests/formats/test_family_table.py`). A number
+is the reason below why there is none, which is what the command says as well. *Channels* and
+*experts* are what alone can go in layout `uniform` where the engine's class takes no other number
+of heads. The columns of vLLM are what its source says of safetensors directories, and are not run.
+
+A model's config.json may ask for more than its family does as a rule, such as a sliding window that
+llama.cpp does not know in it; then the command refuses that model by name. Models that see are
+written as safetensors, whatever their decoder is.
+
+"""
+_LAYOUTS: tuple[Layout, ...] = ("per-layer", "uniform")
+
+
+def families() -> str:
+    """Every family by format and layout, as a page of Markdown."""
+    reasons: dict[str, int] = {}
+
+    def cell(reason: str | None, yes: str = "yes") -> str:
+        return yes if reason is None else str(reasons.setdefault(reason, len(reasons) + 1))
+
+    columns = [(name, layout) for name in FORMATS for layout in _LAYOUTS]
+    columns.insert(1, ("safetensors", "ragged"))
+    names = [f"{name} {layout}" for name, layout in columns]
+    names += [f"vLLM {layout}" for layout in _LAYOUTS]
+    rows = []
+    for family in FAMILIES.values():
+        cells = []
+        for name, layout in columns:
+            units = FORMATS[name].uniform_units(family) if layout == "uniform" else "all"
+            reason = FORMATS[name].refusal(family, layout)
+            cells.append(cell(reason, "yes" if units == "all" else f"*{units}*"))
+        for layout in _LAYOUTS:
+            engine = vllm(family.model_type, layout, experts=bool(family.experts))
+            cells.append(cell(f"vLLM: {engine.how}" if engine.loads == "no" else None, "expected"))
+        rows.append(f"| `{family.model_type}` | {' | '.join(cells)} |")
+    header = [f"| family | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    notes = [f"{number}. {reason}" for reason, number in reasons.items()]
+    return _FAMILIES + "\n".join([*header, *rows, "", *notes, ""])
+
+
 def _summaries(name: str, command: Any) -> Iterator[tuple[str, str]]:
     """Names and one-line helps of what can be run; a group is no more than its commands."""
     children = getattr(command, "commands", {})
@@ -78,8 +129,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the page, or renew the table in a file."""
     parser = argparse.ArgumentParser(prog="spp_cli.reference", description=__doc__)
     parser.add_argument("--readme", type=Path, metavar="FILE", help="file with the two markers")
-    readme = parser.parse_args(arguments).readme
-    if readme is None:
+    parser.add_argument("--families", action="store_true", help="what each family can become")
+    chosen = parser.parse_args(arguments)
+    readme = chosen.readme
+    if chosen.families:
+        print(families(), end="")
+    elif readme is None:
         print(page(), end="")
     else:
         readme.write_text(with_table(readme.read_text(encoding="utf-8")), encoding="utf-8")

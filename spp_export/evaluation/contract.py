@@ -94,11 +94,12 @@ def prove(source: Checkpoint, layout: Layout, target: Path) -> float:
 
 
 @torch.no_grad()
-def exact_logits(model: PreTrainedModel) -> Tensor:
-    """Logits [2,11,V] of `tokens`, in float64 throughout where the model has experts."""
+def exact_logits(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
+    """Logits [2,11,V] of `tokens`, or of other inputs, in float64 throughout where the model has
+    experts."""
     family = record_of(model.config.to_dict())
     with _InDouble() if family and family.experts else nullcontext():
-        logits: Tensor = model(tokens()).logits
+        logits: Tensor = model(**(inputs or {"input_ids": tokens()})).logits
     return logits
 
 
@@ -183,8 +184,21 @@ def random_model(settings: Any, dtype: torch.dtype = torch.float64) -> PreTraine
     return model
 
 
-def make_slim(source: Checkpoint, layout: Layout, target: Path) -> Pair:
-    """Sliced on disk, as an export is, by a random plan."""
+def make_slim(
+    source: Checkpoint, layout: Layout, target: Path, layers: tuple[LayerPlan, ...] | None = None
+) -> Pair:
+    """Sliced on disk, as an export is, by a plan of these layers or a random one."""
+    layers = _random_plan(source, layout) if layers is None else layers
+    plan = Plan(source.fingerprint, source.name, layout, "none", layers)
+    target.mkdir()
+    write_slim_weights(source, plan, target)
+    (target / "config.json").write_text(json.dumps(written_config(source, plan)))
+    for file in MODELING_FILES if layout != "uniform" else ():
+        shutil.copy(file, target)
+    return Pair(source, plan, target)
+
+
+def _random_plan(source: Checkpoint, layout: Layout) -> tuple[LayerPlan, ...]:
     if layout == "uniform":
         width = 10 if source.family.down else None
         size = min(2, source.shape.group_size)
@@ -196,14 +210,7 @@ def make_slim(source: Checkpoint, layout: Layout, target: Path) -> Pair:
     go = any(source.shape.sparse) and not source.shape.grouped_experts
     if go and layout != "per-layer":  # where heads alone go
         layers = drop_experts(layers, source.shape, 3, alike=layout == "uniform")
-    layers = only_existing(layers, source.shape)
-    plan = Plan(source.fingerprint, source.name, layout, "none", layers)
-    target.mkdir()
-    write_slim_weights(source, plan, target)
-    (target / "config.json").write_text(json.dumps(written_config(source, plan)))
-    for file in MODELING_FILES if layout != "uniform" else ():
-        shutil.copy(file, target)
-    return Pair(source, plan, target)
+    return only_existing(layers, source.shape)
 
 
 def random_layers(shape: ModelShape, seed: int, *, channels: bool = True) -> tuple[LayerPlan, ...]:

@@ -297,6 +297,10 @@ class Format(ABC, Generic[OptionsT]):
             return "the stock config has neither a size of heads nor a width of the MLP"
         return None
 
+    def uniform_units(self, family: Family) -> str:
+        """What can go in layout `uniform`, as of `Family.uniform`."""
+        return family.uniform
+
     @abstractmethod
     def prepare(self, options: OptionsT, checkpoint: Checkpoint, plan: Plan) -> ModelFiles:
         """Files of a checkpoint, which need not be written yet; its path has the tokenizer.

@@ -230,7 +230,7 @@ def _rotated(
             )
     types = stock.layer_types if by_type else ("",) * shape.num_layers
     return tuple(
-        kind if computed.rotates(stock, layer) else None
+        kind if computed.rotates is None or computed.rotates(stock, layer) else None
         for layer, kind in enumerate(types[: shape.num_layers])
     )
 

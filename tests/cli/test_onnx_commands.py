@@ -32,7 +32,7 @@ def converted(**changes):
         "path": Path("out/chemistry-onnx"),
         "layout": "per-layer",
         "options": FORM,
-        "engines": onnx_engines("per-layer", **FORM.to_dict()),
+        "engines": onnx_engines("llama", "per-layer", **FORM.to_dict()),
         "nbytes": 91_234_567,
         "report": {**REPORT, "quantisation": COST},
     }
@@ -44,7 +44,7 @@ def exported(form=FORM, **changes):
         format="onnx",
         form=form.to_dict(),
         nbytes=91_234_567,
-        engines=onnx_engines("per-layer", **form.to_dict()),
+        engines=onnx_engines("llama", "per-layer", **form.to_dict()),
         **changes,
     )
 
@@ -179,7 +179,7 @@ def test_json_of_a_conversion(library):
     assert found == json.loads(json.dumps(converted().to_dict()))
     assert set(found) == {"path", "format", "layout", "onnx", "bytes", "engines", "verify"}
     assert found["onnx"] == {"attention": "gqa-bias", "precision": "fp16", "quant": "int4"}
-    assert set(found["engines"][0]) == set(onnx_engines("uniform")[0].to_dict())
+    assert set(found["engines"][0]) == set(onnx_engines("llama", "uniform")[0].to_dict())
     assert result.stderr == ""
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from spp_cli.reference import main, page, with_table
+from spp_cli.reference import families, main, page, with_table
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE, README = ROOT / "cli" / "README.md", ROOT / "README.md"
@@ -37,3 +37,8 @@ def test_a_files_table_is_renewed_and_nothing_else(tmp_path: Path) -> None:
 def test_a_file_without_the_markers_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="expected one line"):
         with_table(text)
+
+
+def test_the_table_of_families_is_as_it_is_now() -> None:
+    text = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    assert families() == text, "run make reference"

@@ -105,6 +105,9 @@ def test_whole_experts_go_through_every_command(
     assert realised["expert_keep"] < 1
     command("verify", out, *model)
     command("report", out, "-o", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert remark in page
+    assert ("one number of experts for all layers" in page) == (layout == "per-layer")
 
 
 def test_a_model_that_sees_answers_about_a_picture(workshop: Workshop, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ ATTENTIONS = ("gqa", "gqa-bias", "standard")
 
 
 def test_a_converted_model_is_not_called_pruned():
-    card = onnx_card("out", "org/model", "gqa", CHECKS, onnx_engines("uniform"), "mit")
+    card = onnx_card("out", "org/model", "gqa", CHECKS, onnx_engines("llama", "uniform"), "mit")
     assert card.startswith("---\nbase_model: org/model\nlibrary_name: onnx\nlicense: mit\n")
     assert "tags:\n- onnx\n- spp\n---\n" in card
     assert "# out\n\nThe model org/model as an ONNX graph" in card
@@ -34,7 +34,7 @@ def test_the_side_of_the_padding_is_told(attention):
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("layout", ["uniform", "per-layer"])
 def test_engines_of_a_graph(layout, attention):
-    engines = {engine.name: engine for engine in onnx_engines(layout, attention)}
+    engines = {engine.name: engine for engine in onnx_engines("llama", layout, attention)}
     assert {engine.loads for engine in engines.values()} == {"yes"}
     single = {name for name in engines if "one text at a time" in engines[name].how}
     expected = {"onnxruntime", "transformers.js", "optimum"} if attention == "gqa" else set()
@@ -44,13 +44,13 @@ def test_engines_of_a_graph(layout, attention):
 
 @pytest.mark.parametrize("options", [{"precision": "fp16"}, {"quant": "int4"}])
 def test_not_every_engine_is_tested_with_every_form(options):
-    loads = {engine.name: engine.loads for engine in onnx_engines("per-layer", **options)}
+    loads = {engine.name: engine.loads for engine in onnx_engines("llama", "per-layer", **options)}
     assert loads["onnxruntime"] == loads["onnxruntime-genai"] == "yes"
     assert loads["transformers.js"] == loads["optimum"] == "expected"
 
 
 def test_bf16_is_for_cuda():
-    engines = {engine.name: engine for engine in onnx_engines("uniform", precision="bf16")}
+    engines = {engine.name: engine for engine in onnx_engines("llama", "uniform", precision="bf16")}
     assert engines.pop("transformers.js").loads == "no"
     assert {engine.loads for engine in engines.values()} == {"expected"}
     assert all("on CUDA" in engine.how for engine in engines.values())

@@ -29,6 +29,7 @@ from transformers import CONFIG_MAPPING
 
 from spp_export.common.progress import quiet_transformers
 from spp_export.evaluation.contract import exact_logits
+from spp_export.formats.registry import FORMATS
 from spp_export.models.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_source
 from spp_export.models.families import FAMILIES, Family, Feature
 from spp_export.planning import Layout
@@ -38,10 +39,10 @@ NAMES = [*KNOWN, *(name for name, (family, _) in FORMS.items() if family in KNOW
 
 def layouts(family: Family) -> Iterator[Layout]:
     """Those that a family can have; `uniform` where its stock config takes fewer heads."""
-    if family.uneven_groups:
+    if FORMATS["safetensors"].refusal(family, "ragged") is None:
         yield "ragged"
     yield "per-layer"
-    if not family.derived_head_dim and not (family.mixers and family.mixers.of_heads):
+    if family.uniform == "all":
         yield "uniform"
 
 

@@ -222,6 +222,8 @@ def _engines(place: Place, heads: Heads) -> Sequence[Engine]:
             len(layer.query_heads),
             len(layer.kv_heads),
             (heads.channels or 0) if layer.channels is None else len(layer.channels),
+            # Engines ask whether any go; how many the dense model has is not recorded.
+            dropped_experts=int(layer.experts is not None),
         )
         for layer in plan.layers
     ]

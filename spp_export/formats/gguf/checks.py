@@ -81,12 +81,13 @@ def check_weights(
         if tensor.values is not None and not np.array_equal(weights.plain(tensor), tensor.values):
             return Check(name, False, detail=f"{tensor.name} is not what the plan makes it")
     for source in weights.names:
-        actual = weights.read(source)
+        actual = weights.stored(source)
         if not np.isfinite(actual).all():
             return Check(name, False, detail=f"{source}: holds a value that is not finite")
         expected = kept(source)
         if expected is None:
             continue
+        expected = weights.changed(source, np.asarray(expected, np.float32))
         kind = weights.kind(source)
         if actual.shape != expected.shape:
             return Check(name, False, detail=f"{source}: has shape {list(actual.shape)}")
@@ -140,7 +141,9 @@ def check_engine(
         compare(generated, logits[-_GENERATED:].double().numpy())
     detail = f"{compare.tokens} tokens, {compare.agreed} of them the oracle's choice"
     name = "llama.cpp against the oracle"
-    if contents.options.kind == "f32":
+    # llama.cpp looks a GELU up in a table of half precision.
+    looked_up = contents.architecture.activation.startswith("gelu")
+    if contents.options.kind == "f32" and not looked_up:
         epsilon = float(np.finfo(np.float32).eps)
         # Twice: differences of two logits are compared.
         check = compare.errors.check(

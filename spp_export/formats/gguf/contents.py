@@ -7,14 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from spp_export.formats.gguf.architecture import Architecture, architecture_of
+from spp_export.formats.gguf.architecture import Architecture, architecture_of, gguf_settings
 from spp_export.formats.gguf.options import FILE_TYPES, GgufOptions
 from spp_export.formats.gguf.rotary import rotary_metadata
 from spp_export.formats.gguf.tensors import GgufTensor, gguf_tensors
 from spp_export.formats.gguf.tokenizer import tokenizer_metadata
 from spp_export.formats.gguf.values import Metadata, Value, count, integers, real, text
-from spp_export.formats.settings import settings_of
 from spp_export.models.checkpoint.checkpoint import Checkpoint
+from spp_export.models.families import Feature
 from spp_export.models.shape import LayerShape
 
 
@@ -74,12 +74,15 @@ def model_metadata(
 
     Raises ModelError for rotary settings that llama.cpp has not.
     """
-    shape, settings, arch = decoder.shape, settings_of(decoder), architecture.name
+    shape, settings, arch = decoder.shape, gguf_settings(decoder), architecture.name
 
     def per_layer(size: Callable[[LayerShape], int]) -> Value:
         sizes = [size(layer) for layer in decoder.layers]
         return count(sizes[0]) if len(set(decoder.layers)) == 1 else integers(sizes)
 
+    norm = "layer_norm_rms_epsilon"
+    if Feature.LAYER_NORM in decoder.family.features:
+        norm = "layer_norm_epsilon"
     return {
         "general.architecture": text(arch),
         "general.type": text("model"),
@@ -90,11 +93,16 @@ def model_metadata(
         f"{arch}.context_length": count(settings.context_length),
         f"{arch}.embedding_length": count(shape.hidden_size),
         f"{arch}.vocab_size": count(shape.vocab_size),
-        f"{arch}.feed_forward_length": per_layer(lambda layer: layer.channels),
+        f"{arch}.feed_forward_length": (
+            count(max(layer.channels for layer in decoder.layers))
+            if architecture.padded
+            else per_layer(lambda layer: layer.channels)
+        ),
         f"{arch}.attention.head_count": per_layer(lambda layer: layer.query_heads),
         f"{arch}.attention.head_count_kv": per_layer(lambda layer: layer.kv_heads),
         f"{arch}.attention.key_length": count(shape.head_dim),
         f"{arch}.attention.value_length": count(shape.head_dim),
-        f"{arch}.attention.layer_norm_rms_epsilon": real(settings.epsilon),
+        f"{arch}.attention.{norm}": real(settings.epsilon),
         **rotary_metadata(decoder, architecture),
+        **{f"{arch}.{key}": value for key, value in architecture.keys(decoder, settings).items()},
     }

@@ -78,10 +78,11 @@ def rounded(rows: Floats, kind: Kind) -> NDArray[np.float32]:
 
 def allowed_error(rows: Floats, kind: Kind) -> NDArray[np.float64]:
     """How far each value [n, columns] may be from what a quantised type stores of it."""
-    blocks = rows.astype(np.float64).reshape(-1, BLOCK)
-    largest = np.abs(blocks).max(axis=1)
+    columns = rows.shape[1]
+    whole = np.pad(rows.astype(np.float64), ((0, 0), (0, -columns % BLOCK)))
+    largest = np.abs(whole.reshape(-1, BLOCK)).max(axis=1)
     limit = _OF_MAGNITUDE[kind] * largest * (1 + _HALF) + _HALF * largest + _TINY
-    return np.repeat(limit, BLOCK).reshape(rows.shape)
+    return np.repeat(limit, BLOCK).reshape(whole.shape)[:, :columns]
 
 
 def plain_values(rows: Floats, kind: Kind) -> NDArray[np.float32]:

@@ -15,7 +15,8 @@ from spp_export.models.engines import Engine
 
 if TYPE_CHECKING:
     from spp_export.models.checkpoint.checkpoint import Checkpoint
-    from spp_export.models.shape import LayerShape
+    from spp_export.models.families import Family
+    from spp_export.models.shape import LayerShape, Layout
     from spp_export.planning import Plan
 
 
@@ -35,6 +36,16 @@ class Gguf(Format[GgufOptions]):
     )
     required = ("gguf",)
     runs = ("xllamacpp",)
+
+    def refusal(self, family: Family, layout: Layout) -> str | None:
+        from spp_export.formats.gguf.architecture import family_refusal
+
+        return super().refusal(family, layout) or family_refusal(family, layout)
+
+    def uniform_units(self, family: Family) -> str:
+        from spp_export.formats.gguf.architecture import uniform_units
+
+        return uniform_units(family)
 
     def prepare(self, options: GgufOptions, checkpoint: Checkpoint, plan: Plan) -> ModelFiles:
         from spp_export.formats.gguf.files import GgufFiles

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spp_export.common.errors import ModelError
-from spp_export.formats.gguf.architecture import Architecture
+from spp_export.formats.gguf.architecture import Architecture, gguf_settings
 from spp_export.formats.gguf.values import Metadata, count, real, text
-from spp_export.formats.settings import Rotation, rotation, settings_of
+from spp_export.formats.settings import Rotation, rotation
 from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.slicing.config import portable_config
 
@@ -24,16 +24,30 @@ _BETA_FAST, _BETA_SLOW = 32.0, 1.0
 _TOLERANCE = 1e-5
 
 
+def rotation_of(decoder: Checkpoint) -> Rotation:
+    """The rotary embedding of the layers without a window, or of all; an empty one of none."""
+    settings = gguf_settings(decoder)
+    kinds = {kind for kind in settings.rotated if kind is not None}
+    if not kinds:
+        return Rotation(np.empty(0, np.float32), 1.0, "default")
+    kind = next((kind for kind in kinds if kind == "full_attention"), min(kinds))
+    return rotation(settings, decoder.family, decoder.shape.head_dim, kind)
+
+
 def rotary_metadata(decoder: Checkpoint, architecture: Architecture) -> Metadata:
     """The keys of the rotary embedding. Raises ModelError for a scaling llama.cpp has not."""
-    name, dim, settings = architecture.name, decoder.shape.head_dim, settings_of(decoder)
-    config = portable_config(decoder.config)
-    theta, scaling = float(config["rope_theta"]), config["rope_scaling"] or {}
+    name, settings, turned = architecture.name, gguf_settings(decoder), rotation_of(decoder)
+    dim = 2 * len(turned.frequencies)
+    if not dim:
+        return {}
+    theta, scaling = _theta(decoder), _scaling_of(decoder)
     metadata = {
         f"{name}.rope.dimension_count": count(dim),
         f"{name}.rope.freq_base": real(theta),
     }
-    turned = _rotation(decoder)
+    if architecture.slides:
+        local = _config(decoder).get("rope_local_base_freq")
+        metadata[f"{name}.rope.freq_base_swa"] = real(float(local or theta))
     kind = turned.kind
     plain = theta ** (-np.arange(0, dim, 2) / dim)
     if kind == "default":
@@ -57,17 +71,30 @@ def rotary_metadata(decoder: Checkpoint, architecture: Architecture) -> Metadata
     return metadata
 
 
-def _rotation(decoder: Checkpoint) -> Rotation:
-    return rotation(settings_of(decoder), decoder.family, decoder.shape.head_dim)
+def _theta(decoder: Checkpoint) -> float:
+    settings = gguf_settings(decoder)
+    if settings.computed.rotary:
+        return settings.computed.rotary(settings.stock)[0]
+    return float(_config(decoder)["rope_theta"])
+
+
+def _scaling_of(decoder: Checkpoint) -> Mapping[str, Any]:
+    return _config(decoder)["rope_scaling"] or {}
+
+
+def _config(decoder: Checkpoint) -> Mapping[str, Any]:
+    stock: Any = gguf_settings(decoder).stock
+    family = decoder.family
+    return portable_config(stock.to_dict(), family.rope_theta, family.rope_by_type)
 
 
 def frequency_factors(decoder: Checkpoint) -> NDArray[np.float32] | None:
     """What the plain frequencies are divided by [head_dim / 2], for a scaling given that way."""
-    turned = _rotation(decoder)
+    turned = rotation_of(decoder)
     if turned.kind != "llama3":
         return None
-    config, dim = portable_config(decoder.config), decoder.shape.head_dim
-    plain = float(config["rope_theta"]) ** (-np.arange(0, dim, 2) / dim)
+    dim = 2 * len(turned.frequencies)
+    plain = _theta(decoder) ** (-np.arange(0, dim, 2) / dim)
     if turned.factor != 1.0:
         raise ModelError(
             f"GGUF: llama3 scaling with attention factor {turned.factor} is not known."
@@ -101,7 +128,7 @@ def _yarn(plain: Floats, theta: float, factor: float, original: int) -> Floats:
 
 
 def _compare(decoder: Checkpoint, frequencies: Floats, attention: float) -> None:
-    turned = _rotation(decoder)
+    turned = rotation_of(decoder)
     expected = turned.frequencies.astype(np.float64)
     same = expected.shape == frequencies.shape and np.allclose(
         expected, frequencies, rtol=_TOLERANCE, atol=0

@@ -5,16 +5,19 @@ Names and shapes follow PyTorch's layout [out, in]; the file lists sizes the oth
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from spp_export.formats.gguf.architecture import Architecture
+from spp_export.formats.gguf.architecture import Architecture, gguf_settings
 from spp_export.formats.gguf.options import BLOCK, QUANTS, GgufOptions, Kind
 from spp_export.formats.gguf.rotary import frequency_factors
+from spp_export.formats.parts import HEADS, outputs_of
 from spp_export.models.checkpoint.checkpoint import Checkpoint
+from spp_export.models.families import Feature, Role
 
 # Tensors of the vocabulary stay at eight bits where others have fewer, as llama.cpp's users expect:
 # these suffer most.
@@ -22,24 +25,48 @@ _VOCABULARY: Kind = "q8_0"
 
 
 @dataclass(frozen=True)
+class Source:
+    """Where rows of a tensor come from: all rows of one of the checkpoint's, or these, in this
+    order.
+
+    shape   of what is taken
+    rows    None is all
+    turned  inputs come first there
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    rows: slice | Sequence[int] | None = None
+    turned: bool = False
+
+
+@dataclass(frozen=True)
 class GgufTensor:
     """One tensor.
 
-    sources  the checkpoint's tensors whose rows it has, one after the other
-    shapes   of each of these
+    sources  what its rows are, one after the other; what is left of `shape` is zero
     step     rows of a head, where they are reordered within heads; else 0
-    wanted   the type it would have, if it is another because of the length of its rows
+    requested  the type it would have, if it is another because of the length of its rows
     values   what it holds, where that is in no tensor of the checkpoint
+    factor, shift  what the checkpoint's values are multiplied by, and then increased by
     """
 
     name: str
     shape: tuple[int, ...]
     kind: Kind
-    sources: tuple[str, ...] = ()
-    shapes: tuple[tuple[int, ...], ...] = ()
+    sources: tuple[Source, ...] = ()
     step: int = 0
     requested: Kind | None = None
     values: NDArray[np.float32] | None = None
+    factor: float = 1.0
+    shift: float = 0.0
+
+    def changed(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The checkpoint's values as the file is to have them."""
+        if self.factor == 1.0 and self.shift == 0.0:
+            return values
+        result: NDArray[np.float32] = values * np.float32(self.factor) + np.float32(self.shift)
+        return result
 
 
 def gguf_tensors(
@@ -52,57 +79,138 @@ def gguf_tensors(
 class _Listing:
     def __init__(self, decoder: Checkpoint, form: Architecture, options: GgufOptions) -> None:
         self._decoder, self._form, self._options = decoder, form, options
+        self._settings = gguf_settings(decoder)
+        self._width = max(layer.channels for layer in decoder.layers)
+        # What a Llama is not told of, its weights tell; the others know it.
+        told = Feature.MULTIPLIERS not in form.features or form.name in ("llama", "deci")
+        self._folds = told and Feature.MULTIPLIERS in decoder.family.features
 
     def all(self) -> Iterator[GgufTensor]:
-        family = self._decoder.family
-        factors = frequency_factors(self._decoder)
+        decoder, family, settings = self._decoder, self._decoder.family, self._settings
+        factors = frequency_factors(decoder)
         if factors is not None:
             yield GgufTensor("rope_freqs.weight", factors.shape, "f32", values=factors)
-        yield self._tensor("token_embd.weight", f"{family.embedding}.weight")
-        for index in range(len(self._decoder.layers)):
+        enters = settings.embedding if self._folds else 1.0
+        yield from self._module("token_embd", family.embedding, factor=enters)
+        if family.embedding_norm:
+            yield from self._module("token_embd_norm", family.embedding_norm)
+        if family.positions:
+            yield from self._module("position_embd", family.positions)
+        for index in range(len(decoder.layers)):
             yield from self._layer(index)
-        yield self._tensor("output_norm.weight", f"{family.final_norm}.weight")
-        if not self._decoder.shape.tied_embeddings:
-            yield self._tensor("output.weight", f"{family.head}.weight")
+        leaves = settings.logits if self._folds else 1.0
+        if decoder.shape.tied_embeddings:
+            leaves /= enters
+        yield from self._module("output_norm", family.final_norm, factor=leaves, norm=True)
+        if not decoder.shape.tied_embeddings:
+            yield from self._module("output", family.head)
 
     def _layer(self, index: int) -> Iterator[GgufTensor]:
-        family, dim = self._decoder.family, self._decoder.shape.head_dim
-        turned = dim if self._form.interleaved else 0
-        attention: tuple[tuple[str, tuple[str, ...], int], ...] = (
-            ("attn_q", (family.query,), turned),
-            ("attn_k", (family.key,), turned),
-            ("attn_v", (family.value,), 0),
-        )
-        if self._form.fused:
-            attention = (("attn_qkv", (family.query, family.key, family.value), 0),)
-        modules = (
-            ("attn_norm", (family.attention_norm,), 0),
-            *attention,
-            ("attn_q_norm", (family.query_norm,), 0),
-            ("attn_k_norm", (family.key_norm,), 0),
-            ("attn_output", (family.output,), 0),
-            ("ffn_norm", (family.mlp_norm,), 0),
-            ("ffn_gate", (family.gate,), 0),
-            ("ffn_up", (family.up,), 0),
-            ("ffn_down", (family.down,), 0),
-        )
-        for name, parts, step in modules:
-            for ending in ("weight", "bias"):
-                sources = [f"{family.layer_name(index, part)}.{ending}" for part in parts]
-                if sources[0] in self._decoder.tensors:
-                    yield self._tensor(f"blk.{index}.{name}.{ending}", *sources, step=step)
+        family, form, settings = self._decoder.family, self._form, self._settings
+        shape = self._decoder.layers[index]
+        rows = outputs_of(family, self._decoder.shape, shape)
+        writes = settings.writes if self._folds else 1.0
+        dim = self._decoder.shape.head_dim
+        scores = settings.scores / dim**-0.5
+        turned = dim if form.interleaved else 0
 
-    def _tensor(self, name: str, *sources: str, step: int = 0) -> GgufTensor:
-        shapes = tuple(self._decoder.tensors[source].shape for source in sources)
-        shape = (sum(part[0] for part in shapes), *shapes[0][1:])
+        def module(name: str, *roles: Role, step: int = 0, factor: float = 1.0) -> Any:
+            modules = (family.layer_name(index, family.projection(role)) for role in roles)
+            parts = [(module, rows[role]) for module, role in zip(modules, roles, strict=True)]
+            return self._projection(f"blk.{index}.{name}", parts, step, factor)
+
+        def norm(name: str, place: str, factor: float = 1.0) -> Iterator[GgufTensor]:
+            if place:
+                whole = family.layer_name(index, place)
+                yield from self._module(f"blk.{index}.{name}", whole, factor=factor, norm=True)
+
+        first, second = "attn_norm", "ffn_norm"
+        if family.attention_norm and family.mlp_norm:
+            first = form.norms.get("attention_norm", first)
+            second = form.norms.get("mlp_norm", second)
+        yield from norm(first, family.attention_norm)
+        if form.fused and scores == 1.0:
+            yield from module("attn_qkv", *HEADS)
+        else:
+            # A norm of queries would undo it before.
+            early = 1.0 if self._decoder.shape.qk_norm else scores
+            yield from module("attn_q", Role.QUERY, step=turned, factor=early)
+            yield from module("attn_k", Role.KEY, step=turned)
+            yield from module("attn_v", Role.VALUE)
+        yield from norm("attn_q_norm", family.query_norm, scores)
+        yield from norm("attn_k_norm", family.key_norm)
+        yield from module("attn_output", Role.OUTPUT, factor=writes)
+        yield from norm(second, family.mlp_norm)
+        gate = (Role.GATE,) if Role.GATE in rows else ()
+        if form.gate_up:
+            yield from module("ffn_up", Role.GATE, Role.UP)
+        else:
+            for role in gate:
+                yield from module("ffn_gate", role)
+            yield from module("ffn_up", Role.UP)
+        yield from module("ffn_down", Role.DOWN, factor=writes)
+        for number, (place, switch) in enumerate(family.norms):
+            if number in form.norms and (not switch or switch in self._decoder.shape.switches):
+                yield from norm(form.norms[number], place)
+
+    def _projection(
+        self,
+        name: str,
+        parts: Sequence[tuple[str, slice | Sequence[int]]],
+        step: int,
+        factor: float,
+    ) -> Iterator[GgufTensor]:
+        family, tensors = self._decoder.family, self._decoder.tensors
+        for ending in ("weight", "bias"):
+            if f"{parts[0][0]}.{ending}" not in tensors:
+                continue
+            turned = family.transposed and ending == "weight"
+            sources = []
+            for module, rows in parts:
+                stored = tensors[f"{module}.{ending}"]
+                shape = stored.shape[::-1] if turned else stored.shape
+                taken = range(shape[0])[rows] if isinstance(rows, slice) else rows
+                every = len(taken) == shape[0] and not turned
+                chosen = None if every else rows
+                sources.append(Source(stored.name, (len(taken), *shape[1:]), chosen, turned))
+            yield self._tensor(f"{name}.{ending}", sources, step, factor)
+
+    def _module(
+        self, name: str, module: str, *, factor: float = 1.0, norm: bool = False
+    ) -> Iterator[GgufTensor]:
+        """A module beside the layers, or a norm."""
+        shifted = norm and Feature.SHIFTED_NORM in self._decoder.family.features
+        for ending in ("weight", "bias"):
+            stored = self._decoder.tensors.get(f"{module}.{ending}")
+            if stored is not None:
+                shift = factor if shifted and ending == "weight" else 0.0
+                source = Source(stored.name, stored.shape)
+                yield self._tensor(f"{name}.{ending}", [source], 0, factor, shift)
+
+    def _tensor(
+        self, name: str, sources: Sequence[Source], step: int, factor: float, shift: float = 0.0
+    ) -> GgufTensor:
+        shape = (sum(source.shape[0] for source in sources), *sources[0].shape[1:])
+        if self._form.padded and name.partition(".")[2].partition(".")[2].startswith("ffn_"):
+            shape = self._padded(name, shape)
         requested = self._requested(name, shape)
         kind: Kind = "f16" if requested in QUANTS and shape[-1] % BLOCK else requested
         replaced = requested if kind != requested else None
-        return GgufTensor(name, shape, kind, sources, shapes, step, replaced)
+        return GgufTensor(
+            name, shape, kind, tuple(sources), step, replaced, factor=factor, shift=shift
+        )
+
+    def _padded(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """As wide as the widest layer."""
+        if len(shape) == 1:
+            return shape
+        return (shape[0], self._width) if "ffn_down" in name else (self._width, shape[1])
 
     def _requested(self, name: str, shape: tuple[int, ...]) -> Kind:
         if len(shape) == 1:
             return "f32"
         kind = self._options.kind
         vocabulary = name in ("token_embd.weight", "output.weight")
+        if name == "position_embd.weight":
+            return "f32"
         return _VOCABULARY if vocabulary and kind in QUANTS else kind

@@ -13,11 +13,11 @@ from spp_export.common.publish import require_free_space
 from spp_export.formats.gguf.contents import Contents
 from spp_export.formats.gguf.encode import TYPE_NUMBERS, Bytes, encode, row_bytes
 from spp_export.formats.gguf.options import GGUF_NAME, require
-from spp_export.formats.gguf.tensors import GgufTensor
+from spp_export.formats.gguf.tensors import GgufTensor, Source
 from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.checkpoint.dtypes import Floats, to_float
 from spp_export.models.checkpoint.header import StoredTensor, show
-from spp_export.models.checkpoint.reader import BLOCK_BYTES, blocks
+from spp_export.models.checkpoint.reader import BLOCK_BYTES, blocks, read_float
 
 ALIGNMENT = 32
 
@@ -108,12 +108,30 @@ def _encoded(decoder: Checkpoint, tensor: GgufTensor) -> Iterator[Bytes]:
     label = f"tensor {show(tensor.name)}"
     if tensor.values is not None:
         yield encode(tensor.values[None], tensor.kind, label)
+    written = 0
     for source in tensor.sources:
-        stored = decoder.tensors[source]
-        for bits in blocks(stored, _block_bytes(stored, tensor.step)):
-            rows = to_float(bits, stored.dtype)
+        stored = decoder.tensors[source.name]
+        for rows in _rows(stored, source, tensor.step):
+            rows = tensor.changed(rows.astype(np.float32, copy=False))
             rows = interleave(rows, tensor.step) if tensor.step else rows
-            yield encode(rows, tensor.kind, f"{stored.file}: tensor {show(source)}")
+            written += len(rows)
+            if rows.ndim > 1 and rows.shape[1] < tensor.shape[1]:
+                rows = np.pad(rows, ((0, 0), (0, tensor.shape[1] - rows.shape[1])))
+            yield encode(rows, tensor.kind, f"{stored.file}: tensor {show(source.name)}")
+    if tensor.sources and written < tensor.shape[0]:
+        zeros = np.zeros((tensor.shape[0] - written, *tensor.shape[1:]), np.float32)
+        yield encode(zeros, tensor.kind, label)
+
+
+def _rows(stored: StoredTensor, source: Source, step: int) -> Iterator[Floats]:
+    """What a source has, some rows at a time; all at once where they are not all of a tensor's."""
+    if source.rows is None and not source.turned:
+        for bits in blocks(stored, _block_bytes(stored, step)):
+            yield to_float(bits, stored.dtype)
+        return
+    whole = read_float(stored)
+    whole = whole.T if source.turned else whole
+    yield whole if source.rows is None else whole[source.rows]
 
 
 def _block_bytes(stored: StoredTensor, step: int) -> int:

@@ -67,7 +67,7 @@ def onnx_config(
         "architectures": [family.architecture],
         "dtype": options.torch_dtype,
         "torch_dtype": options.torch_dtype,
-        "head_dim": shape.head_dim,
+        **({} if family.derived_head_dim == "attention" else {"head_dim": shape.head_dim}),
         "tie_word_embeddings": shape.tied_embeddings,
         "num_attention_heads_per_layer": [layer.query_heads for layer in layers],
         "num_key_value_heads_per_layer": [layer.kv_heads for layer in layers],

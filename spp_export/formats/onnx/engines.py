@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from spp_export.models.engines import Engine, Loads, listed
+from spp_export.models.families.served import GENAI
 
 
 def onnx_engines(
-    layout: str, attention: str = "gqa", precision: str = "fp32", quant: str | None = None
+    model_type: str,
+    layout: str,
+    attention: str = "gqa",
+    precision: str = "fp32",
+    quant: str | None = None,
 ) -> tuple[Engine, ...]:
-    """Engines for an ONNX directory of this layout and with a graph of this form.
+    """Engines for an ONNX directory of a family, of this layout and with a graph of this form.
 
-    The form is the options of `spp_export.formats.onnx`. Tests run every form that has kernels for
-    the CPU in onnxruntime and onnxruntime-genai, and unquantised float32 in the others.
+    The form is the options of `spp_export.formats.onnx`. Tests run every family and every form that
+    has kernels for the CPU in onnxruntime; in onnxruntime-genai those families that it knows by
+    name, and their unquantised float32 in the others.
     """
-    bf16 = precision == "bf16"
+    bf16, tried = precision == "bf16", model_type in GENAI
     on_cpu: Loads = "expected" if bf16 else "yes"
-    plain: Loads = "yes" if precision == "fp32" and quant is None else "expected"
+    in_genai: Loads = on_cpu if tried else "expected"
+    plain: Loads = "yes" if tried and precision == "fp32" and quant is None else "expected"
     place = "on CUDA" if bf16 else ""
     batches = {
         "gqa": "one text at a time, or a batch padded on the right",
@@ -35,7 +42,7 @@ def onnx_engines(
             on_cpu,
             listed("spp chat, or spp_export.ort", place, batches),
         ),
-        Engine("onnxruntime-genai", on_cpu, listed("0.15 or newer", place)),
+        Engine("onnxruntime-genai", in_genai, listed("0.15 or newer", place)),
         Engine(
             "transformers.js",
             "no" if bf16 else plain,

@@ -31,7 +31,9 @@ class OnnxFiles(ModelFiles):
     def __init__(self, options: OnnxOptions, checkpoint: Checkpoint, plan: Plan) -> None:
         onnx_settings(checkpoint)  # which refuses what no graph can express
         self._options, self._base = options, plan.model_source
-        self.engines = onnx_engines(checkpoint.layout, **options.to_dict())
+        self.engines = onnx_engines(
+            checkpoint.family.model_type, checkpoint.layout, **options.to_dict()
+        )
         reason = options.reason(checkpoint.shape)
         self.summary = {**options.to_dict(), **({"reason": reason} if reason else {})}
         self.element_bytes = options.element_bytes

@@ -96,7 +96,8 @@ class Onnx(Format[OnnxOptions]):
         if attention not in ATTENTIONS or precision not in PRECISIONS:
             return ()
         quant = written.get("quant")
-        return onnx_engines(layout, attention, precision, quant if quant else None)
+        name = str(config.get("model_type"))
+        return onnx_engines(name, layout, attention, precision, quant if quant else None)
 
     def describe(self, summary: Mapping[str, Any], size: str) -> list[str]:
         quant = summary["quant"] or "not quantised"

@@ -57,12 +57,14 @@ def record_of(config: Mapping[str, Any]) -> Family | None:
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a parsed config.json; ModelError names what is unknown."""
     check_not_quantised(config)
+    model_type = config.get("model_type")
+    if why := table.REFUSED.get(str(model_type)):
+        raise ModelError(f"config.json: {model_type} models cannot be sliced: {why}.")
     if "per_layer_config" in decoder_settings(config):
         raise ModelError(
             "config.json: the checkpoint has per_layer_config, so its layers already differ. "
             "Slice the dense model it came from."
         )
-    model_type = config.get("model_type")
     family = record_of(config) if model_type in known_types() else None
     if family is None:
         raise ModelError(

@@ -279,7 +279,7 @@ class Family:
         for places in _STORED if self.inside else ():
             inner = f"{self.layers.rpartition('.')[0]}."
             found = replace(self, stored=tuple(zip((inner, f"{self.head}."), places, strict=True)))
-            if found.on_disk(f"{self.layer_name(0, self.query)}.weight") in names:
+            if found.on_disk(f"{self.embedding}.weight") in names:
                 return found
         return self
 
@@ -716,7 +716,7 @@ class Family:
     def uniform(self) -> Literal["all", "channels", "experts", ""]:
         """What can go where all layers are alike, if the stock config takes no other number of
         heads than the dense model's; "" is nothing."""
-        if not self.derived_head_dim:
+        if not (self.derived_head_dim or (self.mixers and self.mixers.of_heads)):
             return "all"
         if self.experts:
             return "experts"

@@ -33,11 +33,13 @@ class Computed:
     normed_heads  norms without weights for queries and keys
     interleaved  the rotary embedding turns neighbours, not halves
     backwards   it turns the other way round
-    rotates     whether it does in a layer
+    rotates     whether it does in a layer; None is in all
+    turns_part  only the beginning of a head turns, in models as they are published
     rotary      theta and how many elements of a head turn, where no class of the family says so
     query_factor  of the queries at a position, of the config and the positions
     windows     per layer, where the config has another way to say it than `Family.sliding`
     slopes      of a bias of scores by distance, for each query head of the dense model
+    llama_cpp   the architecture of llama.cpp's that computes it, where all layers are alike
     unknown     keys of the stock config that change the computation if they are true, and that no
                 engine but transformers is told of
     """
@@ -56,11 +58,13 @@ class Computed:
     normed_heads: bool = False
     interleaved: bool = False
     backwards: bool = False
-    rotates: Callable[[Any, int], bool] = lambda config, layer: True
+    rotates: Callable[[Any, int], bool] | None = None
+    turns_part: bool = False
     rotary: Callable[[Any], tuple[float, int]] | None = None
     query_factor: Callable[[Any, Any], Any] | None = None
     windows: Callable[[Any], Sequence[int | None]] | None = None
     slopes: Callable[[Any], Sequence[float]] | None = None
+    llama_cpp: str = ""
     unknown: tuple[str, ...] = ()
 
 
@@ -120,51 +124,54 @@ _UP: Mapping[str, Any] = {
 
 # fmt: off
 COMPUTED: Mapping[str, Computed] = {
+    "qwen2": Computed(llama_cpp="qwen2"),
+    "qwen3": Computed(llama_cpp="qwen3"),
     "granite": Computed(**_UP, logits=lambda c: 1 / c.logits_scaling),
     "hyperclovax": Computed(**_UP, logits="logits_scaling"),
     "ernie4_5": Computed(interleaved=True),
     "smollm3": Computed(rotates=lambda c, layer: bool(c.no_rope_layers[layer])),
     "ministral3": Computed(query_factor=_by_length),
-    "arcee": Computed(),
-    "nemotron": Computed(epsilon="norm_eps"),
-    "starcoder2": Computed(epsilon="norm_epsilon"),
+    "arcee": Computed(llama_cpp="arcee"),
+    "nemotron": Computed(epsilon="norm_eps", llama_cpp="nemotron"),
+    "starcoder2": Computed(epsilon="norm_epsilon", llama_cpp="starcoder2"),
     "exaone4": Computed(rotates=lambda c, layer: c.sliding_window is None or _slides(c, layer)),
-    "cohere": Computed(_LAYER_EPS, logits="logit_scale", interleaved=True),
+    "cohere": Computed(_LAYER_EPS, logits="logit_scale", interleaved=True, llama_cpp="command-r"),
     "cohere2": Computed(_LAYER_EPS, logits="logit_scale", interleaved=True, rotates=_slides),
-    "gemma": Computed(embedding=_root),
+    "gemma": Computed(embedding=_root, llama_cpp="gemma"),
     "gemma2": Computed(
         activation="hidden_activation", embedding=_root, scores=_query_scalar,
-        score_cap="attn_logit_softcapping", logit_cap="final_logit_softcapping"),
+        score_cap="attn_logit_softcapping", logit_cap="final_logit_softcapping",
+        llama_cpp="gemma2"),
     "gemma3_text": Computed(
         activation="hidden_activation", embedding=_root, scores=_query_scalar,
         score_cap="attn_logit_softcapping", logit_cap="final_logit_softcapping",
-        unknown=("use_bidirectional_attention",)),
+        unknown=("use_bidirectional_attention",), llama_cpp="gemma3"),
     "olmo": Computed(1e-5, clip="clip_qkv"),
     "olmo2": Computed(),
     "olmo3": Computed(),
     "bitnet": Computed(),
-    "phi": Computed(_LAYER_EPS),
-    "phi3": Computed(),
-    "glm": Computed(interleaved=True),
-    "glm4": Computed(interleaved=True),
-    "stablelm": Computed(_LAYER_EPS),
+    "phi": Computed(_LAYER_EPS, llama_cpp="phi2"),
+    "phi3": Computed(llama_cpp="phi3"),
+    "glm": Computed(interleaved=True, turns_part=True),
+    "glm4": Computed(interleaved=True, llama_cpp="glm4"),
+    "stablelm": Computed(_LAYER_EPS, llama_cpp="stablelm"),
     "jais2": Computed(_LAYER_EPS),
     "apertus": Computed(),
     "nanochat": Computed(normed_embedding=True, normed_heads=True, backwards=True,
                          logit_cap="final_logit_softcapping"),
     "opt": Computed(1e-5, "activation_function"),
-    "gpt_neox": Computed(_LAYER_EPS),
+    "gpt_neox": Computed(_LAYER_EPS, llama_cpp="gptneox"),
     "gptj": Computed(**_GPT, interleaved=True, rotary=lambda c: (10000.0, c.rotary_dim)),
     "gpt2": Computed(**_GPT, scores=lambda c: None if c.scale_attn_weights else 1.0,
-                     unknown=("scale_attn_by_inverse_layer_idx",)),
+                     unknown=("scale_attn_by_inverse_layer_idx",), llama_cpp="gpt2"),
     "gpt_bigcode": Computed(**_GPT, scores=lambda c: None if c.scale_attn_weights else 1.0),
     "gpt_neo": Computed(**_GPT, scores=lambda c: 1.0, windows=lambda c: [
         c.window_size if kind == "local" else None for kind in c.attention_layers]),
-    "falcon": Computed("layer_norm_epsilon", "activation"),
+    "falcon": Computed("layer_norm_epsilon", "activation", llama_cpp="falcon"),
     "bloom": Computed("layer_norm_epsilon", lambda c: "gelu_pytorch_tanh",
                       context=lambda c: getattr(c, "seq_length", None) or 2048,
                       slopes=lambda c: _powers(c.n_head),
-                      unknown=("apply_residual_connection_post_layernorm",)),
+                      unknown=("apply_residual_connection_post_layernorm",), llama_cpp="bloom"),
     "mpt": Computed("layer_norm_epsilon", lambda c: "gelu", context="max_seq_len",
                     scores=lambda c: c.attn_config.softmax_scale,
                     clip=lambda c: c.attn_config.clip_qkv, slopes=_mpt_slopes),

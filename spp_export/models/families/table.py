@@ -337,7 +337,8 @@ FAMILIES = (
     Family("hyperclovax", "HyperCLOVAXForCausalLM",
            _features(Feature.MULTIPLIERS, Feature.SANDWICH), **_BIASES, mlp_bias="mlp_bias",
            heads_divide_hidden=True, defaults={"use_post_norm": True},
-           more_norms=("post_norm1?use_post_norm", "post_norm2?use_post_norm"), end_token=2),
+           more_norms=("post_norm1?use_post_norm", "post_norm2?use_post_norm"), end_token=2,
+           variants=(("!use_post_norm", {"features": _features(Feature.SANDWICH)}),)),
     Family("arcee", "ArceeForCausalLM", _features(Feature.NO_GATE), **_BIASES,
            mlp_bias="mlp_bias", gate="", heads_divide_hidden=True, end_token=128001),
     Family("nemotron", "NemotronForCausalLM",
@@ -695,6 +696,8 @@ _LLAMA = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 
 WRAPPERS = (
     Wrapper("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl_text"),
     Wrapper("qwen3_vl", "Qwen3VLForConditionalGeneration", "qwen3_vl_text"),
+    Wrapper("qwen3_5", "Qwen3_5ForConditionalGeneration", "qwen3_5_text"),
+    Wrapper("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe_text"),
     Wrapper("llava", "LlavaForConditionalGeneration", "llama", defaults=_LLAMA),
     Wrapper("mistral3", "Mistral3ForConditionalGeneration", "mistral"),
     Wrapper("gemma3", "Gemma3ForConditionalGeneration", "gemma3_text", defaults={
@@ -704,3 +707,11 @@ WRAPPERS = (
     Wrapper("internvl", "InternVLForConditionalGeneration", "qwen2"),
 )
 # fmt: on
+
+_GEMMA4 = (
+    "heads of full attention are of another size than those of sliding attention (global_head_dim) "
+    "and may take keys for values (attention_k_eq_v), and the last layers read the keys and values "
+    "of others (num_kv_shared_layers); a record has one size of heads, and KV heads in every layer"
+)
+# Model types that no record can tell of, and why.
+REFUSED = {"gemma4": _GEMMA4, "gemma4_text": _GEMMA4}

@@ -44,8 +44,9 @@ def _config_class(model_type: str) -> type[Any]:
         (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
         (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
     ):
-        if stock in models:
-            model: Any = models[stock]
+        # Of a config with a decoder in it, some of these take that decoder alone.
+        model: Any = models.get(stock, None)
+        if model is not None and model.config_class is stock:
             auto.register(own, getattr(modeling_spp, f"Spp{model.__name__}"), exist_ok=True)
     return own
 

@@ -23,6 +23,8 @@ _CLASS, _TYPE = "Spp", "spp_"
 _PART = "Part"
 # Where a config of a model that sees has that of its decoder.
 _TEXT = "text_config"
+# Which of the ways to compute attention and experts is taken.
+_IMPLEMENTATIONS = {"_attn_implementation_internal", "_experts_implementation_internal"}
 # What a config keeps of `per_layer_config`: itself, or since transformers 5.14 what it became.
 _PER_LAYER = ("per_layer_config", "_heterogeneity_spec")
 
@@ -63,8 +65,13 @@ class _PerLayerConfig:
         if text is None:
             self.per_layer_config = listed
             return
-        own = _config_class(f"{_CLASS}{type(self.text_config).__name__}")
-        self.text_config = own(**text)
+        stock = self.text_config
+        own = _config_class(f"{_CLASS}{type(stock).__name__}")(**text)
+        # What a caller asks for has been given to the stock one.
+        vars(own).update(
+            {name: vars(stock)[name] for name in _IMPLEMENTATIONS & vars(stock).keys()}
+        )
+        self.text_config = own
 
     def validate_architecture(self) -> None:
         """Accept head counts that do not divide hidden_size: head_dim is explicit here."""
