@@ -36,7 +36,7 @@ DOCS := build/venv-docs
 
 .PHONY: help demo artifacts check test test-all test-loading test-lm-eval test-optimum \
 	test-transformers-js test-vllm test-report test-serving test-faults test-examples fuzz docs eval eval-finance eval-traffic \
-	eval-answers eval-ablations lm-eval picture bench bench-onnx bench-gguf bench-gpu bench-peers latency-plan \
+	eval-answers eval-ablations lm-eval picture bench bench-onnx bench-gguf bench-gpu bench-peers latency-plan empty-layers \
 	onnx-exporters onnx-memory onnx-parity gguf-parity ragged many recovery choices distillation wide-norms scale \
 	layerwise blocked-moments answer-engines distributed compile-time start-time reference clean
 
@@ -70,6 +70,7 @@ help:
 	@echo "make bench-gguf    the same with llama.cpp beside them: q8_0 and q4_0"
 	@echo "make bench-gpu     the published backbones on a CUDA card, with the card's own Python"
 	@echo "make latency-plan  a plan by measured latency beside one by parameters"
+	@echo "make empty-layers  plans whose layers may keep no attention or no MLP, beside plans without"
 	@echo "make bench-peers   the export step beside Torch-Pruning and a plain script; 12 GB of disk"
 	@echo "make onnx-exporters  our graph beside what other exporters make of the same model"
 	@echo "make onnx-parity   greedy tokens of ten prompts: PyTorch, ONNX Runtime, onnxruntime-genai"
@@ -308,6 +309,9 @@ bench-gguf: $(INSTALLED)
 # installed.
 bench-gpu:
 	PYTHONPATH=.:cli:kernels:benchmarks $(PYTHON) -m spp_campaigns.gpu --json $(RESULTS)/gpu
+
+empty-layers: $(INSTALLED)
+	$(BIN)/python -m spp_campaigns.empty_layers --json $(RESULTS)/empty-layers.json
 
 latency-plan: $(INSTALLED)
 	$(BIN)/python -m spp_campaigns.latency_plan --units heads --context 1024 --keep 0.7 \

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from transformers import CONFIG_MAPPING, AutoConfig
 from spp_export.evaluation.contract import Pair, greedy, make_slim, padded, tokens, write_random
 from spp_export.evaluation.contract import load_exact as load
 from spp_export.models.families import FAMILIES
+from spp_export.planning import LayerPlan
 
 __all__ = ["KNOWN", "Pair", "greedy", "load", "make_dense", "make_slim", "padded", "tokens"]
 
@@ -89,6 +92,16 @@ MORE: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 3,
         "block_multiple_of": 8,
         "conv_bias": True,
+    },
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "full_attention", "mlp", "full_attention"],
+        "num_hidden_layers": 4,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 6,
+        "n_groups": 2,
+        "ssm_state_size": 8,
+        "chunk_size": 4,
+        "mlp_bias": True,
     },
     "falcon_h1": {
         "mamba_d_ssm": 24,
@@ -197,22 +210,29 @@ def family_name(name: str) -> str:
     return FORMS[name][0] if name in FORMS else name
 
 
-def make_dense(name: str, target: Path, head_dim: int = 8, vocab: int = 97, **more: Any) -> Path:
+def make_dense(
+    name: str, target: Path, head_dim: int = 8, vocab: int = 97, layers: int = 2, **more: Any
+) -> Path:
     """A random model of a family or one of its forms, of four heads, made by the stock classes.
 
     `more` are other values of its config.
     """
-    settings = settings_of(name, head_dim, vocab)
+    settings = settings_of(name, head_dim, vocab, layers)
     for key, value in more.items():
         setattr(settings, key, value)
     return write_random(settings, target)
 
 
-def settings_of(name: str, head_dim: int = 8, vocab: int = 97) -> Any:
-    """The tiny config of a family or of one of its forms."""
+def settings_of(name: str, head_dim: int = 8, vocab: int = 97, layers: int = 2) -> Any:
+    """The tiny config of a family or of one of its forms; `layers` is even, for the kinds of
+    layers take turns."""
     family, more = FORMS.get(name, (name, MORE.get(name, {})))
+    more = {
+        key: value * (layers // 2) if key in ("layer_types", "no_rope_layers") else value
+        for key, value in more.items()
+    }
     sizes = {"hidden_size": 4 * head_dim, "intermediate_size": 24}
-    sizes |= {"vocab_size": vocab, "num_hidden_layers": 2}
+    sizes |= {"vocab_size": vocab, "num_hidden_layers": layers}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": head_dim}
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     record, more = FAMILIES[family], more | EXPERTS.get(family, {})
@@ -224,3 +244,18 @@ def settings_of(name: str, head_dim: int = 8, vocab: int = 97) -> Any:
     if getattr(settings, "sliding_window", None):
         settings.sliding_window = 5
     return settings
+
+
+def emptied(
+    layers: Sequence[LayerPlan], attention: Collection[int], mlp: Collection[int]
+) -> tuple[LayerPlan, ...]:
+    """The layers, those listed without attention or without an MLP."""
+    return tuple(
+        replace(
+            layer,
+            kv_heads=() if index in attention else layer.kv_heads,
+            query_heads=() if index in attention else layer.query_heads,
+            channels=() if index in mlp else layer.channels,
+        )
+        for index, layer in enumerate(layers)
+    )

@@ -341,8 +341,8 @@ def _hooks(
         # Queries are made of what the norm gives, by way of latents.
         del read["attention_input"]
         written["attention_input"] = family.attention_norm
-    if Feature.PARALLEL in family.features:
-        # What attention writes is first read together with what the MLP writes.
+    if family.features & {Feature.PARALLEL, Feature.ALTERNATING}:
+        # What attention writes is first read after the layer, with what an MLP may have written.
         del read["residual"]
         written["residual"] = ""
     layers = model.get_submodule(family.layers)

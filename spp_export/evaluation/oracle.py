@@ -93,10 +93,11 @@ def _restore(handles: list[Any], saved: list[tuple[Any, Any, Any]]) -> None:
 def _kept_inputs(layer: LayerPlan, index: int, shape: ModelShape) -> dict[Role, Tensor]:
     """The inputs of o_proj and of down_proj that stay, of what the layer has of these."""
     channels = range(shape.channels) if layer.channels is None else layer.channels
-    heads, within = torch.tensor(layer.query_heads), torch.arange(shape.head_dim)
+    # Of a layer that keeps nothing, still indices.
+    heads, within = torch.tensor(layer.query_heads, dtype=torch.long), torch.arange(shape.head_dim)
     kept = {
         Role.OUTPUT: (heads[:, None] * shape.head_dim + within).flatten(),
-        Role.DOWN: torch.tensor(channels),
+        Role.DOWN: torch.tensor(channels, dtype=torch.long),
     }
     has = {Role.OUTPUT: shape.has_heads[index], Role.DOWN: shape.has_channels[index]}
     return {role: inputs for role, inputs in kept.items() if has[role]}

@@ -243,9 +243,7 @@ def check_cache(slim: nn.Module, batch: TokenBatch, rounding: Errors = Errors())
     """
     from transformers import DynamicCache
 
-    ids = _first_row(slim, batch)
-    prompt = max(ids.shape[1] // 2, 1)
-    ids = ids.repeat(1, 1 + _DECODED)[:, : prompt + _DECODED - 1]
+    ids, prompt = _decoded_ids(slim, batch)
     settings: Any = slim.config
     cache = DynamicCache(config=settings)
     steps = [ids[:, :prompt], *ids[:, prompt:].split(1, dim=1)]
@@ -262,6 +260,44 @@ def check_cache(slim: nn.Module, batch: TokenBatch, rounding: Errors = Errors())
         _room(slim, float(uncached.abs().max()), _ROOM_ON_OTHER_SHAPES),
         f"{_DECODED} tokens",
     )
+
+
+def cached_logits(model: nn.Module, batch: TokenBatch) -> Tensor:
+    """Logits [1,T,V] of decoding token by token with the cache that the model itself makes."""
+    ids, prompt = _decoded_ids(model, batch)
+    cache, logits = None, []
+    with torch.no_grad():
+        for step in (ids[:, :prompt], *ids[:, prompt:].split(1, dim=1)):
+            output = model(input_ids=step, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            logits.append(output.logits[:, -1])
+    return torch.stack(logits, dim=1)
+
+
+def check_cached_like(
+    slim: nn.Module, expected: Tensor, batch: TokenBatch, rounding: Errors = Errors()
+) -> Check:
+    """Token-by-token decoding must give the `cached_logits` of the masked dense model.
+
+    For models with other mixers than attention, some of which compute a step otherwise than a whole
+    text; `rounding` as in `check_cache`.
+    """
+    logits = cached_logits(slim, batch)
+    return Errors.of_tokens(_of_tokens(logits, expected)).check(
+        "cached decoding against the masked dense model",
+        rounding,
+        _ROUNDINGS_OF_DECODING,
+        _room(slim, float(expected.abs().max()), _ROOM_ON_OTHER_SHAPES),
+        f"{_DECODED} tokens",
+    )
+
+
+def _decoded_ids(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, int]:
+    """Token ids to decode by, the text's own, over again where it is short, and how many of them
+    come at once."""
+    ids = _first_row(model, batch)
+    prompt = max(ids.shape[1] // 2, 1)
+    return ids.repeat(1, 1 + _DECODED)[:, : prompt + _DECODED - 1], prompt
 
 
 def _first_row(model: nn.Module, batch: TokenBatch) -> Tensor:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from spp_export.models.checkpoint.checkpoint import Checkpoint, outputs_first
 from spp_export.models.checkpoint.header import StoredTensor
 from spp_export.models.checkpoint.reader import read_float
-from spp_export.models.families import TensorSpec
+from spp_export.models.families import Role, TensorSpec
 from spp_export.planning import Plan
 from spp_export.planning.written import CONSUMERS, loses, written_shape
 from spp_export.slicing.compensation import real_columns, written_config
@@ -92,9 +92,13 @@ def compensated_projections(
             if compiled.compensation == "none" or not loses(layer, role, source.shape):
                 continue
             module = source.family.layer_name(index, source.family.projection(role))
-            real = real_columns(compiled, index, role, source.shape)
-            stored = outputs_first(source.family, read(f"{module}.weight"))[:, real]
-            weight = torch.from_numpy(np.ascontiguousarray(stored))
+            kept = layer.query_heads if role is Role.OUTPUT else layer.channels
+            if kept == ():
+                weight = torch.zeros(source.shape.hidden_size, 0)
+            else:
+                real = real_columns(compiled, index, role, source.shape)
+                stored = outputs_first(source.family, read(f"{module}.weight"))[:, real]
+                weight = torch.from_numpy(np.ascontiguousarray(stored))
             bias = None
             if f"{module}.bias" in has_bias:
                 bias = torch.from_numpy(np.array(read(f"{module}.bias")))

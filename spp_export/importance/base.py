@@ -97,12 +97,12 @@ class ChannelLosses(Protocol):
     """What a layer loses at every width of its MLP, and which channels go first.
 
     weight: down_proj [d,I]; blocks [n,b,b]: diagonal blocks of E[z z^T] of its input; multiple: of
-    which widths are. Losses [W] as of heads, at each of `channel_widths`; place [I] of the
-    channels, best first: a width w keeps those of place below w.
+    which widths are, with `none` 0 among them. Losses [W] as of heads, at each of `channel_widths`;
+    place [I] of the channels, best first: a width w keeps those of place below w.
     """
 
     def __call__(
-        self, weight: FloatArray, blocks: FloatArray, multiple: int
+        self, weight: FloatArray, blocks: FloatArray, multiple: int, *, none: bool = False
     ) -> tuple[FloatArray, IndexArray]:
         """Losses and the channels' places."""
 
@@ -115,6 +115,8 @@ class SetCriterion:
     by Need.LOSS they are in nats already, and go by `raw`. There is no other way. A loss is that of
     the mixture of all text, not a mixture of losses. experts: the criterion whose scores experts
     have, in the same units; None where there is none.
+
+    attention: what a layer loses with all of its heads, from o_proj and the moments of its input.
     """
 
     name: str
@@ -122,6 +124,7 @@ class SetCriterion:
     convention: Convention
     heads: HeadLosses
     channels: ChannelLosses
+    attention: Callable[[FloatArray, FloatArray], float]
     needs: frozenset[Need] = frozenset({Need.MOMENTS})
     comparable: str = "stream"
     experts: str | None = None

@@ -15,7 +15,7 @@ less it says. Output-only.
 from __future__ import annotations
 
 from spp_export.importance.base import Convention, Need, SetCriterion
-from spp_export.importance.obs import channel_losses, head_losses
+from spp_export.importance.obs import attention_loss, channel_losses, head_losses
 
 CRITERION = SetCriterion(
     name="fisher",
@@ -23,6 +23,7 @@ CRITERION = SetCriterion(
     convention=Convention.OUTPUT_ONLY,
     heads=head_losses,
     channels=channel_losses,
+    attention=attention_loss,
     needs=frozenset({Need.LOSS}),
     comparable="raw",
 )

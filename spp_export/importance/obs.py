@@ -215,8 +215,22 @@ class _Removal:
         return elements
 
 
+def attention_loss(weight: FloatArray, second: FloatArray) -> float:
+    """What is lost with all heads: the energy of all that o_proj [d,m] writes, by the second
+    moments [m,m] of its input. No set of heads loses more."""
+    noise = _noise_of(float(np.mean(np.diag(second), dtype=np.float64)))
+    whole, moments = weight.astype(np.float64), second.astype(np.float64)
+    moments[np.diag_indices_from(moments)] += noise
+    return float(np.sum((whole @ moments) * whole))
+
+
 def channel_losses(
-    weight: FloatArray, blocks: FloatArray, multiple: int, *, chunk: int = _CHUNK
+    weight: FloatArray,
+    blocks: FloatArray,
+    multiple: int,
+    *,
+    none: bool = False,
+    chunk: int = _CHUNK,
 ) -> tuple[FloatArray, IndexArray]:
     """As of `ChannelLosses`, moments between blocks taken for zero. Channels are removed greedily,
     `chunk` before all of them are weighed again; each set is a subset of the one before."""
@@ -236,7 +250,7 @@ def channel_losses(
     lost = np.append(0.0, np.cumsum(np.concatenate(costs)[turn]))
     place = np.empty(channels, dtype=np.intp)
     place[np.concatenate(order)[turn]] = np.arange(channels)[::-1]
-    return lost[channels - np.array(channel_widths(channels, multiple))], place
+    return lost[channels - np.array(channel_widths(channels, multiple, none=none))], place
 
 
 def _removal(gram: FloatArray, precision: FloatArray, chunk: int) -> tuple[IndexArray, FloatArray]:
@@ -283,5 +297,6 @@ CRITERION = SetCriterion(
     convention=Convention.OUTPUT_ONLY,
     heads=head_losses,
     channels=channel_losses,
+    attention=attention_loss,
     experts="energy",
 )

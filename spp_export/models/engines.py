@@ -66,6 +66,11 @@ def vllm(
         return expected("stock class")
     if layout != "uniform" and any(layer.dropped_experts for layer in layers):
         return Engine("vLLM", "no", "one number of experts for all layers")
+    if model_type in PLUGIN | BACKEND and not all(
+        layer.has_attention and layer.has_mlp for layer in layers
+    ):
+        how = "every layer must have attention and an MLP there: plan --no-allow-empty-layers"
+        return Engine("vLLM", "no", how)
     if layout != "uniform" and model_type in PLUGIN:
         return expected("0.29 or newer, --trust-remote-code, or with spp-export installed")
     if model_type in OWN_ATTENTION:

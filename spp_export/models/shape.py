@@ -33,9 +33,10 @@ def includes(units: Units, kind: Kind) -> bool:
 class LayerShape:
     """How many query heads, KV heads and MLP channels a layer has.
 
-    No heads: it has no attention, or another mixer in its place. No channels: it has no MLP that is
-    cut. groups: where KV heads serve different numbers of query heads, the number of each; else
-    empty. dropped_experts: how many of the dense model's the layer has not.
+    No heads: it has no attention, or another mixer in its place; where a plan left it without, the
+    bias of what wrote is all that is left. No channels: it has no MLP that is cut, or a plan left
+    it without. groups: where KV heads serve different numbers of query heads, the number of each;
+    else empty. dropped_experts: how many of the dense model's the layer has not.
     """
 
     query_heads: int
@@ -43,6 +44,16 @@ class LayerShape:
     channels: int
     groups: tuple[int, ...] = ()
     dropped_experts: int = 0
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether there are heads."""
+        return self.query_heads > 0
+
+    @property
+    def has_mlp(self) -> bool:
+        """Whether there are channels."""
+        return self.channels > 0
 
     @property
     def regular(self) -> bool:
@@ -54,7 +65,9 @@ class LayerShape:
     @property
     def query_groups(self) -> tuple[int, ...]:
         """Query heads of each KV head."""
-        return self.groups or (self.query_heads // max(self.kv_heads, 1),) * self.kv_heads
+        if not self.kv_heads:
+            return ()
+        return self.groups or (self.query_heads // self.kv_heads,) * self.kv_heads
 
     def splits(self, ways: int) -> bool:
         """Whether `ways` cards can share the layer as vLLM does: each takes as many query heads and
@@ -110,6 +123,8 @@ class Costs:
               part of
     layer     of any layer, what goes with none of them
     attention, mlp  the same of what only layers with heads have, and of those with channels
+    emptied_attention, emptied_mlp  of a layer whose heads or channels a plan removes all, what it
+              has beside `layer`: less than nothing, where a norm goes that other layers have
     outside   beside the layers, and in them where layers differ in it, as in experts and other
               mixers; decoding a token does not read `unread` of these: an input embedding that is
               not the head, and experts that it is not routed to, each of which has `routed`
@@ -132,6 +147,8 @@ class Costs:
     layer_rows: int = 0
     attention: int = 0
     mlp: int = 0
+    emptied_attention: int = 0
+    emptied_mlp: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +267,8 @@ class ModelShape:
             layer=2 * hidden,
             attention=2 * dim * int(self.qk_norm) + hidden * int(self.output_bias),
             mlp=hidden * int(self.mlp_bias or self.down_bias),
+            emptied_attention=hidden * int(self.output_bias) - hidden,
+            emptied_mlp=hidden * int(self.mlp_bias or self.down_bias) - hidden,
             outside=table * (1 if self.tied_embeddings else 2) + hidden,
             unread=0 if self.tied_embeddings else table,
             kv_rows=2 * dim,
@@ -309,9 +328,20 @@ class ModelShape:
     def parameters(self, layers: Sequence[LayerShape]) -> int:
         """All parameters of a model with these layers; tied embeddings count once."""
         channels = sum(layer.channels for layer in layers) * self.channel_parameters
-        costs, attending = self.counted, sum(layer.query_heads > 0 for layer in layers)
-        fixed = costs.layer * len(layers) + costs.attention * attending + costs.outside
-        fixed += costs.mlp * sum(layer.channels > 0 for layer in layers)
+        costs, whole = self.counted, len(layers) == self.num_layers
+        fixed = costs.outside
+        for index, layer in enumerate(layers):
+            # Of layers by themselves, which they are in the model is not known.
+            emptied = index not in self.without_heads if whole else not self.without_heads
+            fixed += costs.layer
+            if layer.has_attention:
+                fixed += costs.attention
+            elif emptied:
+                fixed += costs.emptied_attention
+            if layer.has_mlp:
+                fixed += costs.mlp
+            elif index not in self.without_channels if whole else not self.without_channels:
+                fixed += costs.emptied_mlp
         return self.head_parameters(layers) + channels + fixed - self._dropped(layers)
 
     def expert_parameters(self, layers: Sequence[LayerShape]) -> int:
@@ -349,10 +379,10 @@ def common_size(layers: Sequence[LayerShape]) -> LayerShape:
     return replace(heads, channels=channels)
 
 
-def channel_widths(channels: int, multiple: int) -> tuple[int, ...]:
+def channel_widths(channels: int, multiple: int, *, none: bool = False) -> tuple[int, ...]:
     """Widths that an MLP of `channels` may be cut to, ascending: the multiples of `multiple`, which
-    must be positive, and all of it."""
-    return (*range(multiple, channels, multiple), channels)
+    must be positive, and all of it; with `none` 0 as well."""
+    return (*range(0 if none else multiple, channels, multiple), channels)
 
 
 def resident_parameters(shape: ModelShape) -> int:

@@ -33,6 +33,7 @@ from spp_export.planning.allocate.sizes import (
     Candidates,
     UniformChoice,
     allocate,
+    allocate_some,
     choose_uniform,
     expert_costs,
     head_costs,
@@ -193,8 +194,8 @@ def check_feasible(
         _uniform(heads, channels, experts, shape, budget, limit, accepts)
         return
     candidates = _candidates(heads, channels, experts, shape, limit)
-    if smallest_cost(candidates) > limit.cost:
-        raise infeasible(shape, budget, limit, candidates, channels)
+    if smallest_cost(candidates, some=_may_be_none(heads)) > limit.cost:
+        raise infeasible(shape, budget, limit, candidates, channels, some=_may_be_none(heads))
 
 
 def _splittable(
@@ -289,10 +290,14 @@ def _per_layer(
 ) -> tuple[tuple[LayerShape, ...], float | None]:
     """The best size of every layer, and the proven bound where it is not proven best."""
     candidates = _candidates(heads, channels, experts, shape, limit)
+    some = _may_be_none(heads)
     try:
         picks, choice = allocate(candidates, limit.cost)
+        if some and (picks[0] == candidates[0].value.shape[1] - 1).all():
+            # A model without any attention reads its last token only.
+            picks, choice = allocate_some(candidates, limit.cost)
     except BudgetError:
-        raise infeasible(shape, budget, limit, candidates, channels) from None
+        raise infeasible(shape, budget, limit, candidates, channels, some=some) from None
     groups = np.full(shape.num_layers, shape.kv_heads)
     query = np.full(shape.num_layers, shape.query_heads)
     widths = np.full(shape.num_layers, shape.channels)
@@ -300,15 +305,21 @@ def _per_layer(
     picked = iter(picks)
     if heads is not None:
         sizes = next(picked)
-        groups = sizes // heads.query_heads.shape[1] + 1
-        query = heads.query_heads.ravel()[sizes]
+        rows, columns = heads.query_heads.shape
+        groups = np.append(np.repeat(np.arange(1, rows + 1), columns), 0)[sizes]
+        query = np.append(heads.query_heads.ravel(), 0)[sizes]
     if channels is not None:
         widths = np.array(channels.widths)[next(picked)]
     if experts is not None:
         dropped[list(shape.sparse)] = shape.experts - np.array(experts.widths)[next(picked)]
-    rows = zip(query.tolist(), groups.tolist(), widths.tolist(), dropped.tolist(), strict=True)
-    layers = [LayerShape(q, g, width, dropped_experts=gone) for q, g, width, gone in rows]
+    counts = zip(query.tolist(), groups.tolist(), widths.tolist(), dropped.tolist(), strict=True)
+    layers = [LayerShape(q, g, width, dropped_experts=gone) for q, g, width, gone in counts]
     return shape.existing(layers), None if choice.exact else choice.bound
+
+
+def _may_be_none(heads: Options | None) -> bool:
+    """Whether a layer may be left without attention."""
+    return heads is not None and heads.nothing is not None
 
 
 def _candidates(
@@ -378,6 +389,8 @@ def _score(
     if heads is not None:
         groups, count = _counts(heads, shapes)
         worth = heads.value[layers, groups - 1, count - 1]
+        if heads.nothing is not None:
+            worth = np.where(groups > 0, worth, heads.nothing)
         total += float(worth[np.array(shape.has_heads)].sum())
     if channels is not None:
         at = np.searchsorted(channels.widths, [layer.channels for layer in shapes])

@@ -27,22 +27,26 @@ def infeasible(
     limit: Limit,
     candidates: Sequence[Candidates],
     channels: NestedOptions | None,
+    *,
+    some: bool = False,
 ) -> BudgetError:
-    """The error for layers of any regular size, naming the smallest total."""
-    smallest = smallest_cost(candidates)
+    """The error for layers of any regular size, naming the smallest total; `some` as of
+    `smallest_cost`."""
+    smallest = smallest_cost(candidates, some=some)
     width = "" if channels is None else f"{channels.widths[0]} channels per layer"
     count = f"{shape.experts_per_token} experts in every layer that has any"
     # The fastest size need not be the smallest.
     whose = "the fastest blocks measured"
+    group = f"one KV group {'in one' if some else 'per'} layer"
     least = (
         whose
         if limit.kind == "latency"
         else {
-            "heads": "one KV group per layer, and the whitelist",
+            "heads": f"{group}, and the whitelist",
             "channels": width,
-            "both": f"one KV group and {width}, and the whitelist",
+            "both": f"{group if some else 'one KV group'} and {width}, and the whitelist",
             "experts": count,
-            "all": f"one KV group per layer, {count}, and the whitelist",
+            "all": f"{group}, {count}, and the whitelist",
         }[budget.units]
     )
     return BudgetError(

@@ -69,18 +69,20 @@ class LatencyTable:
         """Nanoseconds of an attention block of each regular size; the counts are broadcast."""
         query, groups = np.broadcast_arrays(query_heads, kv_heads)
         counts = zip(query.ravel().tolist(), groups.ravel().tolist(), strict=True)
-        costs = [_nanoseconds(self.attention[shape]) for shape in counts]
+        # What a layer does not have takes no time.
+        costs = [_nanoseconds(self.attention[shape]) if shape[0] else 0 for shape in counts]
         return np.array(costs, dtype=np.int64).reshape(query.shape)
 
     def mlp_cost(self, widths: Sequence[int]) -> NDArray[np.int64]:
-        """Nanoseconds [W] of an MLP block of each width, never fewer for a wider one.
+        """Nanoseconds [W] of an MLP block of each width, never fewer for a wider one; 0 of none.
 
         Linear between the measured widths, once their times are made monotone (the closest
         ascending ones, least squares); narrower than the narrowest costs as much as that.
         """
         times = ascending(list(self.mlp.values()))
         seconds = np.interp(widths, list(self.mlp), times)
-        return np.maximum(np.rint(seconds * NANOSECONDS), 1).astype(np.int64)
+        costs = np.maximum(np.rint(seconds * NANOSECONDS), 1).astype(np.int64)
+        return np.where(np.asarray(widths) > 0, costs, 0)
 
     def block_cost(self, layers: Sequence[LayerShape], units: str) -> int:
         """Nanoseconds of these layers' blocks that hold `units`: heads, channels or both."""

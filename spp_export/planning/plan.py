@@ -34,7 +34,8 @@ FILL = -1
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
     """What one layer keeps, as ascending indices in the source; `channels` and `experts` None keep
-    them all. Nothing is listed of units that the layer does not have in the source."""
+    them all. Nothing is listed of units that the layer does not have in the source. No heads, where
+    it has some: the layer loses its attention; no channels: its MLP."""
 
     kv_heads: tuple[int, ...]
     query_heads: tuple[int, ...]
@@ -116,9 +117,21 @@ class Plan:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What a reader has to be told of this kind of model, as far as the plan says."""
+        """What a reader has to be told: of this kind of model, as far as the plan says, and of
+        layers that keep no attention or no MLP."""
         listed = self.family.get("remarks")
-        return tuple(x for x in listed if isinstance(x, str)) if isinstance(listed, list) else ()
+        said = [x for x in listed if isinstance(x, str)] if isinstance(listed, list) else []
+        lacking = {
+            "attention, and nothing in the KV cache": [not kept.kv_heads for kept in self.layers],
+            "MLP": [kept.channels == () for kept in self.layers],
+        }
+        for what, places in lacking.items():
+            numbers = [str(index) for index, lacks in enumerate(places) if lacks]
+            if numbers[1:]:
+                said.append(f"layers {', '.join(numbers)} keep no {what}")
+            elif numbers:
+                said.append(f"layer {numbers[0]} keeps no {what}")
+        return tuple(said)
 
     @property
     def without_heads(self) -> frozenset[int]:

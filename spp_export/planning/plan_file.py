@@ -106,9 +106,7 @@ def check_plan_target(path: str | os.PathLike[str], force: bool) -> None:
 
 
 def _index_problem(indices: Sequence[Any]) -> str | None:
-    """What is wrong with indices that should be ascending, at least one; None if nothing."""
-    if not indices:
-        return "is empty; a layer keeps at least one"
+    """What is wrong with indices that should be ascending; None if nothing."""
     previous = -1
     for index in indices:
         if type(index) is not int or index < 0:
@@ -137,6 +135,10 @@ def validate_plan(plan: Plan, shape: ModelShape, fingerprint: str) -> None:
     for index, layer in enumerate(plan.layers):
         validate_layer(index, layer, shape, ragged=plan.layout == "ragged")
         _check_experts(f"layer {index}", layer, shape, sparse=shape.sparse[index])
+    if not any(layer.kv_heads for layer in plan.layers):
+        raise PlanError(
+            "plan keeps attention in no layer. Keep a KV group in one of them at least."
+        )
     if plan.layout == "uniform":
         _check_uniform(plan, shape)
     if plan.model_fingerprint != fingerprint:
@@ -191,8 +193,8 @@ def _validate_heads(place: str, layer: LayerPlan, shape: ModelShape, *, ragged: 
                 f"{place}: plan keeps KV group {group} but none of its query heads "
                 f"({group * size}-{group * size + size - 1}). Drop the group or keep a head."
             )
-    first = layer.kv_heads[0]
     for group in () if ragged else layer.kv_heads:
+        first = layer.kv_heads[0]
         if heads_in[group] != heads_in[first]:
             raise PlanError(
                 f"{place}: plan keeps {heads_in[first]} query heads in KV group {first} but "
@@ -224,7 +226,7 @@ def _check_experts(place: str, layer: LayerPlan, shape: ModelShape, *, sparse: b
 def _check_range(place: str, unit: str, indices: tuple[int, ...], count: int) -> None:
     if problem := _index_problem(indices):
         raise PlanError(f"{place}: the list of kept {unit}s {problem}.")
-    if indices[-1] >= count:
+    if indices and indices[-1] >= count:
         outside = next(index for index in indices if index >= count)
         raise PlanError(
             f"{place}: plan keeps {unit} {shown(outside)} but the model has {count} "
@@ -236,6 +238,19 @@ def _check_uniform(plan: Plan, shape: ModelShape) -> None:
     shapes = [replace(layer, dropped_experts=0) for layer in plan.layer_shapes(shape)]
     alike = shape.alike(common_size(shapes))
     for index, (layer, first) in enumerate(zip(shapes, alike, strict=True)):
+        lacks = [
+            what
+            for what, kept, dense in (
+                ("attention", layer.has_attention, shape.has_heads[index]),
+                ("MLP", layer.has_mlp, shape.has_channels[index]),
+            )
+            if dense and not kept
+        ]
+        if lacks:
+            raise PlanError(
+                f"layer {index}: plan keeps no {lacks[0]}, which a stock config cannot say. "
+                "Use layout per-layer."
+            )
         if layer != first:
             raise PlanError(
                 f"layer {index}: plan keeps {layer.query_heads} query heads, {layer.kv_heads} KV "

@@ -36,7 +36,7 @@ from spp_export.planning import (
     forced_heads,
     options_of,
 )
-from spp_export.planning.allocate.options import channel_options, expert_options
+from spp_export.planning.allocate.options import channel_options, expert_options, with_nothing
 from spp_export.planning.bound import Predicted, predicted
 from spp_export.planning.budget import Budget, unit_cost
 from spp_export.planning.latency import LatencyTable
@@ -166,7 +166,11 @@ class Planning:
             layers, realised, written = self._layers(options, budget or request.budget)
             provenance = {
                 "criterion": scoring.record(),
-                "policy": {"name": "exact", "whitelist": len(artifacts.whitelist)},
+                "policy": {
+                    "name": "exact",
+                    "whitelist": len(artifacts.whitelist),
+                    "empty_layers": empty_layers(session.source, request),
+                },
                 "budget": {
                     "asked": {
                         **(budget or request.budget).to_dict(),
@@ -278,6 +282,26 @@ def _check_family(source: Checkpoint, request: PlanRequest) -> None:
             f"a budget of KV bytes: {family.model_type} caches latents for all heads together, so "
             "fewer heads cache as much. Plan by --keep or --max-params."
         )
+    if request.allow_empty_layers and (reason := _no_empty_layers(source, request)):
+        raise PlanError(f"--allow-empty-layers: {reason}. Leave it out.")
+
+
+def empty_layers(source: Checkpoint, request: PlanRequest) -> bool:
+    """Whether a layer may keep no attention, or no MLP."""
+    if request.allow_empty_layers is None:
+        return not _no_empty_layers(source, request)
+    return request.allow_empty_layers
+
+
+def _no_empty_layers(source: Checkpoint, request: PlanRequest) -> str:
+    """Why every layer keeps some heads and channels; "" where that is no must."""
+    if request.layout == "uniform":
+        return "a stock config cannot say that a layer has none"
+    if request.policy == "published":
+        return "policy published keeps a head of every layer"
+    if request.tp > 1:
+        return "--tp is for vLLM, which serves no such layer"
+    return source.family.no_empty_layers(request.units)
 
 
 def _check_answerable(session: Session, artifacts: Artifacts, request: PlanRequest) -> None:
@@ -314,8 +338,10 @@ def _check_budget(
     scores_LH = np.zeros((shape.num_layers, shape.query_heads))
     scores_LI = np.zeros((shape.num_layers, shape.channels))
     forced = forced_heads(artifacts.whitelist, shape)
+    empty = empty_layers(session.source, request)
     heads = options_of(request.layout)(scores_LH, shape, forced)
-    channels = channel_options(scores_LI, shape, request.width_multiple)
+    heads = with_nothing(heads, 0.0, forced) if empty else heads
+    channels = channel_options(scores_LI, shape, request.width_multiple, none=empty)
     experts = None
     if includes(request.units, "experts"):
         experts = expert_options(np.zeros((sum(shape.sparse), shape.experts)), shape)
@@ -395,6 +421,7 @@ def scoring_for(
         request.width_multiple,
         request.seed,
         ragged=request.layout == "ragged",
+        empty=empty_layers(session.source, request),
     )
 
 

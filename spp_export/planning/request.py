@@ -140,6 +140,12 @@ class PlanRequest(AnswerTokens, CalibrationTokens, Seed):
         numbers=Numbers("milliseconds above 0, such as 12.5", above=True),
         help="Most milliseconds of a step of the slim model by the profile; with --cost latency.",
     )
+    allow_empty_layers: bool | None = option(
+        None,
+        panel=BUDGET,
+        help="Let a layer keep no attention, or no MLP, where that is best; by default wherever "
+        "layout and family can have such layers. vLLM serves none of them.",
+    )
     width_multiple: int = option(
         DEFAULT_MULTIPLE,
         panel=BUDGET,

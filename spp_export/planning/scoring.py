@@ -38,6 +38,7 @@ from spp_export.planning.allocate.options import (
     layer_options,
     per_parameter,
     ragged_options,
+    with_nothing,
 )
 
 # Their scores come from a pass over the scenario through layers already pruned.
@@ -133,7 +134,8 @@ class Scoring:
 
     comparable: one of `COMPARABLE`, or None for the criterion's own. forced: heads that stay.
     removed: the share that sequential criteria prune on their way. multiple: of channel widths.
-    ragged: whether single heads may go.
+    ragged: whether single heads may go. empty: whether a layer may lose all of its heads, or all of
+    its channels.
     """
 
     session: Session
@@ -147,6 +149,7 @@ class Scoring:
     multiple: int = 64
     seed: int = 0
     ragged: bool = False
+    empty: bool = False
 
     def options(self) -> UnitOptions:
         """What the allocator chooses from."""
@@ -154,12 +157,17 @@ class Scoring:
         if isinstance(criterion, SetCriterion):
             return self._set_options(criterion)
         worth, shape = self._worth(), self.session.source.shape
-        head_options = ragged_options if self.ragged else layer_options
-        return UnitOptions(
-            head_options(worth["head"], shape, self.forced) if "head" in worth else None,
-            channel_options(worth["channel"], shape, self.multiple) if "channel" in worth else None,
-            expert_options(worth["expert"], shape) if "expert" in worth else None,
-        )
+        heads: Options | None = None
+        if "head" in worth:
+            head_options = ragged_options if self.ragged else layer_options
+            heads = head_options(worth["head"], shape, self.forced)
+            heads = with_nothing(heads, 0.0, self.forced) if self.empty else heads
+        channels = experts = None
+        if "channel" in worth:
+            channels = channel_options(worth["channel"], shape, self.multiple, none=self.empty)
+        if "expert" in worth:
+            experts = expert_options(worth["expert"], shape)
+        return UnitOptions(heads, channels, experts)
 
     def _worth(self) -> dict[ScoredUnit, FloatArray]:
         """Worth of units [L,U]: a loss is one by itself, other scores weigh a unit's parameters."""
@@ -250,26 +258,31 @@ class Scoring:
         # The re-fit reads plain moments: with them here, one pass gathers all.
         needs = criterion.needs | {Need.MOMENTS}
         moments = gather_parts(self.session, self.parts, statistics_read(needs, self.units))
-        heads = channels = experts = None
+        heads: Options | None = None
+        channels = experts = None
         if includes(self.units, "heads"):
             groups = (shape.kv_heads, shape.group_size)
-            worth, sets = self._weighed(
-                "heads",
-                moments,
-                criterion,
-                lambda layer, weight, blocks: criterion.heads(
-                    weight, blocks[0], self.forced[layer].reshape(groups), ragged=self.ragged
-                ),
-            )
-            heads = SetOptions(worth, sets, ragged=self.ragged)
+
+            def losses(layer: int, weight: FloatArray, blocks: FloatArray) -> tuple[Any, BoolArray]:
+                """At every size, and last with no heads; and the heads kept at every size."""
+                forced = self.forced[layer].reshape(groups)
+                lost, kept = criterion.heads(weight, blocks[0], forced, ragged=self.ragged)
+                return np.append(lost, criterion.attention(weight, blocks[0])), kept
+
+            worth, sets = self._weighed("heads", moments, criterion, losses)
+            sizes = worth[:, :-1].reshape(sets.shape[:3])
+            heads = SetOptions(sizes, sets, ragged=self.ragged)
+            heads = with_nothing(heads, worth[:, -1], self.forced) if self.empty else heads
         if includes(self.units, "channels"):
             worth, places = self._weighed(
                 "channels",
                 moments,
                 criterion,
-                lambda _, weight, blocks: criterion.channels(weight, blocks, self.multiple),
+                lambda _, weight, blocks: criterion.channels(
+                    weight, blocks, self.multiple, none=self.empty
+                ),
             )
-            widths = channel_widths(shape.channels, self.multiple)
+            widths = channel_widths(shape.channels, self.multiple, none=self.empty)
             channels = NestedOptions(widths, worth, places)
         if includes(self.units, "experts"):
             scores = self._mixed(_for_experts(self.criterion), "expert")

@@ -95,13 +95,13 @@ def kept_tensors(
     They have one name but for experts, which are numbered anew where others before them go.
     `shape` is of the source, with biases that only what is written has.
     """
-    before = (
-        spec
-        for spec in family.tensors(shape, shape.layers)
-        if spec.layer is None or _stays(spec.expert, plan.layers[spec.layer])
-    )
-    return zip(family.tensors(shape, plan.written_shapes(shape)), before, strict=True)
+    after = tuple(family.tensors(shape, plan.written_shapes(shape)))
+    names = {spec.name for spec in after}
 
+    def stays(spec: TensorSpec) -> bool:
+        if spec.layer is None or spec.expert is None:
+            return spec.name in names  # not of an attention or an MLP that goes as a whole
+        experts = plan.layers[spec.layer].experts
+        return experts is None or spec.expert in experts
 
-def _stays(expert: int | None, layer: LayerPlan) -> bool:
-    return expert is None or layer.experts is None or expert in layer.experts
+    return zip(after, filter(stays, family.tensors(shape, shape.layers)), strict=True)

@@ -92,6 +92,8 @@ class Compensator:
         """How the slicer replaces a tensor: only consumers' weights that lose columns, by lstsq."""
         if self._plan.compensation != "lstsq" or not self._loses(spec):
             return None
+        if not self._kept(spec).size:
+            return None  # nothing is left to re-fit
         if self._whole is not None and spec.role is Role.DOWN:
             return partial(self._refit_whole, self._whole, spec)
         blocks, kept = self._blocks(spec), self._kept(spec)
@@ -158,6 +160,8 @@ class Compensator:
             return
         stored = written_tensors(directory, self._source.family)
         for spec in self._losing():
+            if not self._kept(spec).size:
+                continue
             if spec.name in self._lost:
                 yield self._lost[spec.name]
                 continue
@@ -205,7 +209,7 @@ class Compensator:
         assert spec.layer is not None
         layer = self._plan.layers[spec.layer]
         if spec.role is Role.DOWN:
-            return np.asarray(layer.channels)
+            return kept_indices(layer.channels or (), 1)
         return kept_indices(layer.query_heads, self._source.shape.head_dim)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from spp_export.common.errors import ModelError, PlanError
 from spp_export.models.families import Family, Feature, Role
-from spp_export.models.shape import LayerShape, ModelShape, common_size
+from spp_export.models.shape import LayerShape, ModelShape, Units, common_size
 
 # What travels in a per-layer or ragged checkpoint, beside its config.json.
 MODELING_FILES: tuple[Path, ...] = tuple(
@@ -64,7 +64,7 @@ def slim_config(
     Raises PlanError for layers or biases the layout cannot express, ModelError for a source config
     that contradicts itself.
     """
-    _check_layers(shape, layers, ragged=layout == "ragged" and family.uneven_groups)
+    _check_layers(family, shape, layers, ragged=layout == "ragged" and family.uneven_groups)
     if family.inside:
         settings, alone = family.settings(source_config), replace(family, inside="")
         slim = slim_config(settings, alone, shape, layers, layout, biased, kept_heads)
@@ -146,19 +146,27 @@ def portable_config(
     return result
 
 
-def _check_layers(shape: ModelShape, layers: Sequence[LayerShape], *, ragged: bool) -> None:
+def _check_layers(
+    family: Family, shape: ModelShape, layers: Sequence[LayerShape], *, ragged: bool
+) -> None:
     if len(layers) != shape.num_layers:
         raise PlanError(
             f"the plan has {len(layers)} layers and the model {shape.num_layers}. "
             "Make the plan for this checkpoint."
         )
     for index, layer in enumerate(layers):
-        without = shape.has_heads[index] and not layer.query_heads
-        if without or not (layer.regular or (ragged and layer.groups)):
+        if not (layer.regular or (ragged and layer.groups)):
             raise PlanError(
                 f"layer {index}: {layer.query_heads} query heads over {layer.kv_heads} KV heads is "
                 "not a regular layer; every kept KV group must keep as many query heads. "
                 "Use layout 'ragged'."
+            )
+    kinds: tuple[Units, Units] = ("heads", "channels")
+    for units, emptied in zip(kinds, _emptied(shape, layers), strict=True):
+        if any(emptied) and (reason := family.no_empty_layers(units)):
+            raise PlanError(
+                f"layer {emptied.index(True)}: the plan keeps no {units}, and {reason}. Keep some, "
+                "as --no-allow-empty-layers does."
             )
 
 
@@ -233,22 +241,24 @@ def _per_layer(
 def _per_layer_modules(
     family: Family, shape: ModelShape, layers: Sequence[LayerShape]
 ) -> dict[str, Any]:
-    """What modeling_spp.py has to know of a family beyond the names that are Llama's."""
+    """What modeling_spp.py has to know of a family beyond the names that are Llama's, and of layers
+    without attention or MLP."""
     modules = [family.attention]
     if family.experts and any(layer.dropped_experts for layer in layers):
         modules += family.experts.modules
-    mlp = family.down.rpartition(".")[0]
     if family.derived_head_dim != "attention":
-        modules += [mlp] if mlp else []
+        modules += [family.mlp] if family.mlp else []
         listed: dict[str, Any] = {"layers": "layers", "modules": list(dict.fromkeys(modules))}
         if stays := _staying(family, shape, modules):
             listed["stays"] = stays
+        if empty := _empty_modules(family, shape, layers):
+            listed["empty"] = empty
         usual = listed == {"layers": "layers", "modules": ["self_attn", "mlp"]}
         return {} if usual and not family.experts else {"per_layer_modules": listed}
     inputs = list(dict.fromkeys((family.query, family.key, family.value)))
     outputs = list(dict.fromkeys(name for name in (family.gate, family.up) if name))
     if "C" in family.wide_norms.values():  # more is as wide as the MLP than its projections
-        modules.append(mlp)
+        modules.append(family.mlp)
     return {
         "per_layer_modules": {
             "layers": family.layers.rpartition(".")[2],
@@ -260,6 +270,31 @@ def _per_layer_modules(
             "keys": {key: name for key, name in family.keys.items() if name and key in _OWN_KEYS},
         }
     }
+
+
+def _emptied(shape: ModelShape, layers: Sequence[LayerShape]) -> tuple[list[bool], list[bool]]:
+    """Which layers lose their attention, and which their MLP."""
+    attention = [
+        has and not layer.has_attention for has, layer in zip(shape.has_heads, layers, strict=True)
+    ]
+    mlp = [has and not layer.has_mlp for has, layer in zip(shape.has_channels, layers, strict=True)]
+    return attention, mlp
+
+
+def _empty_modules(
+    family: Family, shape: ModelShape, layers: Sequence[LayerShape]
+) -> dict[str, Any]:
+    """By the count that is 0 where a layer lost all: the module, its last projection, and the norms
+    that go with it."""
+    empty: dict[str, Any] = {}
+    attention, mlp = map(any, _emptied(shape, layers))
+    if attention:
+        output = family.output.removeprefix(f"{family.attention}.")
+        empty["num_attention_heads"] = [family.attention, output, list(family.attention_norms)]
+    if mlp:
+        output = family.down.removeprefix(f"{family.mlp}.")
+        empty["intermediate_size"] = [family.mlp, output, list(family.mlp_norms)]
+    return empty
 
 
 def _staying(family: Family, shape: ModelShape, modules: Sequence[str]) -> dict[str, list[int]]:

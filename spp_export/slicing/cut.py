@@ -162,13 +162,9 @@ def slice_rows(
 
 
 def _check_units(spec: TensorSpec, kept: Sequence[int], count: int) -> None:
-    if not kept:
-        raise PlanError(
-            f"layer {spec.layer}: the plan keeps no {spec.unit} unit. Keep at least one."
-        )
     if any(unit >= following for unit, following in pairwise(kept)):
         raise PlanError(f"layer {spec.layer}: kept {spec.unit} units are not ascending.")
-    if kept[0] < 0 or kept[-1] >= count:
+    if kept and (kept[0] < 0 or kept[-1] >= count):
         wrong = kept[0] if kept[0] < 0 else kept[-1]
         raise PlanError(
             f"layer {spec.layer}: the plan keeps {spec.unit} unit {wrong}, the model has "

@@ -33,6 +33,9 @@ class ProjectionsOnDisk(Projections):
     def __getitem__(self, key: tuple[int, Role]) -> Projection:
         return self._read[key]()
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._read  # by itself a mapping would read, and hide a KeyError of that
+
     def __iter__(self) -> Iterator[tuple[int, Role]]:
         return iter(self._read)
 

@@ -11,12 +11,16 @@ from family_models import load, make_dense, tokens
 
 from spp_export.calibration.activations import StreamSensitivity, TokenBatch, observe
 from spp_export.calibration.gradients import gradient_reductions
-from spp_export.calibration.moments import layer_weights
-from spp_export.common.errors import ModelError
+from spp_export.calibration.moments import BlockSums, layer_weights
+from spp_export.common.errors import ModelError, PlanError
 from spp_export.formats.settings import settings_of
+from spp_export.importance import CRITERIA
+from spp_export.importance.base import check_convention
 from spp_export.models.checkpoint.checkpoint import Checkpoint, open_source
 from spp_export.models.families import FAMILIES
 from spp_export.models.layerwise import open_layerwise
+from spp_export.planning.planner import _check_family
+from spp_export.planning.request import PlanRequest
 
 
 @pytest.fixture
@@ -167,3 +171,29 @@ def test_what_is_written_before_a_norm_of_the_stream_counts_by_the_sum(name, tmp
     observe(model, source.family, [batch()], [observer])
     wanted = (1 / seen["stream"].square()).sum().item()
     assert observer.sums[1].item() == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("source", ["qwen3_5_text"], indirect=True)
+def test_tokens_are_counted_in_the_first_layer_that_attends(source):
+    """Here the second: layers without heads show nothing, and no statistics are kept of them."""
+    sums = BlockSums("attention", source.shape)
+    observe(load(source.path), source.family, [batch()], sums.observers)
+    seen = {}
+    layer = load(source.path)
+    module = layer.get_submodule(source.family.layer_name(1, source.family.output))
+    module.register_forward_pre_hook(lambda _, args: seen.update(read=args[0].flatten(0, 1)))
+    with torch.no_grad():
+        layer(tokens())
+    assert sums.averages(0) == {}
+    wanted = seen["read"].mean(0).float().numpy()
+    np.testing.assert_allclose(sums.averages(1)["mean/1"], wanted, rtol=1e-4, atol=1e-6)
+    assert (sums.averages(2)["sensitivity"] > 0).all()
+
+
+@pytest.mark.parametrize("source", ["deepseek_v3"], indirect=True)
+def test_what_has_no_meaning_for_latents_is_refused_by_name(source):
+    with pytest.raises(ModelError, match=r"criterion wanda does not know keys .* latents \(MLA\)"):
+        check_convention(source.family, CRITERIA["wanda"])
+    check_convention(source.family, CRITERIA["obs"])
+    with pytest.raises(PlanError, match="deepseek_v3 caches latents for all heads together"):
+        _check_family(source, PlanRequest(keep=0.5, cost="kv-bytes", units="heads"))

@@ -32,7 +32,16 @@ pytestmark = pytest.mark.thinned(most=6)
 # experts, other mixers, latents.
 KINDS = (
     *("llama", "phi3", "arcee", "cohere", "gemma2", "granite", "gpt2", "opt", "opt-350m"),
-    *("gpt_neox", "gptj", "bloom", "mpt", "falcon-40b", "gpt_neo", "gpt_bigcode", "persimmon"),
+    *(
+        "gpt_neox-sequential",
+        "gptj",
+        "bloom",
+        "mpt",
+        "falcon-40b",
+        "gpt_neo",
+        "gpt_bigcode",
+        "persimmon",
+    ),
     *("exaone4", "olmo2", "mixtral", "qwen3_next", "lfm2", "falcon_h1", "deepseek_v3"),
 )
 
@@ -140,7 +149,7 @@ def test_weights_with_inputs_first_are_refitted(
 
 
 @pytest.mark.parametrize("train", ["adapters", "weights"])
-@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "phi3", "opt"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox-sequential", "phi3", "opt"])
 def test_recovered_models_of_other_families_verify(
     workshop: Workshop, tmp_path: Path, name: str, train: str
 ) -> None:

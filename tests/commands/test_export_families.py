@@ -154,7 +154,7 @@ def test_a_model_that_sees_answers_about_a_picture(workshop: Workshop, tmp_path:
     assert ids == follows
 
 
-@pytest.mark.parametrize("family", ["qwen3_5_text", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["qwen3_5_text", "deepseek_v3", "nemotron_h", "minimax"])
 def test_what_is_beside_heads_stays_and_every_command_says_so(
     family: str, workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,7 +165,7 @@ def test_what_is_beside_heads_stays_and_every_command_says_so(
     write_tokenizer(dense)
     model = ("--model", dense)
     artifacts, out = tmp_path / "artifacts", tmp_path / "slim"
-    units = ("--units", "both" if family == "qwen3_5_text" else "heads")
+    units = ("--units", "heads" if family in ("deepseek_v3", "minimax") else "both")
     answers = ("--answer-tokens", "0", *units)
     command("probe", "--pools", workshop.pools, *model, *answers, "-o", artifacts)
     asked = ("--artifacts", artifacts, "--keep", "0.6", *answers)

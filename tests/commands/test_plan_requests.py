@@ -69,7 +69,8 @@ def test_every_criterion_keeps_within_the_share(workshop, name, criterion):
 def test_max_params_counts_the_whole_model(workshop, name, compensate):
     dense = workshop.dense(name)
     whole = sum(tensor.numel() for tensor in stored(dense).values())
-    result = workshop.plan(name, max_params=int(0.93 * whole), compensate=compensate)
+    asked = {"max_params": int(0.93 * whole), "allow_empty_layers": False}
+    result = workshop.plan(name, compensate=compensate, **asked)
     found = parameters(dense, result)
     assert found <= int(0.93 * whole) < whole
     assert result.plan.budget["realised"]["parameters"] == found
@@ -135,11 +136,15 @@ def test_the_default_budget_is_four_fifths(workshop):
     assert result.plan.layout == "per-layer"
 
 
-@pytest.mark.parametrize("layout", ["per-layer", "uniform"])
+@pytest.mark.parametrize(
+    ("layout", "groups"), [("per-layer", [1, 1, 1]), ("uniform", [1, 1, 1]), ("empty", [0, 0, 1])]
+)
 @pytest.mark.parametrize("budget", ["keep", "max_params", "max_kv_bytes"])
-def test_a_budget_that_cannot_be_met_names_one_that_can(workshop, layout, budget):
+def test_a_budget_that_cannot_be_met_names_one_that_can(workshop, layout, groups, budget):
     asked = {"keep": 0.01, "max_params": 1000, "max_kv_bytes": 8}[budget]
-    options = {"layout": layout, "compensate": "none"}
+    options = {"layout": layout, "compensate": "none", "allow_empty_layers": False}
+    if layout == "empty":
+        options = {"compensate": "none"}
     with pytest.raises(BudgetError, match=f"budget {budget} {asked} is below") as caught:
         workshop.plan(NAME, **{budget: asked}, **options)
     message = str(caught.value)
@@ -147,7 +152,7 @@ def test_a_budget_that_cannot_be_met_names_one_that_can(workshop, layout, budget
     nearest = re.search(rf"Ask for {budget} ([\d.]+) or more\.$", message)[1]
     number = float(nearest) if budget == "keep" else int(nearest)
     result = workshop.plan(NAME, **{budget: number}, **options)
-    assert {len(layer.kv_heads) for layer in result.plan.layers} == {1}
+    assert sorted(len(layer.kv_heads) for layer in result.plan.layers) == groups
     with pytest.raises(BudgetError):
         workshop.plan(
             NAME, **{budget: number * 0.99 if budget == "keep" else number - 1}, **options

@@ -106,14 +106,26 @@ def test_a_file_that_llama_cpp_would_not_take(workshop, tmp_path, name, asked, m
 @pytest.mark.parametrize(
     ("name", "asked", "error", "match"),
     [
-        ("llama-gqa-bias", {"max_kv_bytes": 30}, BudgetError, "Ask for max_kv_bytes 384 or more"),
+        ("llama-gqa-bias", {"max_kv_bytes": 30}, BudgetError, "Ask for max_kv_bytes 128 or more"),
         ("llama-gqa-bias", {"max_params": 999}, BudgetError, r"Ask for max_params \d+ or more"),
-        ("llama-mqa", {"keep": 0.3}, BudgetError, r"Ask for keep 0\.\d+ or more"),
-        ("llama-mqa", {"keep": 0.3, "layout": "ragged"}, BudgetError, "Ask for keep"),
+        ("llama-mqa", {"keep": 0.01}, BudgetError, r"Ask for keep 0\.\d+ or more"),
+        ("llama-mqa", {"keep": 0.01, "layout": "ragged"}, BudgetError, "Ask for keep"),
+        ("llama-mqa", {"keep": 0.3, "allow_empty_layers": False}, BudgetError, "Ask for keep"),
         ("mistral-gqa", {"keep": 0.1, "layout": "uniform"}, BudgetError, "smallest uniform plan"),
         ("mistral-gqa", {"keep": 0.1, "cost": "kv-bytes"}, BudgetError, "bytes of KV cache"),
-        ("mistral-gqa", {"keep": 0.5, "units": "channels"}, BudgetError, "64 channels per layer"),
-        ("mistral-gqa", {"keep": 0.2, "units": "both"}, BudgetError, "Ask for keep"),
+        (
+            "mistral-gqa",
+            {"keep": 0.5, "units": "channels", "allow_empty_layers": False},
+            BudgetError,
+            "64 channels per layer",
+        ),
+        ("mistral-gqa", {"keep": 0.01, "units": "both"}, BudgetError, "Ask for keep"),
+        (
+            "mistral-gqa",
+            {"allow_empty_layers": True, "layout": "uniform"},
+            PlanError,
+            "--allow-empty-layers: a stock config cannot say",
+        ),
         ("mistral-gqa", {"tp": 5}, PlanError, "divide among 5 cards|divides among 5 cards"),
         ("mistral-gqa", {"policy": "published"}, UsageError, "takes its own budget"),
         (
@@ -152,5 +164,5 @@ def test_a_strength_needs_the_diagnosis_and_no_more(workshop, tmp_path):
         "artifacts": workshop.artifacts("llama-mqa"),
     }
     with stages(begun), refused(BudgetError, "budget strength 1.0 .* Lower the strength"):
-        spp_export.plan(workshop.scenario, strength=1.0, **asked)
+        spp_export.plan(workshop.scenario, strength=1.0, allow_empty_layers=False, **asked)
     assert set(begun) <= {"loading the dense model", "diagnosing the scenario"}

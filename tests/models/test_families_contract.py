@@ -137,6 +137,8 @@ def test_what_config_json_leaves_out_is_as_the_stock_class_has_it(name: str) -> 
     named = {family.keys.get(key, key): size for key, size in sizes.items()}
     named.pop("", None)
     named |= EXPERTS.get(name, {})
+    if name == "nemotron_h":  # its default is of 4 layers
+        named["layers_block_type"] = ["full_attention", "mlp"]
     if name == "gpt_neo":  # its default is of 24 layers
         named["attention_types"] = [[["global", "local"], 1]]
     settings: Any = stock(**named, pad_token_id=0)

@@ -207,7 +207,7 @@ def test_uniform_has_the_biases_that_the_stock_config_can_switch_on(family, role
     [
         (ALIKE[:5], "uniform", "the plan has 5 layers and the model 12"),
         ((*LAYERS[:11], LayerShape(5, 2, 96)), "per-layer", "layer 11: 5 query heads over 2"),
-        ((*LAYERS[:11], LayerShape(0, 0, 96)), "per-layer", "layer 11: 0 query heads over 0"),
+        ((*LAYERS[:11], LayerShape(2, 0, 96)), "per-layer", "layer 11: 2 query heads over 0"),
         (LAYERS, "uniform", "layer 1 has .3 query, 3 KV, 96 channels., the first has"),
         ((LayerShape(6, 2, 96),) * 12, "uniform", "divides hidden_size 64, the plan keeps 6"),
         ((*LAYERS[:11], LayerShape(4, 2, 96, (3, 1))), "per-layer", "4 query heads over 2 KV"),

@@ -112,7 +112,7 @@ def test_a_norm_is_never_cut():
 
 @pytest.mark.parametrize(
     ("units", "message"),
-    [((), "keeps no"), ((0, 6), "unit 6, the model has 6"), ((-1, 0), "unit -1"), ((2, 1), "asc")],
+    [((0, 6), "unit 6, the model has 6"), ((-1, 0), "unit -1"), ((2, 1), "asc")],
 )
 def test_units_that_the_tensor_does_not_have(units, message):
     plan = LayerPlan(kv_heads=(0,), query_heads=units)

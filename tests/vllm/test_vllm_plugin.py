@@ -170,3 +170,15 @@ def test_uneven_groups_are_refused(tmp_path, vllm):
     config = types.SimpleNamespace(layer_config=lambda index: layer)
     with pytest.raises(ValueError, match="layer 4: its KV heads serve different numbers"):
         models.layer_config(config, "model.layers.4")
+
+
+@pytest.mark.parametrize(
+    ("counts", "what"), [((0, 8), "attention"), ((2, 0), "MLP")], ids=["attention", "mlp"]
+)
+def test_layers_that_lack_a_part_are_refused(vllm, counts, what):
+    models = importlib.import_module("spp_export.models.vllm.models")
+    heads, channels = counts
+    layer = types.SimpleNamespace(num_attention_heads=heads, intermediate_size=channels)
+    config = types.SimpleNamespace(layer_config=lambda index: layer)
+    with pytest.raises(ValueError, match=f"layer 4 has no {what}, .* --no-allow-empty-layers"):
+        models.layer_config(config, "model.layers.4")

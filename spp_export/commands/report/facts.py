@@ -24,6 +24,8 @@ from spp_export.models.shape import LayerShape
 from spp_export.planning import Plan
 
 VERIFY = "verify.json"
+# Channels of an MLP where none is recorded: a number that any number of cards divides.
+_SOME_WIDTH = 64
 _SIZES = {
     "parameters": "Parameters",
     "file_bytes": "Bytes of weights",
@@ -221,7 +223,7 @@ def _engines(place: Place, heads: Heads) -> Sequence[Engine]:
         LayerShape(
             len(layer.query_heads),
             len(layer.kv_heads),
-            (heads.channels or 0) if layer.channels is None else len(layer.channels),
+            (heads.channels or _SOME_WIDTH) if layer.channels is None else len(layer.channels),
             # Engines ask whether any go; how many the dense model has is not recorded.
             dropped_experts=int(layer.experts is not None),
         )

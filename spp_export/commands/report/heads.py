@@ -213,9 +213,8 @@ def _check_heads(plan: Plan, query_heads: int, kv_heads: int | None) -> None:
     groups = kv_heads or query_heads
     size, rest = divmod(query_heads, groups)
     for index, layer in enumerate(plan.layers):
-        if not layer.query_heads:
-            continue
-        inside = layer.query_heads[-1] < query_heads and layer.kv_heads[-1] < groups
+        inside = all(head < query_heads for head in layer.query_heads[-1:])
+        inside = inside and all(group < groups for group in layer.kv_heads[-1:])
         grouped = not rest and {head // size for head in layer.query_heads} == set(layer.kv_heads)
         if not inside or (kv_heads and not grouped):
             raise PlanError(

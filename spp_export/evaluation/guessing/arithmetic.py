@@ -256,7 +256,7 @@ def _of_attention(
     cap = getattr(config, "attn_logit_softcapping", None)
     if hasattr(config, "attn_logit_softcapping") or hasattr(config, "final_logit_softcapping"):
         features.add(Feature.SOFTCAP)  # with another config.json, if not with this one
-    rotary = getattr(config, "rope_parameters", None) or {}
+    rotary = _rotary(config)
     turned = bool(rotary) and rotary.keys() <= _ROTARY_KEYS
     wide = {form: name for name, form in family.wide_norms.items()}
     # A norm over all heads of what attention gives, if queries and keys have none.
@@ -270,6 +270,9 @@ def _of_attention(
             usual = scale
         others = calls[family.layer_name(layer, family.attention)].others
         tables = others.get("position_embeddings") if turned else None
+        first = calls[family.layer_name(0, family.attention)].others
+        if tables is not None and not _same(tables[0], first["position_embeddings"][0]):
+            features.add(Feature.ROTARY)  # by the type of the layer
         if family.per_head:
             continue
         if tables is None and not family.positions:
@@ -284,6 +287,17 @@ def _of_attention(
         else:
             features.add(Feature.ROTARY)
     return features
+
+
+def _rotary(config: Any) -> Mapping[str, Any]:
+    """Rotary settings, which transformers 4 has in several places."""
+    if hasattr(config, "rope_parameters"):
+        return config.rope_parameters or {}
+    if not hasattr(config, "rope_theta"):
+        return {}
+    partial = {"partial_rotary_factor"} & vars(config).keys()
+    scaling = getattr(config, "rope_scaling", None) or {}
+    return {"rope_theta": config.rope_theta, **scaling, **dict.fromkeys(partial)}
 
 
 def _plain(

@@ -77,7 +77,7 @@ def read_tree(model: Any, width: int) -> Tree:
             raise ModelError(
                 f"{name} is {here.get(name)} in one layer and {other.get(name)} in another."
             )
-    if experts := [name for name, shape in here.items() if len(shape) > 2]:
+    if experts := [n for n, shape in here.items() if len(shape) > 2 or ".experts." in n]:
         raise ModelError(f"it has experts, as in {experts[0]}; their records are not guessed.")
     layer, parameters = layers[0], _Tensors(layers[0].state_dict().items())
     linears = {

@@ -3,6 +3,8 @@
 Most of them size every layer like the first. Where layers differ, `deci` is a Llama that does not,
 `openelm` a Qwen3 whose output matrix is always the embedding, and `step35` one with an output
 matrix of its own, whose MLPs are as wide in every layer: narrower ones are filled up with zeros.
+Where a layer keeps no attention or no MLP, the file has one of zeros, which writes nothing; `deci`
+can do without most attention.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from spp_export.common.errors import ModelError
+from spp_export.formats.gguf.options import BLOCK
 from spp_export.formats.gguf.values import Metadata, count, flag, integers, real
 from spp_export.formats.settings import (
     Settings,
@@ -21,7 +24,7 @@ from spp_export.formats.settings import (
 from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.families import Family, Feature
 from spp_export.models.families.computed import Computed
-from spp_export.models.shape import Layout
+from spp_export.models.shape import LayerShape, Layout
 
 _ELSE = "Export safetensors or ONNX."
 
@@ -57,6 +60,7 @@ class Architecture:
     factors      it knows factors of scores and logits
     keys         metadata that no other has, without its prefix
     padded       MLPs are as wide in every layer
+    attends      it has attention in every layer
     """
 
     name: str
@@ -79,6 +83,7 @@ class Architecture:
     factors: bool = False
     keys: Keys = _none
     padded: bool = False
+    attends: bool = True
 
 
 def _caps(decoder: Checkpoint, settings: Settings) -> Metadata:
@@ -132,7 +137,15 @@ _TANH = "gelu_tanh"
 
 _LISTED = (
     Architecture("llama", _LLAMA, interleaved=True, frequencies=True, biases=_ALL, either=_LLAMA),
-    Architecture("deci", _LLAMA, interleaved=True, frequencies=True, biases=_ALL, either=_LLAMA),
+    Architecture(
+        "deci",
+        _LLAMA,
+        interleaved=True,
+        frequencies=True,
+        biases=_ALL,
+        either=_LLAMA,
+        attends=False,
+    ),
     Architecture("qwen2", biases=_QKV, full_width=True),
     Architecture("qwen3"),
     Architecture("openelm", fused=True, ties=True),
@@ -282,6 +295,22 @@ def architecture_of(decoder: Checkpoint) -> Architecture:
     if not chosen.interleaved:
         raise ModelError(f"{_who(chosen)} rotates halves, not neighbours. {_ELSE}")
     return replace(chosen, interleaved=False)  # they are in pairs already
+
+
+def file_layers(decoder: Checkpoint, architecture: Architecture) -> tuple[LayerShape, ...]:
+    """The layers as the file has them: a head, or a block of channels, of zeros where a layer has
+    none and llama.cpp wants some.
+
+    `deci` takes the size of a head from the first layer, drops the bias of attention that it leaves
+    out, and of a layer without an MLP forgets what attention wrote.
+    """
+    layers = []
+    for index, layer in enumerate(decoder.layers):
+        biased = decoder.bias(decoder.family.output, index) is not None
+        if not layer.has_attention and (architecture.attends or index == 0 or biased):
+            layer = replace(layer, query_heads=1, kv_heads=1)
+        layers.append(layer if layer.has_mlp else replace(layer, channels=BLOCK))
+    return tuple(layers)
 
 
 def _per_layer(decoder: Checkpoint) -> Architecture:

@@ -7,7 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from spp_export.formats.gguf.architecture import Architecture, architecture_of, gguf_settings
+from spp_export.formats.gguf.architecture import (
+    Architecture,
+    architecture_of,
+    file_layers,
+    gguf_settings,
+)
 from spp_export.formats.gguf.options import FILE_TYPES, GgufOptions
 from spp_export.formats.gguf.rotary import rotary_metadata
 from spp_export.formats.gguf.tensors import GgufTensor, gguf_tensors
@@ -75,9 +80,10 @@ def model_metadata(
     Raises ModelError for rotary settings that llama.cpp has not.
     """
     shape, settings, arch = decoder.shape, gguf_settings(decoder), architecture.name
+    layers = file_layers(decoder, architecture)
 
     def per_layer(size: Callable[[LayerShape], int]) -> Value:
-        sizes = [size(layer) for layer in decoder.layers]
+        sizes = [size(layer) for layer in layers]
         return count(sizes[0]) if len(set(decoder.layers)) == 1 else integers(sizes)
 
     norm = "layer_norm_rms_epsilon"
@@ -94,7 +100,7 @@ def model_metadata(
         f"{arch}.embedding_length": count(shape.hidden_size),
         f"{arch}.vocab_size": count(shape.vocab_size),
         f"{arch}.feed_forward_length": (
-            count(max(layer.channels for layer in decoder.layers))
+            count(max(layer.channels for layer in layers))
             if architecture.padded
             else per_layer(lambda layer: layer.channels)
         ),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spp_export.formats.gguf.architecture import Architecture, gguf_settings
+from spp_export.formats.gguf.architecture import Architecture, file_layers, gguf_settings
 from spp_export.formats.gguf.options import BLOCK, QUANTS, GgufOptions, Kind
 from spp_export.formats.gguf.rotary import frequency_factors
 from spp_export.formats.parts import HEADS, outputs_of
@@ -80,7 +80,8 @@ class _Listing:
     def __init__(self, decoder: Checkpoint, form: Architecture, options: GgufOptions) -> None:
         self._decoder, self._form, self._options = decoder, form, options
         self._settings = gguf_settings(decoder)
-        self._width = max(layer.channels for layer in decoder.layers)
+        self._layers = file_layers(decoder, form)
+        self._width = max(layer.channels for layer in self._layers)
         # What a Llama is not told of, its weights tell; the others know it.
         told = Feature.MULTIPLIERS not in form.features or form.name in ("llama", "deci")
         self._folds = told and Feature.MULTIPLIERS in decoder.family.features
@@ -152,6 +153,31 @@ class _Listing:
         for number, (place, switch) in enumerate(family.norms):
             if number in form.norms and (not switch or switch in self._decoder.shape.switches):
                 yield from norm(form.norms[number], place)
+        yield from self._filled(index)
+
+    def _filled(self, index: int) -> Iterator[GgufTensor]:
+        """Attention and MLP of zeros, where the layer has none and the file must."""
+        layer, written, shape = (
+            self._decoder.layers[index],
+            self._layers[index],
+            self._decoder.shape,
+        )
+        hidden, dim = shape.hidden_size, shape.head_dim
+        sizes: dict[str, tuple[int, ...]] = {}
+        if written.has_attention and not layer.has_attention:
+            parts = {"attn_qkv": 3} if self._form.fused else {"attn_q": 1, "attn_k": 1, "attn_v": 1}
+            sizes |= {"attn_norm": (hidden,), "attn_output": (hidden, dim)}
+            sizes |= {name: (count * dim, hidden) for name, count in parts.items()}
+            sizes |= dict.fromkeys(("attn_q_norm", "attn_k_norm") if shape.qk_norm else (), (dim,))
+        if not layer.has_mlp:
+            width = self._width if self._form.padded else written.channels
+            sizes |= {"ffn_norm": (hidden,), "ffn_down": (hidden, width)}
+            sizes |= dict.fromkeys(("ffn_gate", "ffn_up"), (width, hidden))
+        for name, size in sizes.items():
+            whole = f"blk.{index}.{name}.weight"
+            kind, replaced = self._kind(whole, size)
+            values = np.zeros(size, np.float32)
+            yield GgufTensor(whole, size, kind, requested=replaced, values=values)
 
     def _projection(
         self,
@@ -193,12 +219,16 @@ class _Listing:
         shape = (sum(source.shape[0] for source in sources), *sources[0].shape[1:])
         if self._form.padded and name.partition(".")[2].partition(".")[2].startswith("ffn_"):
             shape = self._padded(name, shape)
-        requested = self._requested(name, shape)
-        kind: Kind = "f16" if requested in QUANTS and shape[-1] % BLOCK else requested
-        replaced = requested if kind != requested else None
+        kind, replaced = self._kind(name, shape)
         return GgufTensor(
             name, shape, kind, tuple(sources), step, replaced, factor=factor, shift=shift
         )
+
+    def _kind(self, name: str, shape: tuple[int, ...]) -> tuple[Kind, Kind | None]:
+        """The type of a tensor, and the one that was asked for, if that is another."""
+        requested = self._requested(name, shape)
+        kind: Kind = "f16" if requested in QUANTS and shape[-1] % BLOCK else requested
+        return kind, requested if kind != requested else None
 
     def _padded(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """As wide as the widest layer."""

@@ -107,7 +107,7 @@ def _header(path: Path, contents: Contents) -> Any:
 def _encoded(decoder: Checkpoint, tensor: GgufTensor) -> Iterator[Bytes]:
     label = f"tensor {show(tensor.name)}"
     if tensor.values is not None:
-        yield encode(tensor.values[None], tensor.kind, label)
+        yield encode(np.atleast_2d(tensor.values), tensor.kind, label)
     written = 0
     for source in tensor.sources:
         stored = decoder.tensors[source.name]

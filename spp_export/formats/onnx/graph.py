@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from spp_export.formats.onnx.activation import activated
@@ -74,49 +75,111 @@ class _Builder:
         embedding = decoder.tensor(decoder.family.embedding)
         stream = self._embed(shared, embedding, form.positions)
         added = None
-        presents = []
+        presents: dict[int, Sequence[Any]] = {}
         for index, layer in enumerate(decoder.layers):
-            inputs = AttentionInputs(
-                past=caches[index],
-                layer=layer,
-                head_dim=decoder.shape.head_dim,
-                settings=self._settings,
-                window=self._settings.windows[index],
-                rotary=None if (kind := self._settings.rotated[index]) is None else rotary[kind],
-                slopes=self._settings.slopes[index],
-                norms=self._head_norms(index),
-                name=f"layers.{index}.attention",
-            )
-            stream, added, pair = self._layer(index, stream, added, form, inputs)
-            presents.append(pair)
+            attention = None
+            if layer.has_attention:
+                kind = self._settings.rotated[index]
+                inputs = AttentionInputs(
+                    past=caches[index],
+                    layer=layer,
+                    head_dim=decoder.shape.head_dim,
+                    settings=self._settings,
+                    window=self._settings.windows[index],
+                    rotary=None if kind is None else rotary[kind],
+                    slopes=self._settings.slopes[index],
+                    norms=self._head_norms(index),
+                    name=f"layers.{index}.attention",
+                )
+                attention = partial(self._attention, index=index, form=form, inputs=inputs)
+            make = self._layer if attention and layer.has_mlp else self._partial_layer
+            stream, added, pair = make(index, stream, added, attention)
+            if pair:
+                presents[index] = pair
         normed = self._final(stream, added)
         self._outputs(self._logits(normed, embedding), presents)
 
-    def _layer(
-        self, index: int, stream: Any, added: Any, form: Any, inputs: AttentionInputs
-    ) -> tuple[Any, Any, tuple[Any, Any]]:
-        """The stream after a layer, what is still to be added to it, and the layer's cache."""
-        family = self._decoder.family
-        normed, stream = self._norm(stream, added, family.attention_norm, index)
+    def _attention(
+        self, normed: Any, index: int, form: Any, inputs: AttentionInputs
+    ) -> tuple[Any, tuple[Any, Any]]:
+        """What attention adds to the stream, and the layer's cache."""
         packed = self._linear(normed, HEADS, index, "qkv_proj")
         attended, key, value = form(packed, inputs)
         width = inputs.layer.query_heads * inputs.head_dim
         attended = self._inside(attended, "Q", index, width)
         written = self._linear(attended, (Role.OUTPUT,), index, "o_proj")
-        written = self._write(written, index, 0, "attention")
+        return self._write(written, index, 0, "attention"), (key, value)
+
+    def _partial_layer(
+        self, index: int, stream: Any, added: Any, attention: Any
+    ) -> tuple[Any, Any, tuple[Any, ...]]:
+        """As `_layer`, of a layer that has no attention, no MLP or neither."""
+        family, cache = self._decoder.family, ()
+        parallel = Feature.PARALLEL in family.features
+        if attention:
+            normed, stream = self._norm(stream, added, family.attention_norm, index)
+            added = None
+            written, cache = attention(normed)
+        else:
+            written = self._bias_alone(stream, Role.OUTPUT, index, 0, "attention")
+        if not self._decoder.layers[index].has_mlp:
+            if parallel and not attention and not family.mlp_norm:
+                # The checkpoint has the norm that both would read; here nothing reads it.
+                _, stream = self._norm(stream, added, family.attention_norm, index)
+                added = None
+            both = self._sum(added, written, f"layers.{index}.attention/added")
+            written = self._bias_alone(stream, Role.DOWN, index, 1, "mlp")
+            return stream, self._sum(both, written, f"layers.{index}.mlp/added"), cache
+        before = None if parallel else written
+        added = self._sum(added, before, f"layers.{index}.attention/added")
+        norm = family.mlp_norm or (family.attention_norm if parallel else "")
+        normed, stream = self._norm(stream, added, norm, index)
+        both = self._write(self._mlp(normed, index), index, 1, "mlp")
+        if parallel:
+            both = self._sum(both, written, f"layers.{index}.mlp/added")
+        return stream, both, cache
+
+    def _bias_alone(self, stream: Any, role: Role, layer: int, which: int, name: str) -> Any:
+        """What attention without heads, or an MLP without channels, adds to the stream: the bias of
+        its last projection, through the norm, if any, that the family has there; None where there
+        is neither."""
+        family, g = self._decoder.family, self._g
+        bias = self._decoder.bias(family.projection(role), layer)
+        if bias is None and not family.write_norms:
+            return None
+        place = f"layers.{layer}.{'o_proj' if role is Role.OUTPUT else 'down_proj'}"
+        written = g.op("Sub", [stream, stream], f"{place}/nothing", self._hidden)
+        if bias is not None:
+            value = g.weight(f"{place}.bias", bias.shape, table(bias, self._options.precision))
+            written = g.op("Add", [written, value], f"{place}/biased", self._hidden)
+        return self._write(written, layer, which, name)
+
+    def _sum(self, one: Any, other: Any, name: str) -> Any:
+        """Of two that may be None, which is nothing."""
+        if one is None or other is None:
+            return other if one is None else one
+        return self._g.op("Add", [one, other], name, self._hidden)
+
+    def _layer(
+        self, index: int, stream: Any, added: Any, attention: Any
+    ) -> tuple[Any, Any, tuple[Any, ...]]:
+        """The stream after a layer, what is still to be added to it, and the layer's cache."""
+        family = self._decoder.family
+        normed, stream = self._norm(stream, added, family.attention_norm, index)
+        written, cache = attention(normed)
         if Feature.PARALLEL in family.features:
             # What the MLP reads is the stream before attention, by a norm of its own or the same.
             if family.mlp_norm:
                 normed, _ = self._norm(stream, None, family.mlp_norm, index)
             both = self._write(self._mlp(normed, index), index, 1, "mlp")
             added = self._g.op("Add", [written, both], f"layers.{index}/written", self._hidden)
-            return stream, added, (key, value)
+            return stream, added, cache
         if Feature.POST_NORM in family.features:
             stream = self._after(stream, written, index, 0)
             written = self._write(self._mlp(stream, index), index, 1, "mlp")
-            return self._after(stream, written, index, 1), None, (key, value)
+            return self._after(stream, written, index, 1), None, cache
         normed, stream = self._norm(stream, written, family.mlp_norm, index)
-        return stream, self._write(self._mlp(normed, index), index, 1, "mlp"), (key, value)
+        return stream, self._write(self._mlp(normed, index), index, 1, "mlp"), cache
 
     def _embed(self, shared: Shared, embedding: Any, positions: Any) -> Any:
         g, decoder, family = self._g, self._decoder, self._decoder.family
@@ -154,20 +217,22 @@ class _Builder:
             return self._outside(stream, family.embedding_projections[1])
         return stream
 
-    def _inputs(self) -> tuple[Shared, list[tuple[Any, Any]]]:
+    def _inputs(self) -> tuple[Shared, dict[int, tuple[Any, Any]]]:
         g, decoder = self._g, self._decoder
         ids = g.input("input_ids", "INT64", [BATCH, SEQUENCE])
         mask = g.input("attention_mask", "INT64", [BATCH, TOTAL])
         positions = None
         if self._options.attention != "gqa":
             positions = g.input("position_ids", "INT64", [BATCH, SEQUENCE])
-        caches = []
+        caches = {}
         for index, layer in enumerate(decoder.layers):
+            if not layer.has_attention:
+                continue
             shape: list[int | str] = [BATCH, layer.kv_heads, PAST, decoder.shape.head_dim]
             key, value = (
                 g.input(f"past_key_values.{index}.{part}", "", shape) for part in ("key", "value")
             )
-            caches.append((key, value))
+            caches[index] = key, value
         return Shared(ids, mask, positions), caches
 
     def _rotary(self) -> Mapping[str, Rotary]:
@@ -185,11 +250,12 @@ class _Builder:
             made[kind] = Rotary(cos, sin, 2 * tables[0].shape[1], settings.computed.interleaved)
         return made
 
-    def _outputs(self, logits: Any, presents: Sequence[tuple[Any, Any]]) -> None:
+    def _outputs(self, logits: Any, presents: Mapping[int, Sequence[Any]]) -> None:
         g, shape = self._g, self._decoder.shape
         g.output(logits, "logits", [BATCH, SEQUENCE, shape.vocab_size])
-        for index, (layer, pair) in enumerate(zip(self._decoder.layers, presents, strict=True)):
-            cache: list[int | str] = [BATCH, layer.kv_heads, TOTAL, shape.head_dim]
+        for index, pair in presents.items():
+            heads = self._decoder.layers[index].kv_heads
+            cache: list[int | str] = [BATCH, heads, TOTAL, shape.head_dim]
             for value, part in zip(pair, ("key", "value"), strict=True):
                 g.output(value, f"present.{index}.{part}", cache)
 

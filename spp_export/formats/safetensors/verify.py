@@ -20,7 +20,7 @@ from spp_export.models.checkpoint.checkpoint import (
 )
 from spp_export.models.checkpoint.header import StoredTensor
 from spp_export.models.checkpoint.reader import blocks, read_float
-from spp_export.models.families import Family
+from spp_export.models.families import Family, Role
 from spp_export.models.session import Session
 from spp_export.models.tokenizer import load_tokenizer
 from spp_export.planning import Plan
@@ -66,9 +66,12 @@ def check_directory(
     The oracle takes re-fitted projections as they were written, so `compensation`, which knows what
     they were fitted to, is asked about them; only an export has it.
     """
+    from spp_export.evaluation.oracle import masked_dense
     from spp_export.evaluation.parity import (
         VerifyReport,
+        cached_logits,
         check_cache,
+        check_cached_like,
         check_causality,
         check_parity,
     )
@@ -88,8 +91,15 @@ def check_directory(
             tensors,
             check_parity(slim, reference),
             check_causality(slim, longest),
-            check_cache(slim, longest, reference.rounding),
         ]
+        if source.family.mixers:
+            with masked_dense(
+                session.model, source.family, source.shape, compiled, compensated
+            ) as dense:
+                expected = cached_logits(dense, longest)
+            checks.append(check_cached_like(slim, expected, longest, reference.rounding))
+        else:
+            checks.append(check_cache(slim, longest, reference.rounding))
         if compensation is not None and compiled.compensation == "lstsq":
             checks.append(_check_refit(directory, session.source, compensation))
         if prompts:
@@ -173,6 +183,9 @@ def _within(error: CheckpointError, tensor: StoredTensor) -> str:
     return str(error).removeprefix(f"{tensor.file}: ").rstrip(".")
 
 
+_OF_HEADS = (Role.QUERY, Role.KEY, Role.VALUE, Role.OUTPUT)
+
+
 def _compensated(directory: Path, source: Checkpoint, compiled: Plan) -> Projections:
     """The projections that no slicing gives, as written, for the oracle to put in place: the
     compensated ones, and all of a model that was trained further."""
@@ -190,10 +203,11 @@ def _compensated(directory: Path, source: Checkpoint, compiled: Plan) -> Project
                 source.family.layer_name(index, source.family.projection(role)),
                 real_columns(compiled, index, role, source.shape),
                 role in CONSUMERS,
+                source.shape.hidden_size,
             )
             for index, layer in enumerate(compiled.layers)
             for role in roles
-            if f"{source.family.layer_name(index, source.family.projection(role))}.weight" in stored
+            if (source.shape.has_heads if role in _OF_HEADS else source.shape.has_channels)[index]
             if trained or (compiled.compensation != "none" and loses(layer, role, source.shape))
         }
     )
@@ -205,6 +219,7 @@ def _projection(
     module: str,
     columns: Indices | slice,
     with_bias: bool,
+    hidden: int,
 ) -> Projection:
     import torch
 
@@ -212,8 +227,9 @@ def _projection(
 
     # Of o_proj and down_proj only: the biases of the others are cut, and never changed.
     bias = stored.get(f"{module}.bias") if with_bias else None
-    weight = outputs_first(family, read_float(stored[f"{module}.weight"]))
-    return Projection(
-        torch.from_numpy(weight[:, columns]),
-        None if bias is None else torch.from_numpy(read_float(bias)),
-    )
+    weight = stored.get(f"{module}.weight")
+    if weight is None:  # of attention without heads, or an MLP without channels
+        kept = torch.zeros((hidden, 0) if with_bias else (0, hidden))
+    else:
+        kept = torch.from_numpy(outputs_first(family, read_float(weight))[:, columns])
+    return Projection(kept, None if bias is None else torch.from_numpy(read_float(bias)))

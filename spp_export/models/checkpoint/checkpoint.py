@@ -83,7 +83,8 @@ class Checkpoint:
     @property
     def dtype(self) -> str:
         """Stored dtype of the attention weights, as safetensors spells it ("BF16")."""
-        return self.tensor(self.family.query, self.shape.has_heads.index(True)).dtype
+        first = next(index for index, layer in enumerate(self.layers) if layer.has_attention)
+        return self.tensor(self.family.query, first).dtype
 
     @property
     def dtype_name(self) -> str:
@@ -244,6 +245,12 @@ def _element_bytes(family: Family, stored: Mapping[str, StoredTensor]) -> int:
     )
     tensor = next(queries, None)
     return ELEMENT_BYTES[tensor.dtype] if tensor else 2
+
+
+def _first_query(family: Family, stored: Mapping[str, StoredTensor]) -> StoredTensor | None:
+    """The query weight of the first layer that has attention."""
+    names = (f"{family.layer_name(layer, family.query)}.weight" for layer in range(len(stored)))
+    return next((stored[name] for name in names if name in stored), None)
 
 
 def written_tensors(directory: Path, family: Family) -> dict[str, StoredTensor]:
@@ -407,7 +414,12 @@ def _slim_layers(
     kept = tuple(layer for layer in layers if layer is not None)
     if len(kept) < len(layers):
         raise wrong
-    return shape.existing(kept)
+    existing = shape.existing(kept)
+    if not any(layer.has_attention for layer in existing):
+        raise ModelError(
+            f"{path / 'config.json'}: no layer has attention heads. Write the export again."
+        )
+    return existing
 
 
 def _slim_layer(entry: Any, family: Family, shape: ModelShape, sparse: bool) -> LayerShape | None:
@@ -419,9 +431,11 @@ def _slim_layer(entry: Any, family: Family, shape: ModelShape, sparse: bool) -> 
     groups = entry.get("query_groups", [])
     if not isinstance(groups, list):
         return None
-    if any(type(size) is not int or size < 1 for size in (*sizes, *groups)):
+    if any(type(size) is not int or size < 0 for size in (*sizes, *groups)):
         return None
     query, kv, channels = sizes
+    if bool(query) != bool(kv) or 0 in groups:
+        return None
     if groups and (len(groups) != kv or sum(groups) != query):
         return None
     experts = shape.experts

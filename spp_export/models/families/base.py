@@ -109,6 +109,7 @@ class Feature(StrEnum):
     TRANSPOSED = "weights with their inputs first"
     MIXERS = "other mixers than attention"
     GATED = "an output gate of every head in the tensor of its query"
+    ALTERNATING = "layers of attention or of an MLP alone"
     LATENT = "keys and values made of latents (MLA)"
     WIDE_NORM = "norms over all heads or channels at once"
     VISION = "a tower of vision"
@@ -394,6 +395,33 @@ class Family:
         features = sorted(self.features & set(unknown))
         return f"{what} does not know {features[0].value}" if features else None
 
+    @property
+    def mlp(self) -> str:
+        """The module of the MLP, relative to a layer; "" where nothing of it is cut, or its
+        projections are the layer's own."""
+        return self.down.rpartition(".")[0]
+
+    @property
+    def attention_norms(self) -> tuple[str, ...]:
+        """The norms that a layer without attention has no use for."""
+        # Side by side, the MLP may read the same norm.
+        return (self.attention_norm,) if self.attention_norm and self.mlp_norm else ()
+
+    @property
+    def mlp_norms(self) -> tuple[str, ...]:
+        """The norms that a layer without an MLP has no use for."""
+        return (self.mlp_norm,) if self.mlp_norm else ()
+
+    def no_empty_layers(self, units: Units) -> str:
+        """Why no layer may lose all of its heads, channels, or both; "" where it may."""
+        if refusal := self.refusal((Feature.MIXERS, Feature.LATENT), "a layer that keeps nothing"):
+            return refusal
+        if self.derived_head_dim == "attention":
+            return f"attention of {self.model_type} models has no size of heads of its own"
+        if includes(units, "channels") and not self.mlp:
+            return f"the MLPs of {self.model_type} models are not cut"
+        return ""
+
     def check_units(self, units: Units, shape: ModelShape) -> None:
         """ModelError where units are to go that models of this family, or this one, do not have or
         that are not cut."""
@@ -532,8 +560,10 @@ class Family:
                     weight = len(spec.shape) == 2 and spec.role is not Role.OTHER
                     rows += spec.step if unit is Unit.KV and weight else 0
         whole = self._fixed(bare, shape.layer)
-        attention = whole - self._fixed(bare, replace(shape.layer, query_heads=0, kv_heads=0))
-        mlp = whole - self._fixed(bare, replace(shape.layer, channels=0))
+        no_heads = replace(shape.layer, query_heads=0, kv_heads=0)
+        no_channels, first = replace(shape.layer, channels=0), frozenset({0})
+        attention = whole - self._fixed(replace(bare, without_heads=first), no_heads)
+        mlp = whole - self._fixed(replace(bare, without_channels=first), no_channels)
         unread = 0 if shape.tied_embeddings else shape.vocab_size * shape.embedding_width
         alone = not (self.caches_queries or shape.cached)
         unread += sum(prod(size) for _, size in shape.beside)
@@ -554,6 +584,8 @@ class Family:
             shape.cached,
             attention,
             mlp,
+            attention - whole + self._fixed(bare, no_heads),
+            mlp - whole + self._fixed(bare, no_channels),
         )
 
     def _fixed(self, shape: ModelShape, layer: LayerShape) -> int:
@@ -630,7 +662,11 @@ class Family:
         widths = self._forms({Role.GATE: "C", Role.UP: "C"})
         rows = dict(zip((Role.QUERY, Role.KEY), shape.head_rows, strict=True))
         inputs = dict(zip((Role.QUERY, Role.KEY), shape.head_inputs, strict=True))
-        yield from whole(self._norm(self.attention_norm, shape))
+        # Attention and MLP that a plan leaves without units keep the bias of what writes, and no
+        # norm; what a layer never had is another thing.
+        emptied = not layer.has_attention and index not in shape.without_heads
+        if not (emptied and self.attention_norms):
+            yield from whole(self._norm(self.attention_norm, shape))
         if layer.query_heads:
             for module, (role, form) in heads.items():
                 size = inputs.get(role) or hidden
@@ -638,8 +674,9 @@ class Family:
             yield cut(f"{self.output}.weight", Role.OUTPUT, "Q", hidden, axis=1)
             for module, (role, form) in heads.items() if shape.qkv_bias else ():
                 yield cut(f"{module}.bias", role, form, rows=rows.get(role, 0))
-            if shape.output_bias:
-                yield from whole([(f"{self.output}.bias", (hidden,))])
+        if shape.output_bias and (layer.query_heads or emptied):
+            yield from whole([(f"{self.output}.bias", (hidden,))])
+        if layer.query_heads:
             if shape.qk_norm and self.head_norms:
                 yield cut(f"{self.query_norm}.weight", Role.OTHER, "q", shape.head_dim)
                 yield cut(f"{self.key_norm}.weight", Role.OTHER, "k", shape.head_dim)
@@ -653,7 +690,9 @@ class Family:
         for module, form in self.wide_norms.items():
             if layer.channels if form == "C" else layer.query_heads:
                 yield cut(f"{module}.weight", Role.OTHER, form)
-        yield from whole(self._norm(self.mlp_norm, shape))
+        emptied = not layer.has_mlp and index not in shape.without_channels
+        if not (emptied and self.mlp_norms):
+            yield from whole(self._norm(self.mlp_norm, shape))
         if layer.channels:
             for module, (role, form) in widths.items():
                 yield cut(f"{module}.weight", role, form, hidden)
@@ -661,8 +700,8 @@ class Family:
                 yield cut(f"{self.down}.weight", Role.DOWN, "C", hidden, axis=1)
             for module, (role, form) in widths.items() if shape.mlp_bias else ():
                 yield cut(f"{module}.bias", role, form)
-            if self.down and (shape.mlp_bias or shape.down_bias):
-                yield from whole([(f"{self.down}.bias", (hidden,))])
+        if self.down and (shape.mlp_bias or shape.down_bias) and (layer.channels or emptied):
+            yield from whole([(f"{self.down}.bias", (hidden,))])
         yield from whole(shape.mixers[index] if shape.mixers else ())
         experts = shape.experts - layer.dropped_experts
         for tensor in shape.mlps[index] if shape.mlps else ():
@@ -670,7 +709,12 @@ class Family:
         for module, flag in map(_optional, self.more_norms):
             if not flag or flag in shape.switches:
                 yield from whole(self._norm(module, shape))
-        yield from whole(self.fixed.items())
+        fixed = self.fixed.items()
+        if not layer.has_mlp:
+            fixed = {
+                name: size for name, size in fixed if not name.startswith(f"{self.mlp}.")
+            }.items()
+        yield from whole(fixed)
 
     def _expert_tensors(
         self, tensor: ExpertTensor, experts: int, index: int

@@ -304,6 +304,26 @@ def _mamba2(
     }
 
 
+_BLOCKS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
+_RENAMED = {"mamba": "linear_attention", "attention": "full_attention"}
+
+
+def _nemotron_h(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The kinds of layers, which config.json lists or writes as a pattern, and how many they are;
+    the width of the Mamba mixers."""
+    kinds, pattern = config.get("layers_block_type"), config.get("hybrid_override_pattern")
+    if kinds is None and isinstance(pattern, str):
+        kinds = [_BLOCKS.get(letter, letter) for letter in pattern]
+    found: dict[str, Any] = {}
+    if isinstance(kinds, list):
+        kinds = [_RENAMED.get(kind, kind) if isinstance(kind, str) else kind for kind in kinds]
+        found = {"layer_types": kinds, "num_hidden_layers": len(kinds)}
+    heads, size = config.get("mamba_num_heads"), config.get("mamba_head_dim")
+    if isinstance(heads, int) and isinstance(size, int):
+        found["mamba_width"] = heads * size
+    return found
+
+
 def _features(*features: Feature) -> frozenset[Feature]:
     return frozenset(features)
 
@@ -553,7 +573,7 @@ FAMILIES = (
            down="feed_forward.w2", attention_norm="operator_norm", mlp_norm="ffn_norm",
            final_norm="model.embedding_norm", rope_theta=1000000.0, end_token=2,
            keys={"tie_word_embeddings": "tie_embedding", "intermediate_size": "block_ff_dim"},
-           settled={"block_auto_adjust_ff_dim": False},
+           settled={"block_auto_adjust_ff_dim": False, "block_ff_dim": None},
            defaults={**_TIED, "conv_L_cache": 3, "block_auto_adjust_ff_dim": True,
                      "block_multiple_of": 256, "block_ffn_dim_multiplier": 1.0},
            mixers=Mixers("short convolutions", {
@@ -576,6 +596,20 @@ FAMILIES = (
                "mamba", "ssm_width", "mamba_n_groups", "mamba_d_state", "mamba_n_heads",
                "mamba_d_conv", conv="mamba_conv_bias", enter="mamba_proj_bias",
                leave="projectors_bias", norm="mamba_rms_norm"))),
+    Family("nemotron_h", "NemotronHForCausalLM",
+           _features(Feature.MIXERS, Feature.ALTERNATING, Feature.NO_GATE, Feature.ACTIVATION,
+                     Feature.ROTARY),
+           mlp_bias="mlp_bias", derive=_nemotron_h, rope_theta=None, attention="mixer",
+           query="mixer.q_proj", key="mixer.k_proj", value="mixer.v_proj", output="mixer.o_proj",
+           gate="", up="mixer.up_proj", down="mixer.down_proj", attention_norm="norm",
+           mlp_norm="", embedding="model.embeddings", final_norm="model.norm_f", end_token=2,
+           stored=(("model.", "backbone."),), defaults={
+               "head_dim": 128, "mamba_num_heads": 128, "mamba_head_dim": 64, "n_groups": 8,
+               "ssm_state_size": 128, "conv_kernel": 4, "use_conv_bias": True},
+           mixers=Mixers("Mamba-2 mixers", _mamba2(
+               "mixer", "mamba_width", "n_groups", "ssm_state_size", "mamba_num_heads",
+               "conv_kernel", conv="use_conv_bias", enter="use_bias", leave="use_bias"),
+               kinds=("linear_attention",), heads=("full_attention",), channels=("mlp",))),
     Family("opt", "OPTForCausalLM", _features(Feature.NO_GATE, _LAYER_NORM, _POSITIONS),
            keys={"intermediate_size": "ffn_dim", **_EVERY_HEAD}, derive=_opt,
            derived_head_dim="attention",

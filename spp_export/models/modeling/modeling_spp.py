@@ -13,8 +13,10 @@ first, and by all names that versions of transformers have for them; `narrow` in
 attention whose config has no size of heads, `wide` for an MLP whose width is given by what is as
 wide, `per_head` for an attention that is given something for every head of the dense model, as
 scores that are biased by distance are; `stays` lists the layers in which a module is another mixer,
-or not there, and stays as it is. `biased_projections` names modules of a layer, such as
-`mlp.down_proj`, that have a bias where the stock model has none.
+or not there, and stays as it is; `empty` is for layers of which a plan kept no attention or no MLP:
+by the count that is 0 there, the module, its last projection, whose bias stays, and the norms that
+go. `biased_projections` names modules of a layer, such as `mlp.down_proj`, that have a bias where
+the stock model has none.
 See configuration_spp.py for why this file imports so little.
 """
 
@@ -22,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -86,6 +88,68 @@ def _serve_unevenly(attention: Any, query_groups: Sequence[int]) -> None:
     attention.register_forward_pre_hook(_repeat, with_kwargs=True)
 
 
+class _Empty(nn.Module):
+    """In place of an attention or an MLP of which nothing is kept: writes what is left of it, the
+    bias of its last projection, or zeros."""
+
+    layer_idx: int
+
+    def __init__(self, old: nn.Module, output: str, attends: bool) -> None:
+        super().__init__()
+        # Layers of transformers 4 ask their attention for its kind.
+        plain = {name: it for name, it in vars(old).items() if isinstance(it, (bool, int, str))}
+        vars(self).update(plain)
+        self._output, self._attends, self.counts = output, attends, False
+        last, stock = nn.Module(), cast(Any, old.get_submodule(output))
+        last.register_parameter("bias", stock.bias)
+        self.add_module(output, last)
+
+    def forward(self, hidden_states: Tensor, *_: Any, **kwargs: Any) -> Any:
+        """What is added to hidden states [B,S,d]; as attention does, with no weights."""
+        cache = kwargs.get("past_key_values") if self._attends else None
+        if cache is not None and (self.counts or self._is_static(cache)):
+            rows = hidden_states.new_zeros(*hidden_states.shape[:2], 1)[:, None]
+            position = {"cache_position": kwargs.get("cache_position")}
+            cache.update(rows, rows, self.layer_idx, position)
+        bias: Any = self.get_submodule(self._output).bias
+        written = torch.zeros_like(hidden_states)
+        written = written if bias is None else written + bias
+        return (written, None) if self._attends else written
+
+    def _is_static(self, cache: Any) -> bool:
+        """Whether it is made for a length: transformers 4 then asks it for the size of every layer,
+        of which there must be one, if only a number per token."""
+        layers = getattr(cache, "layers", ())
+        return self.layer_idx < len(layers) and hasattr(layers[self.layer_idx], "max_cache_len")
+
+
+def _empty(layer: nn.Module, key: str, module: str, output: str, norms: Sequence[str]) -> None:
+    attends = key == "num_attention_heads"
+    setattr(layer, module, _Empty(getattr(layer, module), output, attends))
+    for norm in norms:
+        setattr(layer, norm, nn.Identity())
+
+
+def _share_cache(layers: Any, attention: str, config: Any) -> None:
+    """Let caches tell how far they are, which transformers asks the first layer, or the first of
+    each kind of attention.
+
+    Where that one has no attention, the next one of its kind that has keeps its states there. Where
+    there is none, and the layer is the first, it counts: one number per token.
+    """
+    attends = [not isinstance(getattr(layer, attention), _Empty) for layer in layers]
+    kinds = getattr(config, "layer_types", None) or [""] * len(attends)
+    for kind in dict.fromkeys(kinds):
+        places = [index for index in range(len(attends)) if kinds[index] == kind]
+        first = places[0]
+        keeps = next((index for index in places if attends[index]), None)
+        if keeps is not None:
+            getattr(layers[first], attention).layer_idx = keeps
+            getattr(layers[keeps], attention).layer_idx = first
+        elif first == 0:
+            getattr(layers[first], attention).counts = True
+
+
 class _PerLayerModel:
     """Put before a stock model class, gives every layer the modules of its own config."""
 
@@ -120,7 +184,17 @@ class _PerLayerModel:
         layers: Any = decoder.get_submodule(listed["layers"])
         for index, layer in enumerate(layers):
             _graft(layer, own, index, listed)
+        if "empty" in listed:
+            _share_cache(layers, listed["modules"][0], own)
         model.init_weights()
+
+    def _get_static_cache_init_shape(self) -> Any:
+        """What `generate` would make a static cache by at once: not known where one layer's states
+        are kept in the place of another."""
+        own = getattr(self.config, _TEXT, self.config)
+        listed = getattr(own, "per_layer_modules", None) or {}
+        parent: Any = super()
+        return None if "empty" in listed else parent._get_static_cache_init_shape()
 
 
 def _graft(layer: nn.Module, config: Any, index: int, listed: Mapping[str, Any]) -> None:
@@ -128,6 +202,11 @@ def _graft(layer: nn.Module, config: Any, index: int, listed: Mapping[str, Any])
     own, attention = config.layer_config(index), listed["modules"][0]
     stays = listed.get("stays", {})
     modules = [name for name in listed["modules"] if index not in stays.get(name, ())]
+    empty = [key for key in listed.get("empty", ()) if getattr(own, key) == 0]
+    for key in empty:
+        # Made of size 1, for none of transformers' modules has size 0, and then replaced.
+        setattr(own, key, 1)
+        own.num_key_value_heads = own.num_key_value_heads or 1
     if "narrow" in listed:
         _narrow(layer, attention, config, index, listed.get("keys", {}), **listed["narrow"])
         # The rest of it, with heads that fill the hidden size.
@@ -151,6 +230,8 @@ def _graft(layer: nn.Module, config: Any, index: int, listed: Mapping[str, Any])
             continue
         linear: Any = layer.get_submodule(name)
         linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
+    for key in empty:
+        _empty(layer, key, *listed["empty"][key])
 
 
 def _narrow(

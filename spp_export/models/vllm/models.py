@@ -22,8 +22,8 @@ _OUTPUT = "self_attn.o_proj"
 def layer_config(config: Any, prefix: str) -> Any:
     """The config of the layer that `prefix` names, with the biases of bias compensation.
 
-    Raises ValueError for a bias that vLLM's layers cannot have by itself, and for groups of
-    different sizes.
+    Raises ValueError for a bias that vLLM's layers cannot have by itself, for groups of different
+    sizes, and for a layer without attention or MLP.
     """
     index = extract_layer_index(prefix)
     layer = copy.copy(config.layer_config(index))
@@ -32,6 +32,12 @@ def layer_config(config: Any, prefix: str) -> Any:
             f"layer {index}: its KV heads serve different numbers of query heads, which vLLM's "
             "attention does not know. Export with --layout ragged --pad."
         )
+    for key, what in (("num_attention_heads", "attention"), ("intermediate_size", "MLP")):
+        if getattr(layer, key) == 0:
+            raise ValueError(
+                f"layer {index} has no {what}, and all of vLLM's layers have one. "
+                "Plan with --no-allow-empty-layers."
+            )
     biased = set(getattr(config, "biased_projections", None) or ())
     if biased - {_OUTPUT}:
         raise ValueError(

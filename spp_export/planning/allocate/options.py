@@ -69,11 +69,14 @@ class Options(ABC):
 
     A size is a number of KV groups and a count n of query heads: in each group for regular layers,
     in all for ragged ones. value: [L,G,N], entry [l,a-1,n-1] the worth of layer l with a groups,
-    -inf where there is no such set of heads, or none that holds the forced ones.
+    -inf where there is no such set of heads, or none that holds the forced ones. nothing: [L], the
+    worth of a layer without attention, -inf where it holds forced heads; None where every layer
+    keeps some, so that no size has 0 groups.
     """
 
     value: FloatArray
     ragged: bool = field(default=False, kw_only=True)
+    nothing: FloatArray | None = field(default=None, kw_only=True)
 
     @property
     def query_heads(self) -> IntArray:
@@ -99,7 +102,13 @@ class SetOptions(Options):
         """As of `Options`."""
         groups_L, heads_L = np.broadcast_arrays(groups, heads)
         kept: BoolArray = self.sets[np.arange(len(self.value)), groups_L - 1, heads_L - 1]
-        return kept
+        return kept & (groups_L > 0)[:, None, None]
+
+
+def with_nothing(options: Options, worth_L: ArrayLike, forced_LH: BoolArray) -> Options:
+    """The same options and, at this worth, a layer without attention where no head is forced."""
+    worth = np.broadcast_to(np.asarray(worth_L, dtype=np.float64), len(forced_LH))
+    return replace(options, nothing=np.where(forced_LH.any(axis=1), -np.inf, worth))
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,16 +251,19 @@ class NestedOptions:
         return self.rank < np.reshape(widths, (-1, 1))
 
 
-def channel_options(scores_LI: ArrayLike, shape: ModelShape, multiple: int = 64) -> NestedOptions:
+def channel_options(
+    scores_LI: ArrayLike, shape: ModelShape, multiple: int = 64, *, none: bool = False
+) -> NestedOptions:
     """All widths of every layer with the channels of highest score, ties to the lowest index.
 
-    scores_LI: [L,I] finite, of any sign. Widths are the multiples of `multiple`, and I.
+    scores_LI: [L,I] finite, of any sign. Widths are the multiples of `multiple`, and I; with `none`
+    also 0, a layer without an MLP.
 
     Raises PlanError for scores of another shape or that are not finite.
     """
     layers, channels = shape.num_layers, shape.channels
     scores = checked(scores_LI, layers, channels, unit="channel", plural="channels")
-    return _nested(scores, channel_widths(channels, multiple))
+    return _nested(scores, channel_widths(channels, multiple, none=none))
 
 
 def expert_options(scores_SE: ArrayLike, shape: ModelShape) -> NestedOptions:
@@ -268,7 +280,8 @@ def expert_options(scores_SE: ArrayLike, shape: ModelShape) -> NestedOptions:
 def _nested(scores: FloatArray, widths: tuple[int, ...]) -> NestedOptions:
     order = np.argsort(-scores, axis=-1, kind="stable")
     kept_score = np.cumsum(np.take_along_axis(scores, order, axis=-1), axis=-1)
-    return NestedOptions(widths, kept_score[:, np.array(widths) - 1], places(order, axis=-1))
+    kept_score = np.pad(kept_score, ((0, 0), (1, 0)))
+    return NestedOptions(widths, kept_score[:, np.array(widths)], places(order, axis=-1))
 
 
 def splittable_heads(options: Options, ways: int) -> Options:

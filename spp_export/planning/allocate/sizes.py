@@ -6,7 +6,7 @@ Layers may differ, or all have one size, which a stock config can describe.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -33,13 +33,16 @@ class Candidates:
     def of_heads(
         cls, options: Options, costs: ArrayLike, has_heads: Sequence[bool] = ()
     ) -> Candidates:
-        """Size of a groups and a count n of heads at (a-1)*N + n-1. costs: [G,N] or [L,G,N],
-        positive integers (`head_costs`) or floats. A layer without heads, by `has_heads`, has one
-        size, the first, that costs nothing."""
+        """Size of a groups and a count n of heads at (a-1)*N + n-1, and no heads, if that may be,
+        at the end. costs: [G,N] or [L,G,N], positive integers (`head_costs`) or floats. A layer
+        without heads in the model, by `has_heads`, has one size, the first, that costs nothing."""
         value = options.value
         flat = (len(value), value[0].size)
-        costs = np.broadcast_to(costs, value.shape).reshape(flat)
-        return cls._of(value.reshape(flat), costs, has_heads)
+        worth, costs = value.reshape(flat), np.broadcast_to(costs, value.shape).reshape(flat)
+        if options.nothing is not None:
+            worth = np.column_stack([worth, options.nothing])
+            costs = np.pad(costs, ((0, 0), (0, 1)))
+        return cls._of(worth, costs, has_heads)
 
     @classmethod
     def nested(
@@ -100,12 +103,14 @@ def expert_costs(shape: ModelShape, counts: Sequence[int]) -> IntArray:
     return np.array(counts, dtype=np.int64) * shape.counted.expert
 
 
-def smallest_cost(candidates: Sequence[Candidates]) -> int:
-    """Total cost of the smallest sizes that there are."""
-    return sum(
-        int(np.where(kind.value > -np.inf, kind.cost, np.inf).min(axis=1).sum())
-        for kind in candidates
-    )
+def smallest_cost(candidates: Sequence[Candidates], *, some: bool = False) -> int:
+    """Total cost of the smallest sizes that there are; with `some`, as of `allocate_some`."""
+    costs = [np.where(kind.value > -np.inf, kind.cost, np.inf) for kind in candidates]
+    least = sum(int(kind.min(axis=1).sum()) for kind in costs)
+    if some:
+        heads = costs[0]
+        least += int((heads[:, :-1].min(axis=1) - heads.min(axis=1)).min())
+    return least
 
 
 def allocate(
@@ -123,6 +128,31 @@ def allocate(
     choice = choose(value, cost, budget)
     ends = np.cumsum([len(kind.value) for kind in candidates])
     return tuple(np.split(choice.options, ends[:-1])), choice
+
+
+def allocate_some(
+    candidates: Sequence[Candidates], budget: float
+) -> tuple[tuple[IntArray, ...], Choice]:
+    """As `allocate`, where the first candidates' last option may not be the choice of every layer.
+
+    Of the choices where one layer does without it, each layer in turn, the best.
+    """
+    first, *rest = candidates
+    best: tuple[tuple[IntArray, ...], Choice] | None = None
+    bound = -np.inf
+    for layer in range(len(first.value)):
+        value = first.value.copy()
+        value[layer, -1] = -np.inf
+        try:
+            found = allocate([Candidates(value, first.cost), *rest], budget)
+        except BudgetError:
+            continue
+        bound = max(bound, found[1].bound)
+        if best is None or (found[1].value, -found[1].cost) > (best[1].value, -best[1].cost):
+            best = found
+    if best is None:
+        raise BudgetError(f"the budget {budget:g} leaves no layer its cheapest attention.")
+    return best[0], replace(best[1], bound=bound)
 
 
 def _padded(rows: NDArray[Any], columns: int, fill: float) -> NDArray[Any]:

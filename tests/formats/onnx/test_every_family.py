@@ -9,7 +9,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from family_models import FORMS, KNOWN, family_name, load, make_dense, make_slim
+from factories import random_layers
+from family_models import FORMS, KNOWN, emptied, family_name, load, make_dense, make_slim
 from numpy.typing import NDArray
 from test_onnx_families import _Graph
 
@@ -40,6 +41,15 @@ CASES = [
     )
     for number, name in enumerate(WRITTEN)
     for other, form in enumerate(ATTENTIONS)
+]
+# Those whose layers may keep nothing; of the commoner forms one, and the others slowly.
+_USUAL = ("llama", "gemma2", "cohere", "cohere2", "granite", "starcoder2", "qwen3")
+EMPTY = [
+    pytest.param(
+        name, ATTENTIONS[number % 3], marks=() if name in _USUAL else pytest.mark.slow, id=name
+    )
+    for number, name in enumerate(WRITTEN)
+    if not FAMILIES[family_name(name)].no_empty_layers("heads")
 ]
 _PROMPT, _COUNT = 13, 17
 
@@ -83,8 +93,23 @@ def written(checkpoint: Path, out: Path, attention: Attention) -> _Graph:
 
 @pytest.mark.parametrize(("name", "attention"), CASES)
 def test_a_graph_gives_the_logits_of_transformers(slim, name, attention, tmp_path: Path) -> None:
+    assert_the_same(slim(name), attention, tmp_path)
+
+
+@pytest.mark.parametrize(("name", "attention"), EMPTY)
+def test_layers_may_have_no_attention_and_no_mlp(name, attention, tmp_path: Path) -> None:
+    """The first, the last, and both at once; what is left of them are biases, multiplied or
+    normalised as the family does."""
+    source = open_source(make_dense(name, tmp_path / "dense", head_dim=16, layers=4))
+    cut = bool(source.family.down)
+    layers = random_layers(source.shape, 3, channels=cut)
+    layers = emptied(layers, (0, 2), (2, 3) if cut else ())
+    checkpoint = make_slim(source, "per-layer", tmp_path / "slim", layers).slim
+    assert_the_same(checkpoint, attention, tmp_path)
+
+
+def assert_the_same(checkpoint: Path, attention: Attention, tmp_path: Path) -> None:
     """A prompt, then token by token with the cache; and the weights can be read back."""
-    checkpoint = slim(name)
     graph = written(checkpoint, tmp_path / "onnx", attention)
     tokens = ids(1, _COUNT)
     expected, ones = truth(checkpoint, tokens), np.ones_like(tokens)
