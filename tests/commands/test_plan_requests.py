@@ -222,7 +222,9 @@ def test_a_whitelist_that_does_not_fit_the_budget_says_so(workshop, tmp_path):
         workshop.plan(NAME, artifacts=edited, keep=0.7, compensate="none")
 
 
-def test_a_plan_of_a_wide_mlp_says_which_moments_its_refit_reads(workshop, monkeypatch):
+def test_a_plan_of_a_wide_mlp_says_which_moments_its_refit_reads(workshop, tmp_path, monkeypatch):
+    # Statistics in blocks of this size are no other test's.
+    monkeypatch.setenv("SPP_CACHE", str(tmp_path))
     monkeypatch.setattr("spp_export.calibration.activations.CHANNEL_BLOCK", 20)
 
     def moments(**asked):
