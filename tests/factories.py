@@ -306,14 +306,17 @@ def write_slim(
 ) -> Path:
     """A slim checkpoint of the `dense` directory, written the slow way, with its tokenizer.
 
-    `biases` are those of every layer's o_proj and down_proj, by full name, if these get any."""
+    `biases` are those of every layer's o_proj, down_proj or both, by full name."""
     with quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(dense, dtype="auto")
     config, shape = read_config(dense), shape_of(dense)
     shapes = [layer.shape(shape) for layer in layers]
     family = FAMILIES[shape.model_type]
     target.mkdir(parents=True)
-    biased = {Role.OUTPUT, Role.DOWN} if biases else ()
+    ends = {Role.OUTPUT: "o_proj.bias", Role.DOWN: "down_proj.bias"}
+    biased = {
+        role for role, end in ends.items() if any(name.endswith(end) for name in biases or ())
+    }
     slim = slim_config(config, family, shape, shapes, layout, biased)
     (target / "config.json").write_text(json.dumps(slim, indent=2))
     metadata = {"format": "pt"}

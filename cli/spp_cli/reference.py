@@ -63,7 +63,7 @@ test: a tiny random model is sliced, written, loaded in transformers, ONNX Runti
 compared (`tests/models/test_families_contract.py`, `tests/formats/test_family_table.py`). A number
 is the reason below why there is none, which is what the command says as well. *Channels* and
 *experts* are what alone can go in layout `uniform` where the engine's class takes no other number
-of heads. The columns of vLLM are what its source says of safetensors directories, and are not run.
+of heads. The columns of vLLM are about safetensors directories (`make test-vllm`).
 
 A model's config.json may ask for more than its family does as a rule, such as a sliding window that
 llama.cpp does not know in it; then the command refuses that model by name. Models that see are
@@ -92,8 +92,9 @@ def families() -> str:
             reason = FORMATS[name].refusal(family, layout)
             cells.append(cell(reason, "yes" if units == "all" else f"*{units}*"))
         for layout in _LAYOUTS:
-            engine = vllm(family.model_type, layout, experts=bool(family.experts))
-            cells.append(cell(f"vLLM: {engine.how}" if engine.loads == "no" else None, "expected"))
+            engine = vllm(family.model_type, layout)
+            reason = f"vLLM: {engine.how}" if engine.loads == "no" else None
+            cells.append(cell(reason, engine.loads))
         rows.append(f"| `{family.model_type}` | {' | '.join(cells)} |")
     header = [f"| family | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
     notes = [f"{number}. {reason}" for reason, number in reasons.items()]

@@ -387,7 +387,6 @@ class _Job:
                 source.family.model_type,
                 plan.written_layout,
                 layers,
-                experts=bool(source.shape.experts),
             ),
             model_license(source.path),
         )

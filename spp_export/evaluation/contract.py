@@ -203,6 +203,8 @@ def _random_plan(source: Checkpoint, layout: Layout) -> tuple[LayerPlan, ...]:
         width = 10 if source.family.down else None
         size = min(2, source.shape.group_size)
         heads = {"kv_heads": 2 // size, "group_size": size}
+        if source.family.derived_head_dim:  # its stock config takes no fewer
+            heads = {"kv_heads": source.shape.kv_heads, "group_size": source.shape.group_size}
         layers = uniform_layers(source.shape, 3, **heads, channels=width)
     else:
         chosen = ragged_layers if layout == "ragged" else random_layers

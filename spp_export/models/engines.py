@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from spp_export.models.families.served import BACKEND, OWN_ATTENTION, PLUGIN, SGLANG, VLLM
+from spp_export.models.families.served import BACKEND, NOT_BACKEND, PLUGIN, SGLANG, VLLM
 from spp_export.models.shape import LayerShape
 
 # yes: a test of this project loads and runs it. expected: the engine's source or its users say so,
@@ -31,11 +31,8 @@ class Engine:
         return asdict(self)
 
 
-def engines_for(
-    model_type: str, layout: str, layers: Sequence[LayerShape], *, experts: bool = False
-) -> tuple[Engine, ...]:
-    """Engines for a safetensors directory of a family, with experts or without, of this layout and
-    these layers.
+def engines_for(model_type: str, layout: str, layers: Sequence[LayerShape]) -> tuple[Engine, ...]:
+    """Engines for a safetensors directory of a family, of this layout and these layers.
 
     Layers of a ragged plan that were padded are of layout per-layer.
     """
@@ -46,25 +43,25 @@ def engines_for(
         other = "the KV groups of a layer must be alike: --format gguf --pad"
     return (
         Engine("transformers", "yes", "4.57 or newer, stock class, no code" if uniform else code),
-        vllm(model_type, layout, layers, experts=experts),
+        vllm(model_type, layout, layers),
         Engine("llama.cpp", "no", other),
         _sglang(model_type, layout, layers),
     )
 
 
-def vllm(
-    model_type: str, layout: str, layers: Sequence[LayerShape] = (), *, experts: bool = False
-) -> Engine:
+def vllm(model_type: str, layout: str, layers: Sequence[LayerShape] = ()) -> Engine:
     """vLLM, for such a directory."""
 
-    def expected(how: str) -> Engine:
-        return Engine("vLLM", "expected", listed(f"{how}; not run here", _cards(layers)))
+    def runs(how: str) -> Engine:
+        return Engine("vLLM", "yes", listed(f"0.29 or newer, {how}", _cards(layers)))
 
     if layout == "ragged":
         return Engine("vLLM", "no", "the KV groups of a layer must be alike: write it with --pad")
     if layout == "uniform" and model_type in VLLM:
-        return expected("stock class")
-    if layout != "uniform" and any(layer.dropped_experts for layer in layers):
+        return runs("no code")
+    if layout == "uniform" and model_type in BACKEND:
+        return runs("--model-impl transformers")
+    if any(layer.dropped_experts for layer in layers):
         return Engine("vLLM", "no", "one number of experts for all layers")
     if model_type in PLUGIN | BACKEND and not all(
         layer.has_attention and layer.has_mlp for layer in layers
@@ -72,18 +69,12 @@ def vllm(
         how = "every layer must have attention and an MLP there: plan --no-allow-empty-layers"
         return Engine("vLLM", "no", how)
     if layout != "uniform" and model_type in PLUGIN:
-        return expected("0.29 or newer, --trust-remote-code, or with spp-export installed")
-    if model_type in OWN_ATTENTION:
-        how = "its attention is none that vLLM's Transformers backend can take the place of"
-        return Engine("vLLM", "no", how)
-    if experts and layout != "uniform":
-        how = "its Transformers backend makes the experts of all layers alike"
-        return Engine("vLLM", "no", how)
-    if model_type not in VLLM | BACKEND:
-        return Engine("vLLM", "no", "nothing is known of this family there")
-    if layout == "uniform":
-        return expected("its Transformers backend")
-    return expected("0.29 or newer, --trust-remote-code")
+        return runs("with spp-export installed, or --trust-remote-code")
+    if layout != "uniform" and model_type in BACKEND:
+        return runs("--trust-remote-code")
+    if model_type in NOT_BACKEND:
+        return Engine("vLLM", "no", "its Transformers backend does not run this family")
+    return Engine("vLLM", "no", "nothing is known of this family there")
 
 
 def _sglang(model_type: str, layout: str, layers: Sequence[LayerShape]) -> Engine:

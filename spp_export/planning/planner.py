@@ -36,7 +36,12 @@ from spp_export.planning import (
     forced_heads,
     options_of,
 )
-from spp_export.planning.allocate.options import channel_options, expert_options, with_nothing
+from spp_export.planning.allocate.options import (
+    channel_options,
+    dividing_heads,
+    expert_options,
+    with_nothing,
+)
 from spp_export.planning.bound import Predicted, predicted
 from spp_export.planning.budget import Budget, unit_cost
 from spp_export.planning.latency import LatencyTable
@@ -72,9 +77,8 @@ class PlanResult:
     @property
     def engines(self) -> tuple[Engine, ...]:
         """Engines that will, or will not, load what the plan describes."""
-        shape, layers = self.shape, self.plan.written_shapes(self.shape)
-        layout = self.plan.written_layout
-        return engines_for(shape.model_type, layout, layers, experts=bool(shape.experts))
+        layers = self.plan.written_shapes(self.shape)
+        return engines_for(self.shape.model_type, self.plan.written_layout, layers)
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`: `plan` is the document that `--plan` reads."""
@@ -151,7 +155,10 @@ class Planning:
         known = self.diagnosis.breadth, self.latency
         scoring = scoring_for(session, self.artifacts, parts, request, *known, budget=budget)
         if scoring.criterion not in self.scored:
-            self.scored[scoring.criterion] = scoring, scoring.options()
+            options = scoring.options()
+            if request.kv_divisors and options.heads is not None:
+                options = replace(options, heads=dividing_heads(options.heads))
+            self.scored[scoring.criterion] = scoring, options
         return self.scored[scoring.criterion]
 
     def within(self, budget: Budget | None = None) -> PlanResult:
@@ -175,6 +182,7 @@ class Planning:
                     "asked": {
                         **(budget or request.budget).to_dict(),
                         **({"tensor_parallel": request.tp} if request.tp > 1 else {}),
+                        **({"kv_divisors": True} if request.kv_divisors else {}),
                     },
                     "realised": realised.to_dict(),
                     **({"profile": self.latency.to_dict()} if self.latency else {}),
@@ -340,6 +348,7 @@ def _check_budget(
     forced = forced_heads(artifacts.whitelist, shape)
     empty = empty_layers(session.source, request)
     heads = options_of(request.layout)(scores_LH, shape, forced)
+    heads = dividing_heads(heads) if request.kv_divisors else heads
     heads = with_nothing(heads, 0.0, forced) if empty else heads
     channels = channel_options(scores_LI, shape, request.width_multiple, none=empty)
     experts = None

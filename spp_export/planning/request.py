@@ -160,6 +160,11 @@ class PlanRequest(AnswerTokens, CalibrationTokens, Seed):
         metavar="N",
         help="Cards that a server will spread every layer over: heads and channels divide by it.",
     )
+    kv_divisors: bool = option(
+        False,
+        panel=BUDGET,
+        help="Numbers of KV heads divide the dense model's: vLLM's pages where windows differ.",
+    )
 
     @property
     def limits(self) -> tuple[float | None, ...]:
@@ -214,6 +219,8 @@ class PlanRequest(AnswerTokens, CalibrationTokens, Seed):
             )
         if self.tp > 1 and (self.layout == "ragged" or self.policy == "published"):
             raise UsageError("--tp: only regular plans of policy exact divide among cards.")
+        if self.kv_divisors and self.policy == "published":
+            raise UsageError("--kv-divisors: policy published chooses heads otherwise.")
         criterion = CRITERIA.get(self.criterion or DEFAULT_CRITERION[self.compensate])
         if isinstance(criterion, SetCriterion) and self.comparable is not None:
             raise UsageError(

@@ -89,6 +89,7 @@ def slim_config(
         config |= {family.bias_switch(role): True for role in new}
     elif layout in ("per-layer", "ragged"):
         config |= _per_layer(family, shape, layers, ragged=layout == "ragged")
+        config |= _for_vllm(family, shape, config)
         if family.per_head:
             config["per_layer_modules"] |= _per_head(family, shape, layers, kept_heads)
         if new:
@@ -270,6 +271,20 @@ def _per_layer_modules(
             "keys": {key: name for key, name in family.keys.items() if name and key in _OWN_KEYS},
         }
     }
+
+
+def _for_vllm(
+    family: Family, shape: ModelShape, config: Mapping[str, Any]
+) -> dict[str, float | int]:
+    """Keys that vLLM's Transformers backend reads, and no stock class: the size of a head where it
+    would divide the hidden size by a layer's heads, and what logits are multiplied by."""
+    keys: dict[str, float | int] = {}
+    if family.derived_head_dim == "attention":
+        keys["hidden_size_per_head"] = shape.head_dim
+    scale = config.get("logits_scaling")
+    if family.scaled_logits and isinstance(scale, int | float) and scale:
+        keys["logit_scale"] = scale if family.scaled_logits == "multiplied" else 1 / scale
+    return keys
 
 
 def _emptied(shape: ModelShape, layers: Sequence[LayerShape]) -> tuple[list[bool], list[bool]]:

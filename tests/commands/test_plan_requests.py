@@ -103,6 +103,20 @@ def test_max_kv_bytes_counts_the_cache(workshop, name, layout):
     assert result.predicted.dense_kv_bytes == dense
 
 
+def test_numbers_of_kv_heads_that_divide_are_in_the_plan(workshop):
+    """Of four KV heads, three are kept only where they may be."""
+    free, dividing = set(), set()
+    for keep in (0.6, 0.7, 0.8, 0.9):
+        common = {"keep": keep, "compensate": "none"}
+        plan = workshop.plan("qwen3-gqa-tied", **common, kv_divisors=True).plan
+        dividing |= {len(layer.kv_heads) for layer in plan.layers}
+        assert plan.budget["asked"] == {"keep": keep, "kv_divisors": True}
+        layers = workshop.plan("qwen3-gqa-tied", **common).plan.layers
+        free |= {len(layer.kv_heads) for layer in layers}
+    assert 3 in free
+    assert dividing <= {1, 2, 4}
+
+
 def test_strength_keeps_more_for_a_broad_scenario(workshop, tmp_path):
     """keep = rho + (1 - rho) (1 - eta (1 - c))."""
     narrow = workshop.scenario

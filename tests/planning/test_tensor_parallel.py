@@ -9,7 +9,7 @@ from spp_export.common.errors import BudgetError, PlanError, UsageError
 from spp_export.models.engines import engines_for
 from spp_export.models.shape import LayerShape, ModelShape
 from spp_export.planning import compile_units
-from spp_export.planning.allocate.options import channel_options, layer_options
+from spp_export.planning.allocate.options import channel_options, dividing_heads, layer_options
 from spp_export.planning.budget import Budget
 from spp_export.planning.request import PlanRequest
 
@@ -82,6 +82,24 @@ def test_it_is_the_best_of_all_plans_that_divide():
     assert len(layers) == 2
 
 
+def test_numbers_of_kv_heads_divide_those_of_the_dense_model():
+    """And they are the best that do, against an exhaustive search over two layers."""
+    shape = ModelShape("llama", 2, 64, 12, 6, 8, 96, 100, False, 4)
+    free = layer_options(HEADS[:2, :12], shape)
+    budget = Budget(keep=0.55)
+    layers, realised = compile_units(dividing_heads(free), None, shape, budget)
+    assert {len(layer.kv_heads) for layer in layers} <= {1, 2, 3, 6}
+    limit = budget.limit(shape, None, None).cost
+    sizes = [LayerShape(a * b, a, 96) for a in (1, 2, 3, 6) for b in (1, 2)]
+    best = max(
+        worth(free, 0, one) + worth(free, 1, two)
+        for one in sizes
+        for two in sizes
+        if shape.head_parameters([one, two]) <= limit
+    )
+    assert realised.score == pytest.approx(best)
+
+
 def test_what_cannot_divide_is_refused():
     with pytest.raises(PlanError, match="no number of heads that it may keep divides among 32"):
         compiled(32)
@@ -96,6 +114,8 @@ def test_what_cannot_divide_is_refused():
     for wrong in ({"tp": 0}, {"tp": 2, "layout": "ragged"}):
         with pytest.raises(UsageError, match="--tp"):
             PlanRequest(**wrong).check()
+    with pytest.raises(UsageError, match="--kv-divisors"):
+        PlanRequest(kv_divisors=True, policy="published", strength=0.5).check()
 
 
 def test_the_list_of_engines_names_the_cards():

@@ -73,8 +73,7 @@ class Safetensors(Format[SafetensorsOptions]):
         self, config: Mapping[str, Any], layout: str, layers: Sequence[LayerShape]
     ) -> tuple[Engine, ...]:
         family = record_of(config)
-        name, experts = (family.model_type, bool(family.experts)) if family else ("", False)
-        return engines_for(name, layout, layers, experts=experts)
+        return engines_for(family.model_type if family else "", layout, layers)
 
     def describe(self, summary: Mapping[str, Any], size: str) -> list[str]:
         return []
@@ -99,7 +98,6 @@ class SafetensorsFiles(ModelFiles):
             checkpoint.family.model_type,
             checkpoint.layout,
             checkpoint.layers,
-            experts=bool(checkpoint.shape.experts),
         )
         self.element_bytes = checkpoint.shape.element_bytes
         self.torch_dtype = checkpoint.dtype_name

@@ -174,6 +174,8 @@ class Family:
     # Fields of the record that are others where a flag of config.json is on; of `features`, those
     # that come or go.
     variants: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    # What `logits_scaling` of config.json does to logits.
+    scaled_logits: Literal["", "multiplied", "divided"] = ""
     # Values of config.json that the stock config class fills in, and switches that nobody handles
     # where they are on, or "!name" where they are off.
     defaults: Mapping[str, Any] = field(default_factory=dict)

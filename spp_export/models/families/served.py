@@ -1,23 +1,33 @@
-"""Which other engines have a class of their own for a family, by their registries of model classes.
+"""Which other engines run a family, as far as that is known.
 
-None of this is run by a test. A family that is not named here is one of which nothing is said.
+tests/vllm runs what is said of vLLM, on a CPU. No test runs the others, which have a class of a
+family by their registries. Of a family that is not named nothing is known.
 """
 
 from __future__ import annotations
 
-# vllm/model_executor/models/registry.py.
-VLLM = frozenset(
+# Those of which this package has a class for layers that differ (spp_export.models.vllm).
+PLUGIN = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+# Those that vLLM's Transformers backend runs, layers that differ too.
+BACKEND = frozenset(
     {
-        *("llama", "mistral", "qwen2", "qwen3", "granite", "seed_oss", "ernie4_5", "cwm", "arcee"),
-        *("nemotron", "starcoder2", "exaone4", "cohere", "cohere2", "gemma", "gemma2"),
-        *("gemma3_text", "olmo", "olmo2", "olmo3", "phi", "phi3", "glm", "glm4", "stablelm"),
-        *("jais2", "apertus", "opt", "gpt_neox", "gptj", "gpt2", "falcon", "bloom", "mpt"),
-        *("gpt_bigcode", "persimmon", "mixtral", "qwen3_moe", "qwen2_moe", "gpt_oss"),
-        *("granitemoe", "glm4_moe", "dots1", "ernie4_5_moe", "olmoe", "minimax_m2"),
+        *("llama", "mistral", "qwen2", "qwen3", "granite", "seed_oss", "ernie4_5", "smollm3"),
+        *("ministral", "ministral3", "cwm", "hyperclovax", "arcee", "nemotron", "starcoder2"),
+        *("exaone4", "cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "olmo", "phi", "phi3"),
+        *("glm", "glm4", "stablelm", "jais2", "apertus", "nanochat", "mixtral", "qwen3_moe"),
+        *("qwen2_moe", "gpt_oss", "granitemoe", "glm4_moe", "dots1", "ernie4_5_moe", "opt"),
+        *("gpt_bigcode", "persimmon", "olmo2", "olmo3", "olmoe", "bitnet"),
     }
 )
-# Those of which this package has one for layers that differ (spp_export.models.vllm).
-PLUGIN = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+# Those that it does not run, and of which vLLM has at most a class for layers that are alike.
+NOT_BACKEND = frozenset({"bloom", "falcon", "gpt2", "gpt_neo", "gpt_neox", "gptj", "mpt", "phimoe"})
+# Those whose uniform models vLLM takes without an option for stock ones, and that its own class, or
+# the backend, then computes as transformers does.
+VLLM = BACKEND - {"qwen2", "cohere2", "ernie4_5_moe", "olmoe", "stablelm"} | {
+    "gpt2",
+    "gpt_neox",
+    "gptj",
+}
 # sglang/srt/models.
 SGLANG = frozenset(
     {
@@ -25,10 +35,5 @@ SGLANG = frozenset(
         *("cohere2", "gemma2", "gemma3_text", "gpt2", "starcoder2", "mixtral"),
     }
 )
-# Whose stock attention does not go by transformers' interface of attention functions, which vLLM's
-# Transformers backend puts its own in the place of (`_supports_attention_backend`).
-OWN_ATTENTION = frozenset({"stablelm", "gptj", "falcon", "bloom", "mpt", "gpt_neo"})
-# Others that go by it and have no class there.
-BACKEND = frozenset({"hyperclovax", "smollm3", "ministral", "ministral3", "nanochat", "bitnet"})
 # What onnxruntime-genai knows by the name of the family; others it runs as "decoder".
 GENAI = frozenset({"llama", "mistral", "qwen2", "qwen3"})

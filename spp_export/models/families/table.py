@@ -338,7 +338,7 @@ FAMILIES = (
            defaults={"head_dim": 128}),
 
     Family("granite", "GraniteForCausalLM", _features(Feature.MULTIPLIERS), **_BIASES,
-           mlp_bias="mlp_bias", end_token=2),
+           mlp_bias="mlp_bias", scaled_logits="divided", end_token=2),
     Family("seed_oss", "SeedOssForCausalLM", qkv_bias="attention_bias",
            output_bias="attention_out_bias", mlp_bias="mlp_bias",
            defaults={"attention_bias": True, "head_dim": 128}, end_token=2),
@@ -356,7 +356,7 @@ FAMILIES = (
            end_token=(128001, 128008, 128009)),
     Family("hyperclovax", "HyperCLOVAXForCausalLM",
            _features(Feature.MULTIPLIERS, Feature.SANDWICH), **_BIASES, mlp_bias="mlp_bias",
-           heads_divide_hidden=True, defaults={"use_post_norm": True},
+           heads_divide_hidden=True, scaled_logits="multiplied", defaults={"use_post_norm": True},
            more_norms=("post_norm1?use_post_norm", "post_norm2?use_post_norm"), end_token=2,
            variants=(("!use_post_norm", {"features": _features(Feature.SANDWICH)}),)),
     Family("arcee", "ArceeForCausalLM", _features(Feature.NO_GATE), **_BIASES,
@@ -478,7 +478,7 @@ FAMILIES = (
                "mlp.experts.down_proj_bias": "* hidden_size"}, *_LOCAL)),
     Family("granitemoe", "GraniteMoeForCausalLM", _features(Feature.EXPERTS, Feature.MULTIPLIERS),
            **_BIASES, **_NO_MLP, defaults={"num_local_experts": 8, "num_experts_per_tok": 2},
-           derived_head_dim="attention", end_token=2, experts=Experts({
+           derived_head_dim="attention", scaled_logits="divided", end_token=2, experts=Experts({
                "block_sparse_moe.router.layer.weight": f"{_LOCAL[0]} hidden_size",
                "block_sparse_moe.input_linear.weight": "* 2*intermediate_size hidden_size",
                "block_sparse_moe.output_linear.weight": "* hidden_size intermediate_size"},

@@ -216,17 +216,19 @@ def _config_class(name: str) -> type[Any]:
         # Collects the validators anew: those of the parent are bound to the parent's own.
         checked = strict(made)
         checked.validate = _of_the_whole(checked.validate)
+        if hasattr(checked, "validate_rope"):  # vLLM calls it by itself
+            checked.validate_rope = _of_the_whole(checked.validate_rope)
     found: type[Any] = made
     return found
 
 
-def _of_the_whole(validate: Callable[[Any], None]) -> Callable[[Any], None]:
+def _of_the_whole(validate: Callable[..., None]) -> Callable[..., None]:
     """A validation that sees the counts of the whole model, which stock configs compare."""
 
-    def validate_whole(config: Any) -> None:
+    def validate_whole(config: Any, *args: Any, **kwargs: Any) -> None:
         hidden = {key: vars(config).pop(key) for key in _PER_LAYER if key in vars(config)}
         try:
-            validate(config)
+            validate(config, *args, **kwargs)
         finally:
             vars(config).update(hidden)
 

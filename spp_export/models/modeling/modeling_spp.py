@@ -46,6 +46,8 @@ _TEXT = "text_config"
 _IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_internal")
 # An attention that spp_export registers, and that takes keys and values as they are cached.
 _UNEVEN_ATTENTION = "spp_ragged"
+# What vLLM's Transformers backend sets: an attention that no cache of ours stands before.
+_VLLM_ATTENTION = "vllm"
 
 
 class _RepeatingCache:
@@ -224,6 +226,11 @@ def _graft(layer: nn.Module, config: Any, index: int, listed: Mapping[str, Any])
         _select_heads(getattr(layer, attention), listed["per_head"], index)
     query_groups = getattr(own, "query_groups", ())
     if len(set(query_groups)) > 1:
+        if config._attn_implementation == _VLLM_ATTENTION:
+            raise ValueError(
+                f"layer {index}: its KV heads serve different numbers of query heads, which vLLM's "
+                "attention does not know. Export with --layout ragged --pad."
+            )
         _serve_unevenly(getattr(layer, attention), query_groups)
     for name in getattr(config, "biased_projections", ()):
         if any(index in layers and name.startswith(f"{at}.") for at, layers in stays.items()):

@@ -17,6 +17,9 @@ from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer, Qwen3Model
 from vllm.model_executor.models.utils import extract_layer_index
 
 _OUTPUT = "self_attn.o_proj"
+_OTHERWISE = (
+    "Run it with --model-impl transformers --trust-remote-code, or export with --compensate lstsq."
+)
 
 
 def layer_config(config: Any, prefix: str) -> Any:
@@ -41,8 +44,8 @@ def layer_config(config: Any, prefix: str) -> Any:
     biased = set(getattr(config, "biased_projections", None) or ())
     if biased - {_OUTPUT}:
         raise ValueError(
-            f"layer {index}: a bias on {min(biased - {_OUTPUT})} alone is none of vLLM's. "
-            "Export with --compensate lstsq."
+            f"layer {index}: vLLM's own layers have no bias on {min(biased - {_OUTPUT})} alone. "
+            f"{_OTHERWISE}"
         )
     if biased:
         # vLLM gives o_proj a bias with attention_bias, and q, k and v one with qkv_bias instead
@@ -117,8 +120,9 @@ class SppQwen3DecoderLayer(Qwen3DecoderLayer):
 
     def __init__(self, config: Any, *args: Any, prefix: str = "", **kwargs: Any) -> None:
         layer = layer_config(config, prefix)
-        if getattr(config, "biased_projections", None):
-            raise ValueError("vLLM's Qwen3 has no bias on o_proj. Export with --compensate lstsq.")
+        # Without a word it leaves out one that a checkpoint has.
+        if config.attention_bias or getattr(config, "biased_projections", None):
+            raise ValueError(f"vLLM's own Qwen3 layers have no bias on o_proj. {_OTHERWISE}")
         super().__init__(layer, *args, prefix=prefix, **kwargs)
 
 

@@ -304,6 +304,13 @@ def splittable_heads(options: Options, ways: int) -> Options:
     return replace(options, value=value)
 
 
+def dividing_heads(options: Options) -> Options:
+    """The same options without numbers of KV groups that do not divide the dense model's."""
+    groups = options.value.shape[1]
+    allowed = groups % np.arange(1, groups + 1) == 0
+    return replace(options, value=np.where(allowed[:, None], options.value, -np.inf))
+
+
 def splittable_channels(options: NestedOptions, ways: int) -> NestedOptions:
     """The same options without widths that do not divide among `ways` cards.
 
