@@ -186,7 +186,12 @@ class Workshop:
         def make() -> Exported:
             path = self.root / name / f"{layout}-{compensate}"
             padded = layout == "padded"
-            options = {"layout": "ragged" if padded else layout, "compensate": compensate}
+            options: dict[str, Any] = {
+                "layout": "ragged" if padded else layout,
+                "compensate": compensate,
+                # Every layer of these tiny models shall have something to test.
+                "allow_empty_layers": False,
+            }
             result = self.export(name, path, pad=padded, **options)
             return Exported(path, self.dense(name), result)
 
