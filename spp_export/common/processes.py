@@ -224,8 +224,7 @@ def failure(reason: str = "") -> SppError | None:
     """
     if _here.store is None or _someone_before():
         return None
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _ignore_termination()
     others = [rank for rank in range(_here.size) if rank != _here.rank]
     until = time.monotonic() + _GRACE_S
     while True:
@@ -258,6 +257,11 @@ def failure(reason: str = "") -> SppError | None:
         f"the connection to {named} is lost ({reason:.120}). Nothing was published. Look for the "
         "reason in that machine's log."
     )
+
+
+def _ignore_termination() -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _LostError(Exception):
