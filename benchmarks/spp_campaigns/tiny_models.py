@@ -147,7 +147,7 @@ def _trained(family: str, tokenizer: PreTrainedTokenizerFast, out: Path, steps: 
 def _through_everything(family: str, model: Path, folder: Path, keep: float) -> dict[str, Any]:
     """Every command on a trained model. Raises SppError for a check that fails."""
     named, artifacts = str(model), folder / "artifacts"
-    units = "heads" if FAMILIES[family].experts else "both"
+    units: Any = "heads" if FAMILIES[family].experts else "both"
     answers: dict[str, Any] = {"answer_tokens": 32}
     spp_export.probe(
         _DATA / "pools", artifacts, model=named, domains=_DOMAINS, units=units, **answers

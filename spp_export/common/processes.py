@@ -191,9 +191,13 @@ def work(explain: Callable[[Exception], tuple[str, int]]) -> int:
 
 
 def finish(status: int) -> None:
-    """Rank 0 is done, by this exit status: the others end by the same."""
+    """Rank 0 is done, by this exit status: the others end by the same.
+
+    What torchrun sends it when it sees them end, SIGTERM, is no news.
+    """
     if _here.size == 1 or _here.rank:
         return
+    _ignore_termination()
     with suppress(Exception):  # then torchrun ends them
         _say(status=status)
         if _here.control is None:
