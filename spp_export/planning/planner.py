@@ -192,6 +192,7 @@ class Planning:
         told: dict[str, Any] = {
             "remarks": [*session.source.family.remarks, *_on_experts(shape, layers)],
             "without_heads": sorted(shape.without_heads),
+            "without_channels": sorted(shape.without_channels),
         }
         compiled = Plan(
             session.source.fingerprint,
