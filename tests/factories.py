@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from old_transformers import in_its_words
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -61,8 +61,6 @@ def make_checkpoint(
     assert vocab not in {hidden, channels, head_dim * query_heads, head_dim * kv_heads}
     if attention_bias:
         config["attention_bias"] = True
-    if transformers.__version__.startswith("4."):
-        config = _with_old_rope_keys(config)
     settings = AutoConfig.for_model(
         family,
         vocab_size=vocab,
@@ -76,7 +74,7 @@ def make_checkpoint(
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
-        **{"max_position_embeddings": 1024, **config},
+        **{"max_position_embeddings": 1024, **in_its_words(config)},
     )
     model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
     _randomise(model, seed)
@@ -87,17 +85,6 @@ def make_checkpoint(
         model.save_pretrained(target, max_shard_size=math.ceil(size / shards) + (shards == 1))
     write_tokenizer(target)
     return target
-
-
-def _with_old_rope_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """transformers before 5 has `rope_theta` and `rope_scaling`, and ignores `rope_parameters`."""
-    config = dict(config)
-    rope = dict(config.pop("rope_parameters", {}))
-    if "rope_theta" in rope:
-        config["rope_theta"] = rope.pop("rope_theta")
-    if rope.get("rope_type", "default") != "default":
-        config["rope_scaling"] = rope
-    return config
 
 
 def _randomise(model: PreTrainedModel, seed: int) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from old_transformers import OLD, in_its_words
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from spp_export.evaluation.contract import Pair, greedy, make_slim, padded, tokens, write_random
@@ -63,7 +64,8 @@ MORE: dict[str, dict[str, Any]] = {
     "granitemoe": {"attention_multiplier": 0.3, "residual_multiplier": 0.7, "logits_scaling": 3.0},
     "glm4_moe": {"attention_bias": True, "use_qk_norm": True, "first_k_dense_replace": 1},
     "dots1": {"layer_types": ["sliding_attention", "full_attention"]},
-    "ernie4_5_moe": {"use_bias": True, "moe_layer_start_index": 1},
+    # Those of transformers 4 have biases in their experts, too.
+    "ernie4_5_moe": {"use_bias": not OLD, "moe_layer_start_index": 1},
     "llama4_text": {
         "interleave_moe_layer_step": 2,
         "no_rope_layer_interval": 2,
@@ -235,7 +237,8 @@ def settings_of(name: str, head_dim: int = 8, vocab: int = 97, layers: int = 2) 
     sizes |= {"vocab_size": vocab, "num_hidden_layers": layers}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": head_dim}
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    record, more = FAMILIES[family], more | EXPERTS.get(family, {})
+    record = FAMILIES[family]
+    more = in_its_words(more, record.keys) | EXPERTS.get(family, {})
     named = {record.keys.get(key, key): value for key, value in (sizes | heads).items()}
     named.pop("", None)
     if record.derived_head_dim == "attention":

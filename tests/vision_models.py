@@ -6,15 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from factories import VOCAB, write_tokenizer
 from family_models import DELTA, EXPERTS
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoTokenizer,
-    CLIPImageProcessorPil,
-    LlavaProcessor,
-)
+from old_transformers import in_its_words
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, LlavaProcessor
 
 from spp_export.evaluation.contract import write_random
 
@@ -32,7 +28,7 @@ _MARKS = {"video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_i
 
 def text(kind: str, **more: Any) -> dict[str, Any]:
     """The config of a decoder."""
-    return {"model_type": kind, **_SIZES, **_HEADS, **_TOKENS, **more}
+    return {"model_type": kind, **_SIZES, **_HEADS, **_TOKENS, **in_its_words(more)}
 
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -133,7 +129,9 @@ def make_talking(target: Path) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(target)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     crop = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
-    images = CLIPImageProcessorPil(**crop)
+    # Of two classes the one that needs no torchvision, whose name transformers 5 changed.
+    pil = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+    images = pil(**crop)
     more = {"patch_size": 14, "vision_feature_select_strategy": "default"}
     LlavaProcessor(images, tokenizer, num_additional_image_tokens=1, **more).save_pretrained(target)
     return target

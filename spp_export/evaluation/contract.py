@@ -97,10 +97,14 @@ def prove(source: Checkpoint, layout: Layout, target: Path) -> float:
 def exact_logits(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
     """Logits [2,11,V] of `tokens`, or of other inputs, in float64 throughout where the model has
     experts."""
-    family = record_of(model.config.to_dict())
-    with _InDouble() if family and family.experts else nullcontext():
+    with _exactly(model):
         logits: Tensor = model(**(inputs or {"input_ids": tokens()})).logits
     return logits
+
+
+def _exactly(model: PreTrainedModel) -> AbstractContextManager[object]:
+    family = record_of(model.config.to_dict())
+    return _InDouble() if family and family.experts else nullcontext()
 
 
 class _InDouble(TorchFunctionMode):
@@ -138,7 +142,8 @@ def greedy(model: Any, **options: Any) -> torch.Tensor:
     """Six tokens after the padded prompt."""
     length = {"max_new_tokens": _NEW_TOKENS, "min_new_tokens": _NEW_TOKENS}
     common = {"do_sample": False, "eos_token_id": None, **length}
-    generated: torch.Tensor = model.generate(**padded(model), **common, **options)
+    with _exactly(model):
+        generated: Tensor = model.generate(**padded(model), **common, **options)
     return generated
 
 

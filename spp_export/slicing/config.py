@@ -419,4 +419,6 @@ def _rope_settings(config: Mapping[str, Any], key: str) -> dict[str, Any]:
     settings = dict(value)
     if "type" in settings:  # the name before 4.43
         settings["rope_type"] = settings.pop("type")
+    if settings.get("rope_type") == "mrope":  # transformers 4 knows this by the other name alone
+        settings["rope_type"] = "default"
     return settings

@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from factories import make_checkpoint, random_layers, read_config, shape_of
+from old_transformers import FP8, but_in_old, since_5
 from quantised_models import Quantised, fp8, mxfp4, mxfp8, packed
 from safetensors.torch import load_file
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
@@ -68,7 +69,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+def those_of(cases):
+    return but_in_old(cases, {name for name in cases if "FP8" in name}, FP8)
+
+
+@pytest.mark.parametrize("case", those_of(CASES))
 def test_weights_are_what_their_bits_stand_for(tmp_path, case):
     made = CASES[case](tmp_path)
     place = place_of(made)
@@ -82,6 +87,7 @@ def test_weights_are_what_their_bits_stand_for(tmp_path, case):
         assert (place.path / name).read_bytes() == (made.path / name).read_bytes()
 
 
+@since_5(FP8)
 def test_it_is_done_once_until_the_source_changes(tmp_path, cache, monkeypatch):
     made = fp8(tmp_path)
     first = find_model(str(made.path), dequantize=True)
@@ -102,6 +108,7 @@ def test_it_is_done_once_until_the_source_changes(tmp_path, cache, monkeypatch):
     assert_meant(made, load_file(second.path / "model.safetensors"))
 
 
+@since_5(FP8)
 def test_the_cache_shows_and_removes_it(tmp_path):
     place = place_of(fp8(tmp_path))
     (entry,) = spp_export.cache().files
@@ -122,13 +129,20 @@ def test_its_name_says_where_it_comes_from():
     assert model_options("org/name") == ("--model", "org/name")
 
 
-@pytest.mark.parametrize(("make", "bits"), [(fp8, 8), (lambda path: packed(path, "gptq"), 4)])
+@pytest.mark.parametrize(
+    ("make", "bits"),
+    [
+        pytest.param(fp8, 8, marks=since_5(FP8)),
+        (lambda path: packed(path, "gptq"), 4),
+    ],
+)
 def test_it_counts_as_quantised_in_comparisons(tmp_path, make, bits):
     session = open_session(str(make(tmp_path).path), dequantize=True)
     assert quantised_bits(session.source) == bits
     assert yardsticks(session) == ("bf16",)
 
 
+@since_5(FP8)
 def test_commands_slice_it(tmp_path):
     made = fp8(tmp_path)
     model = str(made.path)
@@ -294,7 +308,7 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("case", HOSTILE)
+@pytest.mark.parametrize("case", those_of(HOSTILE))
 def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path, cache, case):
     make, change, settings, words = HOSTILE[case]
     made = make(tmp_path)
@@ -321,6 +335,7 @@ def test_a_config_of_a_giant_takes_no_memory(tmp_path, cache, changes):
     assert leftovers(cache) == []
 
 
+@since_5(FP8)
 def test_the_command_line_has_it(tmp_path):
     made = fp8(tmp_path)
     shown = CliRunner().invoke(app, ["show", "--json", str(made.path), "--dequantize"])

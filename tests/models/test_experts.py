@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from family_models import EXPERTS, KNOWN, load, make_dense, tokens
+from old_transformers import FLOAT64, SINGLE, WRITES, but_in_old, since_5
 
 from spp_export.calibration.activations import ExpertWrites, MeanSquares, TokenBatch, observe
 from spp_export.calibration.gradients import gradient_lengths, gradient_reductions
@@ -28,6 +29,7 @@ from spp_export.slicing.compensation import written_config
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3, "vocab_size": 97}
 SIZES |= {"intermediate_size": 24, "num_key_value_heads": 2}
+KNOWN_EXPERTS = [name for name in KNOWN if name in EXPERTS]
 
 
 @pytest.fixture
@@ -128,7 +130,8 @@ def test_what_is_not_cut_yet_is_refused_by_name(source: Checkpoint) -> None:
         observe(model, family, [batch()], [MeanSquares("down", 2, shape.channels)])
 
 
-@pytest.mark.parametrize("source", [name for name in KNOWN if name in EXPERTS], indirect=True)
+@since_5(WRITES)
+@pytest.mark.parametrize("source", KNOWN_EXPERTS, indirect=True)
 def test_what_each_expert_writes_is_told_apart(source: Checkpoint) -> None:
     """By the definition: with the others' weights at zero, the length of what is written."""
     model, shape = load(source.path), source.shape
@@ -192,7 +195,9 @@ def test_a_uniform_plan_has_as_many_experts_in_every_layer(source: Checkpoint) -
         written_config(source, plan)
 
 
-@pytest.mark.parametrize("source", ["gpt_oss", "dots1"], indirect=True)
+@pytest.mark.parametrize(
+    "source", but_in_old(["gpt_oss", "dots1"], SINGLE, FLOAT64), indirect=True
+)
 def test_gradients_are_of_attention_alone(source: Checkpoint) -> None:
     model = load(source.path)
     lengths = gradient_lengths(model, source.family, source.shape, [batch()])
@@ -205,7 +210,7 @@ def test_gradients_are_of_attention_alone(source: Checkpoint) -> None:
     assert quantised_bits(source) is None
 
 
-@pytest.mark.parametrize("source", [name for name in KNOWN if name in EXPERTS], indirect=True)
+@pytest.mark.parametrize("source", but_in_old(KNOWN_EXPERTS, SINGLE, FLOAT64), indirect=True)
 def test_experts_can_be_widened_to_float64(source: Checkpoint) -> None:
     """As models are where they are judged; transformers' own choice knows float32 at most."""
     model = load_dense(source.path, torch.float32)

@@ -24,6 +24,7 @@ from family_models import (
     padded,
     tokens,
 )
+from old_transformers import FLOAT64, since_5
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
 
@@ -46,9 +47,19 @@ def layouts(family: Family) -> Iterator[Layout]:
         yield "uniform"
 
 
+# What stock models of transformers 4 do not do of it.
+UNABLE = {
+    "opt-bare": [since_5("it makes no norms without weights")],
+    "mpt": [since_5(FLOAT64)],
+    "ernie4_5_moe": [since_5(FLOAT64)],
+}
 # The first layout of every family and every form of one, and slowly the others.
 CASES = [
-    pytest.param((name, layout), marks=pytest.mark.slow if number else (), id=f"{name}-{layout}")
+    pytest.param(
+        (name, layout),
+        marks=[*UNABLE.get(name, ()), *([pytest.mark.slow] if number else ())],
+        id=f"{name}-{layout}",
+    )
     for name in NAMES
     for number, layout in enumerate(layouts(FAMILIES[family_name(name)]))
 ]
@@ -84,8 +95,8 @@ def test_a_slim_model_is_the_masked_dense_model(pair: Pair) -> None:
 
 def test_generation_is_that_of_the_masked_dense_model(pair: Pair) -> None:
     """With a cache and without, of rows with padding before them."""
-    with pair.masked() as masked, torch.no_grad():
-        assert bool(masked(**padded(masked)).logits.isfinite().all())
+    with pair.masked() as masked:
+        assert bool(exact_logits(masked, **padded(masked)).isfinite().all())
         expected = greedy(masked, use_cache=False).tolist()
         cached = greedy(masked, use_cache=True).tolist()
     # Rows with padding are others with a cache in transformers' own MiniMax.

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from old_transformers import OLD
 from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING
 from vision_models import IMAGE, SEEING, make_seeing, picture
@@ -160,7 +161,7 @@ def test_settings_of_the_decoder_may_stand_among_all_others(
     config = json.loads((source.path / "config.json").read_text())
     settings = config.pop("text_config")
     settings.pop("model_type")
-    sections = settings.pop("rope_parameters")["mrope_section"]
+    sections = settings.pop("rope_scaling" if OLD else "rope_parameters")["mrope_section"]
     settings |= {"rope_scaling": {"type": "mrope", "mrope_section": sections}, "rope_theta": 1e4}
     shutil.copytree(source.path, tmp_path / "flat")
     (tmp_path / "flat" / "config.json").write_text(json.dumps({**config, **settings}))
