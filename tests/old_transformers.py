@@ -20,9 +20,7 @@ def since_5(reason: str) -> pytest.MarkDecorator:
 
 def but_in_old(names: Iterable[str], unable: Collection[str], reason: str) -> list[Any]:
     """Parameters of a test, of which transformers 4 leaves out those that it is `unable` to do."""
-    return [
-        pytest.param(name, marks=since_5(reason) if name in unable else ()) for name in names
-    ]
+    return [pytest.param(name, marks=since_5(reason) if name in unable else ()) for name in names]
 
 
 FLOAT64 = "these stock models fail in float64"
@@ -30,7 +28,9 @@ WRITES = "its lists of experts do not show what single ones write"
 FP8 = "it does not dequantise FP8"
 
 
-def in_its_words(config: Mapping[str, Any], keys: Mapping[str, str] | None = None) -> dict[str, Any]:
+def in_its_words(
+    config: Mapping[str, Any], keys: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """A config with rotary settings where this version of transformers reads them: those before 5
     ignore `rope_parameters`. `keys` are a family's own names for them."""
     config = dict(config)

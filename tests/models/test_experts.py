@@ -195,9 +195,7 @@ def test_a_uniform_plan_has_as_many_experts_in_every_layer(source: Checkpoint) -
         written_config(source, plan)
 
 
-@pytest.mark.parametrize(
-    "source", but_in_old(["gpt_oss", "dots1"], SINGLE, FLOAT64), indirect=True
-)
+@pytest.mark.parametrize("source", but_in_old(["gpt_oss", "dots1"], SINGLE, FLOAT64), indirect=True)
 def test_gradients_are_of_attention_alone(source: Checkpoint) -> None:
     model = load(source.path)
     lengths = gradient_lengths(model, source.family, source.shape, [batch()])
