@@ -88,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             folder.mkdir()
             model = _trained(family, tokenizer, folder / "dense", options.steps)
             rows.append(_through_everything(family, model, folder, options.keep))
+            print(table(_COLUMNS, rows[-1:]), flush=True)
     settings = {"steps": options.steps, "keep": options.keep}
     document = {"machine": machine(), "settings": settings, "rows": rows}
     finish(options, document, table(_COLUMNS, rows))
@@ -146,9 +147,11 @@ def _trained(family: str, tokenizer: PreTrainedTokenizerFast, out: Path, steps: 
 def _through_everything(family: str, model: Path, folder: Path, keep: float) -> dict[str, Any]:
     """Every command on a trained model. Raises SppError for a check that fails."""
     named, artifacts = str(model), folder / "artifacts"
-    units = "heads" if FAMILIES[family].experts else "both"
+    units: Any = "heads" if FAMILIES[family].experts else "both"
     answers: dict[str, Any] = {"answer_tokens": 32}
-    spp_export.probe(_DATA / "pools", artifacts, model=named, domains=_DOMAINS, **answers)
+    spp_export.probe(
+        _DATA / "pools", artifacts, model=named, domains=_DOMAINS, units=units, **answers
+    )
     asked: dict[str, Any] = {
         "model": named,
         "artifacts": artifacts,

@@ -298,6 +298,6 @@ def _generation_config(session: Session) -> Any:
     tokenizer = session.tokenizer if has_tokenizer(path) else None
     settings = generation_config(path, config, tokenizer, config)
     settings = settings or companion_object(path, GENERATION_CONFIG)
-    # Of what says this of itself transformers 4 wants a hash, which only reading a file gives.
+    # With it transformers 4 asks for a hash, which only reading a file gives.
     settings = {name: x for name, x in settings.items() if name != "_from_model_config"}
     return GenerationConfig.from_dict(settings) if settings else None

@@ -191,9 +191,13 @@ def work(explain: Callable[[Exception], tuple[str, int]]) -> int:
 
 
 def finish(status: int) -> None:
-    """Rank 0 is done, by this exit status: the others end by the same."""
+    """Rank 0 is done, by this exit status: the others end by the same.
+
+    What torchrun sends it when it sees them end, SIGTERM, is no news.
+    """
     if _here.size == 1 or _here.rank:
         return
+    _ignore_termination()
     with suppress(Exception):  # then torchrun ends them
         _say(status=status)
         if _here.control is None:
@@ -224,8 +228,7 @@ def failure(reason: str = "") -> SppError | None:
     """
     if _here.store is None or _someone_before():
         return None
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _ignore_termination()
     others = [rank for rank in range(_here.size) if rank != _here.rank]
     until = time.monotonic() + _GRACE_S
     while True:
@@ -258,6 +261,11 @@ def failure(reason: str = "") -> SppError | None:
         f"the connection to {named} is lost ({reason:.120}). Nothing was published. Look for the "
         "reason in that machine's log."
     )
+
+
+def _ignore_termination() -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _LostError(Exception):

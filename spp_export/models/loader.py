@@ -70,6 +70,11 @@ def load_parts(path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     opened = open_source(Path(path))
     config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     plan = getattr(config, "base_model_tp_plan", None)
+    if transformers.__version__.startswith("4."):
+        raise UsageError(
+            f"--parallel tensor needs transformers 5 or newer, and {transformers.__version__} is "
+            "installed. Install a newer one, or use --parallel map."
+        )
     if not plan:
         raise UsageError(
             f"--parallel tensor: transformers {transformers.__version__} has no plan for the parts "

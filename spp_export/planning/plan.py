@@ -122,17 +122,15 @@ class Plan:
         listed = self.family.get("remarks")
         said = [x for x in listed if isinstance(x, str)] if isinstance(listed, list) else []
         lacking = {
-            "attention, and nothing in the KV cache": [
-                not kept.kv_heads and index not in self.without_heads
-                for index, kept in enumerate(self.layers)
-            ],
-            "MLP": [
-                kept.channels == () and index not in self.without_channels
-                for index, kept in enumerate(self.layers)
-            ],
+            "attention, and nothing in the KV cache": (
+                [not kept.kv_heads for kept in self.layers],
+                self.without_heads,
+            ),
+            "MLP": ([kept.channels == () for kept in self.layers], self._without("channels")),
         }
-        for what, places in lacking.items():
-            numbers = [str(index) for index, lacks in enumerate(places) if lacks]
+        for what, (places, never) in lacking.items():
+            lost = [index for index, lacks in enumerate(places) if lacks and index not in never]
+            numbers = list(map(str, lost))
             if numbers[1:]:
                 said.append(f"layers {', '.join(numbers)} keep no {what}")
             elif numbers:
@@ -142,17 +140,15 @@ class Plan:
     @property
     def without_heads(self) -> frozenset[int]:
         """The layers that have no heads in the source, as far as the plan says."""
-        return self._listed("without_heads")
+        return self._without("heads")
 
-    @property
-    def without_channels(self) -> frozenset[int]:
-        """The layers that have no MLP in the source, as far as the plan says."""
-        return self._listed("without_channels")
-
-    def _listed(self, key: str) -> frozenset[int]:
-        listed = self.family.get(key)
-        found = listed if isinstance(listed, list) else []
-        return frozenset(x for x in found if type(x) is int)
+    def _without(self, units: str) -> frozenset[int]:
+        listed = self.family.get(f"without_{units}")
+        return (
+            frozenset(x for x in listed if type(x) is int)
+            if isinstance(listed, list)
+            else frozenset()
+        )
 
     def layer_shapes(self, model: ModelShape) -> tuple[LayerShape, ...]:
         """Size of every layer after slicing, of what is kept alone."""

@@ -43,6 +43,12 @@ def spp(*arguments, **changes):
     )
 
 
+NOWHERE = (
+    "nowhere: no such file or directory, and no model of that name in the cache, of which "
+    "'spp cache' tells."
+)
+
+
 @pytest.fixture
 def plan_file(tmp_path):
     layer = {"kv_heads": [0, 2], "query_heads": [0, 2, 6, 7], "channels": None}
@@ -127,7 +133,7 @@ def test_what_is_refused_before_a_model_is_read_imports_no_torch(arguments):
             "strength, got keep and strength.",
         ),
         (["export"], "export needs --scenario FILE or --plan FILE."),
-        (["show", "nowhere"], "nowhere: no such file or directory."),
+        (["show", "nowhere"], NOWHERE),
     ],
 )
 def test_bad_usage_is_one_line_and_exits_with_2(capsys, arguments, message):
@@ -153,10 +159,10 @@ def test_errors_are_one_json_object_too(capsys):
     assert run(["show", "nowhere", "--json"]) == 2
     printed = capsys.readouterr()
     assert json.loads(printed.out) == {
-        "error": "nowhere: no such file or directory.",
+        "error": NOWHERE,
         "exit_code": 2,
     }
-    assert printed.err == "error: nowhere: no such file or directory.\n"
+    assert printed.err == f"error: {NOWHERE}\n"
 
 
 def test_debug_shows_the_traceback(capsys, monkeypatch):
@@ -164,7 +170,7 @@ def test_debug_shows_the_traceback(capsys, monkeypatch):
     assert run(["show", "nowhere"]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("Traceback")
-    assert printed.endswith("error: nowhere: no such file or directory.\n")
+    assert printed.endswith(f"error: {NOWHERE}\n")
 
 
 def test_show_a_plan(plan_file, capsys):

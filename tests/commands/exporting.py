@@ -139,6 +139,11 @@ class Exported:
         return tensors
 
 
+# Of prompts the text alone is read, which is what most tests compute again; every layer of these
+# tiny models keeps something that can be tested.
+_PLANNED = {"answer_tokens": 0, "allow_empty_layers": False}
+
+
 class Workshop:
     """Makes what tests ask for, once, for every process that works in `root`.
 
@@ -193,9 +198,8 @@ class Workshop:
         return self.once(f"{name} {layout}-{compensate}", make)
 
     def export(self, name: str, path: Path | None, **asked: Any) -> spp_export.ExportResult:
-        """Export a case anew; `asked` are options of `export`. Of prompts the text alone is read,
-        which is what most tests compute again, unless they ask for answers."""
-        text = {} if "plan" in asked else {"answer_tokens": 0}
+        """Export a case anew; `asked` are options of `export`."""
+        text = {} if "plan" in asked else _PLANNED
         return spp_export.export(
             self.scenario,
             path,
@@ -211,7 +215,7 @@ class Workshop:
             self.scenario,
             model=str(self.dense(name)),
             artifacts=artifacts,
-            **{"answer_tokens": 0, **asked},
+            **{**_PLANNED, **asked},
         )
 
 

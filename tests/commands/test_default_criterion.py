@@ -15,7 +15,7 @@ from spp_export.planning.scoring import default_criterion
 @dataclass
 class Session:
     device: str = "cpu"
-    from_disk: bool = False
+    reads_from_disk: bool = False
 
 
 KNOWN = SimpleNamespace(dialogues=(SimpleNamespace(gradients=1), SimpleNamespace(gradients=1)))
@@ -32,7 +32,7 @@ NONE = SimpleNamespace(dialogues=())
         (Session(), KNOWN, "lstsq", 0, 0.2, "obs"),
         (Session(), IN_PART, "lstsq", 96, 0.2, "obs"),
         (Session(), NONE, "lstsq", 96, 0.2, "obs"),
-        (Session(from_disk=True), KNOWN, "lstsq", 96, 0.2, "obs"),
+        (Session(reads_from_disk=True), KNOWN, "lstsq", 96, 0.2, "obs"),
         (Session(device="auto"), KNOWN, "lstsq", 96, 0.2, "obs"),
         (Session(), KNOWN, "none", 96, 0.2, "energy"),
         (Session(), KNOWN, "bias", 96, 0.2, "energy"),

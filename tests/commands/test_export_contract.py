@@ -284,6 +284,7 @@ def test_the_stored_type_stays(workshop, tmp_path, dtype, compensate):
         artifacts=tmp_path / "artifacts",
         keep=KEEP,
         compensate=compensate,
+        allow_empty_layers=False,
     )
     written = stored(tmp_path / "slim")
     assert {str(tensor.dtype) for tensor in written.values()} == {f"torch.{dtype}"}

@@ -192,6 +192,7 @@ def test_what_is_beside_heads_stays_and_every_command_says_so(
     assert sum(layer.query_heads for layer in slim.layers) < sum(
         layer.query_heads for layer in source.layers
     )
+    assert len(plan.remarks) == 1, plan.remarks
     (remark,) = plan.remarks
     assert remark == f"{source.family.mixers.name} stay as they are"
     assert f"{remark[:1].upper()}{remark[1:]}." in (out / "README.md").read_text()

@@ -108,7 +108,7 @@ def test_plan_and_result_say_so(both):
     assert "padded" not in spp_export.show(bare.path).facts
     assert ", padded: " in (out.path / "README.md").read_text()
     loads = {engine.name: engine.loads for engine in out.result.engines}
-    assert (loads["transformers"], loads["vLLM"]) == ("yes", "expected")
+    assert (loads["transformers"], loads["vLLM"]) == ("yes", "yes")
     loads = {engine.name: engine.loads for engine in bare.result.engines}
     assert loads.pop("transformers") == "yes"
     assert set(loads.values()) == {"no"}

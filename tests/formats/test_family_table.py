@@ -15,12 +15,11 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-import transformers
 from factories import write_tokenizer
 from family_models import KNOWN, load, make_dense, make_slim, settings_of
 from numpy.typing import NDArray
+from old_transformers import ABSENT, since_5
 from pairs import few
-from transformers import CONFIG_MAPPING
 
 from spp_export.common.errors import SppError
 from spp_export.evaluation.contract import (
@@ -42,7 +41,6 @@ from spp_export.formats.registry import FORMATS
 from spp_export.models.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_source
 from spp_export.models.checkpoint.reader import read_float
 from spp_export.models.families import FAMILIES
-from spp_export.models.families.served import BACKEND, OWN_ATTENTION, VLLM
 from spp_export.models.shape import Layout
 from spp_export.planning import LayerPlan
 
@@ -209,6 +207,7 @@ def test_what_the_table_says_is_refused(dense, name, format_name, layout, tmp_pa
     assert not list(out.iterdir())
 
 
+@since_5(ABSENT)
 def test_mup_folds_into_a_llama_where_no_norms_come_after(tmp_path: Path) -> None:
     """As HyperCLOVA X has its multipliers."""
     path = make_dense("hyperclovax", tmp_path / "dense", 16, VOCAB, use_post_norm=False)
@@ -218,10 +217,3 @@ def test_mup_folds_into_a_llama_where_no_norms_come_after(tmp_path: Path) -> Non
     assert architecture_of(open_checkpoint(slim)).name == "deci"
     for difference, limit in by_llama_cpp(slim, out):
         assert difference <= limit
-
-
-@pytest.mark.parametrize("name", sorted((VLLM | BACKEND).intersection(CONFIG_MAPPING)))
-def test_whose_attention_goes_by_the_interface(name: str) -> None:
-    """What vLLM's Transformers backend asks for."""
-    model = getattr(transformers, FAMILIES[name].architecture)
-    assert model._supports_attention_backend == (name not in OWN_ATTENTION)

@@ -167,7 +167,7 @@ class _Comparison:
             (self._exact[row][part].double().cpu() - torch.from_numpy(logits)).abs().amax(-1)
             for row, part, logits in results
         ]
-        of_tokens = torch.cat(errors)
+        of_tokens = torch.cat(errors) if errors else torch.zeros(0)
         detail = f"{len(of_tokens)} tokens, largest |logit| {self._largest:.1f}"
         found = Errors.of_tokens(of_tokens)
         return found.check(name, self._rounding, _ROUNDINGS, self._room, detail)

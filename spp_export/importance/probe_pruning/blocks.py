@@ -111,14 +111,13 @@ class MlpBlock(ProbedBlock):
     """The projections and the activation between them, whatever these are."""
 
     def ahead(self, x: Tensor, probe: Probe, call: Mapping[str, Any]) -> Tensor:
-        """What down_proj reads, token by token."""
-        seen: list[Tensor] = []
-        handle = self.consumer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        """What down_proj reads, token by token: what the MLP gives without it."""
+        (name,) = (name for name, part in self.body.named_children() if part is self.consumer)
+        setattr(self.body, name, nn.Identity())
         try:
-            self.body(probe.take(x))
+            read: Tensor = self.body(probe.take(x))
         finally:
-            handle.remove()
-        (read,) = seen
+            setattr(self.body, name, self.consumer)
         return read
 
     def run(self, x: Tensor, call: Mapping[str, Any]) -> Tensor:

@@ -11,6 +11,7 @@ from pathlib import Path
 import gguf
 import pytest
 from gguf_cases import make
+from old_transformers import since_5
 from tokenizers import (
     AddedToken,
     Tokenizer,
@@ -192,6 +193,7 @@ def test_a_space_that_llama_cpp_does_not_put_is_refused(scheme, where, tmp_path)
     refused(dense, f"prepend_scheme {scheme}.* puts a space only {where}; expected none.* ONNX.$")
 
 
+@since_5("its LlamaTokenizer reads tokenizer.json as it stands")
 def test_a_class_that_reads_tokenizer_json_otherwise_has_a_way_out(tmp_path: Path) -> None:
     """transformers 5 gives Llama's class a Metaspace, whatever its tokenizer.json says; which is
     what llama.cpp does."""
