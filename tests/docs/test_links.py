@@ -40,3 +40,9 @@ def test_links(name: str) -> None:
         assert file.is_file(), f"{target}: no such file; a folder is linked by its README.md"
         if anchor:
             assert anchor in anchors(file), f"{target}#{anchor}: no such heading"
+
+
+def test_every_page_is_in_the_table_of_contents() -> None:
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    listed = set(re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert listed == pages
