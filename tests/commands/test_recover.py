@@ -86,10 +86,11 @@ def answering(**options):
 @pytest.mark.parametrize("name", few(NAMES, lambda name: {name.split("-")[0]}))
 def test_it_learns_what_the_dense_model_answers(workshop, data, tmp_path, name, train):
     target = tmp_path / "recovered"
-    rate = {"adapters": 4e-3, "weights": 1e-3}[train]
-    settings = answering(train=train, learning_rate=rate)
+    # Of few texts the best of what adapters learn is soon past.
+    wider = {"rank": 16, "alpha": 32, "learning_rate": 3e-3, "watch_every": 5}
+    settings = answering(train=train, **(wider if train == "adapters" else {}))
     exported, result = recover(workshop, name, data, target, settings=settings)
-    assert result.after.mean_kl < 0.95 * result.before.mean_kl
+    assert result.after.mean_kl < 0.9 * result.before.mean_kl
     assert "answers to prompts that were not trained on" in result.after.source
     assert spp_export.verify(target, model=str(exported.dense)).passed
     record = json.loads((target / "recovery.json").read_text())

@@ -215,4 +215,6 @@ def test_experts_can_be_widened_to_float64(source: Checkpoint) -> None:
     with torch.no_grad():
         narrow, wide = model(tokens()).logits, model.double()(tokens()).logits
     assert wide.dtype is torch.float64
-    assert (narrow - wide).abs().max().item() < 3e-4
+    # Other mixers add their own rounding: gated delta nets compute in float32 either way.
+    limit = 3e-4 if source.family.mixers else 1e-4
+    assert (narrow - wide).abs().max().item() < limit
