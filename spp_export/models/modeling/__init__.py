@@ -9,17 +9,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    MODEL_MAPPING,
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PretrainedConfig,
-)
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from spp_export.models.families import known_types
 from spp_export.models.modeling import configuration_spp, modeling_spp, uneven_attention
@@ -39,15 +30,13 @@ def _config_class(model_type: str) -> type[Any]:
         )
     stock = CONFIG_MAPPING[model_type]
     own: type[Any] = getattr(configuration_spp, f"Spp{stock.__name__}")
-    for auto, models in (
-        (AutoModel, MODEL_MAPPING),
-        (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
-        (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
-    ):
+    for auto, models in modeling_spp.AUTO_CLASSES.items():
         # Of a config with a decoder in it, some of these take that decoder alone.
         model: Any = models.get(stock, None)
         if model is not None and model.config_class is stock:
-            auto.register(own, getattr(modeling_spp, f"Spp{model.__name__}"), exist_ok=True)
+            getattr(transformers, auto).register(
+                own, getattr(modeling_spp, f"Spp{model.__name__}"), exist_ok=True
+            )
     return own
 
 

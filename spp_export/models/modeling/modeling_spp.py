@@ -30,7 +30,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
     GenerationMixin,
     PreTrainedModel,
 )
@@ -48,6 +53,15 @@ _IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_in
 _UNEVEN_ATTENTION = "spp_ragged"
 # What vLLM's Transformers backend sets: an attention that no cache of ours stands before.
 _VLLM_ATTENTION = "vllm"
+# The auto classes, each with the stock models that it makes. A model that sees may be in two.
+AUTO_CLASSES: dict[str, Any] = {
+    "AutoModelForImageTextToText": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING,
+    "AutoModelForSequenceClassification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    "AutoModelForTokenClassification": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    "AutoModelForQuestionAnswering": MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    "AutoModel": MODEL_MAPPING,
+}
 
 
 class _RepeatingCache:
@@ -315,13 +329,17 @@ def _model_class(name: str) -> type[Any]:
             f"{name.removeprefix(_CLASS)}. Install a version that has it."
         )
     config: Any = stock.config_class
+    own = f"{_CLASS}{config.__name__}"
+    if MODEL_MAPPING.get(config, None) is not None:
+        # Models that classify have an auto class make their decoder from what they are made from.
+        MODEL_MAPPING.register(config_class(f"{own}Part"), MODEL_MAPPING[config], exist_ok=True)
     bases: tuple[type[Any], ...] = (_PerLayerModel, stock)
     if stock.can_generate():
         bases += (GenerationMixin,)  # by itself: transformers makes another class where it is not
     attributes = {
         "__module__": __name__,
         "__qualname__": name,  # by which a pickle finds it
-        "config_class": config_class(f"{_CLASS}{config.__name__}"),
+        "config_class": config_class(own),
         "_auto_class": _auto_class(stock),
     }
     # The stock name: transformers looks up by it how the names of weights are converted.
@@ -329,10 +347,13 @@ def _model_class(name: str) -> type[Any]:
 
 
 def _auto_class(stock: Any) -> str:
-    if not stock.can_generate():
-        return "AutoModel"
-    sees = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(stock.config_class, None) is stock
-    return "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
+    """Which of them makes a stock model."""
+    made_by = (
+        name
+        for name, models in AUTO_CLASSES.items()
+        if models.get(stock.config_class, None) is stock
+    )
+    return next(made_by, "AutoModel")
 
 
 def __getattr__(name: str) -> Any:
