@@ -40,7 +40,7 @@ DOCS := build/venv-docs
 .PHONY: help demo artifacts check test test-all test-loading test-lm-eval test-optimum \
 	test-transformers-js test-vllm test-report test-serving test-faults test-examples fuzz docs eval eval-finance eval-traffic \
 	eval-answers eval-ablations lm-eval picture bench bench-onnx bench-gguf bench-gpu bench-peers latency-plan empty-layers \
-	onnx-exporters onnx-memory onnx-parity gguf-parity ragged many recovery choices distillation tiny-models wide-norms scale \
+	onnx-exporters onnx-memory onnx-parity gguf-parity ragged many recovery choices distillation families tiny-models wide-norms scale \
 	layerwise blocked-moments answer-engines distributed compile-time start-time reference clean
 
 help:
@@ -82,6 +82,7 @@ help:
 	@echo "make ragged        the ragged attention kernel beside padding and expanding"
 	@echo "make many          memory of three scenarios of the default model in one process"
 	@echo "make blocked-moments  what moments in blocks cost the re-fit of a wide MLP"
+	@echo "make families      every family's slices beside the masked dense model, in float64; writes docs/exactness.md"
 	@echo "make tiny-models   OPT, Gemma 3, gpt-oss and Qwen3.5, trained by it, from probe to ONNX"
 	@echo "make wide-norms    what norms over all heads cost, on a tiny OLMo 2 that it trains"
 	@echo "make distributed   the demo scenario's plan on 1, 2 and 4 processes of torchrun, and a killed one"
@@ -391,6 +392,12 @@ choices: $(INSTALLED)
 		--other $(DATA)/scenarios/finance.txt --json $(RESULTS)/choices-chemistry.json
 	$(BIN)/python -m spp_campaigns.choices --scenario $(DATA)/scenarios/finance.txt \
 		--other $(DATA)/scenarios/chemistry.txt --json $(RESULTS)/choices-finance.json
+
+# Of the same tiny models as the tests.
+families: $(INSTALLED)
+	mkdir -p build
+	PYTHONPATH=tests $(BIN)/python tests/families/measure.py --dir build \
+		--json $(RESULTS)/families-cpu.json --page docs/exactness.md
 
 wide-norms: $(INSTALLED)
 	$(BIN)/python -m spp_campaigns.wide_norms --pools $(DATA)/pools --scenario $(SCENARIO) \

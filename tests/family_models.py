@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from transformers import CONFIG_MAPPING, AutoConfig
 
 from spp_export.evaluation.contract import Pair, greedy, make_slim, padded, tokens, write_random
 from spp_export.evaluation.contract import load_exact as load
-from spp_export.models.families import FAMILIES
-from spp_export.planning import LayerPlan
+from spp_export.formats.registry import FORMATS
+from spp_export.models.families import FAMILIES, Family
+from spp_export.planning import LayerPlan, Layout
 
 __all__ = ["KNOWN", "Pair", "greedy", "load", "make_dense", "make_slim", "padded", "tokens"]
 
@@ -205,6 +206,15 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # Of those, what this version of transformers has.
 KNOWN = [name for name in FAMILIES if name in CONFIG_MAPPING]
+
+
+def layouts(family: Family) -> Iterator[Layout]:
+    """Those that a family can have; `uniform` where its stock config takes fewer heads."""
+    if FORMATS["safetensors"].refusal(family, "ragged") is None:
+        yield "ragged"
+    yield "per-layer"
+    if family.uniform == "all":
+        yield "uniform"
 
 
 def family_name(name: str) -> str:

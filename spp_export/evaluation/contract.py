@@ -36,7 +36,12 @@ from spp_export.slicing.weights import write_slim_weights
 
 # The largest difference of logits of about 1 that rounding in float64 explains.
 LIMIT = 1e-12
-_NEW_TOKENS = 6
+_GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "eos_token_id": None,
+    "max_new_tokens": 6,
+    "min_new_tokens": 6,
+}
 # Below it, logits are all alike and compare nothing.
 _LEAST_SPREAD = 0.01
 
@@ -64,33 +69,90 @@ class Pair:
         return opened.layers == layers
 
 
+@dataclass(frozen=True)
+class Distances:
+    """How far a slim model is from the masked dense one: the largest differences of logits, in
+    float64 throughout.
+
+    logits  of a prompt
+    cached  of the tokens that each of them generates with a cache
+    padded  of both, where a row of the prompt has padding before it
+    again   of a prompt, after the slim model saved itself and was loaded again
+    """
+
+    logits: float
+    cached: float
+    padded: float
+    again: float
+
+
 def prove(source: Checkpoint, layout: Layout, target: Path) -> float:
-    """The largest difference of logits between a slice of a tiny `source`, written to `target`, and
-    the dense model with the same units masked, where everything holds.
+    """`check` of a random slice of a tiny `source`, which is written to `target`."""
+    return check(make_slim(source, layout, target))
+
+
+def check(pair: Pair) -> float:
+    """The largest difference of logits between a slice and the dense model with the same units
+    masked, where everything holds.
 
     Raises ModelError for the first thing that does not: shapes of layers, logits, or the tokens of
     greedy generation with a cache and without.
     """
-    pair = make_slim(source, layout, target)
+    layout = pair.plan.layout
     if not pair.as_planned():
         raise ModelError(f"layout {layout}: layers have other sizes than the plan gives them.")
     slim = load_exact(pair.slim)
     with torch.no_grad(), pair.masked() as masked:
         expected = exact_logits(masked)
-        follows = greedy(masked, use_cache=False)
+        follows = {use_cache: greedy(masked, use_cache=use_cache) for use_cache in (True, False)}
     difference = float((exact_logits(slim) - expected).abs().max())
     if not difference <= LIMIT or float(expected.std()) <= _LEAST_SPREAD:
         raise ModelError(
             f"layout {layout}: logits differ from those of the masked dense model by up to "
             f"{difference:.2g}, at most {LIMIT:g} was expected."
         )
-    for use_cache in (True, False):
-        if not torch.equal(greedy(slim, use_cache=use_cache), follows):
+    for use_cache, tokens_of_dense in follows.items():
+        if not torch.equal(greedy(slim, use_cache=use_cache), tokens_of_dense):
             raise ModelError(
                 f"layout {layout}: generation {'with' if use_cache else 'without'} a cache gives "
                 "other tokens than the masked dense model."
             )
     return difference
+
+
+def distances(pair: Pair, folder: Path) -> Distances:
+    """How far a slice is from the masked dense model; `folder` is where it saves itself again."""
+    plain, slim = {"input_ids": tokens()}, load_exact(pair.slim)
+    with quiet_transformers():
+        slim.save_pretrained(folder)
+    again = load_exact(folder)
+    with torch.no_grad(), pair.masked() as masked, _InDouble():
+        expected = masked(**plain).logits
+        return Distances(
+            logits=_apart(slim(**plain).logits, expected),
+            cached=_apart(_generated(slim, plain), _generated(masked, plain)),
+            padded=_apart(_behind_padding(slim), _behind_padding(masked)),
+            again=_apart(again(**plain).logits, expected),
+        )
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    """The largest difference, which is not finite where one of them is not."""
+    return float((one - other).abs().max())
+
+
+def _generated(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Logits [B,6,V] of greedy tokens, with a cache."""
+    shown = {"output_logits": True, "return_dict_in_generate": True, "use_cache": True}
+    return torch.stack(model.generate(**inputs, **_GREEDY, **shown).logits, dim=1)
+
+
+def _behind_padding(model: Any) -> Tensor:
+    """Logits [N,V] of the prompt with padding, where it is none, and of what follows."""
+    ids, attends = _padding()
+    inputs = {"input_ids": ids, "attention_mask": attends}
+    prompt = model(**inputs).logits[attends == 1]
+    return torch.cat([prompt, _generated(model, inputs).flatten(0, 1)])
 
 
 @torch.no_grad()
@@ -132,18 +194,22 @@ def padded(model: Any) -> dict[str, torch.Tensor]:
     Without that row for a model that knows eager attention alone: in float64 a mask's lowest value
     becomes -inf in its softmax, and a row of padding NaN.
     """
-    ids, attends = tokens(), torch.ones(2, 11, dtype=torch.long)
-    ids[0, :4], attends[0, :4] = 0, 0
+    ids, attends = _padding()
     first = 1 if model.config._attn_implementation == "eager" else 0
     return {"input_ids": ids[first:], "attention_mask": attends[first:]}
 
 
+def _padding() -> tuple[Tensor, Tensor]:
+    """Token ids [2,11], the first four of the first row being padding, and what is attended."""
+    ids, attends = tokens(), torch.ones(2, 11, dtype=torch.long)
+    ids[0, :4], attends[0, :4] = 0, 0
+    return ids, attends
+
+
 def greedy(model: Any, **options: Any) -> torch.Tensor:
     """Six tokens after the padded prompt."""
-    length = {"max_new_tokens": _NEW_TOKENS, "min_new_tokens": _NEW_TOKENS}
-    common = {"do_sample": False, "eos_token_id": None, **length}
     with _exactly(model):
-        generated: Tensor = model.generate(**padded(model), **common, **options)
+        generated: Tensor = model.generate(**padded(model), **_GREEDY, **options)
     return generated
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ CASES = [
     ("qwen3", TOKEN),
     ("gpt2", TOKEN),
     ("opt", SEQUENCE),
-    ("mixtral", SEQUENCE),
+    ("gemma2", SEQUENCE),
 ]
 
 
@@ -55,5 +54,3 @@ def test_scores_are_those_of_the_masked_dense_model(name: str, auto: str, tmp_pa
         slim.save_pretrained(tmp_path / "again")
     again = load(tmp_path / "again", dtype=torch.float64)
     assert torch.equal(scores(again), scores(slim))
-    written = json.loads((tmp_path / "again" / "config.json").read_text())
-    assert written["auto_map"][auto] == f"modeling_spp.{type(slim).__qualname__}"

@@ -3,7 +3,7 @@ with the removed units masked, in float64, whatever it computes otherwise than L
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from family_models import (
     Pair,
     family_name,
     greedy,
+    layouts,
     load,
     make_dense,
     make_slim,
@@ -29,21 +30,10 @@ from transformers import CONFIG_MAPPING
 
 from spp_export.common.progress import quiet_transformers
 from spp_export.evaluation.contract import exact_logits
-from spp_export.formats.registry import FORMATS
 from spp_export.models.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_source
-from spp_export.models.families import FAMILIES, Family, Feature
-from spp_export.planning import Layout
+from spp_export.models.families import FAMILIES, Feature
 
 NAMES = [*KNOWN, *(name for name, (family, _) in FORMS.items() if family in KNOWN)]
-
-
-def layouts(family: Family) -> Iterator[Layout]:
-    """Those that a family can have; `uniform` where its stock config takes fewer heads."""
-    if FORMATS["safetensors"].refusal(family, "ragged") is None:
-        yield "ragged"
-    yield "per-layer"
-    if family.uniform == "all":
-        yield "uniform"
 
 
 # What stock models of transformers 4 do not do of it.

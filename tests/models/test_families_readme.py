@@ -1,4 +1,4 @@
-"""The README of the families: its example is sliced and verified as it stands."""
+"""The example in the README of the families, which CONTRIBUTING shows too, is a family."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from spp_export.models.families import table
 from spp_export.models.loader import load_dense, load_slim
 from spp_export.planning import Plan, write_plan
 
+CONTRIBUTING = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
 README = (Path(families.__file__).parent / "README.md").read_text(encoding="utf-8")
 
 
@@ -25,6 +26,7 @@ def example(monkeypatch):
     """The model type of the example's record, registered as one of the table is."""
     (block,) = re.findall(r"```text\n(.*?)```", README, re.DOTALL)
     assert len(block.splitlines()) <= 5
+    assert block in CONTRIBUTING
     family = eval(block.rstrip().removesuffix(","), dict(vars(table)))
     assert family.model_type not in families.FAMILIES
     monkeypatch.setitem(families.FAMILIES, family.model_type, family)
