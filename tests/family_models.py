@@ -39,6 +39,8 @@ LATENTS: dict[str, Any] = {
     "n_group": 1,
     "topk_group": 1,
 }
+# Two groups of experts, one of which sees a token.
+GROUPS: dict[str, Any] = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1}
 # What shows more of a family than its defaults do.
 MORE: dict[str, dict[str, Any]] = {
     "granite": {
@@ -201,6 +203,13 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
         {"multi_query": False, "alibi": True, "num_kv_heads": 4, "parallel_attn": False},
     ),
     "gpt_bigcode-heads": ("gpt_bigcode", {"multi_query": False}),
+    "deepseek_v3-groups": ("deepseek_v3", {**LATENTS, **GROUPS}),
+    "deepseek_v2-groups": (
+        "deepseek_v2",
+        {**LATENTS, **GROUPS, "topk_method": "group_limited_greedy"},
+    ),
+    "glm4_moe-groups": ("glm4_moe", GROUPS),
+    "dots1-groups": ("dots1", GROUPS),
     "persimmon-bare": ("persimmon", {"qk_layernorm": False}),
 }
 # Of those, what this version of transformers has.
@@ -238,7 +247,7 @@ def settings_of(name: str, head_dim: int = 8, vocab: int = 97, layers: int = 2) 
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": head_dim}
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     record = FAMILIES[family]
-    more = in_its_words(more, record.keys) | EXPERTS.get(family, {})
+    more = EXPERTS.get(family, {}) | in_its_words(more, record.keys)
     named = {record.keys.get(key, key): value for key, value in (sizes | heads).items()}
     named.pop("", None)
     if record.derived_head_dim == "attention":

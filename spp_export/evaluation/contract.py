@@ -214,8 +214,7 @@ def _random_plan(source: Checkpoint, layout: Layout) -> tuple[LayerPlan, ...]:
     else:
         chosen = ragged_layers if layout == "ragged" else random_layers
         layers = chosen(source.shape, 3, channels=bool(source.family.down))
-    go = any(source.shape.sparse) and not source.shape.grouped_experts
-    if go and layout != "per-layer":  # where heads alone go
+    if any(source.shape.sparse) and layout != "per-layer":  # where heads alone go
         layers = drop_experts(layers, source.shape, 3, alike=layout == "uniform")
     return only_existing(layers, source.shape)
 
@@ -273,13 +272,14 @@ def uniform_layers(
 def drop_experts(
     layers: Sequence[LayerPlan], shape: ModelShape, seed: int, *, alike: bool = False
 ) -> tuple[LayerPlan, ...]:
-    """The same layers with random experts: in turn as many as a token is routed to, one more, and
-    so on, or in all layers `alike` all but one."""
-    rng, layers, most = random.Random(seed), list(layers), shape.experts - 1
-    least = most if alike else min(shape.experts_per_token, most)
+    """The same layers with random experts: in turn as few as can be, the next number, and so on, or
+    in all layers `alike` all but the fewest that can go."""
+    rng, layers, size = random.Random(seed), list(layers), shape.experts // shape.expert_groups
+    counts = shape.expert_counts[:-1] or shape.expert_counts
     for turn, index in enumerate(index for index, sparse in enumerate(shape.sparse) if sparse):
-        kept = least + turn % (most - least + 1)
-        experts = _choose(rng, range(shape.experts), kept)
+        kept = (counts[-1] if alike else counts[turn % len(counts)]) // shape.expert_groups
+        groups = (range(start, start + size) for start in range(0, shape.experts, size))
+        experts = tuple(expert for group in groups for expert in _choose(rng, group, kept))
         layers[index] = replace(layers[index], experts=experts)
     return tuple(layers)
 

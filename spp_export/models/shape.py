@@ -160,8 +160,9 @@ class ModelShape:
     per head. `element_bytes` is the size of one stored element of the attention weights.
     `switches` are further flags of the record that config.json turns on. `mlps` are, layer by
     layer, the tensors of experts and of MLPs beside them; empty where no layer has experts. A layer
-    with experts has `experts`, and a token is routed to `experts_per_token` of them, in groups of
-    them where `grouped_experts`. `mixers` are, layer by layer, names and shapes of other tensors
+    with experts has `experts`, and a token is routed to `experts_per_token` of them, in
+    `chosen_groups` of the `expert_groups` that these are, one after the other.
+    `mixers` are, layer by layer, names and shapes of other tensors
     that stay, such as those of what mixes tokens in the place of attention; `without_heads` and
     `without_channels` are the layers that have none. `head_rows` are the elements of one head in
     the tensors of queries and of keys, `head_inputs` what these read, 0 where it is head_dim and
@@ -191,7 +192,8 @@ class ModelShape:
     mlps: tuple[tuple[ExpertTensor, ...], ...] = ()
     experts: int = 0
     experts_per_token: int = 0
-    grouped_experts: bool = False
+    expert_groups: int = 1
+    chosen_groups: int = 1
     mixers: tuple[Tensors, ...] = ()
     without_heads: frozenset[int] = frozenset()
     without_channels: frozenset[int] = frozenset()
@@ -280,6 +282,16 @@ class ModelShape:
         if not self.mlps:
             return (False,) * self.num_layers
         return tuple(any(tensor.of_experts for tensor in layer) for layer in self.mlps)
+
+    @property
+    def expert_counts(self) -> tuple[int, ...]:
+        """How many experts a layer may keep, ascending: as many as a token is routed to at least,
+        of every group as many, and two of it, by which groups are judged."""
+        each = self.experts_per_token
+        if self.expert_groups > 1:
+            each = max(2, -(-each // self.chosen_groups))
+        least = min(each * self.expert_groups, self.experts)
+        return tuple(range(least, self.experts + 1, self.expert_groups))
 
     @property
     def mlp_parameters(self) -> int:

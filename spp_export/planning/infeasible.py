@@ -34,7 +34,7 @@ def infeasible(
     `smallest_cost`."""
     smallest = smallest_cost(candidates, some=some)
     width = "" if channels is None else f"{channels.widths[0]} channels per layer"
-    count = f"{shape.experts_per_token} experts in every layer that has any"
+    count = f"{next(iter(shape.expert_counts), 0)} experts in every layer that has any"
     # The fastest size need not be the smallest.
     whose = "the fastest blocks measured"
     group = f"one KV group {'in one' if some else 'per'} layer"

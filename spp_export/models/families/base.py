@@ -257,6 +257,8 @@ class Family:
     # Which layers see a sliding window: none, all (if the config has one), or those that the
     # config's layer_types name.
     sliding: Literal["none", "all", "listed"] = "none"
+    # In transformers 4 its routers or masks stay in float32, and fail beside float64.
+    single_in_4: bool = False
     # What the stock config takes for eos_token_id where config.json does not have the key.
     end_token: int | tuple[int, ...] | None = None
     # Buffers that old checkpoints carry and the config determines: left out of what is written.
@@ -430,17 +432,10 @@ class Family:
         if includes(units, "channels"):
             instead = "Use --units heads, experts or all."
             self.refuse((Feature.EXPERTS,), f"--units {units}", instead)
-        if not includes(units, "experts"):
-            return
-        if not any(shape.sparse):
+        if includes(units, "experts") and not any(shape.sparse):
             raise ModelError(
                 f"--units {units}: this {self.model_type} model has no experts. "
                 "Use --units heads, channels or both."
-            )
-        if shape.grouped_experts:
-            raise ModelError(
-                f"--units {units}: this {self.model_type} model routes to groups of experts "
-                "(n_group above 1), which are not cut. Use --units heads."
             )
 
     def bias_switch(self, role: Role) -> str:

@@ -27,7 +27,8 @@ class Experts:
     is a key with two names, "name?key" a tensor that is there only if the key is true.
 
     `count` and `routed` are keys: how many experts, and how many see a token; `groups`, where a
-    token is first routed to groups of them: how many groups. The rest are keys that say which
+    token is first routed to groups of them, each judged by its two best: how many groups there are,
+    and how many see a token. The rest are keys that say which
     layers have experts, all where there are none: from `first` on, up to `last` (-1 is the last
     one), every so many (`every`), and not those in the list `never`; where config.json has the list
     `listed`, those in it and no others. `modules` are the names, in
@@ -43,7 +44,7 @@ class Experts:
     every: str = ""
     never: str = ""
     listed: str = ""
-    groups: str = ""
+    groups: tuple[str, str] | None = None
     modules: tuple[str, ...] = ("mlp",)
 
     def read(self, config: Mapping[str, Any], layers: int) -> dict[str, Any]:
@@ -64,8 +65,19 @@ class Experts:
             "mlps": tuple(kinds[sparse] for sparse in places),
             "experts": count,
             "experts_per_token": min(count, _size(config, self.routed)),
-            "grouped_experts": bool(self.groups) and (value_of(config, self.groups) or 1) != 1,
+            **self._groups(config, count),
         }
+
+    def _groups(self, config: Mapping[str, Any], count: int) -> dict[str, int]:
+        groups, chosen = (value_of(config, key) or 1 for key in self.groups or ("", ""))
+        whole = type(groups) is int and type(chosen) is int and 1 <= chosen <= groups
+        if not whole or groups < 1 or count % groups:
+            raise ModelError(
+                f"config.json: a token is routed to {shown(chosen)} of {shown(groups)} groups of "
+                f"{count} experts ({' and '.join(self.groups or ())}), which is not possible. "
+                "Fetch the model again."
+            )
+        return {"expert_groups": groups, "chosen_groups": chosen}
 
     def counts(self, count: int) -> dict[str, int]:
         """A number of experts by all its names: each version of transformers reads one."""

@@ -16,8 +16,8 @@ from spp_export.models.shape import Tensors
 class Mixers:
     """Layers with other mixers than softmax attention, none of which is cut.
 
-    `name` is what plan and report call such a mixer, in the plural. `tensors` are those of a layer
-    that has one, as of `Experts`. The others are values of config.json's list `layer_types`, by
+    `name` is what plan and report call such mixers: a plural, of which they say that they stay.
+    `tensors` are those of a layer that has one, as of `Experts`. The others are values of config.json's list `layer_types`, by
     which layers differ: `kinds` have one, all layers where there are none; `heads` have heads, all
     that have no such mixer where there are none; `channels` have an MLP, all where there are none.
     `of_heads`: a mixer is as wide as the model's heads, so their number cannot be another for the

@@ -132,7 +132,7 @@ _SCORED = {
 }
 _DENSE = _mlp("mlp", "intermediate_size")
 _STEPS: Any = {"every": "decoder_sparse_step", "never": "mlp_only_layers"}
-_FIRST: Any = {"first": "first_k_dense_replace", "groups": "n_group"}
+_FIRST: Any = {"first": "first_k_dense_replace", "groups": ("n_group", "topk_group")}
 _LOCAL = ("num_local_experts|num_experts", "num_experts_per_tok")
 _BLOCK: Any = {"modules": ("mlp", "block_sparse_moe")}
 _BLOCK_SPARSE = {
@@ -486,10 +486,10 @@ FAMILIES = (
     Family("glm4_moe", "Glm4MoeForCausalLM", _features(Feature.EXPERTS, Feature.ROTARY),
            **_NO_MLP, qkv_bias="attention_bias", qk_norm="use_qk_norm", rope_theta=None,
            defaults={"n_routed_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 8,
-                     "moe_intermediate_size": 1408, "first_k_dense_replace": 1},
+                     "moe_intermediate_size": 1408, "first_k_dense_replace": 1}, single_in_4=True,
            experts=Experts(_SCORED, *_ROUTED, _DENSE, **_FIRST)),
     Family("dots1", "Dots1ForCausalLM", _features(Feature.EXPERTS), **_BIASES, **_NO_MLP,
-           qk_norm=True, sliding="listed",
+           qk_norm=True, sliding="listed", single_in_4=True,
            defaults={"first_k_dense_replace": 0, "moe_intermediate_size": 1408},
            experts=Experts(_SCORED, *_ROUTED, _DENSE, **_FIRST)),
     Family("llama4_text", "Llama4ForCausalLM", _features(Feature.EXPERTS, Feature.ROTARY),
@@ -506,7 +506,7 @@ FAMILIES = (
                listed="moe_layers", modules=("feed_forward",))),
     Family("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", _features(Feature.EXPERTS, Feature.ROTARY),
            qkv_bias="use_bias", output_bias="use_bias", **_NO_MLP, head_bias="use_bias",
-           rope_theta=500000.0, end_token=2, defaults={
+           rope_theta=500000.0, end_token=2, single_in_4=True, defaults={
                **_TIED, "moe_num_experts": 64, "moe_num_shared_experts": 2, "moe_k": 6,
                "moe_intermediate_size": 1536, "moe_layer_start_index": 1,
                "moe_layer_end_index": -1, "moe_layer_interval": 1},
@@ -542,7 +542,7 @@ FAMILIES = (
            **_NO_MLP, end_token=1, defaults={
                **_MLA_SIZES, "n_routed_experts": 256, "n_shared_experts": 1,
                "num_experts_per_tok": 8, "moe_intermediate_size": 2048,
-               "first_k_dense_replace": 3, "n_group": 8},
+               "first_k_dense_replace": 3, "n_group": 8, "topk_group": 4}, single_in_4=True,
            experts=Experts(_SCORED, *_ROUTED, _DENSE, **_FIRST)),
     Family("deepseek_v2", "DeepseekV2ForCausalLM",
            _features(Feature.EXPERTS, Feature.MIXERS, Feature.LATENT, Feature.ROTARY), **_MLA,
@@ -555,7 +555,7 @@ FAMILIES = (
     Family("minimax", "MiniMaxForCausalLM",
            _features(Feature.EXPERTS, Feature.MIXERS, Feature.MULTIPLIERS), **_NO_MLP,
            derive=_minimax, sliding="all", rope_theta=1000000.0, end_token=2, mixers=Mixers(
-               "lightning attention", {
+               "layers of lightning attention", {
                    "self_attn.norm.weight": _LIGHTNING,
                    "self_attn.qkv_proj.weight": f"3*{_LIGHTNING} hidden_size",
                    "self_attn.out_proj.weight": f"hidden_size {_LIGHTNING}",
@@ -679,7 +679,8 @@ FAMILIES = (
            embedding_norm="transformer.word_embeddings_layernorm", per_head=("alibi",),
            keys={"num_attention_heads": "n_head", "num_hidden_layers": "n_layer",
                  "hidden_size": "n_embed", "intermediate_size": "", **_EVERY_HEAD},
-           derive=four_times, defaults=_TIED, end_token=2),
+           derive=four_times, defaults=_TIED, end_token=2,
+           refused=("apply_residual_connection_post_layernorm",)),
     Family("mpt", "MptForCausalLM",
            _features(Feature.NO_GATE, _LAYER_NORM, Feature.ALIBI, Feature.FUSED),
            **{**_TRANSFORMER, "layers": "transformer.blocks",
@@ -689,7 +690,7 @@ FAMILIES = (
            embedding="transformer.wte", per_head=("position_bias",),
            keys={"num_attention_heads": "n_heads", "num_hidden_layers": "n_layers",
                  "hidden_size": "d_model", "intermediate_size": "", **_EVERY_HEAD},
-           derive=_mpt, defaults={"expansion_ratio": 4, **_TIED}),
+           derive=_mpt, defaults={"expansion_ratio": 4, **_TIED}, single_in_4=True),
     Family("gpt_neo", "GPTNeoForCausalLM",
            _features(Feature.NO_GATE, _LAYER_NORM, _POSITIONS, Feature.MULTIPLIERS),
            **_TRANSFORMER,

@@ -267,18 +267,27 @@ def channel_options(
 
 
 def expert_options(scores_SE: ArrayLike, shape: ModelShape) -> NestedOptions:
-    """All numbers of experts that the S layers which have any may keep, at least as many as a token
-    is routed to, with those of highest score, ties to the lowest index.
+    """All numbers of experts that the S layers which have any may keep, with those of
+    highest score, ties to the lowest index; where a token is routed to groups of them, with as many
+    of each group.
 
     scores_SE: [S,E] finite, of any sign. Raises PlanError as `channel_options` does.
     """
     layers, experts = sum(shape.sparse), shape.experts
     scores = checked(scores_SE, layers, experts, unit="expert", plural="experts")
-    return _nested(scores, tuple(range(shape.experts_per_token, experts + 1)))
+    size = (layers, shape.expert_groups, -1)
+    best = np.argsort(-scores.reshape(size), axis=-1, kind="stable")
+    best += np.arange(0, experts, experts // shape.expert_groups)[:, None]
+    # The best of every group, then the second of every group, and so on.
+    return _ordered(scores, best.swapaxes(1, 2).reshape(layers, experts), shape.expert_counts)
 
 
 def _nested(scores: FloatArray, widths: tuple[int, ...]) -> NestedOptions:
-    order = np.argsort(-scores, axis=-1, kind="stable")
+    return _ordered(scores, np.argsort(-scores, axis=-1, kind="stable"), widths)
+
+
+def _ordered(scores: FloatArray, order: IntArray, widths: tuple[int, ...]) -> NestedOptions:
+    """Options that keep the first units in an order, of [L,I] scores."""
     kept_score = np.cumsum(np.take_along_axis(scores, order, axis=-1), axis=-1)
     kept_score = np.pad(kept_score, ((0, 0), (1, 0)))
     return NestedOptions(widths, kept_score[:, np.array(widths)], places(order, axis=-1))
