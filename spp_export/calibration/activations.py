@@ -384,7 +384,7 @@ def _hook_experts(block: nn.Module, shown: Callable[[Tensor], None]) -> Any:
     """Show what each expert of a block writes."""
     router = router_of(block)
     assert router is not None
-    count = len(next(router.parameters()))  # a row for each
+    count = len(next(x for x in router.parameters() if x.dim() == 2))  # a row for each
 
     def show_writes(experts: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         shown(routed_writes(experts, inputs, output, count))

@@ -103,8 +103,9 @@ def exact_logits(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
 
 
 def _exactly(model: PreTrainedModel) -> AbstractContextManager[object]:
-    family = record_of(model.config.to_dict())
-    return _InDouble() if family and family.experts else nullcontext()
+    config = model.config.to_dict()
+    family = record_of(config)
+    return _InDouble() if family and family.of(config).experts else nullcontext()
 
 
 class _InDouble(TorchFunctionMode):
@@ -149,8 +150,10 @@ def greedy(model: Any, **options: Any) -> torch.Tensor:
 
 def load_exact(path: Path, **options: Any) -> PreTrainedModel:
     """A tiny checkpoint in float64. Raises ModelError where tensors are missing or left over."""
-    family = record_of(json.loads((path / "config.json").read_text()))
+    config = json.loads((path / "config.json").read_text())
+    family = record_of(config)
     assert family is not None
+    family = family.of(config)
     if family.experts and hasattr(PreTrainedModel, "set_experts_implementation"):
         options["experts_implementation"] = "eager"  # others know no float64
     with quiet_transformers():
@@ -208,7 +211,7 @@ def _random_plan(source: Checkpoint, layout: Layout) -> tuple[LayerPlan, ...]:
         width = 10 if source.family.down else None
         size = min(2, source.shape.group_size)
         heads = {"kv_heads": 2 // size, "group_size": size}
-        if source.family.derived_head_dim:  # its stock config takes no fewer
+        if source.family.uniform != "all":  # its stock config takes no fewer
             heads = {"kv_heads": source.shape.kv_heads, "group_size": source.shape.group_size}
         layers = uniform_layers(source.shape, 3, **heads, channels=width)
     else:

@@ -167,8 +167,11 @@ class ModelShape:
     `without_channels` are the layers that have none. `head_rows` are the elements of one head in
     the tensors of queries and of keys, `head_inputs` what these read, 0 where it is head_dim and
     hidden_size; `cached` is what attention caches of a token for all heads together, 0 where it is
-    keys and values. `beside` are names and shapes of tensors beside the decoder, such as those of a
-    tower of vision. `positions` are the rows of a table of positions, `embedding_size` is 0 where
+    keys and values; `cached_beside` what layers cache beside heads that can go. `unread` are
+    tensors that files may have and no model reads, by layer and name. `outside` are further tensors
+    beside the layers, and `tables` those of which a token reads a row. `beside` are names and
+    shapes of tensors beside the decoder, such as those of a tower of vision.
+    `positions` are the rows of a table of positions, `embedding_size` is 0 where
     the embedding is as wide as the stream. `costs` come from the record; None counts the tensors of
     a Llama with these biases.
     """
@@ -200,6 +203,10 @@ class ModelShape:
     head_rows: tuple[int, int] = (0, 0)
     head_inputs: tuple[int, int] = (0, 0)
     cached: int = 0
+    cached_beside: int = 0
+    unread: frozenset[str] = frozenset()
+    outside: Tensors = ()
+    tables: Tensors = ()
     beside: Tensors = ()
     positions: int = 0
     embedding_size: int = 0
@@ -376,7 +383,7 @@ class ModelShape:
         """Bytes of KV cache per token, at `element_bytes` (default: the stored dtype)."""
         size = self.element_bytes if element_bytes is None else element_bytes
         costs = self.counted
-        return size * sum(
+        return size * self.cached_beside + size * sum(
             costs.kv_rows * layer.kv_heads
             + costs.query_rows * layer.query_heads
             + costs.layer_rows * (layer.query_heads > 0)

@@ -7,6 +7,7 @@ from typing import Any
 
 from spp_export.models.families.base import Family, Feature
 from spp_export.models.families.experts import Experts
+from spp_export.models.families.gemma4 import GEMMA4
 from spp_export.models.families.mixers import Mixers
 from spp_export.models.families.vision import Wrapper
 
@@ -389,6 +390,17 @@ FAMILIES = (
            rope_by_type=True,
            config_class="Gemma3TextConfig", decoder_class="Gemma3TextModel",
            defaults={"head_dim": 256, **_TIED}, end_token=1),
+    Family("gemma4_text", "Gemma4ForCausalLM",
+           _features(Feature.ACTIVATION, Feature.MULTIPLIERS, Feature.SANDWICH, Feature.SOFTCAP,
+                     Feature.ROTARY, Feature.MIXERS), **_BIASES, **_SANDWICH, **GEMMA4,
+           qk_norm=True, fixed={"layer_scalar": (1,)}, sliding="listed", rope_theta=None,
+           rope_by_type=True, end_token=1,
+           config_class="Gemma4TextConfig", decoder_class="Gemma4TextModel",
+           defaults={
+               **_TIED, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 30,
+               "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+               "vocab_size": 262144, "vocab_size_per_layer_input": 262144,
+               "hidden_size_per_layer_input": 256}),
     Family("olmo", "OlmoForCausalLM", _features(_LAYER_NORM, Feature.BARE_NORM), **_BIASES,
            norm_weight=False, end_token=50279),
     Family("phi", "PhiForCausalLM",
@@ -738,15 +750,8 @@ WRAPPERS = (
     Wrapper("gemma3", "Gemma3ForConditionalGeneration", "gemma3_text", defaults={
         "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
         "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262208}),
+    Wrapper("gemma4", "Gemma4ForConditionalGeneration", "gemma4_text"),
     Wrapper("smolvlm", "SmolVLMForConditionalGeneration", "llama", "model.text_model"),
     Wrapper("internvl", "InternVLForConditionalGeneration", "qwen2"),
 )
 # fmt: on
-
-_GEMMA4 = (
-    "heads of full attention are of another size than those of sliding attention (global_head_dim) "
-    "and may take keys for values (attention_k_eq_v), and the last layers read the keys and values "
-    "of others (num_kv_shared_layers); a record has one size of heads, and KV heads in every layer"
-)
-# Model types that no record can tell of, and why.
-REFUSED = {"gemma4": _GEMMA4, "gemma4_text": _GEMMA4}
