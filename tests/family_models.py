@@ -41,8 +41,8 @@ LATENTS: dict[str, Any] = {
 }
 # Gemma 4: heads of two sizes, embeddings of every layer, the last two layers read others' keys.
 SHARING: dict[str, Any] = {
-    "layer_types": ["sliding_attention", *["sliding_attention", "full_attention"] * 2],
-    "num_hidden_layers": 5,
+    "layer_types": ["sliding_attention"] * 2 + ["sliding_attention", "full_attention"] * 2,
+    "num_hidden_layers": 6,
     "num_kv_shared_layers": 2,
     "global_head_dim": 16,
     "hidden_size_per_layer_input": 4,

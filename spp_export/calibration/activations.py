@@ -347,6 +347,7 @@ def _hooks(
         written["residual"] = ""
     layers = model.get_submodule(family.layers)
     assert isinstance(layers, nn.ModuleList)
+    lack = _lacking(model, family)
     handles = []
     try:
         for asked in sorted({observer.place for observer in observers}):
@@ -355,7 +356,7 @@ def _hooks(
             place, _, per_write = whole.partition("_per_")
             for index, layer in enumerate(layers):
                 name = read[place] if place in read else written[place]
-                if name and not _has(layer, name):
+                if index in lack.get(place, ()) or (name and not _has(layer, name)):
                     continue  # a layer with another mixer, or without an MLP
                 shown: Callable[[Tensor], None] = partial(show, index, seeing, bool(by_loss))
                 if per_write and family.write_norms:
@@ -390,6 +391,16 @@ def _hook_experts(block: nn.Module, shown: Callable[[Tensor], None]) -> Any:
         shown(routed_writes(experts, inputs, output, count))
 
     return block.get_submodule("experts").register_forward_hook(show_writes)
+
+
+def _lacking(model: nn.Module, family: Family) -> dict[str, frozenset[int]]:
+    """By places: the layers whose attention or MLP is not cut, though it may be there."""
+    if family.mixers is None:
+        return {}
+    settings: Any = model.config
+    shape = family.read_shape(settings.to_dict(), element_bytes=4)
+    places = dict.fromkeys(("attention_input", "output", "attention"), shape.without_heads)
+    return places | dict.fromkeys(("mlp_input", "down"), shape.without_channels)
 
 
 def _has(layer: nn.Module, name: str) -> bool:
