@@ -214,7 +214,7 @@ def _per_layer(
     family: Family,
     shape: ModelShape,
     layers: Sequence[LayerShape],
-    stock: Mapping[str, Mapping[str, int]],
+    stock: Mapping[str, dict[str, int]],
     *,
     ragged: bool,
 ) -> dict[str, Any]:
