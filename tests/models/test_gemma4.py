@@ -77,7 +77,7 @@ def test_full_attention_is_told_of_in_two_ways() -> None:
             {"use_bidirectional_attention": "all"},
             "use_bidirectional_attention is 'all'; the record",
         ),
-        ({"enable_moe_block": True, "use_double_wide_mlp": True}, "wide_experts is True; the rec"),
+        ({"enable_moe_block": True, "use_double_wide_mlp": True}, "use_double_wide_mlp is true, "),
         ({"per_layer_config": {"0": {"head_dim": 4}}}, "per_layer_config has other sizes than one"),
         ({"per_layer_config": {"0": {"intermediate_size": 4}}}, "so its layers already differ"),
         ({"per_layer_config": {"0": {"num_attention_heads": 4}}}, "so its layers already differ"),

@@ -18,15 +18,17 @@ REFUSED = [(name, key) for name, family in FAMILIES.items() for key in family.re
 
 @pytest.mark.parametrize(("name", "key"), REFUSED)
 def test_what_a_record_has_no_field_for_is_refused_by_name(name: str, key: str) -> None:
-    family, switch = FAMILIES[name], key.removeprefix("!")
+    family = FAMILIES[name]
+    switch, _, given = key.removeprefix("!").partition("=")
+    wrong: Any = given or key == switch
     sizes = {family.keys.get(size, size): count for size, count in SIZES.items()}
     sizes.pop("", None)
     config = {**sizes, **EXPERTS.get(name, {})}
     family.read_shape(config, 4)
-    family.read_shape({**config, switch: key != switch}, 4)
-    told = f"config.json: {switch} is {key == switch}; the record of the {name} family"
+    family.read_shape({**config, switch: None if given else not wrong}, 4)
+    told = f"config.json: {switch} is {wrong!r}; the record of the {name} family"
     with pytest.raises(ModelError, match=f"^{re.escape(told)} has no field for what comes with"):
-        family.read_shape({**config, switch: key == switch}, 4)
+        family.read_shape({**config, switch: wrong}, 4)
 
 
 def test_what_refuses_these_switches_is_known() -> None:

@@ -44,6 +44,11 @@ def _derive(config: Mapping[str, Any]) -> Mapping[str, Any]:
             f"and num_kv_shared_layers be fewer; got {shown(kinds)} and {shown(shared)}. Fetch the "
             "model again."
         )
+    if config.get("enable_moe_block") and config.get("use_double_wide_mlp"):
+        raise ModelError(
+            "config.json: use_double_wide_mlp is true, as is enable_moe_block; the record of the "
+            "gemma4_text family has no field for both."
+        )
     kinds = [*kinds[:-1], _FULL]  # as the stock class has it
     same = config.get("attention_k_eq_v") is True
     sizes = _of_full(config, kinds, same)
@@ -54,7 +59,6 @@ def _derive(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {
         "layer_types": own,
         "wide_readers": reads == "wide" and shared > 0,
-        "wide_experts": config.get("enable_moe_block") and reads == "wide",
         "own_values": not same,
         "own_values_bias": not same and bool(config.get("attention_bias")),
         "global_head_dim": sizes["head_dim"],
@@ -170,7 +174,7 @@ GEMMA4: Any = {
             },
         ),
     ),
-    "refused": ("wide_experts", "use_bidirectional_attention=all"),
+    "refused": ("use_bidirectional_attention=all",),
     # The embedding of every token for every layer, and what projects it.
     "tables": {
         f"model.embed_tokens_per_layer.weight{_IF}": f"vocab_size_per_layer_input {_PER_LAYER}"
