@@ -60,7 +60,7 @@ class Realised:
     size above the budget.
     Where other units than heads may go: units, and the kept shares of the parameters of q, k, v and
     o (head_keep) and of gate, up and down (channel_keep) or of experts (expert_keep), of which
-    next_larger_experts is the next larger number.
+    next_larger_experts is the next larger number. Channels are those of MLPs, or of every expert.
     """
 
     kind: str
@@ -159,7 +159,7 @@ def compile_units(
         shapes, bound = _per_layer(heads, channels, experts, shape, budget, limit)
     kept = layer_plans(
         _kept_heads(heads, shape, shapes),
-        _kept_channels(channels, shapes),
+        _kept_channels(channels, shape, shapes),
         _kept_experts(experts, shape, shapes),
     )
     layers = only_existing(kept, shape)
@@ -229,8 +229,8 @@ def _splittable(
 def layer_plans(
     kept_LGg: BoolArray, kept_LI: BoolArray | None = None, kept_LE: BoolArray | None = None
 ) -> tuple[LayerPlan, ...]:
-    """One LayerPlan per layer of masks of kept query heads [L,G,g], channels [L,I] and experts
-    [L,E].
+    """One LayerPlan per layer of masks of kept query heads [L,G,g], channels [L,I], or of every
+    expert [L,E,F], and experts [L,E].
 
     Without a mask, or where a layer's is full, all its channels or experts stay and none is listed.
     """
@@ -240,11 +240,22 @@ def layer_plans(
         LayerPlan(
             tuple(np.flatnonzero(mask.any(axis=1)).tolist()),
             tuple(np.flatnonzero(mask).tolist()),
-            _unless_all(channels),
+            None if _of_experts(channels) else _unless_all(channels),
             _unless_all(experts),
+            _rows_unless_all(channels) if _of_experts(channels) else None,
         )
         for mask, channels, experts in zip(*masks, strict=True)
     )
+
+
+def _of_experts(mask: BoolArray | None) -> bool:
+    return mask is not None and mask.ndim == 2
+
+
+def _rows_unless_all(mask: BoolArray | None) -> tuple[tuple[int, ...], ...] | None:
+    if mask is None or mask.all():
+        return None
+    return tuple(tuple(np.flatnonzero(row).tolist()) for row in mask)
 
 
 def _unless_all(mask: BoolArray | None) -> tuple[int, ...] | None:
@@ -300,7 +311,7 @@ def _per_layer(
         raise infeasible(shape, budget, limit, candidates, channels, some=some) from None
     groups = np.full(shape.num_layers, shape.kv_heads)
     query = np.full(shape.num_layers, shape.query_heads)
-    widths = np.full(shape.num_layers, shape.channels)
+    widths = np.full(shape.num_layers, shape.width)
     dropped = np.zeros(shape.num_layers, dtype=np.int64)
     picked = iter(picks)
     if heads is not None:
@@ -313,7 +324,7 @@ def _per_layer(
     if experts is not None:
         dropped[list(shape.sparse)] = shape.experts - np.array(experts.widths)[next(picked)]
     counts = zip(query.tolist(), groups.tolist(), widths.tolist(), dropped.tolist(), strict=True)
-    layers = [LayerShape(q, g, width, dropped_experts=gone) for q, g, width, gone in counts]
+    layers = [shape.sized(q, g, width, gone) for q, g, width, gone in counts]
     return shape.existing(layers), None if choice.exact else choice.bound
 
 
@@ -335,7 +346,7 @@ def _candidates(
         candidates.append(Candidates.of_heads(heads, costs, shape.has_heads))
     if channels is not None:
         costs = width_costs(shape, channels.widths, limit.latency)
-        candidates.append(Candidates.nested(channels, costs, shape.has_channels))
+        candidates.append(Candidates.nested(channels, costs, shape.has_widths))
     if experts is not None:
         candidates.append(Candidates.nested(experts, expert_costs(shape, experts.widths)))
     return candidates
@@ -357,9 +368,9 @@ def _counts(heads: Options, shapes: Sequence[LayerShape]) -> tuple[IntArray, Int
 
 
 def _kept_channels(
-    channels: NestedOptions | None, shapes: Sequence[LayerShape]
+    channels: NestedOptions | None, shape: ModelShape, shapes: Sequence[LayerShape]
 ) -> BoolArray | None:
-    return None if channels is None else channels.kept([layer.channels for layer in shapes])
+    return None if channels is None else channels.kept(shape.widths(shapes))
 
 
 def _kept_experts(
@@ -393,8 +404,8 @@ def _score(
             worth = np.where(groups > 0, worth, heads.nothing)
         total += float(worth[np.array(shape.has_heads)].sum())
     if channels is not None:
-        at = np.searchsorted(channels.widths, [layer.channels for layer in shapes])
-        total += float(channels.value[layers, at][np.array(shape.has_channels)].sum())
+        at = np.searchsorted(channels.widths, shape.widths(shapes))
+        total += float(channels.value[layers, at][np.array(shape.has_widths)].sum())
     if experts is not None:
         at = np.searchsorted(experts.widths, _expert_counts(shape, shapes))
         total += float(experts.value[np.arange(len(at)), at].sum())
@@ -429,7 +440,7 @@ def _alternatives(uniform: UniformChoice, shape: ModelShape, budget: Budget) -> 
         entries["accepted_query_heads"] = uniform.accepted
         entries["next_larger"] = larger and (larger.query_heads, larger.kv_heads)
     if includes(budget.units, "channels"):
-        entries["next_larger_channels"] = larger and larger.channels
+        entries["next_larger_channels"] = larger and shape.widths([larger])[0]
     if includes(budget.units, "experts"):
         entries["next_larger_experts"] = larger and shape.experts - larger.dropped_experts
     return entries

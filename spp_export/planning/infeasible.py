@@ -33,7 +33,8 @@ def infeasible(
     """The error for layers of any regular size, naming the smallest total; `some` as of
     `smallest_cost`."""
     smallest = smallest_cost(candidates, some=some)
-    width = "" if channels is None else f"{channels.widths[0]} channels per layer"
+    of = "expert" if shape.expert_channels else "layer"
+    width = "" if channels is None else f"{channels.widths[0]} channels per {of}"
     count = f"{shape.experts_per_token} experts in every layer that has any"
     # The fastest size need not be the smallest.
     whose = "the fastest blocks measured"
@@ -68,7 +69,8 @@ def uniform_infeasible(
     def describe(index: int) -> str:
         layer = sizes.layer(index)
         heads = f"{layer.query_heads} query heads in {layer.kv_heads} KV groups"
-        channels = f"{layer.channels} channels"
+        of_each = " of every expert" if shape.expert_channels else ""
+        channels = f"{sizes.channels[index]} channels{of_each}"
         experts = f"{sizes.experts[index]} experts"
         size = {
             "heads": heads,

@@ -239,7 +239,8 @@ class NestedOptions:
     keeps the units of every smaller one.
 
     widths: ascending, the last is I. value: [L,W], the worth of every width. rank: [L,I], the
-    place of a unit in its layer, best first.
+    place of a unit in its layer, best first; of channels of experts [L,E,F], that in its expert,
+    each of which keeps as many.
     """
 
     widths: tuple[int, ...]
@@ -247,8 +248,8 @@ class NestedOptions:
     rank: IntArray
 
     def kept(self, widths: ArrayLike) -> BoolArray:
-        """Kept units [L,I] at `widths` [L]."""
-        return self.rank < np.reshape(widths, (-1, 1))
+        """Kept units [L,I], or [L,E,F], at `widths` [L]."""
+        return self.rank < np.reshape(widths, (-1, *[1] * (self.rank.ndim - 1)))
 
 
 def channel_options(
@@ -264,6 +265,24 @@ def channel_options(
     layers, channels = shape.num_layers, shape.channels
     scores = checked(scores_LI, layers, channels, unit="channel", plural="channels")
     return _nested(scores, channel_widths(channels, multiple, none=none))
+
+
+def expert_channel_options(
+    scores_LU: ArrayLike, shape: ModelShape, multiple: int = 64
+) -> NestedOptions:
+    """All widths of the experts of every layer, each with its own channels of highest score, ties
+    to the lowest index.
+
+    scores_LU: [L,E*F] finite, of any sign, expert by expert; of layers without experts they are not
+    read. Widths are the multiples of `multiple`, and F. Raises PlanError as `channel_options` does.
+    """
+    count, width = shape.experts, shape.expert_channels
+    layers, names = shape.num_layers, {"unit": "channel", "plural": "channels of all experts"}
+    flat = checked(scores_LU, layers, count * width, **names)
+    widths = channel_widths(width, multiple)
+    of_experts = _nested(flat.reshape(layers * count, width), widths)
+    value = of_experts.value.reshape(layers, count, -1).sum(axis=1)
+    return NestedOptions(widths, value, of_experts.rank.reshape(layers, count, width))
 
 
 def expert_options(scores_SE: ArrayLike, shape: ModelShape) -> NestedOptions:

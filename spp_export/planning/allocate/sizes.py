@@ -90,8 +90,8 @@ def head_costs(
 def width_costs(
     shape: ModelShape, widths: Sequence[int], latency: LatencyTable | None = None
 ) -> IntArray:
-    """Cost [W] of a layer of every width, in parameters of gate, up and down, or with a table in
-    nanoseconds of an MLP block."""
+    """Cost [W] of a layer of every width, in parameters of gate, up and down, of all its experts if
+    it has any, or with a table in nanoseconds of an MLP block."""
     if latency is not None:
         return latency.mlp_cost(widths)
     return np.array(widths, dtype=np.int64) * shape.channel_parameters
@@ -161,8 +161,9 @@ def _padded(rows: NDArray[Any], columns: int, fill: float) -> NDArray[Any]:
 
 @dataclass(frozen=True, slots=True)
 class UniformSizes:
-    """Every size that all layers might share [N], by KV groups, heads per group, then channels or
-    experts. `experts` is of layers that have any; where none does, 0.
+    """Every size that all layers of a model of `shape` might share [N], by KV groups, heads per
+    group, then channels or experts. `channels` are those of an MLP, or of each expert; `experts` is
+    of layers that have any; where none does, 0.
 
     value: total worth, -inf where forced heads do not fit. cost: of all layers together. stock:
     whether the stock config takes the count of query heads.
@@ -172,7 +173,7 @@ class UniformSizes:
     kv_heads: IntArray
     channels: IntArray
     experts: IntArray
-    dense_experts: int
+    shape: ModelShape
     value: FloatArray
     cost: IntArray
     stock: BoolArray
@@ -184,11 +185,11 @@ class UniformSizes:
 
     def layer(self, index: int) -> LayerShape:
         """The size at `index`, of a layer with experts where some have any."""
-        return LayerShape(
+        return self.shape.sized(
             int(self.query_heads[index]),
             int(self.kv_heads[index]),
             int(self.channels[index]),
-            dropped_experts=self.dense_experts - int(self.experts[index]),
+            self.shape.experts - int(self.experts[index]),
         )
 
     def cheapest(self, among: BoolArray) -> int | None:
@@ -227,11 +228,11 @@ def uniform_sizes(
     is that.
     """
     query, groups = np.array([shape.query_heads]), np.array([shape.kv_heads])
-    widths = np.array([shape.channels])
+    widths = np.array([shape.width])
     head_value, head_cost = np.zeros(1), np.zeros(1, dtype=np.int64)
     width_value, width_cost = np.zeros(1), np.zeros(1, dtype=np.int64)
     stock = np.ones(1, dtype=bool)
-    has_heads, has_channels = np.array(shape.has_heads), np.array(shape.has_channels)
+    has_heads, has_channels = np.array(shape.has_heads), np.array(shape.has_widths)
     if heads is not None:
         a, b = regular_sizes(shape.kv_heads, shape.group_size)
         query, groups = (a * b).ravel(), (a * np.ones_like(b)).ravel()
@@ -246,14 +247,14 @@ def uniform_sizes(
         assert channels is None, "of MLPs go channels or experts"
         counts, width_value = np.array(experts.widths), experts.value.sum(axis=0)
         width_cost = expert_costs(shape, experts.widths) * len(experts.value)
-        widths = np.full(len(counts), shape.channels)
+        widths = np.full(len(counts), shape.width)
     count = len(widths)
     return UniformSizes(
         query_heads=np.repeat(query, count),
         kv_heads=np.repeat(groups, count),
         channels=np.tile(widths, len(query)),
         experts=np.tile(counts, len(query)),
-        dense_experts=shape.experts,
+        shape=shape,
         value=np.add.outer(head_value, width_value).ravel(),
         cost=np.add.outer(head_cost, width_cost).ravel(),
         stock=np.repeat(stock, count),
