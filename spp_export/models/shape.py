@@ -15,8 +15,7 @@ _KINDS: dict[Units, tuple[Kind, ...]] = {
     "channels": ("channels",),
     "both": ("heads", "channels"),
     "experts": ("experts",),
-    # Of MLPs with experts, these go as a whole.
-    "all": ("heads", "experts"),
+    "all": ("heads", "channels", "experts"),
 }
 # Names of tensors, relative to a layer, and their shapes.
 Tensors = tuple[tuple[str, tuple[int, ...]], ...]
@@ -463,12 +462,13 @@ def resident_parameters(shape: ModelShape) -> int:
 def unit_parameters(shape: ModelShape, layers: Sequence[LayerShape], units: Units) -> int:
     """Parameters of these layers, all of the model, that belong to the units of these kinds."""
     heads = shape.head_parameters(layers) if includes(units, "heads") else 0
+    if includes(units, "experts"):  # with their channels
+        return heads + shape.expert_parameters(layers)
     channels = 0
     if includes(units, "channels"):
         channels = sum(layer.channels for layer in layers) * shape.counted.channel
         channels += shape.expert_channel_parameters(layers)
-    experts = shape.expert_parameters(layers) if includes(units, "experts") else 0
-    return heads + channels + experts
+    return heads + channels
 
 
 def kept_share(shape: ModelShape, layers: Sequence[LayerShape], units: Units) -> float:

@@ -8,7 +8,7 @@ import numpy as np
 
 from spp_export.common.errors import BudgetError
 from spp_export.models.shape import ModelShape, includes, unit_parameters
-from spp_export.planning.allocate.options import NestedOptions
+from spp_export.planning.allocate.options import ExpertOptions, NestedOptions
 from spp_export.planning.allocate.sizes import Candidates, UniformSizes, smallest_cost
 from spp_export.planning.budget import Budget, Limit, unit_cost
 
@@ -26,7 +26,7 @@ def infeasible(
     budget: Budget,
     limit: Limit,
     candidates: Sequence[Candidates],
-    channels: NestedOptions | None,
+    channels: NestedOptions | ExpertOptions | None,
     *,
     some: bool = False,
 ) -> BudgetError:
@@ -47,7 +47,7 @@ def infeasible(
             "channels": width,
             "both": f"{group if some else 'one KV group'} and {width}, and the whitelist",
             "experts": count,
-            "all": f"{group}, {count}, and the whitelist",
+            "all": f"{group}, {count} with {width}, and the whitelist",
         }[budget.units]
     )
     return BudgetError(
@@ -77,7 +77,7 @@ def uniform_infeasible(
             "channels": channels,
             "both": f"{heads} and {channels}",
             "experts": experts,
-            "all": f"{heads} and {experts}",
+            "all": f"{heads} and {experts} of {sizes.channels[index]} channels",
         }
         return f"{size[budget.units]}, {_figure(shape, budget, limit, int(sizes.cost[index]))}"
 

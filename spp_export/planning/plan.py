@@ -245,13 +245,15 @@ def sample_plan(
     layers = list(dense.layers)
     if layout != "uniform":
         layers[shape.has_heads.index(True)] = first
+        experts: tuple[int, ...] = ()
         if includes(units, "experts"):
             experts = tuple(range(max(shape.experts_per_token, -(-shape.experts // 2))))
             sparse = shape.sparse.index(True)
             layers[sparse] = replace(layers[sparse], experts=experts)
         if narrower and shape.expert_channels:
-            rows = (tuple(range(-(-shape.expert_channels // 2))),) * shape.experts
             sparse = shape.sparse.index(True)
+            stay = shape.experts if layers[sparse].experts is None else len(experts)
+            rows = (tuple(range(-(-shape.expert_channels // 2))),) * stay
             layers[sparse] = replace(layers[sparse], expert_channels=rows)
     existing = only_existing(layers, shape)
     return replace(dense, layout=layout, compensation=compensation, layers=existing)

@@ -385,10 +385,12 @@ def _check_budget(
         channels = channel_options(scores_LI, shape, request.width_multiple, none=empty)
     experts = None
     if includes(request.units, "experts"):
-        experts = expert_options(np.zeros((sum(shape.sparse), shape.experts)), shape)
+        inside = scores_LI[list(shape.sparse)] if includes(request.units, "channels") else None
+        scores_SE = np.zeros((sum(shape.sparse), shape.experts))
+        experts = expert_options(scores_SE, shape, inside, request.width_multiple)
     check_feasible(
         heads if includes(request.units, "heads") else None,
-        channels if includes(request.units, "channels") else None,
+        channels if includes(request.units, "channels") and experts is None else None,
         shape if request.max_params is None else written,
         request.budget,
         request.layout,

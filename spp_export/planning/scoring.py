@@ -30,6 +30,7 @@ from spp_export.importance.mixed import ScoredUnit, check_domain_scores, mixed_s
 from spp_export.models.session import Session
 from spp_export.models.shape import Kind, ModelShape, Units, channel_widths, includes
 from spp_export.planning.allocate.options import (
+    ExpertOptions,
     NestedOptions,
     Options,
     SetOptions,
@@ -136,12 +137,12 @@ def check_criterion(session: Session, artifacts: Artifacts, name: str, units: Un
 
 @dataclass(frozen=True)
 class UnitOptions:
-    """Worth of every size of every layer's heads and channels, and of the experts of layers that
-    have any; None where all of them stay."""
+    """Worth of every size of every layer's heads and channels, and of the experts, with their
+    channels where both go, of layers that have any; None where all of them stay."""
 
     heads: Options | None
     channels: NestedOptions | None
-    experts: NestedOptions | None = None
+    experts: ExpertOptions | None = None
 
 
 @dataclass(frozen=True)
@@ -181,11 +182,20 @@ class Scoring:
         channels = experts = None
         if "channel" in worth:
             channels = channel_options(worth["channel"], shape, self.multiple, none=self.empty)
-        if "expert channel" in worth:
-            channels = expert_channel_options(worth["expert channel"], shape, self.multiple)
+        inside = worth.get("expert channel")
         if "expert" in worth:
-            experts = expert_options(worth["expert"], shape)
+            experts = self._expert_options(worth["expert"], inside)
+        elif inside is not None:
+            channels = expert_channel_options(inside, shape, self.multiple)
         return UnitOptions(heads, channels, experts)
+
+    def _expert_options(
+        self, experts_SE: FloatArray, channels_LU: FloatArray | None
+    ) -> ExpertOptions:
+        """Of experts, and of their channels where these may go as well."""
+        shape = self.session.source.shape
+        inside = None if channels_LU is None else channels_LU[list(shape.sparse)]
+        return expert_options(experts_SE, shape, inside, self.multiple)
 
     def _worth(self) -> dict[ScoredUnit, FloatArray]:
         """Worth of units [L,U]: a loss is one by itself, other scores weigh a unit's parameters."""
@@ -292,12 +302,12 @@ class Scoring:
             sizes = worth[:, :-1].reshape(sets.shape[:3])
             heads = SetOptions(sizes, sets, ragged=self.ragged)
             heads = with_nothing(heads, worth[:, -1], self.forced) if self.empty else heads
+        inside: FloatArray | None = None
         if shape.expert_channels and includes(self.units, "channels"):
-            named = _for_experts(self.criterion, "expert channel")
-            energies = stream(
-                self._mixed(named, "expert channel"), self._sensitivity(moments, "expert channels")
-            )
-            channels = expert_channel_options(energies, shape, self.multiple)
+            scores = self._mixed(_for_experts(self.criterion, "expert channel"), "expert channel")
+            inside = stream(scores, self._sensitivity(moments, "expert channels"))
+            if not includes(self.units, "experts"):
+                channels = expert_channel_options(inside, shape, self.multiple)
         elif includes(self.units, "channels"):
             worth, places = self._weighed(
                 "channels",
@@ -311,7 +321,8 @@ class Scoring:
             channels = NestedOptions(widths, worth, places)
         if includes(self.units, "experts"):
             scores = self._mixed(_for_experts(self.criterion), "expert")
-            experts = expert_options(stream(scores, self._sensitivity(moments, "experts")), shape)
+            worth = stream(scores, self._sensitivity(moments, "experts"))
+            experts = self._expert_options(worth, inside)
         return UnitOptions(heads, channels, experts)
 
     def _weighed(

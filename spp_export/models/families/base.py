@@ -424,9 +424,7 @@ class Family:
             return refusal
         if self.derived_head_dim == "attention":
             return f"attention of {self.model_type} models has no size of heads of its own"
-        if includes(units, "channels") and self.experts and self.experts.width:
-            return f"every expert of {self.model_type} models keeps some of its channels"
-        if includes(units, "channels") and not self.mlp:
+        if includes(units, "channels") and not self.mlp and not self.experts:
             return f"the MLPs of {self.model_type} models are not cut"
         return ""
 
@@ -434,7 +432,7 @@ class Family:
         """ModelError where units are to go that models of this family, or this one, do not have or
         that are not cut."""
         if includes(units, "channels") and self.experts and not shape.expert_channels:
-            instead = "Use --units heads, experts or all."
+            instead = "Use --units heads or experts."
             self.refuse((Feature.EXPERTS,), f"--units {units}", instead)
         if not includes(units, "experts"):
             return

@@ -15,7 +15,12 @@ from numpy.typing import ArrayLike, NDArray
 from spp_export.common.arrays import BoolArray, FloatArray, IntArray
 from spp_export.common.errors import BudgetError
 from spp_export.models.shape import LayerShape, ModelShape
-from spp_export.planning.allocate.options import NestedOptions, Options, regular_sizes
+from spp_export.planning.allocate.options import (
+    ExpertOptions,
+    NestedOptions,
+    Options,
+    regular_sizes,
+)
 from spp_export.planning.knapsack import Choice, choose
 from spp_export.planning.latency import LatencyTable
 
@@ -48,10 +53,17 @@ class Candidates:
     def nested(
         cls, options: NestedOptions, costs: ArrayLike, has_units: Sequence[bool] = ()
     ) -> Candidates:
-        """Width, or number of experts, `options.widths[i]` at i. costs: [W] or [L,W], as for
-        heads."""
+        """Width `options.widths[i]` at i. costs: [W] or [L,W], as for heads."""
         costs = np.broadcast_to(costs, options.value.shape)
         return cls._of(options.value, costs, has_units)
+
+    @classmethod
+    def of_experts(cls, options: ExpertOptions, costs: IntArray) -> Candidates:
+        """Number `options.counts[c]` of width `options.widths[w]` at c*W + w, of layers that have
+        experts. costs: [C,W]."""
+        flat = (len(options.value), costs.size)
+        worth = options.value.reshape(flat)
+        return cls(worth, np.broadcast_to(costs.ravel(), flat))
 
     @classmethod
     def _of(cls, value: FloatArray, cost: NDArray[Any], has_units: Sequence[bool]) -> Candidates:
@@ -97,10 +109,13 @@ def width_costs(
     return np.array(widths, dtype=np.int64) * shape.channel_parameters
 
 
-def expert_costs(shape: ModelShape, counts: Sequence[int]) -> IntArray:
-    """Cost [W] of a layer of each number of experts, in parameters of these and their rows of the
-    router."""
-    return np.array(counts, dtype=np.int64) * shape.counted.expert
+def expert_costs(shape: ModelShape, counts: Sequence[int], widths: Sequence[int]) -> IntArray:
+    """Cost [C,W] of a layer of each number of experts of each width, in parameters of these and
+    their rows of the router."""
+    costs = shape.counted
+    narrower = shape.expert_channels - np.array(widths, dtype=np.int64)
+    each = costs.expert - costs.expert_channel * narrower
+    return np.multiply.outer(np.array(counts, dtype=np.int64), each)
 
 
 def smallest_cost(candidates: Sequence[Candidates], *, some: bool = False) -> int:
@@ -162,8 +177,8 @@ def _padded(rows: NDArray[Any], columns: int, fill: float) -> NDArray[Any]:
 @dataclass(frozen=True, slots=True)
 class UniformSizes:
     """Every size that all layers of a model of `shape` might share [N], by KV groups, heads per
-    group, then channels or experts. `channels` are those of an MLP, or of each expert; `experts` is
-    of layers that have any; where none does, 0.
+    group, then experts, then channels. `channels` are those of an MLP, or of each expert; `experts`
+    is of layers that have any; where none does, 0.
 
     value: total worth, -inf where forced heads do not fit. cost: of all layers together. stock:
     whether the stock config takes the count of query heads.
@@ -220,7 +235,7 @@ def uniform_sizes(
     kind: CostKind,
     accepts: Callable[[int], bool],
     latency: LatencyTable | None = None,
-    experts: NestedOptions | None = None,
+    experts: ExpertOptions | None = None,
 ) -> UniformSizes:
     """All sizes of the units given; those of a kind that is None stay, and cost nothing.
 
@@ -244,10 +259,13 @@ def uniform_sizes(
         width_cost = width_costs(shape, channels.widths, latency) * has_channels.sum()
     counts = np.full(len(widths), shape.experts)
     if experts is not None:
-        assert channels is None, "of MLPs go channels or experts"
-        counts, width_value = np.array(experts.widths), experts.value.sum(axis=0)
-        width_cost = expert_costs(shape, experts.widths) * len(experts.value)
-        widths = np.full(len(counts), shape.width)
+        assert channels is None, "channels of experts are among the options of these"
+        sizes = len(experts.counts), len(experts.widths)
+        counts = np.repeat(experts.counts, sizes[1])
+        widths = np.tile(experts.widths if shape.expert_channels else shape.width, sizes[0])
+        width_value = experts.value.sum(axis=0).ravel()
+        costs = expert_costs(shape, experts.counts, experts.widths)
+        width_cost = costs.ravel() * len(experts.value)
     count = len(widths)
     return UniformSizes(
         query_heads=np.repeat(query, count),
