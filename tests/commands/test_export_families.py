@@ -118,6 +118,7 @@ def test_whole_experts_go_through_every_command(
     ("family", "units", "layout", "compensate"),
     [
         ("mixtral", "both", "per-layer", "lstsq"),
+        ("qwen3_moe", "all", "per-layer", "none"),
         pytest.param("qwen3_moe", "channels", "uniform", "none", marks=pytest.mark.slow),
         pytest.param("gpt_oss", "both", "ragged", "bias", marks=pytest.mark.slow),
     ],
@@ -140,12 +141,14 @@ def test_channels_of_experts_go_through_every_command(
     plan = json.loads((out / "plan.json").read_text())
     kept = [layer["expert_channels"] for layer in plan["layers"] if "expert_channels" in layer]
     assert kept
-    assert all(len(rows) == 4 and len({len(row) for row in rows}) == 1 for rows in kept)
+    assert all(len({len(row) for row in rows}) == 1 for rows in kept)
+    assert any(len(rows) < 4 for rows in kept) == (units == "all")
     assert any(len(set(map(tuple, rows))) > 1 for rows in kept)
     widths = {len(rows[0]) for rows in kept}
     assert all(count % 4 == 0 and count < width for count in widths)
     assert len(widths) == 1 or layout != "uniform"
-    (remark,) = plan["family"]["remarks"]
+    *others, remark = plan["family"]["remarks"]
+    assert len(others) == (units == "all")
     assert remark.startswith("every expert keeps ")
     assert "down projections of experts are not re-fitted" in remark
     card = (out / "README.md").read_text()
@@ -153,7 +156,7 @@ def test_channels_of_experts_go_through_every_command(
     assert "channels of experts" in card
     realised = plan["budget"]["realised"]
     assert realised["cost"] <= realised["limit"]
-    assert realised["channel_keep"] < 1
+    assert realised["expert_keep" if units == "all" else "channel_keep"] < 1
     assert realised["parameters"] == sum(
         prod(tensor.shape) for tensor in open_checkpoint(out).tensors.values()
     )
@@ -161,7 +164,8 @@ def test_channels_of_experts_go_through_every_command(
     command("report", out, "-o", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert remark[1:] in page
-    assert ("one width of experts for all layers" in page) == (layout == "per-layer")
+    of_layers = "one number of experts" if units == "all" else "one width of experts"
+    assert (f"{of_layers} for all layers" in page) == (layout == "per-layer")
 
 
 def test_a_model_that_sees_answers_about_a_picture(workshop: Workshop, tmp_path: Path) -> None:
