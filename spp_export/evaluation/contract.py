@@ -60,10 +60,18 @@ class Pair:
         if _of_experts(opened.shape, opened.layers) != _of_experts(self.source.shape, layers):
             return False
         if opened.layout == "uniform":  # a dense model of its own, which has not dropped any
-            whole = {"dropped_experts": 0, "dropped_channels": 0}
-            if opened.family.experts:  # nor another MLP
-                whole["channels"] = opened.shape.channels
-            layers = opened.shape.existing([replace(layer, **whole) for layer in layers])
+            width = opened.shape.channels if opened.family.experts else None  # none that is cut
+            layers = opened.shape.existing(
+                [
+                    replace(
+                        layer,
+                        channels=layer.channels if width is None else width,
+                        dropped_experts=0,
+                        dropped_channels=0,
+                    )
+                    for layer in layers
+                ]
+            )
         return opened.layers == layers
 
 
@@ -226,7 +234,9 @@ def _random_plan(source: Checkpoint, layout: Layout) -> tuple[LayerPlan, ...]:
     go = any(source.shape.sparse) and not source.shape.grouped_experts
     if go and layout != "per-layer":  # where heads alone go
         layers = drop_experts(layers, source.shape, 3, alike=layout == "uniform")
-    if source.shape.expert_channels and not (layout == "uniform" and source.family.experts.beside):
+    experts = source.family.experts
+    stays = layout == "uniform" and experts is not None and experts.beside
+    if source.shape.expert_channels and not stays:
         layers = narrow_experts(layers, source.shape, 3, alike=layout == "uniform")
     return only_existing(layers, source.shape)
 

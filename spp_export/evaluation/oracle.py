@@ -75,9 +75,9 @@ def masked_dense(
             if layer.expert_channels is not None:
                 block = expert_block(model, family, index)
                 assert block is not None, f"layer {index} has no experts"
-                stay = range(shape.experts) if layer.experts is None else layer.experts
-                kept = {expert: layer.channels_of(expert) or () for expert in stay}
-                stack.enter_context(without_channels(block, family, kept))
+                experts = range(shape.experts) if layer.experts is None else layer.experts
+                own = {expert: layer.channels_of(expert) or () for expert in experts}
+                stack.enter_context(without_channels(block, family, own))
             for name, kept in _kept_in_norms(family, layer, index, specs).items():
                 norm = model.get_submodule(family.layer_name(index, name))
                 handles.append(_norm_kept(norm, kept))

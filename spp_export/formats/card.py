@@ -267,8 +267,8 @@ def _size_parts(plan: Plan, shape: ModelShape, predicted: Predicted) -> dict[str
         else ("MLP channels", whole_channels, channels),
     ]
     if any(layer.dropped_channels for layer in layers):
-        inside = map(shape.expert_channels_in, (shape.layers, layers))
-        rows.append(("channels of experts", *inside))
+        whole, inside = map(shape.expert_channels_in, (shape.layers, layers))
+        rows.append(("channels of experts", whole, inside))
     written = sum(layer.query_heads for layer in plan.written_shapes(shape))
     cut = {
         "attention heads": heads < whole_heads,

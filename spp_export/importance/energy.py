@@ -46,7 +46,8 @@ def expert_channels(statistics: LayerStatistics) -> FloatArray:
     """Scores [E,F] in units of the residual stream's norm: of `g z_c w_c`."""
     assert statistics.expert_inputs is not None
     assert statistics.expert_columns is not None
-    return np.sqrt(statistics.expert_columns.squares * statistics.expert_inputs.square)
+    squares = statistics.expert_columns.squares.astype(np.float64)
+    return np.sqrt(squares * statistics.expert_inputs.square)
 
 
 def experts(statistics: LayerStatistics) -> FloatArray:

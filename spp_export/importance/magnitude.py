@@ -27,7 +27,7 @@ def channels(statistics: LayerStatistics) -> FloatArray:
 def expert_channels(statistics: LayerStatistics) -> FloatArray:
     """Scores [E,F]."""
     assert statistics.expert_columns is not None
-    return np.sqrt(statistics.expert_columns.squares)
+    return np.sqrt(statistics.expert_columns.squares.astype(np.float64))
 
 
 CRITERION = Criterion(

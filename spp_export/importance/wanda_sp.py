@@ -36,7 +36,8 @@ def expert_channels(statistics: LayerStatistics) -> FloatArray:
     """Scores [E,F]."""
     assert statistics.expert_inputs is not None
     assert statistics.expert_columns is not None
-    return statistics.expert_columns.sums * np.sqrt(statistics.expert_inputs.square)
+    sums = statistics.expert_columns.sums.astype(np.float64)
+    return sums * np.sqrt(statistics.expert_inputs.square)
 
 
 CRITERION = Criterion(

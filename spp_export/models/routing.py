@@ -95,13 +95,14 @@ def routed_channels(experts: Any, inputs: Sequence[Tensor], count: int, wide: in
         if bias is not None:
             bias.data = saved[1]
     values = torch.cat(parts, dim=-1)
-    return torch.cat([_chosen(inputs, count).to(values)[..., None], values], dim=-1).flatten(1)
+    shown: Tensor = torch.cat([_chosen(inputs, count).to(values)[..., None], values], dim=-1)
+    return shown.flatten(1)
 
 
 def _by_place(experts: Any, inputs: Sequence[Tensor], count: int) -> Tensor:
     """What experts write for each token, [T,k,d]: by the first that it is routed to, and so on."""
     if len(inputs) == 1:
-        written = experts.forward(*inputs).unflatten(0, (count, -1)).float()
+        written: Tensor = experts.forward(*inputs).unflatten(0, (count, -1)).float()
         places = _chosen(inputs, count).T[..., None].expand(-1, -1, written.shape[-1])
         return written.gather(0, places).transpose(0, 1)
     tokens, chosen, weights = inputs

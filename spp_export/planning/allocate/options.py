@@ -328,7 +328,8 @@ def expert_options(
     layers, experts, width = sum(shape.sparse), shape.experts, shape.expert_channels
     scores = checked(scores_SE, layers, experts, unit="expert", plural="experts")
     counts = tuple(range(shape.experts_per_token, experts + 1))
-    widths, channels, of_width = (width,), None, scores[:, None]
+    widths: tuple[int, ...] = (width,)
+    channels, of_width = None, scores[:, None]
     if channels_SU is not None:
         names = {"unit": "channel", "plural": "channels of all experts"}
         flat = checked(channels_SU, layers, experts * width, **names)
