@@ -119,7 +119,8 @@ def _chosen(inputs: Sequence[Tensor], count: int) -> Tensor:
     # Tokens that are weighed already, expert by expert: those of the others are 0.
     routed = inputs[0].unflatten(0, (count, -1)).abs().sum(-1) > 0
     most = max(int(routed.sum(0).max()), 1)
-    return routed.float().topk(most, dim=0).indices.T
+    found: Tensor = routed.float().topk(most, dim=0).indices
+    return found.T
 
 
 @contextmanager

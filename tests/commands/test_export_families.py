@@ -124,7 +124,13 @@ def test_whole_experts_go_through_every_command(
     ],
 )
 def test_channels_of_experts_go_through_every_command(
-    family: str, units: str, layout: str, compensate: str, workshop: Workshop, tmp_path: Path
+    family: str,
+    units: str,
+    layout: str,
+    compensate: str,
+    workshop: Workshop,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Every expert of a layer keeps as many, its own, and another number in each layer."""
     sizes = {"kv_heads": 2, "query_heads": 4, "layers": 3, "num_experts_per_tok": 2}
@@ -166,6 +172,10 @@ def test_channels_of_experts_go_through_every_command(
     assert remark[1:] in page
     of_layers = "one number of experts" if units == "all" else "one width of experts"
     assert (f"{of_layers} for all layers" in page) == (layout == "per-layer")
+    capsys.readouterr()
+    planned = ("plan", "--scenario", workshop.scenario, *model, *asked, "--criterion", "taylor")
+    assert run([str(word) for word in planned]) == 2
+    assert "it says nothing of the channels of experts. Use energy, " in capsys.readouterr().err
 
 
 def test_a_model_that_sees_answers_about_a_picture(workshop: Workshop, tmp_path: Path) -> None:
