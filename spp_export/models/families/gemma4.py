@@ -158,6 +158,7 @@ _EXPERTS = Experts(
     "num_experts",
     "top_k_experts",
     modules=("router", "experts"),
+    width="moe_intermediate_size",
 )
 GEMMA4: Any = {
     "derive": _derive,

@@ -83,9 +83,10 @@ class _PerLayerConfig:
     def validate_layer_type(self) -> None:
         """As the stock class does, and keep the names it knows: transformers 5.17 renames those of
         code that it does not know, and its LFM2 then misses `conv`."""
-        named = vars(self).get("layer_types")
-        parent: Any = super()
-        parent.validate_layer_type()
+        named = getattr(self, "layer_types", None)
+        # Of the class: some stock ones are static.
+        stock: Any = super(_PerLayerConfig, type(self))
+        stock.validate_layer_type(self)
         if named is not None and self.layer_types != named:
             self.layer_types = named
 
