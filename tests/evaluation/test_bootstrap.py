@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 from evaluating import document_scores
+from scipy.stats import norm, t
 
 from spp_export.evaluation.bootstrap import (
     RESAMPLES,
@@ -48,7 +49,8 @@ def test_resamples_are_those_of_a_plain_loop():
         assert len(chosen) == 12
         means.append(sum(sums[i] for i in chosen) / sum(counts[i] for i in chosen))
     found = weighted_mean(sums, counts, seed=5)
-    assert [found.low, found.high] == pytest.approx(list(np.percentile(means, (2.5, 97.5))))
+    tail = norm.cdf(-math.sqrt(12 / 11) * t.ppf(0.975, 11))
+    assert [found.low, found.high] == pytest.approx(list(np.quantile(means, (tail, 1 - tail))))
 
 
 def test_pairing_cancels_what_documents_have_in_common():
@@ -72,15 +74,18 @@ def test_a_row_against_itself_is_one_exactly():
     assert found.side(1) == 0
 
 
-def test_coverage_is_about_what_it_claims():
-    covered = 0
-    for seed in range(150):
-        rng = np.random.default_rng(seed + 1000)
-        lost = rng.normal(0.05, 0.1, 40)
-        tokens, dense = np.full(40, 30.0), np.full(40, 90.0)
-        found = perplexity_ratio(scores(dense + 30 * lost, dense, tokens), seed)
-        covered += found.low <= math.exp(0.05) <= found.high
-    assert 0.87 < covered / 150 <= 1
+@pytest.mark.parametrize(("documents", "least"), [(4, 0.83), (9, 0.9), (40, 0.91)])
+def test_few_documents_are_covered_about_as_claimed(documents, least):
+    """Skewed as KL is, over answers of unequal lengths. Plain percentiles would cover 78 % of the
+    time with 4 documents and 88 % with 9."""
+    covered, seeds = 0, 600
+    for seed in range(seeds):
+        rng = np.random.default_rng(seed)
+        tokens = np.minimum(96, rng.integers(30, 160, documents)).astype(float)
+        kl = np.exp(rng.normal(math.log(0.1) - 0.08, 0.4, documents))
+        found = weighted_mean(tokens * kl, tokens, seed)
+        covered += found.low <= 0.1 <= found.high
+    assert least < covered / seeds <= 0.98
 
 
 def test_documents_without_a_predicted_token_change_nothing():
