@@ -40,7 +40,7 @@ DOCS := build/venv-docs
 .PHONY: help demo artifacts check test test-all test-loading test-lm-eval test-optimum \
 	test-transformers-js test-vllm test-report test-serving test-faults test-examples fuzz docs eval eval-finance eval-traffic \
 	eval-answers eval-ablations lm-eval picture bench bench-onnx bench-gguf bench-gpu bench-peers latency-plan empty-layers \
-	onnx-exporters onnx-memory onnx-parity gguf-parity ragged many recovery choices distillation other-prompts tiny-models wide-norms scale \
+	onnx-exporters onnx-memory onnx-parity gguf-parity ragged many recovery choices distillation other-prompts tiny-models wide-norms scale versions \
 	layerwise blocked-moments answer-engines distributed compile-time start-time reference clean
 
 help:
@@ -86,6 +86,7 @@ help:
 	@echo "make wide-norms    what norms over all heads cost, on a tiny OLMo 2 that it trains"
 	@echo "make distributed   the demo scenario's plan on 1, 2 and 4 processes of torchrun, and a killed one"
 	@echo "make scale         slicing 1, 4 and 15 GB beside cp: time and peak memory; 30 GB of disk"
+	@echo "make versions BEFORE=COMMIT  cold planning and ONNX writing beside an earlier commit, in turn"
 	@echo "make layerwise     peak memory of verifying layer by layer: 4 GB, and a 14B model's shape"
 	@echo "make other-prompts  exports measured on prompts that they have never seen"
 	@echo "make choices       other ways of planning than the defaults, on answers"
@@ -379,6 +380,11 @@ distributed: $(INSTALLED)
 scale: $(INSTALLED)
 	mkdir -p build
 	$(BIN)/python -m spp_campaigns.scale --dir build --json $(RESULTS)/scale-cpu.json
+
+versions: $(INSTALLED)
+	mkdir -p build
+	$(BIN)/python -m spp_campaigns.versions $(BEFORE) --dir build \
+		--json $(RESULTS)/versions-cpu.json
 
 layerwise: $(INSTALLED)
 	mkdir -p build

@@ -67,7 +67,9 @@ def _specs(source: Checkpoint) -> Iterator[TensorSpec]:
 
 
 def _can_go(source: Checkpoint) -> Iterator[dict[str, Any]]:
-    """By unit: how many a layer has, in how many layers, and the parameters that go with them."""
+    """By unit: how many a layer has, in how many layers, and the parameters that go with them; of
+    experts, how many channels of each can go as well."""
+    inside = source.shape.expert_channels
     counts: dict[str, dict[int, int]] = {}
     elements: dict[str, int] = {}
     for spec in _specs(source):
@@ -82,6 +84,7 @@ def _can_go(source: Checkpoint) -> Iterator[dict[str, Any]]:
             "in_a_layer": sorted(set(of_layers.values())),
             "layers": len(of_layers),
             "parameters": elements[name],
+            **({"channels_of_each": inside} if name == Unit.EXPERT and inside else {}),
         }
 
 

@@ -27,7 +27,7 @@ from spp_export.evaluation.oracle import masked_dense
 from spp_export.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from spp_export.models.families import record_of
 from spp_export.models.loader import auto_class
-from spp_export.models.shape import ModelShape
+from spp_export.models.shape import LayerShape, ModelShape
 from spp_export.planning import LayerPlan, Layout, Plan
 from spp_export.planning.plan import only_existing
 from spp_export.slicing.compensation import written_config
@@ -57,11 +57,28 @@ class Pair:
     def as_planned(self) -> bool:
         """Whether the layers on disk have the sizes that the plan gives them."""
         opened, layers = open_checkpoint(self.slim), self.plan.layer_shapes(self.source.shape)
-        if opened.shape.experts_in(opened.layers) != self.source.shape.experts_in(layers):
+        if _of_experts(opened.shape, opened.layers) != _of_experts(self.source.shape, layers):
             return False
         if opened.layout == "uniform":  # a dense model of its own, which has not dropped any
-            layers = tuple(replace(layer, dropped_experts=0) for layer in layers)
+            width = opened.shape.channels if opened.family.experts else None  # none that is cut
+            layers = opened.shape.existing(
+                [
+                    replace(
+                        layer,
+                        channels=layer.channels if width is None else width,
+                        dropped_experts=0,
+                        dropped_channels=0,
+                    )
+                    for layer in layers
+                ]
+            )
         return opened.layers == layers
+
+
+def _of_experts(shape: ModelShape, layers: Sequence[LayerShape]) -> list[tuple[int, int]]:
+    """How many each layer has, and channels of each of them."""
+    counts = zip(shape.experts_in(layers), shape.widths(layers), strict=True)
+    return [(count, width) for count, width in counts if count]
 
 
 def prove(source: Checkpoint, layout: Layout, target: Path) -> float:
@@ -217,6 +234,10 @@ def _random_plan(source: Checkpoint, layout: Layout) -> tuple[LayerPlan, ...]:
     go = any(source.shape.sparse) and not source.shape.grouped_experts
     if go and layout != "per-layer":  # where heads alone go
         layers = drop_experts(layers, source.shape, 3, alike=layout == "uniform")
+    experts = source.family.experts
+    stays = layout == "uniform" and experts is not None and experts.beside
+    if source.shape.expert_channels and not stays:
+        layers = narrow_experts(layers, source.shape, 3, alike=layout == "uniform")
     return only_existing(layers, source.shape)
 
 
@@ -281,6 +302,21 @@ def drop_experts(
         kept = least + turn % (most - least + 1)
         experts = _choose(rng, range(shape.experts), kept)
         layers[index] = replace(layers[index], experts=experts)
+    return tuple(layers)
+
+
+def narrow_experts(
+    layers: Sequence[LayerPlan], shape: ModelShape, seed: int, *, alike: bool = False
+) -> tuple[LayerPlan, ...]:
+    """The same layers with random channels of every expert: as many in all experts of a layer, and
+    another number in each layer unless they are to be `alike`."""
+    rng, layers, width = random.Random(seed), list(layers), shape.expert_channels
+    for turn, index in enumerate(index for index, sparse in enumerate(shape.sparse) if sparse):
+        count = max(1, width // 2 - (0 if alike else turn))
+        experts = layers[index].experts
+        stay = shape.experts if experts is None else len(experts)
+        rows = tuple(_choose(rng, range(width), count) for _ in range(stay))
+        layers[index] = replace(layers[index], expert_channels=rows)
     return tuple(layers)
 
 

@@ -85,7 +85,8 @@ def slim_config(
     new = sorted(role for role in biased if not has_bias[role])
     if layout == "uniform":
         config |= _uniform(family, shape, layers)
-        config |= _experts(family, shape, max(shape.experts_in(layers)))
+        for layer, sparse in zip(layers, shape.sparse, strict=True):
+            config |= _experts(family, shape, layer) if sparse else {}
         config |= {family.bias_switch(role): True for role in new}
     elif layout in ("per-layer", "ragged"):
         config |= _per_layer(family, shape, layers, ragged=layout == "ragged")
@@ -187,6 +188,19 @@ def _uniform(family: Family, shape: ModelShape, layers: Sequence[LayerShape]) ->
             f"layers have {min(counts)} to {max(counts)} experts; layout 'uniform' needs as many "
             "in every layer that has any. Use layout 'per-layer'."
         )
+    pairs = zip(layers, shape.sparse, strict=True)
+    narrower = {layer.dropped_channels for layer, sparse in pairs if sparse}
+    if len(narrower) > 1:
+        raise PlanError(
+            f"experts have {shape.expert_channels - max(narrower)} to "
+            f"{shape.expert_channels - min(narrower)} channels; layout 'uniform' needs as many in "
+            "every layer that has any. Use layout 'per-layer'."
+        )
+    if any(narrower) and family.experts and family.experts.beside:
+        raise PlanError(
+            f"layout 'uniform': the config of the {family.model_type} family gives experts and the "
+            "MLPs beside them one width. Keep all channels of experts, or use layout 'per-layer'."
+        )
     if not family.stock_accepts(shape)(first.query_heads):
         wanted = "divides"
         if family.derived_head_dim:
@@ -226,11 +240,9 @@ def _per_layer(
         **_counts(shape.layer),
         "per_layer_config": {
             str(index).zfill(digits): _counts(_as_made(layer, index, shape))
-            | _experts(family, shape, experts)
+            | (_experts(family, shape, layer) if sparse else {})
             | ({"query_groups": list(layer.query_groups)} if ragged else {})
-            for index, (layer, experts) in enumerate(
-                zip(layers, shape.experts_in(layers), strict=True)
-            )
+            for index, (layer, sparse) in enumerate(zip(layers, shape.sparse, strict=True))
         },
         "serialize_explicit_per_layer_config": True,
         # The same once more, for readers that know lists only.
@@ -245,11 +257,15 @@ def _per_layer_modules(
     """What modeling_spp.py has to know of a family beyond the names that are Llama's, and of layers
     without attention or MLP."""
     modules = [family.attention]
-    if family.experts and any(layer.dropped_experts for layer in layers):
+    kept: dict[str, Any] = {}
+    if family.experts and any(layer.dropped_experts or layer.dropped_channels for layer in layers):
         modules += family.experts.modules
+    if family.experts and any(layer.dropped_channels for layer in layers):
+        kept = {"kept": list(family.experts.beside)} if family.experts.beside else {}
     if family.derived_head_dim != "attention":
         modules += [family.mlp] if family.mlp else []
-        listed: dict[str, Any] = {"layers": "layers", "modules": list(dict.fromkeys(modules))}
+        modules = list(dict.fromkeys(modules))
+        listed: dict[str, Any] = {"layers": "layers", "modules": modules, **kept}
         if stays := _staying(family, shape, modules):
             listed["stays"] = stays
         if empty := _empty_modules(family, shape, layers):
@@ -264,6 +280,7 @@ def _per_layer_modules(
         "per_layer_modules": {
             "layers": family.layers.rpartition(".")[2],
             "modules": modules,
+            **kept,
             # Made of a hidden size of so many heads, for want of another way to say head_dim.
             "narrow": {"inputs": inputs, "outputs": [family.output], "head_dim": shape.head_dim},
             # What is as wide as the MLP: at its outputs, at its inputs.
@@ -355,11 +372,16 @@ def _as_made(layer: LayerShape, index: int, shape: ModelShape) -> LayerShape:
     return replace(layer, channels=shape.channels) if index in shape.without_channels else layer
 
 
-def _experts(family: Family, shape: ModelShape, count: int) -> dict[str, int]:
-    """The number of experts of a layer, where it has any, and fewer than the dense model's do."""
-    if family.experts is None or count in (0, shape.experts):
+def _experts(family: Family, shape: ModelShape, layer: LayerShape) -> dict[str, int]:
+    """The number of experts of a layer that has any, and their channels, where they are fewer than
+    the dense model's."""
+    if family.experts is None:
         return {}
-    return family.experts.counts(count)
+    fewer = layer.dropped_experts
+    counts = family.experts.counts(shape.experts - fewer) if fewer else {}
+    narrower = layer.dropped_channels
+    width = {family.experts.width: shape.expert_channels - narrower} if narrower else {}
+    return counts | width
 
 
 def _sizes(layer: LayerShape) -> str:

@@ -398,8 +398,8 @@ def _slim_layers(
 ) -> tuple[LayerShape, ...]:
     wrong = ModelError(
         f"{path / 'config.json'}: per_layer_config must give every one of the "
-        f"{shape.num_layers} layers its head counts and its width, and its experts where it has "
-        "fewer. Write the export again."
+        f"{shape.num_layers} layers its head counts and its width, and its experts and their width "
+        "where these are less. Write the export again."
     )
     if not isinstance(listed, Mapping) or len(listed) != shape.num_layers:
         raise wrong
@@ -438,7 +438,7 @@ def _slim_layer(entry: Any, family: Family, shape: ModelShape, sparse: bool) -> 
         return None
     if groups and (len(groups) != kv or sum(groups) != query):
         return None
-    experts = shape.experts
+    experts, narrower = shape.experts, 0
     if sparse and family.experts:
         known = [entry[name] for name in family.experts.counts(experts) if name in entry]
         if any(type(count) is not int or count != known[0] for count in known):
@@ -446,8 +446,13 @@ def _slim_layer(entry: Any, family: Family, shape: ModelShape, sparse: bool) -> 
         experts = known[0] if known else experts
         if not 1 <= experts <= shape.experts:
             return None
+        if shape.expert_channels:
+            width = entry.get(family.experts.width, shape.expert_channels)
+            if type(width) is not int or not 1 <= width <= shape.expert_channels:
+                return None
+            narrower, channels = shape.expert_channels - width, shape.channels
     groups = tuple(groups) if len(set(groups)) > 1 else ()
-    layer = LayerShape(query, kv, channels, groups, shape.experts - experts)
+    layer = LayerShape(query, kv, channels, groups, shape.experts - experts, narrower)
     return layer if layer.groups or layer.regular else None
 
 

@@ -71,7 +71,9 @@ class TensorSpec:
     None where nothing is ever cut. Where the axis has several parts, as in one tensor of queries,
     keys and values, `parts` says how many of which unit each has: one part after the other, or,
     `side_by_side`, unit by unit: the queries of a KV head, its key, its value. `expert` is the
-    number of the expert that it belongs to as a whole.
+    number of the expert that it belongs to as a whole. In a tensor of all experts, `wide` is the
+    axis of their channels, of which each keeps its own, and `form` what lies along it, as of
+    `ExpertTensor`.
     """
 
     name: str
@@ -84,6 +86,8 @@ class TensorSpec:
     parts: tuple[tuple[Unit, int], ...] = ()
     side_by_side: bool = False
     expert: int | None = None
+    wide: int | None = None
+    form: str = ""
 
 
 class Feature(StrEnum):
@@ -420,15 +424,15 @@ class Family:
             return refusal
         if self.derived_head_dim == "attention":
             return f"attention of {self.model_type} models has no size of heads of its own"
-        if includes(units, "channels") and not self.mlp:
+        if includes(units, "channels") and not self.mlp and not self.experts:
             return f"the MLPs of {self.model_type} models are not cut"
         return ""
 
     def check_units(self, units: Units, shape: ModelShape) -> None:
         """ModelError where units are to go that models of this family, or this one, do not have or
         that are not cut."""
-        if includes(units, "channels"):
-            instead = "Use --units heads, experts or all."
+        if includes(units, "channels") and self.experts and not shape.expert_channels:
+            instead = "Use --units heads or experts."
             self.refuse((Feature.EXPERTS,), f"--units {units}", instead)
         if not includes(units, "experts"):
             return
@@ -588,6 +592,7 @@ class Family:
             mlp,
             attention - whole + self._fixed(bare, no_heads),
             mlp - whole + self._fixed(bare, no_channels),
+            sum(tensor.per_channel for tensor in sparse),
         )
 
     def _fixed(self, shape: ModelShape, layer: LayerShape) -> int:
@@ -707,7 +712,7 @@ class Family:
         yield from whole(shape.mixers[index] if shape.mixers else ())
         experts = shape.experts - layer.dropped_experts
         for tensor in shape.mlps[index] if shape.mlps else ():
-            yield from self._expert_tensors(tensor, experts, index)
+            yield from self._expert_tensors(tensor, experts, layer.dropped_channels, index)
         for module, flag in map(_optional, self.more_norms):
             if not flag or flag in shape.switches:
                 yield from whole(self._norm(module, shape))
@@ -719,19 +724,29 @@ class Family:
         yield from whole(fixed)
 
     def _expert_tensors(
-        self, tensor: ExpertTensor, experts: int, index: int
+        self, tensor: ExpertTensor, experts: int, narrower: int, index: int
     ) -> Iterator[TensorSpec]:
-        """A tensor of a layer with so many experts, or one for each of them."""
+        """A tensor of a layer with so many experts, each by so many channels narrower than the
+        dense model's, or one for each of them."""
         name, axis, size = self.layer_name(index, tensor.name), tensor.axis, list(tensor.shape)
+        wide, form = tensor.wide, tensor.form
+        if wide is not None:
+            size[wide] -= narrower * form.count("C")
         if tensor.each:
+            one = TensorSpec(name, tuple(size), index)
+            if wide is not None:
+                step = 2 if form == "[CC]" else 1
+                parts = ((Unit.CHANNEL, size[wide] // 2),) * 2 if form == "CC" else ()
+                one = replace(one, unit=Unit.CHANNEL, axis=wide, step=step, parts=parts)
             for expert in range(experts):
-                one = name.replace("*", str(expert))
-                yield TensorSpec(one, tensor.shape, index, expert=expert)
+                yield replace(one, name=name.replace("*", str(expert)), expert=expert)
         elif axis is None:
             yield TensorSpec(name, tensor.shape, index)
         else:
             size[axis] = experts
-            yield TensorSpec(name, tuple(size), index, unit=Unit.EXPERT, axis=axis)
+            yield TensorSpec(
+                name, tuple(size), index, unit=Unit.EXPERT, axis=axis, wide=wide, form=form
+            )
 
     def _forms(self, roles: Mapping[Role, str]) -> dict[str, tuple[Role, str]]:
         """The modules of these roles, each with its first role and what its outputs count."""

@@ -131,10 +131,15 @@ _SCORED = {
     **_mlp("mlp.shared_experts", "moe_intermediate_size*n_shared_experts"),
 }
 _DENSE = _mlp("mlp", "intermediate_size")
-_STEPS: Any = {"every": "decoder_sparse_step", "never": "mlp_only_layers"}
-_FIRST: Any = {"first": "first_k_dense_replace", "groups": "n_group"}
+_WIDTH: Any = {"width": "moe_intermediate_size"}
+_STEPS: Any = {**_WIDTH, "every": "decoder_sparse_step", "never": "mlp_only_layers"}
+_FIRST: Any = {**_WIDTH, "first": "first_k_dense_replace", "groups": "n_group"}
 _LOCAL = ("num_local_experts|num_experts", "num_experts_per_tok")
-_BLOCK: Any = {"modules": ("mlp", "block_sparse_moe")}
+_BLOCK: Any = {
+    "modules": ("mlp", "block_sparse_moe"),
+    "width": "intermediate_size",
+    "down": "w2",
+}
 _BLOCK_SPARSE = {
     "block_sparse_moe.gate.weight": "num_local_experts|num_experts hidden_size",
     "block_sparse_moe.experts.*.w1.weight": "intermediate_size hidden_size",
@@ -439,7 +444,8 @@ FAMILIES = (
            **_NO_MLP, **_QK_NORMS, derived_head_dim="attention", end_token=50279,
            defaults={"num_local_experts": 64, "num_experts_per_tok": 8},
            experts=Experts({"mlp.gate.weight": f"{_COUNTS[0]} hidden_size",
-                            **_mlp("mlp.experts.*", "intermediate_size")}, *_COUNTS)),
+                            **_mlp("mlp.experts.*", "intermediate_size")}, *_COUNTS,
+                           width="intermediate_size")),
     Family("minimax_m2", "MiniMaxM2ForCausalLM",
            _features(Feature.EXPERTS, Feature.WIDE_NORM, Feature.ROTARY), **_NO_MLP, **_QK_NORMS,
            defaults={"head_dim": 128, "num_local_experts": 256, "num_experts_per_tok": 8},
@@ -475,14 +481,15 @@ FAMILIES = (
                "mlp.experts.gate_up_proj": "* hidden_size 2*intermediate_size",
                "mlp.experts.gate_up_proj_bias": "* 2*intermediate_size",
                "mlp.experts.down_proj": "* intermediate_size hidden_size",
-               "mlp.experts.down_proj_bias": "* hidden_size"}, *_LOCAL)),
+               "mlp.experts.down_proj_bias": "* hidden_size"}, *_LOCAL,
+               width="intermediate_size", side_by_side=True)),
     Family("granitemoe", "GraniteMoeForCausalLM", _features(Feature.EXPERTS, Feature.MULTIPLIERS),
            **_BIASES, **_NO_MLP, defaults={"num_local_experts": 8, "num_experts_per_tok": 2},
            derived_head_dim="attention", scaled_logits="divided", end_token=2, experts=Experts({
                "block_sparse_moe.router.layer.weight": f"{_LOCAL[0]} hidden_size",
                "block_sparse_moe.input_linear.weight": "* 2*intermediate_size hidden_size",
                "block_sparse_moe.output_linear.weight": "* hidden_size intermediate_size"},
-               *_LOCAL, **_BLOCK)),
+               *_LOCAL, **{**_BLOCK, "down": "output_linear"})),
     Family("glm4_moe", "Glm4MoeForCausalLM", _features(Feature.EXPERTS, Feature.ROTARY),
            **_NO_MLP, qkv_bias="attention_bias", qk_norm="use_qk_norm", rope_theta=None,
            defaults={"n_routed_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 8,
@@ -503,7 +510,7 @@ FAMILIES = (
                "feed_forward.experts.down_proj": "* intermediate_size hidden_size",
                **_mlp("feed_forward.shared_expert", "intermediate_size")}, *_LOCAL,
                _mlp("feed_forward", "intermediate_size_mlp"), every="interleave_moe_layer_step",
-               listed="moe_layers", modules=("feed_forward",))),
+               listed="moe_layers", modules=("feed_forward",), width="intermediate_size")),
     Family("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", _features(Feature.EXPERTS, Feature.ROTARY),
            qkv_bias="use_bias", output_bias="use_bias", **_NO_MLP, head_bias="use_bias",
            rope_theta=500000.0, end_token=2, defaults={
@@ -518,7 +525,7 @@ FAMILIES = (
                        "use_bias")},
                "moe_num_experts", "moe_k", _mlp("mlp", "intermediate_size", "use_bias"),
                first="moe_layer_start_index", last="moe_layer_end_index",
-               every="moe_layer_interval")),
+               every="moe_layer_interval", **_WIDTH)),
     Family("qwen3_5_text", "Qwen3_5ForCausalLM", frozenset(_QWEN_NEXT_FEATURES), **_QWEN_NEXT,
            defaults=_QWEN_NEXT_SIZES, mixers=_delta_nets("qkv", "z", "b", "a"),
            config_class="Qwen3_5TextConfig", decoder_class="Qwen3_5TextModel"),
@@ -535,7 +542,7 @@ FAMILIES = (
                **_QWEN_NEXT_SIZES, "num_experts": 256, "num_experts_per_tok": 8,
                "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512},
            keys={"intermediate_size": "moe_intermediate_size"},
-           experts=Experts(_WITH_SHARED, *_COUNTS),
+           experts=Experts(_WITH_SHARED, *_COUNTS, **_WIDTH),
            config_class="Qwen3_5MoeTextConfig", decoder_class="Qwen3_5MoeTextModel"),
     Family("deepseek_v3", "DeepseekV3ForCausalLM",
            _features(Feature.EXPERTS, Feature.MIXERS, Feature.LATENT, Feature.ROTARY), **_MLA,

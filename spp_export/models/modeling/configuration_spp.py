@@ -46,6 +46,7 @@ class _PerLayerConfig:
 
     _auto_class = "AutoConfig"
     model_type: str
+    layer_types: Any
     text_config: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -75,6 +76,16 @@ class _PerLayerConfig:
 
     def validate_architecture(self) -> None:
         """Accept head counts that do not divide hidden_size: head_dim is explicit here."""
+
+    def validate_layer_type(self) -> None:
+        """As the stock class does, and keep the names it knows: transformers 5.17 renames those of
+        code that it does not know, and its LFM2 then misses `conv`."""
+        named = getattr(self, "layer_types", None)
+        # Of the class: some stock ones are static.
+        stock: Any = super(_PerLayerConfig, type(self))
+        stock.validate_layer_type(self)
+        if named is not None and self.layer_types != named:
+            self.layer_types = named
 
     def layer_config(self, index: int) -> Any:
         """A stock config of one layer. Its attention implementation is always this config's."""
