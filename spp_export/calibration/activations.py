@@ -351,6 +351,7 @@ def _hooks(
         written["residual"] = ""
     layers = model.get_submodule(family.layers)
     assert isinstance(layers, nn.ModuleList)
+    lack = _lacking(model, family)
     handles = []
     try:
         for asked in sorted({observer.place for observer in observers}):
@@ -359,7 +360,7 @@ def _hooks(
             place, _, per_write = whole.partition("_per_")
             for index, layer in enumerate(layers):
                 name = read[place] if place in read else written[place]
-                if name and not _has(layer, name):
+                if index in lack.get(place, ()) or (name and not _has(layer, name)):
                     continue  # a layer with another mixer, or without an MLP
                 shown: Callable[[Tensor], None] = partial(show, index, seeing, bool(by_loss))
                 if per_write and family.write_norms:
@@ -390,7 +391,7 @@ def _hook_experts(
     """Show what each expert of a block writes, or its channels give."""
     router = router_of(block)
     assert router is not None
-    count = len(next(router.parameters()))  # a row for each
+    count = len(next(x for x in router.parameters() if x.dim() == 2))  # a row for each
 
     def show_writes(experts: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if place == "experts":
@@ -400,6 +401,16 @@ def _hook_experts(
             shown(routed_channels(experts, inputs, count, family.experts.down_axis))
 
     return block.get_submodule("experts").register_forward_hook(show_writes)
+
+
+def _lacking(model: nn.Module, family: Family) -> dict[str, frozenset[int]]:
+    """By places: the layers whose attention or MLP is not cut, though it may be there."""
+    if family.mixers is None:
+        return {}
+    settings: Any = model.config
+    shape = family.read_shape(settings.to_dict(), element_bytes=4)
+    places = dict.fromkeys(("attention_input", "output", "attention"), shape.without_heads)
+    return places | dict.fromkeys(("mlp_input", "down"), shape.without_channels)
 
 
 def _has(layer: nn.Module, name: str) -> bool:

@@ -24,10 +24,11 @@ _CORRECTION = "e_score_correction_bias"
 
 
 def expert_block(model: nn.Module, family: Family, layer: int) -> nn.Module | None:
-    """What has the experts and the router of a layer; None where it has none."""
+    """What has the experts and the router of a layer, which may be the layer itself; None where it
+    has none."""
     place = model.get_submodule(family.layer_name(layer, "").rstrip("."))
     names = family.experts.modules if family.experts else ()
-    blocks = (getattr(place, name, None) for name in names)
+    blocks = (place, *(getattr(place, name, None) for name in names)) if names else ()
     found = (block for block in blocks if block is not None and router_of(block) is not None)
     return next(found, None)
 

@@ -174,16 +174,20 @@ class ModelShape:
     per head. `element_bytes` is the size of one stored element of the attention weights.
     `switches` are further flags of the record that config.json turns on. `mlps` are, layer by
     layer, the tensors of experts and of MLPs beside them; empty where no layer has experts. A layer
-    with experts has `experts`, and a token is routed to `experts_per_token` of them, in groups of
-    them where `grouped_experts`; each has `expert_channels` that can go, or 0. `mixers` are, layer
-    by layer, names and shapes of other tensors that stay, such as those of what mixes tokens in the
-    place of attention; `without_heads` and `without_channels` are the layers that have none.
-    `head_rows` are the elements of one head in the tensors of queries and of keys, `head_inputs`
-    what these read, 0 where it is head_dim and hidden_size; `cached` is what attention caches of a
-    token for all heads together, 0 where it is keys and values. `beside` are names and shapes of
-    tensors beside the decoder, such as those of a tower of vision. `positions` are the rows of a
-    table of positions, `embedding_size` is 0 where the embedding is as wide as the stream. `costs`
-    come from the record; None counts the tensors of a Llama with these biases.
+    with experts has `experts`, and a token is routed to `experts_per_token` of them, in
+    `chosen_groups` of the `expert_groups` that these are, one after the other; each has
+    `expert_channels` that can go, or 0. `mixers` are, layer by layer, names and shapes of other
+    tensors that stay, such as those of what mixes tokens in the place of attention; `without_heads`
+    and `without_channels` are the layers that have none. `head_rows` are the elements of one head
+    in the tensors of queries and of keys, `head_inputs` what these read, 0 where it is head_dim and
+    hidden_size; `cached` is what attention caches of a token for all heads together, 0 where it is
+    keys and values; `cached_beside` what layers cache beside heads that can go. `unread` are
+    tensors that files may have and no model reads, by layer and name. `outside` are further tensors
+    beside the layers, and `tables` those of which a token reads a row. `beside` are names and
+    shapes of tensors beside the decoder, such as those of a tower of vision. `positions` are the
+    rows of a table of positions, `embedding_size` is 0 where the embedding is as wide as the
+    stream. `costs` come from the record; None counts the tensors of
+    a Llama with these biases.
     """
 
     model_type: str
@@ -205,7 +209,8 @@ class ModelShape:
     mlps: tuple[tuple[ExpertTensor, ...], ...] = ()
     experts: int = 0
     experts_per_token: int = 0
-    grouped_experts: bool = False
+    expert_groups: int = 1
+    chosen_groups: int = 1
     expert_channels: int = 0
     mixers: tuple[Tensors, ...] = ()
     without_heads: frozenset[int] = frozenset()
@@ -213,6 +218,10 @@ class ModelShape:
     head_rows: tuple[int, int] = (0, 0)
     head_inputs: tuple[int, int] = (0, 0)
     cached: int = 0
+    cached_beside: int = 0
+    unread: frozenset[str] = frozenset()
+    outside: Tensors = ()
+    tables: Tensors = ()
     beside: Tensors = ()
     positions: int = 0
     embedding_size: int = 0
@@ -319,6 +328,16 @@ class ModelShape:
         if not self.mlps:
             return (False,) * self.num_layers
         return tuple(any(tensor.of_experts for tensor in layer) for layer in self.mlps)
+
+    @property
+    def expert_counts(self) -> tuple[int, ...]:
+        """How many experts a layer may keep, ascending: as many as a token is routed to at least,
+        of every group as many, and two of it, by which groups are judged."""
+        each = self.experts_per_token
+        if self.expert_groups > 1:
+            each = max(2, -(-each // self.chosen_groups))
+        least = min(each * self.expert_groups, self.experts)
+        return tuple(range(least, self.experts + 1, self.expert_groups))
 
     @property
     def mlp_parameters(self) -> int:
@@ -428,7 +447,7 @@ class ModelShape:
         """Bytes of KV cache per token, at `element_bytes` (default: the stored dtype)."""
         size = self.element_bytes if element_bytes is None else element_bytes
         costs = self.counted
-        return size * sum(
+        return size * self.cached_beside + size * sum(
             costs.kv_rows * layer.kv_heads
             + costs.query_rows * layer.query_heads
             + costs.layer_rows * (layer.query_heads > 0)

@@ -35,7 +35,7 @@ def infeasible(
     smallest = smallest_cost(candidates, some=some)
     of = "expert" if shape.expert_channels else "layer"
     width = "" if channels is None else f"{channels.widths[0]} channels per {of}"
-    count = f"{shape.experts_per_token} experts in every layer that has any"
+    count = f"{next(iter(shape.expert_counts), 0)} experts in every layer that has any"
     # The fastest size need not be the smallest.
     whose = "the fastest blocks measured"
     group = f"one KV group {'in one' if some else 'per'} layer"

@@ -247,7 +247,9 @@ def sample_plan(
         layers[shape.has_heads.index(True)] = first
         experts: tuple[int, ...] = ()
         if includes(units, "experts"):
-            experts = tuple(range(max(shape.experts_per_token, -(-shape.experts // 2))))
+            half = next(n for n in shape.expert_counts if 2 * n >= shape.experts)
+            size, each = (count // shape.expert_groups for count in (shape.experts, half))
+            experts = tuple(expert for expert in range(shape.experts) if expert % size < each)
             sparse = shape.sparse.index(True)
             layers[sparse] = replace(layers[sparse], experts=experts)
         if narrower and shape.expert_channels:

@@ -224,10 +224,15 @@ def _check_experts(place: str, layer: LayerPlan, shape: ModelShape, *, sparse: b
             f"{place}: plan keeps {len(layer.experts)} experts and every token is routed to "
             f"{shape.experts_per_token}. Keep as many at least."
         )
-    if shape.grouped_experts and len(layer.experts) < shape.experts:
+    size, least = shape.experts // shape.expert_groups, shape.expert_counts[0]
+    kept = [0] * shape.expert_groups
+    for expert in layer.experts:
+        kept[expert // size] += 1
+    if len(set(kept)) > 1 or len(layer.experts) < least:
         raise PlanError(
-            f"{place}: plan drops experts, and this {shape.model_type} model routes to groups of "
-            "them (n_group above 1), which are not cut. Keep all experts."
+            f"{place}: plan keeps {' and '.join(map(str, sorted(set(kept))))} experts of a group, "
+            f"and every token is routed to {shape.chosen_groups} of {shape.expert_groups} groups "
+            f"(n_group). Keep as many of every group, and {least // shape.expert_groups} at least."
         )
 
 

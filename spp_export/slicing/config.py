@@ -9,6 +9,7 @@ from typing import Any
 
 from spp_export.common.errors import ModelError, PlanError
 from spp_export.models.families import Family, Feature, Role
+from spp_export.models.families.base import STOCK_LAYERS
 from spp_export.models.shape import LayerShape, ModelShape, Units, common_size
 
 # What travels in a per-layer or ragged checkpoint, beside its config.json.
@@ -37,6 +38,8 @@ _DEFAULT_ROPE_THETA = 10000.0
 _ROTARY = {"rope_theta", "partial_rotary_factor"}
 # Counts of a layer for which the stock config has another name, and not both.
 _OWN_KEYS = {"num_key_value_heads"}
+# A rotation that only models have which transformers 4 has not.
+_SINCE_5 = "proportional"
 # Layer types of models that rotate by layer type, and what transformers 4.57 calls their theta.
 _ROPE_BY_TYPE = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
 
@@ -89,7 +92,8 @@ def slim_config(
             config |= _experts(family, shape, layer) if sparse else {}
         config |= {family.bias_switch(role): True for role in new}
     elif layout in ("per-layer", "ragged"):
-        config |= _per_layer(family, shape, layers, ragged=layout == "ragged")
+        stock = family.stock_layers(source_config)
+        config |= _per_layer(family, shape, layers, stock, ragged=layout == "ragged")
         config |= _for_vllm(family, shape, config)
         if family.per_head:
             config["per_layer_modules"] |= _per_head(family, shape, layers, kept_heads)
@@ -202,12 +206,14 @@ def _uniform(family: Family, shape: ModelShape, layers: Sequence[LayerShape]) ->
             "MLPs beside them one width. Keep all channels of experts, or use layout 'per-layer'."
         )
     if not family.stock_accepts(shape)(first.query_heads):
-        wanted = "divides"
+        wanted = f"that divides hidden_size {shape.hidden_size}"
         if family.derived_head_dim:
-            wanted = f"of {shape.head_dim} elements each fills"
+            wanted = f"that of {shape.head_dim} elements each fills hidden_size {shape.hidden_size}"
+        elif family.mixers and family.mixers.of_heads:
+            wanted = f"of {shape.query_heads}, by which {family.mixers.name} are made"
         raise PlanError(
-            f"layout 'uniform': {family.architecture} wants a number of query heads that {wanted} "
-            f"hidden_size {shape.hidden_size}, the plan keeps {first.query_heads}. "
+            f"layout 'uniform': {family.architecture} wants a number of query heads {wanted}, "
+            f"the plan keeps {first.query_heads}. "
             "Keep another number, or use layout 'per-layer'."
         )
     if first.channels != shape.channels and not family.keys.get("intermediate_size", "any"):
@@ -219,7 +225,12 @@ def _uniform(family: Family, shape: ModelShape, layers: Sequence[LayerShape]) ->
 
 
 def _per_layer(
-    family: Family, shape: ModelShape, layers: Sequence[LayerShape], *, ragged: bool
+    family: Family,
+    shape: ModelShape,
+    layers: Sequence[LayerShape],
+    stock: Mapping[str, dict[str, int]],
+    *,
+    ragged: bool,
 ) -> dict[str, Any]:
     prefix = family.architecture.removesuffix("ForCausalLM")
     config_class = family.config_class or f"{prefix}Config"
@@ -240,10 +251,12 @@ def _per_layer(
         **_counts(shape.layer),
         "per_layer_config": {
             str(index).zfill(digits): _counts(_as_made(layer, index, shape))
+            | (stock.get(str(index), {}) if index in shape.without_heads else {})
             | (_experts(family, shape, layer) if sparse else {})
             | ({"query_groups": list(layer.query_groups)} if ragged else {})
             for index, (layer, sparse) in enumerate(zip(layers, shape.sparse, strict=True))
         },
+        **({STOCK_LAYERS: stock} if stock else {}),
         "serialize_explicit_per_layer_config": True,
         # The same once more, for readers that know lists only.
         "num_attention_heads_per_layer": [layer.query_heads for layer in layers],
@@ -420,6 +433,8 @@ def _rope_by_type(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary settings of every layer type, and what 4.57 reads in their place."""
     old = {name: settings[kind].get("rope_theta") for kind, name in _ROPE_BY_TYPE.items()}
     whole = settings["full_attention"]
+    if whole.get("rope_type") == _SINCE_5:
+        return {"rope_parameters": settings}
     scaling = {key: value for key, value in whole.items() if key != "rope_theta"}
     default = scaling.get("rope_type", "default") == "default"
     return {

@@ -227,8 +227,8 @@ def test_a_model_that_sees_answers_about_a_picture(workshop: Workshop, tmp_path:
 @pytest.mark.parametrize(
     "family",
     but_in_old(
-        ["qwen3_5_text", "deepseek_v3", "nemotron_h", "minimax"],
-        {"qwen3_5_text", "nemotron_h"},
+        ["qwen3_5_text", "deepseek_v3", "nemotron_h", "minimax", "gemma4_text"],
+        {"qwen3_5_text", "nemotron_h", "gemma4_text"},
         ABSENT,
     ),
 )
@@ -238,6 +238,7 @@ def test_what_is_beside_heads_stays_and_every_command_says_so(
     """Heads of layers with softmax attention, or of MLA, go; gated delta nets and latents stay."""
     settings = settings_of(family)
     settings.vocab_size, settings.max_position_embeddings = VOCAB, 1024
+    settings.vocab_size_per_layer_input = VOCAB
     dense = write_random(settings, tmp_path / "dense", torch.float32)
     write_tokenizer(dense)
     model = ("--model", dense)
@@ -271,6 +272,11 @@ def test_what_is_beside_heads_stays_and_every_command_says_so(
     command("show", dense, "--json")
     facts = json.loads(capsys.readouterr().out)["facts"]
     parts = {part["part"]: part["parameters"] for part in facts["stays"]}
-    assert parts[source.family.mixers.name] == source.shape.mixer_parameters
+    assert parts[source.family.mixers.name] == sum(
+        prod(size)
+        for layer in source.shape.mixers
+        for name, size in layer
+        if name.rpartition(".")[0] in source.family.mixers.modules
+    )
     (heads,) = (unit["layers"] for unit in facts["can_go"] if unit["unit"] == "query heads")
     assert heads == sum(source.shape.has_heads)

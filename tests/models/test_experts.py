@@ -7,6 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from family_models import EXPERTS, KNOWN, load, make_dense, make_slim, tokens
@@ -32,6 +33,7 @@ from spp_export.models.loader import load_dense
 from spp_export.models.routing import expert_block, routed_channels, without_channels
 from spp_export.models.shape import UNITS, LayerShape, Layout, unit_parameters
 from spp_export.planning import LayerPlan, Plan, dense_plan, validate_plan
+from spp_export.planning.allocate.options import expert_options
 from spp_export.planning.plan_file import parse_plan
 from spp_export.slicing.compensation import written_config
 
@@ -151,10 +153,6 @@ def test_what_is_not_cut_yet_is_refused_by_name(source: Checkpoint) -> None:
     of_others = family.read_shape({**source.config, "mlp_only_layers": [0, 1]}, 4)
     with pytest.raises(ModelError, match="--units channels does not know experts, which qwe"):
         family.check_units("channels", of_others)
-    grouped = FAMILIES["glm4_moe"].read_shape({**SIZES, **EXPERTS["glm4_moe"], "n_group": 2}, 4)
-    with pytest.raises(ModelError, match="--units all: this glm4_moe model routes to groups"):
-        FAMILIES["glm4_moe"].check_units("all", grouped)
-    FAMILIES["glm4_moe"].check_units("both", grouped)
     llama = FAMILIES["llama"].read_shape(SIZES, 4)
     with pytest.raises(ModelError, match="--units experts: this llama model has no experts"):
         FAMILIES["llama"].check_units("experts", llama)
@@ -291,10 +289,35 @@ def test_a_plan_keeps_experts_that_a_token_can_be_routed_to(source: Checkpoint) 
     ):
         with pytest.raises(PlanError, match=message):
             validate_plan(plan_keeping(source, *kept), shape, source.fingerprint)
-    grouped = source.family.read_shape({**source.config, "n_group": 2}, 4)
-    with pytest.raises(PlanError, match=r"layer 1: .* routes to groups of them"):
-        validate_plan(plan, grouped, source.fingerprint)
-    validate_plan(plan_keeping(source, None, None), grouped, source.fingerprint)
+
+
+@pytest.mark.parametrize("source", ["glm4_moe"], indirect=True)
+def test_a_plan_keeps_as_many_experts_of_every_group(source: Checkpoint) -> None:
+    """Two groups of four, of which a token is routed to one: two of its experts decide on it."""
+    sizes = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
+    shape = source.family.read_shape({**source.config, **sizes}, 4)
+    assert shape.expert_counts == (4, 6, 8)
+    assert replace(shape, experts_per_token=3).expert_counts == (6, 8)
+    assert replace(shape, experts_per_token=4, chosen_groups=2).expert_counts == (4, 6, 8)
+    for fine in (None, (0, 3, 5, 6), (0, 1, 3, 5, 6, 7)):
+        validate_plan(plan_keeping(source, None, fine), shape, source.fingerprint)
+    for kept, counts in (((0, 1, 2, 5), "1 and 3"), ((0, 5), "1"), ((0, 1, 4), "1 and 2")):
+        message = rf"layer 1: plan keeps {counts} experts of a group, .* and 2 at least"
+        with pytest.raises(PlanError, match=message):
+            validate_plan(plan_keeping(source, None, kept), shape, source.fingerprint)
+    scores = np.array([[5.0, 1, 4, 2, 9, 8, 7, 6]])
+    options = expert_options(scores, shape)
+    assert options.counts == (4, 6, 8)
+    assert options.value.tolist() == [[[26], [35], [42]]]
+    for count, best in ((4, [0, 2, 4, 5]), (6, [0, 2, 3, 4, 5, 6])):
+        (kept,), _ = options.kept([count], options.widths)
+        assert np.flatnonzero(kept).tolist() == best
+
+
+def test_groups_of_experts_that_cannot_be_are_refused() -> None:
+    for wrong in ({"n_group": 3}, {"n_group": 2, "topk_group": 3}, {"n_group": -1}):
+        with pytest.raises(ModelError, match=r"groups of 4 experts \(n_group and topk_group\), wh"):
+            layers_with_experts("glm4_moe", **wrong)
 
 
 @pytest.mark.parametrize("source", ["qwen3_moe"], indirect=True)

@@ -22,9 +22,9 @@ from spp_export.models.families import (
     OWN,
     Family,
     TensorSpec,
-    decoder_settings,
     family_of,
     known_types,
+    layers_differ,
     record_of,
 )
 from spp_export.models.shape import LayerShape, Layout, ModelShape
@@ -119,7 +119,7 @@ def open_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
     that are malformed or do not hold exactly the tensors of the config.
     """
     config = read_config(path)
-    if "per_layer_config" in decoder_settings(config):
+    if layers_differ(config):
         return _open_slim(path, name, config)
     return _open_dense(path, name, config)
 
@@ -322,7 +322,7 @@ def _check_names(
             f"{path}: {_named(missing)} missing, which a {family.model_type} model of this "
             "config has. Fetch the model again, or correct config.json."
         )
-    unknown = [name for name in stored.keys() - specs.keys() if not family.is_obsolete(name)]
+    unknown = [name for name in stored.keys() - specs.keys() if not family.is_obsolete(name, shape)]
     if shape.tied_embeddings and head in unknown:
         unknown.remove(head)
         _check_tied_copy(stored[head], stored[f"{family.embedding}.weight"])
@@ -464,7 +464,8 @@ def _slim_tensors(
     path: Path,
 ) -> dict[str, StoredTensor]:
     expected = {spec.name: spec.shape for spec in family.tensors(shape, layers)}
-    odd = sorted(name for name in expected.keys() ^ stored.keys() if not family.is_obsolete(name))
+    different = expected.keys() ^ stored.keys()
+    odd = sorted(name for name in different if not family.is_obsolete(name, shape))
     if odd:
         more = f" (and {len(odd) - 1} more)" if len(odd) > 1 else ""
         where = "missing" if odd[0] in expected else "not of this model"

@@ -32,7 +32,8 @@ class Experts:
     last name. Channels are not cut where `width` is "".
 
     `count` and `routed` are keys: how many experts, and how many see a token; `groups`, where a
-    token is first routed to groups of them: how many groups. The rest are keys that say which
+    token is first routed to groups of them, each judged by its two best: how many groups there are,
+    and how many see a token. The rest are keys that say which
     layers have experts, all where there are none: from `first` on, up to `last` (-1 is the last
     one), every so many (`every`), and not those in the list `never`; where config.json has the list
     `listed`, those in it and no others. `modules` are the names, in memory, of what has experts and
@@ -48,7 +49,7 @@ class Experts:
     every: str = ""
     never: str = ""
     listed: str = ""
-    groups: str = ""
+    groups: tuple[str, str] | None = None
     modules: tuple[str, ...] = ("mlp",)
     width: str = ""
     down: str = "down_proj"
@@ -72,9 +73,20 @@ class Experts:
             "mlps": tuple(kinds[sparse] for sparse in places),
             "experts": count,
             "experts_per_token": min(count, _size(config, self.routed)),
-            "grouped_experts": bool(self.groups) and (value_of(config, self.groups) or 1) != 1,
+            **self._groups(config, count),
             "expert_channels": _size(config, self.width) if self.width and any(places) else 0,
         }
+
+    def _groups(self, config: Mapping[str, Any], count: int) -> dict[str, int]:
+        groups, chosen = (value_of(config, key) or 1 for key in self.groups or ("", ""))
+        whole = type(groups) is int and type(chosen) is int and 1 <= chosen <= groups
+        if not whole or groups < 1 or count % groups:
+            raise ModelError(
+                f"config.json: a token is routed to {shown(chosen)} of {shown(groups)} groups of "
+                f"{count} experts ({' and '.join(self.groups or ())}), which is not possible. "
+                "Fetch the model again."
+            )
+        return {"expert_groups": groups, "chosen_groups": chosen}
 
     @property
     def beside(self) -> tuple[str, ...]:

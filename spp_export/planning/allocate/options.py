@@ -318,8 +318,8 @@ def expert_options(
     channels_SU: ArrayLike | None = None,
     multiple: int = 64,
 ) -> ExpertOptions:
-    """All numbers of experts that the S layers which have any may keep, at least as many as a token
-    is routed to, with those of highest score, ties to the lowest index.
+    """All numbers of experts that the S layers which have any may keep, with those of highest
+    score, ties to the lowest index; where a token is routed to groups of them, as many of each.
 
     scores_SE: [S,E] finite, of any sign. channels_SU: [S,E*F], expert by expert, at least 0; where
     these are given, experts may also be narrower, to multiples of `multiple`, and one then has the
@@ -327,7 +327,7 @@ def expert_options(
     """
     layers, experts, width = sum(shape.sparse), shape.experts, shape.expert_channels
     scores = checked(scores_SE, layers, experts, unit="expert", plural="experts")
-    counts = tuple(range(shape.experts_per_token, experts + 1))
+    counts = shape.expert_counts
     widths: tuple[int, ...] = (width,)
     channels, of_width = None, scores[:, None]
     if channels_SU is not None:
@@ -339,15 +339,29 @@ def expert_options(
         even = np.broadcast_to(np.array(widths) / width, nested.value.shape)
         share = np.divide(nested.value, whole, out=even.copy(), where=whole > 0)
         of_width = (scores.reshape(-1, 1) * share).reshape(layers, experts, -1).swapaxes(1, 2)
-    best = [_nested(rows, counts) for rows in of_width.swapaxes(0, 1)]
+    best = [_of_groups(rows, shape) for rows in of_width.swapaxes(0, 1)]
     value = np.stack([options.value for options in best], axis=2)
     return ExpertOptions(
         counts, widths, value, np.stack([options.rank for options in best], axis=1), channels
     )
 
 
+def _of_groups(scores: FloatArray, shape: ModelShape) -> NestedOptions:
+    """Options that keep as many of every group of experts: the best of every group, then the second
+    of every group, and so on."""
+    layers, experts = scores.shape
+    groups = scores.reshape(layers, shape.expert_groups, -1)
+    best = np.argsort(-groups, axis=-1, kind="stable")
+    best += np.arange(0, experts, experts // shape.expert_groups)[:, None]
+    return _ordered(scores, best.swapaxes(1, 2).reshape(layers, experts), shape.expert_counts)
+
+
 def _nested(scores: FloatArray, widths: tuple[int, ...]) -> NestedOptions:
-    order = np.argsort(-scores, axis=-1, kind="stable")
+    return _ordered(scores, np.argsort(-scores, axis=-1, kind="stable"), widths)
+
+
+def _ordered(scores: FloatArray, order: IntArray, widths: tuple[int, ...]) -> NestedOptions:
+    """Options that keep the first units in an order, of [L,I] scores."""
     kept_score = np.cumsum(np.take_along_axis(scores, order, axis=-1), axis=-1)
     kept_score = np.pad(kept_score, ((0, 0), (1, 0)))
     return NestedOptions(widths, kept_score[:, np.array(widths)], places(order, axis=-1))
