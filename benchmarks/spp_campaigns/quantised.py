@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 import spp_export.models.modeling  # noqa: F401  registers the per-layer classes
 from spp_campaigns.choices import Answers
 from spp_campaigns.command import finish, machine, parser, scratch, table
+from spp_export.common.errors import UsageError
 from spp_export.data.scenario import read_scenario
 from spp_export.evaluation.harness.yardsticks import quantised_bits
 from spp_export.models.loader import load_slim
@@ -90,7 +91,7 @@ def quantise(source: Path, target: Path, recipe: str) -> dict[str, Any]:
     """Write the model of a directory, quantised by a recipe, to another one; the recipe, and the
     group of weights where there is one.
 
-    Raises ValueError where no group divides all rows.
+    Raises UsageError where no group divides all rows.
     """
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import QuantizationModifier
@@ -125,7 +126,7 @@ def group_size(model: nn.Module) -> int:
     for size in GROUPS:
         if not any(row % size for row in rows):
             return size
-    raise ValueError(
+    raise UsageError(
         f"rows have {min(rows)} to {max(rows)} weights, and not all are multiples of {GROUPS[-1]}: "
         f"plan with --width-multiple {GROUPS[-1]}."
     )
