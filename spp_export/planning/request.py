@@ -43,7 +43,7 @@ class PlanRequest(AnswerTokens, CalibrationTokens, Seed):
     units: Units = option(
         "heads",
         help="What may be removed: attention heads, MLP channels, or both; of models of experts "
-        "heads, whole experts, or all of these.",
+        "channels of every expert are meant, and whole experts, or all of these, may go.",
     )
     layout: Layout = option(
         "per-layer",

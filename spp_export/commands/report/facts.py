@@ -226,6 +226,7 @@ def _engines(place: Place, heads: Heads) -> Sequence[Engine]:
             (heads.channels or _SOME_WIDTH) if layer.channels is None else len(layer.channels),
             # Engines ask whether any go; how many the dense model has is not recorded.
             dropped_experts=int(layer.experts is not None),
+            dropped_channels=int(layer.expert_channels is not None),
         )
         for layer in plan.layers
     ]
