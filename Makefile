@@ -42,7 +42,7 @@ DOCS := build/venv-docs
 .PHONY: help demo artifacts check test test-all test-loading test-lm-eval test-optimum \
 	test-transformers-js test-vllm test-quantised quantised test-report test-serving test-faults test-examples fuzz docs eval eval-finance eval-traffic \
 	eval-answers eval-ablations lm-eval picture bench bench-onnx bench-gguf bench-gpu serve-vllm-cpu bench-peers latency-plan empty-layers \
-	onnx-exporters onnx-memory onnx-parity gguf-parity ragged many recovery choices distillation tiny-models wide-norms scale versions \
+	onnx-exporters onnx-memory onnx-parity gguf-parity ragged many recovery choices distillation other-prompts tiny-models wide-norms scale versions \
 	layerwise blocked-moments answer-engines distributed compile-time start-time reference clean
 
 help:
@@ -92,6 +92,7 @@ help:
 	@echo "make scale         slicing 1, 4 and 15 GB beside cp: time and peak memory; 30 GB of disk"
 	@echo "make versions BEFORE=COMMIT  cold planning and ONNX writing beside an earlier commit, in turn"
 	@echo "make layerwise     peak memory of verifying layer by layer: 4 GB, and a 14B model's shape"
+	@echo "make other-prompts  exports measured on prompts that they have never seen"
 	@echo "make choices       other ways of planning than the defaults, on answers"
 	@echo "make distillation  distance from the dense model before and after learning its answers"
 	@echo "make recovery      perplexity before and after LoRA, 40 % of head parameters removed"
@@ -430,6 +431,11 @@ choices: $(INSTALLED)
 		--other $(DATA)/scenarios/finance.txt --json $(RESULTS)/choices-chemistry.json
 	$(BIN)/python -m spp_campaigns.choices --scenario $(DATA)/scenarios/finance.txt \
 		--other $(DATA)/scenarios/chemistry.txt --json $(RESULTS)/choices-finance.json
+
+other-prompts: $(INSTALLED)
+	mkdir -p build
+	$(BIN)/python -m spp_campaigns.other_prompts --scenario $(DATA)/scenarios/chemistry.txt \
+		--scenario $(DATA)/scenarios/finance.txt --dir build --json $(RESULTS)/other-prompts-cpu.json
 
 wide-norms: $(INSTALLED)
 	$(BIN)/python -m spp_campaigns.wide_norms --pools $(DATA)/pools --scenario $(SCENARIO) \
