@@ -161,7 +161,8 @@ class ScenarioModels(Mapping[str, "PreTrainedModel"]):
 
     def pick(self, text: str) -> str:
         """The model whose plan was made for text like this: the name whose mixture of domains is
-        closest to the diagnosis of `text`, by the Bhattacharyya coefficient of the two.
+        closest to what the probes say of `text`, by the Bhattacharyya coefficient of the two. A
+        text that the artifacts call unfamiliar, as a short one may be, is judged by them as well.
 
         Raises UsageError without artifacts, PlanError for a plan without a diagnosis.
         """
@@ -170,8 +171,9 @@ class ScenarioModels(Mapping[str, "PreTrainedModel"]):
         mixtures = {name: _mixture(name, plan) for name, plan in self.plans.items()}
         # The shared tensors, rather than a second dense model beside them.
         self.session.__dict__["model"] = self.dense
-        mixture = diagnose_prompts(self.session, self._artifacts, [text]).shares
-        return max(mixtures, key=lambda name: _likeness(mixtures[name], mixture))
+        said = diagnose_prompts(self.session, self._artifacts, [text])
+        likely = dict(zip(said.domains, said.q.tolist(), strict=True))
+        return max(mixtures, key=lambda name: _likeness(mixtures[name], likely))
 
 
 class SharedWeights:
@@ -286,7 +288,7 @@ def _mixture(name: str, plan: Plan) -> Mapping[str, float]:
 
 
 def _likeness(first: Mapping[str, float], second: Mapping[str, float]) -> float:
-    """Bhattacharyya coefficient of two distributions: 1 where they are the same."""
+    """Bhattacharyya coefficient of two distributions, of which the second need not sum to one."""
     return sum(math.sqrt(first.get(name, 0.0) * share) for name, share in second.items())
 
 

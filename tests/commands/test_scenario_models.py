@@ -11,6 +11,7 @@ from exporting import CASES, refused, texts, write_texts
 
 import spp_export
 from spp_export.common.errors import PlanError, UsageError
+from spp_export.domains.diagnosis import Diagnosis
 from spp_export.planning import read_plan
 
 pytestmark = pytest.mark.thinned(most=3)
@@ -96,7 +97,8 @@ def test_models_share_what_their_plans_leave_and_only_that(workshop):
     assert models.dense.get_input_embeddings().weight is low.get_input_embeddings().weight
 
 
-def test_the_model_of_the_closest_mixture_is_picked(workshop, tmp_path):
+@pytest.mark.parametrize("unfamiliar", [False, True])
+def test_the_model_of_the_closest_mixture_is_picked(unfamiliar, workshop, tmp_path, monkeypatch):
     name = NAMES[0]
     scenarios = {
         domain: write_texts(tmp_path / f"{domain}.txt", texts(domain, 8, 3))
@@ -115,6 +117,7 @@ def test_the_model_of_the_closest_mixture_is_picked(workshop, tmp_path):
     ]
     models = spp_export.load_many(dense, plans, artifacts=artifacts)
     assert list(models) == list(scenarios)
+    monkeypatch.setattr(Diagnosis, "unfamiliar", unfamiliar)
     for domain in scenarios:
         assert models.pick(texts(domain, 1, 99)[0]) == domain
 

@@ -30,10 +30,11 @@ from factories import (
     write_slim,
 )
 from pairs import few, of_family
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, Lfm2Config, PreTrainedModel
 
 from spp_export.common.progress import quiet_transformers
 from spp_export.models.loader import load_dense, load_slim
+from spp_export.models.modeling import configuration_spp
 from spp_export.planning import LayerPlan, Layout
 
 pytestmark = pytest.mark.thinned(most=4)
@@ -293,3 +294,13 @@ def test_an_adapter_learns_on_all_projections_and_merges(pair):
     assert not torch.equal(before, after)
     merged = adapted.merge_and_unload()
     torch.testing.assert_close(logits(merged, tokens()), after, rtol=1e-3, atol=1e-3)
+
+
+def test_layer_types_keep_the_names_that_the_stock_model_knows(monkeypatch):
+    def rename(config):
+        config.layer_types = ["linear_attention" for _ in config.layer_types]
+
+    monkeypatch.setattr(Lfm2Config, "validate_layer_type", rename)
+    config = configuration_spp.SppLfm2Config(num_hidden_layers=1, layer_types=["conv"])
+    config.validate_layer_type()
+    assert config.layer_types == ["conv"]
