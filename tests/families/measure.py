@@ -60,8 +60,8 @@ largest differences of logits of about 1, over all plans: of a prompt, of tokens
 with a cache, of both where a row begins with padding, and of a prompt after the slim model was
 saved and loaded again. Rounding explains {limit:g}. A family has a model for each of its forms, as
 OPT-350m is one of OPT; layers are those of the first, units and parameters are summed over all
-plans, channels of experts in the parameters alone. Names such as `llava` are of models that see: their prompt is compared with a picture in it
-and without.
+plans, channels of experts in the parameters alone. Names such as `llava` are of models that see:
+their prompt is compared with a picture in it and without.
 
 {count} families, of which {held} hold, with transformers {transformers} and torch {torch}; the
 largest difference is {worst:.0e}.
