@@ -39,7 +39,7 @@ DOCS := build/venv-docs
 
 .PHONY: help demo artifacts check test test-all test-loading test-lm-eval test-optimum \
 	test-transformers-js test-vllm test-report test-serving test-faults test-examples fuzz docs eval eval-finance eval-traffic \
-	eval-answers eval-ablations lm-eval picture bench bench-onnx bench-gguf bench-gpu bench-peers latency-plan empty-layers \
+	eval-answers eval-ablations lm-eval picture bench bench-onnx bench-gguf bench-gpu serve-vllm-cpu bench-peers latency-plan empty-layers \
 	onnx-exporters onnx-memory onnx-parity gguf-parity ragged many recovery choices distillation tiny-models wide-norms scale versions \
 	layerwise blocked-moments answer-engines distributed compile-time start-time reference clean
 
@@ -71,6 +71,7 @@ help:
 	@echo "make bench         speed and memory of make demo's export beside the dense model"
 	@echo "make bench-onnx    the same with ONNX Runtime: fp32, int4, onnxruntime-genai"
 	@echo "make bench-gguf    the same with llama.cpp beside them: q8_0 and q4_0"
+	@echo "make serve-vllm-cpu  speed and room in the KV cache in vLLM's CPU build, dense and slim"
 	@echo "make bench-gpu     the published backbones on a CUDA card, with the card's own Python"
 	@echo "make latency-plan  a plan by measured latency beside one by parameters"
 	@echo "make empty-layers  plans whose layers may keep no attention or no MLP, beside plans without"
@@ -170,6 +171,7 @@ test-vllm: $(INSTALLED) $(VLLM_ENV)/.installed
 	rm -rf build/vllm-checks
 	$(BIN)/python tests/vllm/build_vllm.py build/vllm-checks
 	$(VLLM_ENV)/bin/python tests/vllm/check_vllm.py build/vllm-checks
+	$(VLLM_ENV)/bin/python tests/vllm/check_endpoint.py build/vllm-checks
 	mkdir -p build/vllm
 	ls build/vllm/vllm-$(VLLM)-*.whl >/dev/null 2>&1 || $(BIN)/python -m pip download --quiet \
 		--disable-pip-version-check --no-deps --only-binary :all: --dest build/vllm vllm==$(VLLM)
@@ -320,6 +322,14 @@ bench-gguf: $(INSTALLED)
 		--scenario $(DATA)/scenarios/chemistry.txt
 	$(BIN)/spp bench out/seventy out/seventy-onnx out/seventy-int4 out/seventy-q8 out/seventy-q4 \
 		--model demo --rounds 15 -o $(RESULTS)/bench-gguf-cpu.json --force
+
+# Two models in the same engine, in turns. On an idle machine: tokens per second is what it measures.
+serve-vllm-cpu: $(INSTALLED) $(VLLM_ENV)/.installed
+	$(BIN)/spp export --scenario $(DATA)/scenarios/chemistry.txt --units both --keep 0.7 \
+		-o out/seventy --force
+	$(VLLM_ENV)/bin/python benchmarks/serve_vllm.py out/seventy \
+		--model demo --device cpu --dtype float32 --batch 8 --context 256 --new-tokens 64 --rounds 7 \
+		--json $(RESULTS)/serve-vllm-cpu.json
 
 # Needs a card and, in its Python, torch, triton, transformers, safetensors and numpy; nothing is
 # installed.
