@@ -172,13 +172,12 @@ def engine(path: Path, **options: Any) -> Iterator[vllm.LLM]:
         llm = vllm.LLM(
             str(path),
             skip_tokenizer_init=True,
-            dtype="float32",
             max_model_len=256,
             max_num_seqs=8,
             num_gpu_blocks_override=32,
             enforce_eager=True,
             generation_config="vllm",
-            **options,
+            **{"dtype": "float32", **options},
         )
         yield llm
     finally:
