@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from spp_bench.provenance import machine, revision, versions
 from spp_export.models.hub import locate_model
 
 PROMPTS = (
@@ -76,6 +77,8 @@ def main() -> int:
         "batch": options.batch,
         "context": options.context,
         "new_tokens": options.new_tokens,
+        "enforce_eager": options.enforce_eager,
+        "git": revision(),
         "problems": problems,
     }
     if options.json:
@@ -193,8 +196,6 @@ def _throughput(directory: str, options: argparse.Namespace) -> Any:
     import random
 
     import vllm
-
-    from spp_bench.provenance import machine, versions
 
     engine = _engine(directory, options)
     size = engine.get_tokenizer().vocab_size

@@ -84,7 +84,7 @@ def _can_go(source: Checkpoint) -> Iterator[dict[str, Any]]:
             "in_a_layer": sorted(set(of_layers.values())),
             "layers": len(of_layers),
             "parameters": elements[name],
-            **({"channels_of_each": inside} if name == Unit.EXPERT and inside else {}),
+            **({"channels_of_each": [inside] * (name == Unit.EXPERT)} if inside else {}),
         }
 
 

@@ -76,7 +76,7 @@ def routed_channels(experts: Any, inputs: Sequence[Tensor], count: int, wide: in
     down projections [E,...], by whatever way these are computed: the projections are made to copy
     as many channels as they have outputs, and all is computed once more, until all are copied.
     """
-    down, bias = experts.down_proj, getattr(experts, _DOWN_BIAS, None)
+    down, bias = _present(experts.down_proj), getattr(experts, _DOWN_BIAS, None)
     width, hidden = down.shape[wide], down.shape[3 - wide]
     saved = down.data, None if bias is None else bias.data
     parts: list[Tensor] = []
@@ -177,10 +177,22 @@ def _down_weight(block: nn.Module, family: Family, expert: int) -> tuple[Tensor,
     names = (_DOWN, family.experts.down)
     for name, parameter in block.named_parameters():
         if parameter.dim() == 3 and any(part in names for part in name.split(".")):
-            return parameter[expert], family.experts.down_axis - 1
+            return _present(parameter)[expert], family.experts.down_axis - 1
     # Transformers 4 has a module for each.
     own: Any = block.get_submodule(f"experts.{expert}")
-    return next(getattr(own, name).weight for name in names if hasattr(own, name)), 1
+    module = next(getattr(own, name) for name in names if hasattr(own, name))
+    return _present(module.weight), 1
+
+
+def _present(weight: Tensor) -> Tensor:
+    """A weight whose values can be changed where it is. Raises ModelError where they are elsewhere,
+    and only come when a module runs."""
+    if weight.is_meta:
+        raise ModelError(
+            "the weights of experts are offloaded, and their channels can be told apart in memory "
+            "alone. Use --device cpu, or --units heads."
+        )
+    return weight
 
 
 class _Unrouted(TorchFunctionMode):

@@ -196,6 +196,8 @@ class Planning:
                 *_on_experts(shape, layers),
                 *_on_expert_channels(shape, layers),
             ],
+            # For readers that have no more of the dense model than this.
+            "expert_channels": shape.expert_channels if _narrows(layers) else 0,
             "without_heads": sorted(shape.without_heads),
             "without_channels": sorted(shape.without_channels),
         }
@@ -281,6 +283,10 @@ def _on_expert_channels(shape: ModelShape, layers: Sequence[LayerPlan]) -> list[
         "many as the others of its layer; down projections of experts are not re-fitted, and MLPs "
         "beside experts stay"
     ]
+
+
+def _narrows(layers: Sequence[LayerPlan]) -> bool:
+    return any(layer.expert_channels is not None for layer in layers)
 
 
 def _answer_tokens(session: Session, request: PlanRequest) -> int:

@@ -77,5 +77,7 @@ def test_models_take_turns_and_the_status_says_whether_tokens_agree(
     assert written["models"]["slim"]["tokens_per_processor_s"] == [30, 30]
     assert written["models"]["dense"]["kv_tokens"] == 128
     assert written["predicted"] == {"decode": 1.5}
+    assert written["enforce_eager"] is False
+    assert {"git", "device", "dtype", "batch", "context", "new_tokens"} <= written.keys()
     assert len(written["problems"]) == (0 if agree else 2)
     assert "slim over dense, tokens_per_s: 1.500" in capsys.readouterr().out

@@ -170,6 +170,8 @@ def test_channels_of_experts_go_through_every_command(
     command("report", out, "-o", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert remark[1:] in page
+    assert "Channels of every expert kept, a bar per layer." in page
+    assert f"of {width} channels of every expert" in page
     of_layers = "one number of experts" if units == "all" else "one width of experts"
     assert (f"{of_layers} for all layers" in page) == (layout == "per-layer")
     capsys.readouterr()

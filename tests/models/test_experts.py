@@ -30,7 +30,7 @@ from spp_export.models.checkpoint.checkpoint import Checkpoint, open_checkpoint,
 from spp_export.models.families import FAMILIES
 from spp_export.models.layerwise import open_layerwise
 from spp_export.models.loader import load_dense
-from spp_export.models.routing import expert_block, without_channels
+from spp_export.models.routing import expert_block, routed_channels, without_channels
 from spp_export.models.shape import UNITS, LayerShape, Layout, unit_parameters
 from spp_export.planning import LayerPlan, Plan, dense_plan, validate_plan
 from spp_export.planning.allocate.options import expert_options
@@ -224,6 +224,8 @@ def test_what_each_channel_of_an_expert_writes_is_told_apart(source: Checkpoint)
         square = float(observer.sums[layer, expert, channel])
         assert moved == pytest.approx(square * columns.squares[expert, channel], rel=1e-5)
     assert torch.equal(experts.forward(*seen[0]), whole)
+    with pytest.raises(ModelError, match="the weights of experts are offloaded"):
+        routed_channels(experts.to("meta"), seen[0], shape.experts, family.experts.down_axis)
 
 
 @pytest.mark.parametrize("source", ["qwen3_moe"], indirect=True)
