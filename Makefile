@@ -343,13 +343,14 @@ bench-gguf: $(INSTALLED)
 	$(BIN)/spp bench out/seventy out/seventy-onnx out/seventy-int4 out/seventy-q8 out/seventy-q4 \
 		--model demo --rounds 15 -o $(RESULTS)/bench-gguf-cpu.json --force
 
-# Two models in the same engine, in turns. On an idle machine: tokens per second is what it measures.
+# Two models in the same engine, in turns; for an idle machine. The script has been run in eager mode
+# alone.
 serve-vllm-cpu: $(INSTALLED) $(VLLM_ENV)/.installed
 	$(BIN)/spp export --scenario $(DATA)/scenarios/chemistry.txt --units both --keep 0.7 \
 		-o out/seventy --force
 	$(VLLM_ENV)/bin/python benchmarks/serve_vllm.py out/seventy \
 		--model demo --device cpu --dtype float32 --batch 8 --context 256 --new-tokens 64 --rounds 7 \
-		--json $(RESULTS)/serve-vllm-cpu.json
+		--enforce-eager --json $(RESULTS)/serve-vllm-cpu.json
 
 # Needs a card and, in its Python, torch, triton, transformers, safetensors and numpy; nothing is
 # installed.

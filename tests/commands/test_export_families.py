@@ -114,6 +114,27 @@ def test_whole_experts_go_through_every_command(
 
 
 @since_5(WRITES)
+def test_every_group_of_experts_keeps_as_many(workshop: Workshop, tmp_path: Path) -> None:
+    """A token is routed to one of two groups of four experts."""
+    settings = settings_of("glm4_moe-groups", vocab=VOCAB, layers=4)
+    settings.max_position_embeddings = 1024
+    dense = write_random(settings, tmp_path / "dense", torch.float32)
+    write_tokenizer(dense)
+    model, answers = ("--model", dense), ("--answer-tokens", "0")
+    artifacts, out = tmp_path / "artifacts", tmp_path / "slim"
+    probed = ("--units", "heads", *answers, "-o", artifacts)
+    command("probe", "--pools", workshop.pools, *model, *probed)
+    asked = ("--artifacts", artifacts, "--keep", "0.7", "--units", "experts")
+    command("export", "--scenario", workshop.scenario, *model, *asked, *answers, "-o", out)
+    assert json.loads((out / "verify.json").read_text())["passed"]
+    plan = json.loads((out / "plan.json").read_text())
+    kept = [layer["experts"] for layer in plan["layers"] if "experts" in layer]
+    assert kept
+    for experts in kept:
+        assert 2 * sum(expert < 4 for expert in experts) == len(experts)
+
+
+@since_5(WRITES)
 @pytest.mark.parametrize(
     ("family", "units", "layout", "compensate"),
     [

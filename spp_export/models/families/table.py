@@ -24,6 +24,8 @@ _POST_NORMS: Any = {
     "more_norms": ("post_attention_layernorm", "post_feedforward_layernorm"),
 }
 _GEMMA = {Feature.SHIFTED_NORM, Feature.ACTIVATION, Feature.MULTIPLIERS}
+# A model that sees what follows a token, as those do that embed texts.
+_BOTH_WAYS = ("use_bidirectional_attention",)
 _POSITIONS = Feature.POSITIONS
 # Every query head has a KV head of its own.
 _EVERY_HEAD = {"num_key_value_heads": ""}
@@ -384,15 +386,15 @@ FAMILIES = (
            _features(Feature.PARALLEL, _LAYER_NORM, Feature.MULTIPLIERS, Feature.ROTARY), **_BIASES,
            mlp_norm="", defaults=_TIED, sliding="listed", derived_head_dim="config",
            end_token=255001),
-    Family("gemma", "GemmaForCausalLM", frozenset(_GEMMA), **_BIASES,
+    Family("gemma", "GemmaForCausalLM", frozenset(_GEMMA), **_BIASES, refused=_BOTH_WAYS,
            defaults={"head_dim": 256, **_TIED}, end_token=1),
     Family("gemma2", "Gemma2ForCausalLM", _features(*_GEMMA, Feature.SANDWICH, Feature.SOFTCAP),
            **_BIASES, **_SANDWICH, heads_divide_hidden=True, sliding="listed",
-           defaults={"head_dim": 256, **_TIED}, end_token=1),
+           refused=_BOTH_WAYS, defaults={"head_dim": 256, **_TIED}, end_token=1),
     Family("gemma3_text", "Gemma3ForCausalLM",
            _features(*_GEMMA, Feature.SANDWICH, Feature.SOFTCAP, Feature.ROTARY), **_BIASES,
            **_SANDWICH, qk_norm=True, heads_divide_hidden=True, sliding="listed", rope_theta=None,
-           rope_by_type=True,
+           rope_by_type=True, refused=_BOTH_WAYS,
            config_class="Gemma3TextConfig", decoder_class="Gemma3TextModel",
            defaults={"head_dim": 256, **_TIED}, end_token=1),
     Family("gemma4_text", "Gemma4ForCausalLM",
@@ -699,7 +701,8 @@ FAMILIES = (
            keys={"num_attention_heads": "n_head", "num_hidden_layers": "n_layer",
                  "hidden_size": "n_embed", "intermediate_size": "", **_EVERY_HEAD},
            derive=four_times, defaults=_TIED, end_token=2,
-           refused=("apply_residual_connection_post_layernorm",)),
+           # With the second its projections are not called as modules, and have no biases.
+           refused=("apply_residual_connection_post_layernorm", "slow_but_exact")),
     Family("mpt", "MptForCausalLM",
            _features(Feature.NO_GATE, _LAYER_NORM, Feature.ALIBI, Feature.FUSED),
            **{**_TRANSFORMER, "layers": "transformer.blocks",
