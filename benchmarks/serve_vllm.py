@@ -25,6 +25,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from spp_bench.provenance import machine, revision, versions
+from spp_export.models.hub import locate_model
+
 PROMPTS = (
     "What is an acid?",
     "Name three noble gases and one use of each.",
@@ -47,7 +50,7 @@ def main() -> int:
     options = _parser().parse_args()
     if options.step:
         return _step(options)
-    directories = {"dense": options.model, "slim": options.out}
+    directories = {"dense": str(locate_model(options.model).path), "slim": options.out}
     with tempfile.TemporaryDirectory(prefix="spp-vllm-") as scratch:
         results: dict[str, Any] = {name: {} for name in directories}
         for name, directory in directories.items():
@@ -74,6 +77,8 @@ def main() -> int:
         "batch": options.batch,
         "context": options.context,
         "new_tokens": options.new_tokens,
+        "enforce_eager": options.enforce_eager,
+        "git": revision(),
         "problems": problems,
     }
     if options.json:
@@ -101,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("out", help="an export: safetensors, per-layer or uniform")
-    parser.add_argument("--model", required=True, help="the dense model: directory or hub id")
+    parser.add_argument("--model", required=True, help="the dense model: directory, hub id or demo")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="whose tokens to compare")
@@ -191,8 +196,6 @@ def _throughput(directory: str, options: argparse.Namespace) -> Any:
     import random
 
     import vllm
-
-    from spp_bench.provenance import machine, versions
 
     engine = _engine(directory, options)
     size = engine.get_tokenizer().vocab_size

@@ -39,6 +39,25 @@ LATENTS: dict[str, Any] = {
     "n_group": 1,
     "topk_group": 1,
 }
+# Gemma 4: heads of two sizes, embeddings of every layer, the last two layers read others' keys.
+SHARING: dict[str, Any] = {
+    "layer_types": ["sliding_attention"] * 2 + ["sliding_attention", "full_attention"] * 2,
+    "num_hidden_layers": 6,
+    "num_kv_shared_layers": 2,
+    "global_head_dim": 16,
+    "hidden_size_per_layer_input": 4,
+    "vocab_size_per_layer_input": 97,
+    "final_logit_softcapping": 5.0,
+}
+VALUES: dict[str, Any] = {
+    **SHARING,
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 0,
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1,
+}
+# Two groups of experts, one of which sees a token.
+GROUPS: dict[str, Any] = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1}
 # What shows more of a family than its defaults do.
 MORE: dict[str, dict[str, Any]] = {
     "granite": {
@@ -56,6 +75,7 @@ MORE: dict[str, dict[str, Any]] = {
     "cohere": {"use_qk_norm": True},
     "cohere2": {"layer_types": ["sliding_attention", "full_attention"]},
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"]},
+    "gemma4_text": SHARING,
     "ernie4_5": {"use_bias": True},
     "stablelm": {"use_qkv_bias": True, "use_parallel_residual": True},
     "phimoe": {"attention_bias": True, "lm_head_bias": True},
@@ -201,6 +221,28 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
         {"multi_query": False, "alibi": True, "num_kv_heads": 4, "parallel_attn": False},
     ),
     "gpt_bigcode-heads": ("gpt_bigcode", {"multi_query": False}),
+    "deepseek_v3-groups": ("deepseek_v3", {**LATENTS, **GROUPS}),
+    "deepseek_v2-groups": (
+        "deepseek_v2",
+        {**LATENTS, **GROUPS, "topk_method": "group_limited_greedy"},
+    ),
+    "gemma4-wide": (
+        "gemma4_text",
+        {**SHARING, "use_double_wide_mlp": True, "attention_bias": True},
+    ),
+    "gemma4-values": ("gemma4_text", VALUES),
+    "gemma4-experts": (
+        "gemma4_text",
+        {
+            **VALUES,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 12,
+        },
+    ),
+    "glm4_moe-groups": ("glm4_moe", GROUPS),
+    "dots1-groups": ("dots1", GROUPS),
     "persimmon-bare": ("persimmon", {"qk_layernorm": False}),
 }
 # Of those, what this version of transformers has.
@@ -238,7 +280,7 @@ def settings_of(name: str, head_dim: int = 8, vocab: int = 97, layers: int = 2) 
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": head_dim}
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     record = FAMILIES[family]
-    more = in_its_words(more, record.keys) | EXPERTS.get(family, {})
+    more = EXPERTS.get(family, {}) | in_its_words(more, record.keys)
     named = {record.keys.get(key, key): value for key, value in (sizes | heads).items()}
     named.pop("", None)
     if record.derived_head_dim == "attention":

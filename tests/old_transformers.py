@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import transformers
 
-from spp_export.evaluation.batches import SINGLE_IN_4
+from spp_export.models.families import FAMILIES
 
 OLD = transformers.__version__.startswith("4.")
-SINGLE = SINGLE_IN_4
+SINGLE = {name for name, family in FAMILIES.items() if family.single_in_4}
 FLOAT64 = "these stock models fail in float64"
 WRITES = "its lists of experts do not show what single ones write"
 FP8 = "it does not dequantise FP8"

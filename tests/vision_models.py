@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 from factories import VOCAB, write_tokenizer
-from family_models import DELTA, EXPERTS
+from family_models import DELTA, EXPERTS, SHARING
 from old_transformers import in_its_words
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, LlavaProcessor
 
@@ -93,6 +93,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "boi_token_index": 91,
         "eoi_token_index": 92,
     },
+    "gemma4": {
+        "text_config": text("gemma4_text", **SHARING, sliding_window=5),
+        "vision_config": {
+            **_TOWER,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "patch_size": 4,
+            "position_embedding_size": 8,
+        },
+        "image_token_id": IMAGE,
+        "video_token_id": 91,
+        "boi_token_id": 92,
+        "eoi_token_id": 93,
+        "audio_token_id": 94,
+    },
     "smolvlm": {
         "text_config": text("llama"),
         "vision_config": {**_TOWER, "model_type": "smolvlm_vision", "image_size": 28},
@@ -153,6 +168,10 @@ def picture(name: str, model: Any) -> dict[str, torch.Tensor]:
             inputs["mm_token_type_ids"] = (ids == IMAGE).long()
     elif name == "mistral3":
         inputs |= {"pixel_values": pixels(1, 3, 56, 56), "image_sizes": torch.tensor([[56, 56]])}
+    elif name == "gemma4":
+        places = torch.tensor([[x, y] for y in range(6) for x in range(6)])[None]
+        inputs |= {"pixel_values": pixels(1, 36, 48).sigmoid(), "image_position_ids": places}
+        inputs["mm_token_type_ids"] = (ids == IMAGE).long()
     elif name == "smolvlm":
         inputs["pixel_values"] = pixels(1, 1, 3, 28, 28)
     else:

@@ -63,7 +63,8 @@ test: a tiny random model is sliced, written, loaded in transformers, ONNX Runti
 compared (`tests/models/test_families_contract.py`, `tests/formats/test_family_table.py`). A number
 is the reason below why there is none, which is what the command says as well. *Channels* and
 *experts* are what alone can go in layout `uniform` where the engine's class takes no other number
-of heads. The columns of vLLM are about safetensors directories (`make test-vllm`).
+of heads. The columns of vLLM are about safetensors directories (`make test-vllm`); it takes one
+number of experts and one width of them for all layers, so per-layer means heads there.
 
 A model's config.json may ask for more than its family does as a rule, such as a sliding window that
 llama.cpp does not know in it; then the command refuses that model by name. Models that see are

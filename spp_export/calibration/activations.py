@@ -28,10 +28,12 @@ from spp_export.common.progress import progress
 from spp_export.models.families import Family, Feature
 from spp_export.models.helpers import Helpers, helpers_of
 from spp_export.models.layerwise import stream_of
-from spp_export.models.routing import expert_block, routed_writes, router_of
+from spp_export.models.routing import expert_block, routed_channels, routed_writes, router_of
 from spp_export.models.session import Session, helped_session
 
 _BATCH_TOKENS = 2048
+# Places inside a block of experts.
+_OF_EXPERTS = ("experts", "expert_channels")
 # Most channels in one diagonal block of second moments: beyond it the matrix of all of them costs
 # more than the rest of the pass (19 thousand channels would be 1.4 GB a layer).
 CHANNEL_BLOCK = 1536
@@ -88,6 +90,8 @@ class Observer(Protocol):
     - "stream": the stream after the MLP, [T,d]
     - "experts": how much each expert writes for a token, `routed_writes` [T,E], in layers that have
       any
+    - "expert_channels": what each expert that a token is routed to gives to its down projection,
+      times its weight: `routed_channels` [T,k*(1+F)], in layers that have any
     - "residual_per_write", "stream_per_write": the same two, in units of what o_proj and down_proj
       write: where a norm is between, longer by as much as it shortens the writes
     - "output_by_loss", "down_by_loss": "output" and "down", each token times how much the loss
@@ -333,7 +337,7 @@ def _hooks(
         "down": family.down,
     }
     # Not of the attention as a whole, which in some families adds the stream itself.
-    written = {"attention": family.output, "stream": "", "experts": ""}
+    written = {"attention": family.output, "stream": "", **dict.fromkeys(_OF_EXPERTS, "")}
     if Feature.POST_NORM in family.features:
         # Norms leave shares as they are: of the sums, the stream and what was written to it.
         read["residual"], read["stream"] = (name for name, _ in family.norms)
@@ -347,6 +351,7 @@ def _hooks(
         written["residual"] = ""
     layers = model.get_submodule(family.layers)
     assert isinstance(layers, nn.ModuleList)
+    lack = _lacking(model, family)
     handles = []
     try:
         for asked in sorted({observer.place for observer in observers}):
@@ -355,7 +360,7 @@ def _hooks(
             place, _, per_write = whole.partition("_per_")
             for index, layer in enumerate(layers):
                 name = read[place] if place in read else written[place]
-                if name and not _has(layer, name):
+                if index in lack.get(place, ()) or (name and not _has(layer, name)):
                     continue  # a layer with another mixer, or without an MLP
                 shown: Callable[[Tensor], None] = partial(show, index, seeing, bool(by_loss))
                 if per_write and family.write_norms:
@@ -363,9 +368,9 @@ def _hooks(
                     norm = layer.get_submodule(family.write_norms[place == "stream"])
                     handles.append(norm.register_forward_hook(gain.take))
                     shown = partial(gain.show, shown)
-                if place == "experts":
+                if place in _OF_EXPERTS:
                     if block := expert_block(model, family, index):
-                        handles.append(_hook_experts(block, shown))
+                        handles.append(_hook_experts(block, family, place, shown))
                     continue
                 if read.get(place) == "":
                     family.refuse((Feature.EXPERTS,), f"reading {place}", "Use --units heads.")
@@ -380,16 +385,32 @@ def _hooks(
             handle.remove()
 
 
-def _hook_experts(block: nn.Module, shown: Callable[[Tensor], None]) -> Any:
-    """Show what each expert of a block writes."""
+def _hook_experts(
+    block: nn.Module, family: Family, place: str, shown: Callable[[Tensor], None]
+) -> Any:
+    """Show what each expert of a block writes, or its channels give."""
     router = router_of(block)
     assert router is not None
-    count = len(next(router.parameters()))  # a row for each
+    count = len(next(x for x in router.parameters() if x.dim() == 2))  # a row for each
 
     def show_writes(experts: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        shown(routed_writes(experts, inputs, output, count))
+        if place == "experts":
+            shown(routed_writes(experts, inputs, output, count))
+        else:
+            assert family.experts is not None
+            shown(routed_channels(experts, inputs, count, family.experts.down_axis))
 
     return block.get_submodule("experts").register_forward_hook(show_writes)
+
+
+def _lacking(model: nn.Module, family: Family) -> dict[str, frozenset[int]]:
+    """By places: the layers whose attention or MLP is not cut, though it may be there."""
+    if family.mixers is None:
+        return {}
+    settings: Any = model.config
+    shape = family.read_shape(settings.to_dict(), element_bytes=4)
+    places = dict.fromkeys(("attention_input", "output", "attention"), shape.without_heads)
+    return places | dict.fromkeys(("mlp_input", "down"), shape.without_channels)
 
 
 def _has(layer: nn.Module, name: str) -> bool:
@@ -527,6 +548,34 @@ class ExpertWrites(Observer):
         """As of `Observer`."""
         _, layers, experts = self._sums.shape
         return {"layers": layers, "experts": experts}
+
+
+class ExpertChannelSquares(Observer):
+    """Sums of squares [L,E,F] over tokens of what `routed_channels` shows of the F channels of E
+    experts, of `tokens` [L]."""
+
+    place = "expert_channels"
+
+    def __init__(self, layers: int, experts: int, channels: int) -> None:
+        self.sums = torch.zeros((layers, experts, channels), dtype=torch.float64)
+        self.tokens = torch.zeros(layers, dtype=torch.int64)
+
+    def see(self, layer: int, values: Tensor, text_T: Tensor) -> None:
+        """Add one batch."""
+        width = self.sums.shape[2]
+        rows = values.view(-1, 1 + width)
+        chosen = rows[:, 0].long().cpu()
+        self.sums[layer].index_add_(0, chosen, rows[:, 1:].double().square().cpu())
+        self.tokens[layer] += len(values)
+
+    def taken(self, layer: int) -> Iterable[Tensor]:
+        """As of `Observer`."""
+        return [self.sums[layer], self.tokens[layer : layer + 1]]
+
+    def recipe(self) -> dict[str, Any]:
+        """As of `Observer`."""
+        layers, experts, channels = self.sums.shape
+        return {"layers": layers, "experts": experts, "channels": channels}
 
 
 class SecondMoments(Observer):

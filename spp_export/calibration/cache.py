@@ -36,6 +36,7 @@ _VERSIONS = {
     "attention": "attention: what q and o read, and the stream after; fp32, v5",
     "mlp": "mlp: what gate and down read, and the stream after; fp32, blocks of 1536, v2",
     "experts": "experts: what each writes, and the stream after; fp32, v1",
+    "expert channels": "experts: what down reads, by the router's weight; fp32, v1",
     "gradients": "gradients: reductions of |W dL/dW| and gates; fp32, v2",
     "attention loss": "attention: what o reads, by the squared gradient of its output; fp32, v2",
     "mlp loss": "mlp: what down reads, by the squared gradient of its output; fp32, v2",
@@ -219,4 +220,6 @@ def statistics_bytes(shape: ModelShape, kind: str) -> int:
     second = {"attention": heads**2, "mlp": -(-shape.channels // block) * block**2}
     layers = {"attention": sum(shape.has_heads), "mlp": sum(shape.has_channels)}
     name = kind.removesuffix(LOSS)
+    if name == "expert channels":
+        return 4 * sum(shape.sparse) * shape.experts * shape.expert_channels
     return 4 * layers.get(name, 0) * second.get(name, 0)

@@ -1,8 +1,9 @@
 """Statistics of the dense model on text collections: gathered once, cached, read layer by layer.
 
-"attention", "mlp" and "experts" come from one forward pass, and so do "attention loss" and "mlp
-loss", whose moments are weighted by the gradient at each token so as to be in units of the loss;
-where a text does not bring these, they take a backward pass. "gradients" take one of their own.
+"attention", "mlp", "experts" and "expert channels" come from one forward pass, and so do "attention
+loss" and "mlp loss", whose moments are weighted by the gradient at each token so as to be in units
+of the loss; where a text does not bring these, they take a backward pass. "gradients" take one of
+their own.
 They lie in the user's cache, one file each, so that no pass is made twice and that the matrices of
 a large model never meet in memory once they are written.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,8 @@ from spp_export.calibration.reading import TokenText
 from spp_export.calibration.statistics import (
     AttentionInputs,
     Axis,
+    ExpertColumns,
+    ExpertInputs,
     ExpertOutputs,
     Gradients,
     LayerStatistics,
@@ -42,6 +45,8 @@ from spp_export.calibration.stored import hold_for, trim
 from spp_export.common.arrays import FloatArray
 from spp_export.common.memory import free_memory
 from spp_export.models.checkpoint.checkpoint import Checkpoint
+from spp_export.models.checkpoint.dtypes import to_float
+from spp_export.models.checkpoint.reader import blocks, read_float
 from spp_export.models.families import Role
 from spp_export.models.shape import ModelShape
 
@@ -56,6 +61,7 @@ __all__ = ["KINDS", "Collection", "Moments", "gather", "layer_weights"]
 _MEMORY_SHARE = 0.25
 _GRADIENTS = tuple(field.name for field in fields(Gradients))
 _EXPERTS = tuple(field.name for field in fields(ExpertOutputs))
+_CHANNELS = "expert channels"
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,10 @@ class Collection:
             **{name: self._read("experts", f"{name}/{layer}") for name in _EXPERTS}
         )
 
+    def expert_inputs(self, layer: int) -> ExpertInputs:
+        """What the down projections of the layer's experts read."""
+        return ExpertInputs(self._read(_CHANNELS, f"square/{layer}"))
+
     def gradients(self, layer: int) -> Gradients:
         """First-order saliency of the layer's weights and units."""
         return Gradients(
@@ -125,6 +135,7 @@ class Collection:
             attention=self._attention(layer, shape.query_heads) if attends else None,
             mlp=self._mlp(layer) if widens else None,
             experts=self.experts(layer) if "experts" in kinds else None,
+            expert_inputs=self.expert_inputs(layer) if _CHANNELS in kinds else None,
             gradients=self.gradients(layer) if "gradients" in kinds else None,
             axis=axis,
             seed=seed,
@@ -289,6 +300,31 @@ def layer_weights(source: Checkpoint, layer: int) -> LayerWeights:
     return LayerWeights(**{name: weight(Role(name)) for name in names})
 
 
+def expert_columns(source: Checkpoint, layer: int) -> ExpertColumns:
+    """Sums over the columns of what reads the channels of a layer's experts, read from the source's
+    files an expert at a time."""
+    shape, experts = source.shape, source.family.experts
+    assert experts is not None
+    tensor = next(one for one in shape.mlps[layer] if experts.is_down(one))
+    name, wide = source.family.layer_name(layer, tensor.name), tensor.wide
+    assert wide is not None
+    found = ExpertColumns(*np.zeros((2, shape.experts, shape.expert_channels)))
+    if tensor.each:
+        stored = (source.tensors[name.replace("*", str(e))] for e in range(shape.experts))
+        weights: Iterable[FloatArray] = map(read_float, stored)
+        axis = wide
+    else:
+        rows = (
+            to_float(block, source.tensors[name].dtype) for block in blocks(source.tensors[name])
+        )
+        weights, axis = chain.from_iterable(rows), wide - 1
+    for expert, weight in enumerate(weights):
+        across = 1 - axis
+        found.squares[expert] = np.square(weight, dtype=np.float64).sum(axis=across)
+        found.sums[expert] = np.abs(weight).sum(axis=across, dtype=np.float64)
+    return found
+
+
 def _forward(
     source: Checkpoint,
     parts: Sequence[_Part],
@@ -331,7 +367,7 @@ def _one_pass(
 ) -> None:
     from spp_export.calibration.activations import Router, observe, token_batches
 
-    sums: list[dict[str, BlockSums | LossSums | ExpertSums]] = []
+    sums: list[dict[str, BlockSums | LossSums | ExpertSums | ExpertChannelSums]] = []
     batches: list[TokenBatch] = []
     # A batch is of one part, so that each part's sums are what a pass over it alone gives.
     for part in parts:
@@ -377,10 +413,12 @@ def _one_pass(
 
 def _sums(
     kind: str, shape: ModelShape, batches: Sequence[TokenBatch]
-) -> BlockSums | LossSums | ExpertSums:
+) -> BlockSums | LossSums | ExpertSums | ExpertChannelSums:
     """What gathers statistics of a kind; the batches have gradients where it needs them."""
     if kind == "experts":
         return ExpertSums(shape)
+    if kind == _CHANNELS:
+        return ExpertChannelSums(shape)
     return LossSums(kind, shape, batches) if kind.endswith(LOSS) else BlockSums(kind, shape)
 
 
@@ -436,13 +474,15 @@ def _names(kind: str, shape: ModelShape) -> set[str]:
     layers = _layers_seen(kind, shape)
     if kind.endswith(LOSS):
         return {f"second/{i}" for i in layers}
-    per_layer = _EXPERTS if kind == "experts" else ("second", "mean", "input_square")
+    of_kind = {"experts": _EXPERTS, _CHANNELS: ("square",)}
+    per_layer = of_kind.get(kind, ("second", "mean", "input_square"))
     return {"sensitivity", *(f"{name}/{i}" for name in per_layer for i in layers)}
 
 
 def _layers_seen(kind: str, shape: ModelShape) -> list[int]:
     """The layers that have what statistics of a kind, with or without the loss, are of."""
-    has = {"attention": shape.has_heads, "mlp": shape.has_channels, "experts": shape.sparse}
+    has = {"attention": shape.has_heads, "mlp": shape.has_channels}
+    has |= dict.fromkeys(("experts", _CHANNELS), shape.sparse)
     return [layer for layer, there in enumerate(has[kind.removesuffix(LOSS)]) if there]
 
 
@@ -551,6 +591,43 @@ class ExpertSums:
                 f"{name}/{layer}": (of[layer] / tokens).float().numpy() for name, of in sums.items()
             }
         if layer == self._size[0] - 1:
+            averages["sensitivity"] = (self._stream.sums / tokens).numpy()
+        return averages
+
+
+class ExpertChannelSums:
+    """Observers of what the channels of experts give and of the stream after the MLP; else as of
+    `BlockSums`."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        from spp_export.calibration.activations import ExpertChannelSquares, StreamSensitivity
+        from spp_export.models.routing import check_routed_writes
+
+        check_routed_writes()
+        self._seen, self._layers = _layers_seen(_CHANNELS, shape), shape.num_layers
+        self._size = shape.experts, shape.expert_channels
+        self._squares = ExpertChannelSquares(shape.num_layers, *self._size)
+        self._stream = StreamSensitivity(shape.num_layers, "stream_per_write")
+
+    @property
+    def observers(self) -> tuple[Observer, ...]:
+        """The observers to attach while the model runs."""
+        return self._squares, self._stream
+
+    @property
+    def sizes(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+        """As of `BlockSums`."""
+        each = np.dtype(np.float32), self._size
+        squares = {f"square/{layer}": each for layer in self._seen}
+        return {"sensitivity": (np.dtype(np.float64), (self._layers,)), **squares}
+
+    def averages(self, layer: int) -> dict[str, FloatArray]:
+        """As of `BlockSums`."""
+        tokens = max(int(self._squares.tokens.max()), 1)
+        averages: dict[str, FloatArray] = {}
+        if layer in self._seen:
+            averages[f"square/{layer}"] = (self._squares.sums[layer] / tokens).float().numpy()
+        if layer == self._layers - 1:
             averages["sensitivity"] = (self._stream.sums / tokens).numpy()
         return averages
 

@@ -61,6 +61,24 @@ class ExpertOutputs:
 
 
 @dataclass(frozen=True)
+class ExpertInputs:
+    """What the down projection of each of E experts reads, its F channels times the expert's weight
+    g by the router, and 0 where a token is not routed to it: square [E,F] E (g z)^2 over all real
+    tokens."""
+
+    square: FloatArray
+
+
+@dataclass(frozen=True)
+class ExpertColumns:
+    """Of the down projections of E experts, by column: squares [E,F] sum_i W[i,c]^2 and sums [E,F]
+    sum_i |W[i,c]|."""
+
+    squares: FloatArray
+    sums: FloatArray
+
+
+@dataclass(frozen=True)
 class Gradients:
     """Reductions of |W * dLoss/dW|, the loss being the mean over texts of the mean next-token loss.
 
@@ -109,3 +127,5 @@ class LayerStatistics:
     seed: int = 0
     experts: ExpertOutputs | None = None
     expert_count: int = 0
+    expert_inputs: ExpertInputs | None = None
+    expert_columns: ExpertColumns | None = None

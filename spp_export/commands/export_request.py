@@ -63,6 +63,7 @@ class ExportResult:
             "kept_query_heads": kept,
             "kept_kv_heads": [len(layer.kv_heads) for layer in self.plan.layers],
             "kept_channels": [layer.shape(self.shape).channels for layer in self.plan.layers],
+            "kept_expert_channels": [layer.expert_width for layer in self.plan.layers],
             "kept_experts": list(
                 self.shape.experts_in([layer.shape(self.shape) for layer in self.plan.layers])
             ),

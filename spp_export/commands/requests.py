@@ -51,7 +51,7 @@ from spp_export.formats.format import Format, FormatOptions
 from spp_export.formats.registry import FORMATS, options_of
 from spp_export.models.shape import ModelShape, Units
 from spp_export.planning.plan import Compensation, Plan
-from spp_export.planning.request import Comparable, PlanRequest, Regime
+from spp_export.planning.request import FRONTIER_SHARES, Comparable, PlanRequest, Regime
 
 ANSWERS, MEASURED, ROWS, TEXTS = "Answers", "Measured before", "Rows", "Texts to judge on"
 TRAINING = "Training"
@@ -114,7 +114,7 @@ class FrontierRequest(PlanRequest, GivenAnswers, Force, Dtype, Artifacts, Model)
     output: PathLike = output_option("", help="Directory to write.")
     _: KW_ONLY
     share: tuple[float, ...] = option(
-        (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5),
+        FRONTIER_SHARES,
         panel=BUDGET,
         metavar="SHARE",
         numbers=SHARE,

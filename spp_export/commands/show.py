@@ -246,6 +246,8 @@ def _plan_facts(plan: Plan) -> dict[str, Any]:
         facts["experts"] = [
             None if layer.experts is None else len(layer.experts) for layer in plan.layers
         ]
+    if any(layer.expert_channels for layer in plan.layers):
+        facts["expert_channels"] = [layer.expert_width for layer in plan.layers]
     realised = plan.budget.get("realised")
     facts |= {
         "scenario": plan.scenario.get("name"),

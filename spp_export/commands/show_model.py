@@ -12,7 +12,7 @@ from spp_export.formats.format import Format
 from spp_export.formats.promised import promised_checkpoint
 from spp_export.formats.registry import FORMATS
 from spp_export.models.checkpoint.checkpoint import Checkpoint
-from spp_export.models.families import Family, TensorSpec, Unit
+from spp_export.models.families import TensorSpec, Unit
 from spp_export.models.shape import LAYOUTS, Layout
 from spp_export.planning import LayerPlan, Plan, dense_plan, sample_plan
 from spp_export.planning.plan import only_existing
@@ -67,7 +67,9 @@ def _specs(source: Checkpoint) -> Iterator[TensorSpec]:
 
 
 def _can_go(source: Checkpoint) -> Iterator[dict[str, Any]]:
-    """By unit: how many a layer has, in how many layers, and the parameters that go with them."""
+    """By unit: how many a layer has, in how many layers, and the parameters that go with them; of
+    experts, how many channels of each can go as well."""
+    inside = source.shape.expert_channels
     counts: dict[str, dict[int, int]] = {}
     elements: dict[str, int] = {}
     for spec in _specs(source):
@@ -82,6 +84,7 @@ def _can_go(source: Checkpoint) -> Iterator[dict[str, Any]]:
             "in_a_layer": sorted(set(of_layers.values())),
             "layers": len(of_layers),
             "parameters": elements[name],
+            **({"channels_of_each": [inside] * (name == Unit.EXPERT)} if inside else {}),
         }
 
 
@@ -102,20 +105,22 @@ def _stays(source: Checkpoint) -> Iterator[dict[str, Any]]:
     beside = {name for name, _ in source.shape.beside}
     for spec in _specs(source):
         if not list(_units(spec)):
-            part = _VISION if spec.name in beside else _part(source.family, spec)
+            part = _VISION if spec.name in beside else _part(source, spec)
             elements[part] = elements.get(part, 0) + prod(spec.shape)
     for part, count in elements.items():
         yield {"part": part, "parameters": count, "why": _WHY.get(part, _OTHER)}
 
 
-def _part(family: Family, spec: TensorSpec) -> str:
+def _part(source: Checkpoint, spec: TensorSpec) -> str:
+    family, mixers = source.family, source.shape.mixers
     module = spec.name.rpartition(".")[0]
     if spec.layer is None:
         if module in (family.final_norm, family.embedding_norm):
             return _NORMS
         return _HEAD if module == family.head else _EMBEDDINGS
     inside = module.removeprefix(f"{family.layers}.{spec.layer}.")
-    if family.mixers and inside in family.mixers.modules:
+    own = (name for name, _ in mixers[spec.layer]) if mixers else ()
+    if family.mixers and inside in family.mixers.modules and spec.name.endswith(tuple(own)):
         return family.mixers.name
     if inside in (family.output, family.down):
         return _BIASES

@@ -151,7 +151,7 @@ def probe_model(
     accuracy = (in_domain.argmax(axis=2) == held_out.labels[:, None]).mean(axis=0)
     domain_N = [k for k, texts in enumerate(pools.train) for _ in texts]
     writes = AxisShares(source, input_device(model), weight, domain_N)
-    collections = _gather(dense, pools, kinds_needed(criteria, request.units), writes)
+    collections = _gather(dense, pools, kinds_needed(criteria, request.units, source.shape), writes)
     with progress("scoring units", None):
         scores, energy_KLH = _scores(source, collections, criteria, request, writes)
         whitelist = choose_whitelist(energy_KLH, request.seed, layers=dense.attending)

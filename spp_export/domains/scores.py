@@ -18,6 +18,7 @@ from spp_export.importance import SCORING
 from spp_export.importance.base import Criterion, statistics_read
 from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.session import Session
+from spp_export.models.shape import ModelShape
 
 DEFAULT_CRITERIA = ("energy", "axis")
 UNITS = ("heads", "both")
@@ -34,10 +35,10 @@ def criteria_named(names: Sequence[str]) -> tuple[Criterion, ...]:
     return tuple(SCORING[name] for name in dict.fromkeys(names))
 
 
-def kinds_needed(criteria: Sequence[Criterion], units: str) -> tuple[str, ...]:
+def kinds_needed(criteria: Sequence[Criterion], units: str, shape: ModelShape) -> tuple[str, ...]:
     """Kinds of statistics to gather; those of attention always, as every export re-fits by them."""
     needs = {need for criterion in criteria for need in criterion.needs}
-    read = statistics_read(needs, "both" if units == "both" else "heads")
+    read = statistics_read(needs, "both" if _of_mlps(units, shape) else "heads", shape)
     return tuple(dict.fromkeys(("attention", *read)))
 
 
@@ -50,7 +51,8 @@ def score_units(
     shares_KLH: FloatArray,
     seed: int,
 ) -> Mapping[str, FloatArray]:
-    """Float32 `head/<criterion>` [K,L,H] and, for units "both", `channel/<criterion>` [K,L,I].
+    """Float32 `head/<criterion>` [K,L,H] and, for units "both", `channel/<criterion>` [K,L,I];
+    channels of experts are scored when a plan asks for them.
 
     `directions_LKd` are the domains' probe axes, of unit length, and `shares_KLH` the heads'
     shares along them.
@@ -61,7 +63,7 @@ def score_units(
         f"head/{criterion.name}": np.zeros((domains, layers, shape.query_heads), np.float32)
         for criterion in criteria
     }
-    if units == "both":
+    if _of_mlps(units, shape):
         size = (domains, layers, shape.channels)
         scores |= {
             f"channel/{criterion.name}": np.zeros(size, np.float32) for criterion in criteria
@@ -74,9 +76,13 @@ def score_units(
             for criterion in criteria:
                 if shape.has_heads[layer]:
                     scores[f"head/{criterion.name}"][k, layer] = criterion.heads(seen)
-                if units == "both" and shape.has_channels[layer]:
+                if _of_mlps(units, shape) and shape.has_channels[layer]:
                     scores[f"channel/{criterion.name}"][k, layer] = criterion.channels(seen)
     return scores
+
+
+def _of_mlps(units: str, shape: ModelShape) -> bool:
+    return units == "both" and not shape.expert_channels
 
 
 class AxisShares(Observer):

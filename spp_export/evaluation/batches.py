@@ -34,10 +34,6 @@ _RANDOM_ROWS = 4
 _RANDOM_TOKENS = 48
 
 
-# In transformers 4 their routers, or MPT's masks, stay in float32, and fail beside float64.
-SINGLE_IN_4 = {"deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe", "mpt"}
-
-
 def check_batches(
     source: Checkpoint, prompts: Sequence[Text], tokenizer: Any, seed: int
 ) -> list[TokenBatch]:
@@ -116,7 +112,7 @@ def wide_dtype(own: torch.dtype, family: Family, parameters: int, device: str) -
     import transformers
 
     halves = (torch.bfloat16, torch.float16)
-    single = family.model_type in SINGLE_IN_4 and transformers.__version__.startswith("4.")
+    single = family.single_in_4 and transformers.__version__.startswith("4.")
     wide = torch.float32 if single or (device != "cpu" and own in halves) else torch.float64
     if not _casts(device, wide) or wide.itemsize < own.itemsize:
         return own

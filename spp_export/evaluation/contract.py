@@ -27,7 +27,7 @@ from spp_export.evaluation.oracle import masked_dense
 from spp_export.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from spp_export.models.families import record_of
 from spp_export.models.loader import auto_class
-from spp_export.models.shape import ModelShape
+from spp_export.models.shape import LayerShape, ModelShape
 from spp_export.planning import LayerPlan, Layout, Plan
 from spp_export.planning.plan import only_existing
 from spp_export.slicing.compensation import written_config
@@ -57,11 +57,28 @@ class Pair:
     def as_planned(self) -> bool:
         """Whether the layers on disk have the sizes that the plan gives them."""
         opened, layers = open_checkpoint(self.slim), self.plan.layer_shapes(self.source.shape)
-        if opened.shape.experts_in(opened.layers) != self.source.shape.experts_in(layers):
+        if _of_experts(opened.shape, opened.layers) != _of_experts(self.source.shape, layers):
             return False
         if opened.layout == "uniform":  # a dense model of its own, which has not dropped any
-            layers = tuple(replace(layer, dropped_experts=0) for layer in layers)
+            width = opened.shape.channels if opened.family.experts else None  # none that is cut
+            layers = opened.shape.existing(
+                [
+                    replace(
+                        layer,
+                        channels=layer.channels if width is None else width,
+                        dropped_experts=0,
+                        dropped_channels=0,
+                    )
+                    for layer in layers
+                ]
+            )
         return opened.layers == layers
+
+
+def _of_experts(shape: ModelShape, layers: Sequence[LayerShape]) -> list[tuple[int, int]]:
+    """How many each layer has, and channels of each of them."""
+    counts = zip(shape.experts_in(layers), shape.widths(layers), strict=True)
+    return [(count, width) for count, width in counts if count]
 
 
 def prove(source: Checkpoint, layout: Layout, target: Path) -> float:
@@ -103,8 +120,9 @@ def exact_logits(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
 
 
 def _exactly(model: PreTrainedModel) -> AbstractContextManager[object]:
-    family = record_of(model.config.to_dict())
-    return _InDouble() if family and family.experts else nullcontext()
+    config = model.config.to_dict()
+    family = record_of(config)
+    return _InDouble() if family and family.of(config).experts else nullcontext()
 
 
 class _InDouble(TorchFunctionMode):
@@ -149,8 +167,10 @@ def greedy(model: Any, **options: Any) -> torch.Tensor:
 
 def load_exact(path: Path, **options: Any) -> PreTrainedModel:
     """A tiny checkpoint in float64. Raises ModelError where tensors are missing or left over."""
-    family = record_of(json.loads((path / "config.json").read_text()))
+    config = json.loads((path / "config.json").read_text())
+    family = record_of(config)
     assert family is not None
+    family = family.of(config)
     if family.experts and hasattr(PreTrainedModel, "set_experts_implementation"):
         options["experts_implementation"] = "eager"  # others know no float64
     with quiet_transformers():
@@ -208,15 +228,18 @@ def _random_plan(source: Checkpoint, layout: Layout) -> tuple[LayerPlan, ...]:
         width = 10 if source.family.down else None
         size = min(2, source.shape.group_size)
         heads = {"kv_heads": 2 // size, "group_size": size}
-        if source.family.derived_head_dim:  # its stock config takes no fewer
+        if source.family.uniform != "all":  # its stock config takes no fewer
             heads = {"kv_heads": source.shape.kv_heads, "group_size": source.shape.group_size}
         layers = uniform_layers(source.shape, 3, **heads, channels=width)
     else:
         chosen = ragged_layers if layout == "ragged" else random_layers
         layers = chosen(source.shape, 3, channels=bool(source.family.down))
-    go = any(source.shape.sparse) and not source.shape.grouped_experts
-    if go and layout != "per-layer":  # where heads alone go
+    if any(source.shape.sparse) and layout != "per-layer":  # where heads alone go
         layers = drop_experts(layers, source.shape, 3, alike=layout == "uniform")
+    experts = source.family.experts
+    stays = layout == "uniform" and experts is not None and experts.beside
+    if source.shape.expert_channels and not stays:
+        layers = narrow_experts(layers, source.shape, 3, alike=layout == "uniform")
     return only_existing(layers, source.shape)
 
 
@@ -273,14 +296,30 @@ def uniform_layers(
 def drop_experts(
     layers: Sequence[LayerPlan], shape: ModelShape, seed: int, *, alike: bool = False
 ) -> tuple[LayerPlan, ...]:
-    """The same layers with random experts: in turn as many as a token is routed to, one more, and
-    so on, or in all layers `alike` all but one."""
-    rng, layers, most = random.Random(seed), list(layers), shape.experts - 1
-    least = most if alike else min(shape.experts_per_token, most)
+    """The same layers with random experts: in turn as few as can be, the next number, and so on, or
+    in all layers `alike` all but the fewest that can go."""
+    rng, layers, size = random.Random(seed), list(layers), shape.experts // shape.expert_groups
+    counts = shape.expert_counts[:-1] or shape.expert_counts
     for turn, index in enumerate(index for index, sparse in enumerate(shape.sparse) if sparse):
-        kept = least + turn % (most - least + 1)
-        experts = _choose(rng, range(shape.experts), kept)
+        kept = (counts[-1] if alike else counts[turn % len(counts)]) // shape.expert_groups
+        groups = (range(start, start + size) for start in range(0, shape.experts, size))
+        experts = tuple(expert for group in groups for expert in _choose(rng, group, kept))
         layers[index] = replace(layers[index], experts=experts)
+    return tuple(layers)
+
+
+def narrow_experts(
+    layers: Sequence[LayerPlan], shape: ModelShape, seed: int, *, alike: bool = False
+) -> tuple[LayerPlan, ...]:
+    """The same layers with random channels of every expert: as many in all experts of a layer, and
+    another number in each layer unless they are to be `alike`."""
+    rng, layers, width = random.Random(seed), list(layers), shape.expert_channels
+    for turn, index in enumerate(index for index, sparse in enumerate(shape.sparse) if sparse):
+        count = max(1, width // 2 - (0 if alike else turn))
+        experts = layers[index].experts
+        stay = shape.experts if experts is None else len(experts)
+        rows = tuple(_choose(rng, range(width), count) for _ in range(stay))
+        layers[index] = replace(layers[index], expert_channels=rows)
     return tuple(layers)
 
 

@@ -1,5 +1,5 @@
-"""The oracle: the dense model with the inputs of o_proj and down_proj zeroed for removed units, and
-the router's logits of removed experts at -inf.
+"""The oracle: the dense model with the inputs of o_proj and down_proj zeroed for removed units, the
+router's logits of removed experts at -inf, and zeros for what experts' removed channels write.
 
 Removing a unit is exactly this. (Zeroing after o_proj would zero coordinates of the residual
 stream, to which every head writes: a different function.) Where a norm goes over all heads or
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from spp_export.models.families import Family, Role, TensorSpec
 from spp_export.models.layerwise import stream_of
-from spp_export.models.routing import expert_block, without_experts
+from spp_export.models.routing import expert_block, without_channels, without_experts
 from spp_export.models.shape import ModelShape
 from spp_export.planning import LayerPlan, Plan
 from spp_export.slicing.cut import kept_indices, kept_units
@@ -72,6 +72,12 @@ def masked_dense(
                 block = expert_block(model, family, index)
                 assert block is not None, f"layer {index} has no experts"
                 stack.enter_context(without_experts(block, gone))
+            if layer.expert_channels is not None:
+                block = expert_block(model, family, index)
+                assert block is not None, f"layer {index} has no experts"
+                experts = range(shape.experts) if layer.experts is None else layer.experts
+                own = {expert: layer.channels_of(expert) or () for expert in experts}
+                stack.enter_context(without_channels(block, family, own))
             for name, kept in _kept_in_norms(family, layer, index, specs).items():
                 norm = model.get_submodule(family.layer_name(index, name))
                 handles.append(_norm_kept(norm, kept))

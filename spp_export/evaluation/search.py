@@ -19,14 +19,20 @@ from spp_export.evaluation.oracle import masked_dense
 from spp_export.evaluation.quality import Quality, held_out_source, measure_quality
 from spp_export.evaluation.remarks import Wanted
 from spp_export.models.session import Session
+from spp_export.models.shape import unit_parameters
 from spp_export.planning.planner import Planning, PlanResult
+from spp_export.planning.request import FRONTIER_SHARES
 from spp_export.slicing.compensation import plan_compensation
 from spp_export.slicing.projections import Projections
 
-# Of the share that is kept: finer than the sizes of most models are apart.
-_STEPS = 64
-# What is written is rounded to the stored dtype, and is measured once more.
-_MARGIN = 0.98
+# Of the share that is kept, and of the parameters of the model: what is found is as near to the
+# smallest one.
+_STEP, _SIZE_STEP = 1 / 64, 0.008
+# What is written is measured once more, and sums of fewer terms round otherwise.
+_MARGIN = 0.995
+# KL goes up and down a little from one plan to the next. Where a plan loses so many times what may
+# be lost, no smaller one is looked at.
+_BEYOND = 1.25
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,8 @@ class PlanSearch:
                 "or --max-params, or a device that holds the model."
             )
         self._planning = planning
+        shape = session.source.shape
+        self._units = unit_parameters(shape, shape.layers, planning.request.units)
         self._texts = planning.text.held_out.texts
         self._source = held_out_source(self._texts)
         self.tried: dict[float, TriedPlan] = {}
@@ -68,29 +76,42 @@ class PlanSearch:
         if keep not in self.tried:
             budget = replace(self._planning.request.budget, keep=keep, max_params=None)
             result = self._planning.within(budget)
-            self.tried[keep] = TriedPlan(keep, result, self._measured(result))
+            # Budgets that are close may have one plan.
+            same = (
+                one for one in self.tried.values() if one.result.plan.layers == result.plan.layers
+            )
+            known = next(same, None)
+            quality = known.quality if known else self._measured(result)
+            self.tried[keep] = TriedPlan(keep, result, quality)
         return self.tried[keep]
 
     def smallest(self, wanted: Wanted) -> TriedPlan:
-        """The smallest plan that is as near to the dense model as wanted, by bisection over kept
-        shares; what was wanted is in its record.
+        """The smallest plan that is as near to the dense model as wanted; what was wanted is in
+        its record.
 
-        Raises QualityError where the largest plan that drops anything is not.
+        Bisection over kept shares, which would be all if quality fell with every step. As it need
+        not, the smaller plans of `spp frontier` are then tried, until one is far beyond what is
+        wanted. Raises QualityError where the largest plan that drops anything is not near enough.
         """
         good: TriedPlan | None = None
-        low, high = 0, _STEPS
-        with progress("looking for the smallest model", _STEPS.bit_length()) as advance_to:
-            while high - low > 1:
-                middle = (low + high) // 2
-                try:
-                    tried = self.at(middle / _STEPS)
-                except BudgetError:  # smaller than any model of this kind
-                    low = middle
+        low, high = 0.0, 1.0
+        with progress("looking for the smallest model", None) as advance_to:
+            while high - low > self._step(good):
+                middle = (low + high) / 2
+                tried = self._tried(middle)
+                if tried and _holds(wanted, tried, _MARGIN):
+                    good, high = tried, middle
                 else:
-                    fits = wanted.held_by(tried.quality.mean_kl, tried.quality.top1, _MARGIN)
-                    good = tried if fits else good
-                    low, high = (low, middle) if fits else (middle, high)
-                advance_to(_STEPS.bit_length() - (high - low).bit_length())
+                    low = middle
+                advance_to(len(self.tried))
+            for share in FRONTIER_SHARES if good else ():
+                if share >= low:
+                    continue
+                tried = self._tried(share)
+                if not tried or not _holds(wanted, tried, _BEYOND):
+                    break
+                good = tried if _holds(wanted, tried, _MARGIN) else good
+                advance_to(len(self.tried))
         if good is None:
             least = min(self.tried.values(), key=lambda one: one.quality.mean_kl, default=None)
             nearest = ""
@@ -104,6 +125,19 @@ class PlanSearch:
         plan = good.result.plan
         budget = {**plan.budget, "asked": {**plan.budget["asked"], **wanted.to_dict()}}
         return replace(good, result=replace(good.result, plan=replace(plan, budget=budget)))
+
+    def _tried(self, keep: float) -> TriedPlan | None:
+        """`at`; None where no model of this kind is so small."""
+        try:
+            return self.at(keep) if keep > 0 else None
+        except BudgetError:
+            return None
+
+    def _step(self, plan: TriedPlan | None) -> float:
+        """How far below the share of a plan the next smaller one may be left out."""
+        if plan is None:
+            return _STEP
+        return min(_STEP, _SIZE_STEP * plan.parameters / self._units)
 
     def _measured(self, result: PlanResult) -> Quality:
         planning = self._planning
@@ -122,6 +156,10 @@ class PlanSearch:
         )
         assert quality, "held-out text has answers"
         return quality
+
+
+def _holds(wanted: Wanted, tried: TriedPlan, share: float) -> bool:
+    return wanted.held_by(tried.quality.mean_kl, tried.quality.top1, share)
 
 
 class MaskedModel(nn.Module):

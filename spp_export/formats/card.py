@@ -225,6 +225,9 @@ def _plan_parts(
         "experts, of layers that lose some": [
             len(x.experts) for x in plan.layers if x.experts is not None
         ],
+        "channels of every expert, of layers that lose some": [
+            x.expert_width for x in plan.layers if x.expert_width is not None
+        ],
     }
     realised = _numbers(plan.budget.get("realised"))
     hashes = {"Scenario": plan.scenario.get("sha256"), "Artifacts": plan.artifacts.get("sha256")}
@@ -263,11 +266,15 @@ def _size_parts(plan: Plan, shape: ModelShape, predicted: Predicted) -> dict[str
         if whole_experts
         else ("MLP channels", whole_channels, channels),
     ]
+    if any(layer.dropped_channels for layer in layers):
+        whole, inside = map(shape.expert_channels_in, (shape.layers, layers))
+        rows.append(("channels of experts", whole, inside))
     written = sum(layer.query_heads for layer in plan.written_shapes(shape))
     cut = {
         "attention heads": heads < whole_heads,
         "MLP channels": channels < whole_channels,
         "experts": experts < whole_experts,
+        "channels of experts": any(layer.dropped_channels for layer in layers),
     }
     return {
         "cut": " and ".join(name for name, is_cut in cut.items() if is_cut) or "parts",

@@ -11,7 +11,7 @@ from spp_export.calibration.cache import LOSS
 from spp_export.calibration.statistics import LayerStatistics
 from spp_export.common.arrays import BoolArray, FloatArray, IndexArray
 from spp_export.models.families import Family, Feature
-from spp_export.models.shape import Kind, Units, includes
+from spp_export.models.shape import Kind, ModelShape, Units, includes
 
 
 class Need(StrEnum):
@@ -35,7 +35,7 @@ class Convention(StrEnum):
 @dataclass(frozen=True)
 class Criterion:
     """Scores of the units of one layer, higher means keep: heads [H], channels [I] and, where it
-    says something of them, experts [E].
+    says something of them, experts [E] and the channels of each of them [E,F].
 
     source: the paper and the variant. comparable: how its scores are best put beside other
     layers', one of `COMPARABLE`. companion: the criterion whose scores its heads (or channels)
@@ -51,6 +51,7 @@ class Criterion:
     comparable: str = "standardised"
     companion: str | None = None
     experts: Callable[[LayerStatistics], FloatArray] | None = None
+    expert_channels: Callable[[LayerStatistics], FloatArray] | None = None
 
 
 def check_convention(family: Family, criterion: Criterion | SetCriterion | None) -> None:
@@ -60,22 +61,24 @@ def check_convention(family: Family, criterion: Criterion | SetCriterion | None)
         family.refuse((Feature.LATENT,), what, "Use one that reads o_proj alone, such as energy.")
 
 
-def statistics_read(needs: Iterable[Need], units: Units) -> tuple[str, ...]:
-    """Kinds of statistics to gather for criteria with these needs, where these units are scored."""
-    needs = set(needs)
+def statistics_read(needs: Iterable[Need], units: Units, shape: ModelShape) -> tuple[str, ...]:
+    """Kinds of statistics to gather for criteria with these needs, where these units of a model of
+    this shape are scored."""
+    needs, read = set(needs), unit_statistics(units, shape)
     kinds: list[str] = []
     if needs & {Need.ACTIVATIONS, Need.MOMENTS}:
-        kinds += unit_statistics(units)
+        kinds += read
     if Need.LOSS in needs:
-        kinds += [kind + LOSS for kind in unit_statistics(units) if kind != "experts"]
+        kinds += [kind + LOSS for kind in read if kind in ("attention", "mlp")]
     if Need.GRADIENTS in needs:
         kinds.append("gradients")
     return tuple(kinds)
 
 
-def unit_statistics(units: Units) -> tuple[str, ...]:
+def unit_statistics(units: Units, shape: ModelShape) -> tuple[str, ...]:
     """Kinds of statistics of the projections that read these units, and of the stream after."""
-    kinds: dict[Kind, str] = {"heads": "attention", "channels": "mlp", "experts": "experts"}
+    of_channels = "expert channels" if shape.expert_channels else "mlp"
+    kinds: dict[Kind, str] = {"heads": "attention", "channels": of_channels, "experts": "experts"}
     return tuple(kind for unit, kind in kinds.items() if includes(units, unit))
 
 
@@ -114,7 +117,7 @@ class SetCriterion:
     Its losses are energies of what a layer writes, which across layers go by `stream`; of moments
     by Need.LOSS they are in nats already, and go by `raw`. There is no other way. A loss is that of
     the mixture of all text, not a mixture of losses. experts: the criterion whose scores experts
-    have, in the same units; None where there is none.
+    and their channels have, in the same units; None where there is none.
 
     attention: what a layer loses with all of its heads, from o_proj and the moments of its input.
     """

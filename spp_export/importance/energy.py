@@ -4,7 +4,8 @@
 `E ||w||^2 = tr(Wo_h^T Wo_h C_h)` with `C_h = E a_h a_h^T`; a channel has `||Wd_c||^2 E z_c^2`.
 Output-only: it reads o_proj and down_proj and their inputs. No gradient. An expert writes its
 output times its weight by the router, and nothing for tokens that are not routed to it; what is
-left out is that these are routed to others once it is gone.
+left out is that these are routed to others once it is gone. So does a channel of an expert, of
+which every token is still routed to the same.
 
 Across layers it goes by `stream`: squared, and relative to the stream that is written to, which is
 the energy that goes with the unit, in one currency for layers, heads and channels.
@@ -41,6 +42,14 @@ def channels(statistics: LayerStatistics) -> FloatArray:
     return np.sqrt(column_squares(statistics.weights.down) * statistics.mlp.square)
 
 
+def expert_channels(statistics: LayerStatistics) -> FloatArray:
+    """Scores [E,F] in units of the residual stream's norm: of `g z_c w_c`."""
+    assert statistics.expert_inputs is not None
+    assert statistics.expert_columns is not None
+    squares = statistics.expert_columns.squares.astype(np.float64)
+    return np.sqrt(squares * statistics.expert_inputs.square)
+
+
 def experts(statistics: LayerStatistics) -> FloatArray:
     """Scores [E] in units of the residual stream's norm."""
     assert statistics.experts is not None
@@ -56,4 +65,5 @@ CRITERION = Criterion(
     needs=frozenset({Need.ACTIVATIONS}),
     comparable="stream",
     experts=experts,
+    expert_channels=expert_channels,
 )

@@ -24,10 +24,17 @@ def channels(statistics: LayerStatistics) -> FloatArray:
     return np.sqrt(column_squares(statistics.weights.down))
 
 
+def expert_channels(statistics: LayerStatistics) -> FloatArray:
+    """Scores [E,F]."""
+    assert statistics.expert_columns is not None
+    return np.sqrt(statistics.expert_columns.squares.astype(np.float64))
+
+
 CRITERION = Criterion(
     name="magnitude",
     source="L2 norm of columns, the baseline of FLAP's code",
     convention=Convention.OUTPUT_ONLY,
     heads=heads,
     channels=channels,
+    expert_channels=expert_channels,
 )

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from typing import Literal
 
 import numpy as np
 
 from spp_export.calibration.mixture import WeightedTexts, gather_collections
-from spp_export.calibration.moments import Collection, layer_weights
-from spp_export.calibration.statistics import LayerWeights
+from spp_export.calibration.moments import Collection, expert_columns, layer_weights
+from spp_export.calibration.statistics import ExpertColumns, LayerWeights
 from spp_export.common.arrays import FloatArray
 from spp_export.common.errors import UsageError
 from spp_export.data.artifacts import Artifacts
 from spp_export.importance.base import Criterion, Need, statistics_read
+from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.session import Session
 from spp_export.models.shape import Units
 
-ScoredUnit = Literal["head", "channel", "expert"]
-_UNITS: dict[ScoredUnit, Units] = {"head": "heads", "channel": "channels", "expert": "experts"}
+ScoredUnit = Literal["head", "channel", "expert", "expert channel"]
+_UNITS: dict[ScoredUnit, Units] = {
+    "head": "heads",
+    "channel": "channels",
+    "expert": "experts",
+    "expert channel": "channels",
+}
 # Scores of one layer by one part of the text. The layer's weights are read once for all parts, and
 # not at all where the artifacts hold every score.
-_Score = Callable[[int, Callable[[], LayerWeights]], FloatArray]
+_Weights = Callable[[], tuple[LayerWeights, ExpertColumns | None]]
+_Score = Callable[[int, _Weights], FloatArray]
 
 
 def mixed_scores(
@@ -34,8 +42,8 @@ def mixed_scores(
     *,
     seed: int = 0,
 ) -> FloatArray:
-    """`score(l,u) = sum_k s_k I(l,u,k)`, s the weights of the parts: [L,H], [L,I] or [L,E] float64,
-    zero where a layer has no such units.
+    """`score(l,u) = sum_k s_k I(l,u,k)`, s the weights of the parts: [L,H], [L,I], [L,E] or, of the
+    channels of experts, [L,E*F] float64, zero where a layer has no such units.
 
     A domain's scores are the artifacts' where they hold them; the rest is computed from statistics
     that are gathered once. Raises UsageError for a criterion of domains where there are none.
@@ -44,7 +52,7 @@ def mixed_scores(
     source, scored = session.source, _scored_parts(parts, criterion)
     held = [_held_scores(artifacts, part, f"{unit}/{criterion.name}") for part in scored]
     missing = [part for part, scores in zip(scored, held, strict=True) if scores is None]
-    kinds = statistics_read(criterion.needs, _UNITS[unit])
+    kinds = statistics_read(criterion.needs, _UNITS[unit], source.shape)
     gathered = iter(
         gather_collections(session, missing, kinds) if kinds else [Collection({})] * len(missing)
     )
@@ -63,13 +71,17 @@ def mixed_scores(
         "head": (source.shape.has_heads, source.shape.query_heads),
         "channel": (source.shape.has_channels, source.shape.channels),
         "expert": (source.shape.sparse, source.shape.experts),
+        "expert channel": (
+            source.shape.sparse,
+            source.shape.experts * source.shape.expert_channels,
+        ),
     }[unit]
     for layer in range(source.shape.num_layers):
         if not has[layer]:
             rows.append(np.zeros(units))
             continue
-        weights = cache(partial(layer_weights, source, layer))
-        shares = [weight / total * score(layer, weights) for weight, score in weighted]
+        weights = cache(partial(_weights, source, layer, unit))
+        shares = [weight / total * score(layer, weights).ravel() for weight, score in weighted]
         rows.append(np.sum(shares, axis=0))
     return np.stack(rows)
 
@@ -107,7 +119,7 @@ def _held_scores(artifacts: Artifacts, part: WeightedTexts, name: str) -> FloatA
     return scores
 
 
-def _held_layer(scores: FloatArray, layer: int, _: Callable[[], LayerWeights]) -> FloatArray:
+def _held_layer(scores: FloatArray, layer: int, _: _Weights) -> FloatArray:
     row: FloatArray = scores[layer]
     return row
 
@@ -119,9 +131,22 @@ def _computed(
         "head": criterion.heads,
         "channel": criterion.channels,
         "expert": criterion.experts,
+        "expert channel": criterion.expert_channels,
     }
     score_of = by_unit[unit]
     assert score_of is not None, f"{criterion.name} says nothing of experts"
-    return lambda layer, weights: score_of(
-        collection.layer_statistics(session.source, layer, weights=weights(), seed=seed)
-    )
+
+    def score(layer: int, weights: _Weights) -> FloatArray:
+        of_layer, columns = weights()
+        seen = collection.layer_statistics(session.source, layer, weights=of_layer, seed=seed)
+        return score_of(replace(seen, expert_columns=columns))
+
+    return score
+
+
+def _weights(
+    source: Checkpoint, layer: int, unit: ScoredUnit
+) -> tuple[LayerWeights, ExpertColumns | None]:
+    """What criteria read of a layer's weights to score such units."""
+    columns = expert_columns(source, layer) if unit == "expert channel" else None
+    return layer_weights(source, layer), columns

@@ -30,6 +30,13 @@ def experts(statistics: LayerStatistics) -> FloatArray:
     return np.random.default_rng(seed).random(statistics.expert_count)
 
 
+def expert_channels(statistics: LayerStatistics) -> FloatArray:
+    """Scores [E,F] in [0,1)."""
+    assert statistics.expert_columns is not None
+    seed = [statistics.seed, statistics.layer, 3]
+    return np.random.default_rng(seed).random(statistics.expert_columns.squares.shape)
+
+
 CRITERION = Criterion(
     name="random",
     source="uniform draws",
@@ -38,4 +45,5 @@ CRITERION = Criterion(
     channels=channels,
     comparable="shifted",
     experts=experts,
+    expert_channels=expert_channels,
 )

@@ -32,4 +32,5 @@ CRITERION = Criterion(
     comparable="stream",
     companion=energy.CRITERION.name,
     experts=experts,
+    expert_channels=energy.expert_channels,
 )

@@ -32,6 +32,14 @@ def channels(statistics: LayerStatistics) -> FloatArray:
     return column_sums(statistics.weights.down) * np.sqrt(statistics.mlp.square)
 
 
+def expert_channels(statistics: LayerStatistics) -> FloatArray:
+    """Scores [E,F]."""
+    assert statistics.expert_inputs is not None
+    assert statistics.expert_columns is not None
+    sums = statistics.expert_columns.sums.astype(np.float64)
+    return sums * np.sqrt(statistics.expert_inputs.square)
+
+
 CRITERION = Criterion(
     name="wanda-sp",
     source="Wanda (arXiv 2306.11695) in the structured form of FLAP's and Probe Pruning's code",
@@ -39,4 +47,5 @@ CRITERION = Criterion(
     heads=heads,
     channels=channels,
     needs=frozenset({Need.ACTIVATIONS}),
+    expert_channels=expert_channels,
 )

@@ -63,6 +63,8 @@ def vllm(model_type: str, layout: str, layers: Sequence[LayerShape] = ()) -> Eng
         return runs("--model-impl transformers")
     if any(layer.dropped_experts for layer in layers):
         return Engine("vLLM", "no", "one number of experts for all layers")
+    if any(layer.dropped_channels for layer in layers):
+        return Engine("vLLM", "no", "one width of experts for all layers: --layout uniform")
     if model_type in PLUGIN | BACKEND and not all(
         layer.has_attention and layer.has_mlp for layer in layers
     ):

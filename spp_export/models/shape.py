@@ -15,8 +15,7 @@ _KINDS: dict[Units, tuple[Kind, ...]] = {
     "channels": ("channels",),
     "both": ("heads", "channels"),
     "experts": ("experts",),
-    # Of MLPs with experts, these go as a whole.
-    "all": ("heads", "experts"),
+    "all": ("heads", "channels", "experts"),
 }
 # Names of tensors, relative to a layer, and their shapes.
 Tensors = tuple[tuple[str, tuple[int, ...]], ...]
@@ -36,7 +35,8 @@ class LayerShape:
     No heads: it has no attention, or another mixer in its place; where a plan left it without, the
     bias of what wrote is all that is left. No channels: it has no MLP that is cut, or a plan left
     it without. groups: where KV heads serve different numbers of query heads, the number of each;
-    else empty. dropped_experts: how many of the dense model's the layer has not.
+    else empty. dropped_experts: how many of the dense model's the layer has not; dropped_channels:
+    how many of theirs each of its experts has not.
     """
 
     query_heads: int
@@ -44,6 +44,7 @@ class LayerShape:
     channels: int
     groups: tuple[int, ...] = ()
     dropped_experts: int = 0
+    dropped_channels: int = 0
 
     @property
     def has_attention(self) -> bool:
@@ -90,12 +91,17 @@ class ExpertTensor:
     shape    of the dense model's
     axis     the one that counts experts; None where each has a tensor, or where it is of none
     routed   whether a token reads it of those experts only that it is routed to
+    wide     the axis that counts an expert's channels, each expert having its own; None without
+    form     what lies along it: "C" one element for each channel, "CC" all gates and then all ups,
+             "[CC]" gate and up of each channel side by side
     """
 
     name: str
     shape: tuple[int, ...]
     axis: int | None = None
     routed: bool = False
+    wide: int | None = None
+    form: str = ""
 
     @property
     def each(self) -> bool:
@@ -114,13 +120,20 @@ class ExpertTensor:
             return prod(self.shape) // self.shape[self.axis]
         return prod(self.shape) if self.each else 0
 
+    @property
+    def per_channel(self) -> int:
+        """Elements that go with one channel of one expert."""
+        if self.wide is None:
+            return 0
+        return self.per_expert // self.shape[self.wide] * self.form.count("C")
+
 
 @dataclass(frozen=True, slots=True)
 class Costs:
     """Parameters of a model, summed over the tensors of its record.
 
-    query_head, kv_head, channel, expert  what goes with one of these, in every tensor that it is a
-              part of
+    query_head, kv_head, channel, expert, expert_channel  what goes with one of these, in every
+              tensor that it is a part of; the last is a channel of one expert
     layer     of any layer, what goes with none of them
     attention, mlp  the same of what only layers with heads have, and of those with channels
     emptied_attention, emptied_mlp  of a layer whose heads or channels a plan removes all, what it
@@ -149,6 +162,7 @@ class Costs:
     mlp: int = 0
     emptied_attention: int = 0
     emptied_mlp: int = 0
+    expert_channel: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,15 +174,19 @@ class ModelShape:
     per head. `element_bytes` is the size of one stored element of the attention weights.
     `switches` are further flags of the record that config.json turns on. `mlps` are, layer by
     layer, the tensors of experts and of MLPs beside them; empty where no layer has experts. A layer
-    with experts has `experts`, and a token is routed to `experts_per_token` of them, in groups of
-    them where `grouped_experts`. `mixers` are, layer by layer, names and shapes of other tensors
-    that stay, such as those of what mixes tokens in the place of attention; `without_heads` and
-    `without_channels` are the layers that have none. `head_rows` are the elements of one head in
-    the tensors of queries and of keys, `head_inputs` what these read, 0 where it is head_dim and
+    with experts has `experts`, and a token is routed to `experts_per_token` of them, in
+    `chosen_groups` of the `expert_groups` that these are, one after the other; each has
+    `expert_channels` that can go, or 0. `mixers` are, layer by layer, names and shapes of other
+    tensors that stay, such as those of what mixes tokens in the place of attention; `without_heads`
+    and `without_channels` are the layers that have none. `head_rows` are the elements of one head
+    in the tensors of queries and of keys, `head_inputs` what these read, 0 where it is head_dim and
     hidden_size; `cached` is what attention caches of a token for all heads together, 0 where it is
-    keys and values. `beside` are names and shapes of tensors beside the decoder, such as those of a
-    tower of vision. `positions` are the rows of a table of positions, `embedding_size` is 0 where
-    the embedding is as wide as the stream. `costs` come from the record; None counts the tensors of
+    keys and values; `cached_beside` what layers cache beside heads that can go. `unread` are
+    tensors that files may have and no model reads, by layer and name. `outside` are further tensors
+    beside the layers, and `tables` those of which a token reads a row. `beside` are names and
+    shapes of tensors beside the decoder, such as those of a tower of vision. `positions` are the
+    rows of a table of positions, `embedding_size` is 0 where the embedding is as wide as the
+    stream. `costs` come from the record; None counts the tensors of
     a Llama with these biases.
     """
 
@@ -191,13 +209,19 @@ class ModelShape:
     mlps: tuple[tuple[ExpertTensor, ...], ...] = ()
     experts: int = 0
     experts_per_token: int = 0
-    grouped_experts: bool = False
+    expert_groups: int = 1
+    chosen_groups: int = 1
+    expert_channels: int = 0
     mixers: tuple[Tensors, ...] = ()
     without_heads: frozenset[int] = frozenset()
     without_channels: frozenset[int] = frozenset()
     head_rows: tuple[int, int] = (0, 0)
     head_inputs: tuple[int, int] = (0, 0)
     cached: int = 0
+    cached_beside: int = 0
+    unread: frozenset[str] = frozenset()
+    outside: Tensors = ()
+    tables: Tensors = ()
     beside: Tensors = ()
     positions: int = 0
     embedding_size: int = 0
@@ -237,6 +261,7 @@ class ModelShape:
                 channels=layer.channels * has_channels,
                 groups=layer.groups if has_heads else (),
                 dropped_experts=layer.dropped_experts * sparse,
+                dropped_channels=layer.dropped_channels * sparse,
             )
             for layer, has_heads, has_channels, sparse in zip(
                 layers, self.has_heads, self.has_channels, self.sparse, strict=True
@@ -252,6 +277,29 @@ class ModelShape:
     def has_channels(self) -> tuple[bool, ...]:
         """Whether each layer has channels."""
         return tuple(index not in self.without_channels for index in range(self.num_layers))
+
+    @property
+    def width(self) -> int:
+        """Channels that can go of an MLP, or of each expert of a layer with experts."""
+        return self.expert_channels or self.channels
+
+    @property
+    def has_widths(self) -> tuple[bool, ...]:
+        """Whether each layer has such channels."""
+        return self.sparse if self.expert_channels else self.has_channels
+
+    def widths(self, layers: Sequence[LayerShape]) -> list[int]:
+        """How many of `width` channels each of these layers keeps, where it has any."""
+        if self.expert_channels:
+            return [self.expert_channels - layer.dropped_channels for layer in layers]
+        return [layer.channels for layer in layers]
+
+    def sized(self, query: int, kv: int, width: int, dropped_experts: int = 0) -> LayerShape:
+        """A layer of so many heads, and so many of `width` channels."""
+        if self.expert_channels:
+            narrower = self.expert_channels - width
+            return LayerShape(query, kv, self.channels, (), dropped_experts, narrower)
+        return LayerShape(query, kv, width, (), dropped_experts)
 
     @property
     def counted(self) -> Costs:
@@ -280,6 +328,16 @@ class ModelShape:
         if not self.mlps:
             return (False,) * self.num_layers
         return tuple(any(tensor.of_experts for tensor in layer) for layer in self.mlps)
+
+    @property
+    def expert_counts(self) -> tuple[int, ...]:
+        """How many experts a layer may keep, ascending: as many as a token is routed to at least,
+        of every group as many, and two of it, by which groups are judged."""
+        each = self.experts_per_token
+        if self.expert_groups > 1:
+            each = max(2, -(-each // self.chosen_groups))
+        least = min(each * self.expert_groups, self.experts)
+        return tuple(range(least, self.experts + 1, self.expert_groups))
 
     @property
     def mlp_parameters(self) -> int:
@@ -314,8 +372,9 @@ class ModelShape:
 
     @property
     def channel_parameters(self) -> int:
-        """Parameters that go with one MLP channel: rows of gate and up, a column of down."""
-        return self.counted.channel
+        """Parameters that go with one MLP channel, rows of gate and up and a column of down; where
+        channels of experts go, with one of each expert of a layer."""
+        return self.counted.channel or self.experts * self.counted.expert_channel
 
     def head_parameters(self, layers: Sequence[LayerShape]) -> int:
         """Parameters of q, k, v and o that belong to heads; o_proj's bias belongs to none."""
@@ -327,7 +386,7 @@ class ModelShape:
 
     def parameters(self, layers: Sequence[LayerShape]) -> int:
         """All parameters of a model with these layers; tied embeddings count once."""
-        channels = sum(layer.channels for layer in layers) * self.channel_parameters
+        channels = sum(layer.channels for layer in layers) * self.counted.channel
         costs, whole = self.counted, len(layers) == self.num_layers
         fixed = costs.outside
         for index, layer in enumerate(layers):
@@ -350,13 +409,37 @@ class ModelShape:
         return self.counted.expert * self.experts * sum(self.sparse) - self._dropped(layers)
 
     def _dropped(self, layers: Sequence[LayerShape]) -> int:
-        return self.counted.expert * sum(layer.dropped_experts for layer in layers)
+        """Parameters of experts that go, and of channels that go from those that stay."""
+        return sum(
+            self.counted.expert * layer.dropped_experts
+            + self.counted.expert_channel
+            * layer.dropped_channels
+            * (self.experts - layer.dropped_experts)
+            for layer in layers
+        )
+
+    def expert_channel_parameters(self, layers: Sequence[LayerShape]) -> int:
+        """Parameters that go with the channels of the experts of these layers, all of the model."""
+        return self.counted.expert_channel * self.expert_channels_in(layers)
+
+    def expert_channels_in(self, layers: Sequence[LayerShape]) -> int:
+        """Channels of all experts of these layers, all of the model, that can go."""
+        if not self.expert_channels:
+            return 0
+        counts = zip(self.experts_in(layers), self.widths(layers), strict=True)
+        return sum(count * width for count, width in counts)
 
     def decode_parameters(self, layers: Sequence[LayerShape]) -> int:
         """Parameters read to decode one token: all but an untied input embedding, of which one
         row is gathered, and the experts that it is not routed to."""
-        gone = self.counted.routed * sum(layer.dropped_experts for layer in layers)
-        return self.parameters(layers) - self.counted.unread + gone
+        left_out, costs = self.experts - self.experts_per_token, self.counted
+        # `unread` is of the dense model's experts, of which there are fewer, and narrower ones.
+        gone = sum(
+            costs.routed * layer.dropped_experts
+            + costs.expert_channel * layer.dropped_channels * (left_out - layer.dropped_experts)
+            for layer in layers
+        )
+        return self.parameters(layers) - costs.unread + gone
 
     def kv_bytes_per_token(
         self, layers: Sequence[LayerShape], element_bytes: int | None = None
@@ -364,7 +447,7 @@ class ModelShape:
         """Bytes of KV cache per token, at `element_bytes` (default: the stored dtype)."""
         size = self.element_bytes if element_bytes is None else element_bytes
         costs = self.counted
-        return size * sum(
+        return size * self.cached_beside + size * sum(
             costs.kv_rows * layer.kv_heads
             + costs.query_rows * layer.query_heads
             + costs.layer_rows * (layer.query_heads > 0)
@@ -398,9 +481,13 @@ def resident_parameters(shape: ModelShape) -> int:
 def unit_parameters(shape: ModelShape, layers: Sequence[LayerShape], units: Units) -> int:
     """Parameters of these layers, all of the model, that belong to the units of these kinds."""
     heads = shape.head_parameters(layers) if includes(units, "heads") else 0
-    channels = sum(layer.channels for layer in layers) if includes(units, "channels") else 0
-    experts = shape.expert_parameters(layers) if includes(units, "experts") else 0
-    return heads + channels * shape.channel_parameters + experts
+    if includes(units, "experts"):  # with their channels
+        return heads + shape.expert_parameters(layers)
+    channels = 0
+    if includes(units, "channels"):
+        channels = sum(layer.channels for layer in layers) * shape.counted.channel
+        channels += shape.expert_channel_parameters(layers)
+    return heads + channels
 
 
 def kept_share(shape: ModelShape, layers: Sequence[LayerShape], units: Units) -> float:

@@ -30,8 +30,8 @@ DEFAULT_RHO = 0.1
 class Budget:
     """Exactly one of five limits, and which units may go to meet it.
 
-    units: "heads" of q, k, v and o, "channels" of gate, up and down, or "both"; "experts", or "all"
-    of heads and experts.
+    units: "heads" of q, k, v and o, "channels" of gate, up and down, in experts where a model has
+    them, or "both"; "experts", or "all" of these.
     cost: what `keep` and `strength` are shares of, and what units compete by: the parameters of
     those projections, the bytes of KV cache, or the latency of the blocks that hold the units.
     keep: share that may stay, in (0, 1].

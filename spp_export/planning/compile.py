@@ -13,7 +13,6 @@ from spp_export.common.arrays import BoolArray, IntArray
 from spp_export.common.errors import BudgetError, PlanError
 from spp_export.models.shape import (
     LAYOUTS,
-    Kind,
     LayerShape,
     Layout,
     ModelShape,
@@ -22,6 +21,7 @@ from spp_export.models.shape import (
     kept_share,
 )
 from spp_export.planning.allocate.options import (
+    ExpertOptions,
     NestedOptions,
     Options,
     layer_options,
@@ -60,7 +60,7 @@ class Realised:
     size above the budget.
     Where other units than heads may go: units, and the kept shares of the parameters of q, k, v and
     o (head_keep) and of gate, up and down (channel_keep) or of experts (expert_keep), of which
-    next_larger_experts is the next larger number.
+    next_larger_experts is the next larger number. Channels are those of MLPs, or of every expert.
     """
 
     kind: str
@@ -129,7 +129,7 @@ def compile_units(
     breadth: float | None = None,
     latency: LatencyTable | None = None,
     tensor_parallel: int = 1,
-    experts: NestedOptions | None = None,
+    experts: ExpertOptions | None = None,
 ) -> tuple[tuple[LayerPlan, ...], Realised]:
     """As `compile_plan`, from what every size of every layer is worth: of heads, of channels or of
     experts, in competition. Layers are ragged only where the sizes of heads are.
@@ -139,10 +139,11 @@ def compile_units(
     and layout `ragged`, whose shapes no table has, a PlanError. tensor_parallel: the cards that
     every layer must divide among (`LayerShape.splits`), which no ragged layer does.
     """
-    kinds: tuple[tuple[Kind, object], ...]
-    kinds = (("heads", heads), ("channels", channels), ("experts", experts))
-    for kind, options in kinds:
-        assert (options is not None) == includes(budget.units, kind), f"options of {kind}"
+    assert (heads is not None) == includes(budget.units, "heads"), "options of heads"
+    assert (experts is not None) == includes(budget.units, "experts"), "options of experts"
+    # Of experts that may go, channels are among their own options.
+    alone = includes(budget.units, "channels") and experts is None
+    assert (channels is not None) == alone, "options of channels"
     if layout not in LAYOUTS:
         raise PlanError(f"layout is {layout!r}, expected {' or '.join(LAYOUTS)}.")
     if layout == "ragged" and budget.cost == "latency":
@@ -157,10 +158,11 @@ def compile_units(
         shapes = shape.alike(uniform.layer)
     else:
         shapes, bound = _per_layer(heads, channels, experts, shape, budget, limit)
+    kept_LE, kept_LEF = _kept_experts(experts, shape, shapes)
     kept = layer_plans(
         _kept_heads(heads, shape, shapes),
-        _kept_channels(channels, shapes),
-        _kept_experts(experts, shape, shapes),
+        kept_LEF if channels is None else channels.kept(shape.widths(shapes)),
+        kept_LE,
     )
     layers = only_existing(kept, shape)
     score = _score(heads, channels, experts, shape, shapes)
@@ -185,7 +187,7 @@ def check_feasible(
     breadth: float | None = None,
     latency: LatencyTable | None = None,
     tensor_parallel: int = 1,
-    experts: NestedOptions | None = None,
+    experts: ExpertOptions | None = None,
 ) -> None:
     """The errors that `compile_units` would raise, whatever the sizes are worth."""
     heads, channels = _splittable(heads, channels, shape, layout, tensor_parallel)
@@ -195,7 +197,9 @@ def check_feasible(
         return
     candidates = _candidates(heads, channels, experts, shape, limit)
     if smallest_cost(candidates, some=_may_be_none(heads)) > limit.cost:
-        raise infeasible(shape, budget, limit, candidates, channels, some=_may_be_none(heads))
+        raise infeasible(
+            shape, budget, limit, candidates, channels or experts, some=_may_be_none(heads)
+        )
 
 
 def _splittable(
@@ -229,8 +233,8 @@ def _splittable(
 def layer_plans(
     kept_LGg: BoolArray, kept_LI: BoolArray | None = None, kept_LE: BoolArray | None = None
 ) -> tuple[LayerPlan, ...]:
-    """One LayerPlan per layer of masks of kept query heads [L,G,g], channels [L,I] and experts
-    [L,E].
+    """One LayerPlan per layer of masks of kept query heads [L,G,g], channels [L,I], or of every
+    expert [L,E,F], and experts [L,E].
 
     Without a mask, or where a layer's is full, all its channels or experts stay and none is listed.
     """
@@ -240,11 +244,26 @@ def layer_plans(
         LayerPlan(
             tuple(np.flatnonzero(mask.any(axis=1)).tolist()),
             tuple(np.flatnonzero(mask).tolist()),
-            _unless_all(channels),
+            None if _of_experts(channels) else _unless_all(channels),
             _unless_all(experts),
+            _rows_unless_all(channels, experts) if _of_experts(channels) else None,
         )
         for mask, channels, experts in zip(*masks, strict=True)
     )
+
+
+def _of_experts(mask: BoolArray | None) -> bool:
+    return mask is not None and mask.ndim == 2
+
+
+def _rows_unless_all(
+    mask: BoolArray | None, experts: BoolArray | None
+) -> tuple[tuple[int, ...], ...] | None:
+    """Of the experts that stay."""
+    if mask is None or mask.all():
+        return None
+    stay = mask if experts is None else mask[experts]
+    return tuple(tuple(np.flatnonzero(row).tolist()) for row in stay)
 
 
 def _unless_all(mask: BoolArray | None) -> tuple[int, ...] | None:
@@ -267,7 +286,7 @@ def forced_heads(whitelist: Iterable[tuple[int, int]], shape: ModelShape) -> Boo
 def _uniform(
     heads: Options | None,
     channels: NestedOptions | None,
-    experts: NestedOptions | None,
+    experts: ExpertOptions | None,
     shape: ModelShape,
     budget: Budget,
     limit: Limit,
@@ -283,7 +302,7 @@ def _uniform(
 def _per_layer(
     heads: Options | None,
     channels: NestedOptions | None,
-    experts: NestedOptions | None,
+    experts: ExpertOptions | None,
     shape: ModelShape,
     budget: Budget,
     limit: Limit,
@@ -297,10 +316,10 @@ def _per_layer(
             # A model without any attention reads its last token only.
             picks, choice = allocate_some(candidates, limit.cost)
     except BudgetError:
-        raise infeasible(shape, budget, limit, candidates, channels, some=some) from None
+        raise infeasible(shape, budget, limit, candidates, channels or experts, some=some) from None
     groups = np.full(shape.num_layers, shape.kv_heads)
     query = np.full(shape.num_layers, shape.query_heads)
-    widths = np.full(shape.num_layers, shape.channels)
+    widths = np.full(shape.num_layers, shape.width)
     dropped = np.zeros(shape.num_layers, dtype=np.int64)
     picked = iter(picks)
     if heads is not None:
@@ -311,9 +330,12 @@ def _per_layer(
     if channels is not None:
         widths = np.array(channels.widths)[next(picked)]
     if experts is not None:
-        dropped[list(shape.sparse)] = shape.experts - np.array(experts.widths)[next(picked)]
+        sparse = list(shape.sparse)
+        count, width = np.divmod(next(picked), len(experts.widths))
+        dropped[sparse] = shape.experts - np.array(experts.counts)[count]
+        widths[sparse] = np.array(experts.widths)[width] if shape.expert_channels else shape.width
     counts = zip(query.tolist(), groups.tolist(), widths.tolist(), dropped.tolist(), strict=True)
-    layers = [LayerShape(q, g, width, dropped_experts=gone) for q, g, width, gone in counts]
+    layers = [shape.sized(q, g, width, gone) for q, g, width, gone in counts]
     return shape.existing(layers), None if choice.exact else choice.bound
 
 
@@ -325,7 +347,7 @@ def _may_be_none(heads: Options | None) -> bool:
 def _candidates(
     heads: Options | None,
     channels: NestedOptions | None,
-    experts: NestedOptions | None,
+    experts: ExpertOptions | None,
     shape: ModelShape,
     limit: Limit,
 ) -> list[Candidates]:
@@ -335,9 +357,10 @@ def _candidates(
         candidates.append(Candidates.of_heads(heads, costs, shape.has_heads))
     if channels is not None:
         costs = width_costs(shape, channels.widths, limit.latency)
-        candidates.append(Candidates.nested(channels, costs, shape.has_channels))
+        candidates.append(Candidates.nested(channels, costs, shape.has_widths))
     if experts is not None:
-        candidates.append(Candidates.nested(experts, expert_costs(shape, experts.widths)))
+        costs = expert_costs(shape, experts.counts, experts.widths)
+        candidates.append(Candidates.of_experts(experts, costs))
     return candidates
 
 
@@ -356,31 +379,37 @@ def _counts(heads: Options, shapes: Sequence[LayerShape]) -> tuple[IntArray, Int
     return groups, (heads.query_heads[groups - 1] == query[:, None]).argmax(axis=1) + 1
 
 
-def _kept_channels(
-    channels: NestedOptions | None, shapes: Sequence[LayerShape]
-) -> BoolArray | None:
-    return None if channels is None else channels.kept([layer.channels for layer in shapes])
-
-
 def _kept_experts(
-    experts: NestedOptions | None, shape: ModelShape, shapes: Sequence[LayerShape]
-) -> BoolArray | None:
+    experts: ExpertOptions | None, shape: ModelShape, shapes: Sequence[LayerShape]
+) -> tuple[BoolArray | None, BoolArray | None]:
+    """Kept experts [L,E], and kept channels [L,E,F] of all of them where some may go."""
     if experts is None:
-        return None
+        return None, None
+    sparse = list(shape.sparse)
     kept = np.ones((len(shapes), shape.experts), dtype=bool)
-    kept[list(shape.sparse)] = experts.kept(_expert_counts(shape, shapes))
-    return kept
+    kept[sparse], channels = experts.kept(*_expert_sizes(experts, shape, shapes))
+    if channels is None:
+        return kept, None
+    inside = np.ones((len(shapes), *channels.shape[1:]), dtype=bool)
+    inside[sparse] = channels
+    return kept, inside
 
 
-def _expert_counts(shape: ModelShape, shapes: Sequence[LayerShape]) -> list[int]:
-    """Of the layers that have experts."""
-    return [count for count in shape.experts_in(shapes) if count]
+def _expert_sizes(
+    experts: ExpertOptions, shape: ModelShape, shapes: Sequence[LayerShape]
+) -> tuple[list[int], list[int]]:
+    """Numbers of experts and their widths, of the layers that have any."""
+    counts = [count for count in shape.experts_in(shapes) if count]
+    if not shape.expert_channels:
+        return counts, list(experts.widths) * len(counts)
+    of_layers = zip(shape.widths(shapes), shape.sparse, strict=True)
+    return counts, [width for width, sparse in of_layers if sparse]
 
 
 def _score(
     heads: Options | None,
     channels: NestedOptions | None,
-    experts: NestedOptions | None,
+    experts: ExpertOptions | None,
     shape: ModelShape,
     shapes: Sequence[LayerShape],
 ) -> float:
@@ -393,11 +422,11 @@ def _score(
             worth = np.where(groups > 0, worth, heads.nothing)
         total += float(worth[np.array(shape.has_heads)].sum())
     if channels is not None:
-        at = np.searchsorted(channels.widths, [layer.channels for layer in shapes])
-        total += float(channels.value[layers, at][np.array(shape.has_channels)].sum())
+        at = np.searchsorted(channels.widths, shape.widths(shapes))
+        total += float(channels.value[layers, at][np.array(shape.has_widths)].sum())
     if experts is not None:
-        at = np.searchsorted(experts.widths, _expert_counts(shape, shapes))
-        total += float(experts.value[np.arange(len(at)), at].sum())
+        count, width = experts.places(*_expert_sizes(experts, shape, shapes))
+        total += float(experts.value[np.arange(len(count)), count, width].sum())
     return total
 
 
@@ -429,7 +458,7 @@ def _alternatives(uniform: UniformChoice, shape: ModelShape, budget: Budget) -> 
         entries["accepted_query_heads"] = uniform.accepted
         entries["next_larger"] = larger and (larger.query_heads, larger.kv_heads)
     if includes(budget.units, "channels"):
-        entries["next_larger_channels"] = larger and larger.channels
+        entries["next_larger_channels"] = larger and shape.widths([larger])[0]
     if includes(budget.units, "experts"):
         entries["next_larger_experts"] = larger and shape.experts - larger.dropped_experts
     return entries

@@ -8,7 +8,7 @@ import numpy as np
 
 from spp_export.common.errors import BudgetError
 from spp_export.models.shape import ModelShape, includes, unit_parameters
-from spp_export.planning.allocate.options import NestedOptions
+from spp_export.planning.allocate.options import ExpertOptions, NestedOptions
 from spp_export.planning.allocate.sizes import Candidates, UniformSizes, smallest_cost
 from spp_export.planning.budget import Budget, Limit, unit_cost
 
@@ -26,15 +26,16 @@ def infeasible(
     budget: Budget,
     limit: Limit,
     candidates: Sequence[Candidates],
-    channels: NestedOptions | None,
+    channels: NestedOptions | ExpertOptions | None,
     *,
     some: bool = False,
 ) -> BudgetError:
     """The error for layers of any regular size, naming the smallest total; `some` as of
     `smallest_cost`."""
     smallest = smallest_cost(candidates, some=some)
-    width = "" if channels is None else f"{channels.widths[0]} channels per layer"
-    count = f"{shape.experts_per_token} experts in every layer that has any"
+    of = "expert" if shape.expert_channels else "layer"
+    width = "" if channels is None else f"{channels.widths[0]} channels per {of}"
+    count = f"{next(iter(shape.expert_counts), 0)} experts in every layer that has any"
     # The fastest size need not be the smallest.
     whose = "the fastest blocks measured"
     group = f"one KV group {'in one' if some else 'per'} layer"
@@ -46,7 +47,7 @@ def infeasible(
             "channels": width,
             "both": f"{group if some else 'one KV group'} and {width}, and the whitelist",
             "experts": count,
-            "all": f"{group}, {count}, and the whitelist",
+            "all": f"{group}, {count} with {width}, and the whitelist",
         }[budget.units]
     )
     return BudgetError(
@@ -68,14 +69,15 @@ def uniform_infeasible(
     def describe(index: int) -> str:
         layer = sizes.layer(index)
         heads = f"{layer.query_heads} query heads in {layer.kv_heads} KV groups"
-        channels = f"{layer.channels} channels"
+        of_each = " of every expert" if shape.expert_channels else ""
+        channels = f"{sizes.channels[index]} channels{of_each}"
         experts = f"{sizes.experts[index]} experts"
         size = {
             "heads": heads,
             "channels": channels,
             "both": f"{heads} and {channels}",
             "experts": experts,
-            "all": f"{heads} and {experts}",
+            "all": f"{heads} and {experts} of {sizes.channels[index]} channels",
         }
         return f"{size[budget.units]}, {_figure(shape, budget, limit, int(sizes.cost[index]))}"
 

@@ -34,13 +34,16 @@ FILL = -1
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
     """What one layer keeps, as ascending indices in the source; `channels` and `experts` None keep
-    them all. Nothing is listed of units that the layer does not have in the source. No heads, where
-    it has some: the layer loses its attention; no channels: its MLP."""
+    them all. `expert_channels` has a row for each expert that stays, all equally long: the channels
+    that it keeps; None where they keep all. Nothing is listed of units that the layer does not have
+    in the source. No heads, where it has some: the layer loses its attention; no channels: its
+    MLP."""
 
     kv_heads: tuple[int, ...]
     query_heads: tuple[int, ...]
     channels: tuple[int, ...] | None = None
     experts: tuple[int, ...] | None = None
+    expert_channels: tuple[tuple[int, ...], ...] | None = None
 
     def shape(self, model: ModelShape) -> LayerShape:
         """Size of the layer after slicing."""
@@ -48,7 +51,25 @@ class LayerPlan:
         groups = tuple(len(heads) for heads in self._heads_by_group(model.group_size))
         groups = groups if len(set(groups)) > 1 else ()
         dropped = 0 if self.experts is None else model.experts - len(self.experts)
-        return LayerShape(len(self.query_heads), len(self.kv_heads), channels, groups, dropped)
+        width = self.expert_width
+        narrower = 0 if width is None else model.expert_channels - width
+        return LayerShape(
+            len(self.query_heads), len(self.kv_heads), channels, groups, dropped, narrower
+        )
+
+    @property
+    def expert_width(self) -> int | None:
+        """How many channels each expert keeps; None for all."""
+        if self.expert_channels is None:
+            return None
+        return max(map(len, self.expert_channels), default=0)
+
+    def channels_of(self, expert: int) -> tuple[int, ...] | None:
+        """The channels that an expert of the source, one that stays, keeps; None for all."""
+        if self.expert_channels is None:
+            return None
+        place = expert if self.experts is None else self.experts.index(expert)
+        return self.expert_channels[place]
 
     def padded_heads(self, group_size: int) -> tuple[int, ...]:
         """The query heads, each group followed by as many `FILL`s as the largest has more.
@@ -73,6 +94,11 @@ class LayerPlan:
             "query_heads": list(self.query_heads),
             "channels": None if self.channels is None else list(self.channels),
             **({} if self.experts is None else {"experts": list(self.experts)}),
+            **(
+                {}
+                if self.expert_channels is None
+                else {"expert_channels": [list(row) for row in self.expert_channels]}
+            ),
         }
 
 
@@ -212,15 +238,25 @@ def sample_plan(
     if includes(units, "heads"):
         groups = -(-groups // 2)
         heads = groups * shape.group_size if shape.kv_heads > 1 else -(-heads // 2)
-    width = tuple(range(-(-shape.channels // 2))) if includes(units, "channels") else None
+    narrower = includes(units, "channels")
+    of_mlp = narrower and not shape.expert_channels
+    width = tuple(range(-(-shape.channels // 2))) if of_mlp else None
     first = LayerPlan(tuple(range(groups)), tuple(range(heads)), width)
     layers = list(dense.layers)
     if layout != "uniform":
         layers[shape.has_heads.index(True)] = first
+        experts: tuple[int, ...] = ()
         if includes(units, "experts"):
-            experts = tuple(range(max(shape.experts_per_token, -(-shape.experts // 2))))
+            half = next(n for n in shape.expert_counts if 2 * n >= shape.experts)
+            size, each = (count // shape.expert_groups for count in (shape.experts, half))
+            experts = tuple(expert for expert in range(shape.experts) if expert % size < each)
             sparse = shape.sparse.index(True)
             layers[sparse] = replace(layers[sparse], experts=experts)
+        if narrower and shape.expert_channels:
+            sparse = shape.sparse.index(True)
+            stay = shape.experts if layers[sparse].experts is None else len(experts)
+            rows = (tuple(range(-(-shape.expert_channels // 2))),) * stay
+            layers[sparse] = replace(layers[sparse], expert_channels=rows)
     existing = only_existing(layers, shape)
     return replace(dense, layout=layout, compensation=compensation, layers=existing)
 

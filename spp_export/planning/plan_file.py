@@ -41,6 +41,7 @@ class _LayerDocument(Document):
     query_heads: _Indices
     channels: _Indices | None = None
     experts: _Indices | None = None
+    expert_channels: Rows[_Indices] | None = None
 
 
 class PlanDocument(Document):
@@ -86,7 +87,13 @@ def parse_plan(text: str | bytes, *, what: str = "plan") -> Plan:
         document.layout,
         document.compensation,
         tuple(
-            LayerPlan(layer.kv_heads, layer.query_heads, layer.channels, layer.experts)
+            LayerPlan(
+                layer.kv_heads,
+                layer.query_heads,
+                layer.channels,
+                layer.experts,
+                layer.expert_channels,
+            )
             for layer in document.layers
         ),
         **{name: getattr(document, name) for name in PROVENANCE},
@@ -135,6 +142,7 @@ def validate_plan(plan: Plan, shape: ModelShape, fingerprint: str) -> None:
     for index, layer in enumerate(plan.layers):
         validate_layer(index, layer, shape, ragged=plan.layout == "ragged")
         _check_experts(f"layer {index}", layer, shape, sparse=shape.sparse[index])
+        _check_expert_channels(f"layer {index}", layer, shape, sparse=shape.sparse[index])
     if not any(layer.kv_heads for layer in plan.layers):
         raise PlanError(
             "plan keeps attention in no layer. Keep a KV group in one of them at least."
@@ -163,8 +171,8 @@ def validate_layer(
     if layer.channels is not None and index not in shape.without_channels:
         if shape.mlps:
             raise PlanError(
-                f"{place}: plan keeps channels, and of the MLPs of {shape.model_type} models whole "
-                "experts go. Plan with --units heads."
+                f"{place}: plan keeps channels, and of the MLPs of {shape.model_type} models "
+                "experts go, or expert_channels. Plan again with --units channels."
             )
         _check_range(place, "channel", layer.channels, shape.channels)
 
@@ -216,11 +224,39 @@ def _check_experts(place: str, layer: LayerPlan, shape: ModelShape, *, sparse: b
             f"{place}: plan keeps {len(layer.experts)} experts and every token is routed to "
             f"{shape.experts_per_token}. Keep as many at least."
         )
-    if shape.grouped_experts and len(layer.experts) < shape.experts:
+    size, least = shape.experts // shape.expert_groups, shape.expert_counts[0]
+    kept = [0] * shape.expert_groups
+    for expert in layer.experts:
+        kept[expert // size] += 1
+    if len(set(kept)) > 1 or len(layer.experts) < least:
         raise PlanError(
-            f"{place}: plan drops experts, and this {shape.model_type} model routes to groups of "
-            "them (n_group above 1), which are not cut. Keep all experts."
+            f"{place}: plan keeps {' and '.join(map(str, sorted(set(kept))))} experts of a group, "
+            f"and every token is routed to {shape.chosen_groups} of {shape.expert_groups} groups "
+            f"(n_group). Keep as many of every group, and {least // shape.expert_groups} at least."
         )
+
+
+def _check_expert_channels(
+    place: str, layer: LayerPlan, shape: ModelShape, *, sparse: bool
+) -> None:
+    """PlanError, starting with `place`, unless every expert that stays keeps as many channels."""
+    kept = layer.expert_channels
+    if kept is None:
+        return
+    if not (sparse and shape.expert_channels):
+        raise PlanError(
+            f"{place}: plan keeps channels of experts, and the layer has none that could go. "
+            f"{_AGAIN}"
+        )
+    count = shape.experts if layer.experts is None else len(layer.experts)
+    widths = sorted({len(row) for row in kept})
+    if len(kept) != count or len(widths) != 1 or not widths[0]:
+        raise PlanError(
+            f"{place}: plan keeps {'/'.join(map(str, widths))} channels of {len(kept)} experts; "
+            f"each of the {count} that stay must keep as many as the others, at least 1."
+        )
+    for row in kept:
+        _check_range(place, "channel of an expert", row, shape.expert_channels)
 
 
 def _check_range(place: str, unit: str, indices: tuple[int, ...], count: int) -> None:
@@ -235,7 +271,9 @@ def _check_range(place: str, unit: str, indices: tuple[int, ...], count: int) ->
 
 
 def _check_uniform(plan: Plan, shape: ModelShape) -> None:
-    shapes = [replace(layer, dropped_experts=0) for layer in plan.layer_shapes(shape)]
+    shapes = [
+        replace(layer, dropped_experts=0, dropped_channels=0) for layer in plan.layer_shapes(shape)
+    ]
     alike = shape.alike(common_size(shapes))
     for index, (layer, first) in enumerate(zip(shapes, alike, strict=True)):
         lacks = [
@@ -263,4 +301,12 @@ def _check_uniform(plan: Plan, shape: ModelShape) -> None:
         raise PlanError(
             f"plan keeps {min(counts)} experts in one layer and {max(counts)} in another. A "
             "uniform layout needs the same in every layer; use layout per-layer."
+        )
+    layers = zip(plan.layer_shapes(shape), shape.sparse, strict=True)
+    narrower = {layer.dropped_channels for layer, sparse in layers if sparse}
+    if len(narrower) > 1:
+        raise PlanError(
+            f"plan keeps {shape.expert_channels - max(narrower)} channels of every expert in one "
+            f"layer and {shape.expert_channels - min(narrower)} in another. A uniform layout needs "
+            "the same in every layer; use layout per-layer."
         )

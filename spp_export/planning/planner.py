@@ -39,6 +39,7 @@ from spp_export.planning import (
 from spp_export.planning.allocate.options import (
     channel_options,
     dividing_heads,
+    expert_channel_options,
     expert_options,
     with_nothing,
 )
@@ -190,7 +191,13 @@ class Planning:
             }
         sizes = predicted(shape, [layer.shape(shape) for layer in layers], written, self.latency)
         told: dict[str, Any] = {
-            "remarks": [*session.source.family.remarks, *_on_experts(shape, layers)],
+            "remarks": [
+                *session.source.family.remarks,
+                *_on_experts(shape, layers),
+                *_on_expert_channels(shape, layers),
+            ],
+            # For readers that have no more of the dense model than this.
+            "expert_channels": shape.expert_channels if _narrows(layers) else 0,
             "without_heads": sorted(shape.without_heads),
             "without_channels": sorted(shape.without_channels),
         }
@@ -264,6 +271,24 @@ def _on_experts(shape: ModelShape, layers: Sequence[LayerPlan]) -> list[str]:
     ]
 
 
+def _on_expert_channels(shape: ModelShape, layers: Sequence[LayerPlan]) -> list[str]:
+    """What a reader of a plan has to be told of experts' channels that go."""
+    shapes = [layer.shape(shape) for layer in layers]
+    kept = [n for n, own in zip(shape.widths(shapes), shape.sparse, strict=True) if own]
+    if not shape.expert_channels or min(kept) == shape.expert_channels:
+        return []
+    each = " to ".join(str(count) for count in sorted({min(kept), max(kept)}))
+    return [
+        f"every expert keeps {each} of its {shape.expert_channels} channels, each its own and as "
+        "many as the others of its layer; down projections of experts are not re-fitted, and MLPs "
+        "beside experts stay"
+    ]
+
+
+def _narrows(layers: Sequence[LayerPlan]) -> bool:
+    return any(layer.expert_channels is not None for layer in layers)
+
+
 def _answer_tokens(session: Session, request: PlanRequest) -> int:
     """How long answers are: as asked, and none of a model that runs from disk. What is planned on
     is what the plan says, and so what is re-fitted on."""
@@ -273,6 +298,8 @@ def _answer_tokens(session: Session, request: PlanRequest) -> int:
 def _largest_written(session: Session, request: PlanRequest) -> ModelShape:
     """The shape that is written where every consumer that may lose inputs does."""
     losing = frozenset(role for role, kind in _LOSING.items() if includes(request.units, kind))
+    if session.source.shape.expert_channels:  # of which nothing is compensated
+        losing -= {Role.DOWN}
     return compensated_shape(session.source, request.layout, request.compensate, losing)
 
 
@@ -290,6 +317,12 @@ def _check_family(source: Checkpoint, request: PlanRequest) -> None:
         raise PlanError(
             f"a budget of KV bytes: {family.model_type} caches latents for all heads together, so "
             "fewer heads cache as much. Plan by --keep or --max-params."
+        )
+    inside = source.shape.expert_channels and includes(request.units, "channels")
+    if inside and request.budget.cost == "latency":
+        raise PlanError(
+            f"--units {request.units}: tables of latency know no channels of experts, which is "
+            f"what goes of {family.model_type} models. Plan by --keep or --max-params."
         )
     if request.allow_empty_layers and (reason := _no_empty_layers(source, request)):
         raise PlanError(f"--allow-empty-layers: {reason}. Leave it out.")
@@ -345,19 +378,25 @@ def _check_budget(
         return
     shape = session.source.shape
     scores_LH = np.zeros((shape.num_layers, shape.query_heads))
-    scores_LI = np.zeros((shape.num_layers, shape.channels))
+    of_experts = shape.experts if shape.expert_channels else 1
+    scores_LI = np.zeros((shape.num_layers, of_experts * shape.width))
     forced = forced_heads(artifacts.whitelist, shape)
     empty = empty_layers(session.source, request)
     heads = options_of(request.layout)(scores_LH, shape, forced)
     heads = dividing_heads(heads) if request.kv_divisors else heads
     heads = with_nothing(heads, 0.0, forced) if empty else heads
-    channels = channel_options(scores_LI, shape, request.width_multiple, none=empty)
+    if shape.expert_channels:
+        channels = expert_channel_options(scores_LI, shape, request.width_multiple)
+    else:
+        channels = channel_options(scores_LI, shape, request.width_multiple, none=empty)
     experts = None
     if includes(request.units, "experts"):
-        experts = expert_options(np.zeros((sum(shape.sparse), shape.experts)), shape)
+        inside = scores_LI[list(shape.sparse)] if includes(request.units, "channels") else None
+        scores_SE = np.zeros((sum(shape.sparse), shape.experts))
+        experts = expert_options(scores_SE, shape, inside, request.width_multiple)
     check_feasible(
         heads if includes(request.units, "heads") else None,
-        channels if includes(request.units, "channels") else None,
+        channels if includes(request.units, "channels") and experts is None else None,
         shape if request.max_params is None else written,
         request.budget,
         request.layout,

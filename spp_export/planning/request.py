@@ -34,6 +34,8 @@ Comparable = Literal["standardised", "share", "raw", "shifted", "stream"]
 Cost = Literal["params", "kv-bytes", "latency"]
 Regime = Literal["in-domain", "cross-domain", "out-of-domain"]
 DEFAULT_MULTIPLE = 64
+# Of what `--cost` counts, that the plans of `spp frontier` keep.
+FRONTIER_SHARES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,7 @@ class PlanRequest(AnswerTokens, CalibrationTokens, Seed):
     units: Units = option(
         "heads",
         help="What may be removed: attention heads, MLP channels, or both; of models of experts "
-        "heads, whole experts, or all of these.",
+        "channels of every expert are meant, and whole experts, or all of these, may go.",
     )
     layout: Layout = option(
         "per-layer",

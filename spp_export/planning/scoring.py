@@ -28,12 +28,14 @@ from spp_export.importance.base import (
 from spp_export.importance.comparable import LOSSES, comparable_kinds, stream
 from spp_export.importance.mixed import ScoredUnit, check_domain_scores, mixed_scores
 from spp_export.models.session import Session
-from spp_export.models.shape import Kind, Units, channel_widths, includes
+from spp_export.models.shape import Kind, ModelShape, Units, channel_widths, includes
 from spp_export.planning.allocate.options import (
+    ExpertOptions,
     NestedOptions,
     Options,
     SetOptions,
     channel_options,
+    expert_channel_options,
     expert_options,
     layer_options,
     per_parameter,
@@ -44,7 +46,7 @@ from spp_export.planning.allocate.options import (
 # Their scores come from a pass over the scenario through layers already pruned.
 SEQUENTIAL = {"pp-scenario": False, "full-batch-probing-scenario": True}
 CRITERION_NAMES = (*CRITERIA, *SEQUENTIAL)
-_SCORED: dict[ScoredUnit, Kind] = {"head": "heads", "channel": "channels", "expert": "experts"}
+_OF_EXPERTS: tuple[ScoredUnit, ...] = ("expert", "expert channel")
 # `obs` assumes that what stays is re-fitted; without that, energy is the better guide.
 DEFAULT_CRITERION = {"lstsq": "obs", "bias": "energy", "none": "energy"}
 # `fisher` expands the loss around the dense model. On the default model it chose better than `obs`
@@ -62,9 +64,12 @@ def default_criterion(
 ) -> str:
     """The criterion where none is named: `fisher` rather than `obs` where a moderate share is
     `removed` and gradients are at hand, those of the pools in the artifacts and those of the
-    scenario by a backward pass. Of experts alone nothing is re-fitted, and `fisher` knows none."""
-    usual = "energy" if units == "experts" else DEFAULT_CRITERION[compensation]
-    if includes(units, "experts"):
+    scenario by a backward pass. Of experts alone, or their channels, nothing is re-fitted, and
+    `fisher` knows none."""
+    inside = includes(units, "channels") and session.source.shape.expert_channels > 0
+    of_experts = units == "experts" or (inside and not includes(units, "heads"))
+    usual = "energy" if of_experts else DEFAULT_CRITERION[compensation]
+    if inside or includes(units, "experts"):
         return usual
     known = artifacts.dialogues and all(one.gradients is not None for one in artifacts.dialogues)
     # Spread over devices, some weights may have none.
@@ -75,22 +80,33 @@ def default_criterion(
     return "fisher" if usual == "obs" and at_hand and moderate else usual
 
 
-def _for_experts(name: str) -> str:
-    """The criterion that scores experts where this one decides. Raises UsageError where none
-    does."""
+def scored_units(units: Units, shape: ModelShape) -> tuple[ScoredUnit, ...]:
+    """What has scores where these units of a model of this shape may go."""
+    of_channels: ScoredUnit = "expert channel" if shape.expert_channels else "channel"
+    scored: dict[Kind, ScoredUnit]
+    scored = {"heads": "head", "channels": of_channels, "experts": "expert"}
+    return tuple(unit for kind, unit in scored.items() if includes(units, kind))
+
+
+def _for_experts(name: str, unit: ScoredUnit = "expert") -> str:
+    """The criterion that scores experts, or their channels, where this one decides. Raises
+    UsageError where none does."""
     criterion = CRITERIA.get(name)
     if isinstance(criterion, SetCriterion) and criterion.experts:
         return criterion.experts
-    if isinstance(criterion, Criterion) and criterion.experts:
+    if criterion is not None and _knows_experts(criterion, unit):
         return name
-    known = [other for other in CRITERIA if other != name and _knows_experts(CRITERIA[other])]
+    known = [other for other in CRITERIA if other != name and _knows_experts(CRITERIA[other], unit)]
+    what = "experts" if unit == "expert" else "the channels of experts"
     raise UsageError(
-        f"--criterion {name}: it says nothing of experts. Use {', '.join(known)}, or --units heads."
+        f"--criterion {name}: it says nothing of {what}. Use {', '.join(known)}, or --units heads."
     )
 
 
-def _knows_experts(criterion: Criterion | SetCriterion) -> bool:
-    return criterion.experts is not None
+def _knows_experts(criterion: Criterion | SetCriterion, unit: ScoredUnit) -> bool:
+    if unit == "expert" or isinstance(criterion, SetCriterion):
+        return criterion.experts is not None
+    return criterion.expert_channels is not None
 
 
 def check_criterion(session: Session, artifacts: Artifacts, name: str, units: Units) -> None:
@@ -102,30 +118,31 @@ def check_criterion(session: Session, artifacts: Artifacts, name: str, units: Un
             f"--criterion {name}: needs every weight in memory, and this model runs layer by "
             "layer. Choose another criterion, or --no-layerwise."
         )
-    if includes(units, "experts"):
-        from spp_export.models.routing import check_routed_writes
+    scored = scored_units(units, session.source.shape)
+    for unit in scored:
+        if unit in _OF_EXPERTS:
+            from spp_export.models.routing import check_routed_writes
 
-        _for_experts(name)
-        check_routed_writes()
+            _for_experts(name, unit)
+            check_routed_writes()
     check_convention(session.source.family, CRITERIA.get(name))
     if name in SEQUENTIAL:
         from spp_export.importance.probe_pruning.blocks import check_family
 
         check_family(session.source.family)
     if name in SCORING:
-        for unit, kind in _SCORED.items():
-            if includes(units, kind):
-                check_domain_scores(artifacts, SCORING[name], unit)
+        for unit in scored:
+            check_domain_scores(artifacts, SCORING[name], unit)
 
 
 @dataclass(frozen=True)
 class UnitOptions:
-    """Worth of every size of every layer's heads and channels, and of the experts of layers that
-    have any; None where all of them stay."""
+    """Worth of every size of every layer's heads and channels, and of the experts, with their
+    channels where both go, of layers that have any; None where all of them stay."""
 
     heads: Options | None
     channels: NestedOptions | None
-    experts: NestedOptions | None = None
+    experts: ExpertOptions | None = None
 
 
 @dataclass(frozen=True)
@@ -165,16 +182,27 @@ class Scoring:
         channels = experts = None
         if "channel" in worth:
             channels = channel_options(worth["channel"], shape, self.multiple, none=self.empty)
+        inside = worth.get("expert channel")
         if "expert" in worth:
-            experts = expert_options(worth["expert"], shape)
+            experts = self._expert_options(worth["expert"], inside)
+        elif inside is not None:
+            channels = expert_channel_options(inside, shape, self.multiple)
         return UnitOptions(heads, channels, experts)
+
+    def _expert_options(
+        self, experts_SE: FloatArray, channels_LU: FloatArray | None
+    ) -> ExpertOptions:
+        """Of experts, and of their channels where these may go as well."""
+        shape = self.session.source.shape
+        inside = None if channels_LU is None else channels_LU[list(shape.sparse)]
+        return expert_options(experts_SE, shape, inside, self.multiple)
 
     def _worth(self) -> dict[ScoredUnit, FloatArray]:
         """Worth of units [L,U]: a loss is one by itself, other scores weigh a unit's parameters."""
         scores, how, shape = self._scores(), self.how_comparable, self.session.source.shape
         sensitivities = None
         if how == "stream":
-            kinds = unit_statistics(self.units)
+            kinds = unit_statistics(self.units, shape)
             moments = gather_parts(self.session, self.parts, kinds)
             sensitivities = [self._sensitivity(moments, kind) for kind in kinds]
         compared = comparable_kinds(list(scores.values()), how, sensitivities)
@@ -185,6 +213,7 @@ class Scoring:
             "head": shape.query_head_parameters + shape.kv_head_parameters / shape.group_size,
             "channel": float(shape.channel_parameters),
             "expert": float(shape.counted.expert),
+            "expert channel": float(shape.counted.expert_channel),
         }
         return {unit: per_parameter(of, parameters[unit]) for unit, of in worth.items()}
 
@@ -196,9 +225,9 @@ class Scoring:
         return CRITERIA[self.criterion].comparable if self.criterion in CRITERIA else "standardised"
 
     def _scores(self) -> dict[ScoredUnit, FloatArray]:
-        """Scores [L,H] of heads, [L,I] of channels and [S,E] of the experts of layers that have
-        any, of the units that may go."""
-        units = tuple(unit for unit, kind in _SCORED.items() if includes(self.units, kind))
+        """Scores [L,H] of heads, [L,I] of channels, [L,E*F] of those of experts and [S,E] of the
+        experts of layers that have any, of the units that may go."""
+        units = scored_units(self.units, self.session.source.shape)
         if self.criterion in SEQUENTIAL:
             sequential = dict(zip(("head", "channel"), self._sequential(), strict=True))
             return {unit: sequential[unit] for unit in units}
@@ -257,7 +286,7 @@ class Scoring:
         shape = self.session.source.shape
         # The re-fit reads plain moments: with them here, one pass gathers all.
         needs = criterion.needs | {Need.MOMENTS}
-        moments = gather_parts(self.session, self.parts, statistics_read(needs, self.units))
+        moments = gather_parts(self.session, self.parts, statistics_read(needs, self.units, shape))
         heads: Options | None = None
         channels = experts = None
         if includes(self.units, "heads"):
@@ -273,7 +302,13 @@ class Scoring:
             sizes = worth[:, :-1].reshape(sets.shape[:3])
             heads = SetOptions(sizes, sets, ragged=self.ragged)
             heads = with_nothing(heads, worth[:, -1], self.forced) if self.empty else heads
-        if includes(self.units, "channels"):
+        inside: FloatArray | None = None
+        if shape.expert_channels and includes(self.units, "channels"):
+            scores = self._mixed(_for_experts(self.criterion, "expert channel"), "expert channel")
+            inside = stream(scores, self._sensitivity(moments, "expert channels"))
+            if not includes(self.units, "experts"):
+                channels = expert_channel_options(inside, shape, self.multiple)
+        elif includes(self.units, "channels"):
             worth, places = self._weighed(
                 "channels",
                 moments,
@@ -286,7 +321,8 @@ class Scoring:
             channels = NestedOptions(widths, worth, places)
         if includes(self.units, "experts"):
             scores = self._mixed(_for_experts(self.criterion), "expert")
-            experts = expert_options(stream(scores, self._sensitivity(moments, "experts")), shape)
+            worth = stream(scores, self._sensitivity(moments, "experts"))
+            experts = self._expert_options(worth, inside)
         return UnitOptions(heads, channels, experts)
 
     def _weighed(
@@ -301,7 +337,7 @@ class Scoring:
         `weigh` gives the losses of one layer from its number, the consumer's weight and the second
         moments of its input.
         """
-        source, (kind,) = self.session.source, unit_statistics(units)
+        source, (kind,) = self.session.source, unit_statistics(units, self.session.source.shape)
         module = source.family.output if units == "heads" else source.family.down
         if Need.LOSS in criterion.needs:
             kind += LOSS

@@ -22,6 +22,7 @@ from spp_export.common.options import WINDOW
 from spp_export.data.artifacts import Artifacts
 from spp_export.data.scenario import Scenario
 from spp_export.models.checkpoint.checkpoint import Checkpoint, outputs_first, written_tensors
+from spp_export.models.checkpoint.dtypes import as_stored
 from spp_export.models.checkpoint.reader import read_float
 from spp_export.models.families import Role, TensorSpec
 from spp_export.models.session import Session
@@ -125,7 +126,8 @@ class Compensator:
         return result
 
     def projections(self) -> dict[tuple[int, Role], Projection]:
-        """What `masked_dense` puts in place of the consumers that lose inputs, in float32.
+        """What `masked_dense` puts in place of the consumers that lose inputs, in float32, rounded
+        as they would be stored.
 
         For measuring a plan without writing it.
         """
@@ -144,9 +146,10 @@ class Compensator:
             stored = tensors.get(f"{spec.name.removesuffix('.weight')}.bias")
             if added is not None and stored is not None:
                 added = added + read_float(stored)
+            dtype = tensors[spec.name].dtype
             projections[spec.layer, spec.role] = Projection(
-                torch.from_numpy(kept).float(),
-                None if added is None else torch.from_numpy(added).float(),
+                torch.from_numpy(as_stored(kept, dtype)).float(),
+                None if added is None else torch.from_numpy(as_stored(added, dtype)).float(),
             )
         return projections
 

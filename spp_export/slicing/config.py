@@ -9,6 +9,7 @@ from typing import Any
 
 from spp_export.common.errors import ModelError, PlanError
 from spp_export.models.families import Family, Feature, Role
+from spp_export.models.families.base import STOCK_LAYERS
 from spp_export.models.shape import LayerShape, ModelShape, Units, common_size
 
 # What travels in a per-layer or ragged checkpoint, beside its config.json.
@@ -37,6 +38,8 @@ _DEFAULT_ROPE_THETA = 10000.0
 _ROTARY = {"rope_theta", "partial_rotary_factor"}
 # Counts of a layer for which the stock config has another name, and not both.
 _OWN_KEYS = {"num_key_value_heads"}
+# A rotation that only models have which transformers 4 has not.
+_SINCE_5 = "proportional"
 # Layer types of models that rotate by layer type, and what transformers 4.57 calls their theta.
 _ROPE_BY_TYPE = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
 
@@ -85,10 +88,12 @@ def slim_config(
     new = sorted(role for role in biased if not has_bias[role])
     if layout == "uniform":
         config |= _uniform(family, shape, layers)
-        config |= _experts(family, shape, max(shape.experts_in(layers)))
+        for layer, sparse in zip(layers, shape.sparse, strict=True):
+            config |= _experts(family, shape, layer) if sparse else {}
         config |= {family.bias_switch(role): True for role in new}
     elif layout in ("per-layer", "ragged"):
-        config |= _per_layer(family, shape, layers, ragged=layout == "ragged")
+        stock = family.stock_layers(source_config)
+        config |= _per_layer(family, shape, layers, stock, ragged=layout == "ragged")
         config |= _for_vllm(family, shape, config)
         if family.per_head:
             config["per_layer_modules"] |= _per_head(family, shape, layers, kept_heads)
@@ -187,13 +192,28 @@ def _uniform(family: Family, shape: ModelShape, layers: Sequence[LayerShape]) ->
             f"layers have {min(counts)} to {max(counts)} experts; layout 'uniform' needs as many "
             "in every layer that has any. Use layout 'per-layer'."
         )
-    if not family.stock_accepts(shape)(first.query_heads):
-        wanted = "divides"
-        if family.derived_head_dim:
-            wanted = f"of {shape.head_dim} elements each fills"
+    pairs = zip(layers, shape.sparse, strict=True)
+    narrower = {layer.dropped_channels for layer, sparse in pairs if sparse}
+    if len(narrower) > 1:
         raise PlanError(
-            f"layout 'uniform': {family.architecture} wants a number of query heads that {wanted} "
-            f"hidden_size {shape.hidden_size}, the plan keeps {first.query_heads}. "
+            f"experts have {shape.expert_channels - max(narrower)} to "
+            f"{shape.expert_channels - min(narrower)} channels; layout 'uniform' needs as many in "
+            "every layer that has any. Use layout 'per-layer'."
+        )
+    if any(narrower) and family.experts and family.experts.beside:
+        raise PlanError(
+            f"layout 'uniform': the config of the {family.model_type} family gives experts and the "
+            "MLPs beside them one width. Keep all channels of experts, or use layout 'per-layer'."
+        )
+    if not family.stock_accepts(shape)(first.query_heads):
+        wanted = f"that divides hidden_size {shape.hidden_size}"
+        if family.derived_head_dim:
+            wanted = f"that of {shape.head_dim} elements each fills hidden_size {shape.hidden_size}"
+        elif family.mixers and family.mixers.of_heads:
+            wanted = f"of {shape.query_heads}, by which {family.mixers.name} are made"
+        raise PlanError(
+            f"layout 'uniform': {family.architecture} wants a number of query heads {wanted}, "
+            f"the plan keeps {first.query_heads}. "
             "Keep another number, or use layout 'per-layer'."
         )
     if first.channels != shape.channels and not family.keys.get("intermediate_size", "any"):
@@ -205,7 +225,12 @@ def _uniform(family: Family, shape: ModelShape, layers: Sequence[LayerShape]) ->
 
 
 def _per_layer(
-    family: Family, shape: ModelShape, layers: Sequence[LayerShape], *, ragged: bool
+    family: Family,
+    shape: ModelShape,
+    layers: Sequence[LayerShape],
+    stock: Mapping[str, dict[str, int]],
+    *,
+    ragged: bool,
 ) -> dict[str, Any]:
     prefix = family.architecture.removesuffix("ForCausalLM")
     config_class = family.config_class or f"{prefix}Config"
@@ -226,12 +251,12 @@ def _per_layer(
         **_counts(shape.layer),
         "per_layer_config": {
             str(index).zfill(digits): _counts(_as_made(layer, index, shape))
-            | _experts(family, shape, experts)
+            | (stock.get(str(index), {}) if index in shape.without_heads else {})
+            | (_experts(family, shape, layer) if sparse else {})
             | ({"query_groups": list(layer.query_groups)} if ragged else {})
-            for index, (layer, experts) in enumerate(
-                zip(layers, shape.experts_in(layers), strict=True)
-            )
+            for index, (layer, sparse) in enumerate(zip(layers, shape.sparse, strict=True))
         },
+        **({STOCK_LAYERS: stock} if stock else {}),
         "serialize_explicit_per_layer_config": True,
         # The same once more, for readers that know lists only.
         "num_attention_heads_per_layer": [layer.query_heads for layer in layers],
@@ -245,11 +270,15 @@ def _per_layer_modules(
     """What modeling_spp.py has to know of a family beyond the names that are Llama's, and of layers
     without attention or MLP."""
     modules = [family.attention]
-    if family.experts and any(layer.dropped_experts for layer in layers):
+    kept: dict[str, Any] = {}
+    if family.experts and any(layer.dropped_experts or layer.dropped_channels for layer in layers):
         modules += family.experts.modules
+    if family.experts and any(layer.dropped_channels for layer in layers):
+        kept = {"kept": list(family.experts.beside)} if family.experts.beside else {}
     if family.derived_head_dim != "attention":
         modules += [family.mlp] if family.mlp else []
-        listed: dict[str, Any] = {"layers": "layers", "modules": list(dict.fromkeys(modules))}
+        modules = list(dict.fromkeys(modules))
+        listed: dict[str, Any] = {"layers": "layers", "modules": modules, **kept}
         if stays := _staying(family, shape, modules):
             listed["stays"] = stays
         if empty := _empty_modules(family, shape, layers):
@@ -264,6 +293,7 @@ def _per_layer_modules(
         "per_layer_modules": {
             "layers": family.layers.rpartition(".")[2],
             "modules": modules,
+            **kept,
             # Made of a hidden size of so many heads, for want of another way to say head_dim.
             "narrow": {"inputs": inputs, "outputs": [family.output], "head_dim": shape.head_dim},
             # What is as wide as the MLP: at its outputs, at its inputs.
@@ -355,11 +385,16 @@ def _as_made(layer: LayerShape, index: int, shape: ModelShape) -> LayerShape:
     return replace(layer, channels=shape.channels) if index in shape.without_channels else layer
 
 
-def _experts(family: Family, shape: ModelShape, count: int) -> dict[str, int]:
-    """The number of experts of a layer, where it has any, and fewer than the dense model's do."""
-    if family.experts is None or count in (0, shape.experts):
+def _experts(family: Family, shape: ModelShape, layer: LayerShape) -> dict[str, int]:
+    """The number of experts of a layer that has any, and their channels, where they are fewer than
+    the dense model's."""
+    if family.experts is None:
         return {}
-    return family.experts.counts(count)
+    fewer = layer.dropped_experts
+    counts = family.experts.counts(shape.experts - fewer) if fewer else {}
+    narrower = layer.dropped_channels
+    width = {family.experts.width: shape.expert_channels - narrower} if narrower else {}
+    return counts | width
 
 
 def _sizes(layer: LayerShape) -> str:
@@ -398,6 +433,8 @@ def _rope_by_type(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary settings of every layer type, and what 4.57 reads in their place."""
     old = {name: settings[kind].get("rope_theta") for kind, name in _ROPE_BY_TYPE.items()}
     whole = settings["full_attention"]
+    if whole.get("rope_type") == _SINCE_5:
+        return {"rope_parameters": settings}
     scaling = {key: value for key, value in whole.items() if key != "rope_theta"}
     default = scaling.get("rope_type", "default") == "default"
     return {

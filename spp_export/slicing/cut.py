@@ -39,10 +39,13 @@ def _kept(
     """As `kept_units`, with query heads in the order in which they are written, `FILL` and all."""
     if spec.unit is None or spec.axis is None:
         return None
+    channels = layer_plan.channels
+    if spec.expert is not None:
+        channels = layer_plan.channels_of(spec.expert)
     kept = {
         Unit.QUERY: layer_plan.query_heads,
         Unit.KV: layer_plan.kv_heads,
-        Unit.CHANNEL: layer_plan.channels,
+        Unit.CHANNEL: channels,
         Unit.EXPERT: layer_plan.experts,
     }
     parts = spec.parts or ((spec.unit, spec.shape[spec.axis] // spec.step),)
@@ -51,7 +54,8 @@ def _kept(
     for unit, count in parts:
         stay = kept[unit]
         lists.append(range(count) if stay is None else stay)
-    if all(list(units) == list(range(n)) for units, n in zip(lists, counts, strict=True)):
+    whole = all(list(units) == list(range(n)) for units, n in zip(lists, counts, strict=True))
+    if whole and not narrows_experts(spec, layer_plan):
         return None
     for units, count in zip(lists, counts, strict=True):
         _check_units(spec, units, count)
@@ -119,19 +123,26 @@ def slice_tensor(array: NDArray[Any], spec: TensorSpec, layer_plan: LayerPlan) -
     Returns `array` itself where nothing is cut. Raises PlanError for a unit that the tensor does
     not have, or units that are not ascending.
     """
-    return _sliced(array, spec, kept_units(spec, layer_plan))
+    units = kept_units(spec, layer_plan)
+    return _sliced(array, spec, units, layer_plan)
 
 
 def written_tensor(
     array: NDArray[Any], spec: TensorSpec, plan: Plan, shape: ModelShape
 ) -> NDArray[Any]:
     """As `slice_tensor`, with the zeros that a plan pads layers with; `shape` is the source's."""
-    return _sliced(array, spec, written_units(spec, plan, shape))
+    units = written_units(spec, plan, shape)
+    return array if units is None else _sliced(array, spec, units, plan.layers[spec.layer or 0])
 
 
-def _sliced(array: NDArray[Any], spec: TensorSpec, units: Sequence[int] | None) -> NDArray[Any]:
+def _sliced(
+    array: NDArray[Any], spec: TensorSpec, units: Sequence[int] | None, layer: LayerPlan
+) -> NDArray[Any]:
     assert array.shape == spec.shape, f"{spec.name}: {array.shape} is not {spec.shape}"
-    return array if units is None else slice_rows(array, spec, units, 0)
+    if units is None:
+        return array
+    narrower = narrows_experts(spec, layer)
+    return slice_experts(array, spec, layer, 0) if narrower else slice_rows(array, spec, units, 0)
 
 
 def slice_rows(
@@ -159,6 +170,31 @@ def slice_rows(
     taken = np.take(grouped, source, axis=1)
     taken[:, filled] = 0
     return taken.reshape(len(rows), -1)
+
+
+def narrows_experts(spec: TensorSpec, layer: LayerPlan) -> bool:
+    """Whether a tensor is of experts that lose channels, each of them its own."""
+    return spec.wide is not None and layer.expert_channels is not None
+
+
+def slice_experts(
+    rows: NDArray[Any], spec: TensorSpec, layer: LayerPlan, first_row: int
+) -> NDArray[Any]:
+    """As `slice_rows`, of a tensor [E,...] of all experts: those that stay, each with the channels
+    that it keeps."""
+    assert spec.wide is not None
+    assert spec.axis == 0
+    parts, experts = spec.form.count("C"), range(first_row, first_row + len(rows))
+    count, step = spec.shape[spec.wide] // parts, parts if spec.form == "[CC]" else 1
+    taken = []
+    for expert in experts if layer.experts is None else sorted(set(experts) & {*layer.experts}):
+        kept = layer.channels_of(expert)
+        assert kept is not None
+        _check_units(spec, kept, count)
+        listed = kept if step > 1 else _after([kept] * parts, [count] * parts)
+        places = kept_indices(listed, step)
+        taken.append(np.take(rows[expert - first_row], places, axis=spec.wide - 1))
+    return np.stack(taken) if taken else rows[:0]
 
 
 def _check_units(spec: TensorSpec, kept: Sequence[int], count: int) -> None:

@@ -30,7 +30,13 @@ from spp_export.models.checkpoint.writer import (
 from spp_export.models.families import Role, TensorSpec
 from spp_export.planning import Plan, validate_plan
 from spp_export.planning.written import kept_tensors, slim_shape
-from spp_export.slicing.cut import real_elements, slice_rows, written_units
+from spp_export.slicing.cut import (
+    narrows_experts,
+    real_elements,
+    slice_experts,
+    slice_rows,
+    written_units,
+)
 
 # The whole dense weight [outputs, inputs] as floats -> the slim one.
 Refit = Callable[[Floats], Floats]
@@ -153,9 +159,14 @@ class SlimTensors:
                 values = _filled(values, units, spec.step)
             yield from encoded(outputs_first(self._source.family, values), entry)
             return
-        row = 0
+        row, layer = 0, self._plan.layers[spec.layer or 0]
         for block in blocks(stored):
-            yield block if units is None else slice_rows(block, spec, units, row)
+            if units is None:
+                yield block
+            elif narrows_experts(spec, layer):
+                yield slice_experts(block, spec, layer, row)
+            else:
+                yield slice_rows(block, spec, units, row)
             row += len(block)
 
     def _dtype(self, name: str) -> str:

@@ -28,7 +28,7 @@ from spp_export.models.loader import load_dense
 from spp_export.models.session import open_session
 
 # The models here have no experts.
-KINDS = tuple(kind for kind in moments.KINDS if kind != "experts")
+KINDS = tuple(kind for kind in moments.KINDS if not kind.startswith("expert"))
 TEXTS = ("Gold melts at 1064 degrees.", "", "Why?", "Iron rusts in damp air, gold does not.")
 OTHERS = ("A bond is a loan that can be sold.",)
 MODULES = {

@@ -319,6 +319,8 @@ def test_what_a_model_can_become(name, part, refused, tmp_path):
     assert sum(counted) == facts["parameters"]
     units = ["query heads", "KV groups", "experts" if source.family.experts else "MLP channels"]
     assert [row["unit"] for row in facts["can_go"]] == units
+    inside = source.shape.expert_channels
+    assert (facts["can_go"][-1].get("channels_of_each") == [inside]) == (inside > 0)
     can = {(row["format"], row["layout"]): row for row in facts["can_become"]}
     assert all("model" in can[each, "per-layer"]["how"] for each in refused)
     assert not any(can[each, layout]["can"] for each in refused for layout in LAYOUTS)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,94 @@ def test_whole_experts_go_through_every_command(
     assert ("one number of experts for all layers" in page) == (layout == "per-layer")
 
 
+@since_5(WRITES)
+def test_every_group_of_experts_keeps_as_many(workshop: Workshop, tmp_path: Path) -> None:
+    """A token is routed to one of two groups of four experts."""
+    settings = settings_of("glm4_moe-groups", vocab=VOCAB, layers=4)
+    settings.max_position_embeddings = 1024
+    dense = write_random(settings, tmp_path / "dense", torch.float32)
+    write_tokenizer(dense)
+    model, answers = ("--model", dense), ("--answer-tokens", "0")
+    artifacts, out = tmp_path / "artifacts", tmp_path / "slim"
+    probed = ("--units", "heads", *answers, "-o", artifacts)
+    command("probe", "--pools", workshop.pools, *model, *probed)
+    asked = ("--artifacts", artifacts, "--keep", "0.7", "--units", "experts")
+    command("export", "--scenario", workshop.scenario, *model, *asked, *answers, "-o", out)
+    assert json.loads((out / "verify.json").read_text())["passed"]
+    plan = json.loads((out / "plan.json").read_text())
+    kept = [layer["experts"] for layer in plan["layers"] if "experts" in layer]
+    assert kept
+    for experts in kept:
+        assert 2 * sum(expert < 4 for expert in experts) == len(experts)
+
+
+@since_5(WRITES)
+@pytest.mark.parametrize(
+    ("family", "units", "layout", "compensate"),
+    [
+        ("mixtral", "both", "per-layer", "lstsq"),
+        ("qwen3_moe", "all", "per-layer", "none"),
+        pytest.param("qwen3_moe", "channels", "uniform", "none", marks=pytest.mark.slow),
+        pytest.param("gpt_oss", "both", "ragged", "bias", marks=pytest.mark.slow),
+    ],
+)
+def test_channels_of_experts_go_through_every_command(
+    family: str,
+    units: str,
+    layout: str,
+    compensate: str,
+    workshop: Workshop,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Every expert of a layer keeps as many, its own, and another number in each layer."""
+    sizes = {"kv_heads": 2, "query_heads": 4, "layers": 3, "num_experts_per_tok": 2}
+    sizes |= {"num_experts" if family == "qwen3_moe" else "num_local_experts": 4}
+    dense = make_checkpoint(tmp_path, family, moe_intermediate_size=32, **sizes)
+    width = open_source(dense).shape.expert_channels
+    model, answers = ("--model", dense), ("--answer-tokens", "0")
+    artifacts, out = tmp_path / "artifacts", tmp_path / "slim"
+    command("probe", "--pools", workshop.pools, *model, *answers, "-o", artifacts)
+    asked = ("--artifacts", artifacts, "--keep", "0.6", "--units", units, "--layout", layout)
+    asked = (*asked, "--width-multiple", "4", "--compensate", compensate)
+    command("export", "--scenario", workshop.scenario, *model, *asked, *answers, "-o", out)
+    assert json.loads((out / "verify.json").read_text())["passed"]
+    plan = json.loads((out / "plan.json").read_text())
+    kept = [layer["expert_channels"] for layer in plan["layers"] if "expert_channels" in layer]
+    assert kept
+    assert all(len({len(row) for row in rows}) == 1 for rows in kept)
+    assert any(len(rows) < 4 for rows in kept) == (units == "all")
+    assert any(len(set(map(tuple, rows))) > 1 for rows in kept)
+    widths = {len(rows[0]) for rows in kept}
+    assert all(count % 4 == 0 and count < width for count in widths)
+    assert len(widths) == 1 or layout != "uniform"
+    *others, remark = plan["family"]["remarks"]
+    assert len(others) == (units == "all")
+    assert remark.startswith("every expert keeps ")
+    assert "down projections of experts are not re-fitted" in remark
+    card = (out / "README.md").read_text()
+    assert f"{remark[:1].upper()}{remark[1:]}." in card
+    assert "channels of experts" in card
+    realised = plan["budget"]["realised"]
+    assert realised["cost"] <= realised["limit"]
+    assert realised["expert_keep" if units == "all" else "channel_keep"] < 1
+    assert realised["parameters"] == sum(
+        prod(tensor.shape) for tensor in open_checkpoint(out).tensors.values()
+    )
+    command("verify", out, *model)
+    command("report", out, "-o", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert remark[1:] in page
+    assert "Channels of every expert kept, a bar per layer." in page
+    assert f"of {width} channels of every expert" in page
+    of_layers = "one number of experts" if units == "all" else "one width of experts"
+    assert (f"{of_layers} for all layers" in page) == (layout == "per-layer")
+    capsys.readouterr()
+    planned = ("plan", "--scenario", workshop.scenario, *model, *asked, "--criterion", "taylor")
+    assert run([str(word) for word in planned]) == 2
+    assert "it says nothing of the channels of experts. Use energy, " in capsys.readouterr().err
+
+
 def test_a_model_that_sees_answers_about_a_picture(workshop: Workshop, tmp_path: Path) -> None:
     """With its own processor, in transformers alone too, as the masked dense model does."""
     dense, artifacts, out = make_talking(tmp_path / "dense"), tmp_path / "artifacts", tmp_path / "o"
@@ -159,8 +248,8 @@ def test_a_model_that_sees_answers_about_a_picture(workshop: Workshop, tmp_path:
 @pytest.mark.parametrize(
     "family",
     but_in_old(
-        ["qwen3_5_text", "deepseek_v3", "nemotron_h", "minimax"],
-        {"qwen3_5_text", "nemotron_h"},
+        ["qwen3_5_text", "deepseek_v3", "nemotron_h", "minimax", "gemma4_text"],
+        {"qwen3_5_text", "nemotron_h", "gemma4_text"},
         ABSENT,
     ),
 )
@@ -170,6 +259,7 @@ def test_what_is_beside_heads_stays_and_every_command_says_so(
     """Heads of layers with softmax attention, or of MLA, go; gated delta nets and latents stay."""
     settings = settings_of(family)
     settings.vocab_size, settings.max_position_embeddings = VOCAB, 1024
+    settings.vocab_size_per_layer_input = VOCAB
     dense = write_random(settings, tmp_path / "dense", torch.float32)
     write_tokenizer(dense)
     model = ("--model", dense)
@@ -203,6 +293,11 @@ def test_what_is_beside_heads_stays_and_every_command_says_so(
     command("show", dense, "--json")
     facts = json.loads(capsys.readouterr().out)["facts"]
     parts = {part["part"]: part["parameters"] for part in facts["stays"]}
-    assert parts[source.family.mixers.name] == source.shape.mixer_parameters
+    assert parts[source.family.mixers.name] == sum(
+        prod(size)
+        for layer in source.shape.mixers
+        for name, size in layer
+        if name.rpartition(".")[0] in source.family.mixers.modules
+    )
     (heads,) = (unit["layers"] for unit in facts["can_go"] if unit["unit"] == "query heads")
     assert heads == sum(source.shape.has_heads)

@@ -12,8 +12,14 @@ import spp_export
 from spp_bench import device_rates
 from spp_cli.render.frontier import frontier_table
 from spp_export.common.errors import QualityError, UsageError
-from spp_export.evaluation.search import TriedPlan, knee
+from spp_export.data.artifacts import open_artifacts
+from spp_export.data.scenario import read_scenario
+from spp_export.evaluation.remarks import Wanted
+from spp_export.evaluation.search import PlanSearch, TriedPlan, knee, try_shares
+from spp_export.models.session import open_session
 from spp_export.planning.plan_file import read_plan
+from spp_export.planning.planner import Planning
+from spp_export.planning.request import FRONTIER_SHARES, PlanRequest
 
 NAME = "llama-gqa-bias"
 SHARES = (0.9, 0.75, 0.5)
@@ -112,6 +118,23 @@ def test_the_smallest_model_that_finds_the_same_tokens(drawn, workshop, options,
     assert exported.report["distance_gate"] == {"same_token": share, "passed": True}
     assert exported.predicted.parameters <= drawn.plans[1].parameters
     assert exported.plan.budget["asked"]["same_token"] == share
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_plan_of_the_frontier_is_smaller_by_two_percent(workshop, options, seed):
+    """On a random model, whose KL need not rise with what is removed; answers differ by seed."""
+    session = open_session(options["model"])
+    artifacts = open_artifacts(options["artifacts"], options["model"], session.source)
+    request = PlanRequest(units="both", width_multiple=1, answer_tokens=12, seed=seed)
+    planning = Planning.begin(session, artifacts, read_scenario(workshop.scenario), request)
+    plans = try_shares(PlanSearch(planning), FRONTIER_SHARES)
+    search = PlanSearch(planning)
+    for plan in plans:
+        wanted = Wanted(max_kl=plan.quality.mean_kl * 1.02)
+        held = [one for one in plans if wanted.held_by(one.quality.mean_kl, one.quality.top1)]
+        found = search.smallest(wanted)
+        assert found.quality.mean_kl <= wanted.max_kl
+        assert found.parameters <= 1.02 * min(one.parameters for one in held)
 
 
 def test_a_limit_that_no_plan_holds(workshop, options, tmp_path):

@@ -1,6 +1,7 @@
 """The scripts of examples/, each in a process and an empty directory of its own.
 
-`make test-examples` runs it; pytest does not collect it by itself.
+`make test-examples` runs it, and `make test-quantised` the script that needs llm-compressor; pytest
+does not collect it by itself.
 """
 
 from __future__ import annotations
@@ -19,8 +20,20 @@ PRINTED = {
     "many_scenarios.py": "Who signed the Magna Carta? -> history",
     "onnx_runtime.py": "Name three noble gases",
     "llama_cpp.py": "acid",
+    "quantise.py": "acid",
 }
-VLLM = "vllm_offline.py"
+# What is not installed beside this project, and the line that says so.
+NEEDED = {
+    "quantise.py": (
+        "llmcompressor",
+        "quantise.py needs llm-compressor. Run: pip install llmcompressor\n",
+    ),
+    "vllm_offline.py": (
+        "vllm",
+        "vllm_offline.py needs vLLM and a CUDA card. Run: pip install vllm\n",
+    ),
+}
+HERE = {name for name, (package, _) in NEEDED.items() if importlib.util.find_spec(package)}
 
 
 def run(name: str, directory: Path) -> subprocess.CompletedProcess[str]:
@@ -30,19 +43,19 @@ def run(name: str, directory: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_script_is_here() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {*PRINTED, VLLM}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {*PRINTED, *NEEDED}
 
 
-@pytest.mark.parametrize("name", PRINTED)
+@pytest.mark.parametrize("name", [name for name in PRINTED if name in HERE or name not in NEEDED])
 def test_a_script_runs(name: str, tmp_path: Path) -> None:
     ended = run(name, tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert PRINTED[name] in ended.stdout
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
-def test_vllm_is_asked_for_in_one_line(tmp_path: Path) -> None:
-    ended = run(VLLM, tmp_path)
+@pytest.mark.parametrize("name", [name for name in NEEDED if name not in HERE])
+def test_what_is_missing_is_said_in_one_line(name: str, tmp_path: Path) -> None:
+    ended = run(name, tmp_path)
     assert ended.returncode == 1
-    assert ended.stderr == "vllm_offline.py needs vLLM and a CUDA card. Run: pip install vllm\n"
+    assert ended.stderr == NEEDED[name][1]
     assert not list(tmp_path.iterdir())

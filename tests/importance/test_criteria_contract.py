@@ -10,6 +10,8 @@ import pytest
 from spp_export.calibration.statistics import (
     AttentionInputs,
     Axis,
+    ExpertColumns,
+    ExpertInputs,
     ExpertOutputs,
     Gradients,
     LayerStatistics,
@@ -22,8 +24,10 @@ from spp_export.importance.comparable import COMPARABLE
 
 GROUPS, SIZE, DIM, HIDDEN, CHANNELS, EXPERTS = 2, 3, 4, 10, 14, 5
 HEADS = GROUPS * SIZE
+# Experts, and the channels of each.
+INSIDE = EXPERTS, 6
 PARTS = {
-    Need.ACTIVATIONS: ("attention", "mlp", "experts"),
+    Need.ACTIVATIONS: ("attention", "mlp", "experts", "expert_inputs"),
     Need.GRADIENTS: ("gradients",),
     Need.AXIS: ("axis",),
 }
@@ -86,13 +90,18 @@ def make(seed=0, dtype=np.float32, scale=1.0):
     known = (weights, attention, mlp, gradients, axis)
     experts = ExpertOutputs(positive(EXPERTS), positive(EXPERTS), positive(EXPERTS))
     more = {"experts": experts, "expert_count": EXPERTS}
+    more |= {"expert_inputs": ExpertInputs(positive(*INSIDE))}
+    more |= {"expert_columns": ExpertColumns(positive(*INSIDE), positive(*INSIDE))}
     return LayerStatistics(5, HEADS, GROUPS, *known, seed=3, **more)
 
 
 def units_of(criterion):
     """The scores that it gives, and of how many units."""
     counted = [(criterion.heads, HEADS), (criterion.channels, CHANNELS)]
-    return counted + ([(criterion.experts, EXPERTS)] if criterion.experts else [])
+    counted += [(criterion.experts, EXPERTS)] if criterion.experts else []
+    inside = criterion.expert_channels
+    size = INSIDE[0] * INSIDE[1]
+    return counted + ([(lambda layer: inside(layer).ravel(), size)] if inside else [])
 
 
 def pick(record, axes):
@@ -202,6 +211,14 @@ def test_scores_follow_their_units(name):
             axes = dict.fromkeys(("square", "length", "routed"), (0, order))
             found = criterion.experts(replace(layer, experts=pick(layer.experts, axes.items())))
             np.testing.assert_allclose(found, criterion.experts(layer)[order], rtol=1e-5)
+        if criterion.expert_channels:
+            order = random.permutation(INSIDE[1])
+            inputs = pick(layer.expert_inputs, {"square": (1, order)}.items())
+            axes = dict.fromkeys(("squares", "sums"), (1, order))
+            columns = pick(layer.expert_columns, axes.items())
+            moved = replace(layer, expert_inputs=inputs, expert_columns=columns)
+            found, expected = map(criterion.expert_channels, (moved, layer))
+            np.testing.assert_allclose(found, expected[:, order], rtol=1e-5)
 
 
 @everything
@@ -219,6 +236,21 @@ def test_criteria_that_say_something_of_experts():
     square, length, routed = layer.experts.square, layer.experts.length, layer.experts.routed
     np.testing.assert_allclose(SCORING["energy"].experts(layer), np.sqrt(square), rtol=1e-6)
     np.testing.assert_allclose(SCORING["reap"].experts(layer), length / routed, rtol=1e-6)
+
+
+def test_criteria_that_say_something_of_channels_of_experts():
+    known = {name for name, criterion in SCORING.items() if criterion.expert_channels}
+    assert known == {"energy", "reap", "random", "magnitude", "wanda-sp"}
+    layer = make()
+    square, columns = layer.expert_inputs.square, layer.expert_columns
+    for name, expected in (
+        ("energy", np.sqrt(square * columns.squares)),
+        ("reap", np.sqrt(square * columns.squares)),
+        ("magnitude", np.sqrt(columns.squares)),
+        ("wanda-sp", columns.sums * np.sqrt(square)),
+    ):
+        found = SCORING[name].expert_channels(layer)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", [n for n, c in CRITERIA.items() if isinstance(c, SetCriterion)])
@@ -254,7 +286,8 @@ def test_a_criterion_over_sets_gives_the_loss_of_every_size(name):
 
 def test_the_parts_above_are_all_a_layer_has():
     optional = {field.name for field in fields(LayerStatistics) if field.default is None}
-    assert optional == {part for parts in PARTS.values() for part in parts}
+    weights = {"expert_columns"}  # of which nothing is gathered
+    assert optional - weights == {part for parts in PARTS.values() for part in parts}
 
 
 def test_random_knows_seed_layer_and_kind_and_nothing_else():

@@ -163,11 +163,11 @@ def test_families_whose_attention_has_no_size_of_heads_refuse_by_name(tmp_path: 
         make_slim(source, "per-layer", tmp_path / "slim", layers)
 
 
-def test_experts_stay() -> None:
+def test_experts_keep_some_channels_where_attention_may_go() -> None:
     able = {name for name in ABLE if FAMILIES[name].experts}
     assert able
     for name in able:
-        assert FAMILIES[name].no_empty_layers("both") == f"the MLPs of {name} models are not cut"
+        assert FAMILIES[name].no_empty_layers("both") == ""
 
 
 def test_a_config_without_any_attention_is_refused(

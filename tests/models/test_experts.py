@@ -7,23 +7,33 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from family_models import EXPERTS, KNOWN, load, make_dense, tokens
+from family_models import EXPERTS, KNOWN, load, make_dense, make_slim, tokens
 from old_transformers import FLOAT64, SINGLE, WRITES, but_in_old, since_5
 
-from spp_export.calibration.activations import ExpertWrites, MeanSquares, TokenBatch, observe
+from spp_export.calibration.activations import (
+    ExpertChannelSquares,
+    ExpertWrites,
+    MeanSquares,
+    TokenBatch,
+    observe,
+)
 from spp_export.calibration.gradients import gradient_lengths, gradient_reductions
+from spp_export.calibration.moments import expert_columns
 from spp_export.common.errors import ModelError, PlanError
+from spp_export.evaluation.contract import drop_experts, narrow_experts
 from spp_export.evaluation.harness.yardsticks import quantised_bits
 from spp_export.formats.settings import settings_of
-from spp_export.models.checkpoint.checkpoint import Checkpoint, open_source
+from spp_export.models.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_source
 from spp_export.models.families import FAMILIES
 from spp_export.models.layerwise import open_layerwise
 from spp_export.models.loader import load_dense
-from spp_export.models.routing import expert_block
-from spp_export.models.shape import Units
-from spp_export.planning import LayerPlan, Plan, validate_plan
+from spp_export.models.routing import expert_block, routed_channels, without_channels
+from spp_export.models.shape import UNITS, LayerShape, Layout, unit_parameters
+from spp_export.planning import LayerPlan, Plan, dense_plan, validate_plan
+from spp_export.planning.allocate.options import expert_options
 from spp_export.planning.plan_file import parse_plan
 from spp_export.slicing.compensation import written_config
 
@@ -75,7 +85,9 @@ def test_decoding_reads_the_experts_that_a_token_is_routed_to(source: Checkpoint
     whole = sum(prod(tensor.shape) for tensor in source.tensors.values())
     assert shape.parameters(shape.layers) == whole
     assert shape.decode_parameters(shape.layers) == whole - table - experts // 2
-    assert shape.channel_parameters == 0
+    biases = shape.hidden_size * (shape.model_type == "gpt_oss")  # of what experts write
+    channels = shape.channel_parameters * shape.expert_channels
+    assert sum(shape.sparse) * (channels + shape.experts * biases) == experts
     fewer = tuple(replace(layer, dropped_experts=1) for layer in shape.layers)
     each = experts // shape.experts // sum(shape.sparse)
     fewer = fewer if all(shape.sparse) else (shape.layer, fewer[1])
@@ -84,6 +96,38 @@ def test_decoding_reads_the_experts_that_a_token_is_routed_to(source: Checkpoint
     assert shape.decode_parameters(shape.layers) - shape.decode_parameters(fewer) == (
         sum(shape.sparse) * row
     )
+
+
+@pytest.mark.parametrize("source", ["qwen3_moe", "gpt_oss", "glm4_moe"], indirect=True)
+def test_experts_that_are_fewer_and_narrower_are_counted_by_their_tensors(
+    source: Checkpoint, tmp_path: Path
+) -> None:
+    """On disk, and those that decoding reads: two of the three that stay."""
+    shape = source.shape
+    layers = narrow_experts(drop_experts(dense_layers(source), shape, 1, alike=True), shape, 1)
+    pair = make_slim(source, "per-layer", tmp_path / "slim", layers)
+    slim = open_checkpoint(pair.slim)
+    sizes = [layer.shape(shape) for layer in layers]
+    assert slim.layers == tuple(sizes)
+    whole = sum(prod(tensor.shape) for tensor in slim.tensors.values())
+    assert shape.parameters(sizes) == whole
+    of_experts = sum(
+        prod(tensor.shape)
+        for name, tensor in slim.tensors.items()
+        if ".experts." in name and "shared" not in name
+    )
+    table = shape.vocab_size * shape.hidden_size
+    assert shape.decode_parameters(sizes) == whole - table - of_experts // 3
+    kept = sum(count * width for count, width in zip(*counts_of(source, sizes), strict=True))
+    assert unit_parameters(shape, sizes, "channels") == kept * shape.counted.expert_channel
+
+
+def counts_of(source: Checkpoint, sizes: list[LayerShape]) -> tuple[tuple[int, ...], list[int]]:
+    return source.shape.experts_in(sizes), source.shape.widths(sizes)
+
+
+def dense_layers(source: Checkpoint) -> tuple[LayerPlan, ...]:
+    return dense_plan(source.shape, source.fingerprint, source.name).layers
 
 
 @pytest.mark.parametrize("family", sorted(EXPERTS))
@@ -104,16 +148,11 @@ def test_more_experts_than_any_model_has_are_refused() -> None:
 @pytest.mark.parametrize("source", ["qwen3_moe"], indirect=True)
 def test_what_is_not_cut_yet_is_refused_by_name(source: Checkpoint) -> None:
     family, shape = source.family, source.shape
-    cut: tuple[Units, ...] = ("heads", "experts", "all")
-    for units in cut:
+    for units in UNITS:
         family.check_units(units, shape)
-    not_cut: tuple[Units, ...] = ("channels", "both")
-    for units in not_cut:
-        with pytest.raises(ModelError, match=f"--units {units} does not know experts, which qwe"):
-            family.check_units(units, shape)
-    grouped = FAMILIES["glm4_moe"].read_shape({**SIZES, **EXPERTS["glm4_moe"], "n_group": 2}, 4)
-    with pytest.raises(ModelError, match="--units all: this glm4_moe model routes to groups"):
-        FAMILIES["glm4_moe"].check_units("all", grouped)
+    of_others = family.read_shape({**source.config, "mlp_only_layers": [0, 1]}, 4)
+    with pytest.raises(ModelError, match="--units channels does not know experts, which qwe"):
+        family.check_units("channels", of_others)
     llama = FAMILIES["llama"].read_shape(SIZES, 4)
     with pytest.raises(ModelError, match="--units experts: this llama model has no experts"):
         FAMILIES["llama"].check_units("experts", llama)
@@ -160,6 +199,76 @@ def test_what_each_expert_writes_is_told_apart(source: Checkpoint) -> None:
     assert routed == [tokens().numel() * 2 * sparse for sparse in shape.sparse]
 
 
+@since_5(WRITES)
+@pytest.mark.parametrize("source", KNOWN_EXPERTS, indirect=True)
+def test_what_each_channel_of_an_expert_writes_is_told_apart(source: Checkpoint) -> None:
+    """By the definition: how far the layer's output moves, over all tokens, without the channel."""
+    model, shape, family = load(source.path), source.shape, source.family
+    layer = shape.sparse.index(True)
+    block = expert_block(model, family, layer)
+    assert block is not None
+    experts: Any = block.get_submodule("experts")
+    before = {name: value.clone() for name, value in experts.state_dict().items()}
+    seen: list[Any] = []
+    hook = experts.register_forward_hook(lambda _module, inputs, output: seen.append(inputs))
+    observer = ExpertChannelSquares(shape.num_layers, shape.experts, shape.expert_channels)
+    observe(model, family, [batch()], [observer])
+    hook.remove()
+    assert observer.tokens.tolist() == [tokens().numel() * sparse for sparse in shape.sparse]
+    assert all(torch.equal(value, before[name]) for name, value in experts.state_dict().items())
+    columns = expert_columns(source, layer)
+    whole, every = experts.forward(*seen[0]), set(range(shape.expert_channels))
+    for expert, channel in ((0, 0), (1, 7), (shape.experts - 1, shape.expert_channels - 1)):
+        with without_channels(block, family, {expert: every - {channel}}):
+            moved = float((whole - experts.forward(*seen[0])).square().sum())
+        square = float(observer.sums[layer, expert, channel])
+        assert moved == pytest.approx(square * columns.squares[expert, channel], rel=1e-5)
+    assert torch.equal(experts.forward(*seen[0]), whole)
+    with pytest.raises(ModelError, match="the weights of experts are offloaded"):
+        routed_channels(experts.to("meta"), seen[0], shape.experts, family.experts.down_axis)
+
+
+@pytest.mark.parametrize("source", ["qwen3_moe"], indirect=True)
+def test_experts_of_a_layer_keep_as_many_channels(source: Checkpoint) -> None:
+    shape, dense = source.shape, dense_layers(source)
+    width, count = shape.expert_channels, shape.experts
+
+    def plan(rows: Any, layout: Layout = "per-layer", experts: Any = None) -> Plan:
+        first = replace(dense[0], expert_channels=rows, experts=experts)
+        layers = (first, *dense[1:])
+        return Plan(source.fingerprint, source.name, layout, "none", layers)
+
+    good = plan(((0, 2), (1, 3), (0, 1), (2, 3)))
+    validate_plan(good, shape, source.fingerprint)
+    assert parse_plan(good.to_json()) == good
+    validate_plan(plan(((0, 2), (1, 3)), experts=(1, 3)), shape, source.fingerprint)
+    for rows, message in (
+        (((0, 2),) * (count - 1), f"keeps 2 channels of {count - 1} experts; each of the {count}"),
+        (((0, 2),) * (count - 1) + ((1,),), "keeps 1/2 channels of 4 experts"),
+        (((),) * count, "at least 1"),
+        (((0, width),) * count, f"keeps channel of an expert {width} but the model has {width}"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            validate_plan(plan(rows), shape, source.fingerprint)
+    uniform = plan(((0, 2),) * count, "uniform")
+    with pytest.raises(PlanError, match=f"keeps 2 channels of every expert in one .* {width} in"):
+        validate_plan(uniform, shape, source.fingerprint)
+    with pytest.raises(PlanError, match=f"experts have 2 to {width} channels; layout 'uniform'"):
+        written_config(source, uniform)
+
+
+@pytest.mark.parametrize("source", ["glm4_moe"], indirect=True)
+def test_a_stock_config_that_widens_what_is_beside_experts_is_refused(source: Checkpoint) -> None:
+    layers = narrow_experts(dense_layers(source), source.shape, 1, alike=True)
+    plan = Plan(source.fingerprint, source.name, "uniform", "none", layers)
+    with pytest.raises(PlanError, match="gives experts and the MLPs beside them one width"):
+        written_config(source, plan)
+    wrong = replace(layers[0], expert_channels=layers[1].expert_channels)
+    plan = replace(plan, layout="per-layer", layers=(wrong, layers[1]))
+    with pytest.raises(PlanError, match="layer 0: plan keeps channels of experts, and the layer"):
+        validate_plan(plan, source.shape, source.fingerprint)
+
+
 def plan_keeping(source: Checkpoint, *experts: tuple[int, ...] | None) -> Plan:
     layers = tuple(LayerPlan((0, 1), (0, 1, 2, 3), None, kept) for kept in experts)
     return Plan(source.fingerprint, source.name, "per-layer", "none", layers)
@@ -180,10 +289,35 @@ def test_a_plan_keeps_experts_that_a_token_can_be_routed_to(source: Checkpoint) 
     ):
         with pytest.raises(PlanError, match=message):
             validate_plan(plan_keeping(source, *kept), shape, source.fingerprint)
-    grouped = source.family.read_shape({**source.config, "n_group": 2}, 4)
-    with pytest.raises(PlanError, match=r"layer 1: .* routes to groups of them"):
-        validate_plan(plan, grouped, source.fingerprint)
-    validate_plan(plan_keeping(source, None, None), grouped, source.fingerprint)
+
+
+@pytest.mark.parametrize("source", ["glm4_moe"], indirect=True)
+def test_a_plan_keeps_as_many_experts_of_every_group(source: Checkpoint) -> None:
+    """Two groups of four, of which a token is routed to one: two of its experts decide on it."""
+    sizes = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
+    shape = source.family.read_shape({**source.config, **sizes}, 4)
+    assert shape.expert_counts == (4, 6, 8)
+    assert replace(shape, experts_per_token=3).expert_counts == (6, 8)
+    assert replace(shape, experts_per_token=4, chosen_groups=2).expert_counts == (4, 6, 8)
+    for fine in (None, (0, 3, 5, 6), (0, 1, 3, 5, 6, 7)):
+        validate_plan(plan_keeping(source, None, fine), shape, source.fingerprint)
+    for kept, counts in (((0, 1, 2, 5), "1 and 3"), ((0, 5), "1"), ((0, 1, 4), "1 and 2")):
+        message = rf"layer 1: plan keeps {counts} experts of a group, .* and 2 at least"
+        with pytest.raises(PlanError, match=message):
+            validate_plan(plan_keeping(source, None, kept), shape, source.fingerprint)
+    scores = np.array([[5.0, 1, 4, 2, 9, 8, 7, 6]])
+    options = expert_options(scores, shape)
+    assert options.counts == (4, 6, 8)
+    assert options.value.tolist() == [[[26], [35], [42]]]
+    for count, best in ((4, [0, 2, 4, 5]), (6, [0, 2, 3, 4, 5, 6])):
+        (kept,), _ = options.kept([count], options.widths)
+        assert np.flatnonzero(kept).tolist() == best
+
+
+def test_groups_of_experts_that_cannot_be_are_refused() -> None:
+    for wrong in ({"n_group": 3}, {"n_group": 2, "topk_group": 3}, {"n_group": -1}):
+        with pytest.raises(ModelError, match=r"groups of 4 experts \(n_group and topk_group\), wh"):
+            layers_with_experts("glm4_moe", **wrong)
 
 
 @pytest.mark.parametrize("source", ["qwen3_moe"], indirect=True)

@@ -123,7 +123,7 @@ def test_parameters_are_those_of_the_stock_model(
     name: str, dense: Callable[[str], Checkpoint]
 ) -> None:
     model, shape = load(dense(name).path), dense(name).shape
-    stored = ("act_fn", "e_score_correction_bias", "slope_rate", "_decay")
+    stored = ("act_fn", "e_score_correction_bias", "slope_rate", "_decay", "layer_scalar")
     buffers = sum(
         buffer.numel() for name, buffer in model.named_buffers() if any(x in name for x in stored)
     )
@@ -156,7 +156,8 @@ def test_what_config_json_leaves_out_is_as_the_stock_class_has_it(name: str) -> 
         named["attention_types"] = [[["global", "local"], 1]]
     settings: Any = stock(**named, pad_token_id=0)
     shape = family.read_shape({"model_type": name, **named}, 4)
-    written = {key: getattr(settings, key) for key in settings.to_dict()}
+    whole = settings.to_dict()
+    written = whole if family.by_layer else {key: getattr(settings, key) for key in whole}
     assert shape == family.read_shape({**written, **named}, 4)
     assert shape.tied_embeddings == settings.tie_word_embeddings
     theta = (getattr(settings, "rope_parameters", None) or written).get("rope_theta")

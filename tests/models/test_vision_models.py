@@ -28,7 +28,7 @@ from spp_export.evaluation.contract import (
 )
 from spp_export.formats.settings import settings_of
 from spp_export.models.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_source
-from spp_export.models.families import family_of, table
+from spp_export.models.families import family_of
 from spp_export.models.layerwise import open_layerwise
 
 DERIVED = {"qwen2_5_vl"}  # a size of heads by which no uniform slice can be said
@@ -130,14 +130,6 @@ def test_what_is_not_known_is_refused_by_name(dense: Callable[[str], Checkpoint]
         settings_of(source)
     with pytest.raises(ModelError, match="runs from disk does not know a tower of vision"):
         open_layerwise(source.path, torch.float32)
-
-
-@pytest.mark.parametrize("name", table.REFUSED)
-def test_what_no_record_can_tell_is_refused_with_the_reason(name: str) -> None:
-    """Gemma 4 by the fields of its config that say it; its own layers differ."""
-    for more in ({}, {"per_layer_config": {}}):
-        with pytest.raises(ModelError, match=rf"{name} models cannot be sliced: .*global_head_dim"):
-            family_of({"model_type": name, **more})
 
 
 def test_a_decoder_that_no_record_tells_of_is_named(

@@ -31,31 +31,22 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 
-import torch
 import transformers
 import vllm
 import vllm.model_executor.models.registry
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from answers import (
+    NEW_TOKENS,
+    Answer,
+    WrongResultError,
+    compare,
+    random_prompts,
+    require,
+    with_transformers,
+)
 from vllm.distributed import cleanup_dist_env_and_memory
 
 SOURCES = Path(__file__).resolve().parents[2]
-# Nats: between the log-probabilities that two programs compute in fp32.
-TOLERANCE = 2e-3
-# A page of the KV cache has 128 tokens.
-PROMPT_TOKENS = (3, 40, 150)
-NEW_TOKENS = 8
 ASKED = "llama-gqa-bias"
-
-
-class WrongResultError(Exception):
-    """vLLM computes something else, or says nothing of what it cannot."""
-
-
-class Answer(NamedTuple):
-    """Greedy tokens after a prompt, and the log-probability of each."""
-
-    tokens: list[int]
-    logprobs: list[float]
 
 
 class Run(NamedTuple):
@@ -146,34 +137,6 @@ def prompts_for(path: Path) -> list[list[int]]:
     return random_prompts(min(vocabulary, 97))
 
 
-def random_prompts(vocabulary: int) -> list[list[int]]:
-    """Token ids."""
-    generator = torch.Generator().manual_seed(1)
-    return [
-        torch.randint(3, vocabulary, (count,), generator=generator).tolist()
-        for count in PROMPT_TOKENS
-    ]
-
-
-def with_transformers(path: Path, prompts: list[list[int]]) -> list[Answer]:
-    """By whole sequences, without a cache."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=True)
-    return [greedy(model, prompt) for prompt in prompts]
-
-
-@torch.no_grad()
-def greedy(model: PreTrainedModel, prompt: list[int]) -> Answer:
-    """Of one prompt."""
-    ids, answer = list(prompt), Answer([], [])
-    for _ in range(NEW_TOKENS):
-        logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
-        best = logits.float().log_softmax(-1).max(-1)
-        ids.append(int(best.indices))
-        answer.tokens.append(int(best.indices))
-        answer.logprobs.append(float(best.values))
-    return answer
-
-
 def with_vllm(path: Path, prompts: list[list[int]], way: str) -> Run:
     """All prompts at once."""
     how: dict[str, Any] = {
@@ -209,13 +172,12 @@ def engine(path: Path, **options: Any) -> Iterator[vllm.LLM]:
         llm = vllm.LLM(
             str(path),
             skip_tokenizer_init=True,
-            dtype="float32",
             max_model_len=256,
             max_num_seqs=8,
             num_gpu_blocks_override=32,
             enforce_eager=True,
             generation_config="vllm",
-            **options,
+            **{"dtype": "float32", **options},
         )
         yield llm
     finally:
@@ -229,20 +191,6 @@ def bytes_per_token(cache: Any) -> float:
     tokens."""
     block = cache.kv_cache_tensors[0].size / cache.num_blocks
     return sum(block / group.kv_cache_spec.block_size for group in cache.kv_cache_groups)
-
-
-def compare(expected: list[Answer], found: list[Answer]) -> float:
-    """Largest difference of log-probabilities; WrongResultError where it or a token is wrong."""
-    worst = 0.0
-    for index, (first, second) in enumerate(zip(expected, found, strict=True)):
-        pairs = zip(first.logprobs, second.logprobs, strict=True)
-        worst = max(worst, *(abs(one - other) for one, other in pairs))
-        require(
-            first.tokens == second.tokens,
-            f"prompt {index}: tokens {second.tokens}, transformers gives {first.tokens}",
-        )
-    require(worst <= TOLERANCE, f"log-probabilities differ by {worst:.1e}")
-    return worst
 
 
 def refusal(path: Path, prompts: list[list[int]], way: str, words: str) -> str:
@@ -295,12 +243,6 @@ def asked(path: Path) -> str:
     expected = [answer.tokens for answer in with_transformers(path, prompts)]
     require(answers == expected, f"answers {answers}, transformers gives {expected}")
     return f"{len(answers)} of {NEW_TOKENS} tokens"
-
-
-def require(condition: bool, complaint: str) -> None:
-    """WrongResultError with the complaint unless the condition holds."""
-    if not condition:
-        raise WrongResultError(complaint)
 
 
 if __name__ == "__main__":

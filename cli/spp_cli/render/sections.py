@@ -192,6 +192,9 @@ def sizes(plan: Plan, shape: ModelShape, predicted: Predicted) -> Table:
         rows.insert(2, ("of experts and MLPs", mlps, mlps - gone, _thousands))
         whole, stay = (sum(shape.experts_in(layers)) for layers in (shape.layers, slim))
         rows.insert(3, ("experts", whole, stay, _thousands))
+        if any(layer.dropped_channels for layer in slim):
+            before, after = map(shape.expert_channels_in, (shape.layers, slim))
+            rows.insert(4, ("channels of experts", before, after, _thousands))
     if mixers := shape.mixer_parameters:
         rows.insert(2, ("of what stays beside heads", mixers, mixers, _thousands))
     dense, channels = (sum(x.channels for x in layers) for layers in (shape.layers, slim))

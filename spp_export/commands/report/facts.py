@@ -71,7 +71,7 @@ def report_parts(
         "heads": heads,
         "told": [f"{remark[:1].upper()}{remark[1:]}." for remark in plan.remarks],
         "states": STATES,
-        "channels": channels_part(heads),
+        "channels": channels_part(heads, plan),
         "checks": checks,
         "quality": _quality(place, verdict, evaluation),
         "benchmark": benchmark,
@@ -121,17 +121,27 @@ def mixture_part(plan: Plan) -> dict[str, Any]:
     }
 
 
-def channels_part(heads: Heads) -> dict[str, Any] | None:
-    """Channels kept per layer, None where a layer keeps all and the number is not recorded; the
-    part is None where no layer loses a channel."""
-    if all(layer.channels is None for layer in heads.layers):
+def channels_part(heads: Heads, plan: Plan) -> dict[str, Any] | None:
+    """Channels kept per layer, or by every expert of it, None where a layer keeps all and the
+    number is not recorded; the part is None where no layer loses a channel."""
+    inside = any(layer.expert_channels is not None for layer in heads.layers)
+    if not inside and all(layer.channels is None for layer in heads.layers):
         return None
     dense, layers = heads.channels, len(heads.layers)
     kept = [dense if layer.channels is None else len(layer.channels) for layer in heads.layers]
+    if inside:
+        recorded = plan.family.get("expert_channels")
+        widest = max(x.expert_width or 0 for x in heads.layers)
+        dense = recorded if type(recorded) is int and recorded >= widest else None
+        kept = [dense if x.expert_width is None else x.expert_width for x in heads.layers]
     known = [size for size in kept if size is not None]
     amounts = ["all" if size is None else integer(size) for size in kept]
     whole = integer(dense) if dense else "not recorded"
-    if dense:
+    if inside:
+        note = "Channels of every expert: each keeps its own, as many as the others of its layer."
+        of = f" of {whole} channels of every expert" if dense else " channels of every expert"
+        shares = [of] * layers
+    elif dense:
         note = f"{integer(sum(known))} of {integer(dense * layers)} MLP channels stay."
         shares = [f" of {integer(dense)} channels, {percent(size / dense)}" for size in known]
     else:
@@ -139,8 +149,9 @@ def channels_part(heads: Heads) -> dict[str, Any] | None:
         shares = [" channels"] * layers
     return {
         "kept": kept,
-        "total": sum(known) if len(known) == layers else None,
-        "whole": dense * layers if dense else None,
+        "what": "Channels of every expert" if inside else "MLP channels",
+        "total": sum(known) if len(known) == layers and not inside else None,
+        "whole": dense * layers if dense and not inside else None,
         "most": dense or max(known),
         "note": note,
         "titles": [f"Layer {i}\n{amounts[i]}{shares[i]}" for i in range(layers)],
@@ -226,6 +237,7 @@ def _engines(place: Place, heads: Heads) -> Sequence[Engine]:
             (heads.channels or _SOME_WIDTH) if layer.channels is None else len(layer.channels),
             # Engines ask whether any go; how many the dense model has is not recorded.
             dropped_experts=int(layer.experts is not None),
+            dropped_channels=int(layer.expert_channels is not None),
         )
         for layer in plan.layers
     ]

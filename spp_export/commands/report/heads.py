@@ -104,7 +104,7 @@ class Heads:
         return [
             (
                 str(index),
-                "another mixer" if index in self.without_heads else f"{len(layer.query_heads)}{of}",
+                "none to cut" if index in self.without_heads else f"{len(layer.query_heads)}{of}",
                 ranges(layer.query_heads),
                 ranges(layer.kv_heads),
             )

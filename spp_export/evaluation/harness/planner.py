@@ -32,7 +32,7 @@ from spp_export.evaluation.harness.yardsticks import Rounding, rounded_projectio
 from spp_export.evaluation.oracle import masked_dense
 from spp_export.models.families import Role
 from spp_export.models.session import Session
-from spp_export.models.shape import Units, kept_share
+from spp_export.models.shape import Units, includes, kept_share
 from spp_export.planning import LayerPlan, Plan, compile_units, dense_plan, read_plan, validate_plan
 from spp_export.planning.budget import Budget
 from spp_export.planning.planner import requested_mixing, scoring_for
@@ -97,7 +97,8 @@ class Planner:
             "parameters": source.shape.parameters(shapes),
             "kv_bytes_per_token": source.shape.kv_bytes_per_token(shapes),
         }
-        of_mlps: Units = "experts" if any(source.shape.sparse) else "channels"
+        inside = source.shape.expert_channels and includes(row.units, "channels")
+        of_mlps: Units = "experts" if any(source.shape.sparse) and not inside else "channels"
         for units in ("heads", of_mlps):
             realised[f"{units.removesuffix('s')}_keep"] = kept_share(source.shape, shapes, units)
         return PlannedRow(layers, realised, Compensator(source, compiled, moments).projections())
@@ -186,6 +187,7 @@ def _plan_row(session: Session, plan: Plan, name: str) -> Row:
     heads, channels = (
         any(loses(layer, role, shape) for layer in plan.layers) for role in (Role.OUTPUT, Role.DOWN)
     )
+    channels = channels or any(layer.expert_channels is not None for layer in plan.layers)
     units: Units = "both" if heads and channels else "channels" if channels else "heads"
     if any(layer.experts is not None for layer in plan.layers):
         units = "all" if heads else "experts"

@@ -163,7 +163,7 @@ def source_notes(results: Results) -> list[str]:
 
 def units_name(units: str) -> str:
     """heads, channels or both, in words."""
-    return {"both": "heads and channels", "all": "heads and experts"}.get(units, units)
+    return {"both": "heads and channels", "all": "heads, channels and experts"}.get(units, units)
 
 
 def interval(figure: Interval, digits: int = 3) -> str:

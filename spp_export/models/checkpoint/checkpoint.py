@@ -22,9 +22,9 @@ from spp_export.models.families import (
     OWN,
     Family,
     TensorSpec,
-    decoder_settings,
     family_of,
     known_types,
+    layers_differ,
     record_of,
 )
 from spp_export.models.shape import LayerShape, Layout, ModelShape
@@ -119,7 +119,7 @@ def open_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
     that are malformed or do not hold exactly the tensors of the config.
     """
     config = read_config(path)
-    if "per_layer_config" in decoder_settings(config):
+    if layers_differ(config):
         return _open_slim(path, name, config)
     return _open_dense(path, name, config)
 
@@ -322,7 +322,7 @@ def _check_names(
             f"{path}: {_named(missing)} missing, which a {family.model_type} model of this "
             "config has. Fetch the model again, or correct config.json."
         )
-    unknown = [name for name in stored.keys() - specs.keys() if not family.is_obsolete(name)]
+    unknown = [name for name in stored.keys() - specs.keys() if not family.is_obsolete(name, shape)]
     if shape.tied_embeddings and head in unknown:
         unknown.remove(head)
         _check_tied_copy(stored[head], stored[f"{family.embedding}.weight"])
@@ -398,8 +398,8 @@ def _slim_layers(
 ) -> tuple[LayerShape, ...]:
     wrong = ModelError(
         f"{path / 'config.json'}: per_layer_config must give every one of the "
-        f"{shape.num_layers} layers its head counts and its width, and its experts where it has "
-        "fewer. Write the export again."
+        f"{shape.num_layers} layers its head counts and its width, and its experts and their width "
+        "where these are less. Write the export again."
     )
     if not isinstance(listed, Mapping) or len(listed) != shape.num_layers:
         raise wrong
@@ -438,7 +438,7 @@ def _slim_layer(entry: Any, family: Family, shape: ModelShape, sparse: bool) -> 
         return None
     if groups and (len(groups) != kv or sum(groups) != query):
         return None
-    experts = shape.experts
+    experts, narrower = shape.experts, 0
     if sparse and family.experts:
         known = [entry[name] for name in family.experts.counts(experts) if name in entry]
         if any(type(count) is not int or count != known[0] for count in known):
@@ -446,8 +446,13 @@ def _slim_layer(entry: Any, family: Family, shape: ModelShape, sparse: bool) -> 
         experts = known[0] if known else experts
         if not 1 <= experts <= shape.experts:
             return None
+        if shape.expert_channels:
+            width = entry.get(family.experts.width, shape.expert_channels)
+            if type(width) is not int or not 1 <= width <= shape.expert_channels:
+                return None
+            narrower, channels = shape.expert_channels - width, shape.channels
     groups = tuple(groups) if len(set(groups)) > 1 else ()
-    layer = LayerShape(query, kv, channels, groups, shape.experts - experts)
+    layer = LayerShape(query, kv, channels, groups, shape.experts - experts, narrower)
     return layer if layer.groups or layer.regular else None
 
 
@@ -459,7 +464,8 @@ def _slim_tensors(
     path: Path,
 ) -> dict[str, StoredTensor]:
     expected = {spec.name: spec.shape for spec in family.tensors(shape, layers)}
-    odd = sorted(name for name in expected.keys() ^ stored.keys() if not family.is_obsolete(name))
+    different = expected.keys() ^ stored.keys()
+    odd = sorted(name for name in different if not family.is_obsolete(name, shape))
     if odd:
         more = f" (and {len(odd) - 1} more)" if len(odd) > 1 else ""
         where = "missing" if odd[0] in expected else "not of this model"

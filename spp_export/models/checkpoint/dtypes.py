@@ -96,6 +96,11 @@ def from_float(values: Floats, dtype: str) -> Bits:
     return upper
 
 
+def as_stored(values: Floats, dtype: str) -> Floats:
+    """Values rounded as `from_float` does."""
+    return to_float(from_float(values, dtype), dtype)
+
+
 def _half(values: Floats) -> Bits:
     """By torch, which uses the processor's own conversion: numpy's takes twice as long, and for
     numbers below the smallest normal one fifty times."""

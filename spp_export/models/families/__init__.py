@@ -27,6 +27,7 @@ __all__ = [
     "family_of",
     "known",
     "known_types",
+    "layers_differ",
     "record_of",
     "vocabulary_size",
 ]
@@ -58,9 +59,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a parsed config.json; ModelError names what is unknown."""
     check_not_quantised(config)
     model_type = config.get("model_type")
-    if why := table.REFUSED.get(str(model_type)):
-        raise ModelError(f"config.json: {model_type} models cannot be sliced: {why}.")
-    if "per_layer_config" in decoder_settings(config):
+    if layers_differ(config):
         raise ModelError(
             "config.json: the checkpoint has per_layer_config, so its layers already differ. "
             "Slice the dense model it came from."
@@ -72,6 +71,17 @@ def family_of(config: Mapping[str, Any]) -> Family:
             f"{', '.join(known_types())}."
         )
     return family.of(config)
+
+
+def layers_differ(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json has sizes of single layers in which the stock class has all alike."""
+    listed = decoder_settings(config).get("per_layer_config")
+    if listed is None or str(config.get("model_type")).startswith(OWN):
+        return listed is not None
+    family = record_of(config)
+    own = set(family.by_layer if family else ())
+    layers = listed.values() if isinstance(listed, Mapping) else ({"": None},)
+    return not all(isinstance(layer, Mapping) and layer.keys() <= own for layer in layers)
 
 
 @contextmanager

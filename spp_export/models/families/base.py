@@ -16,7 +16,7 @@ from spp_export.common.errors import ModelError, PlanError
 from spp_export.common.json_files import shown
 from spp_export.models.families.computed import Computed
 from spp_export.models.families.experts import Experts, product
-from spp_export.models.families.mixers import Mixers
+from spp_export.models.families.mixers import Mixers, tensors_of
 from spp_export.models.families.nested import decoder_settings
 from spp_export.models.shape import (
     Costs,
@@ -71,7 +71,9 @@ class TensorSpec:
     None where nothing is ever cut. Where the axis has several parts, as in one tensor of queries,
     keys and values, `parts` says how many of which unit each has: one part after the other, or,
     `side_by_side`, unit by unit: the queries of a KV head, its key, its value. `expert` is the
-    number of the expert that it belongs to as a whole.
+    number of the expert that it belongs to as a whole. In a tensor of all experts, `wide` is the
+    axis of their channels, of which each keeps its own, and `form` what lies along it, as of
+    `ExpertTensor`.
     """
 
     name: str
@@ -84,6 +86,8 @@ class TensorSpec:
     parts: tuple[tuple[Unit, int], ...] = ()
     side_by_side: bool = False
     expert: int | None = None
+    wide: int | None = None
+    form: str = ""
 
 
 class Feature(StrEnum):
@@ -129,6 +133,8 @@ _REMARKS: Mapping[Feature, str] = {
 }
 
 
+# Where a slim config.json keeps the stock class's own per_layer_config.
+STOCK_LAYERS = "stock_per_layer_config"
 # How the names of a decoder beside a tower of vision, and of its head, begin on disk where not as
 # in memory.
 _STORED = (("model.", "lm_head."), ("language_model.model.", "language_model.lm_head."))
@@ -177,12 +183,14 @@ class Family:
     # What `logits_scaling` of config.json does to logits.
     scaled_logits: Literal["", "multiplied", "divided"] = ""
     # Values of config.json that the stock config class fills in, and switches that nobody handles
-    # where they are on, or "!name" where they are off.
+    # where they are on, or "!name" where they are off, or "name=value" where they are that.
     defaults: Mapping[str, Any] = field(default_factory=dict)
     refused: tuple[str, ...] = ()
     # What the stock config takes for theta where config.json says nothing of rotary settings; None
     # where it takes more than that.
     rope_theta: float | None = 10000.0
+    # Sizes that the stock config has for single layers, in its per_layer_config.
+    by_layer: tuple[str, ...] = ()
     # Layers rotate by their type.
     rope_by_type: bool = False
     # In one tensor: each KV head's queries, its key, its value. Else all queries, keys and values.
@@ -241,6 +249,10 @@ class Family:
     # What attention and its mask take that has a part for every query head.
     per_head: tuple[str, ...] = ()
     embedding: str = "model.embed_tokens"
+    # Further tensors beside the layers, and those of them of which a token reads a row, with sizes
+    # as in `Experts`.
+    outside: Mapping[str, str] = field(default_factory=dict)
+    tables: Mapping[str, str] = field(default_factory=dict)
     # The projections between embeddings of another size and the stream.
     embedding_projections: tuple[str, ...] = ()
     # A norm right after the embedding; the table of positions and its rows beyond those that
@@ -257,6 +269,8 @@ class Family:
     # Which layers see a sliding window: none, all (if the config has one), or those that the
     # config's layer_types name.
     sliding: Literal["none", "all", "listed"] = "none"
+    # In transformers 4 its routers or masks stay in float32, and fail beside float64.
+    single_in_4: bool = False
     # What the stock config takes for eos_token_id where config.json does not have the key.
     end_token: int | tuple[int, ...] | None = None
     # Buffers that old checkpoints carry and the config determines: left out of what is written.
@@ -309,6 +323,14 @@ class Family:
             elif not name:  # of no meaning here
                 config.pop(key, None)
         return {**config, **self.derive(config)}
+
+    def stock_layers(self, config: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+        """The per_layer_config that the stock class has of this config.json: sizes, by `by_layer`,
+        of layers in which they are not those of all."""
+        if not self.by_layer:
+            return {}
+        found: dict[str, dict[str, int]] = self._read(self.settings(config))[STOCK_LAYERS]
+        return found
 
     def counts(self, layer: LayerShape) -> dict[str, int]:
         """The stock config's keys of a layer's sizes, as far as it has them."""
@@ -420,27 +442,20 @@ class Family:
             return refusal
         if self.derived_head_dim == "attention":
             return f"attention of {self.model_type} models has no size of heads of its own"
-        if includes(units, "channels") and not self.mlp:
+        if includes(units, "channels") and not self.mlp and not self.experts:
             return f"the MLPs of {self.model_type} models are not cut"
         return ""
 
     def check_units(self, units: Units, shape: ModelShape) -> None:
         """ModelError where units are to go that models of this family, or this one, do not have or
         that are not cut."""
-        if includes(units, "channels"):
-            instead = "Use --units heads, experts or all."
+        if includes(units, "channels") and self.experts and not shape.expert_channels:
+            instead = "Use --units heads or experts."
             self.refuse((Feature.EXPERTS,), f"--units {units}", instead)
-        if not includes(units, "experts"):
-            return
-        if not any(shape.sparse):
+        if includes(units, "experts") and not any(shape.sparse):
             raise ModelError(
                 f"--units {units}: this {self.model_type} model has no experts. "
                 "Use --units heads, channels or both."
-            )
-        if shape.grouped_experts:
-            raise ModelError(
-                f"--units {units}: this {self.model_type} model routes to groups of experts "
-                "(n_group above 1), which are not cut. Use --units heads."
             )
 
     def bias_switch(self, role: Role) -> str:
@@ -464,9 +479,9 @@ class Family:
         """
         config = self._read(self.settings(config))
         for key in self.refused:
-            name = key.removeprefix("!")
+            name, _, given = key.removeprefix("!").partition("=")
             value = config.get(name)
-            if value is False if key != name else value:
+            if value == given if given else value is False if key[0] == "!" else value:
                 raise ModelError(
                     f"config.json: {name} is {shown(value)}; the record of the "
                     f"{self.model_type} family has no field for what comes with it."
@@ -534,10 +549,11 @@ class Family:
             "head_rows": sizes(self.query_rows, self.key_rows),
             "head_inputs": sizes(self.query_inputs, self.key_inputs),
             "cached": product(config, self.cached) if self.cached else 0,
+            "outside": tuple(tensors_of(config, self.outside)),
+            "tables": tuple(tensors_of(config, self.tables)),
         }
         if self.mixers:
-            names = ("mixers", "without_heads", "without_channels")
-            found |= dict(zip(names, self.mixers.read(config, layers), strict=True))
+            found |= self.mixers.read(config, layers)
         return found
 
     def changed(self, shape: ModelShape, **changes: Any) -> ModelShape:
@@ -568,7 +584,7 @@ class Family:
         mlp = whole - self._fixed(replace(bare, without_channels=first), no_channels)
         unread = 0 if shape.tied_embeddings else shape.vocab_size * shape.embedding_width
         alone = not (self.caches_queries or shape.cached)
-        unread += sum(prod(size) for _, size in shape.beside)
+        unread += sum(prod(size) for _, size in (*shape.beside, *shape.tables))
         sparse = next((mlp for mlp, has in zip(shape.mlps, shape.sparse, strict=False) if has), ())
         routed = sum(tensor.per_expert for tensor in sparse if tensor.routed)
         left_out = shape.experts - shape.experts_per_token
@@ -588,6 +604,7 @@ class Family:
             mlp,
             attention - whole + self._fixed(bare, no_heads),
             mlp - whole + self._fixed(bare, no_channels),
+            sum(tensor.per_channel for tensor in sparse),
         )
 
     def _fixed(self, shape: ModelShape, layer: LayerShape) -> int:
@@ -603,6 +620,8 @@ class Family:
         hidden = shape.hidden_size
         table = (shape.vocab_size, shape.embedding_width)
         yield TensorSpec(f"{self.embedding}.weight", table)
+        for name, size in (*shape.tables, *shape.outside):
+            yield TensorSpec(name, size)
         for name, size in self._norm(self.embedding_norm, shape):
             yield TensorSpec(name, size)
         if self.positions:
@@ -707,7 +726,7 @@ class Family:
         yield from whole(shape.mixers[index] if shape.mixers else ())
         experts = shape.experts - layer.dropped_experts
         for tensor in shape.mlps[index] if shape.mlps else ():
-            yield from self._expert_tensors(tensor, experts, index)
+            yield from self._expert_tensors(tensor, experts, layer.dropped_channels, index)
         for module, flag in map(_optional, self.more_norms):
             if not flag or flag in shape.switches:
                 yield from whole(self._norm(module, shape))
@@ -719,19 +738,29 @@ class Family:
         yield from whole(fixed)
 
     def _expert_tensors(
-        self, tensor: ExpertTensor, experts: int, index: int
+        self, tensor: ExpertTensor, experts: int, narrower: int, index: int
     ) -> Iterator[TensorSpec]:
-        """A tensor of a layer with so many experts, or one for each of them."""
+        """A tensor of a layer with so many experts, each by so many channels narrower than the
+        dense model's, or one for each of them."""
         name, axis, size = self.layer_name(index, tensor.name), tensor.axis, list(tensor.shape)
+        wide, form = tensor.wide, tensor.form
+        if wide is not None:
+            size[wide] -= narrower * form.count("C")
         if tensor.each:
+            one = TensorSpec(name, tuple(size), index)
+            if wide is not None:
+                step = 2 if form == "[CC]" else 1
+                parts = ((Unit.CHANNEL, size[wide] // 2),) * 2 if form == "CC" else ()
+                one = replace(one, unit=Unit.CHANNEL, axis=wide, step=step, parts=parts)
             for expert in range(experts):
-                one = name.replace("*", str(expert))
-                yield TensorSpec(one, tensor.shape, index, expert=expert)
+                yield replace(one, name=name.replace("*", str(expert)), expert=expert)
         elif axis is None:
             yield TensorSpec(name, tensor.shape, index)
         else:
             size[axis] = experts
-            yield TensorSpec(name, tuple(size), index, unit=Unit.EXPERT, axis=axis)
+            yield TensorSpec(
+                name, tuple(size), index, unit=Unit.EXPERT, axis=axis, wide=wide, form=form
+            )
 
     def _forms(self, roles: Mapping[Role, str]) -> dict[str, tuple[Role, str]]:
         """The modules of these roles, each with its first role and what its outputs count."""
@@ -766,6 +795,8 @@ class Family:
             return "all"
         if self.experts:
             return "experts"
+        if self.mixers and self.mixers.of_channels:
+            return ""
         return "channels" if self.keys.get("intermediate_size", "any") else ""
 
     def stock_accepts(self, shape: ModelShape) -> Callable[[int], bool]:
@@ -776,10 +807,13 @@ class Family:
             return lambda heads: heads == shape.query_heads
         return lambda heads: not self.heads_divide_hidden or shape.hidden_size % heads == 0
 
-    def is_obsolete(self, name: str) -> bool:
-        """Whether a stored tensor is a buffer of a layer that the config determines."""
-        layer, _, role = name.removeprefix(f"{self.layers}.").partition(".")
-        return layer.isdigit() and name.startswith(f"{self.layers}.") and role in self.obsolete
+    def is_obsolete(self, name: str, shape: ModelShape) -> bool:
+        """Whether a stored tensor is a buffer of a layer that the config determines, or one that
+        models do not read."""
+        place = name.removeprefix(f"{self.layers}.")
+        layer, _, role = place.partition(".")
+        known = role in self.obsolete or place in shape.unread
+        return layer.isdigit() and name.startswith(f"{self.layers}.") and known
 
 
 def _optional(norm: str) -> tuple[str, str]:

@@ -145,7 +145,7 @@ COMPUTED: Mapping[str, Computed] = {
     "gemma3_text": Computed(
         activation="hidden_activation", embedding=_root, scores=_query_scalar,
         score_cap="attn_logit_softcapping", logit_cap="final_logit_softcapping",
-        unknown=("use_bidirectional_attention",), llama_cpp="gemma3"),
+        llama_cpp="gemma3"),
     "olmo": Computed(1e-5, clip="clip_qkv"),
     "olmo2": Computed(),
     "olmo3": Computed(),
@@ -170,8 +170,7 @@ COMPUTED: Mapping[str, Computed] = {
     "falcon": Computed("layer_norm_epsilon", "activation", llama_cpp="falcon"),
     "bloom": Computed("layer_norm_epsilon", lambda c: "gelu_pytorch_tanh",
                       context=lambda c: getattr(c, "seq_length", None) or 2048,
-                      slopes=lambda c: _powers(c.n_head),
-                      unknown=("apply_residual_connection_post_layernorm",), llama_cpp="bloom"),
+                      slopes=lambda c: _powers(c.n_head), llama_cpp="bloom"),
     "mpt": Computed("layer_norm_epsilon", lambda c: "gelu", context="max_seq_len",
                     scores=lambda c: c.attn_config.softmax_scale,
                     clip=lambda c: c.attn_config.clip_qkv, slopes=_mpt_slopes),

@@ -26,12 +26,18 @@ class Experts:
     one that is `count` is a row or column for each expert; a tensor of size 0 is none. "key|other"
     is a key with two names, "name?key" a tensor that is there only if the key is true.
 
+    `width` is the key of how many channels an expert has; a size that has it in a tensor of experts
+    is as wide as they are, or, with "2*", as their gates and ups, which lie one after the other, or
+    channel by channel where `side_by_side`. `down` is the module that reads the channels, by its
+    last name. Channels are not cut where `width` is "".
+
     `count` and `routed` are keys: how many experts, and how many see a token; `groups`, where a
-    token is first routed to groups of them: how many groups. The rest are keys that say which
+    token is first routed to groups of them, each judged by its two best: how many groups there are,
+    and how many see a token. The rest are keys that say which
     layers have experts, all where there are none: from `first` on, up to `last` (-1 is the last
     one), every so many (`every`), and not those in the list `never`; where config.json has the list
-    `listed`, those in it and no others. `modules` are the names, in
-    memory, of what has experts and router, as one or another version of transformers has them.
+    `listed`, those in it and no others. `modules` are the names, in memory, of what has experts and
+    router, as one or another version of transformers has them.
     """
 
     tensors: Mapping[str, str]
@@ -43,8 +49,11 @@ class Experts:
     every: str = ""
     never: str = ""
     listed: str = ""
-    groups: str = ""
+    groups: tuple[str, str] | None = None
     modules: tuple[str, ...] = ("mlp",)
+    width: str = ""
+    down: str = "down_proj"
+    side_by_side: bool = False
 
     def read(self, config: Mapping[str, Any], layers: int) -> dict[str, Any]:
         """What a `ModelShape` has of them; ModelError names a size that is missing or
@@ -64,8 +73,45 @@ class Experts:
             "mlps": tuple(kinds[sparse] for sparse in places),
             "experts": count,
             "experts_per_token": min(count, _size(config, self.routed)),
-            "grouped_experts": bool(self.groups) and (value_of(config, self.groups) or 1) != 1,
+            **self._groups(config, count),
+            "expert_channels": _size(config, self.width) if self.width and any(places) else 0,
         }
+
+    def _groups(self, config: Mapping[str, Any], count: int) -> dict[str, int]:
+        groups, chosen = (value_of(config, key) or 1 for key in self.groups or ("", ""))
+        whole = type(groups) is int and type(chosen) is int and 1 <= chosen <= groups
+        if not whole or groups < 1 or count % groups:
+            raise ModelError(
+                f"config.json: a token is routed to {shown(chosen)} of {shown(groups)} groups of "
+                f"{count} experts ({' and '.join(self.groups or ())}), which is not possible. "
+                "Fetch the model again."
+            )
+        return {"expert_groups": groups, "chosen_groups": chosen}
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """The modules of a layer beside its experts whose width follows from that of experts, and
+        which stay as they are."""
+        names = [
+            name.rpartition("?")[0] or name
+            for name, sizes in self.tensors.items()
+            if self.width and not self._routed(name, sizes) and self.width in _words(sizes)
+        ]
+        return tuple(dict.fromkeys(name.rsplit(".", 2)[0] for name in names))
+
+    @property
+    def down_axis(self) -> int:
+        """The axis of channels in the weights of all experts in one [E,...] that read them, as they
+        are in memory even where each has a tensor on disk. Only where channels are cut."""
+        return next(
+            wide + (_EACH in name)
+            for name, sizes in self.tensors.items()
+            if self.down in name.split(".") and (wide := self._wide(name, sizes)) is not None
+        )
+
+    def is_down(self, tensor: ExpertTensor) -> bool:
+        """Whether a tensor is the weights that read the channels of experts."""
+        return self.down in tensor.name.split(".") and tensor.wide is not None
 
     def counts(self, count: int) -> dict[str, int]:
         """A number of experts by all its names: each version of transformers reads one."""
@@ -82,8 +128,23 @@ class Experts:
             shape = tuple(count if word == _EACH else product(config, word) for word in words)
             axes = [axis for axis, word in enumerate(words) if word in (_EACH, self.count)]
             if prod(shape):
-                routed = _EACH in name or _EACH in words
-                yield ExpertTensor(name, shape, axes[0] if axes else None, routed)
+                routed, wide = self._routed(name, sizes), self._wide(name, sizes)
+                form = ""
+                if wide is not None:
+                    form = "C" if words[wide] == self.width else "CC"
+                    form = f"[{form}]" if form == "CC" and self.side_by_side else form
+                axis = axes[0] if axes else None
+                yield ExpertTensor(name, shape, axis, routed, wide, form)
+
+    def _routed(self, name: str, sizes: str) -> bool:
+        return _EACH in name or _EACH in sizes.split()
+
+    def _wide(self, name: str, sizes: str) -> int | None:
+        """The axis of a tensor that counts the channels of an expert."""
+        if not self.width or not self._routed(name, sizes):
+            return None
+        found = [axis for axis, word in enumerate(sizes.split()) if self.width in word.split("*")]
+        return found[0] if found else None
 
     def _has_experts(self, config: Mapping[str, Any], layer: int) -> bool:
         first = _size(config, self.first) if self.first else 0
@@ -106,6 +167,10 @@ class Experts:
             and (layer + 1) % every == 0
             and layer not in (never or ())
         )
+
+
+def _words(sizes: str) -> list[str]:
+    return [key for word in sizes.split() for term in word.split("+") for key in term.split("*")]
 
 
 def product(config: Mapping[str, Any], word: str) -> int:

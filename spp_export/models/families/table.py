@@ -7,6 +7,7 @@ from typing import Any
 
 from spp_export.models.families.base import Family, Feature
 from spp_export.models.families.experts import Experts
+from spp_export.models.families.gemma4 import GEMMA4
 from spp_export.models.families.mixers import Mixers
 from spp_export.models.families.vision import Wrapper
 
@@ -23,6 +24,8 @@ _POST_NORMS: Any = {
     "more_norms": ("post_attention_layernorm", "post_feedforward_layernorm"),
 }
 _GEMMA = {Feature.SHIFTED_NORM, Feature.ACTIVATION, Feature.MULTIPLIERS}
+# A model that sees what follows a token, as those do that embed texts.
+_BOTH_WAYS = ("use_bidirectional_attention",)
 _POSITIONS = Feature.POSITIONS
 # Every query head has a KV head of its own.
 _EVERY_HEAD = {"num_key_value_heads": ""}
@@ -131,10 +134,15 @@ _SCORED = {
     **_mlp("mlp.shared_experts", "moe_intermediate_size*n_shared_experts"),
 }
 _DENSE = _mlp("mlp", "intermediate_size")
-_STEPS: Any = {"every": "decoder_sparse_step", "never": "mlp_only_layers"}
-_FIRST: Any = {"first": "first_k_dense_replace", "groups": "n_group"}
+_WIDTH: Any = {"width": "moe_intermediate_size"}
+_STEPS: Any = {**_WIDTH, "every": "decoder_sparse_step", "never": "mlp_only_layers"}
+_FIRST: Any = {**_WIDTH, "first": "first_k_dense_replace", "groups": ("n_group", "topk_group")}
 _LOCAL = ("num_local_experts|num_experts", "num_experts_per_tok")
-_BLOCK: Any = {"modules": ("mlp", "block_sparse_moe")}
+_BLOCK: Any = {
+    "modules": ("mlp", "block_sparse_moe"),
+    "width": "intermediate_size",
+    "down": "w2",
+}
 _BLOCK_SPARSE = {
     "block_sparse_moe.gate.weight": "num_local_experts|num_experts hidden_size",
     "block_sparse_moe.experts.*.w1.weight": "intermediate_size hidden_size",
@@ -378,17 +386,28 @@ FAMILIES = (
            _features(Feature.PARALLEL, _LAYER_NORM, Feature.MULTIPLIERS, Feature.ROTARY), **_BIASES,
            mlp_norm="", defaults=_TIED, sliding="listed", derived_head_dim="config",
            end_token=255001),
-    Family("gemma", "GemmaForCausalLM", frozenset(_GEMMA), **_BIASES,
+    Family("gemma", "GemmaForCausalLM", frozenset(_GEMMA), **_BIASES, refused=_BOTH_WAYS,
            defaults={"head_dim": 256, **_TIED}, end_token=1),
     Family("gemma2", "Gemma2ForCausalLM", _features(*_GEMMA, Feature.SANDWICH, Feature.SOFTCAP),
            **_BIASES, **_SANDWICH, heads_divide_hidden=True, sliding="listed",
-           defaults={"head_dim": 256, **_TIED}, end_token=1),
+           refused=_BOTH_WAYS, defaults={"head_dim": 256, **_TIED}, end_token=1),
     Family("gemma3_text", "Gemma3ForCausalLM",
            _features(*_GEMMA, Feature.SANDWICH, Feature.SOFTCAP, Feature.ROTARY), **_BIASES,
            **_SANDWICH, qk_norm=True, heads_divide_hidden=True, sliding="listed", rope_theta=None,
-           rope_by_type=True,
+           rope_by_type=True, refused=_BOTH_WAYS,
            config_class="Gemma3TextConfig", decoder_class="Gemma3TextModel",
            defaults={"head_dim": 256, **_TIED}, end_token=1),
+    Family("gemma4_text", "Gemma4ForCausalLM",
+           _features(Feature.ACTIVATION, Feature.MULTIPLIERS, Feature.SANDWICH, Feature.SOFTCAP,
+                     Feature.ROTARY, Feature.MIXERS), **_BIASES, **_SANDWICH, **GEMMA4,
+           qk_norm=True, fixed={"layer_scalar": (1,)}, sliding="listed", rope_theta=None,
+           rope_by_type=True, end_token=1,
+           config_class="Gemma4TextConfig", decoder_class="Gemma4TextModel",
+           defaults={
+               **_TIED, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 30,
+               "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+               "vocab_size": 262144, "vocab_size_per_layer_input": 262144,
+               "hidden_size_per_layer_input": 256}),
     Family("olmo", "OlmoForCausalLM", _features(_LAYER_NORM, Feature.BARE_NORM), **_BIASES,
            norm_weight=False, end_token=50279),
     Family("phi", "PhiForCausalLM",
@@ -439,7 +458,8 @@ FAMILIES = (
            **_NO_MLP, **_QK_NORMS, derived_head_dim="attention", end_token=50279,
            defaults={"num_local_experts": 64, "num_experts_per_tok": 8},
            experts=Experts({"mlp.gate.weight": f"{_COUNTS[0]} hidden_size",
-                            **_mlp("mlp.experts.*", "intermediate_size")}, *_COUNTS)),
+                            **_mlp("mlp.experts.*", "intermediate_size")}, *_COUNTS,
+                           width="intermediate_size")),
     Family("minimax_m2", "MiniMaxM2ForCausalLM",
            _features(Feature.EXPERTS, Feature.WIDE_NORM, Feature.ROTARY), **_NO_MLP, **_QK_NORMS,
            defaults={"head_dim": 128, "num_local_experts": 256, "num_experts_per_tok": 8},
@@ -475,21 +495,22 @@ FAMILIES = (
                "mlp.experts.gate_up_proj": "* hidden_size 2*intermediate_size",
                "mlp.experts.gate_up_proj_bias": "* 2*intermediate_size",
                "mlp.experts.down_proj": "* intermediate_size hidden_size",
-               "mlp.experts.down_proj_bias": "* hidden_size"}, *_LOCAL)),
+               "mlp.experts.down_proj_bias": "* hidden_size"}, *_LOCAL,
+               width="intermediate_size", side_by_side=True)),
     Family("granitemoe", "GraniteMoeForCausalLM", _features(Feature.EXPERTS, Feature.MULTIPLIERS),
            **_BIASES, **_NO_MLP, defaults={"num_local_experts": 8, "num_experts_per_tok": 2},
            derived_head_dim="attention", scaled_logits="divided", end_token=2, experts=Experts({
                "block_sparse_moe.router.layer.weight": f"{_LOCAL[0]} hidden_size",
                "block_sparse_moe.input_linear.weight": "* 2*intermediate_size hidden_size",
                "block_sparse_moe.output_linear.weight": "* hidden_size intermediate_size"},
-               *_LOCAL, **_BLOCK)),
+               *_LOCAL, **{**_BLOCK, "down": "output_linear"})),
     Family("glm4_moe", "Glm4MoeForCausalLM", _features(Feature.EXPERTS, Feature.ROTARY),
            **_NO_MLP, qkv_bias="attention_bias", qk_norm="use_qk_norm", rope_theta=None,
            defaults={"n_routed_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 8,
-                     "moe_intermediate_size": 1408, "first_k_dense_replace": 1},
+                     "moe_intermediate_size": 1408, "first_k_dense_replace": 1}, single_in_4=True,
            experts=Experts(_SCORED, *_ROUTED, _DENSE, **_FIRST)),
     Family("dots1", "Dots1ForCausalLM", _features(Feature.EXPERTS), **_BIASES, **_NO_MLP,
-           qk_norm=True, sliding="listed",
+           qk_norm=True, sliding="listed", single_in_4=True,
            defaults={"first_k_dense_replace": 0, "moe_intermediate_size": 1408},
            experts=Experts(_SCORED, *_ROUTED, _DENSE, **_FIRST)),
     Family("llama4_text", "Llama4ForCausalLM", _features(Feature.EXPERTS, Feature.ROTARY),
@@ -503,10 +524,10 @@ FAMILIES = (
                "feed_forward.experts.down_proj": "* intermediate_size hidden_size",
                **_mlp("feed_forward.shared_expert", "intermediate_size")}, *_LOCAL,
                _mlp("feed_forward", "intermediate_size_mlp"), every="interleave_moe_layer_step",
-               listed="moe_layers", modules=("feed_forward",))),
+               listed="moe_layers", modules=("feed_forward",), width="intermediate_size")),
     Family("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", _features(Feature.EXPERTS, Feature.ROTARY),
            qkv_bias="use_bias", output_bias="use_bias", **_NO_MLP, head_bias="use_bias",
-           rope_theta=500000.0, end_token=2, defaults={
+           rope_theta=500000.0, end_token=2, single_in_4=True, defaults={
                **_TIED, "moe_num_experts": 64, "moe_num_shared_experts": 2, "moe_k": 6,
                "moe_intermediate_size": 1536, "moe_layer_start_index": 1,
                "moe_layer_end_index": -1, "moe_layer_interval": 1},
@@ -518,7 +539,7 @@ FAMILIES = (
                        "use_bias")},
                "moe_num_experts", "moe_k", _mlp("mlp", "intermediate_size", "use_bias"),
                first="moe_layer_start_index", last="moe_layer_end_index",
-               every="moe_layer_interval")),
+               every="moe_layer_interval", **_WIDTH)),
     Family("qwen3_5_text", "Qwen3_5ForCausalLM", frozenset(_QWEN_NEXT_FEATURES), **_QWEN_NEXT,
            defaults=_QWEN_NEXT_SIZES, mixers=_delta_nets("qkv", "z", "b", "a"),
            config_class="Qwen3_5TextConfig", decoder_class="Qwen3_5TextModel"),
@@ -535,14 +556,14 @@ FAMILIES = (
                **_QWEN_NEXT_SIZES, "num_experts": 256, "num_experts_per_tok": 8,
                "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512},
            keys={"intermediate_size": "moe_intermediate_size"},
-           experts=Experts(_WITH_SHARED, *_COUNTS),
+           experts=Experts(_WITH_SHARED, *_COUNTS, **_WIDTH),
            config_class="Qwen3_5MoeTextConfig", decoder_class="Qwen3_5MoeTextModel"),
     Family("deepseek_v3", "DeepseekV3ForCausalLM",
            _features(Feature.EXPERTS, Feature.MIXERS, Feature.LATENT, Feature.ROTARY), **_MLA,
            **_NO_MLP, end_token=1, defaults={
                **_MLA_SIZES, "n_routed_experts": 256, "n_shared_experts": 1,
                "num_experts_per_tok": 8, "moe_intermediate_size": 2048,
-               "first_k_dense_replace": 3, "n_group": 8},
+               "first_k_dense_replace": 3, "n_group": 8, "topk_group": 4}, single_in_4=True,
            experts=Experts(_SCORED, *_ROUTED, _DENSE, **_FIRST)),
     Family("deepseek_v2", "DeepseekV2ForCausalLM",
            _features(Feature.EXPERTS, Feature.MIXERS, Feature.LATENT, Feature.ROTARY), **_MLA,
@@ -555,7 +576,7 @@ FAMILIES = (
     Family("minimax", "MiniMaxForCausalLM",
            _features(Feature.EXPERTS, Feature.MIXERS, Feature.MULTIPLIERS), **_NO_MLP,
            derive=_minimax, sliding="all", rope_theta=1000000.0, end_token=2, mixers=Mixers(
-               "lightning attention", {
+               "layers of lightning attention", {
                    "self_attn.norm.weight": _LIGHTNING,
                    "self_attn.qkv_proj.weight": f"3*{_LIGHTNING} hidden_size",
                    "self_attn.out_proj.weight": f"hidden_size {_LIGHTNING}",
@@ -679,7 +700,9 @@ FAMILIES = (
            embedding_norm="transformer.word_embeddings_layernorm", per_head=("alibi",),
            keys={"num_attention_heads": "n_head", "num_hidden_layers": "n_layer",
                  "hidden_size": "n_embed", "intermediate_size": "", **_EVERY_HEAD},
-           derive=four_times, defaults=_TIED, end_token=2),
+           derive=four_times, defaults=_TIED, end_token=2,
+           # With the second its projections are not called as modules, and have no biases.
+           refused=("apply_residual_connection_post_layernorm", "slow_but_exact")),
     Family("mpt", "MptForCausalLM",
            _features(Feature.NO_GATE, _LAYER_NORM, Feature.ALIBI, Feature.FUSED),
            **{**_TRANSFORMER, "layers": "transformer.blocks",
@@ -689,7 +712,7 @@ FAMILIES = (
            embedding="transformer.wte", per_head=("position_bias",),
            keys={"num_attention_heads": "n_heads", "num_hidden_layers": "n_layers",
                  "hidden_size": "d_model", "intermediate_size": "", **_EVERY_HEAD},
-           derive=_mpt, defaults={"expansion_ratio": 4, **_TIED}),
+           derive=_mpt, defaults={"expansion_ratio": 4, **_TIED}, single_in_4=True),
     Family("gpt_neo", "GPTNeoForCausalLM",
            _features(Feature.NO_GATE, _LAYER_NORM, _POSITIONS, Feature.MULTIPLIERS),
            **_TRANSFORMER,
@@ -737,15 +760,8 @@ WRAPPERS = (
     Wrapper("gemma3", "Gemma3ForConditionalGeneration", "gemma3_text", defaults={
         "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
         "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262208}),
+    Wrapper("gemma4", "Gemma4ForConditionalGeneration", "gemma4_text"),
     Wrapper("smolvlm", "SmolVLMForConditionalGeneration", "llama", "model.text_model"),
     Wrapper("internvl", "InternVLForConditionalGeneration", "qwen2"),
 )
 # fmt: on
-
-_GEMMA4 = (
-    "heads of full attention are of another size than those of sliding attention (global_head_dim) "
-    "and may take keys for values (attention_k_eq_v), and the last layers read the keys and values "
-    "of others (num_kv_shared_layers); a record has one size of heads, and KV heads in every layer"
-)
-# Model types that no record can tell of, and why.
-REFUSED = {"gemma4": _GEMMA4, "gemma4_text": _GEMMA4}

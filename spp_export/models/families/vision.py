@@ -38,9 +38,10 @@ class Wrapper:
             )
         prefix = self.architecture.removesuffix("ForConditionalGeneration")
         moved: dict[str, Any] = {
-            name: f"{self.decoder}.{getattr(text, name).removeprefix('model.')}"
-            for name in ("layers", "embedding", "final_norm")
+            name: self._moved(getattr(text, name)) for name in ("layers", "embedding", "final_norm")
         }
+        for name in ("outside", "tables"):
+            moved[name] = {self._moved(place): size for place, size in getattr(text, name).items()}
         return replace(
             text,
             model_type=self.model_type,
@@ -52,3 +53,6 @@ class Wrapper:
             defaults={**text.defaults, **self.defaults},
             **moved,
         )
+
+    def _moved(self, name: str) -> str:
+        return f"{self.decoder}.{name.removeprefix('model.')}"

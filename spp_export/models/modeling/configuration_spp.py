@@ -25,6 +25,8 @@ _PART = "Part"
 _TEXT = "text_config"
 # Which of the ways to compute attention and experts is taken.
 _IMPLEMENTATIONS = {"_attn_implementation_internal", "_experts_implementation_internal"}
+# What a stock class of its own has for single layers, in the words of `per_layer_config`.
+_STOCK_LAYERS = "stock_per_layer_config"
 # What a config keeps of `per_layer_config`: itself, or since transformers 5.14 what it became.
 _PER_LAYER = ("per_layer_config", "_heterogeneity_spec")
 
@@ -34,7 +36,8 @@ class _PerLayerConfig:
 
     `per_layer_config` maps a layer index (int, or digits as JSON has them) to the keys in which
     that layer departs from the rest of the config. `query_groups` among them, in ragged models,
-    says how many consecutive query heads each KV head serves. modeling_spp.py says what
+    says how many consecutive query heads each KV head serves. Where the stock class has sizes of
+    its own for single layers, `stock_per_layer_config` has these. modeling_spp.py says what
     `per_layer_modules` and `biased_projections` are.
 
     `model_type` is the stock one, by which transformers knows how to read weights; config.json has
@@ -101,7 +104,7 @@ class _PerLayerConfig:
         vars(part).update(self._state(), model_config=self)
         for name, value in changes.items():
             setattr(part, name, value)
-        return part
+        return _with_stock_layers(part)
 
     def _state(self) -> dict[str, Any]:
         """A copy of what this config says, without its per-layer part and without that of the
@@ -113,7 +116,7 @@ class _PerLayerConfig:
             # Of the very class that transformers finds a decoder by.
             stock = _empty(_stock(type(text).__name__))
             vars(stock).update(text._state())
-            parts[_TEXT] = stock
+            parts[_TEXT] = _with_stock_layers(stock)
         rest = {key: value for key, value in state.items() if key not in parts}
         return {**copy.deepcopy(rest), **parts}
 
@@ -191,7 +194,17 @@ class _PartConfig:
 def _taken_out(kwargs: dict[str, Any]) -> Any:
     """The per-layer part, out of what a stock config is made of."""
     kwargs.pop("model_type", None)  # it would hide that of the class
-    return kwargs.pop("per_layer_config", None)
+    listed = kwargs.pop("per_layer_config", None)
+    if kwargs.get(_STOCK_LAYERS):
+        kwargs["per_layer_config"] = kwargs[_STOCK_LAYERS]
+    return listed
+
+
+def _with_stock_layers(part: Any) -> Any:
+    """A stock config, with what its class has for single layers."""
+    if stock := vars(part).get(_STOCK_LAYERS):
+        part.per_layer_config = stock
+    return part
 
 
 def _text_of(given: dict[str, Any]) -> dict[str, Any] | None:

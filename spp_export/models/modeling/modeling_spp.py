@@ -13,10 +13,11 @@ first, and by all names that versions of transformers have for them; `narrow` in
 attention whose config has no size of heads, `wide` for an MLP whose width is given by what is as
 wide, `per_head` for an attention that is given something for every head of the dense model, as
 scores that are biased by distance are; `stays` lists the layers in which a module is another mixer,
-or not there, and stays as it is; `empty` is for layers of which a plan kept no attention or no MLP:
-by the count that is 0 there, the module, its last projection, whose bias stays, and the norms that
-go. `biased_projections` names modules of a layer, such as `mlp.down_proj`, that have a bias where
-the stock model has none.
+or not there, and stays as it is; `kept` names what stays as it is inside a module that differs, as
+an MLP beside experts that are narrower; `empty` is for layers of which a plan kept no attention or
+no MLP: by the count that is 0 there, the module, its last projection, whose bias stays, and the
+norms that go. `biased_projections` names modules of a layer, such as `mlp.down_proj`, that have a
+bias where the stock model has none.
 See configuration_spp.py for why this file imports so little.
 """
 
@@ -218,6 +219,7 @@ def _graft(layer: nn.Module, config: Any, index: int, listed: Mapping[str, Any])
         donor = type(layer)(own, index)
         for name in modules:
             if hasattr(layer, name):  # not by another version's name
+                _keep(listed.get("kept", ()), name, getattr(layer, name), getattr(donor, name))
                 setattr(layer, name, getattr(donor, name))
     for side, places in listed.get("wide", {}).items():
         for place in places:
@@ -239,6 +241,14 @@ def _graft(layer: nn.Module, config: Any, index: int, listed: Mapping[str, Any])
         linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
     for key in empty:
         _empty(layer, key, *listed["empty"][key])
+
+
+def _keep(places: Sequence[str], name: str, old: nn.Module, new: nn.Module) -> None:
+    """Give `new`, a module that takes the place of `old`, those parts of it that stay."""
+    for place in places:
+        parent, _, part = place.rpartition(".")
+        if parent == name and hasattr(old, part):
+            setattr(new, part, getattr(old, part))
 
 
 def _narrow(

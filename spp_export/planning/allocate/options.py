@@ -235,11 +235,11 @@ def ragged_options(
 
 @dataclass(frozen=True, slots=True)
 class NestedOptions:
-    """The widths of L layers of I channels, or numbers of experts of those that have any; each
-    keeps the units of every smaller one.
+    """The widths of L layers of I channels; each keeps the units of every smaller one.
 
     widths: ascending, the last is I. value: [L,W], the worth of every width. rank: [L,I], the
-    place of a unit in its layer, best first.
+    place of a unit in its layer, best first; of channels of experts [L,E,F], that in its expert,
+    each of which keeps as many.
     """
 
     widths: tuple[int, ...]
@@ -247,8 +247,8 @@ class NestedOptions:
     rank: IntArray
 
     def kept(self, widths: ArrayLike) -> BoolArray:
-        """Kept units [L,I] at `widths` [L]."""
-        return self.rank < np.reshape(widths, (-1, 1))
+        """Kept units [L,I], or [L,E,F], at `widths` [L]."""
+        return self.rank < np.reshape(widths, (-1, *[1] * (self.rank.ndim - 1)))
 
 
 def channel_options(
@@ -266,19 +266,102 @@ def channel_options(
     return _nested(scores, channel_widths(channels, multiple, none=none))
 
 
-def expert_options(scores_SE: ArrayLike, shape: ModelShape) -> NestedOptions:
-    """All numbers of experts that the S layers which have any may keep, at least as many as a token
-    is routed to, with those of highest score, ties to the lowest index.
+def expert_channel_options(
+    scores_LU: ArrayLike, shape: ModelShape, multiple: int = 64
+) -> NestedOptions:
+    """All widths of the experts of every layer, each with its own channels of highest score, ties
+    to the lowest index.
 
-    scores_SE: [S,E] finite, of any sign. Raises PlanError as `channel_options` does.
+    scores_LU: [L,E*F] finite, of any sign, expert by expert; of layers without experts they are not
+    read. Widths are the multiples of `multiple`, and F. Raises PlanError as `channel_options` does.
     """
-    layers, experts = sum(shape.sparse), shape.experts
+    count, width = shape.experts, shape.expert_channels
+    layers, names = shape.num_layers, {"unit": "channel", "plural": "channels of all experts"}
+    flat = checked(scores_LU, layers, count * width, **names)
+    widths = channel_widths(width, multiple)
+    of_experts = _nested(flat.reshape(layers * count, width), widths)
+    value = of_experts.value.reshape(layers, count, -1).sum(axis=1)
+    return NestedOptions(widths, value, of_experts.rank.reshape(layers, count, width))
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertOptions:
+    """Every number of experts that the S layers which have any may keep, with every width of these.
+
+    counts and widths: ascending, the last are E and F. value: [S,C,W], the worth of every size.
+    rank: [S,W,E], the place of an expert among those of a width, best first. channels: the places
+    [S,E,F] of channels in their expert; None where all of them stay.
+    """
+
+    counts: tuple[int, ...]
+    widths: tuple[int, ...]
+    value: FloatArray
+    rank: IntArray
+    channels: IntArray | None = None
+
+    def places(self, counts: ArrayLike, widths: ArrayLike) -> tuple[IntArray, IntArray]:
+        """Where sizes [S] are in `value`, along its second and third axis."""
+        return np.searchsorted(self.counts, counts), np.searchsorted(self.widths, widths)
+
+    def kept(self, counts: ArrayLike, widths: ArrayLike) -> tuple[BoolArray, BoolArray | None]:
+        """Kept experts [S,E] at these sizes [S], and channels [S,E,F] of all experts."""
+        _, at = self.places(counts, widths)
+        experts = self.rank[np.arange(len(self.rank)), at] < np.reshape(counts, (-1, 1))
+        if self.channels is None:
+            return experts, None
+        return experts, self.channels < np.reshape(widths, (-1, 1, 1))
+
+
+def expert_options(
+    scores_SE: ArrayLike,
+    shape: ModelShape,
+    channels_SU: ArrayLike | None = None,
+    multiple: int = 64,
+) -> ExpertOptions:
+    """All numbers of experts that the S layers which have any may keep, with those of highest
+    score, ties to the lowest index; where a token is routed to groups of them, as many of each.
+
+    scores_SE: [S,E] finite, of any sign. channels_SU: [S,E*F], expert by expert, at least 0; where
+    these are given, experts may also be narrower, to multiples of `multiple`, and one then has the
+    share of its score that its channels keep of theirs. Raises PlanError as `channel_options` does.
+    """
+    layers, experts, width = sum(shape.sparse), shape.experts, shape.expert_channels
     scores = checked(scores_SE, layers, experts, unit="expert", plural="experts")
-    return _nested(scores, tuple(range(shape.experts_per_token, experts + 1)))
+    counts = shape.expert_counts
+    widths: tuple[int, ...] = (width,)
+    channels, of_width = None, scores[:, None]
+    if channels_SU is not None:
+        names = {"unit": "channel", "plural": "channels of all experts"}
+        flat = checked(channels_SU, layers, experts * width, **names)
+        nested = _nested(flat.reshape(layers * experts, width), channel_widths(width, multiple))
+        widths, channels = nested.widths, nested.rank.reshape(layers, experts, width)
+        whole = nested.value[:, -1:]
+        even = np.broadcast_to(np.array(widths) / width, nested.value.shape)
+        share = np.divide(nested.value, whole, out=even.copy(), where=whole > 0)
+        of_width = (scores.reshape(-1, 1) * share).reshape(layers, experts, -1).swapaxes(1, 2)
+    best = [_of_groups(rows, shape) for rows in of_width.swapaxes(0, 1)]
+    value = np.stack([options.value for options in best], axis=2)
+    return ExpertOptions(
+        counts, widths, value, np.stack([options.rank for options in best], axis=1), channels
+    )
+
+
+def _of_groups(scores: FloatArray, shape: ModelShape) -> NestedOptions:
+    """Options that keep as many of every group of experts: the best of every group, then the second
+    of every group, and so on."""
+    layers, experts = scores.shape
+    groups = scores.reshape(layers, shape.expert_groups, -1)
+    best = np.argsort(-groups, axis=-1, kind="stable")
+    best += np.arange(0, experts, experts // shape.expert_groups)[:, None]
+    return _ordered(scores, best.swapaxes(1, 2).reshape(layers, experts), shape.expert_counts)
 
 
 def _nested(scores: FloatArray, widths: tuple[int, ...]) -> NestedOptions:
-    order = np.argsort(-scores, axis=-1, kind="stable")
+    return _ordered(scores, np.argsort(-scores, axis=-1, kind="stable"), widths)
+
+
+def _ordered(scores: FloatArray, order: IntArray, widths: tuple[int, ...]) -> NestedOptions:
+    """Options that keep the first units in an order, of [L,I] scores."""
     kept_score = np.cumsum(np.take_along_axis(scores, order, axis=-1), axis=-1)
     kept_score = np.pad(kept_score, ((0, 0), (1, 0)))
     return NestedOptions(widths, kept_score[:, np.array(widths)], places(order, axis=-1))

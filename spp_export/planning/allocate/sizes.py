@@ -15,7 +15,12 @@ from numpy.typing import ArrayLike, NDArray
 from spp_export.common.arrays import BoolArray, FloatArray, IntArray
 from spp_export.common.errors import BudgetError
 from spp_export.models.shape import LayerShape, ModelShape
-from spp_export.planning.allocate.options import NestedOptions, Options, regular_sizes
+from spp_export.planning.allocate.options import (
+    ExpertOptions,
+    NestedOptions,
+    Options,
+    regular_sizes,
+)
 from spp_export.planning.knapsack import Choice, choose
 from spp_export.planning.latency import LatencyTable
 
@@ -48,10 +53,17 @@ class Candidates:
     def nested(
         cls, options: NestedOptions, costs: ArrayLike, has_units: Sequence[bool] = ()
     ) -> Candidates:
-        """Width, or number of experts, `options.widths[i]` at i. costs: [W] or [L,W], as for
-        heads."""
+        """Width `options.widths[i]` at i. costs: [W] or [L,W], as for heads."""
         costs = np.broadcast_to(costs, options.value.shape)
         return cls._of(options.value, costs, has_units)
+
+    @classmethod
+    def of_experts(cls, options: ExpertOptions, costs: IntArray) -> Candidates:
+        """Number `options.counts[c]` of width `options.widths[w]` at c*W + w, of layers that have
+        experts. costs: [C,W]."""
+        flat = (len(options.value), costs.size)
+        worth = options.value.reshape(flat)
+        return cls(worth, np.broadcast_to(costs.ravel(), flat))
 
     @classmethod
     def _of(cls, value: FloatArray, cost: NDArray[Any], has_units: Sequence[bool]) -> Candidates:
@@ -90,17 +102,20 @@ def head_costs(
 def width_costs(
     shape: ModelShape, widths: Sequence[int], latency: LatencyTable | None = None
 ) -> IntArray:
-    """Cost [W] of a layer of every width, in parameters of gate, up and down, or with a table in
-    nanoseconds of an MLP block."""
+    """Cost [W] of a layer of every width, in parameters of gate, up and down, of all its experts if
+    it has any, or with a table in nanoseconds of an MLP block."""
     if latency is not None:
         return latency.mlp_cost(widths)
     return np.array(widths, dtype=np.int64) * shape.channel_parameters
 
 
-def expert_costs(shape: ModelShape, counts: Sequence[int]) -> IntArray:
-    """Cost [W] of a layer of each number of experts, in parameters of these and their rows of the
-    router."""
-    return np.array(counts, dtype=np.int64) * shape.counted.expert
+def expert_costs(shape: ModelShape, counts: Sequence[int], widths: Sequence[int]) -> IntArray:
+    """Cost [C,W] of a layer of each number of experts of each width, in parameters of these and
+    their rows of the router."""
+    costs = shape.counted
+    narrower = shape.expert_channels - np.array(widths, dtype=np.int64)
+    each = costs.expert - costs.expert_channel * narrower
+    return np.multiply.outer(np.array(counts, dtype=np.int64), each)
 
 
 def smallest_cost(candidates: Sequence[Candidates], *, some: bool = False) -> int:
@@ -161,8 +176,9 @@ def _padded(rows: NDArray[Any], columns: int, fill: float) -> NDArray[Any]:
 
 @dataclass(frozen=True, slots=True)
 class UniformSizes:
-    """Every size that all layers might share [N], by KV groups, heads per group, then channels or
-    experts. `experts` is of layers that have any; where none does, 0.
+    """Every size that all layers of a model of `shape` might share [N], by KV groups, heads per
+    group, then experts, then channels. `channels` are those of an MLP, or of each expert; `experts`
+    is of layers that have any; where none does, 0.
 
     value: total worth, -inf where forced heads do not fit. cost: of all layers together. stock:
     whether the stock config takes the count of query heads.
@@ -172,7 +188,7 @@ class UniformSizes:
     kv_heads: IntArray
     channels: IntArray
     experts: IntArray
-    dense_experts: int
+    shape: ModelShape
     value: FloatArray
     cost: IntArray
     stock: BoolArray
@@ -184,11 +200,11 @@ class UniformSizes:
 
     def layer(self, index: int) -> LayerShape:
         """The size at `index`, of a layer with experts where some have any."""
-        return LayerShape(
+        return self.shape.sized(
             int(self.query_heads[index]),
             int(self.kv_heads[index]),
             int(self.channels[index]),
-            dropped_experts=self.dense_experts - int(self.experts[index]),
+            self.shape.experts - int(self.experts[index]),
         )
 
     def cheapest(self, among: BoolArray) -> int | None:
@@ -219,7 +235,7 @@ def uniform_sizes(
     kind: CostKind,
     accepts: Callable[[int], bool],
     latency: LatencyTable | None = None,
-    experts: NestedOptions | None = None,
+    experts: ExpertOptions | None = None,
 ) -> UniformSizes:
     """All sizes of the units given; those of a kind that is None stay, and cost nothing.
 
@@ -227,11 +243,11 @@ def uniform_sizes(
     is that.
     """
     query, groups = np.array([shape.query_heads]), np.array([shape.kv_heads])
-    widths = np.array([shape.channels])
+    widths = np.array([shape.width])
     head_value, head_cost = np.zeros(1), np.zeros(1, dtype=np.int64)
     width_value, width_cost = np.zeros(1), np.zeros(1, dtype=np.int64)
     stock = np.ones(1, dtype=bool)
-    has_heads, has_channels = np.array(shape.has_heads), np.array(shape.has_channels)
+    has_heads, has_channels = np.array(shape.has_heads), np.array(shape.has_widths)
     if heads is not None:
         a, b = regular_sizes(shape.kv_heads, shape.group_size)
         query, groups = (a * b).ravel(), (a * np.ones_like(b)).ravel()
@@ -243,17 +259,20 @@ def uniform_sizes(
         width_cost = width_costs(shape, channels.widths, latency) * has_channels.sum()
     counts = np.full(len(widths), shape.experts)
     if experts is not None:
-        assert channels is None, "of MLPs go channels or experts"
-        counts, width_value = np.array(experts.widths), experts.value.sum(axis=0)
-        width_cost = expert_costs(shape, experts.widths) * len(experts.value)
-        widths = np.full(len(counts), shape.channels)
+        assert channels is None, "channels of experts are among the options of these"
+        sizes = len(experts.counts), len(experts.widths)
+        counts = np.repeat(experts.counts, sizes[1])
+        widths = np.tile(experts.widths if shape.expert_channels else shape.width, sizes[0])
+        width_value = experts.value.sum(axis=0).ravel()
+        costs = expert_costs(shape, experts.counts, experts.widths)
+        width_cost = costs.ravel() * len(experts.value)
     count = len(widths)
     return UniformSizes(
         query_heads=np.repeat(query, count),
         kv_heads=np.repeat(groups, count),
         channels=np.tile(widths, len(query)),
         experts=np.tile(counts, len(query)),
-        dense_experts=shape.experts,
+        shape=shape,
         value=np.add.outer(head_value, width_value).ravel(),
         cost=np.add.outer(head_cost, width_cost).ravel(),
         stock=np.repeat(stock, count),
