@@ -144,6 +144,8 @@ def test_what_config_json_leaves_out_is_as_the_stock_class_has_it(name: str) -> 
         named["layers_block_type"] = ["full_attention", "mlp"]
     if name == "gpt_neo":  # its default is of 24 layers
         named["attention_types"] = [[["global", "local"], 1]]
+    if name == "deepseek_v3":  # its default is of 8 groups
+        named["n_routed_experts"] = 16
     settings: Any = stock(**named, pad_token_id=0)
     shape = family.read_shape({"model_type": name, **named}, 4)
     whole = settings.to_dict()

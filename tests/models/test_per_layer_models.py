@@ -29,6 +29,7 @@ from factories import (
     shape_of,
     write_slim,
 )
+from old_transformers import since_5
 from pairs import few, of_family
 from transformers import AutoModel, AutoModelForCausalLM, Lfm2Config, PreTrainedModel
 
@@ -296,6 +297,7 @@ def test_an_adapter_learns_on_all_projections_and_merges(pair):
     torch.testing.assert_close(logits(merged, tokens()), after, rtol=1e-3, atol=1e-3)
 
 
+@since_5("it has no such check")
 def test_layer_types_keep_the_names_that_the_stock_model_knows(monkeypatch):
     def rename(config):
         config.layer_types = ["linear_attention" for _ in config.layer_types]

@@ -6,6 +6,7 @@ import json
 
 import pytest
 from family_models import make_dense, make_slim
+from old_transformers import ABSENT, since_5
 
 from spp_export.models.checkpoint.checkpoint import open_source
 from spp_export.models.engines import engines_for
@@ -52,7 +53,7 @@ def test_vllm_makes_the_experts_of_all_layers_alike():
     [
         ("granite", "logit_scale", 1 / 3),
         ("granitemoe", "logit_scale", 1 / 3),
-        ("hyperclovax", "logit_scale", 3.0),
+        pytest.param("hyperclovax", "logit_scale", 3.0, marks=since_5(ABSENT)),
         ("opt", "hidden_size_per_head", 8),
         ("gpt_bigcode", "hidden_size_per_head", 8),
         ("llama", "hidden_size_per_head", None),
