@@ -49,7 +49,8 @@ _PER_LAYER_MODULES = {"layers": "layers", "modules": ["self_attn", "mlp"]}
 # Where a config of a model that sees has that of its decoder.
 _TEXT = "text_config"
 # What transformers has chosen for a decoder when it was made.
-_IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_internal")
+_EXPERTS = "_experts_implementation_internal"
+_IMPLEMENTATIONS = ("_attn_implementation_internal", _EXPERTS)
 # An attention that spp_export registers, and that takes keys and values as they are cached.
 _UNEVEN_ATTENTION = "spp_ragged"
 # What vLLM's Transformers backend sets: an attention that no cache of ours stands before.
@@ -171,19 +172,34 @@ class _PerLayerModel:
     """Put before a stock model class, gives every layer the modules of its own config."""
 
     config: Any
+    _stock: Any
 
     @classmethod
     def is_custom_code(cls) -> bool:
         """False: the weights have the names of the stock class, and are read by its rules."""
         return False
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """As of the stock class: transformers finds out by reading the module of a class."""
+        return bool(cls._stock._can_set_attn_implementation())
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return bool(cls._stock._can_set_experts_implementation())
+
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        decoder_config = getattr(config, _TEXT, config)
+        if getattr(decoder_config, _EXPERTS, "") is None:
+            # Grouped products, the default, take no experts whose width is not a multiple of 16
+            # bytes, as that of a layer may be.
+            setattr(decoder_config, _EXPERTS, "eager")
         whole = config.part({})
         parent: Any = super()
         parent.__init__(whole, *args, **kwargs)
         model: Any = self
         # Of the decoder, which may be a part of the model.
-        own, made_from = getattr(config, _TEXT, config), getattr(whole, _TEXT, whole)
+        own, made_from = decoder_config, getattr(whole, _TEXT, whole)
         # Modules beside the layers keep the config that they were made from: rotary embeddings
         # read head counts again when weights have been loaded.
         parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
@@ -349,6 +365,7 @@ def _model_class(name: str) -> type[Any]:
     attributes = {
         "__module__": __name__,
         "__qualname__": name,  # by which a pickle finds it
+        "_stock": stock,
         "config_class": config_class(own),
         "_auto_class": _auto_class(stock),
     }
