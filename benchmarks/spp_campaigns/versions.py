@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made = parser(__doc__, writes=True)
     made.add_argument("commit", help="the earlier version")
     made.add_argument("--rounds", type=int, default=3)
+    made.add_argument("--only", choices=("planning", "onnx"), help="leave out the other")
     options = made.parse_args(arguments)
     here = Path(sys.executable)
     demo_model()
@@ -100,12 +102,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "now": (here, _ROOT, ()),
             "now, without answers": (here, _ROOT, ("--answer-tokens", "0")),
         }
-        plans: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
-        graphs: dict[str, list[dict[str, float]]] = {"before": [], "now": []}
-        for _ in range(options.rounds):
+        plans: dict[str, list[dict[str, float]]] = defaultdict(list)
+        graphs: dict[str, list[dict[str, float]]] = defaultdict(list)
+        for _ in range(options.rounds if options.only != "onnx" else 0):
             for name, (python, root, more) in ways.items():
                 plans[name].append(planning(python, root, place.resolve() / "cache", *more))
-        for _ in range(options.rounds):
+        for _ in range(options.rounds if options.only != "planning" else 0):
             graphs["before"].append(onnx(there, earlier, _EARLIER_CAMPAIGNS, place))
             graphs["now"].append(onnx(here, _ROOT, "spp_campaigns", place))
         subprocess.run(
