@@ -34,6 +34,10 @@ OTHER_IN_OLD = {"apertus", "ernie4_5_moe", "falcon_h1", "lfm2"}
 # Stock models of transformers 4 that fail in float64.
 SINGLE_IN_OLD = {"deepseek_v3", "dots1", "glm4_moe", "mpt"}
 SINGLE_TOLERANCE = 1e-4
+# A stock model whose recurrence is in float32 in transformers 4, whatever was asked: dense ones are
+# up to 3e-4 from those of 5.
+COARSE_IN_OLD = {"qwen3_next"}
+COARSE_TOLERANCE = 1e-3
 # Stock models that fail with a static cache, or continue a text otherwise than with any other.
 WITHOUT_STATIC_CACHE = {"gpt_neo"}
 WITHOUT_STATIC_CACHE |= {"deepseek_v2", "deepseek_v3", "olmoe"} if OLD else set()
@@ -172,6 +176,8 @@ def check_logits(model: torch.nn.Module, expected: dict[str, torch.Tensor]) -> f
     worst = (logits[real] - expected["logits"][real]).abs().max().item()
     single = next(model.parameters()).dtype == torch.float32
     limit = SINGLE_TOLERANCE if single else TOLERANCE
+    if OLD and model.config.model_type in COARSE_IN_OLD:
+        limit = COARSE_TOLERANCE
     require(worst <= limit, f"logits differ by {worst:.1e}")
     return worst
 
