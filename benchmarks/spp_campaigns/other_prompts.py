@@ -106,9 +106,8 @@ def judge(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     dense = AutoModelForCausalLM.from_pretrained(dense_path, dtype=torch.float32).eval()
-    slim = AutoModelForCausalLM.from_pretrained(
-        slim_path, dtype=torch.float32, trust_remote_code=True
-    ).eval()
+    # By the classes that `import spp_export` registers, so that no code of a checkpoint is run.
+    slim = AutoModelForCausalLM.from_pretrained(slim_path, dtype=torch.float32).eval()
     torch.manual_seed(seed)
     sums: list[tuple[float, int, int]] = []
     for start in range(0, len(prompts), _ROWS):
