@@ -94,8 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = made.parse_args(arguments)
     here = Path(sys.executable)
     demo_model()
-    with scratch(options) as place:
-        earlier = install(options.commit, place.resolve())
+    with scratch(options) as temporary:
+        place = temporary.resolve()
+        earlier = install(options.commit, place)
         there = earlier / ".venv/bin/python"
         ways: dict[str, tuple[Path, Path, Sequence[str]]] = {
             "before": (there, earlier, ()),
@@ -106,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         graphs: dict[str, list[dict[str, float]]] = defaultdict(list)
         for _ in range(options.rounds if options.only != "onnx" else 0):
             for name, (python, root, more) in ways.items():
-                plans[name].append(planning(python, root, place.resolve() / "cache", *more))
+                plans[name].append(planning(python, root, place / "cache", *more))
         for _ in range(options.rounds if options.only != "planning" else 0):
             graphs["before"].append(onnx(there, earlier, _EARLIER_CAMPAIGNS, place))
             graphs["now"].append(onnx(here, _ROOT, "spp_campaigns", place))
