@@ -540,6 +540,11 @@ class ExpertWrites(Observer):
         self.routed[layer] += (squares > 0).sum(0)
         self.tokens[layer] += len(squares)
 
+    @property
+    def named(self) -> dict[str, Tensor]:
+        """The sums, by what they are called in a file of statistics."""
+        return {"square": self.squares, "length": self.lengths, "routed": self.routed}
+
     def taken(self, layer: int) -> Iterable[Tensor]:
         """As of `Observer`."""
         return [self._sums[:, layer], self.tokens[layer : layer + 1]]
@@ -567,6 +572,11 @@ class ExpertChannelSquares(Observer):
         chosen = rows[:, 0].long().cpu()
         self.sums[layer].index_add_(0, chosen, rows[:, 1:].double().square().cpu())
         self.tokens[layer] += len(values)
+
+    @property
+    def named(self) -> dict[str, Tensor]:
+        """As of `ExpertWrites`."""
+        return {"square": self.sums}
 
     def taken(self, layer: int) -> Iterable[Tensor]:
         """As of `Observer`."""

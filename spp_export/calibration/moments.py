@@ -367,7 +367,7 @@ def _one_pass(
 ) -> None:
     from spp_export.calibration.activations import Router, observe, token_batches
 
-    sums: list[dict[str, BlockSums | LossSums | ExpertSums | ExpertChannelSums]] = []
+    sums: list[dict[str, BlockSums | LossSums | ExpertSums]] = []
     batches: list[TokenBatch] = []
     # A batch is of one part, so that each part's sums are what a pass over it alone gives.
     for part in parts:
@@ -413,12 +413,10 @@ def _one_pass(
 
 def _sums(
     kind: str, shape: ModelShape, batches: Sequence[TokenBatch]
-) -> BlockSums | LossSums | ExpertSums | ExpertChannelSums:
+) -> BlockSums | LossSums | ExpertSums:
     """What gathers statistics of a kind; the batches have gradients where it needs them."""
-    if kind == "experts":
-        return ExpertSums(shape)
-    if kind == _CHANNELS:
-        return ExpertChannelSums(shape)
+    if kind in ("experts", _CHANNELS):
+        return ExpertSums(kind, shape)
     return LossSums(kind, shape, batches) if kind.endswith(LOSS) else BlockSums(kind, shape)
 
 
@@ -557,76 +555,53 @@ class BlockSums:
 
 
 class ExpertSums:
-    """Observers of what experts write and of the stream after the MLP; else as of `BlockSums`."""
+    """Observers of the stream after the MLP and, by the kind of statistics, of what experts write
+    or of what their channels give; else as of `BlockSums`."""
 
-    def __init__(self, shape: ModelShape) -> None:
-        from spp_export.calibration.activations import ExpertWrites, StreamSensitivity
+    def __init__(self, kind: str, shape: ModelShape) -> None:
+        from spp_export.calibration.activations import (
+            ExpertChannelSquares,
+            ExpertWrites,
+            StreamSensitivity,
+        )
         from spp_export.models.routing import check_routed_writes
 
         check_routed_writes()
-        self._size, self._seen = (shape.num_layers, shape.experts), _layers_seen("experts", shape)
-        self._writes = ExpertWrites(*self._size)
-        self._stream = StreamSensitivity(shape.num_layers, "stream_per_write")
+        self._seen, self._layers = _layers_seen(kind, shape), shape.num_layers
+        self._of_experts: ExpertChannelSquares | ExpertWrites
+        if kind == _CHANNELS:
+            size = (shape.experts, shape.expert_channels)
+            self._of_experts = ExpertChannelSquares(self._layers, *size)
+        else:
+            self._of_experts = ExpertWrites(self._layers, shape.experts)
+        self._stream = StreamSensitivity(self._layers, "stream_per_write")
 
     @property
     def observers(self) -> tuple[Observer, ...]:
         """The observers to attach while the model runs."""
-        return self._writes, self._stream
+        return self._of_experts, self._stream
 
     @property
     def sizes(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
         """As of `BlockSums`."""
-        layers, experts = self._size
-        names = [f"{name}/{layer}" for name in _EXPERTS for layer in self._seen]
-        each = np.dtype(np.float32), (experts,)
-        return {"sensitivity": (np.dtype(np.float64), (layers,)), **dict.fromkeys(names, each)}
+        return {
+            "sensitivity": (np.dtype(np.float64), (self._layers,)),
+            **{
+                f"{name}/{layer}": (np.dtype(np.float32), tuple(of.shape[1:]))
+                for name, of in self._of_experts.named.items()
+                for layer in self._seen
+            },
+        }
 
     def averages(self, layer: int) -> dict[str, FloatArray]:
         """As of `BlockSums`."""
-        writes, tokens = self._writes, max(int(self._writes.tokens.max()), 1)
-        sums = {"square": writes.squares, "length": writes.lengths, "routed": writes.routed}
+        tokens = max(int(self._of_experts.tokens.max()), 1)
         averages: dict[str, FloatArray] = {}
         if layer in self._seen:
             averages = {
-                f"{name}/{layer}": (of[layer] / tokens).float().numpy() for name, of in sums.items()
+                f"{name}/{layer}": (of[layer] / tokens).float().numpy()
+                for name, of in self._of_experts.named.items()
             }
-        if layer == self._size[0] - 1:
-            averages["sensitivity"] = (self._stream.sums / tokens).numpy()
-        return averages
-
-
-class ExpertChannelSums:
-    """Observers of what the channels of experts give and of the stream after the MLP; else as of
-    `BlockSums`."""
-
-    def __init__(self, shape: ModelShape) -> None:
-        from spp_export.calibration.activations import ExpertChannelSquares, StreamSensitivity
-        from spp_export.models.routing import check_routed_writes
-
-        check_routed_writes()
-        self._seen, self._layers = _layers_seen(_CHANNELS, shape), shape.num_layers
-        self._size = shape.experts, shape.expert_channels
-        self._squares = ExpertChannelSquares(shape.num_layers, *self._size)
-        self._stream = StreamSensitivity(shape.num_layers, "stream_per_write")
-
-    @property
-    def observers(self) -> tuple[Observer, ...]:
-        """The observers to attach while the model runs."""
-        return self._squares, self._stream
-
-    @property
-    def sizes(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
-        """As of `BlockSums`."""
-        each = np.dtype(np.float32), self._size
-        squares = {f"square/{layer}": each for layer in self._seen}
-        return {"sensitivity": (np.dtype(np.float64), (self._layers,)), **squares}
-
-    def averages(self, layer: int) -> dict[str, FloatArray]:
-        """As of `BlockSums`."""
-        tokens = max(int(self._squares.tokens.max()), 1)
-        averages: dict[str, FloatArray] = {}
-        if layer in self._seen:
-            averages[f"square/{layer}"] = (self._squares.sums[layer] / tokens).float().numpy()
         if layer == self._layers - 1:
             averages["sensitivity"] = (self._stream.sums / tokens).numpy()
         return averages

@@ -66,18 +66,15 @@ def masked_dense(
                 width = shape.channels if role is Role.DOWN else shape.query_heads * shape.head_dim
                 if len(inputs) < width:
                     handles.append(_mask_input(module, width, inputs))
-            if layer.shape(shape).dropped_experts:
-                stay = frozenset(layer.experts or ())
-                gone = [expert for expert in range(shape.experts) if expert not in stay]
+            if layer.experts is not None or layer.expert_channels is not None:
                 block = expert_block(model, family, index)
                 assert block is not None, f"layer {index} has no experts"
-                stack.enter_context(without_experts(block, gone))
-            if layer.expert_channels is not None:
-                block = expert_block(model, family, index)
-                assert block is not None, f"layer {index} has no experts"
-                experts = range(shape.experts) if layer.experts is None else layer.experts
-                own = {expert: layer.channels_of(expert) or () for expert in experts}
-                stack.enter_context(without_channels(block, family, own))
+                stay = range(shape.experts) if layer.experts is None else layer.experts
+                if gone := sorted(set(range(shape.experts)) - set(stay)):
+                    stack.enter_context(without_experts(block, gone))
+                if layer.expert_channels is not None:
+                    own = {expert: layer.channels_of(expert) or () for expert in stay}
+                    stack.enter_context(without_channels(block, family, own))
             for name, kept in _kept_in_norms(family, layer, index, specs).items():
                 norm = model.get_submodule(family.layer_name(index, name))
                 handles.append(_norm_kept(norm, kept))

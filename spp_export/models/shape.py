@@ -422,6 +422,14 @@ class ModelShape:
         """Parameters that go with the channels of the experts of these layers, all of the model."""
         return self.counted.expert_channel * self.expert_channels_in(layers)
 
+    def expert_widths(self, layers: Sequence[LayerShape]) -> list[int]:
+        """How many channels every expert keeps, of those of these layers, all of the model, that
+        have experts whose channels can go."""
+        if not self.expert_channels:
+            return []
+        widths = zip(self.widths(layers), self.sparse, strict=True)
+        return [width for width, sparse in widths if sparse]
+
     def expert_channels_in(self, layers: Sequence[LayerShape]) -> int:
         """Channels of all experts of these layers, all of the model, that can go."""
         if not self.expert_channels:

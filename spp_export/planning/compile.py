@@ -400,10 +400,7 @@ def _expert_sizes(
 ) -> tuple[list[int], list[int]]:
     """Numbers of experts and their widths, of the layers that have any."""
     counts = [count for count in shape.experts_in(shapes) if count]
-    if not shape.expert_channels:
-        return counts, list(experts.widths) * len(counts)
-    of_layers = zip(shape.widths(shapes), shape.sparse, strict=True)
-    return counts, [width for width, sparse in of_layers if sparse]
+    return counts, shape.expert_widths(shapes) or list(experts.widths) * len(counts)
 
 
 def _score(

@@ -302,11 +302,9 @@ def _check_uniform(plan: Plan, shape: ModelShape) -> None:
             f"plan keeps {min(counts)} experts in one layer and {max(counts)} in another. A "
             "uniform layout needs the same in every layer; use layout per-layer."
         )
-    layers = zip(plan.layer_shapes(shape), shape.sparse, strict=True)
-    narrower = {layer.dropped_channels for layer, sparse in layers if sparse}
-    if len(narrower) > 1:
+    widths = shape.expert_widths(plan.layer_shapes(shape))
+    if len(set(widths)) > 1:
         raise PlanError(
-            f"plan keeps {shape.expert_channels - max(narrower)} channels of every expert in one "
-            f"layer and {shape.expert_channels - min(narrower)} in another. A uniform layout needs "
-            "the same in every layer; use layout per-layer."
+            f"plan keeps {min(widths)} channels of every expert in one layer and {max(widths)} in "
+            "another. A uniform layout needs the same in every layer; use layout per-layer."
         )

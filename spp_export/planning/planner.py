@@ -273,9 +273,8 @@ def _on_experts(shape: ModelShape, layers: Sequence[LayerPlan]) -> list[str]:
 
 def _on_expert_channels(shape: ModelShape, layers: Sequence[LayerPlan]) -> list[str]:
     """What a reader of a plan has to be told of experts' channels that go."""
-    shapes = [layer.shape(shape) for layer in layers]
-    kept = [n for n, own in zip(shape.widths(shapes), shape.sparse, strict=True) if own]
-    if not shape.expert_channels or min(kept) == shape.expert_channels:
+    kept = shape.expert_widths([layer.shape(shape) for layer in layers])
+    if not kept or min(kept) == shape.expert_channels:
         return []
     each = " to ".join(str(count) for count in sorted({min(kept), max(kept)}))
     return [

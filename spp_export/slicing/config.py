@@ -192,15 +192,12 @@ def _uniform(family: Family, shape: ModelShape, layers: Sequence[LayerShape]) ->
             f"layers have {min(counts)} to {max(counts)} experts; layout 'uniform' needs as many "
             "in every layer that has any. Use layout 'per-layer'."
         )
-    pairs = zip(layers, shape.sparse, strict=True)
-    narrower = {layer.dropped_channels for layer, sparse in pairs if sparse}
-    if len(narrower) > 1:
+    if len(widths := set(shape.expert_widths(layers))) > 1:
         raise PlanError(
-            f"experts have {shape.expert_channels - max(narrower)} to "
-            f"{shape.expert_channels - min(narrower)} channels; layout 'uniform' needs as many in "
-            "every layer that has any. Use layout 'per-layer'."
+            f"experts have {min(widths)} to {max(widths)} channels; layout 'uniform' needs as many "
+            "in every layer that has any. Use layout 'per-layer'."
         )
-    if any(narrower) and family.experts and family.experts.beside:
+    if widths - {shape.expert_channels} and family.experts and family.experts.beside:
         raise PlanError(
             f"layout 'uniform': the config of the {family.model_type} family gives experts and the "
             "MLPs beside them one width. Keep all channels of experts, or use layout 'per-layer'."
