@@ -25,6 +25,8 @@ import check_vllm  # first: sets what vLLM reads from the environment
 import torch
 import transformers
 import vllm
+from answers import random_prompts
+from checking import attempt, require
 from compressed_tensors.quantization import disable_quantization
 from transformers import AutoModelForCausalLM
 
@@ -64,9 +66,7 @@ def main() -> int:
     # Before vLLM runs: its Transformers backend changes classes of transformers for good.
     references = {name: references_of(directory / name) for name in able}
     failed = [
-        name
-        for name in able
-        if not check_vllm.attempt(name, check, directory / name, *references[name])
+        name for name in able if not attempt(name, check, directory / name, *references[name])
     ]
     print(f"vLLM {vllm.__version__}, transformers {transformers.__version__}: ", end="")
     print(f"{len(able)} checks, {len(failed)} failed, {len(names) - len(able)} not run")
@@ -85,7 +85,7 @@ def dtype_of(name: str) -> torch.dtype:
 
 def prompts() -> list[list[int]]:
     """Token ids."""
-    return check_vllm.random_prompts(97)
+    return random_prompts(97)
 
 
 @torch.no_grad()
@@ -100,7 +100,7 @@ def with_transformers(path: Path, dtype: torch.dtype, *, exact: bool) -> torch.T
     """Log-probabilities of the prompts' tokens; `exact`: without rounding activations."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=True)
     home = type(model).__module__.partition(".")[0]
-    check_vllm.require(home == "transformers_modules", f"transformers runs classes of {home}")
+    require(home == "transformers_modules", f"transformers runs classes of {home}")
     model(torch.tensor([[3]]))  # unpacks the weights
     if exact:
         model.apply(disable_quantization)
@@ -118,7 +118,7 @@ def check(path: Path, exact: torch.Tensor, rounding: float) -> str:
         name, found = with_vllm(path, options)
         away = distance(found, exact)
         said += f"; {way} {name} {away:.3f}"
-        check_vllm.require(away <= ROUNDING * rounding, said)
+        require(away <= ROUNDING * rounding, said)
     return said
 
 

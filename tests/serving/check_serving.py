@@ -16,11 +16,9 @@ import argparse
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -28,7 +26,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import transformers
+from checking import WrongResultError, free_port, require, wait_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SOURCES = Path(__file__).resolve().parents[2]
@@ -43,10 +44,6 @@ QUESTION = "Sulfuric acid is"
 NEW_TOKENS = 8
 # Seconds: until a server answers, and until an answer comes.
 STARTING, ANSWERING = 120, 60
-
-
-class WrongResultError(Exception):
-    """A server did not start, or answered something else."""
 
 
 def main() -> int:
@@ -110,18 +107,11 @@ def server(module: tuple[str, ...], scratch: Path, *options: str) -> Iterator[st
         )
         try:
             url = f"http://localhost:{port}"
-            wait_for(url, process, log)
+            wait_for(url, process, log, STARTING, ANSWERING)
             yield url
         finally:
             process.terminate()
             process.wait(timeout=STARTING)
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return int(probe.getsockname()[1])
 
 
 def environment(scratch: Path) -> dict[str, str]:
@@ -135,19 +125,6 @@ def environment(scratch: Path) -> dict[str, str]:
         "NO_COLOR": "1",
         "COLUMNS": "200",
     }
-
-
-def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Return once the server is well."""
-    last = time.monotonic() + STARTING
-    while time.monotonic() < last:
-        require(process.poll() is None, f"the server ended: {log.read_text()[-400:]}")
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=ANSWERING):
-                return
-        except (urllib.error.URLError, ConnectionError):
-            time.sleep(0.2)
-    raise WrongResultError(f"the server did not answer in {STARTING} s")
 
 
 def answers(url: str, model: Path) -> str:
@@ -238,12 +215,6 @@ def pieces(response: Any) -> Iterator[str]:
 def whole(text: str) -> str:
     """What a stream gives of a text: not the bytes at its end that only begin a character."""
     return text.rstrip("\ufffd").strip()
-
-
-def require(condition: bool, complaint: str) -> None:
-    """WrongResultError with the complaint unless the condition holds."""
-    if not condition:
-        raise WrongResultError(complaint)
 
 
 if __name__ == "__main__":

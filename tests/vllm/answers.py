@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from checking import require
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 # Nats: between the log-probabilities that two programs compute in fp32.
@@ -13,10 +14,6 @@ TOLERANCE = 2e-3
 # A page of the KV cache has 128 tokens.
 PROMPT_TOKENS = (3, 40, 150)
 NEW_TOKENS = 8
-
-
-class WrongResultError(Exception):
-    """vLLM computes something else, or says nothing of what it cannot."""
 
 
 class Answer(NamedTuple):
@@ -71,9 +68,3 @@ def compare(expected: list[Answer], found: list[Answer]) -> float:
         worst = max(worst, *(abs(one - other) for one, other in pairs))
     require(worst <= TOLERANCE, f"log-probabilities differ by {worst:.1e}")
     return worst
-
-
-def require(condition: bool, complaint: str) -> None:
-    """WrongResultError with the complaint unless the condition holds."""
-    if not condition:
-        raise WrongResultError(complaint)

