@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from spp_bench.provenance import versions
 from spp_export.common.disk import publish_file
 from spp_export.common.json_files import dump_json
 from spp_export.common.versions import cpu_name
+from spp_export.models.hub import cache_directory
 
 
 def parser(description: str | None, *, writes: bool = False) -> argparse.ArgumentParser:
@@ -30,6 +32,18 @@ def scratch(options: argparse.Namespace) -> Iterator[Path]:
     """A temporary directory in `--dir`."""
     with TemporaryDirectory(prefix="spp-", dir=options.dir) as directory:
         yield Path(directory)
+
+
+@contextmanager
+def empty_cache(directory: Path) -> Iterator[dict[str, str]]:
+    """The environment of a run with nothing in its cache, a new `directory`, but the default model;
+    the cache is gone afterwards."""
+    directory.mkdir()
+    (directory / "models").symlink_to(cache_directory() / "models")
+    try:
+        yield {**os.environ, "SPP_CACHE": str(directory)}
+    finally:
+        shutil.rmtree(directory)
 
 
 def finish(options: argparse.Namespace, document: Mapping[str, Any], *lines: str) -> None:

@@ -9,13 +9,11 @@ published.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +21,8 @@ import numpy as np
 import psutil
 from safetensors.numpy import load_file
 
-from spp_campaigns.command import finish, machine, parser, scratch
-from spp_export.models.hub import cache_directory, demo_model
+from spp_campaigns.command import empty_cache, finish, machine, parser, scratch
+from spp_export.models.hub import demo_model
 
 _SCENARIO = "benchmarks/data/scenarios/chemistry.txt"
 _POLL_S = 0.2
@@ -43,7 +41,7 @@ def planned(
 ) -> tuple[Any, Mapping[str, Mapping[str, Any]]]:
     """The layers of the scenario's plan, and the statistics by file that were gathered for it."""
     plan = place / f"plan-{processes}.json"
-    with _cache(place / f"cache-{processes}") as environment:
+    with empty_cache(place / f"cache-{processes}") as environment:
         asked = ("plan", "--scenario", scenario, "-o", str(plan), "--quiet")
         subprocess.run(command(processes, *asked), env=environment, check=True)
         files = sorted(Path(environment["SPP_CACHE"], "statistics").glob("*.safetensors"))
@@ -67,7 +65,7 @@ def farthest(found: Mapping[str, Mapping[str, Any]], one: Mapping[str, Mapping[s
 def killed(place: Path, scenario: str) -> list[str]:
     """Our lines on stderr of an export whose second process is killed in the middle of its work."""
     out = place / "killed"
-    with _cache(place / "cache-killed") as environment:
+    with empty_cache(place / "cache-killed") as environment:
         asked = command(2, "export", "--scenario", scenario, "-o", str(out), "--quiet")
         running = subprocess.Popen(
             asked, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -92,14 +90,6 @@ def _of_rank(torchrun: int, rank: str) -> psutil.Process | None:
         except psutil.Error:  # it ends
             continue
     return None
-
-
-@contextmanager
-def _cache(directory: Path) -> Iterator[dict[str, str]]:
-    """The environment of a run with nothing in its cache but the default model."""
-    directory.mkdir()
-    (directory / "models").symlink_to(cache_directory() / "models")
-    yield {**os.environ, "SPP_CACHE": str(directory)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import shutil
 import statistics
 import subprocess
 import sys
@@ -22,8 +21,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spp_campaigns.command import finish, machine, parser, scratch
-from spp_export.models.hub import cache_directory, demo_model
+from spp_campaigns.command import empty_cache, finish, machine, parser, scratch
+from spp_export.models.hub import demo_model
 
 _ROOT = Path(__file__).resolve().parents[2]
 _SCENARIO = "benchmarks/data/scenarios/chemistry.txt"
@@ -49,16 +48,13 @@ def install(commit: str, place: Path) -> Path:
 
 def planning(python: Path, root: Path, cache: Path, *more: str) -> dict[str, float]:
     """Wall and processor seconds of `spp plan` with nothing in its cache but the default model."""
-    cache.mkdir()
-    (cache / "models").symlink_to(cache_directory() / "models")
-    spp = str(python.with_name("spp"))
-    asked = [spp, "plan", "--scenario", _SCENARIO, "-o", str(cache / "plan.json"), *more]
-    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    environment = {**os.environ, "SPP_CACHE": str(cache)}
-    subprocess.run(asked, cwd=root, env=environment, stdout=subprocess.DEVNULL, check=True)
-    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    with empty_cache(cache) as environment:
+        spp = str(python.with_name("spp"))
+        asked = [spp, "plan", "--scenario", _SCENARIO, "-o", str(cache / "plan.json"), *more]
+        before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+        subprocess.run(asked, cwd=root, env=environment, stdout=subprocess.DEVNULL, check=True)
+        wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    shutil.rmtree(cache)
     return {"seconds": round(wall, 2), "processor_seconds": round(used, 2)}
 
 
