@@ -46,3 +46,14 @@ def test_every_page_is_in_the_table_of_contents() -> None:
     pages = {path.name for path in (ROOT / "docs").glob("*.md")}
     listed = set(re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
     assert listed == pages
+
+
+def test_results_that_the_benchmarks_name_are_there_or_are_said_not_to_be() -> None:
+    folder = ROOT / "benchmarks"
+    rows = [line for line in prose(folder / "README.md").splitlines() if line.startswith("| `")]
+    named = 0
+    for row in rows:
+        for name in re.findall(r"`(results/[\w./-]+)`", row):
+            assert (folder / name).exists() != (f"`{name}`; none yet" in row), row
+            named += 1
+    assert named > 20
