@@ -529,7 +529,7 @@ FAMILIES = (
                every="interleave_moe_layer_step", listed="moe_layers",
                modules=("feed_forward",), width="intermediate_size")),
     Family("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", _features(Feature.EXPERTS, Feature.ROTARY),
-           **dict.fromkeys(("qkv_bias", "output_bias", "mlp_bias", "head_bias"), "use_bias"),
+           qkv_bias="use_bias", output_bias="use_bias", mlp_bias="use_bias", head_bias="use_bias",
            rope_theta=500000.0, end_token=2, single_in_4=True, defaults={
                **_TIED, "moe_num_experts": 64, "moe_num_shared_experts": 2, "moe_k": 6,
                "moe_intermediate_size": 1536, "moe_layer_start_index": 1,

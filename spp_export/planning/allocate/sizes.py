@@ -277,8 +277,6 @@ def uniform_sizes(
         along = [-1 if place == axis else 1 for place in range(3)]
         return np.broadcast_to(entries.reshape(along), lengths).ravel()
 
-    of_all = (head_value, head_cost), (expert_value, expert_cost), (inner_value, inner_cost)
-    worths, costs = zip(*of_all, strict=True)
     return UniformSizes(
         query_heads=every(query, 0),
         kv_heads=every(groups, 0),
@@ -286,8 +284,8 @@ def uniform_sizes(
         experts=every(counts, 1),
         widths=every(widths, 1),
         shape=shape,
-        value=sum(every(of, axis) for axis, of in enumerate(worths)),
-        cost=sum(every(of, axis) for axis, of in enumerate(costs)),
+        value=every(head_value, 0) + every(expert_value, 1) + every(inner_value, 2),
+        cost=every(head_cost, 0) + every(expert_cost, 1) + every(inner_cost, 2),
         stock=every(stock, 0),
     )
 
