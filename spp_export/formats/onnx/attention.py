@@ -357,9 +357,8 @@ class _Masks:
         """0 where a key is seen, the lowest number elsewhere: [B, 1, S, T]."""
         if window not in self._bias:
             g = self._g
-            lowest = _lowest(g)
-            low = g.constant(lowest, "lowest")
-            zero = g.constant(np.zeros_like(lowest), "no_bias")
+            low = g.constant(g.lowest, "lowest")
+            zero = g.constant(np.zeros_like(g.lowest), "no_bias")
             self._bias[window] = g.op(
                 "Where",
                 [self.allowed(window), zero, low],
@@ -511,9 +510,18 @@ def _attended_shapes(inputs: AttentionInputs) -> list[tuple[str, list[int | str]
     ]
 
 
+def _three(inputs: AttentionInputs) -> tuple[int, int, int]:
+    """Heads of queries, keys and values."""
+    return inputs.layer.query_heads, inputs.layer.kv_heads, inputs.layer.kv_heads
+
+
+def _clipped(g: Recorder, part: Any, clip: float, name: str, width: int) -> Any:
+    ends = [g.number(value, label) for value, label in ((-clip, "clip_low"), (clip, "clip_high"))]
+    return g.op("Clip", [part, *ends], name, [BATCH, SEQUENCE, width])
+
+
 def _split(g: Recorder, packed: Any, inputs: AttentionInputs) -> tuple[Any, Any, Any]:
-    dim = inputs.head_dim
-    widths = [inputs.layer.query_heads * dim, *[inputs.layer.kv_heads * dim] * 2]
+    widths = [heads * inputs.head_dim for heads in _three(inputs)]
     sizes = g.constant(widths, f"{inputs.name}/widths")
     query, key, value = g.ops(
         "Split",
@@ -533,10 +541,9 @@ def _prepared(
 ) -> tuple[Any, Any, Any]:
     """Queries, keys and values apart, with all that is done to them but for their rotation."""
     clip, norms = inputs.settings.clip, inputs.norms
-    if clip is not None:
-        ends = [g.number(value, name) for value, name in ((-clip, "clip_low"), (clip, "clip_high"))]
-        width = (inputs.layer.query_heads + 2 * inputs.layer.kv_heads) * inputs.head_dim
-        packed = g.op("Clip", [packed, *ends], f"{inputs.name}/clipped", [BATCH, SEQUENCE, width])
+    widths = [heads * inputs.head_dim for heads in _three(inputs)]
+    if clip is not None and not norms:
+        packed = _clipped(g, packed, clip, f"{inputs.name}/clipped", sum(widths))
     query, key, value = _split(g, packed, inputs)
     if norms:
         modules = (norms.query, norms.key)
@@ -544,6 +551,11 @@ def _prepared(
         query, key = (
             _normed(g, part, norms, module, (inputs, heads, letter))
             for (part, _, heads), letter, module in pair
+        )
+    if clip is not None and norms:
+        query, key, value = (
+            _clipped(g, part, clip, f"{inputs.name}/{letter}_clipped", width)
+            for part, letter, width in zip((query, key, value), "qkv", widths, strict=True)
         )
     factor = inputs.settings.computed.query_factor
     if factor:
@@ -624,17 +636,6 @@ def _total_length(g: Recorder, shared: Shared) -> Any:
     )
     scalar = g.op("Squeeze", [length], "mask/total_scalar32", [], dtype="INT64")
     return g.op("Cast", [scalar], "total_length", [], dtype="INT32", to=_INT32)
-
-
-def _lowest(g: Recorder) -> Any:
-    """The lowest finite number of the graph's type."""
-    if g.dtype.name == "BFLOAT16":
-        import ml_dtypes
-
-        limits: Any = ml_dtypes.finfo
-        return np.asarray(limits(ml_dtypes.bfloat16).min, ml_dtypes.bfloat16)
-    kind = np.float32 if g.dtype.name == "FLOAT" else np.float16
-    return np.asarray(np.finfo(kind).min, kind)
 
 
 def _suffix(window: int | None) -> str:

@@ -14,6 +14,7 @@ from spp_export.formats.onnx.attention import (
     Shared,
     attention_form,
 )
+from spp_export.formats.onnx.experts import ExpertMlps
 from spp_export.formats.onnx.names import HEAD, initializer_name
 from spp_export.formats.onnx.norms import Norms
 from spp_export.formats.onnx.options import OnnxOptions, onnx_settings
@@ -55,7 +56,7 @@ def build_graph(decoder: Checkpoint, options: OnnxOptions) -> ir.Model:
 class _Builder:
     def __init__(self, decoder: Checkpoint, options: OnnxOptions, g: Recorder) -> None:
         self._decoder, self._options, self._g = decoder, options, g
-        self._settings = settings = onnx_settings(decoder)
+        self._settings = settings = onnx_settings(decoder, options)
         self._project = Projections(g, options)
         self._norms = Norms(
             decoder,
@@ -64,6 +65,7 @@ class _Builder:
             settings.epsilon,
             fused=options.attention != "standard",
         )
+        self._experts = ExpertMlps(decoder, options, settings, g, self._project)
         self._hidden: list[int | str] = [BATCH, SEQUENCE, decoder.shape.hidden_size]
         self._outputs_of: dict[LayerShape, Mapping[Role, slice | Sequence[int]]] = {}
 
@@ -313,6 +315,8 @@ class _Builder:
         return x
 
     def _mlp(self, normed: Any, layer: int) -> Any:
+        if self._decoder.shape.mlps:
+            return self._experts(normed, layer)
         g, family = self._g, self._decoder.family
         name = f"layers.{layer}.mlp"
         width: list[int | str] = [BATCH, SEQUENCE, self._decoder.layers[layer].channels]

@@ -116,6 +116,17 @@ class Recorder:
         """A small initialiser of the graph's own type."""
         return self.constant(rounded(values, self._precision), name)
 
+    @property
+    def lowest(self) -> NDArray[Any]:
+        """The lowest finite number of the graph's type."""
+        if self.dtype.name == "BFLOAT16":
+            import ml_dtypes
+
+            limits: Any = ml_dtypes.finfo
+            return np.asarray(limits(ml_dtypes.bfloat16).min, ml_dtypes.bfloat16)
+        kind = np.float32 if self.dtype.name == "FLOAT" else np.float16
+        return np.asarray(np.finfo(kind).min, kind)
+
     def weight(
         self, name: str, shape: Sequence[int], make: Callable[[], NDArray[Any]], dtype: str = ""
     ) -> ir.Value:
