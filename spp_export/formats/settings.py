@@ -67,6 +67,7 @@ class Routed:
 
     scores: str
     normalised: bool
+    floor: float | None
     factor: float
 
 
@@ -268,7 +269,8 @@ def _routing(
     normalised = routing.normalised
     if not isinstance(normalised, bool):
         normalised = bool(read(stock, normalised))
-    return Routed(routing.scores, normalised, number(routing.factor, 1.0))
+    floor, factor = number(routing.floor, None), number(routing.factor, 1.0)
+    return Routed(routing.scores, normalised, floor, factor)
 
 
 def _rotary_settings(stock: Any) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ ONNX Runtime's operator reads them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -72,7 +73,7 @@ class Place:
 def mlp_parts(experts: Experts, tensors: Sequence[ExpertTensor]) -> MlpParts:
     """The parts of a layer with these tensors."""
     routed: dict[tuple[str, str], tuple[ExpertTensor, ...]] = {}
-    router = correction = gate = ""
+    router = correction = ""
     beside: dict[str, None] = {}
     for tensor in tensors:
         module, _, last = tensor.name.rpartition(".")
@@ -85,11 +86,13 @@ def mlp_parts(experts: Experts, tensors: Sequence[ExpertTensor]) -> MlpParts:
             correction = tensor.name
         elif tensor.axis is not None:
             router = module
-        elif tensor.shape[0] == 1:
-            gate = module
         else:
             beside[module] = None
-    return MlpParts(router, correction, tuple(beside), gate, routed)
+    # Gate, up and down are in a module of theirs.
+    places = Counter(module.rpartition(".")[0] for module in beside)
+    alone = [module for module in beside if places[module.rpartition(".")[0]] == 1]
+    mlp = tuple(module for module in beside if module not in alone)
+    return MlpParts(router, correction, mlp, "".join(alone), routed)
 
 
 class ExpertReader:

@@ -113,7 +113,7 @@ class _Layer:
             chosen, weights = self._routed(logits)
             if not self._plain:
                 logits = self._logarithms(logits, chosen, weights)
-            if not routing.normalised:
+            if not routing.normalised or routing.floor is not None:
                 total = self._sum(weights, "weight")
         rows = self._op(
             "Reshape",
@@ -267,6 +267,9 @@ class _Layer:
             weights = op("GatherElements", [scores, chosen], "own", self._few, axis=-1)
         if routing.normalised:
             total = self._sum(weights, "chosen")
+            if routing.floor is not None:
+                floor = self._g.number(routing.floor, "weights/floor")
+                total = op("Max", [total, floor], "chosen_at_least", self._one)
             weights = op("Div", [weights, total], "shares", self._few)
         return chosen, self._times(weights, routing.factor, "weights", self._few)
 
@@ -302,7 +305,7 @@ class _Layer:
         seen = op("ReduceSum", [ones, axis], "group_seen", [*of_group, 1], "INT64", keepdims=1)
         allowed = op("Cast", [seen], "group_allowed", [*of_group, 1], "BOOL", to=_BOOL)
         kept = op("Where", [allowed, rows, g.constant(g.lowest, "lowest")], "group_kept", apart)
-        flat = g.constant([0, 0, self._count], f"flat_{self._count}")
+        flat = g.constant([0, 0, self._count], f"all_{self._count}")
         return op("Reshape", [kept, flat], "in_groups", self._each)
 
     def _logarithms(self, logits: Any, chosen: Any, weights: Any) -> Any:

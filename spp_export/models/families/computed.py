@@ -23,11 +23,13 @@ class Routing:
     scores      what the outputs become: a softmax over all experts, or each its sigmoid; those of
                 the highest scores are chosen, or of the highest sums where a tensor adds to them
     normalised  whether the scores of those chosen are divided by their sum; a key says whether
+    floor       of that sum; none where it is ""
     factor      of the weights then; 1 where it is ""
     """
 
     scores: Literal["softmax", "sigmoid"] = "softmax"
     normalised: Of | bool = True
+    floor: Of = ""
     factor: Of = ""
 
 
@@ -133,6 +135,7 @@ def _by_length(config: Any, positions: Any) -> Any:
 
 _LAYER_EPS = "layer_norm_eps"
 _BY_CONFIG = Routing(normalised="norm_topk_prob")
+_SCORED = Routing("sigmoid", "norm_topk_prob", factor="routed_scaling_factor")
 _GPT: Mapping[str, Any] = {"epsilon": "layer_norm_epsilon", "activation": "activation_function"}
 _UP: Mapping[str, Any] = {
     "embedding": "embedding_multiplier",
@@ -195,6 +198,11 @@ COMPUTED: Mapping[str, Computed] = {
     "persimmon": Computed(_LAYER_EPS),
     "mixtral": Computed(routing=Routing()),
     "qwen3_moe": Computed(routing=_BY_CONFIG),
+    "qwen2_moe": Computed(routing=_BY_CONFIG),
+    "glm4_moe": Computed(routing=_SCORED),
+    "dots1": Computed(routing=_SCORED),
+    "ernie4_5_moe": Computed(interleaved=True, routing=Routing(floor="moe_norm_min")),
+    "minimax_m2": Computed(routing=Routing("sigmoid")),
     "olmoe": Computed(clip="clip_qkv", routing=_BY_CONFIG),
     "granitemoe": Computed(**_UP, logits=lambda c: 1 / c.logits_scaling, routing=Routing()),
 }

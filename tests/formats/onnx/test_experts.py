@@ -44,6 +44,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("qwen3_moe", {"num_experts": 6, "norm_topk_prob": False}),
     "qwen3_moe-normed": ("qwen3_moe", {"num_experts": 6, "norm_topk_prob": True}),
     "qwen3_moe-dense": ("qwen3_moe", {"num_experts": 6, "mlp_only_layers": [1]}),
+    "qwen2_moe": ("qwen2_moe", {"num_experts": 6}),
+    "glm4_moe": ("glm4_moe", {"n_routed_experts": 6, "routed_scaling_factor": 1.5}),
+    "glm4_moe-groups": ("glm4_moe", {"n_routed_experts": 8, "n_group": 2, "topk_group": 1}),
+    "dots1": ("dots1", {"n_routed_experts": 6, "norm_topk_prob": False}),
+    "ernie4_5_moe": ("ernie4_5_moe", {"moe_num_experts": 6}),
+    "ernie4_5_moe-floor": ("ernie4_5_moe", {"moe_num_experts": 6, "moe_norm_min": 0.9}),
+    "minimax_m2": ("minimax_m2", {"num_local_experts": 6}),
     "olmoe": ("olmoe", {"num_experts": 6}),
     "granitemoe": ("granitemoe", {"num_local_experts": 6}),
 }
