@@ -69,6 +69,7 @@ class Routed:
     normalised: bool
     floor: float | None
     factor: float
+    swiglu: tuple[float, float, float] | None
 
 
 @dataclass(frozen=True)
@@ -270,7 +271,8 @@ def _routing(
     if not isinstance(normalised, bool):
         normalised = bool(read(stock, normalised))
     floor, factor = number(routing.floor, None), number(routing.factor, 1.0)
-    return Routed(routing.scores, normalised, floor, factor)
+    swiglu = routing.swiglu(stock) if routing.swiglu else None
+    return Routed(routing.scores, normalised, floor, factor, swiglu)
 
 
 def _rotary_settings(stock: Any) -> Mapping[str, Any]:

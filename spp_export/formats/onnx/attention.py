@@ -53,6 +53,7 @@ class AttentionInputs:
 
     past            key and value so far, each [B, G, past, D]
     slopes          of a bias by distance, for each query head; empty is none
+    sinks           of each query head [H], which its softmax counts among the scores; None is none
     """
 
     past: tuple[ir.Value, ir.Value]
@@ -63,6 +64,7 @@ class AttentionInputs:
     rotary: Rotary | None
     slopes: tuple[float, ...]
     norms: HeadNorms | None
+    sinks: ir.Value | None
     name: str
 
     @property
@@ -278,16 +280,45 @@ class _Standard:
             factors["softcap"] = settings.score_cap
         if settings.scores != dim**-0.5:
             factors["scale"] = settings.scores
-        attended, new_key, new_value = g.ops(
+        outputs = _attended_shapes(inputs)
+        if inputs.sinks is not None:
+            factors["qk_matmul_output_mode"] = _MASKED
+            scores: list[int | str] = [BATCH, layer.query_heads, SEQUENCE, TOTAL]
+            outputs = [(f"{inputs.name}/whole", outputs[0][1]), *outputs[1:]]
+            outputs.append((f"{inputs.name}/scores", scores))
+        attended, new_key, new_value, *rest = g.ops(
             "Attention",
             [*pair, value, mask, *inputs.past],
             inputs.name,
-            _attended_shapes(inputs),
+            outputs,
             q_num_heads=layer.query_heads,
             kv_num_heads=layer.kv_heads,
             **factors,
         )
+        if inputs.sinks is not None:
+            attended = self._sunk(attended, rest[0], inputs)
         return attended, new_key, new_value
+
+    def _sunk(self, attended: Any, scores: Any, inputs: AttentionInputs) -> Any:
+        """What the heads give where their sinks count among the scores [B,H,S,T]: a share of it,
+        Z / (Z + exp(sink)) with Z the sum of the exponentials."""
+        g, name, heads = self._g, inputs.name, inputs.layer.query_heads
+        axis = g.constant([3], "axis_3")
+        shape: list[int | str] = [BATCH, heads, SEQUENCE, 1]
+        total = g.op("ReduceLogSumExp", [scores, axis], f"{name}/total", shape, keepdims=1)
+        rows = g.constant([1, 2], "axes_1_2")
+        sinks = g.op("Unsqueeze", [inputs.sinks, rows], f"{name}/sink_rows", [heads, 1, 1])
+        above = g.op("Sub", [total, sinks], f"{name}/above_sinks", shape)
+        share = g.op("Sigmoid", [above], f"{name}/share", shape)
+        turned: list[int | str] = [BATCH, SEQUENCE, heads, 1]
+        share = g.op("Transpose", [share], f"{name}/share_by_token", turned, perm=[0, 2, 1, 3])
+        apart: list[int | str] = [BATCH, SEQUENCE, heads, inputs.head_dim]
+        sizes = g.constant([0, 0, heads, inputs.head_dim], f"heads_{heads}")
+        rest = g.op("Reshape", [attended, sizes], f"{name}/heads", apart)
+        rest = g.op("Mul", [rest, share], f"{name}/shared", apart)
+        flat = g.constant([0, 0, heads * inputs.head_dim], f"flat_{heads}")
+        whole: list[int | str] = [BATCH, SEQUENCE, heads * inputs.head_dim]
+        return g.op("Reshape", [rest, flat], name, whole)
 
 
 class _Columns:
@@ -486,6 +517,8 @@ def _group_query_attention(
 ) -> Attended:
     cap = inputs.settings.score_cap
     attributes |= {} if cap is None else {"softcap": cap}
+    if inputs.sinks is not None:
+        values = [*values, *[None] * (_SINKS - len(values)), inputs.sinks]
     attended, key, value = g.ops(
         "GroupQueryAttention",
         values,
@@ -641,6 +674,12 @@ def _total_length(g: Recorder, shared: Shared) -> Any:
 def _suffix(window: int | None) -> str:
     return "" if window is None else f"_{window}"
 
+
+# Attention's number of the scores as its softmax reads them: of 1, revisions of the standard say
+# different things.
+_MASKED = 2
+# Where GroupQueryAttention takes sinks among its inputs.
+_SINKS = 11
 
 # onnx.TensorProto's numbers of the types that Cast is told.
 _INT32, _BOOL = 6, 9

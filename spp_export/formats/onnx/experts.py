@@ -41,8 +41,10 @@ class ExpertMlps:
         self._decoder, self._options, self._settings = decoder, options, settings
         self._g, self._project = g, project
         self._hidden: list[Dimension] = [BATCH, SEQUENCE, decoder.shape.hidden_size]
-        # ONNX Runtime's operator has one gate.
-        self._operator = options.attention != "standard" and settings.activation == "silu"
+        routing = settings.routing
+        # ONNX Runtime's operator knows this gate alone.
+        gate = settings.activation == "silu" or (routing is not None and routing.swiglu is not None)
+        self._operator = options.attention != "standard" and gate
 
     def __call__(self, normed: Any, index: int) -> Any:
         """What the layer writes of `normed` [B,S,d]."""
@@ -135,13 +137,20 @@ class _Layer:
             # At 0 the operator gives zeros where it writes over its input (1.23 to 1.31).
             normalize_routing_weights=1,
             activation_type="swiglu",
-            activation_alpha=1.0,
-            activation_beta=0.0,
             swiglu_fusion=1,  # gate and up of each channel side by side
+            **self._swiglu,
         )
         if total is not None:
             return self._op("Mul", [written, total], "weighed", self._stream)
         return self._times(written, routing.factor, "weighed", self._stream)
+
+    @property
+    def _swiglu(self) -> dict[str, float]:
+        """The operator's attributes of its gate."""
+        if self._routing.swiglu is None:
+            return {"activation_alpha": 1.0, "activation_beta": 0.0}
+        alpha, beta, limit = self._routing.swiglu
+        return {"activation_alpha": alpha, "activation_beta": beta, "swiglu_limit": limit}
 
     def by_products(self, x: Any) -> Any:
         """By operators of the standard: tokens in the order of the experts that they are routed to,
@@ -218,7 +227,21 @@ class _Layer:
             [(f"{self._name}/gate", shape), (f"{self._name}/up", shape)],
             axis=-1,
         )
-        bent = activated(g, self._activation, gate, self._name, shape, {})
+        if self._routing.swiglu is None:
+            bent = activated(g, self._activation, gate, self._name, shape, {})
+        else:
+            labels = ("alpha", "beta", "limit")
+            alpha, beta, limit = (
+                g.number(value, f"swiglu/{label}")
+                for value, label in zip(self._routing.swiglu, labels, strict=True)
+            )
+            low = g.number(-self._routing.swiglu[2], "swiglu/low")
+            gate = self._op("Min", [gate, limit], "gate_cut", shape)
+            steep = self._op("Mul", [gate, alpha], "gate_steep", shape)
+            sigmoid = self._op("Sigmoid", [steep], "gate_sigmoid", shape)
+            bent = self._op("Mul", [gate, sigmoid], "gate_bent", shape)
+            up = self._op("Clip", [up, low, limit], "up_cut", shape)
+            up = self._op("Add", [up, beta], "up_more", shape)
         return self._op("Mul", [bent, up], "inside", shape)
 
     def _back(self, written: Any, place: Any) -> Any:

@@ -91,6 +91,7 @@ class _Builder:
                     rotary=None if kind is None else rotary[kind],
                     slopes=self._settings.slopes[index],
                     norms=self._head_norms(index),
+                    sinks=self._sinks(index),
                     name=f"layers.{index}.attention",
                 )
                 attention = partial(self._attention, index=index, form=form, inputs=inputs)
@@ -291,6 +292,13 @@ class _Builder:
         whole = self._decoder.family.layer_name(layer, module)
         place = f"layers.{layer}.{module}"
         return self._norms.after_adding(stream, written, whole, place, self._hidden)[0]
+
+    def _sinks(self, layer: int) -> Any:
+        family = self._decoder.family
+        if Feature.SINKS not in family.features:
+            return None
+        (sinks,) = family.head_rows
+        return self._fixed(layer, sinks)
 
     def _head_norms(self, layer: int) -> HeadNorms | None:
         family, computed = self._decoder.family, self._settings.computed

@@ -60,6 +60,7 @@ KNOWN = frozenset(
         Feature.TRANSPOSED,
         Feature.WIDE_NORM,
         Feature.EXPERTS,
+        Feature.SINKS,
     }
 )
 

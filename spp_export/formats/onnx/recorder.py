@@ -102,11 +102,14 @@ class Recorder:
         return values
 
     def constant(self, values: Sequence[int] | int | NDArray[Any], name: str) -> ir.Value:
-        """A small initialiser; integers are int64. Asking again for a name gives the first one."""
+        """A small initialiser; integers are int64. Asking again for a name gives the first one,
+        which must be the same."""
+        array = values if isinstance(values, np.ndarray) else np.asarray(values, np.int64)
         if name not in self._constants:
-            array = values if isinstance(values, np.ndarray) else np.asarray(values, np.int64)
             self._constants[name] = self._tape.initializer(self.ir.tensor(array, name=name))
-        return self._constants[name]
+        known = self._constants[name]
+        assert np.array_equal(known.const_value.numpy(), array), f"two constants {name}"
+        return known
 
     def number(self, value: float, name: str) -> ir.Value:
         """A small initialiser of one number of the graph's own type."""

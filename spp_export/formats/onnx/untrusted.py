@@ -23,7 +23,8 @@ _PLAIN = (
     *("Add", "And", "Attention", "Cast", "Clip", "Concat", "CumSum", "Div"),
     *("DynamicQuantizeLinear", "Equal", "Exp", "Expand", "Gather", "GatherElements", "Gelu"),
     *("Greater", "LayerNormalization", "LessOrEqual", "Log", "MatMul", "MatMulInteger", "Max"),
-    *("Min", "Mul", "NonZero", "Or", "RMSNormalization", "Range", "ReduceSum", "Relu", "Reshape"),
+    *("Min", "Mul", "NonZero", "Or", "RMSNormalization", "Range", "ReduceLogSumExp", "ReduceSum"),
+    *("Relu", "Reshape"),
     *("RotaryEmbedding", "ScatterElements", "Shape", "Sigmoid", "Slice", "Softmax", "Softplus"),
     *("Split", "Squeeze", "Sub", "Tanh", "TopK", "Transpose", "Unsqueeze", "Where"),
 )

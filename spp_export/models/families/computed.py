@@ -25,12 +25,15 @@ class Routing:
     normalised  whether the scores of those chosen are divided by their sum; a key says whether
     floor       of that sum; none where it is ""
     factor      of the weights then; 1 where it is ""
+    swiglu      in place of the activation and its product with what is up: alpha, beta and limit
+                of g sigmoid(alpha g) (u + beta), with g at most the limit and u within it
     """
 
     scores: Literal["softmax", "sigmoid"] = "softmax"
     normalised: Of | bool = True
     floor: Of = ""
     factor: Of = ""
+    swiglu: Callable[[Any], tuple[float, float, float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,12 @@ def _by_length(config: Any, positions: Any) -> Any:
     return 1 + beta * np.log(1 + np.floor(positions / original))
 
 
+def _gpt_oss_swiglu(config: Any) -> tuple[float, float, float]:
+    # Older versions of transformers have them in the code of the experts.
+    alpha, limit = (getattr(config, f"swiglu_{name}", None) for name in ("alpha", "limit"))
+    return 1.702 if alpha is None else alpha, 1.0, 7.0 if limit is None else limit
+
+
 _LAYER_EPS = "layer_norm_eps"
 _BY_CONFIG = Routing(normalised="norm_topk_prob")
 _SCORED = Routing("sigmoid", "norm_topk_prob", factor="routed_scaling_factor")
@@ -203,6 +212,7 @@ COMPUTED: Mapping[str, Computed] = {
     "dots1": Computed(routing=_SCORED),
     "ernie4_5_moe": Computed(interleaved=True, routing=Routing(floor="moe_norm_min")),
     "minimax_m2": Computed(routing=Routing("sigmoid")),
+    "gpt_oss": Computed(routing=Routing(swiglu=_gpt_oss_swiglu)),
     "olmoe": Computed(clip="clip_qkv", routing=_BY_CONFIG),
     "granitemoe": Computed(**_UP, logits=lambda c: 1 / c.logits_scaling, routing=Routing()),
 }

@@ -51,6 +51,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "ernie4_5_moe": ("ernie4_5_moe", {"moe_num_experts": 6}),
     "ernie4_5_moe-floor": ("ernie4_5_moe", {"moe_num_experts": 6, "moe_norm_min": 0.9}),
     "minimax_m2": ("minimax_m2", {"num_local_experts": 6}),
+    "gpt_oss": ("gpt_oss", {"num_local_experts": 6, "swiglu_limit": 0.5}),
     "olmoe": ("olmoe", {"num_experts": 6}),
     "granitemoe": ("granitemoe", {"num_local_experts": 6}),
 }
@@ -147,7 +148,7 @@ def test_a_graph_gives_the_masked_dense_models_logits(
 
 
 @pytest.mark.parametrize("attention", ["gqa-bias", "standard"])
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_rows_padded_on_the_left(
     pairs: Any, name: str, attention: Attention, tmp_path: Path
 ) -> None:
