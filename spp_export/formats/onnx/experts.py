@@ -145,7 +145,7 @@ class _Layer:
         return self._times(written, routing.factor, "weighed", self._stream)
 
     @property
-    def _swiglu(self) -> dict[str, float]:
+    def _swiglu(self) -> dict[str, Any]:
         """The operator's attributes of its gate."""
         if self._routing.swiglu is None:
             return {"activation_alpha": 1.0, "activation_beta": 0.0}

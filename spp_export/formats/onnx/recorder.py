@@ -107,9 +107,9 @@ class Recorder:
         array = values if isinstance(values, np.ndarray) else np.asarray(values, np.int64)
         if name not in self._constants:
             self._constants[name] = self._tape.initializer(self.ir.tensor(array, name=name))
-        known = self._constants[name]
-        assert np.array_equal(known.const_value.numpy(), array), f"two constants {name}"
-        return known
+        known: Any = self._constants[name].const_value
+        assert np.array_equal(known.numpy(), array), f"two constants {name}"
+        return self._constants[name]
 
     def number(self, value: float, name: str) -> ir.Value:
         """A small initialiser of one number of the graph's own type."""
