@@ -14,7 +14,7 @@ from spp_export.models.checkpoint.header import StoredTensor
 from spp_export.models.checkpoint.reader import read_float
 from spp_export.models.families import Role, TensorSpec
 from spp_export.planning import Plan
-from spp_export.planning.written import CONSUMERS, loses, written_shape
+from spp_export.planning.written import CONSUMERS, kept_tensors, loses, written_shape
 from spp_export.slicing.compensation import real_columns, written_config
 from spp_export.slicing.cut import written_tensor
 
@@ -45,13 +45,16 @@ def promised_checkpoint(source: Checkpoint, compiled: Plan) -> Checkpoint:
 
 def kept_of(source: Checkpoint, compiled: Plan) -> Callable[[TensorSpec], NDArray[Any] | None]:
     """Reader of what the plan keeps of a tensor; None for one that compensation made."""
-    dense = {spec.name: spec for spec in source.family.tensors(source.shape, source.shape.layers)}
+    pairs = kept_tensors(source.family, source.shape, compiled)
+    # Experts are numbered anew, so that the source has them under other names.
+    dense = {slim.name: spec for slim, spec in pairs}
 
     def kept(spec: TensorSpec) -> NDArray[Any] | None:
         if spec.name not in dense or _refitted(source, compiled, spec):
             return None
-        whole = read_float(source.tensors[spec.name])
-        return written_tensor(whole, dense[spec.name], compiled, source.shape)
+        before = dense[spec.name]
+        whole = read_float(source.tensors[before.name])
+        return written_tensor(whole, before, compiled, source.shape)
 
     return kept
 

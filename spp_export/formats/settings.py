@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -16,7 +16,7 @@ from spp_export.common.json_files import shown
 from spp_export.common.progress import quiet_transformers
 from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.families import Family, Feature
-from spp_export.models.families.computed import Computed, Of, read
+from spp_export.models.families.computed import Computed, Of, Routing, read
 from spp_export.models.shape import ModelShape
 from spp_export.slicing.config import portable_config
 
@@ -62,6 +62,17 @@ class Rotation:
 
 
 @dataclass(frozen=True)
+class Routed:
+    """How experts are chosen and weighed, as of `Routing`."""
+
+    scores: str
+    normalised: bool
+    floor: float | None
+    factor: float
+    swiglu: tuple[float, float, float] | None
+
+
+@dataclass(frozen=True)
 class Settings:
     """The settings that, beside the sizes, decide what a decoder computes.
 
@@ -76,6 +87,7 @@ class Settings:
     rotated         per layer, the kind of layer whose rotation it has ("" where all are alike);
                     None is none
     slopes          per layer, of the bias by distance of its own query heads; empty is none
+    routing         to experts; None is none
     stock           the stock config
     """
 
@@ -93,6 +105,7 @@ class Settings:
     clip: float | None
     rotated: tuple[str | None, ...]
     slopes: tuple[tuple[float, ...], ...]
+    routing: Routed | None
     stock: Any
 
 
@@ -133,6 +146,8 @@ def _unknown(family: Family, known: Collection[Feature]) -> tuple[set[Feature], 
     untold: set[Feature] = set() if family.computed else set(Feature)
     if family.computed and family.computed.slopes is None:
         untold.add(Feature.ALIBI)
+    if family.computed and family.computed.routing is None:
+        untold.add(Feature.EXPERTS)
     return set(Feature) - set(known), untold
 
 
@@ -179,6 +194,7 @@ def stock_settings(
         clip=number(computed.clip, None),
         rotated=_rotated(stock, family, computed, shape, directory),
         slopes=_slopes(config, stock, computed, shape),
+        routing=_routing(stock, computed.routing, number),
         stock=stock,
     )
 
@@ -244,6 +260,19 @@ def _slopes(
     kept = (config.get("per_layer_modules") or {}).get("per_head")
     heads = kept["heads"] if kept else [range(len(slopes))] * shape.num_layers
     return tuple(tuple(float(slopes[head]) for head in layer) for layer in heads)
+
+
+def _routing(
+    stock: Any, routing: Routing | None, number: Callable[[Of, float | None], Any]
+) -> Routed | None:
+    if routing is None:
+        return None
+    normalised = routing.normalised
+    if not isinstance(normalised, bool):
+        normalised = bool(read(stock, normalised))
+    floor, factor = number(routing.floor, None), number(routing.factor, 1.0)
+    swiglu = routing.swiglu(stock) if routing.swiglu else None
+    return Routed(routing.scores, normalised, floor, factor, swiglu)
 
 
 def _rotary_settings(stock: Any) -> Mapping[str, Any]:

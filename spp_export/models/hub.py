@@ -301,7 +301,7 @@ def _convert(wheel: Path, target: Path) -> None:
     import torch
     from safetensors.torch import save_file
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
     from spp_export.common.progress import quiet_transformers
 
@@ -318,7 +318,9 @@ def _convert(wheel: Path, target: Path) -> None:
             options["quantization_config"] = GgufConfig(dequantize=True)
         # The GGUF reader draws a bar of its own that no setting turns off.
         with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
-            model = AutoModelForCausalLM.from_pretrained(gguf_file.parent, **options)
+            # Given, the configuration needs not be read from the file, which takes seconds.
+            config = LlamaConfig(**_DEMO_CONFIG)
+            model = AutoModelForCausalLM.from_pretrained(gguf_file.parent, config=config, **options)
             tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
     target.mkdir()
     state = {k: v.contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}

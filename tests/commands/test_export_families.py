@@ -111,6 +111,10 @@ def test_whole_experts_go_through_every_command(
     page = (tmp_path / "page.html").read_text()
     assert remark in page
     assert ("one number of experts for all layers" in page) == (layout == "per-layer")
+    if layout != "ragged":
+        graph = tmp_path / "graph"
+        command("convert", out, "--format", "onnx", "--scenario", workshop.scenario, "-o", graph)
+        command("verify", graph, *model)
 
 
 @since_5(WRITES)

@@ -53,6 +53,7 @@ class AttentionInputs:
 
     past            key and value so far, each [B, G, past, D]
     slopes          of a bias by distance, for each query head; empty is none
+    sinks           of each query head [H], which its softmax counts among the scores; None is none
     """
 
     past: tuple[ir.Value, ir.Value]
@@ -63,6 +64,7 @@ class AttentionInputs:
     rotary: Rotary | None
     slopes: tuple[float, ...]
     norms: HeadNorms | None
+    sinks: ir.Value | None
     name: str
 
     @property
@@ -278,16 +280,45 @@ class _Standard:
             factors["softcap"] = settings.score_cap
         if settings.scores != dim**-0.5:
             factors["scale"] = settings.scores
-        attended, new_key, new_value = g.ops(
+        outputs = _attended_shapes(inputs)
+        if inputs.sinks is not None:
+            factors["qk_matmul_output_mode"] = _MASKED
+            scores: list[int | str] = [BATCH, layer.query_heads, SEQUENCE, TOTAL]
+            outputs = [(f"{inputs.name}/whole", outputs[0][1]), *outputs[1:]]
+            outputs.append((f"{inputs.name}/scores", scores))
+        attended, new_key, new_value, *rest = g.ops(
             "Attention",
             [*pair, value, mask, *inputs.past],
             inputs.name,
-            _attended_shapes(inputs),
+            outputs,
             q_num_heads=layer.query_heads,
             kv_num_heads=layer.kv_heads,
             **factors,
         )
+        if inputs.sinks is not None:
+            attended = self._sunk(attended, rest[0], inputs)
         return attended, new_key, new_value
+
+    def _sunk(self, attended: Any, scores: Any, inputs: AttentionInputs) -> Any:
+        """What the heads give where their sinks count among the scores [B,H,S,T]: a share of it,
+        Z / (Z + exp(sink)) with Z the sum of the exponentials."""
+        g, name, heads = self._g, inputs.name, inputs.layer.query_heads
+        axis = g.constant([3], "axis_3")
+        shape: list[int | str] = [BATCH, heads, SEQUENCE, 1]
+        total = g.op("ReduceLogSumExp", [scores, axis], f"{name}/total", shape, keepdims=1)
+        rows = g.constant([1, 2], "axes_1_2")
+        sinks = g.op("Unsqueeze", [inputs.sinks, rows], f"{name}/sink_rows", [heads, 1, 1])
+        above = g.op("Sub", [total, sinks], f"{name}/above_sinks", shape)
+        share = g.op("Sigmoid", [above], f"{name}/share", shape)
+        turned: list[int | str] = [BATCH, SEQUENCE, heads, 1]
+        share = g.op("Transpose", [share], f"{name}/share_by_token", turned, perm=[0, 2, 1, 3])
+        apart: list[int | str] = [BATCH, SEQUENCE, heads, inputs.head_dim]
+        sizes = g.constant([0, 0, heads, inputs.head_dim], f"heads_{heads}")
+        rest = g.op("Reshape", [attended, sizes], f"{name}/heads", apart)
+        rest = g.op("Mul", [rest, share], f"{name}/shared", apart)
+        flat = g.constant([0, 0, heads * inputs.head_dim], f"flat_{heads}")
+        whole: list[int | str] = [BATCH, SEQUENCE, heads * inputs.head_dim]
+        return g.op("Reshape", [rest, flat], name, whole)
 
 
 class _Columns:
@@ -357,9 +388,8 @@ class _Masks:
         """0 where a key is seen, the lowest number elsewhere: [B, 1, S, T]."""
         if window not in self._bias:
             g = self._g
-            lowest = _lowest(g)
-            low = g.constant(lowest, "lowest")
-            zero = g.constant(np.zeros_like(lowest), "no_bias")
+            low = g.constant(g.lowest, "lowest")
+            zero = g.constant(np.zeros_like(g.lowest), "no_bias")
             self._bias[window] = g.op(
                 "Where",
                 [self.allowed(window), zero, low],
@@ -487,6 +517,8 @@ def _group_query_attention(
 ) -> Attended:
     cap = inputs.settings.score_cap
     attributes |= {} if cap is None else {"softcap": cap}
+    if inputs.sinks is not None:
+        values = [*values, *[None] * (_SINKS - len(values)), inputs.sinks]
     attended, key, value = g.ops(
         "GroupQueryAttention",
         values,
@@ -511,9 +543,18 @@ def _attended_shapes(inputs: AttentionInputs) -> list[tuple[str, list[int | str]
     ]
 
 
+def _three(inputs: AttentionInputs) -> tuple[int, int, int]:
+    """Heads of queries, keys and values."""
+    return inputs.layer.query_heads, inputs.layer.kv_heads, inputs.layer.kv_heads
+
+
+def _clipped(g: Recorder, part: Any, clip: float, name: str, width: int) -> Any:
+    ends = [g.number(value, label) for value, label in ((-clip, "clip_low"), (clip, "clip_high"))]
+    return g.op("Clip", [part, *ends], name, [BATCH, SEQUENCE, width])
+
+
 def _split(g: Recorder, packed: Any, inputs: AttentionInputs) -> tuple[Any, Any, Any]:
-    dim = inputs.head_dim
-    widths = [inputs.layer.query_heads * dim, *[inputs.layer.kv_heads * dim] * 2]
+    widths = [heads * inputs.head_dim for heads in _three(inputs)]
     sizes = g.constant(widths, f"{inputs.name}/widths")
     query, key, value = g.ops(
         "Split",
@@ -533,10 +574,9 @@ def _prepared(
 ) -> tuple[Any, Any, Any]:
     """Queries, keys and values apart, with all that is done to them but for their rotation."""
     clip, norms = inputs.settings.clip, inputs.norms
-    if clip is not None:
-        ends = [g.number(value, name) for value, name in ((-clip, "clip_low"), (clip, "clip_high"))]
-        width = (inputs.layer.query_heads + 2 * inputs.layer.kv_heads) * inputs.head_dim
-        packed = g.op("Clip", [packed, *ends], f"{inputs.name}/clipped", [BATCH, SEQUENCE, width])
+    widths = [heads * inputs.head_dim for heads in _three(inputs)]
+    if clip is not None and not norms:
+        packed = _clipped(g, packed, clip, f"{inputs.name}/clipped", sum(widths))
     query, key, value = _split(g, packed, inputs)
     if norms:
         modules = (norms.query, norms.key)
@@ -544,6 +584,11 @@ def _prepared(
         query, key = (
             _normed(g, part, norms, module, (inputs, heads, letter))
             for (part, _, heads), letter, module in pair
+        )
+    if clip is not None and norms:
+        query, key, value = (
+            _clipped(g, part, clip, f"{inputs.name}/{letter}_clipped", width)
+            for part, letter, width in zip((query, key, value), "qkv", widths, strict=True)
         )
     factor = inputs.settings.computed.query_factor
     if factor:
@@ -626,20 +671,15 @@ def _total_length(g: Recorder, shared: Shared) -> Any:
     return g.op("Cast", [scalar], "total_length", [], dtype="INT32", to=_INT32)
 
 
-def _lowest(g: Recorder) -> Any:
-    """The lowest finite number of the graph's type."""
-    if g.dtype.name == "BFLOAT16":
-        import ml_dtypes
-
-        limits: Any = ml_dtypes.finfo
-        return np.asarray(limits(ml_dtypes.bfloat16).min, ml_dtypes.bfloat16)
-    kind = np.float32 if g.dtype.name == "FLOAT" else np.float16
-    return np.asarray(np.finfo(kind).min, kind)
-
-
 def _suffix(window: int | None) -> str:
     return "" if window is None else f"_{window}"
 
+
+# Attention's number of the scores as its softmax reads them: of 1, revisions of the standard say
+# different things.
+_MASKED = 2
+# Where GroupQueryAttention takes sinks among its inputs.
+_SINKS = 11
 
 # onnx.TensorProto's numbers of the types that Cast is told.
 _INT32, _BOOL = 6, 9

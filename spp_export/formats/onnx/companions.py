@@ -71,12 +71,25 @@ def onnx_config(
         "tie_word_embeddings": shape.tied_embeddings,
         "num_attention_heads_per_layer": [layer.query_heads for layer in layers],
         "num_key_value_heads_per_layer": [layer.kv_heads for layer in layers],
-        "intermediate_size_per_layer": [layer.channels for layer in layers],
+        **_widths(shape, layers),
         # `dtype` names the file: without a suffix, whatever the precision inside.
         "transformers.js_config": {"dtype": "fp32", "use_external_data_format": True},
         "spp_onnx": {**options.to_dict(), "layout": layout, "version": GRAPH_VERSION},
     }
     return dict(sorted(config.items()))
+
+
+def _widths(shape: ModelShape, layers: Sequence[LayerShape]) -> dict[str, list[int]]:
+    """Of the MLPs, or how many experts there are and how wide each is; 0 where there are none."""
+    of_mlps = {"intermediate_size_per_layer": [layer.channels for layer in layers]}
+    if not any(shape.sparse):
+        return of_mlps
+    counts, widths = shape.experts_in(layers), iter(shape.expert_widths(layers))
+    return {
+        **(of_mlps if shape.has_mlps else {}),
+        "num_experts_per_layer": list(counts),
+        "expert_size_per_layer": [next(widths) if count else 0 for count in counts],
+    }
 
 
 def genai_config(

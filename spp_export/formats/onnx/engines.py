@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from spp_export.models.engines import Engine, Loads, listed
-from spp_export.models.families.served import GENAI
+from spp_export.models.families import FAMILIES, Feature
+from spp_export.models.families.served import GENAI, GENAI_DECODERS
 
 
 def onnx_engines(
@@ -21,7 +22,9 @@ def onnx_engines(
     """
     bf16, tried = precision == "bf16", model_type in GENAI
     on_cpu: Loads = "expected" if bf16 else "yes"
-    in_genai: Loads = on_cpu if tried else "expected"
+    family = FAMILIES.get(model_type)
+    sinks = family is not None and Feature.SINKS in family.features and attention == "gqa"
+    in_genai: Loads = on_cpu if tried or model_type in GENAI_DECODERS else "expected"
     plain: Loads = "yes" if tried and precision == "fp32" and quant is None else "expected"
     place = "on CUDA" if bf16 else ""
     batches = {
@@ -40,7 +43,8 @@ def onnx_engines(
         Engine(
             "onnxruntime",
             on_cpu,
-            listed("spp chat, or spp_export.ort", place, batches),
+            # 1.23 computes sinks beside a window wrongly, without a word.
+            listed("spp chat, or spp_export.ort", "1.24 or newer" if sinks else "", place, batches),
         ),
         Engine("onnxruntime-genai", in_genai, listed("0.15 or newer", place)),
         Engine(

@@ -29,7 +29,7 @@ class OnnxFiles(ModelFiles):
     nbytes: Mapping[str, int] = {}
 
     def __init__(self, options: OnnxOptions, checkpoint: Checkpoint, plan: Plan) -> None:
-        onnx_settings(checkpoint)  # which refuses what no graph can express
+        onnx_settings(checkpoint, options)  # which refuses what no graph can express
         self._options, self._base = options, plan.model_source
         self.engines = onnx_engines(
             checkpoint.family.model_type, checkpoint.layout, **options.to_dict()

@@ -14,6 +14,7 @@ from spp_export.formats.onnx.attention import (
     Shared,
     attention_form,
 )
+from spp_export.formats.onnx.experts import ExpertMlps
 from spp_export.formats.onnx.names import HEAD, initializer_name
 from spp_export.formats.onnx.norms import Norms
 from spp_export.formats.onnx.options import OnnxOptions, onnx_settings
@@ -55,7 +56,7 @@ def build_graph(decoder: Checkpoint, options: OnnxOptions) -> ir.Model:
 class _Builder:
     def __init__(self, decoder: Checkpoint, options: OnnxOptions, g: Recorder) -> None:
         self._decoder, self._options, self._g = decoder, options, g
-        self._settings = settings = onnx_settings(decoder)
+        self._settings = settings = onnx_settings(decoder, options)
         self._project = Projections(g, options)
         self._norms = Norms(
             decoder,
@@ -64,6 +65,8 @@ class _Builder:
             settings.epsilon,
             fused=options.attention != "standard",
         )
+        self._experts = ExpertMlps(decoder, options, settings, g, self._project)
+        self._sparse = decoder.shape.sparse
         self._hidden: list[int | str] = [BATCH, SEQUENCE, decoder.shape.hidden_size]
         self._outputs_of: dict[LayerShape, Mapping[Role, slice | Sequence[int]]] = {}
 
@@ -89,10 +92,11 @@ class _Builder:
                     rotary=None if kind is None else rotary[kind],
                     slopes=self._settings.slopes[index],
                     norms=self._head_norms(index),
+                    sinks=self._sinks(index),
                     name=f"layers.{index}.attention",
                 )
                 attention = partial(self._attention, index=index, form=form, inputs=inputs)
-            make = self._layer if attention and layer.has_mlp else self._partial_layer
+            make = self._layer if attention and self._has_mlp(index) else self._partial_layer
             stream, added, pair = make(index, stream, added, attention)
             if pair:
                 presents[index] = pair
@@ -122,7 +126,7 @@ class _Builder:
             written, cache = attention(normed)
         else:
             written = self._bias_alone(stream, Role.OUTPUT, index, 0, "attention")
-        if not self._decoder.layers[index].has_mlp:
+        if not self._has_mlp(index):
             if parallel and not attention and not family.mlp_norm:
                 # The checkpoint has the norm that both would read; here nothing reads it.
                 _, stream = self._norm(stream, added, family.attention_norm, index)
@@ -138,6 +142,9 @@ class _Builder:
         if parallel:
             both = self._sum(both, written, f"layers.{index}.mlp/added")
         return stream, both, cache
+
+    def _has_mlp(self, index: int) -> bool:
+        return self._decoder.layers[index].has_mlp or self._sparse[index]
 
     def _bias_alone(self, stream: Any, role: Role, layer: int, which: int, name: str) -> Any:
         """What attention without heads, or an MLP without channels, adds to the stream: the bias of
@@ -290,6 +297,13 @@ class _Builder:
         place = f"layers.{layer}.{module}"
         return self._norms.after_adding(stream, written, whole, place, self._hidden)[0]
 
+    def _sinks(self, layer: int) -> Any:
+        family = self._decoder.family
+        if Feature.SINKS not in family.features:
+            return None
+        (sinks,) = family.head_rows
+        return self._fixed(layer, sinks)
+
     def _head_norms(self, layer: int) -> HeadNorms | None:
         family, computed = self._decoder.family, self._settings.computed
         if computed.normed_heads:
@@ -313,6 +327,8 @@ class _Builder:
         return x
 
     def _mlp(self, normed: Any, layer: int) -> Any:
+        if self._sparse[layer]:
+            return self._experts(normed, layer)
         g, family = self._g, self._decoder.family
         name = f"layers.{layer}.mlp"
         width: list[int | str] = [BATCH, SEQUENCE, self._decoder.layers[layer].channels]

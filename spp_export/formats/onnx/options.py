@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from spp_export.common.errors import UsageError
+from spp_export.common.errors import ModelError, UsageError
 from spp_export.common.installation import install_command, require_package
 from spp_export.formats.format import FormatOptions
 from spp_export.models.families import Feature
@@ -59,6 +59,8 @@ KNOWN = frozenset(
         Feature.SIDE_BY_SIDE,
         Feature.TRANSPOSED,
         Feature.WIDE_NORM,
+        Feature.EXPERTS,
+        Feature.SINKS,
     }
 )
 
@@ -158,10 +160,16 @@ class OnnxOptions(FormatOptions):
         return 4 if self.precision == "fp32" else 2
 
 
-def onnx_settings(decoder: Checkpoint) -> Settings:
-    """Settings of a checkpoint that is to be a graph. Raises ModelError where it cannot be one."""
+def onnx_settings(decoder: Checkpoint, options: OnnxOptions | None = None) -> Settings:
+    """Settings of a checkpoint that is to be a graph, of this form where it matters. Raises
+    ModelError where it cannot be one."""
     from spp_export.formats.settings import settings_of
 
+    if options and options.quant and any(decoder.shape.sparse):
+        raise ModelError(
+            f"--quant {options.quant}: no form of it rounds the weights of experts, which are most "
+            "of this model's. Drop it; --precision fp16 halves them."
+        )
     return settings_of(decoder, KNOWN, "ONNX")
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spp_export.common.errors import CheckpointError, reason_of
+from spp_export.formats.onnx.expert_weights import ENTERS, Place, apart, as_stored, mlp_parts
 from spp_export.formats.onnx.names import HEAD, initializer_name, product_name
 from spp_export.formats.onnx.options import require
 from spp_export.formats.onnx.projection import EMBEDDING
@@ -41,6 +42,7 @@ class GraphWeights:
             if node.op_type == "MatMulNBits"
         }
         self._family, self._shape, self._layers = family, shape, layers
+        self._experts = shape.experts_in(layers)
 
     @property
     def specs(self) -> tuple[TensorSpec, ...]:
@@ -65,9 +67,41 @@ class GraphWeights:
             return self._plain(f"{product}.bias") if kind == "bias" else self._matrix(product).T
         inside = module.removeprefix(f"{family.layers}.")
         index, _, role = inside.partition(".")
-        if inside == module or role not in family.projections:
-            return self._plain(initializer_name(family, name))
-        return self._projection(int(index), role, kind)
+        if inside != module and role in family.projections:
+            return self._projection(int(index), role, kind)
+        sparse = inside != module and self._shape.sparse[int(index)]
+        found = self._of_mlp(int(index), name) if sparse else None
+        return self._plain(initializer_name(family, name)) if found is None else found
+
+    def _of_mlp(self, index: int, name: str) -> Floats | None:
+        """A tensor of what a layer with experts has in the place of an MLP; None of any other, or
+        of one that the graph has as it is."""
+        family = self._family
+        assert family.experts is not None
+        parts = mlp_parts(family.experts, self._shape.mlps[index])
+        inside = name.removeprefix(family.layer_name(index, ""))
+        module, _, kind = inside.rpartition(".")
+        if module in parts.modules and kind == "weight":
+            return self._matrix(f"layers.{index}.{module}").T
+        if (place := parts.place_of(inside)) is None:
+            return None
+        experts = [int(place.number)] if place.number else range(self._experts[index])
+        tensors = parts.routed[place.product, place.kind]
+        stored = [
+            as_stored(self._expert(index, place, expert), tensors, place.tensor, place.product)
+            for expert in experts
+        ]
+        return stored[0] if place.number else np.stack(stored)
+
+    def _expert(self, index: int, place: Place, expert: int) -> Floats:
+        """An expert's weight [outputs, inputs] or bias in a product, as of `ExpertReader.one`."""
+        layer, product = f"layers.{index}.experts", place.product
+        whole = f"{layer}.{product}.{place.kind}"
+        if whole not in self._initializers:
+            return self._plain(f"{layer}.{expert}.{product}.{place.kind}").T
+        values = self._array(whole)[expert].astype(np.float32)
+        paired = product == ENTERS and f"{layer}.{ENTERS}.weight" in self._initializers
+        return apart(values) if paired else values
 
     @property
     def _outside(self) -> tuple[str, ...]:

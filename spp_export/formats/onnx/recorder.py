@@ -102,10 +102,13 @@ class Recorder:
         return values
 
     def constant(self, values: Sequence[int] | int | NDArray[Any], name: str) -> ir.Value:
-        """A small initialiser; integers are int64. Asking again for a name gives the first one."""
+        """A small initialiser; integers are int64. Asking again for a name gives the first one,
+        which must be the same."""
+        array = values if isinstance(values, np.ndarray) else np.asarray(values, np.int64)
         if name not in self._constants:
-            array = values if isinstance(values, np.ndarray) else np.asarray(values, np.int64)
             self._constants[name] = self._tape.initializer(self.ir.tensor(array, name=name))
+        known: Any = self._constants[name].const_value
+        assert np.array_equal(known.numpy(), array), f"two constants {name}"
         return self._constants[name]
 
     def number(self, value: float, name: str) -> ir.Value:
@@ -115,6 +118,17 @@ class Recorder:
     def numbers(self, values: NDArray[np.float32], name: str) -> ir.Value:
         """A small initialiser of the graph's own type."""
         return self.constant(rounded(values, self._precision), name)
+
+    @property
+    def lowest(self) -> NDArray[Any]:
+        """The lowest finite number of the graph's type."""
+        if self.dtype.name == "BFLOAT16":
+            import ml_dtypes
+
+            limits: Any = ml_dtypes.finfo
+            return np.asarray(limits(ml_dtypes.bfloat16).min, ml_dtypes.bfloat16)
+        kind = np.float32 if self.dtype.name == "FLOAT" else np.float16
+        return np.asarray(np.finfo(kind).min, kind)
 
     def weight(
         self, name: str, shape: Sequence[int], make: Callable[[], NDArray[Any]], dtype: str = ""

@@ -15,19 +15,21 @@ from spp_export.formats.onnx.recorder import MICROSOFT
 from spp_export.formats.onnx.write import DATA_NAME, GRAPH_NAME
 from spp_export.models.checkpoint.reader import model_file
 
-# Weights lie beside it: a layer has some ten kilobytes of nodes.
-_MAX_GRAPH_BYTES = 8 << 20
+# Weights lie beside it: a layer has some ten kilobytes of nodes, and one for each of its experts.
+_MAX_GRAPH_BYTES = 32 << 20
 _MAX_RANK = 8
 # What spp writes, by domain. Others read files, run code or call graphs of their own.
 _PLAIN = (
-    *("Add", "And", "Attention", "Cast", "Clip", "CumSum", "DynamicQuantizeLinear", "Equal"),
-    *("Exp", "Expand", "Gather", "Gelu", "Greater", "LayerNormalization", "LessOrEqual", "MatMul"),
-    *("MatMulInteger", "Max", "Min", "Mul", "Or", "RMSNormalization", "Range", "ReduceSum"),
-    *("Relu", "Reshape", "RotaryEmbedding", "Shape", "Sigmoid", "Slice", "Softplus", "Split"),
-    *("Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze", "Where"),
+    *("Add", "And", "Attention", "Cast", "Clip", "Concat", "CumSum", "Div"),
+    *("DynamicQuantizeLinear", "Equal", "Exp", "Expand", "Gather", "GatherElements", "Gelu"),
+    *("Greater", "LayerNormalization", "LessOrEqual", "Log", "MatMul", "MatMulInteger", "Max"),
+    *("Min", "Mul", "NonZero", "Or", "RMSNormalization", "Range", "ReduceLogSumExp", "ReduceSum"),
+    *("Relu", "Reshape"),
+    *("RotaryEmbedding", "ScatterElements", "Shape", "Sigmoid", "Slice", "Softmax", "Softplus"),
+    *("Split", "Squeeze", "Sub", "Tanh", "TopK", "Transpose", "Unsqueeze", "Where"),
 )
 _CONTRIBUTED = (
-    *("GatherBlockQuantized", "GroupQueryAttention", "MatMulNBits", "RotaryEmbedding"),
+    *("GatherBlockQuantized", "GroupQueryAttention", "MatMulNBits", "MoE", "RotaryEmbedding"),
     "SkipSimplifiedLayerNormalization",
 )
 _OPERATORS: Mapping[str, tuple[str, ...]] = {"": _PLAIN, MICROSOFT: _CONTRIBUTED}

@@ -105,6 +105,7 @@ class Feature(StrEnum):
     BARE_NORM = "norms without weights"
     ROTARY = "a rotary embedding of its own"
     EXPERTS = "experts"
+    ROUTER = "a router of its own kind"
     SINKS = "attention sinks"
     POSITIONS = "embeddings of positions"
     ALIBI = "scores biased by distance (ALiBi)"

@@ -10,10 +10,30 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import log2, sqrt
-from typing import Any
+from typing import Any, Literal
 
 # A number or a word: a key of the stock config that has it, or what makes it of one.
 Of = str | Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How a router's outputs choose experts and weigh what they write.
+
+    scores      what the outputs become: a softmax over all experts, or each its sigmoid; those of
+                the highest scores are chosen, or of the highest sums where a tensor adds to them
+    normalised  whether the scores of those chosen are divided by their sum; a key says whether
+    floor       of that sum; none where it is ""
+    factor      of the weights then; 1 where it is ""
+    swiglu      in place of the activation and its product with what is up: alpha, beta and limit
+                of g sigmoid(alpha g) (u + beta), with g at most the limit and u within it
+    """
+
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    normalised: Of | bool = True
+    floor: Of = ""
+    factor: Of = ""
+    swiglu: Callable[[Any], tuple[float, float, float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -39,6 +59,7 @@ class Computed:
     query_factor  of the queries at a position, of the config and the positions
     windows     per layer, where the config has another way to say it than `Family.sliding`
     slopes      of a bias of scores by distance, for each query head of the dense model
+    routing     of experts; None where none is told
     llama_cpp   the architecture of llama.cpp's that computes it, where all layers are alike
     unknown     keys of the stock config that change the computation if they are true, and that no
                 engine but transformers is told of
@@ -64,6 +85,7 @@ class Computed:
     query_factor: Callable[[Any, Any], Any] | None = None
     windows: Callable[[Any], Sequence[int | None]] | None = None
     slopes: Callable[[Any], Sequence[float]] | None = None
+    routing: Routing | None = None
     llama_cpp: str = ""
     unknown: tuple[str, ...] = ()
 
@@ -114,7 +136,15 @@ def _by_length(config: Any, positions: Any) -> Any:
     return 1 + beta * np.log(1 + np.floor(positions / original))
 
 
+def _gpt_oss_swiglu(config: Any) -> tuple[float, float, float]:
+    # Older versions of transformers have them in the code of the experts.
+    alpha, limit = (getattr(config, f"swiglu_{name}", None) for name in ("alpha", "limit"))
+    return 1.702 if alpha is None else alpha, 1.0, 7.0 if limit is None else limit
+
+
 _LAYER_EPS = "layer_norm_eps"
+_BY_CONFIG = Routing(normalised="norm_topk_prob")
+_SCORED = Routing("sigmoid", "norm_topk_prob", factor="routed_scaling_factor")
 _GPT: Mapping[str, Any] = {"epsilon": "layer_norm_epsilon", "activation": "activation_function"}
 _UP: Mapping[str, Any] = {
     "embedding": "embedding_multiplier",
@@ -175,5 +205,15 @@ COMPUTED: Mapping[str, Computed] = {
                     scores=lambda c: c.attn_config.softmax_scale,
                     clip=lambda c: c.attn_config.clip_qkv, slopes=_mpt_slopes),
     "persimmon": Computed(_LAYER_EPS),
+    "mixtral": Computed(routing=Routing()),
+    "qwen3_moe": Computed(routing=_BY_CONFIG),
+    "qwen2_moe": Computed(routing=_BY_CONFIG),
+    "glm4_moe": Computed(routing=_SCORED),
+    "dots1": Computed(routing=_SCORED),
+    "ernie4_5_moe": Computed(interleaved=True, routing=Routing(floor="moe_norm_min")),
+    "minimax_m2": Computed(routing=Routing("sigmoid")),
+    "gpt_oss": Computed(routing=Routing(swiglu=_gpt_oss_swiglu)),
+    "olmoe": Computed(clip="clip_qkv", routing=_BY_CONFIG),
+    "granitemoe": Computed(**_UP, logits=lambda c: 1 / c.logits_scaling, routing=Routing()),
 }
 # fmt: on

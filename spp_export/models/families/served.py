@@ -37,3 +37,5 @@ SGLANG = frozenset(
 )
 # What onnxruntime-genai knows by the name of the family; others it runs as "decoder".
 GENAI = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+# Some of those others, of which tests run a model there.
+GENAI_DECODERS = frozenset({"mixtral", "glm4_moe", "gpt_oss"})

@@ -64,6 +64,19 @@ def test_a_per_layer_config_is_stock_and_lists_the_layers(family):
     assert type(AutoConfig.for_model(**config)).model_type == family
 
 
+def test_a_config_of_experts_lists_how_many_and_how_wide():
+    """In the place of widths of MLPs, which there are none of."""
+    layers = tuple(
+        LayerShape(8, 4, 96, dropped_experts=one, dropped_channels=other)
+        for one, other in ((0, 0), (3, 40), (5, 0))
+    )
+    config = made("mixtral", "per-layer", layers)
+    assert config["num_experts_per_layer"] == [8, 5, 3]
+    assert config["expert_size_per_layer"] == [96, 56, 96]
+    assert "intermediate_size_per_layer" not in config
+    assert config["num_local_experts"] == 8
+
+
 @pytest.mark.parametrize("family", KNOWN)
 def test_a_uniform_config_has_the_layers_kv_heads_and_a_divisor_of_hidden_size(family):
     config = made(family, "uniform", (LayerShape(4, 2, 40),) * 3)

@@ -114,7 +114,7 @@ def test_graphs(directory, capsys, kind):
 def test_a_large_graph_is_not_parsed(directory, capsys):
     with (directory / "model.onnx").open("ab") as file:
         file.truncate(1 << 40)
-    refuses(directory, capsys, "larger than 8 MiB")
+    refuses(directory, capsys, "larger than 32 MiB")
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.onnx_data", "config.json", "tokenizer.json"])
