@@ -7,12 +7,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from factories import VOCAB, random_layers, write_tokenizer
 from old_transformers import OLD, in_its_words
 from transformers import CONFIG_MAPPING, AutoConfig
 
-from spp_export.evaluation.contract import Pair, greedy, make_slim, padded, tokens, write_random
+from spp_export.evaluation.contract import (
+    Pair,
+    drop_experts,
+    greedy,
+    make_slim,
+    narrow_experts,
+    only_existing,
+    padded,
+    tokens,
+    write_random,
+)
 from spp_export.evaluation.contract import load_exact as load
 from spp_export.formats.registry import FORMATS
+from spp_export.models.checkpoint.checkpoint import open_source
 from spp_export.models.families import FAMILIES, Family
 from spp_export.planning import LayerPlan, Layout
 
@@ -300,6 +312,19 @@ def settings_of(name: str, head_dim: int = 8, vocab: int = 97, layers: int = 2) 
     if getattr(settings, "sliding_window", None):
         settings.sliding_window = 5
     return settings
+
+
+def slim_experts(name: str, place: Path) -> Path:
+    """A slice with a tokenizer, whose layers differ in heads, in experts and in the width of
+    these."""
+    place.mkdir(parents=True, exist_ok=True)
+    source = open_source(make_dense(name, place / "dense", head_dim=16, vocab=VOCAB))
+    layers = random_layers(source.shape, 5, channels=False)
+    layers = narrow_experts(drop_experts(layers, source.shape, 5), source.shape, 5)
+    layers = only_existing(layers, source.shape)
+    slim = make_slim(source, "per-layer", place / "slim", layers).slim
+    write_tokenizer(slim)
+    return slim
 
 
 def emptied(

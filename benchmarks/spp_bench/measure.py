@@ -89,31 +89,32 @@ def measure_cell(
 class Speedup:
     """A speed-up from paired rounds: median, 20th and 80th percentile, and a lower limit.
 
-    `low` is below the true median with 99 % confidence, by the order of the rounds alone; with
-    fewer than seven rounds it is the smallest of them, with less confidence.
+    `low` is below the true median with 99 % confidence, by the order of the rounds alone; of fewer
+    than seven rounds nothing is so certain, and it is None.
     """
 
     median: float
     p20: float
     p80: float
-    low: float
+    low: float | None
 
 
 def speedup(dense: Sequence[float], slim: Sequence[float]) -> Speedup:
     """How much faster the second is, from the ratio of times in each round."""
     ratios = np.sort(np.asarray(dense) / np.asarray(slim))
     p20, median, p80 = (float(value) for value in np.quantile(ratios, [0.2, 0.5, 0.8]))
-    return Speedup(median, p20, p80, float(ratios[_low_rank(len(ratios))]))
+    rank = _low_rank(len(ratios))
+    return Speedup(median, p20, p80, None if rank is None else float(ratios[rank]))
 
 
-def _low_rank(count: int) -> int:
+def _low_rank(count: int) -> int | None:
     """The highest rank, from 0, whose value is above the true median with a probability of at most
-    1 %; at least 0."""
-    rank, as_few = 0, 1
+    1 %; None where there is none."""
+    rank, as_few = -1, 0
     while rank < count:
         # The number of samples below the median is distributed like heads of tossed coins.
         as_few += math.comb(count, rank + 1)
         if as_few / 2**count > 1 - _CONFIDENCE:
             break
         rank += 1
-    return rank
+    return None if rank < 0 else rank

@@ -9,6 +9,7 @@ from typing import Any
 from spp_bench.measure import Phase
 
 NO_GAIN = "no gain possible here"
+TOO_FEW = "too few rounds to tell"
 _HEADS: Mapping[Phase, tuple[str, ...]] = {
     "decode": ("tok/s", "ms (p20-p80)", "speed-up", "bound", "efficiency", "GB/s", "x torch"),
     "prefill": ("tok/s", "ms (p20-p80)", "speed-up", "bound", "efficiency", "Gop/s", "x torch"),
@@ -69,6 +70,8 @@ def _gain(over: Mapping[str, Any] | None) -> tuple[str, str, str]:
         return "", "", ""
     if over["above_bound"]:
         verdict = "impossible"
+    elif over["low"] is None and over["median"] > over["ceiling"]:
+        verdict = TOO_FEW
     elif over["efficiency"] is None:
         verdict = NO_GAIN
     else:

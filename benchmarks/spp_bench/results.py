@@ -114,12 +114,15 @@ class _Figures:
         limit: Bound = bound(self._work(dense, phase), self._work(slim, phase), self.rates)
         efficiency = limit.efficiency(ratio.median)
         return {
-            **{name: round(value, 4) for name, value in asdict(ratio).items()},
+            **{
+                name: None if value is None else round(value, 4)
+                for name, value in asdict(ratio).items()
+            },
             "bound": round(limit.value, 4),
             "ceiling": round(limit.ceiling, 4),
             "term": limit.term,
             "efficiency": None if efficiency is None else round(efficiency, 3),
-            "above_bound": limit.exceeded(ratio.low),
+            "above_bound": ratio.low is not None and limit.exceeded(ratio.low),
         }
 
     def _over(self, slow: Candidate, fast: Candidate, phase: Phase) -> Speedup:

@@ -13,7 +13,7 @@ class _Speedup(Document):
     median: float
     p20: float
     p80: float
-    low: float
+    low: float | None
     bound: float
     ceiling: float
     term: str

@@ -271,8 +271,15 @@ def _routing(
     if not isinstance(normalised, bool):
         normalised = bool(read(stock, normalised))
     floor, factor = number(routing.floor, None), number(routing.factor, 1.0)
-    swiglu = routing.swiglu(stock) if routing.swiglu else None
+    swiglu = None
+    if routing.swiglu:
+        alpha, beta, limit = (number(_always(x), None) for x in routing.swiglu(stock))
+        swiglu = alpha, beta, limit
     return Routed(routing.scores, normalised, floor, factor, swiglu)
+
+
+def _always(value: Any) -> Callable[[Any], Any]:
+    return lambda _: value
 
 
 def _rotary_settings(stock: Any) -> Mapping[str, Any]:

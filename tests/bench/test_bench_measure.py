@@ -84,17 +84,21 @@ def test_tokens_fill_the_context_and_depend_on_cell_and_seed_alone():
 def test_speedup_pairs_rounds():
     # The machine was twice as slow in the second round, for both.
     found = speedup([1.5, 3.0, 1.5], [1.0, 2.0, 1.0])
-    assert found.median == found.low == pytest.approx(1.5)
+    assert found.median == found.p20 == found.p80 == pytest.approx(1.5)
 
 
-@pytest.mark.parametrize("rounds", [5, 7, 11, 15])
+@pytest.mark.parametrize("rounds", [7, 11, 15])
 def test_what_a_speedup_is_at_least_rarely_lies(rounds):
-    """Below the true median with 99 %, or, of few rounds, the smallest."""
+    """Below the true median with 99 %."""
     random = np.random.default_rng(rounds)
     draws = np.exp(random.normal(0, 0.1, (4000, rounds)))  # of median 1
     lows = np.array([speedup(draw, np.ones(rounds)).low for draw in draws])
-    allowed = max(0.01, 0.5**rounds)
-    assert (lows > 1).mean() <= allowed + 3 * np.sqrt(allowed / 4000)
+    assert (lows > 1).mean() <= 0.01 + 3 * np.sqrt(0.01 / 4000)
+
+
+def test_of_few_rounds_a_speedup_has_no_limit():
+    assert speedup([9.0] * 6, [1.0] * 6).low is None
+    assert speedup([9.0] * 7, [1.0] * 7).low == 9.0
 
 
 def test_the_grid_goes_from_small_to_large_without_repeats():

@@ -14,7 +14,7 @@ from spp_bench import bench as bench_module
 from spp_bench.bench import bench
 from spp_bench.gate import check_agreement
 from spp_bench.plots import write_plots
-from spp_bench.report import NO_GAIN, panels
+from spp_bench.report import NO_GAIN, TOO_FEW, panels
 from spp_bench.results import problems
 from spp_bench.schema import check
 from spp_export.common.errors import OutputError, ParityError, UsageError
@@ -60,15 +60,7 @@ def test_the_document_is_of_the_schema_and_is_what_was_written(measured):
     assert "speedup" not in dense["decode"]
     over = slim["decode"]["speedup"]
     assert over["p20"] <= over["median"] <= over["p80"]
-    assert over["low"] == pytest.approx(
-        min(
-            a / b
-            for a, b in zip(
-                dense["decode"]["samples_ms"], slim["decode"]["samples_ms"], strict=True
-            )
-        ),
-        rel=1e-2,
-    )
+    assert over["low"] is None
     assert document["gate"][0]["checks"]
     assert "published claims" in str([*panels(document)])
 
@@ -196,6 +188,14 @@ def test_a_speedup_above_its_bound_fails_the_run(measured):
     (problem, *_) = [line for line in problems(document) if "decode" in line]
     assert "9.000x (at least 8.000x) is above the bound" in problem
     assert "impossible" in str([*panels(document)])
+
+
+def test_few_rounds_cannot_tell_noise_from_an_impossible_speedup(measured):
+    document = copy.deepcopy(measured[0])
+    over = document["cells"][0]["rows"][1]["decode"]["speedup"]
+    over |= {"median": 9.0, "low": None, "above_bound": False}
+    assert not [line for line in problems(document) if "decode" in line]
+    assert TOO_FEW in str([*panels(document)])
 
 
 def test_where_nothing_can_be_gained_the_table_says_so(measured):

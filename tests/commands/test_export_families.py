@@ -146,6 +146,7 @@ def test_every_group_of_experts_keeps_as_many(workshop: Workshop, tmp_path: Path
         ("qwen3_moe", "all", "per-layer", "none"),
         pytest.param("qwen3_moe", "channels", "uniform", "none", marks=pytest.mark.slow),
         pytest.param("gpt_oss", "both", "ragged", "bias", marks=pytest.mark.slow),
+        pytest.param("gpt_oss", "both", "per-layer", "bias", marks=pytest.mark.slow),
     ],
 )
 def test_channels_of_experts_go_through_every_command(
@@ -199,6 +200,10 @@ def test_channels_of_experts_go_through_every_command(
     assert f"of {width} channels of every expert" in page
     of_layers = "one number of experts" if units == "all" else "one width of experts"
     assert (f"{of_layers} for all layers" in page) == (layout == "per-layer")
+    if layout != "ragged":
+        graph = tmp_path / "graph"
+        command("convert", out, "--format", "onnx", "--scenario", workshop.scenario, "-o", graph)
+        command("verify", graph, *model)
     capsys.readouterr()
     planned = ("plan", "--scenario", workshop.scenario, *model, *asked, "--criterion", "taylor")
     assert run([str(word) for word in planned]) == 2

@@ -49,6 +49,21 @@ def test_not_every_engine_is_tested_with_every_form(options):
     assert loads["transformers.js"] == loads["optimum"] == "expected"
 
 
+@pytest.mark.parametrize(("family", "loads"), [("gpt_oss", "yes"), ("glm4", "no")])
+def test_an_engine_without_a_class_of_the_family_is_not_explained(family, loads):
+    engines = onnx_engines(family, "per-layer", "gqa-bias")
+    assert {engine.name: engine.loads for engine in engines}["transformers.js"] == loads
+    card = onnx_card("out", "org/model", "gqa-bias", None, engines, None)
+    assert ("With transformers.js:" in card) == (loads == "yes")
+    assert "```\n\n| engine |" in card
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_sinks_beside_windows_need_a_newer_runtime(attention):
+    hows = {engine.name: engine.how for engine in onnx_engines("gpt_oss", "uniform", attention)}
+    assert ("1.24 or newer" in hows["onnxruntime"]) == (attention == "gqa")
+
+
 def test_bf16_is_for_cuda():
     engines = {engine.name: engine for engine in onnx_engines("llama", "uniform", precision="bf16")}
     assert engines.pop("transformers.js").loads == "no"

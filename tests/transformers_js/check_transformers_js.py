@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import shutil
 import string
 import subprocess
@@ -30,6 +31,7 @@ from transformers import AutoTokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from factories import CASES, Case, random_layers, shape_of, uniform_layers, write_slim
+from family_models import slim_experts
 from greedy import clear_prompt
 
 from spp_export import load_slim
@@ -37,7 +39,12 @@ from spp_export.common.progress import quiet_transformers
 from spp_export.formats.card import onnx_card
 from spp_export.formats.onnx import Attention, OnnxOptions
 from spp_export.formats.onnx.write import write_onnx
+from spp_export.formats.registry import FORMATS
+from spp_export.models.families import FAMILIES
+from spp_export.models.families.served import TRANSFORMERS_JS
 
+# Those with experts that it knows; the last has sinks.
+EXPERTS = ("qwen2_moe", "qwen3_moe", "gpt_oss")
 NEW_TOKENS = 12
 # Of different lengths, and longer than the sliding windows of the factories.
 LENGTHS = (9, 14)
@@ -86,6 +93,7 @@ def main() -> int:
         failures += wrong is not None
         print(f"FAILED {job.name}: {wrong}" if wrong else f"ok     {job.name}")
     failures += not card_runs(work, jobs[0].directory)
+    failures += not families_are_as_said(work)
     print(f"transformers.js: {len(jobs)} directories, {failures} failed")
     return int(failures > 0)
 
@@ -112,6 +120,19 @@ def card_runs(work: Path, directory: Path) -> bool:
     return runs
 
 
+def families_are_as_said(work: Path) -> bool:
+    """Whether it has classes of those families, among all that become ONNX, that the package
+    says."""
+    source = work / "node_modules/@huggingface/transformers/dist/transformers.node.mjs"
+    listed = source.read_text().partition("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = ")[2]
+    known = set(re.findall(r'\[\s*"([a-z0-9_]+)"', listed.partition("]);")[0]))
+    onnx = FORMATS["onnx"]
+    ours = {name for name, family in FAMILIES.items() if not onnx.refusal(family, "per-layer")}
+    odd = sorted((known & ours) ^ TRANSFORMERS_JS)
+    print(f"FAILED its families: {', '.join(odd)}" if odd else "ok     its families")
+    return not odd
+
+
 def tiny_jobs(models: Path) -> Iterator[Job]:
     """Every case per layer; of every family one uniform; two texts where padding is taken."""
     for seed, case in enumerate(CASES):
@@ -127,6 +148,11 @@ def tiny_jobs(models: Path) -> Iterator[Job]:
         layers = uniform_layers(shape_of(dense), 0, kv_heads=2, group_size=2, channels=40)
         slim = write_slim(target / "slim", dense, layers, "uniform")
         yield job(target.name, slim, "gqa", random_texts(1))
+    for family in EXPERTS:
+        slim = slim_experts(family, models / family)
+        yield job(family, slim, "gqa", random_texts(1))
+        yield job(family, slim, "gqa-bias", random_texts(2))
+        yield job(family, slim, "standard", random_texts(2))
 
 
 def given_jobs(checkpoints: list[Path], models: Path) -> Iterator[Job]:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from spp_export.models.engines import Engine, Loads, listed
 from spp_export.models.families import FAMILIES, Feature
-from spp_export.models.families.served import GENAI, GENAI_DECODERS
+from spp_export.models.families.served import (
+    EXPERTS_IN_JS,
+    GENAI,
+    GENAI_DECODERS,
+    TRANSFORMERS_JS,
+)
 
 
 def onnx_engines(
@@ -25,7 +30,9 @@ def onnx_engines(
     family = FAMILIES.get(model_type)
     sinks = family is not None and Feature.SINKS in family.features and attention == "gqa"
     in_genai: Loads = on_cpu if tried or model_type in GENAI_DECODERS else "expected"
-    plain: Loads = "yes" if tried and precision == "fp32" and quant is None else "expected"
+    whole = precision == "fp32" and quant is None
+    plain: Loads = "yes" if tried and whole else "expected"
+    in_js: Loads = "yes" if model_type in EXPERTS_IN_JS and whole else plain
     place = "on CUDA" if bf16 else ""
     batches = {
         "gqa": "one text at a time, or a batch padded on the right",
@@ -47,10 +54,16 @@ def onnx_engines(
             listed("spp chat, or spp_export.ort", "1.24 or newer" if sinks else "", place, batches),
         ),
         Engine("onnxruntime-genai", in_genai, listed("0.15 or newer", place)),
-        Engine(
-            "transformers.js",
-            "no" if bf16 else plain,
-            "it knows no bf16" if bf16 else listed("4.3, dtype 'fp32' names the file", singles),
-        ),
+        _transformers_js(model_type, in_js, singles, bf16=bf16),
         Engine("optimum", plain, listed(optimum, place, singles)),
     )
+
+
+def _transformers_js(model_type: str, plain: Loads, batches: str, *, bf16: bool) -> Engine:
+    """Transformers.js, which has a class for each family; `plain`: whether it loads those."""
+    name = "transformers.js"
+    if bf16:
+        return Engine(name, "no", "it knows no bf16")
+    if model_type not in TRANSFORMERS_JS:
+        return Engine(name, "no", "4.3 has no class of this family")
+    return Engine(name, plain, listed("4.3, dtype 'fp32' names the file", batches))

@@ -1,7 +1,7 @@
 """Which other engines run a family, as far as that is known.
 
-tests/vllm runs what is said of vLLM, on a CPU. No test runs the others, which have a class of a
-family by their registries. Of a family that is not named nothing is known.
+tests/vllm runs what is said of vLLM, on a CPU. No test runs all that is said of the others, which
+have a class of a family by their registries. Of a family that is not named nothing is known.
 """
 
 from __future__ import annotations
@@ -39,3 +39,16 @@ SGLANG = frozenset(
 GENAI = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 # Some of those others, of which tests run a model there.
 GENAI_DECODERS = frozenset({"mixtral", "glm4_moe", "gpt_oss"})
+# Those that transformers.js 4.3 has a class of a decoder for, of all that become ONNX; it loads no
+# others. tests/transformers_js looks them up.
+TRANSFORMERS_JS = frozenset(
+    {
+        *("llama", "mistral", "qwen2", "qwen3", "granite", "ernie4_5", "smollm3", "ministral"),
+        *("ministral3", "arcee", "starcoder2", "cohere", "cohere2", "gemma", "gemma2"),
+        *("gemma3_text", "olmo", "olmo2", "olmo3", "phi", "phi3", "glm", "stablelm", "apertus"),
+        *("nanochat", "qwen2_moe", "qwen3_moe", "gpt_oss", "opt", "gpt_neox", "gptj", "gpt2"),
+        *("falcon", "bloom", "mpt", "gpt_neo", "gpt_bigcode"),
+    }
+)
+# Those of experts that tests run there, as they do the families that onnxruntime-genai knows.
+EXPERTS_IN_JS = frozenset({"qwen2_moe", "qwen3_moe", "gpt_oss"})

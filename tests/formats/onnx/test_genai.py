@@ -9,27 +9,23 @@ from pathlib import Path
 import pytest
 from factories import (
     CASES,
-    VOCAB,
     Case,
     random_layers,
     shape_of,
     uniform_layers,
     write_slim,
-    write_tokenizer,
 )
-from family_models import make_dense, make_slim
+from family_models import slim_experts
 from greedy import clear_prompt, random_prompts
 from old_transformers import since_5
 from pairs import few, of_family
 from transformers import AutoTokenizer
 
 from spp_export import load_slim
-from spp_export.evaluation.contract import drop_experts, narrow_experts, only_existing
 from spp_export.formats.onnx import OnnxOptions
 from spp_export.formats.onnx.runtime.generation import generate
 from spp_export.formats.onnx.runtime.model import OrtModel
 from spp_export.formats.onnx.write import write_onnx
-from spp_export.models.checkpoint.checkpoint import open_source
 from spp_export.models.hub import locate_model
 
 pytestmark = pytest.mark.thinned(most=4)
@@ -83,12 +79,7 @@ def test_every_family_says_what_the_slim_model_says(case, tmp_path, attention):
 @pytest.mark.parametrize("family", ["mixtral", "glm4_moe", "gpt_oss"])
 def test_experts_and_sinks(tmp_path, family, attention):
     """Layers that differ in heads, in experts and in the width of these."""
-    source = open_source(make_dense(family, tmp_path / "dense", head_dim=16, vocab=VOCAB))
-    layers = random_layers(source.shape, 5, channels=False)
-    layers = narrow_experts(drop_experts(layers, source.shape, 5), source.shape, 5)
-    layers = only_existing(layers, source.shape)
-    slim = make_slim(source, "per-layer", tmp_path / "slim", layers).slim
-    write_tokenizer(slim)
+    slim = slim_experts(family, tmp_path)
     model = load_slim(slim)
     pairs = [clear_prompt(model, random_prompts(9, seed), NEW_TOKENS) for seed in (1, 2)]
     out = written(tmp_path, slim, attention=attention)
