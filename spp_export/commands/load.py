@@ -160,20 +160,20 @@ class ScenarioModels(Mapping[str, "PreTrainedModel"]):
         return self._weights.dense()
 
     def pick(self, text: str) -> str:
-        """The model whose plan was made for text like this: the name whose mixture of domains is
-        closest to what the probes say of `text`, by the Bhattacharyya coefficient of the two. A
-        text that the artifacts call unfamiliar, as a short one may be, is judged by them as well.
+        """The model whose plan was made for text like this: the name of whose scenario the probes
+        say what is closest to what they say of `text`, by the Bhattacharyya coefficient of the two.
+        Text that the artifacts call unfamiliar, as short text may be, is judged by them as well.
 
         Raises UsageError without artifacts, PlanError for a plan without a diagnosis.
         """
         if self._artifacts is None:
             raise UsageError("picking a model needs artifacts to diagnose by. Add --artifacts DIR.")
-        mixtures = {name: _mixture(name, plan) for name, plan in self.plans.items()}
+        scenarios = {name: _shares(name, plan) for name, plan in self.plans.items()}
         # The shared tensors, rather than a second dense model beside them.
         self.session.__dict__["model"] = self.dense
         said = diagnose_prompts(self.session, self._artifacts, [text])
         likely = dict(zip(said.domains, said.q.tolist(), strict=True))
-        return max(mixtures, key=lambda name: _likeness(mixtures[name], likely))
+        return max(scenarios, key=lambda name: _likeness(scenarios[name], likely))
 
 
 class SharedWeights:
@@ -275,16 +275,19 @@ def _name(source: PlanLike, plan: Plan) -> str:
     return Path(source).stem
 
 
-def _mixture(name: str, plan: Plan) -> Mapping[str, float]:
-    mixture: Any = plan.diagnosis.get("mixture")
-    numbers = isinstance(mixture, dict) and all(
-        type(value) in (int, float) and value >= 0 for value in mixture.values()
+def _shares(name: str, plan: Plan) -> Mapping[str, float]:
+    """What the probes said of the plan's scenario, its sum one. Not its mixture, in which all
+    domains count alike where the scenario is unfamiliar."""
+    said: Any = plan.diagnosis.get("probability")
+    numbers = isinstance(said, dict) and all(
+        type(value) in (int, float) and value >= 0 for value in said.values()
     )
-    if not numbers:
+    total = sum(said.values()) if numbers else 0
+    if not total:
         raise PlanError(
             f"plan {name!r:.60} has no diagnosis to pick it by. Make it with 'spp plan --scenario'."
         )
-    return dict(mixture)
+    return {domain: value / total for domain, value in said.items()}
 
 
 def _likeness(first: Mapping[str, float], second: Mapping[str, float]) -> float:

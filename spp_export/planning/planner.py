@@ -60,8 +60,8 @@ from spp_export.planning.written import (
 
 # The units that a consumer reads, and loses inputs with.
 _LOSING: dict[Role, Kind] = {Role.OUTPUT: "heads", Role.DOWN: "channels"}
-
-
+# transformers multiplies the rows of all experts in one kernel, each of a multiple of 16 bytes.
+_EXPERT_ROW = 8
 _PUBLISHED_IMPORTANCE = "head/published"
 # The release cuts its text.
 _PUBLISHED_TOKENS = 512
@@ -352,7 +352,15 @@ def _no_empty_layers(source: Checkpoint, request: PlanRequest) -> str:
 
 def _check_answerable(session: Session, artifacts: Artifacts, request: PlanRequest) -> None:
     """What these artifacts and this model have no answer to, before a text is read."""
-    session.source.family.check_units(request.units, session.source.shape)
+    shape = session.source.shape
+    session.source.family.check_units(request.units, shape)
+    narrower = "expert channel" in scored_units(request.units, shape)
+    if request.layout == "uniform" and narrower and request.width_multiple % _EXPERT_ROW:
+        raise UsageError(
+            f"--width-multiple {request.width_multiple}: the kernel in which a stock model of "
+            f"experts runs takes widths in multiples of {_EXPERT_ROW}. Give one, or --layout "
+            "per-layer."
+        )
     if request.regime is not None:
         check_regime(artifacts, request.regime)
     if request.policy == "published":

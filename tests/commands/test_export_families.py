@@ -167,7 +167,8 @@ def test_channels_of_experts_go_through_every_command(
     artifacts, out = tmp_path / "artifacts", tmp_path / "slim"
     command("probe", "--pools", workshop.pools, *model, *answers, "-o", artifacts)
     asked = ("--artifacts", artifacts, "--keep", "0.6", "--units", units, "--layout", layout)
-    asked = (*asked, "--width-multiple", "4", "--compensate", compensate)
+    multiple = 8 if layout == "uniform" else 4
+    asked = (*asked, "--width-multiple", multiple, "--compensate", compensate)
     command("export", "--scenario", workshop.scenario, *model, *asked, *answers, "-o", out)
     assert json.loads((out / "verify.json").read_text())["passed"]
     plan = json.loads((out / "plan.json").read_text())
@@ -177,7 +178,7 @@ def test_channels_of_experts_go_through_every_command(
     assert any(len(rows) < 4 for rows in kept) == (units == "all")
     assert any(len(set(map(tuple, rows))) > 1 for rows in kept)
     widths = {len(rows[0]) for rows in kept}
-    assert all(count % 4 == 0 and count < width for count in widths)
+    assert all(count % multiple == 0 and count < width for count in widths)
     assert len(widths) == 1 or layout != "uniform"
     *others, remark = plan["family"]["remarks"]
     assert len(others) == (units == "all")
@@ -208,6 +209,10 @@ def test_channels_of_experts_go_through_every_command(
     planned = ("plan", "--scenario", workshop.scenario, *model, *asked, "--criterion", "taylor")
     assert run([str(word) for word in planned]) == 2
     assert "it says nothing of the channels of experts. Use energy, " in capsys.readouterr().err
+    if layout == "uniform":
+        planned = ("plan", "--scenario", workshop.scenario, *model, *asked, "--width-multiple", 4)
+        assert run([str(word) for word in planned]) == 2
+        assert "takes widths in multiples of 8" in capsys.readouterr().err
 
 
 @since_5(WRITES)

@@ -98,13 +98,14 @@ def test_models_share_what_their_plans_leave_and_only_that(workshop):
 
 
 @pytest.mark.parametrize("unfamiliar", [False, True])
-def test_the_model_of_the_closest_mixture_is_picked(unfamiliar, workshop, tmp_path, monkeypatch):
+def test_the_model_of_the_closest_scenario_is_picked(unfamiliar, workshop, tmp_path, monkeypatch):
     name = NAMES[0]
     scenarios = {
         domain: write_texts(tmp_path / f"{domain}.txt", texts(domain, 8, 3))
         for domain in ("capitals", "figures", "small")
     }
     dense, artifacts = str(workshop.dense(name)), workshop.artifacts(name)
+    monkeypatch.setattr(Diagnosis, "unfamiliar", unfamiliar)
     plans = [
         spp_export.plan(
             path,
@@ -117,7 +118,6 @@ def test_the_model_of_the_closest_mixture_is_picked(unfamiliar, workshop, tmp_pa
     ]
     models = spp_export.load_many(dense, plans, artifacts=artifacts)
     assert list(models) == list(scenarios)
-    monkeypatch.setattr(Diagnosis, "unfamiliar", unfamiliar)
     for domain in scenarios:
         assert models.pick(texts(domain, 1, 99)[0]) == domain
 

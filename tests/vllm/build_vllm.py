@@ -30,18 +30,22 @@ from factories import (
 from family_models import KNOWN, make_dense, make_slim
 
 from spp_export.models.checkpoint.checkpoint import open_source
+from spp_export.models.families import FAMILIES
 from spp_export.models.families.served import BACKEND, NOT_BACKEND, PLUGIN, VLLM
 from spp_export.models.shape import ModelShape
 from spp_export.planning import LayerPlan, Layout
+from spp_export.planning.plan import only_existing
 
 # The narrowest heads that vLLM's attention on a CPU takes.
 HEAD_DIM = 32
-# Where vLLM has no kernel on a CPU for narrower experts, and no biases that no published model has.
+# Biases that no published model has, and vLLM neither.
 OTHERWISE: dict[str, dict[str, Any]] = {
-    "gpt_oss": {"intermediate_size": 64},
     "ernie4_5": {"use_bias": False},
     "ernie4_5_moe": {"use_bias": False},
 }
+# Of experts, half of which stay: vLLM has no kernel on a CPU for narrower ones, and that of
+# transformers wants rows of a multiple of 16 bytes.
+EXPERT_WIDTH = 128
 SLIDING = {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]}
 MIXED = {"kv_heads": 4, "query_heads": 8, "use_sliding_window": True, "sliding_window": 6}
 
@@ -89,14 +93,21 @@ def build_all(out: Path) -> None:
 
 def build_family(out: Path, name: str) -> None:
     """Per-layer, and uniform where the config says as much, without a tokenizer."""
-    dense = make_dense(name, out / "dense" / f"{name}-32", HEAD_DIM, **OTHERWISE.get(name, {}))
+    options = dict(OTHERWISE.get(name, {}))
+    experts = FAMILIES[name].experts
+    if experts is not None and experts.width:
+        options[experts.width.partition("|")[0]] = EXPERT_WIDTH
+    dense = make_dense(name, out / "dense" / f"{name}-32", HEAD_DIM, **options)
     source = open_source(dense)
     family = source.family
     ways: dict[Layout, str] = {"per-layer": "backend"}
     if not family.derived_head_dim or family.keys.get("intermediate_size", "any"):
         ways["uniform"] = "stock" if name in VLLM else "backend"
+    # Of experts vLLM takes as many in every layer, and as wide.
+    alone = random_layers(source.shape, 3, channels=bool(family.down))
     for layout, way in ways.items():
-        slim = make_slim(source, layout, out / f"{name}-of-family-{layout}")
+        layers = only_existing(alone, source.shape) if layout == "per-layer" else None
+        slim = make_slim(source, layout, out / f"{name}-of-family-{layout}", layers)
         shapes = [layer.shape(source.shape) for layer in slim.plan.layers]
         lacking = way == "backend" and name in NOT_BACKEND
         # vLLM looks at the experts of phimoe without an end.
