@@ -38,8 +38,12 @@ WRITTEN = [
 # What stock models of transformers 4 do otherwise.
 UNABLE = {
     "apertus": [since_5("its activation computes in bfloat16, whatever was asked")],
-    "mpt": [since_5(FLOAT64)],
     "opt-bare": [since_5("it makes no norms without weights")],
+    **{
+        name: [since_5(FLOAT64)]
+        for name in NAMES
+        if family_name(name) in ("mpt", "glm4_moe", "dots1")
+    },
 }
 # Every family in one form, slowly in the others.
 CASES = [
@@ -56,7 +60,10 @@ CASES = [
 _USUAL = ("llama", "gemma2", "cohere", "cohere2", "granite", "starcoder2", "qwen3")
 EMPTY = [
     pytest.param(
-        name, ATTENTIONS[number % 3], marks=() if name in _USUAL else pytest.mark.slow, id=name
+        name,
+        ATTENTIONS[number % 3],
+        marks=[*UNABLE.get(name, ()), *(() if name in _USUAL else [pytest.mark.slow])],
+        id=name,
     )
     for number, name in enumerate(WRITTEN)
     if not FAMILIES[family_name(name)].no_empty_layers("heads")
