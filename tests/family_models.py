@@ -196,6 +196,7 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "llama4_text": {
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
+        "intermediate_size": 20,
         "intermediate_size_mlp": 40,
     },
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},

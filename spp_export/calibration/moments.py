@@ -127,6 +127,7 @@ class Collection:
         kinds = set(self.parts if kinds is None else kinds)
         attends = "attention" in kinds and shape.has_heads[layer]
         widens = "mlp" in kinds and shape.has_channels[layer]
+        of_experts = kinds & {"experts", _CHANNELS} if shape.sparse[layer] else set()
         return LayerStatistics(
             layer=layer,
             heads=shape.query_heads,
@@ -134,8 +135,8 @@ class Collection:
             weights=layer_weights(source, layer) if weights is None else weights,
             attention=self._attention(layer, shape.query_heads) if attends else None,
             mlp=self._mlp(layer) if widens else None,
-            experts=self.experts(layer) if "experts" in kinds else None,
-            expert_inputs=self.expert_inputs(layer) if _CHANNELS in kinds else None,
+            experts=self.experts(layer) if "experts" in of_experts else None,
+            expert_inputs=self.expert_inputs(layer) if _CHANNELS in of_experts else None,
             gradients=self.gradients(layer) if "gradients" in kinds else None,
             axis=axis,
             seed=seed,

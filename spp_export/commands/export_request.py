@@ -62,11 +62,9 @@ class ExportResult:
             "diagnosis": self.diagnosis.to_dict() if self.diagnosis else None,
             "kept_query_heads": kept,
             "kept_kv_heads": [len(layer.kv_heads) for layer in self.plan.layers],
-            "kept_channels": [layer.shape(self.shape).channels for layer in self.plan.layers],
+            "kept_channels": [layer.channels for layer in self.plan.layer_shapes(self.shape)],
             "kept_expert_channels": [layer.expert_width for layer in self.plan.layers],
-            "kept_experts": list(
-                self.shape.experts_in([layer.shape(self.shape) for layer in self.plan.layers])
-            ),
+            "kept_experts": list(self.shape.experts_in(self.plan.layer_shapes(self.shape))),
             "dense_heads": {"query": self.shape.query_heads, "kv": self.shape.kv_heads},
             "dense_channels": self.shape.channels,
             "budget": dict(self.plan.budget),

@@ -13,7 +13,7 @@ from spp_export.formats.promised import promised_checkpoint
 from spp_export.formats.registry import FORMATS
 from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.families import TensorSpec, Unit
-from spp_export.models.shape import LAYOUTS, Layout
+from spp_export.models.shape import LAYOUTS, Layout, Units
 from spp_export.planning import LayerPlan, Plan, dense_plan, sample_plan
 from spp_export.planning.plan import only_existing
 
@@ -157,7 +157,8 @@ def _some_plan(source: Checkpoint, layout: Layout) -> Plan:
     family, shape = source.family, source.shape
     dense = dense_plan(shape, source.fingerprint, source.name)
     if layout == "per-layer":
-        return sample_plan(dense, shape, layout, "none", "both" if family.down else "heads")
+        units: Units = "both" if shape.has_mlps and not family.experts else "heads"
+        return sample_plan(dense, shape, layout, "none", units)
     if layout == "uniform":
         layers = only_existing((_uniform_layer(source),) * shape.num_layers, shape)
     elif shape.group_size == 1 or shape.kv_heads == 1:
@@ -182,7 +183,7 @@ def _uniform_layer(source: Checkpoint) -> LayerPlan:
             if kv_heads * size < shape.query_heads and accepts(kv_heads * size):
                 heads = (g * shape.group_size + i for g in range(kv_heads) for i in range(size))
                 return LayerPlan(tuple(range(kv_heads)), tuple(heads))
-    if not family.down or not family.keys.get("intermediate_size", "any"):
+    if not shape.has_mlps or not family.keys.get("intermediate_size", "any"):
         raise PlanError("its stock config takes no other number of heads or channels.")
     every = tuple(range(shape.kv_heads)), tuple(range(shape.query_heads))
     return LayerPlan(*every, tuple(range(max(1, shape.channels // 2))))

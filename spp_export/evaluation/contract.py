@@ -65,7 +65,8 @@ class Pair:
         if _of_experts(opened.shape, opened.layers) != _of_experts(self.source.shape, layers):
             return False
         if opened.layout == "uniform":  # a dense model of its own, which has not dropped any
-            width = opened.shape.channels if opened.family.experts else None  # none that is cut
+            alone = opened.family.experts and not opened.family.down  # none that is cut
+            width = opened.shape.channels if alone else None
             layers = opened.shape.existing(
                 [
                     replace(
@@ -82,8 +83,8 @@ class Pair:
 
 def _of_experts(shape: ModelShape, layers: Sequence[LayerShape]) -> list[tuple[int, int]]:
     """How many each layer has, and channels of each of them."""
-    counts = zip(shape.experts_in(layers), shape.widths(layers), strict=True)
-    return [(count, width) for count, width in counts if count]
+    counts = [count for count in shape.experts_in(layers) if count]
+    return list(zip(counts, shape.expert_widths(layers) or [0] * len(counts), strict=True))
 
 
 @dataclass(frozen=True)

@@ -262,10 +262,11 @@ def _size_parts(plan: Plan, shape: ModelShape, predicted: Predicted) -> dict[str
         ("parameters", predicted.dense_parameters, predicted.parameters),
         ("KV cache, bytes per token", predicted.dense_kv_bytes, predicted.kv_bytes),
         ("query heads", whole_heads, heads),
-        ("experts", whole_experts, experts)
-        if whole_experts
-        else ("MLP channels", whole_channels, channels),
     ]
+    if whole_experts:
+        rows.append(("experts", whole_experts, experts))
+    if channels < whole_channels or not whole_experts:
+        rows.append(("MLP channels", whole_channels, channels))
     if any(layer.dropped_channels for layer in layers):
         whole, inside = map(shape.expert_channels_in, (shape.layers, layers))
         rows.append(("channels of experts", whole, inside))

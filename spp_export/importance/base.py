@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Literal, Protocol
 
 from spp_export.calibration.cache import LOSS
 from spp_export.calibration.statistics import LayerStatistics
 from spp_export.common.arrays import BoolArray, FloatArray, IndexArray
 from spp_export.models.families import Family, Feature
 from spp_export.models.shape import Kind, ModelShape, Units, includes
+
+ScoredUnit = Literal["head", "channel", "expert", "expert channel"]
 
 
 class Need(StrEnum):
@@ -77,9 +79,24 @@ def statistics_read(needs: Iterable[Need], units: Units, shape: ModelShape) -> t
 
 def unit_statistics(units: Units, shape: ModelShape) -> tuple[str, ...]:
     """Kinds of statistics of the projections that read these units, and of the stream after."""
-    of_channels = "expert channels" if shape.expert_channels else "mlp"
-    kinds: dict[Kind, str] = {"heads": "attention", "channels": of_channels, "experts": "experts"}
-    return tuple(kind for unit, kind in kinds.items() if includes(units, unit))
+    kinds: dict[ScoredUnit, str] = {
+        "head": "attention",
+        "channel": "mlp",
+        "expert channel": "expert channels",
+        "expert": "experts",
+    }
+    return tuple(kinds[unit] for unit in scored_units(units, shape))
+
+
+def scored_units(units: Units, shape: ModelShape) -> tuple[ScoredUnit, ...]:
+    """What has scores where these units of a model of this shape may go."""
+    there: dict[ScoredUnit, tuple[Kind, bool]] = {
+        "head": ("heads", True),
+        "channel": ("channels", shape.has_mlps),
+        "expert channel": ("channels", shape.expert_channels > 0),
+        "expert": ("experts", True),
+    }
+    return tuple(unit for unit, (kind, has) in there.items() if has and includes(units, kind))
 
 
 class HeadLosses(Protocol):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
-from typing import Literal
 
 import numpy as np
 
@@ -15,12 +14,11 @@ from spp_export.calibration.statistics import ExpertColumns, LayerWeights
 from spp_export.common.arrays import FloatArray
 from spp_export.common.errors import UsageError
 from spp_export.data.artifacts import Artifacts
-from spp_export.importance.base import Criterion, Need, statistics_read
+from spp_export.importance.base import Criterion, Need, ScoredUnit, statistics_read
 from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.session import Session
 from spp_export.models.shape import Units
 
-ScoredUnit = Literal["head", "channel", "expert", "expert channel"]
 _UNITS: dict[ScoredUnit, Units] = {
     "head": "heads",
     "channel": "channels",

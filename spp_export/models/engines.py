@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from spp_export.models.families import FAMILIES
 from spp_export.models.families.served import BACKEND, NOT_BACKEND, PLUGIN, SGLANG, VLLM
 from spp_export.models.shape import LayerShape
 
@@ -65,8 +66,11 @@ def vllm(model_type: str, layout: str, layers: Sequence[LayerShape] = ()) -> Eng
         return Engine("vLLM", "no", "one number of experts for all layers")
     if any(layer.dropped_channels for layer in layers):
         return Engine("vLLM", "no", "one width of experts for all layers: --layout uniform")
+    record = FAMILIES.get(model_type)
+    # Layers with experts have no other MLP, and none of either goes as a whole.
+    stay = record is not None and record.experts is not None
     if model_type in PLUGIN | BACKEND and not all(
-        layer.has_attention and layer.has_mlp for layer in layers
+        layer.has_attention and (layer.has_mlp or stay) for layer in layers
     ):
         how = "every layer must have attention and an MLP there: plan --no-allow-empty-layers"
         return Engine("vLLM", "no", how)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from operator import mul
 from typing import Literal
 
 Kind = Literal["heads", "channels", "experts"]
@@ -178,7 +179,8 @@ class ModelShape:
     `chosen_groups` of the `expert_groups` that these are, one after the other; each has
     `expert_channels` that can go, or 0. `mixers` are, layer by layer, names and shapes of other
     tensors that stay, such as those of what mixes tokens in the place of attention; `without_heads`
-    and `without_channels` are the layers that have none. `head_rows` are the elements of one head
+    and `without_channels` are the layers that have none, as those with experts have no channels of
+    an MLP where other layers have. `head_rows` are the elements of one head
     in the tensors of queries and of keys, `head_inputs` what these read, 0 where it is head_dim and
     hidden_size; `cached` is what attention caches of a token for all heads together, 0 where it is
     keys and values; `cached_beside` what layers cache beside heads that can go. `unread` are
@@ -279,27 +281,9 @@ class ModelShape:
         return tuple(index not in self.without_channels for index in range(self.num_layers))
 
     @property
-    def width(self) -> int:
-        """Channels that can go of an MLP, or of each expert of a layer with experts."""
-        return self.expert_channels or self.channels
-
-    @property
-    def has_widths(self) -> tuple[bool, ...]:
-        """Whether each layer has such channels."""
-        return self.sparse if self.expert_channels else self.has_channels
-
-    def widths(self, layers: Sequence[LayerShape]) -> list[int]:
-        """How many of `width` channels each of these layers keeps, where it has any."""
-        if self.expert_channels:
-            return [self.expert_channels - layer.dropped_channels for layer in layers]
-        return [layer.channels for layer in layers]
-
-    def sized(self, query: int, kv: int, width: int, dropped_experts: int = 0) -> LayerShape:
-        """A layer of so many heads, and so many of `width` channels."""
-        if self.expert_channels:
-            narrower = self.expert_channels - width
-            return LayerShape(query, kv, self.channels, (), dropped_experts, narrower)
-        return LayerShape(query, kv, width, (), dropped_experts)
+    def has_mlps(self) -> bool:
+        """Whether any layer has an MLP that is no expert, and whose channels can go."""
+        return any(self.has_channels) and self.counted.channel > 0
 
     @property
     def counted(self) -> Costs:
@@ -372,9 +356,8 @@ class ModelShape:
 
     @property
     def channel_parameters(self) -> int:
-        """Parameters that go with one MLP channel, rows of gate and up and a column of down; where
-        channels of experts go, with one of each expert of a layer."""
-        return self.counted.channel or self.experts * self.counted.expert_channel
+        """Parameters that go with one MLP channel: rows of gate and up and a column of down."""
+        return self.counted.channel
 
     def head_parameters(self, layers: Sequence[LayerShape]) -> int:
         """Parameters of q, k, v and o that belong to heads; o_proj's bias belongs to none."""
@@ -386,7 +369,7 @@ class ModelShape:
 
     def parameters(self, layers: Sequence[LayerShape]) -> int:
         """All parameters of a model with these layers; tied embeddings count once."""
-        channels = sum(layer.channels for layer in layers) * self.counted.channel
+        channels = mlp_channel_parameters(self, layers)
         costs, whole = self.counted, len(layers) == self.num_layers
         fixed = costs.outside
         for index, layer in enumerate(layers):
@@ -427,15 +410,16 @@ class ModelShape:
         have experts whose channels can go."""
         if not self.expert_channels:
             return []
-        widths = zip(self.widths(layers), self.sparse, strict=True)
-        return [width for width, sparse in widths if sparse]
+        return [
+            self.expert_channels - layer.dropped_channels
+            for layer, sparse in zip(layers, self.sparse, strict=True)
+            if sparse
+        ]
 
     def expert_channels_in(self, layers: Sequence[LayerShape]) -> int:
         """Channels of all experts of these layers, all of the model, that can go."""
-        if not self.expert_channels:
-            return 0
-        counts = zip(self.experts_in(layers), self.widths(layers), strict=True)
-        return sum(count * width for count, width in counts)
+        counts = (count for count in self.experts_in(layers) if count)
+        return sum(map(mul, counts, self.expert_widths(layers)))
 
     def decode_parameters(self, layers: Sequence[LayerShape]) -> int:
         """Parameters read to decode one token: all but an untied input embedding, of which one
@@ -488,14 +472,18 @@ def resident_parameters(shape: ModelShape) -> int:
 
 def unit_parameters(shape: ModelShape, layers: Sequence[LayerShape], units: Units) -> int:
     """Parameters of these layers, all of the model, that belong to the units of these kinds."""
-    heads = shape.head_parameters(layers) if includes(units, "heads") else 0
-    if includes(units, "experts"):  # with their channels
-        return heads + shape.expert_parameters(layers)
-    channels = 0
+    total = shape.head_parameters(layers) if includes(units, "heads") else 0
     if includes(units, "channels"):
-        channels = sum(layer.channels for layer in layers) * shape.counted.channel
-        channels += shape.expert_channel_parameters(layers)
-    return heads + channels
+        total += mlp_channel_parameters(shape, layers)
+    if includes(units, "experts"):  # with their channels
+        return total + shape.expert_parameters(layers)
+    return total + shape.expert_channel_parameters(layers) * includes(units, "channels")
+
+
+def mlp_channel_parameters(shape: ModelShape, layers: Sequence[LayerShape]) -> int:
+    """Parameters of these layers, all of the model, that belong to channels of MLPs that are not
+    experts."""
+    return sum(layer.channels for layer in layers) * shape.channel_parameters
 
 
 def kept_share(shape: ModelShape, layers: Sequence[LayerShape], units: Units) -> float:

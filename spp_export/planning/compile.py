@@ -19,6 +19,7 @@ from spp_export.models.shape import (
     Units,
     includes,
     kept_share,
+    mlp_channel_parameters,
 )
 from spp_export.planning.allocate.options import (
     ExpertOptions,
@@ -60,7 +61,9 @@ class Realised:
     size above the budget.
     Where other units than heads may go: units, and the kept shares of the parameters of q, k, v and
     o (head_keep) and of gate, up and down (channel_keep) or of experts (expert_keep), of which
-    next_larger_experts is the next larger number. Channels are those of MLPs, or of every expert.
+    next_larger_experts is the next larger number. Channels are those of MLPs, or of every expert;
+    where a model has both, next_larger_channels is of experts, next_larger_mlp_channels of MLPs,
+    and mlp_keep the share that these keep of their parameters.
     """
 
     kind: str
@@ -80,6 +83,8 @@ class Realised:
     channel_keep: float | None = None
     expert_keep: float | None = None
     next_larger_experts: int | None = None
+    next_larger_mlp_channels: int | None = None
+    mlp_keep: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The record for plan.json, without what does not apply."""
@@ -131,8 +136,9 @@ def compile_units(
     tensor_parallel: int = 1,
     experts: ExpertOptions | None = None,
 ) -> tuple[tuple[LayerPlan, ...], Realised]:
-    """As `compile_plan`, from what every size of every layer is worth: of heads, of channels or of
-    experts, in competition. Layers are ragged only where the sizes of heads are.
+    """As `compile_plan`, from what every size of every layer is worth: of heads, of channels of
+    MLPs, and of experts and their channels, in competition. Layers are ragged only where the sizes
+    of heads are.
 
     None means that all of those units stay; it must agree with the units of the budget. latency:
     the table, needed where the budget's cost is that; a table of another model is a ProfileError,
@@ -140,16 +146,16 @@ def compile_units(
     every layer must divide among (`LayerShape.splits`), which no ragged layer does.
     """
     assert (heads is not None) == includes(budget.units, "heads"), "options of heads"
-    assert (experts is not None) == includes(budget.units, "experts"), "options of experts"
-    # Of experts that may go, channels are among their own options.
-    alone = includes(budget.units, "channels") and experts is None
-    assert (channels is not None) == alone, "options of channels"
+    narrower = includes(budget.units, "channels")
+    of_experts = includes(budget.units, "experts") or (narrower and shape.expert_channels > 0)
+    assert (experts is not None) == of_experts, "options of experts"
+    assert (channels is not None) == (narrower and shape.has_mlps), "options of channels"
     if layout not in LAYOUTS:
         raise PlanError(f"layout is {layout!r}, expected {' or '.join(LAYOUTS)}.")
     if layout == "ragged" and budget.cost == "latency":
         raise PlanError("layout is ragged, and tables of latency have regular layers only.")
     dense_score = _score(heads, channels, experts, shape, shape.layers)
-    heads, channels = _splittable(heads, channels, shape, layout, tensor_parallel)
+    heads, channels, experts = _splittable(heads, channels, experts, shape, layout, tensor_parallel)
     limit = budget.limit(shape, breadth, latency)
     uniform: UniformChoice | None = None
     bound: float | None = None
@@ -158,11 +164,10 @@ def compile_units(
         shapes = shape.alike(uniform.layer)
     else:
         shapes, bound = _per_layer(heads, channels, experts, shape, budget, limit)
-    kept_LE, kept_LEF = _kept_experts(experts, shape, shapes)
     kept = layer_plans(
         _kept_heads(heads, shape, shapes),
-        kept_LEF if channels is None else channels.kept(shape.widths(shapes)),
-        kept_LE,
+        None if channels is None else channels.kept([layer.channels for layer in shapes]),
+        *_kept_experts(experts, shape, shapes),
     )
     layers = only_existing(kept, shape)
     score = _score(heads, channels, experts, shape, shapes)
@@ -190,28 +195,29 @@ def check_feasible(
     experts: ExpertOptions | None = None,
 ) -> None:
     """The errors that `compile_units` would raise, whatever the sizes are worth."""
-    heads, channels = _splittable(heads, channels, shape, layout, tensor_parallel)
+    heads, channels, experts = _splittable(heads, channels, experts, shape, layout, tensor_parallel)
     limit = budget.limit(shape, breadth, latency)
     if layout == "uniform":
         _uniform(heads, channels, experts, shape, budget, limit, accepts)
         return
-    candidates = _candidates(heads, channels, experts, shape, limit)
+    candidates = _candidates(heads, channels, experts, shape, limit, budget.units)
     if smallest_cost(candidates, some=_may_be_none(heads)) > limit.cost:
         raise infeasible(
-            shape, budget, limit, candidates, channels or experts, some=_may_be_none(heads)
+            shape, budget, limit, candidates, (channels, experts), some=_may_be_none(heads)
         )
 
 
 def _splittable(
     heads: Options | None,
     channels: NestedOptions | None,
+    experts: ExpertOptions | None,
     shape: ModelShape,
     layout: Layout,
     ways: int,
-) -> tuple[Options | None, NestedOptions | None]:
-    """What may be chosen of both kinds of units; PlanError where units that stay do not divide."""
+) -> tuple[Options | None, NestedOptions | None, ExpertOptions | None]:
+    """What may be chosen of all kinds of units; PlanError where units that stay do not divide."""
     if ways == 1:
-        return heads, channels
+        return heads, channels, experts
     if layout == "ragged":
         raise PlanError("layout is ragged, whose layers divide among no cards. Use per-layer.")
     if heads is None and not LayerShape(shape.query_heads, shape.kv_heads, ways).splits(ways):
@@ -219,7 +225,8 @@ def _splittable(
             f"{shape.query_heads} query heads in {shape.kv_heads} KV groups stay in every layer "
             f"and do not divide among {ways} cards. Let heads go, too: --units both."
         )
-    if channels is None and shape.channels % ways:
+    narrower = experts is not None and experts.channels is not None
+    if channels is None and not narrower and shape.channels % ways:
         raise PlanError(
             f"{shape.channels} channels stay in every layer and do not divide among {ways} cards. "
             "Let channels go, too: --units both."
@@ -227,33 +234,33 @@ def _splittable(
     return (
         None if heads is None else splittable_heads(heads, ways),
         None if channels is None else splittable_channels(channels, ways),
+        splittable_channels(experts, ways) if experts is not None and narrower else experts,
     )
 
 
 def layer_plans(
-    kept_LGg: BoolArray, kept_LI: BoolArray | None = None, kept_LE: BoolArray | None = None
+    kept_LGg: BoolArray,
+    kept_LI: BoolArray | None = None,
+    kept_LE: BoolArray | None = None,
+    kept_LEF: BoolArray | None = None,
 ) -> tuple[LayerPlan, ...]:
-    """One LayerPlan per layer of masks of kept query heads [L,G,g], channels [L,I], or of every
-    expert [L,E,F], and experts [L,E].
+    """One LayerPlan per layer of masks of kept query heads [L,G,g], channels [L,I], experts [L,E]
+    and channels of every expert [L,E,F].
 
     Without a mask, or where a layer's is full, all its channels or experts stay and none is listed.
     """
     rows = [None] * len(kept_LGg)
-    masks = (kept_LGg, rows if kept_LI is None else kept_LI, rows if kept_LE is None else kept_LE)
+    masks = (rows if mask is None else mask for mask in (kept_LI, kept_LE, kept_LEF))
     return tuple(
         LayerPlan(
             tuple(np.flatnonzero(mask.any(axis=1)).tolist()),
             tuple(np.flatnonzero(mask).tolist()),
-            None if _of_experts(channels) else _unless_all(channels),
+            _unless_all(channels),
             _unless_all(experts),
-            _rows_unless_all(channels, experts) if _of_experts(channels) else None,
+            _rows_unless_all(inside, experts),
         )
-        for mask, channels, experts in zip(*masks, strict=True)
+        for mask, channels, experts, inside in zip(kept_LGg, *masks, strict=True)
     )
-
-
-def _of_experts(mask: BoolArray | None) -> bool:
-    return mask is not None and mask.ndim == 2
 
 
 def _rows_unless_all(
@@ -292,7 +299,9 @@ def _uniform(
     limit: Limit,
     accepts: Callable[[int], bool],
 ) -> UniformChoice:
-    sizes = uniform_sizes(heads, channels, shape, limit.kind, accepts, limit.latency, experts)
+    sizes = uniform_sizes(
+        heads, channels, shape, limit.kind, accepts, limit.latency, experts, budget.units
+    )
     try:
         return choose_uniform(sizes, limit.cost)
     except BudgetError:
@@ -308,7 +317,7 @@ def _per_layer(
     limit: Limit,
 ) -> tuple[tuple[LayerShape, ...], float | None]:
     """The best size of every layer, and the proven bound where it is not proven best."""
-    candidates = _candidates(heads, channels, experts, shape, limit)
+    candidates = _candidates(heads, channels, experts, shape, limit, budget.units)
     some = _may_be_none(heads)
     try:
         picks, choice = allocate(candidates, limit.cost)
@@ -316,11 +325,12 @@ def _per_layer(
             # A model without any attention reads its last token only.
             picks, choice = allocate_some(candidates, limit.cost)
     except BudgetError:
-        raise infeasible(shape, budget, limit, candidates, channels or experts, some=some) from None
+        widths = channels, experts
+        raise infeasible(shape, budget, limit, candidates, widths, some=some) from None
     groups = np.full(shape.num_layers, shape.kv_heads)
     query = np.full(shape.num_layers, shape.query_heads)
-    widths = np.full(shape.num_layers, shape.width)
-    dropped = np.zeros(shape.num_layers, dtype=np.int64)
+    inner = np.full(shape.num_layers, shape.channels)
+    dropped, narrower = np.zeros((2, shape.num_layers), dtype=np.int64)
     picked = iter(picks)
     if heads is not None:
         sizes = next(picked)
@@ -328,14 +338,14 @@ def _per_layer(
         groups = np.append(np.repeat(np.arange(1, rows + 1), columns), 0)[sizes]
         query = np.append(heads.query_heads.ravel(), 0)[sizes]
     if channels is not None:
-        widths = np.array(channels.widths)[next(picked)]
+        inner = np.array(channels.widths)[next(picked)]
     if experts is not None:
         sparse = list(shape.sparse)
         count, width = np.divmod(next(picked), len(experts.widths))
         dropped[sparse] = shape.experts - np.array(experts.counts)[count]
-        widths[sparse] = np.array(experts.widths)[width] if shape.expert_channels else shape.width
-    counts = zip(query.tolist(), groups.tolist(), widths.tolist(), dropped.tolist(), strict=True)
-    layers = [shape.sized(q, g, width, gone) for q, g, width, gone in counts]
+        narrower[sparse] = shape.expert_channels - np.array(experts.widths)[width]
+    counts = (of.tolist() for of in (query, groups, inner, dropped, narrower))
+    layers = [LayerShape(q, g, c, (), *fewer) for q, g, c, *fewer in zip(*counts, strict=True)]
     return shape.existing(layers), None if choice.exact else choice.bound
 
 
@@ -350,6 +360,7 @@ def _candidates(
     experts: ExpertOptions | None,
     shape: ModelShape,
     limit: Limit,
+    units: Units,
 ) -> list[Candidates]:
     candidates = []
     if heads is not None:
@@ -357,9 +368,9 @@ def _candidates(
         candidates.append(Candidates.of_heads(heads, costs, shape.has_heads))
     if channels is not None:
         costs = width_costs(shape, channels.widths, limit.latency)
-        candidates.append(Candidates.nested(channels, costs, shape.has_widths))
+        candidates.append(Candidates.nested(channels, costs, shape.has_channels))
     if experts is not None:
-        costs = expert_costs(shape, experts.counts, experts.widths)
+        costs = expert_costs(shape, experts, units)
         candidates.append(Candidates.of_experts(experts, costs))
     return candidates
 
@@ -419,8 +430,8 @@ def _score(
             worth = np.where(groups > 0, worth, heads.nothing)
         total += float(worth[np.array(shape.has_heads)].sum())
     if channels is not None:
-        at = np.searchsorted(channels.widths, shape.widths(shapes))
-        total += float(channels.value[layers, at][np.array(shape.has_widths)].sum())
+        at = np.searchsorted(channels.widths, [layer.channels for layer in shapes])
+        total += float(channels.value[layers, at][np.array(shape.has_channels)].sum())
     if experts is not None:
         count, width = experts.places(*_expert_sizes(experts, shape, shapes))
         total += float(experts.value[np.arange(len(count)), count, width].sum())
@@ -444,6 +455,9 @@ def _figures(
         figures["head_keep"] = kept_share(shape, shapes, "heads")
         of_mlps: Units = "experts" if includes(budget.units, "experts") else "channels"
         figures[f"{of_mlps.removesuffix('s')}_keep"] = kept_share(shape, shapes, of_mlps)
+    if includes(budget.units, "channels") and shape.has_mlps and any(shape.sparse):
+        kept, whole = (mlp_channel_parameters(shape, of) for of in (shapes, shape.layers))
+        figures["mlp_keep"] = kept / whole
     return figures
 
 
@@ -455,7 +469,11 @@ def _alternatives(uniform: UniformChoice, shape: ModelShape, budget: Budget) -> 
         entries["accepted_query_heads"] = uniform.accepted
         entries["next_larger"] = larger and (larger.query_heads, larger.kv_heads)
     if includes(budget.units, "channels"):
-        entries["next_larger_channels"] = larger and shape.widths([larger])[0]
+        inside = shape.expert_channels
+        width = larger and (inside - larger.dropped_channels if inside else larger.channels)
+        entries["next_larger_channels"] = width
+        if inside and shape.has_mlps:
+            entries["next_larger_mlp_channels"] = larger and larger.channels
     if includes(budget.units, "experts"):
         entries["next_larger_experts"] = larger and shape.experts - larger.dropped_experts
     return entries

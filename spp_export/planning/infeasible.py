@@ -26,15 +26,19 @@ def infeasible(
     budget: Budget,
     limit: Limit,
     candidates: Sequence[Candidates],
-    channels: NestedOptions | ExpertOptions | None,
+    widths: tuple[NestedOptions | None, ExpertOptions | None],
     *,
     some: bool = False,
 ) -> BudgetError:
-    """The error for layers of any regular size, naming the smallest total; `some` as of
-    `smallest_cost`."""
+    """The error for layers of any regular size, naming the smallest total; `widths` are what MLPs
+    and experts may keep, and `some` is as of `smallest_cost`."""
     smallest = smallest_cost(candidates, some=some)
-    of = "expert" if shape.expert_channels else "layer"
-    width = "" if channels is None else f"{channels.widths[0]} channels per {of}"
+    of_mlps = "MLP" if shape.expert_channels else "layer"
+    width = " and ".join(
+        f"{options.widths[0]} channels per {of}"
+        for options, of in zip(widths, (of_mlps, "expert"), strict=True)
+        if options is not None
+    )
     count = f"{next(iter(shape.expert_counts), 0)} experts in every layer that has any"
     # The fastest size need not be the smallest.
     whose = "the fastest blocks measured"
@@ -69,15 +73,18 @@ def uniform_infeasible(
     def describe(index: int) -> str:
         layer = sizes.layer(index)
         heads = f"{layer.query_heads} query heads in {layer.kv_heads} KV groups"
-        of_each = " of every expert" if shape.expert_channels else ""
-        channels = f"{sizes.channels[index]} channels{of_each}"
+        inside = f"{sizes.widths[index]} channels"
+        kept = [f"{inside} of every expert"] if shape.expert_channels else []
+        if shape.has_mlps:
+            mlps = " of every MLP" if shape.expert_channels else ""
+            kept.insert(0, f"{sizes.channels[index]} channels{mlps}")
         experts = f"{sizes.experts[index]} experts"
         size = {
             "heads": heads,
-            "channels": channels,
-            "both": f"{heads} and {channels}",
+            "channels": " and ".join(kept),
+            "both": " and ".join([heads, *kept]),
             "experts": experts,
-            "all": f"{heads} and {experts} of {sizes.channels[index]} channels",
+            "all": " and ".join([heads, *kept[:-1], f"{experts} of {inside}"]),
         }
         return f"{size[budget.units]}, {_figure(shape, budget, limit, int(sizes.cost[index]))}"
 

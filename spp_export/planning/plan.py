@@ -178,7 +178,7 @@ class Plan:
 
     def layer_shapes(self, model: ModelShape) -> tuple[LayerShape, ...]:
         """Size of every layer after slicing, of what is kept alone."""
-        return tuple(layer.shape(model) for layer in self.layers)
+        return layer_shapes(self.layers, model)
 
     def written_shapes(self, model: ModelShape) -> tuple[LayerShape, ...]:
         """Size of every layer as it is written: with what pads it."""
@@ -214,17 +214,23 @@ def dense_plan(shape: ModelShape, fingerprint: str, source: str) -> Plan:
     return Plan(fingerprint, source, "uniform", "none", layers)
 
 
+def layer_shapes(layers: Sequence[LayerPlan], model: ModelShape) -> tuple[LayerShape, ...]:
+    """Size of every layer, all of the model, after slicing."""
+    return model.existing([layer.shape(model) for layer in layers])
+
+
 def only_existing(layers: Sequence[LayerPlan], shape: ModelShape) -> tuple[LayerPlan, ...]:
-    """The layers without the units that they do not have in the source."""
+    """The layers without the units that they do not have in the source; of MLPs that are experts
+    all channels stay."""
     return tuple(
         replace(
             layer,
             kv_heads=layer.kv_heads if has_heads else (),
             query_heads=layer.query_heads if has_heads else (),
-            channels=layer.channels if has_channels else (),
+            channels=layer.channels if has_channels else None if sparse else (),
         )
-        for layer, has_heads, has_channels in zip(
-            layers, shape.has_heads, shape.has_channels, strict=True
+        for layer, has_heads, has_channels, sparse in zip(
+            layers, shape.has_heads, shape.has_channels, shape.sparse, strict=True
         )
     )
 
@@ -239,12 +245,13 @@ def sample_plan(
         groups = -(-groups // 2)
         heads = groups * shape.group_size if shape.kv_heads > 1 else -(-heads // 2)
     narrower = includes(units, "channels")
-    of_mlp = narrower and not shape.expert_channels
-    width = tuple(range(-(-shape.channels // 2))) if of_mlp else None
-    first = LayerPlan(tuple(range(groups)), tuple(range(heads)), width)
     layers = list(dense.layers)
     if layout != "uniform":
+        first = LayerPlan(tuple(range(groups)), tuple(range(heads)))
         layers[shape.has_heads.index(True)] = first
+        if narrower and shape.has_mlps:
+            mlp, width = shape.has_channels.index(True), -(-shape.channels // 2)
+            layers[mlp] = replace(layers[mlp], channels=tuple(range(width)))
         experts: tuple[int, ...] = ()
         if includes(units, "experts"):
             half = next(n for n in shape.expert_counts if 2 * n >= shape.experts)

@@ -162,18 +162,19 @@ def validate_layer(
     """PlanError unless the layer is in range and whole, and regular where it may not be `ragged`;
     of units that it does not have in the source it keeps none."""
     place = f"layer {index}"
-    if index in shape.without_channels:
+    sparse = shape.sparse[index]
+    if index in shape.without_channels and not sparse:
         _check_none(place, "MLP channels", layer.channels)
     if index in shape.without_heads:
         _check_none(place, "query heads", (*layer.query_heads, *layer.kv_heads))
     else:
         _validate_heads(place, layer, shape, ragged=ragged)
+    if layer.channels is not None and sparse:
+        raise PlanError(
+            f"{place}: plan keeps channels, and of a layer with experts these go, or "
+            "expert_channels. Plan again with --units channels."
+        )
     if layer.channels is not None and index not in shape.without_channels:
-        if shape.mlps:
-            raise PlanError(
-                f"{place}: plan keeps channels, and of the MLPs of {shape.model_type} models "
-                "experts go, or expert_channels. Plan again with --units channels."
-            )
         _check_range(place, "channel", layer.channels, shape.channels)
 
 

@@ -20,6 +20,7 @@ from spp_export.common.versions import library_versions
 from spp_export.data.artifacts import DOMAIN_SHRINKAGE, SCENARIO_WEIGHT, Artifacts
 from spp_export.data.scenario import Scenario
 from spp_export.domains.diagnosis import Diagnosis, check_regime, diagnose_scenario
+from spp_export.importance.base import scored_units
 from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.engines import Engine, engines_for
 from spp_export.models.families import Feature, Role
@@ -46,6 +47,7 @@ from spp_export.planning.allocate.options import (
 from spp_export.planning.bound import Predicted, predicted
 from spp_export.planning.budget import Budget, unit_cost
 from spp_export.planning.latency import LatencyTable
+from spp_export.planning.plan import layer_shapes
 from spp_export.planning.published import published_mask, published_text
 from spp_export.planning.request import PlanRequest
 from spp_export.planning.scoring import Scoring, UnitOptions, check_criterion
@@ -189,7 +191,7 @@ class Planning:
                     **({"profile": self.latency.to_dict()} if self.latency else {}),
                 },
             }
-        sizes = predicted(shape, [layer.shape(shape) for layer in layers], written, self.latency)
+        sizes = predicted(shape, layer_shapes(layers, shape), written, self.latency)
         told: dict[str, Any] = {
             "remarks": [
                 *session.source.family.remarks,
@@ -198,8 +200,11 @@ class Planning:
             ],
             # For readers that have no more of the dense model than this.
             "expert_channels": shape.expert_channels if _narrows(layers) else 0,
+            "with_experts": [i for i, sparse in enumerate(shape.sparse) if sparse]
+            if shape.has_mlps and any(layer.channels is not None for layer in layers)
+            else [],
             "without_heads": sorted(shape.without_heads),
-            "without_channels": sorted(shape.without_channels),
+            "without_channels": sorted(i for i in shape.without_channels if not shape.sparse[i]),
         }
         compiled = Plan(
             session.source.fingerprint,
@@ -255,13 +260,13 @@ class Planning:
         # What lost nothing after all gets no bias.
         losing = losing_roles(layers, source.shape)
         written = compensated_shape(source, request.layout, request.compensate, losing)
-        whole = written.parameters([layer.shape(source.shape) for layer in layers])
+        whole = written.parameters(layer_shapes(layers, source.shape))
         return layers, replace(realised, parameters=whole), written
 
 
 def _on_experts(shape: ModelShape, layers: Sequence[LayerPlan]) -> list[str]:
     """What a reader of a plan has to be told of experts that go."""
-    counts = [n for n in shape.experts_in([layer.shape(shape) for layer in layers]) if n]
+    counts = [n for n in shape.experts_in(layer_shapes(layers, shape)) if n]
     if sum(counts) == shape.experts * len(counts):
         return []
     each = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
@@ -273,7 +278,7 @@ def _on_experts(shape: ModelShape, layers: Sequence[LayerPlan]) -> list[str]:
 
 def _on_expert_channels(shape: ModelShape, layers: Sequence[LayerPlan]) -> list[str]:
     """What a reader of a plan has to be told of experts' channels that go."""
-    kept = shape.expert_widths([layer.shape(shape) for layer in layers])
+    kept = shape.expert_widths(layer_shapes(layers, shape))
     if not kept or min(kept) == shape.expert_channels:
         return []
     each = " to ".join(str(count) for count in sorted({min(kept), max(kept)}))
@@ -297,7 +302,7 @@ def _answer_tokens(session: Session, request: PlanRequest) -> int:
 def _largest_written(session: Session, request: PlanRequest) -> ModelShape:
     """The shape that is written where every consumer that may lose inputs does."""
     losing = frozenset(role for role, kind in _LOSING.items() if includes(request.units, kind))
-    if session.source.shape.expert_channels:  # of which nothing is compensated
+    if not session.source.shape.has_mlps:  # of experts nothing is compensated
         losing -= {Role.DOWN}
     return compensated_shape(session.source, request.layout, request.compensate, losing)
 
@@ -377,25 +382,26 @@ def _check_budget(
         return
     shape = session.source.shape
     scores_LH = np.zeros((shape.num_layers, shape.query_heads))
-    of_experts = shape.experts if shape.expert_channels else 1
-    scores_LI = np.zeros((shape.num_layers, of_experts * shape.width))
+    scores_LI = np.zeros((shape.num_layers, shape.channels))
+    scores_SE = np.zeros((sum(shape.sparse), shape.experts))
+    scores_SU = np.zeros((len(scores_SE), shape.experts * shape.expert_channels))
     forced = forced_heads(artifacts.whitelist, shape)
     empty = empty_layers(session.source, request)
     heads = options_of(request.layout)(scores_LH, shape, forced)
     heads = dividing_heads(heads) if request.kv_divisors else heads
     heads = with_nothing(heads, 0.0, forced) if empty else heads
-    if shape.expert_channels:
-        channels = expert_channel_options(scores_LI, shape, request.width_multiple)
-    else:
-        channels = channel_options(scores_LI, shape, request.width_multiple, none=empty)
+    units, multiple = scored_units(request.units, shape), request.width_multiple
+    no_mlp = empty and not session.source.family.no_empty_layers("channels")
+    channels = channel_options(scores_LI, shape, multiple, none=no_mlp)
     experts = None
-    if includes(request.units, "experts"):
-        inside = scores_LI[list(shape.sparse)] if includes(request.units, "channels") else None
-        scores_SE = np.zeros((sum(shape.sparse), shape.experts))
-        experts = expert_options(scores_SE, shape, inside, request.width_multiple)
+    if "expert" in units:
+        inside = scores_SU if "expert channel" in units else None
+        experts = expert_options(scores_SE, shape, inside, multiple)
+    elif "expert channel" in units:
+        experts = expert_channel_options(scores_SU, shape, multiple)
     check_feasible(
-        heads if includes(request.units, "heads") else None,
-        channels if includes(request.units, "channels") and experts is None else None,
+        heads if "head" in units else None,
+        channels if "channel" in units else None,
         shape if request.max_params is None else written,
         request.budget,
         request.layout,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,15 +20,17 @@ from spp_export.importance import CRITERIA, SCORING
 from spp_export.importance.base import (
     Criterion,
     Need,
+    ScoredUnit,
     SetCriterion,
     check_convention,
+    scored_units,
     statistics_read,
     unit_statistics,
 )
 from spp_export.importance.comparable import LOSSES, comparable_kinds, stream
-from spp_export.importance.mixed import ScoredUnit, check_domain_scores, mixed_scores
+from spp_export.importance.mixed import check_domain_scores, mixed_scores
 from spp_export.models.session import Session
-from spp_export.models.shape import Kind, ModelShape, Units, channel_widths, includes
+from spp_export.models.shape import Units, channel_widths
 from spp_export.planning.allocate.options import (
     ExpertOptions,
     NestedOptions,
@@ -47,6 +49,7 @@ from spp_export.planning.allocate.options import (
 SEQUENTIAL = {"pp-scenario": False, "full-batch-probing-scenario": True}
 CRITERION_NAMES = (*CRITERIA, *SEQUENTIAL)
 _OF_EXPERTS: tuple[ScoredUnit, ...] = ("expert", "expert channel")
+_STATISTICS: dict[ScoredUnit, str] = {"expert": "experts", "expert channel": "expert channels"}
 # `obs` assumes that what stays is re-fitted; without that, energy is the better guide.
 DEFAULT_CRITERION = {"lstsq": "obs", "bias": "energy", "none": "energy"}
 # `fisher` expands the loss around the dense model. On the default model it chose better than `obs`
@@ -66,10 +69,10 @@ def default_criterion(
     `removed` and gradients are at hand, those of the pools in the artifacts and those of the
     scenario by a backward pass. Of experts alone, or their channels, nothing is re-fitted, and
     `fisher` knows none."""
-    inside = includes(units, "channels") and session.source.shape.expert_channels > 0
-    of_experts = units == "experts" or (inside and not includes(units, "heads"))
+    scored = set(scored_units(units, session.source.shape))
+    inside, of_experts = "expert channel" in scored, scored <= set(_OF_EXPERTS)
     usual = "energy" if of_experts else DEFAULT_CRITERION[compensation]
-    if inside or includes(units, "experts"):
+    if inside or "expert" in scored:
         return usual
     known = artifacts.dialogues and all(one.gradients is not None for one in artifacts.dialogues)
     # Spread over devices, some weights may have none.
@@ -78,14 +81,6 @@ def default_criterion(
     # Shares of budgets are quotients, which round.
     moderate = removed <= _MOST_REMOVED + 1e-6
     return "fisher" if usual == "obs" and at_hand and moderate else usual
-
-
-def scored_units(units: Units, shape: ModelShape) -> tuple[ScoredUnit, ...]:
-    """What has scores where these units of a model of this shape may go."""
-    of_channels: ScoredUnit = "expert channel" if shape.expert_channels else "channel"
-    scored: dict[Kind, ScoredUnit]
-    scored = {"heads": "head", "channels": of_channels, "experts": "expert"}
-    return tuple(unit for kind, unit in scored.items() if includes(units, kind))
 
 
 def _for_experts(name: str, unit: ScoredUnit = "expert") -> str:
@@ -179,23 +174,27 @@ class Scoring:
             head_options = ragged_options if self.ragged else layer_options
             heads = head_options(worth["head"], shape, self.forced)
             heads = with_nothing(heads, 0.0, self.forced) if self.empty else heads
-        channels = experts = None
+        channels = None
         if "channel" in worth:
-            channels = channel_options(worth["channel"], shape, self.multiple, none=self.empty)
-        inside = worth.get("expert channel")
-        if "expert" in worth:
-            experts = self._expert_options(worth["expert"], inside)
-        elif inside is not None:
-            channels = expert_channel_options(inside, shape, self.multiple)
+            channels = channel_options(worth["channel"], shape, self.multiple, none=self._no_mlp)
+        experts = self._expert_options(worth.get("expert"), worth.get("expert channel"))
         return UnitOptions(heads, channels, experts)
 
+    @property
+    def _no_mlp(self) -> bool:
+        """Whether a layer may lose its MLP."""
+        return self.empty and not self.session.source.family.no_empty_layers("channels")
+
     def _expert_options(
-        self, experts_SE: FloatArray, channels_LU: FloatArray | None
-    ) -> ExpertOptions:
-        """Of experts, and of their channels where these may go as well."""
+        self, experts_SE: FloatArray | None, channels_SU: FloatArray | None
+    ) -> ExpertOptions | None:
+        """Of experts, of their channels, or of both, as far as these may go."""
         shape = self.session.source.shape
-        inside = None if channels_LU is None else channels_LU[list(shape.sparse)]
-        return expert_options(experts_SE, shape, inside, self.multiple)
+        if experts_SE is not None:
+            return expert_options(experts_SE, shape, channels_SU, self.multiple)
+        if channels_SU is not None:
+            return expert_channel_options(channels_SU, shape, self.multiple)
+        return None
 
     def _worth(self) -> dict[ScoredUnit, FloatArray]:
         """Worth of units [L,U]: a loss is one by itself, other scores weigh a unit's parameters."""
@@ -225,8 +224,8 @@ class Scoring:
         return CRITERIA[self.criterion].comparable if self.criterion in CRITERIA else "standardised"
 
     def _scores(self) -> dict[ScoredUnit, FloatArray]:
-        """Scores [L,H] of heads, [L,I] of channels, [L,E*F] of those of experts and [S,E] of the
-        experts of layers that have any, of the units that may go."""
+        """Scores [L,H] of heads, [L,I] of channels, and of the layers that have experts [S,E] and
+        [S,E*F] of these and their channels, of the units that may go."""
         units = scored_units(self.units, self.session.source.shape)
         if self.criterion in SEQUENTIAL:
             sequential = dict(zip(("head", "channel"), self._sequential(), strict=True))
@@ -237,13 +236,13 @@ class Scoring:
         scores = mixed_scores(
             self.session, self.artifacts, self.parts, SCORING[criterion], unit, seed=self.seed
         )
-        return scores[list(self.session.source.shape.sparse)] if unit == "expert" else scores
+        return scores[list(self.session.source.shape.sparse)] if unit in _OF_EXPERTS else scores
 
     def _sensitivity(self, moments: Moments, kind: str) -> FloatArray:
         """Of the layers that have units of a kind."""
         sensitivity = moments.sensitivity(kind)
         sparse = list(self.session.source.shape.sparse)
-        return sensitivity[sparse] if kind == "experts" else sensitivity
+        return sensitivity[sparse] if kind in ("experts", "expert channels") else sensitivity
 
     def record(self) -> dict[str, Any]:
         """What decided, for plan.json."""
@@ -288,8 +287,9 @@ class Scoring:
         needs = criterion.needs | {Need.MOMENTS}
         moments = gather_parts(self.session, self.parts, statistics_read(needs, self.units, shape))
         heads: Options | None = None
-        channels = experts = None
-        if includes(self.units, "heads"):
+        channels: NestedOptions | None = None
+        units = scored_units(self.units, shape)
+        if "head" in units:
             groups = (shape.kv_heads, shape.group_size)
 
             def losses(layer: int, weight: FloatArray, blocks: FloatArray) -> tuple[Any, BoolArray]:
@@ -302,32 +302,31 @@ class Scoring:
             sizes = worth[:, :-1].reshape(sets.shape[:3])
             heads = SetOptions(sizes, sets, ragged=self.ragged)
             heads = with_nothing(heads, worth[:, -1], self.forced) if self.empty else heads
-        inside: FloatArray | None = None
-        if shape.expert_channels and includes(self.units, "channels"):
-            scores = self._mixed(_for_experts(self.criterion, "expert channel"), "expert channel")
-            inside = stream(scores, self._sensitivity(moments, "expert channels"))
-            if not includes(self.units, "experts"):
-                channels = expert_channel_options(inside, shape, self.multiple)
-        elif includes(self.units, "channels"):
+        if "channel" in units:
             worth, places = self._weighed(
                 "channels",
                 moments,
                 criterion,
                 lambda _, weight, blocks: criterion.channels(
-                    weight, blocks, self.multiple, none=self.empty
+                    weight, blocks, self.multiple, none=self._no_mlp
                 ),
             )
-            widths = channel_widths(shape.channels, self.multiple, none=self.empty)
+            widths = channel_widths(shape.channels, self.multiple, none=self._no_mlp)
             channels = NestedOptions(widths, worth, places)
-        if includes(self.units, "experts"):
-            scores = self._mixed(_for_experts(self.criterion), "expert")
-            worth = stream(scores, self._sensitivity(moments, "experts"))
-            experts = self._expert_options(worth, inside)
+        of_experts: dict[ScoredUnit, FloatArray] = {
+            unit: stream(
+                self._mixed(_for_experts(self.criterion, unit), unit),
+                self._sensitivity(moments, _STATISTICS[unit]),
+            )
+            for unit in _OF_EXPERTS
+            if unit in units
+        }
+        experts = self._expert_options(of_experts.get("expert"), of_experts.get("expert channel"))
         return UnitOptions(heads, channels, experts)
 
     def _weighed(
         self,
-        units: Units,
+        units: Literal["heads", "channels"],
         moments: Moments,
         criterion: SetCriterion,
         weigh: Callable[..., tuple[FloatArray, Any]],
@@ -337,7 +336,7 @@ class Scoring:
         `weigh` gives the losses of one layer from its number, the consumer's weight and the second
         moments of its input.
         """
-        source, (kind,) = self.session.source, unit_statistics(units, self.session.source.shape)
+        source, kind = self.session.source, {"heads": "attention", "channels": "mlp"}[units]
         module = source.family.output if units == "heads" else source.family.down
         if Need.LOSS in criterion.needs:
             kind += LOSS

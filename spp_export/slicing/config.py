@@ -36,6 +36,7 @@ _OF_THE_WHOLE = ("model_type", "architectures", "base_architecture", "auto_map")
 _DEFAULT_ROPE_THETA = 10000.0
 # Rotary settings that the config of some families has by another name.
 _ROTARY = {"rope_theta", "partial_rotary_factor"}
+_WIDTH = "intermediate_size"
 # Counts of a layer for which the stock config has another name, and not both.
 _OWN_KEYS = {"num_key_value_heads"}
 # A rotation that only models have which transformers 4 has not.
@@ -93,7 +94,7 @@ def slim_config(
         config |= {family.bias_switch(role): True for role in new}
     elif layout in ("per-layer", "ragged"):
         stock = family.stock_layers(source_config)
-        config |= _per_layer(family, shape, layers, stock, ragged=layout == "ragged")
+        config |= _per_layer(family, shape, layers, config, stock, ragged=layout == "ragged")
         config |= _for_vllm(family, shape, config)
         if family.per_head:
             config["per_layer_modules"] |= _per_head(family, shape, layers, kept_heads)
@@ -187,6 +188,8 @@ def _uniform(family: Family, shape: ModelShape, layers: Sequence[LayerShape]) ->
         )
     if first.query_heads == 0:  # of none that could go
         first = replace(first, query_heads=shape.query_heads, kv_heads=shape.kv_heads)
+    if first.channels == 0:
+        first = replace(first, channels=shape.channels)
     if len(counts := set(shape.experts_in(layers)) - {0}) > 1:
         raise PlanError(
             f"layers have {min(counts)} to {max(counts)} experts; layout 'uniform' needs as many "
@@ -225,6 +228,7 @@ def _per_layer(
     family: Family,
     shape: ModelShape,
     layers: Sequence[LayerShape],
+    config: Mapping[str, Any],
     stock: Mapping[str, dict[str, int]],
     *,
     ragged: bool,
@@ -233,6 +237,9 @@ def _per_layer(
     config_class = family.config_class or f"{prefix}Config"
     decoder_class = family.decoder_class or f"{prefix}Model"
     digits = len(str(len(layers) - 1))
+    of_others = family.width_key != _WIDTH
+    width = config[_WIDTH] if of_others else None
+    own_width = of_others and _narrows_mlps(shape, layers)
     sees = Feature.VISION in family.features
     auto = "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
     return {
@@ -245,9 +252,10 @@ def _per_layer(
             auto: f"modeling_spp.Spp{family.architecture}",
         },
         **_per_layer_modules(family, shape, layers),
-        **_counts(shape.layer),
+        **_counts(shape.layer, width),
         "per_layer_config": {
-            str(index).zfill(digits): _counts(_as_made(layer, index, shape))
+            str(index).zfill(digits): _counts(_as_made(layer, index, shape), width)
+            | ({family.width_key: layer.channels} if own_width and layer.channels else {})
             | (stock.get(str(index), {}) if index in shape.without_heads else {})
             | (_experts(family, shape, layer) if sparse else {})
             | ({"query_groups": list(layer.query_groups)} if ragged else {})
@@ -266,26 +274,22 @@ def _per_layer_modules(
 ) -> dict[str, Any]:
     """What modeling_spp.py has to know of a family beyond the names that are Llama's, and of layers
     without attention or MLP."""
-    modules = [family.attention]
+    derived = family.derived_head_dim == "attention"
+    modules = _own_modules(family, shape, layers)
     kept: dict[str, Any] = {}
-    if family.experts and any(layer.dropped_experts or layer.dropped_channels for layer in layers):
-        modules += family.experts.modules
     if family.experts and any(layer.dropped_channels for layer in layers):
         kept = {"kept": list(family.experts.beside)} if family.experts.beside else {}
-    if family.derived_head_dim != "attention":
-        modules += [family.mlp] if family.mlp else []
-        modules = list(dict.fromkeys(modules))
+    if stays := _staying(family, shape, layers, modules):
+        kept["stays"] = stays
+    if not derived:
         listed: dict[str, Any] = {"layers": "layers", "modules": modules, **kept}
-        if stays := _staying(family, shape, modules):
-            listed["stays"] = stays
         if empty := _empty_modules(family, shape, layers):
             listed["empty"] = empty
         usual = listed == {"layers": "layers", "modules": ["self_attn", "mlp"]}
         return {} if usual and not family.experts else {"per_layer_modules": listed}
     inputs = list(dict.fromkeys((family.query, family.key, family.value)))
-    outputs = list(dict.fromkeys(name for name in (family.gate, family.up) if name))
-    if "C" in family.wide_norms.values():  # more is as wide as the MLP than its projections
-        modules.append(family.mlp)
+    alone = not family.experts  # else an MLP is made as wide as its layer's config says
+    outputs = list(dict.fromkeys(name for name in (family.gate, family.up) if name and alone))
     return {
         "per_layer_modules": {
             "layers": family.layers.rpartition(".")[2],
@@ -294,10 +298,33 @@ def _per_layer_modules(
             # Made of a hidden size of so many heads, for want of another way to say head_dim.
             "narrow": {"inputs": inputs, "outputs": [family.output], "head_dim": shape.head_dim},
             # What is as wide as the MLP: at its outputs, at its inputs.
-            "wide": {"outputs": outputs, "inputs": [family.down] if family.down else []},
+            "wide": {"outputs": outputs, "inputs": [family.down] if family.down and alone else []},
             "keys": {key: name for key, name in family.keys.items() if name and key in _OWN_KEYS},
         }
     }
+
+
+def _own_modules(family: Family, shape: ModelShape, layers: Sequence[LayerShape]) -> list[str]:
+    """The modules of a layer that are made by a config of its own."""
+    modules = [family.attention]
+    if family.experts:
+        modules += family.experts.modules if _cuts_experts(layers) else ()
+        narrower = _narrows_mlps(shape, layers)
+    elif family.derived_head_dim == "attention":
+        # More is as wide as the MLP than its projections.
+        narrower = "C" in family.wide_norms.values()
+    else:
+        narrower = bool(family.mlp)
+    return list(dict.fromkeys([*modules, family.mlp] if narrower else modules))
+
+
+def _cuts_experts(layers: Sequence[LayerShape]) -> bool:
+    return any(layer.dropped_experts or layer.dropped_channels for layer in layers)
+
+
+def _narrows_mlps(shape: ModelShape, layers: Sequence[LayerShape]) -> bool:
+    has = zip(layers, shape.has_channels, strict=True)
+    return any(layer.channels < shape.channels for layer, has_mlp in has if has_mlp)
 
 
 def _for_vllm(
@@ -339,14 +366,17 @@ def _empty_modules(
     return empty
 
 
-def _staying(family: Family, shape: ModelShape, modules: Sequence[str]) -> dict[str, list[int]]:
+def _staying(
+    family: Family, shape: ModelShape, layers: Sequence[LayerShape], modules: Sequence[str]
+) -> dict[str, list[int]]:
     """Per module, the layers in which it is something else, of which nothing is cut."""
     without = [(family.attention, shape.without_heads)]
-    without += [(family.down.rpartition(".")[0], shape.without_channels)]
+    if not _cuts_experts(layers):
+        without += [(family.down.rpartition(".")[0], shape.without_channels)]
     stays = {}
     for module in modules:
-        layers = [lack for name, lack in without if name == module]
-        if layers and (whole := layers[0].intersection(*layers)):
+        lack = [places for name, places in without if name == module]
+        if lack and (whole := lack[0].intersection(*lack)):
             stays[module] = sorted(whole)
     return stays
 
@@ -366,11 +396,12 @@ def _per_head(
     return {"per_head": {"arguments": names, "heads": heads, "of": shape.query_heads}}
 
 
-def _counts(layer: LayerShape) -> dict[str, int]:
+def _counts(layer: LayerShape, other_width: int | None) -> dict[str, int]:
+    """`other_width`: of what has the usual key of MLPs in a stock config, if not these have it."""
     return {
         "num_attention_heads": layer.query_heads,
         "num_key_value_heads": layer.kv_heads,
-        "intermediate_size": layer.channels,
+        _WIDTH: layer.channels if other_width is None else other_width,
     }
 
 

@@ -210,6 +210,76 @@ def test_channels_of_experts_go_through_every_command(
     assert "it says nothing of the channels of experts. Use energy, " in capsys.readouterr().err
 
 
+@since_5(WRITES)
+@pytest.mark.parametrize(
+    ("family", "units", "compensate", "criterion"),
+    [
+        ("deepseek_v3", "channels", "lstsq", "obs"),
+        ("glm4_moe", "all", "bias", "energy"),
+        pytest.param("llama4_text", "both", "lstsq", "obs", marks=pytest.mark.slow),
+        pytest.param("deepseek_v2", "both", "none", "wanda-sp", marks=pytest.mark.slow),
+    ],
+)
+def test_channels_of_mlps_go_beside_those_of_experts(
+    family: str,
+    units: str,
+    compensate: str,
+    criterion: str,
+    workshop: Workshop,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of layers without experts, in one budget with all else, and what they read is re-fitted."""
+    settings = settings_of(family, vocab=VOCAB, layers=4)
+    settings.max_position_embeddings, settings.num_hidden_layers = 1024, 4
+    if family != "llama4_text":
+        settings.first_k_dense_replace = 2
+    dense = write_random(settings, tmp_path / "dense", torch.float32)
+    write_tokenizer(dense)
+    source = open_source(dense)
+    shape = source.shape
+    model, answers = ("--model", dense), ("--answer-tokens", "0")
+    artifacts, out = tmp_path / "artifacts", tmp_path / "slim"
+    command("probe", "--pools", workshop.pools, *model, *answers, "-o", artifacts)
+    asked = ("--artifacts", artifacts, "--keep", "0.6", "--units", units)
+    asked = (*asked, "--width-multiple", "4", "--compensate", compensate)
+    chosen = () if criterion == "obs" else ("--criterion", criterion)
+    made = ("--scenario", workshop.scenario, *model, *asked, *answers, *chosen)
+    command("export", *made, "-o", out)
+    assert json.loads((out / "verify.json").read_text())["passed"]
+    plan = read_plan(out / "plan.json")
+    assert plan.criterion["name"] == criterion
+    cut = [i for i, layer in enumerate(plan.layers) if layer.channels is not None]
+    assert cut
+    assert not any(shape.sparse[index] for index in cut)
+    assert any(layer.expert_channels for layer in plan.layers)
+    realised = plan.budget["realised"]
+    assert realised["cost"] <= realised["limit"]
+    assert realised["mlp_keep"] < 1
+    slim = open_checkpoint(out)
+    assert realised["parameters"] == sum(prod(x.shape) for x in slim.tensors.values())
+    index = cut[0]
+    down = slim.weight(source.family.down, index)
+    plain = source.weight(source.family.down, index)[:, list(plan.layers[index].channels or ())]
+    assert (down != plain).any() == (compensate == "lstsq")
+    biased = f"{source.family.layer_name(index, source.family.down)}.bias"
+    assert (biased in slim.tensors) == (compensate == "bias")
+    command("verify", out, *model)
+    card = (out / "README.md").read_text()
+    assert "| MLP channels |" in card
+    command("report", out, "-o", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "Percent of the channels of MLPs and experts kept, a bar per layer." in page
+    kept = len(plan.layers[index].channels or ())
+    assert f"Layer {index}\n{kept} of {shape.channels} channels, " in page
+    capsys.readouterr()
+    command("show", dense)
+    assert "MLP channels" in capsys.readouterr().out
+    again = tmp_path / "again"
+    command("export", *made[:4], "--plan", out / "plan.json", "-o", again)
+    assert (again / "config.json").read_bytes() == (out / "config.json").read_bytes()
+
+
 def test_a_model_that_sees_answers_about_a_picture(workshop: Workshop, tmp_path: Path) -> None:
     """With its own processor, in transformers alone too, as the masked dense model does."""
     dense, artifacts, out = make_talking(tmp_path / "dense"), tmp_path / "artifacts", tmp_path / "o"

@@ -167,7 +167,9 @@ def test_only_llamas_and_what_computes_as_they_do_have_no_features() -> None:
         assert (family.query_inputs != "") == (Feature.LATENT in family.features)
         assert (family.wide_norms != {}) == (Feature.WIDE_NORM in family.features)
         if family.experts:
-            assert len(family.projections) == (3 if Feature.LATENT in family.features else 4)
+            own = 3 if family.down else 0  # of layers without experts
+            latent = Feature.LATENT in family.features
+            assert len(family.projections) == (3 if latent else 4) + own
             continue
         fused = len(family.projections) < (6 if family.gate == "" else 7)
         assert fused == (Feature.FUSED in family.features)

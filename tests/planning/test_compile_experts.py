@@ -1,5 +1,5 @@
-"""compile_units where whole experts go, their channels, or both, against every combination of
-numbers and widths."""
+"""compile_units where whole experts go, their channels, those of MLPs in layers without experts, or
+all of these, against every combination of numbers and widths."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from spp_export.models.shape import Layout, ModelShape, Units, kept_share
 from spp_export.planning import Budget, LayerPlan, compile_units
 from spp_export.planning.allocate.options import (
     ExpertOptions,
+    channel_options,
     expert_channel_options,
     expert_options,
     layer_options,
 )
+from spp_export.planning.plan import layer_shapes
 
 CONFIG = {
     "hidden_size": 8,
@@ -36,9 +38,10 @@ SHAPE = FAMILIES["qwen3_moe"].read_shape(CONFIG, 2)
 # Of the two layers that have experts.
 SCORES = np.random.default_rng(3).random((2, 4))
 HEADS = np.random.default_rng(4).random((3, 4))
-# Of every layer, four experts of six channels each.
-CHANNELS = np.random.default_rng(5).random((3, 24))
-WIDTHS = (2, 4, 6)
+# Of the same two, four experts of six channels each; of the layer between them, an MLP of ten.
+CHANNELS = np.random.default_rng(5).random((2, 24))
+MLP = np.random.default_rng(6).random((3, 10))
+WIDTHS, MLP_WIDTHS = (2, 4, 6), (2, 4, 6, 8, 10)
 # Parameters of a channel of one expert, and of the rest of an expert.
 CHANNEL, REST = 24, 8
 
@@ -49,18 +52,12 @@ def options(scores: np.ndarray = SCORES, inside: np.ndarray | None = None) -> Ex
 
 def compiled(keep: float, units: Units = "experts", layout: Layout = "per-layer"):
     heads = layer_options(HEADS, SHAPE) if units in ("all", "both") else None
-    channels = expert_channel_options(CHANNELS, SHAPE, multiple=2)
-    experts = options(inside=CHANNELS[[0, 2]] if units == "all" else None)
-    budget, inside = Budget(keep=keep, units=units), units in ("channels", "both")
-    options_of_mlps = {"channels": channels} if inside else {"experts": experts}
-    return compile_units(
-        heads,
-        options_of_mlps.get("channels"),
-        SHAPE,
-        budget,
-        layout,
-        experts=options_of_mlps.get("experts"),
-    )
+    experts = options(inside=CHANNELS if units == "all" else None)
+    if units in ("channels", "both"):
+        experts = expert_channel_options(CHANNELS, SHAPE, multiple=2)
+    channels = None if units == "experts" else channel_options(MLP, SHAPE, 2)
+    budget = Budget(keep=keep, units=units)
+    return compile_units(heads, channels, SHAPE, budget, layout, experts=experts)
 
 
 def kept(layer: LayerPlan, shape: ModelShape = SHAPE) -> list[int]:
@@ -82,16 +79,23 @@ def test_experts_are_the_best_of_all_that_fit(keep: float) -> None:
     assert realised.score == pytest.approx(best)
     assert realised.dense_score == pytest.approx(SCORES.sum())
     assert realised.expert_keep == realised.keep <= keep
-    assert realised.channel_keep is None
-    shapes = [layer.shape(SHAPE) for layer in layers]
-    assert realised.parameters == SHAPE.parameters(shapes)
+    assert realised.channel_keep is realised.mlp_keep is None
+    assert realised.parameters == SHAPE.parameters(layer_shapes(layers, SHAPE))
 
 
-def worth_of_width(index: int, width: int) -> np.ndarray:
+def worth_of_width(row: int, width: int) -> np.ndarray:
     """What the channels of each expert of a layer are worth, the best `width` of them."""
-    ordered = -np.sort(-CHANNELS[index].reshape(4, 6), axis=1)
+    ordered = -np.sort(-CHANNELS[row].reshape(4, 6), axis=1)
     worth: np.ndarray = ordered[:, :width].sum(axis=1)
     return worth
+
+
+def worth_of_mlp(width: int) -> float:
+    return float(-np.sort(-MLP[1])[:width].sum())
+
+
+def mlp_of(layer: LayerPlan) -> list[int]:
+    return list(range(10)) if layer.channels is None else list(layer.channels)
 
 
 def rows_of(layer: LayerPlan) -> list[range] | list[tuple[int, ...]]:
@@ -99,28 +103,31 @@ def rows_of(layer: LayerPlan) -> list[range] | list[tuple[int, ...]]:
     return [range(6)] * stay if layer.expert_channels is None else list(layer.expert_channels)
 
 
-@pytest.mark.parametrize("keep", [0.35, 0.5, 0.84, 1.0])
-def test_every_expert_keeps_its_best_channels_and_as_many(keep: float) -> None:
+@pytest.mark.parametrize("keep", [0.32, 0.35, 0.5, 0.7, 0.84, 0.95, 1.0])
+def test_every_expert_and_mlp_keeps_its_best_channels(keep: float) -> None:
+    """As many as the others of its layer an expert, and any number an MLP."""
     layers, realised = compiled(keep, "channels")
     assert layers[1].expert_channels is None
-    assert all(layer.channels is None and layer.experts is None for layer in layers)
+    assert all(layer.experts is None for layer in layers)
+    assert layers[0].channels is layers[2].channels is None
     best = max(
-        worth_of_width(0, a).sum() + worth_of_width(2, b).sum()
-        for a, b in product(WIDTHS, repeat=2)
-        if a + b <= keep * 12 + 1e-9
+        worth_of_width(0, a).sum() + worth_of_width(1, b).sum() + worth_of_mlp(c)
+        for a, b, c in product(WIDTHS, WIDTHS, MLP_WIDTHS)
+        if 4 * (a + b) + c <= keep * 58 + 1e-9
     )
-    value = 0.0
-    for index in (0, 2):
+    value = MLP[1, mlp_of(layers[1])].sum()
+    for row, index in ((0, 0), (1, 2)):
         rows = rows_of(layers[index])
         assert len({len(row) for row in rows}) == 1
-        scores = CHANNELS[index].reshape(4, 6)
-        value += sum(scores[expert, list(row)].sum() for expert, row in enumerate(rows))
+        scores = CHANNELS[row].reshape(4, 6)
+        value += sum(scores[expert, list(kept)].sum() for expert, kept in enumerate(rows))
     assert value == pytest.approx(best)
     assert realised.score == pytest.approx(best)
-    assert realised.dense_score == pytest.approx(CHANNELS[[0, 2]].sum())
+    assert realised.dense_score == pytest.approx(CHANNELS.sum() + MLP[1].sum())
     assert realised.channel_keep == realised.keep <= keep
+    assert realised.mlp_keep == len(mlp_of(layers[1])) / 10
     assert realised.expert_keep is None
-    assert realised.parameters == SHAPE.parameters([layer.shape(SHAPE) for layer in layers])
+    assert realised.parameters == SHAPE.parameters(layer_shapes(layers, SHAPE))
 
 
 @pytest.mark.parametrize("keep", [0.4, 0.6, 0.8])
@@ -129,10 +136,12 @@ def test_heads_and_channels_of_experts_compete_for_one_budget(keep: float) -> No
     heads, sizes = layer_options(HEADS, SHAPE).value, list(product((1, 2), repeat=2))
     best = max(
         sum(heads[index, a - 1, b - 1] for index, (a, b) in enumerate(chosen))
-        + sum(worth_of_width(index, n).sum() for index, n in zip((0, 2), widths, strict=True))
+        + sum(worth_of_width(row, n).sum() for row, n in enumerate(widths))
+        + worth_of_mlp(mlp)
         for chosen in product(sizes, repeat=3)
-        for widths in product(WIDTHS, repeat=2)
-        if sum(a * b * 64 + a * 64 for a, b in chosen) + sum(widths) * 4 * CHANNEL <= realised.limit
+        for *widths, mlp in product(WIDTHS, WIDTHS, MLP_WIDTHS)
+        if sum(a * b * 64 + a * 64 for a, b in chosen) + (sum(widths) * 4 + mlp) * CHANNEL
+        <= realised.limit
     )
     assert realised.score == pytest.approx(best)
 
@@ -140,37 +149,40 @@ def test_heads_and_channels_of_experts_compete_for_one_budget(keep: float) -> No
 @pytest.mark.parametrize("keep", [0.3, 0.45, 0.6, 0.8])
 def test_heads_experts_and_their_channels_compete_for_one_budget(keep: float) -> None:
     """Every number of experts with every width: the best experts at that width, each worth the
-    share of its score that its channels keep of theirs."""
+    share of its score that its channels keep of theirs; and of the MLP every width."""
     layers, realised = compiled(keep, "all")
     heads, sizes = layer_options(HEADS, SHAPE).value, list(product((1, 2), repeat=2))
     every = list(product((2, 3, 4), WIDTHS))
 
     def worth(row: int, count: int, width: int) -> float:
-        index = (0, 2)[row]
-        share = worth_of_width(index, width) / worth_of_width(index, 6)
+        share = worth_of_width(row, width) / worth_of_width(row, 6)
         return float(-np.sort(-SCORES[row] * share)[:count].sum())
 
     best = max(
         sum(heads[index, a - 1, b - 1] for index, (a, b) in enumerate(chosen))
         + sum(worth(row, *size) for row, size in enumerate(experts))
+        + worth_of_mlp(mlp)
         for chosen in product(sizes, repeat=3)
         for experts in product(every, repeat=2)
+        for mlp in MLP_WIDTHS
         if sum(a * b * 64 + a * 64 for a, b in chosen)
         + sum(count * (REST + width * CHANNEL) for count, width in experts)
+        + mlp * CHANNEL
         <= realised.limit
     )
     assert realised.score == pytest.approx(best)
-    of_plan = 0.0
+    of_plan = MLP[1, mlp_of(layers[1])].sum()
     for row, index in ((0, 0), (1, 2)):
-        scores = CHANNELS[index].reshape(4, 6)
+        scores = CHANNELS[row].reshape(4, 6)
         for expert, channels in zip(kept(layers[index]), rows_of(layers[index]), strict=True):
             share = scores[expert, list(channels)].sum() / scores[expert].sum()
             of_plan += SCORES[row, expert] * share
     for index, layer in enumerate(layers):
         of_plan += HEADS[index, list(layer.query_heads)].sum()
     assert of_plan == pytest.approx(best)
-    shapes = [layer.shape(SHAPE) for layer in layers]
+    shapes = layer_shapes(layers, SHAPE)
     assert realised.keep == kept_share(SHAPE, shapes, "all") <= keep
+    assert realised.mlp_keep == len(mlp_of(layers[1])) / 10
     assert realised.expert_keep == kept_share(SHAPE, shapes, "experts")
     assert realised.head_keep == kept_share(SHAPE, shapes, "heads")
 
@@ -188,10 +200,13 @@ def test_uniform_layouts_choose_experts_and_their_width_together() -> None:
     sizes = {(len(kept(layers[index])), len(rows_of(layers[index])[0])) for index in (0, 2)}
     ((count, width),) = sizes
     spent = sum(len(layer.query_heads) * 64 + len(layer.kv_heads) * 64 for layer in layers)
+    spent += len(mlp_of(layers[1])) * CHANNEL
     assert realised.cost == spent + 2 * count * (REST + width * CHANNEL) <= realised.limit
     layers, realised = compiled(0.7, "channels", "uniform")
     assert [len(rows_of(layers[index])[0]) for index in (0, 2)] == [4, 4]
-    assert realised.next_larger_channels == 6
+    # 40 of 58 channels: the MLP keeps 8 of its ten, for two more would be too many.
+    assert len(mlp_of(layers[1])) == 8
+    assert (realised.next_larger_channels, realised.next_larger_mlp_channels) == (4, 10)
 
 
 def test_a_token_finds_as_many_experts_as_it_is_routed_to() -> None:
@@ -200,12 +215,17 @@ def test_a_token_finds_as_many_experts_as_it_is_routed_to() -> None:
         compiled(0.4)
     with pytest.raises(BudgetError, match=r"below the smallest uniform plan .2 experts, 0\.5000"):
         compiled(0.4, layout="uniform")
-    with pytest.raises(BudgetError, match=r"0\.3334 of the channel parameters .2 channels per exp"):
+    each = r"2 channels per MLP and 2 channels per expert"
+    with pytest.raises(BudgetError, match=rf"0\.3104 of the channel parameters .{each}"):
         compiled(0.2, "channels")
-    with pytest.raises(BudgetError, match=r"uniform plan .2 channels of every expert, 0\.3334"):
+    each = r"2 channels of every MLP and 2 channels of every expert"
+    with pytest.raises(BudgetError, match=rf"uniform plan .{each}, 0\.3104"):
         compiled(0.2, "channels", "uniform")
-    with pytest.raises(BudgetError, match=r"2 experts in every .* with 2 channels per expert"):
+    with pytest.raises(BudgetError, match=r"2 experts in every .* with 2 channels per MLP and 2 c"):
         compiled(0.1, "all")
+    each = "2 channels of every MLP and 2 experts of 2 channels"
+    with pytest.raises(BudgetError, match=rf"query heads in 1 KV groups and {each}"):
+        compiled(0.1, "all", "uniform")
 
 
 def test_what_has_no_experts_is_refused() -> None:

@@ -122,41 +122,65 @@ def mixture_part(plan: Plan) -> dict[str, Any]:
 
 
 def channels_part(heads: Heads, plan: Plan) -> dict[str, Any] | None:
-    """Channels kept per layer, or by every expert of it, None where a layer keeps all and the
-    number is not recorded; the part is None where no layer loses a channel."""
+    """Channels kept per layer, of its MLP or by every expert of it, None where a layer keeps all
+    and the number is not recorded; the part is None where no layer loses a channel."""
     inside = any(layer.expert_channels is not None for layer in heads.layers)
     if not inside and all(layer.channels is None for layer in heads.layers):
         return None
-    dense, layers = heads.channels, len(heads.layers)
-    kept = [dense if layer.channels is None else len(layer.channels) for layer in heads.layers]
-    if inside:
-        recorded = plan.family.get("expert_channels")
-        widest = max(x.expert_width or 0 for x in heads.layers)
-        dense = recorded if type(recorded) is int and recorded >= widest else None
-        kept = [dense if x.expert_width is None else x.expert_width for x in heads.layers]
-    known = [size for size in kept if size is not None]
-    amounts = ["all" if size is None else integer(size) for size in kept]
-    whole = integer(dense) if dense else "not recorded"
-    if inside:
-        note = "Channels of every expert: each keeps its own, as many as the others of its layer."
-        of = f" of {whole} channels of every expert" if dense else " channels of every expert"
-        shares = [of] * layers
-    elif dense:
-        note = f"{integer(sum(known))} of {integer(dense * layers)} MLP channels stay."
-        shares = [f" of {integer(dense)} channels, {percent(size / dense)}" for size in known]
-    else:
+    kept = [_channels_kept(heads, plan, index, inside) for index in range(len(heads.layers))]
+    mixed = any(of_experts for *_, of_experts in kept) and not all(of for *_, of in kept)
+    counts, wholes, _ = zip(*kept, strict=True)
+    known = [count for count in counts if count is not None]
+    of_mlps = [count for count, _, of_experts in kept if not of_experts]
+    total = None if inside or None in of_mlps else sum(count or 0 for count in of_mlps)
+    whole = None if inside or not heads.channels else heads.channels * len(of_mlps)
+    note = "Channels of every expert: each keeps its own, as many as the others of its layer."
+    if not inside and (whole is None or total is None):
         note = "How many MLP channels the dense model has is not recorded in these files."
-        shares = [" channels"] * layers
+    elif total is not None and whole is not None:
+        note = f"{integer(total)} of {integer(whole)} MLP channels stay."
+    amounts = ["all" if count is None else integer(count) for count in counts]
+    titles = [_channels_title(*of_layer) for of_layer in kept]
+    bars: list[float | None] = list(counts)
+    if mixed:  # of different wholes
+        bars = [100 * n / of if n is not None and of else None for n, of, _ in kept]
+    what = "Percent of the channels of MLPs and experts" if mixed else "MLP channels"
     return {
-        "kept": kept,
-        "what": "Channels of every expert" if inside else "MLP channels",
-        "total": sum(known) if len(known) == layers and not inside else None,
-        "whole": dense * layers if dense and not inside else None,
-        "most": dense or max(known),
+        "kept": bars,
+        "what": "Channels of every expert" if inside and not mixed else what,
+        "total": total,
+        "whole": whole,
+        "most": 100 if mixed else wholes[0] or max(known),
         "note": note,
-        "titles": [f"Layer {i}\n{amounts[i]}{shares[i]}" for i in range(layers)],
-        "rows": [(i, amount, whole) for i, amount in enumerate(amounts)],
+        "titles": [f"Layer {i}\n{amounts[i]}{title}" for i, title in enumerate(titles)],
+        "rows": [
+            (i, amount, integer(dense) if dense else "not recorded")
+            for i, (amount, dense) in enumerate(zip(amounts, wholes, strict=True))
+        ],
     }
+
+
+def _channels_kept(
+    heads: Heads, plan: Plan, index: int, inside: bool
+) -> tuple[int | None, int | None, bool]:
+    """How many channels a layer keeps, of how many, as far as that is recorded, and whether they
+    are of each of its experts; `inside`: whether experts of any layer lose some."""
+    layer, listed = heads.layers[index], plan.family.get("with_experts")
+    if index in listed if isinstance(listed, list) else inside:
+        recorded: Any = plan.family.get("expert_channels")
+        widest = max(x.expert_width or 0 for x in heads.layers)
+        dense = recorded if type(recorded) is int and recorded >= widest > 0 else None
+        return dense if layer.expert_width is None else layer.expert_width, dense, True
+    count = heads.channels if layer.channels is None else len(layer.channels)
+    return count, heads.channels, False
+
+
+def _channels_title(count: int | None, whole: int | None, of_experts: bool) -> str:
+    if of_experts:
+        return f"{f' of {integer(whole)}' if whole else ''} channels of every expert"
+    if not whole or count is None:
+        return " channels"
+    return f" of {integer(whole)} channels, {percent(count / whole)}"
 
 
 def _bounds(plan: Plan) -> list[tuple[str, str]]:

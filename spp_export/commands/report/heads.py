@@ -13,6 +13,7 @@ from spp_export.commands.report.files import mapping, number, text
 from spp_export.commands.report.page.figures import figure, nth, ranges
 from spp_export.common.errors import ArtifactsError, PlanError
 from spp_export.data.artifacts import Artifacts, bundled_artifacts, read_artifacts
+from spp_export.models.families import record_of
 from spp_export.planning import LayerPlan, Plan
 
 # Far more than any model has; a page of more cells would help nobody.
@@ -155,9 +156,10 @@ def heads_of(plan: Plan, config: Mapping[str, Any], artifacts: Artifacts | None)
     """
     # A uniform export's config has the slim model's own sizes.
     sizes = config if plan.written_layout != "uniform" else {}
+    record = record_of(config)
+    width = record.width_key if record else "intermediate_size"
     query_heads, kv_heads, channels = (
-        _size(sizes.get(name))
-        for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+        _size(sizes.get(name)) for name in ("num_attention_heads", "num_key_value_heads", width)
     )
     if artifacts:
         query_heads = query_heads or artifacts.query_heads

@@ -81,13 +81,14 @@ def onnx_config(
 
 def _widths(shape: ModelShape, layers: Sequence[LayerShape]) -> dict[str, list[int]]:
     """Of the MLPs, or how many experts there are and how wide each is; 0 where there are none."""
+    of_mlps = {"intermediate_size_per_layer": [layer.channels for layer in layers]}
     if not any(shape.sparse):
-        return {"intermediate_size_per_layer": [layer.channels for layer in layers]}
-    counts = shape.experts_in(layers)
-    widths = zip(shape.widths(layers), counts, strict=True)
+        return of_mlps
+    counts, widths = shape.experts_in(layers), iter(shape.expert_widths(layers))
     return {
+        **(of_mlps if shape.has_mlps else {}),
         "num_experts_per_layer": list(counts),
-        "expert_size_per_layer": [width if count else 0 for width, count in widths],
+        "expert_size_per_layer": [next(widths) if count else 0 for count in counts],
     }
 
 

@@ -28,9 +28,9 @@ ENTERS, LEAVES = "gate_up", "down"
 
 @dataclass(frozen=True)
 class MlpParts:
-    """What a layer with experts, or one without beside such, has in the place of an MLP.
+    """What a layer with experts has in the place of an MLP.
 
-    router      module whose outputs count experts; "" where the layer has none
+    router      module whose outputs count experts
     correction  what is added to their scores; "" is nothing
     beside      modules of gate, up and down of an MLP that every token sees; empty is none
     beside_gate module of the factor of what that MLP writes; "" is none

@@ -28,7 +28,7 @@ TOKENS, ROUTED = "tokens", "routed_tokens"
 
 
 class ExpertMlps:
-    """Writes what the layers of a family with experts have in the place of an MLP."""
+    """Writes what layers with experts have in the place of an MLP."""
 
     def __init__(
         self,
@@ -51,15 +51,11 @@ class ExpertMlps:
         g, family = self._g, self._decoder.family
         assert family.experts is not None
         parts = mlp_parts(family.experts, self._decoder.shape.mlps[index])
-        written = None
-        if parts.router:
-            layer = _Layer(self, parts, index)
-            written = layer.by_operator(normed) if self._operator else layer.by_products(normed)
+        layer = _Layer(self, parts, index)
+        written = layer.by_operator(normed) if self._operator else layer.by_products(normed)
         if not parts.beside:
             return written
         beside = self._beside(normed, parts, index)
-        if written is None:
-            return beside
         return g.op("Add", [written, beside], f"layers.{index}.mlp/written_both", self._hidden)
 
     def _beside(self, normed: Any, parts: MlpParts, index: int) -> Any:
@@ -97,7 +93,7 @@ class _Layer:
         self._name = f"layers.{index}.experts"
         self._hidden = shape.hidden_size
         self._count = shape.experts_in(decoder.layers)[index]
-        self._width = shape.widths(decoder.layers)[index]
+        self._width = shape.expert_channels - decoder.layers[index].dropped_channels
         self._chosen = shape.experts_per_token
         self._reader = ExpertReader(
             decoder.family, decoder.tensors, index, parts, mlps._options.precision

@@ -66,6 +66,7 @@ class _Builder:
             fused=options.attention != "standard",
         )
         self._experts = ExpertMlps(decoder, options, settings, g, self._project)
+        self._sparse = decoder.shape.sparse
         self._hidden: list[int | str] = [BATCH, SEQUENCE, decoder.shape.hidden_size]
         self._outputs_of: dict[LayerShape, Mapping[Role, slice | Sequence[int]]] = {}
 
@@ -95,7 +96,7 @@ class _Builder:
                     name=f"layers.{index}.attention",
                 )
                 attention = partial(self._attention, index=index, form=form, inputs=inputs)
-            make = self._layer if attention and layer.has_mlp else self._partial_layer
+            make = self._layer if attention and self._has_mlp(index) else self._partial_layer
             stream, added, pair = make(index, stream, added, attention)
             if pair:
                 presents[index] = pair
@@ -125,7 +126,7 @@ class _Builder:
             written, cache = attention(normed)
         else:
             written = self._bias_alone(stream, Role.OUTPUT, index, 0, "attention")
-        if not self._decoder.layers[index].has_mlp:
+        if not self._has_mlp(index):
             if parallel and not attention and not family.mlp_norm:
                 # The checkpoint has the norm that both would read; here nothing reads it.
                 _, stream = self._norm(stream, added, family.attention_norm, index)
@@ -141,6 +142,9 @@ class _Builder:
         if parallel:
             both = self._sum(both, written, f"layers.{index}.mlp/added")
         return stream, both, cache
+
+    def _has_mlp(self, index: int) -> bool:
+        return self._decoder.layers[index].has_mlp or self._sparse[index]
 
     def _bias_alone(self, stream: Any, role: Role, layer: int, which: int, name: str) -> Any:
         """What attention without heads, or an MLP without channels, adds to the stream: the bias of
@@ -323,7 +327,7 @@ class _Builder:
         return x
 
     def _mlp(self, normed: Any, layer: int) -> Any:
-        if self._decoder.shape.mlps:
+        if self._sparse[layer]:
             return self._experts(normed, layer)
         g, family = self._g, self._decoder.family
         name = f"layers.{layer}.mlp"

@@ -69,12 +69,13 @@ class GraphWeights:
         index, _, role = inside.partition(".")
         if inside != module and role in family.projections:
             return self._projection(int(index), role, kind)
-        found = self._of_mlp(int(index), name) if inside != module and self._shape.mlps else None
+        sparse = inside != module and self._shape.sparse[int(index)]
+        found = self._of_mlp(int(index), name) if sparse else None
         return self._plain(initializer_name(family, name)) if found is None else found
 
     def _of_mlp(self, index: int, name: str) -> Floats | None:
-        """A tensor of an MLP with experts, or of one in its place; None of any other, or of one
-        that the graph has as it is."""
+        """A tensor of what a layer with experts has in the place of an MLP; None of any other, or
+        of one that the graph has as it is."""
         family = self._family
         assert family.experts is not None
         parts = mlp_parts(family.experts, self._shape.mlps[index])

@@ -426,8 +426,10 @@ def _slim_layer(entry: Any, family: Family, shape: ModelShape, sparse: bool) -> 
     """One layer's entry; None where it is malformed. `sparse`: whether the layer has experts."""
     if not isinstance(entry, Mapping):
         return None
-    names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-    sizes: list[Any] = [entry.get(name) for name in names]
+    heads: list[Any] = [entry.get(f"num_{kind}_heads") for kind in ("attention", "key_value")]
+    # Where experts have the usual key, of MLPs that stay nothing is said.
+    whole = shape.channels if family.width_key != "intermediate_size" else None
+    sizes = [*heads, entry.get(family.width_key, whole)]
     groups = entry.get("query_groups", [])
     if not isinstance(groups, list):
         return None

@@ -229,7 +229,7 @@ class Family:
     wide_norms: Mapping[str, str] = field(default_factory=dict)
     # Further tensors of a layer with one element for each query head, such as sinks.
     head_rows: tuple[str, ...] = ()
-    # In place of gate, up and down, where nothing is cut of the MLPs.
+    # In place of gate, up and down in the layers that it says.
     experts: Experts | None = None
     # Layers with other mixers than attention, or with more tensors whose sizes config.json says.
     mixers: Mixers | None = None
@@ -332,6 +332,13 @@ class Family:
             return {}
         found: dict[str, dict[str, int]] = self._read(self.settings(config))[STOCK_LAYERS]
         return found
+
+    @property
+    def width_key(self) -> str:
+        """The key of an MLP's width, where layers differ: Llama's, but where the stock config has
+        it for another width."""
+        key = "intermediate_size"
+        return self.keys.get(key, key) if self.experts and self.down else key
 
     def counts(self, layer: LayerShape) -> dict[str, int]:
         """The stock config's keys of a layer's sizes, as far as it has them."""
@@ -445,12 +452,15 @@ class Family:
             return f"attention of {self.model_type} models has no size of heads of its own"
         if includes(units, "channels") and not self.mlp and not self.experts:
             return f"the MLPs of {self.model_type} models are not cut"
+        if units == "channels" and self.experts:
+            return f"MLPs and experts of {self.model_type} models become narrower, and none goes"
         return ""
 
     def check_units(self, units: Units, shape: ModelShape) -> None:
         """ModelError where units are to go that models of this family, or this one, do not have or
         that are not cut."""
-        if includes(units, "channels") and self.experts and not shape.expert_channels:
+        cut = shape.expert_channels or shape.has_mlps
+        if includes(units, "channels") and self.experts and not cut:
             instead = "Use --units heads or experts."
             self.refuse((Feature.EXPERTS,), f"--units {units}", instead)
         if includes(units, "experts") and not any(shape.sparse):
@@ -478,7 +488,8 @@ class Family:
 
         Raises ModelError for a missing or impossible size.
         """
-        config = self._read(self.settings(config))
+        stated = self.settings(config)
+        config = self._read(stated)
         for key in self.refused:
             name, _, given = key.removeprefix("!").partition("=")
             value = config.get(name)
@@ -527,8 +538,7 @@ class Family:
             mlp_bias=_flag(config, self.mlp_bias),
             qk_norm=_flag(config, self.qk_norm),
             switches=tuple(flag for flag in flags if _flag(config, flag)),
-            **(self.experts.read(config, layers) if self.experts else {}),
-            **self._others(config, layers),
+            **self._others(config, {**config, **self.defaults, **stated}, layers),
             positions=(
                 _size(config, "max_position_embeddings") + self.more_positions
                 if self.positions
@@ -540,8 +550,11 @@ class Family:
         )
         return self.changed(shape)
 
-    def _others(self, config: Mapping[str, Any], layers: int) -> dict[str, Any]:
-        """The fields of a shape that say what is beside heads and channels, or otherwise made."""
+    def _others(
+        self, config: Mapping[str, Any], stated: Mapping[str, Any], layers: int
+    ) -> dict[str, Any]:
+        """The fields of a shape that say what is beside heads and channels, or otherwise made; of
+        experts by the keys of config.json as it has them, `stated`."""
 
         def sizes(*words: str) -> tuple[int, ...]:
             return tuple(product(config, word) if word else 0 for word in words)
@@ -555,6 +568,11 @@ class Family:
         }
         if self.mixers:
             found |= self.mixers.read(config, layers)
+        if self.experts:
+            found |= self.experts.read(stated, layers)
+        if self.experts and self.down:  # layers with experts have no other MLP that is cut
+            sparse = {i for i, mlp in enumerate(found["mlps"]) if any(x.of_experts for x in mlp)}
+            found["without_channels"] = found.get("without_channels", frozenset()) | sparse
         return found
 
     def changed(self, shape: ModelShape, **changes: Any) -> ModelShape:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -18,13 +18,14 @@ _EACH = "*"
 
 @dataclass(frozen=True)
 class Experts:
-    """MLPs of which experts alone are cut: experts, routers, shared experts, and other layers'.
+    """Experts, routers and shared experts of the layers that have any; other layers have the MLP of
+    the record.
 
-    `tensors` and, of layers without experts, `dense` give names relative to a layer and shapes:
-    "*" in a name stands for every expert's number, "*" among the sizes for all the experts in one
-    tensor. A size is a sum of products of numbers and keys of config.json, "2*intermediate_size";
-    one that is `count` is a row or column for each expert; a tensor of size 0 is none. "key|other"
-    is a key with two names, "name?key" a tensor that is there only if the key is true.
+    `tensors` gives names relative to a layer and shapes: "*" in a name stands for every expert's
+    number, "*" among the sizes for all the experts in one tensor. A size is a sum of products of
+    numbers and keys of config.json, "2*intermediate_size"; one that is `count` is a row or column
+    for each expert; a tensor of size 0 is none. "key|other" is a key with two names, "name?key" a
+    tensor that is there only if the key is true.
 
     `width` is the key of how many channels an expert has; a size that has it in a tensor of experts
     is as wide as they are, or, with "2*", as their gates and ups, which lie one after the other, or
@@ -43,7 +44,6 @@ class Experts:
     tensors: Mapping[str, str]
     count: str
     routed: str
-    dense: Mapping[str, str] = field(default_factory=dict)
     first: str = ""
     last: str = ""
     every: str = ""
@@ -65,12 +65,9 @@ class Experts:
                 f"{count}. The checkpoint is damaged or of another format."
             )
         places = [count > 0 and self._has_experts(config, layer) for layer in range(layers)]
-        kinds = {
-            sparse: tuple(self._mlps(config, sizes, count)) if sparse in places else ()
-            for sparse, sizes in ((True, self.tensors), (False, self.dense))
-        }
+        tensors = tuple(self._mlps(config, count)) if any(places) else ()
         return {
-            "mlps": tuple(kinds[sparse] for sparse in places),
+            "mlps": tuple(tensors if sparse else () for sparse in places),
             "experts": count,
             "experts_per_token": min(count, _size(config, self.routed)),
             **self._groups(config, count),
@@ -117,10 +114,8 @@ class Experts:
         """A number of experts by all its names: each version of transformers reads one."""
         return dict.fromkeys(self.count.split("|"), count)
 
-    def _mlps(
-        self, config: Mapping[str, Any], tensors: Mapping[str, str], count: int
-    ) -> Iterator[ExpertTensor]:
-        for place, sizes in tensors.items():
+    def _mlps(self, config: Mapping[str, Any], count: int) -> Iterator[ExpertTensor]:
+        for place, sizes in self.tensors.items():
             name, _, flag = place.partition("?")
             if flag and not value_of(config, flag):
                 continue

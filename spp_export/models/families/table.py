@@ -104,11 +104,13 @@ _GPT2: Any = {
 _QK_NORMS: Any = {"wide_norms": {"self_attn.q_norm": "Q", "self_attn.k_norm": "K"}}
 _GATE_UP: Any = {"gate": "mlp.gate_up_proj", "up": "mlp.gate_up_proj"}
 
+# Where every layer has experts.
 _NO_MLP: Any = {"gate": "", "up": "", "down": ""}
 
 
 def _mlp(place: str, width: str, bias: str = "") -> dict[str, str]:
-    """Tensors of an MLP with a gate, none of which is cut; with biases if that key is true."""
+    """Tensors of an expert, or of an MLP beside experts, of which nothing is cut; with biases if
+    that key is true."""
     wide = {f"{place}.{name}": f"{width} hidden_size" for name in ("gate_proj", "up_proj")}
     weights = {**wide, f"{place}.down_proj": f"hidden_size {width}"}
     biases = {f"{name}.bias?{bias}": size.split()[0] for name, size in weights.items()}
@@ -133,7 +135,6 @@ _SCORED = {
     "mlp.gate.e_score_correction_bias": _ROUTED[0],
     **_mlp("mlp.shared_experts", "moe_intermediate_size*n_shared_experts"),
 }
-_DENSE = _mlp("mlp", "intermediate_size")
 _WIDTH: Any = {"width": "moe_intermediate_size"}
 _STEPS: Any = {**_WIDTH, "every": "decoder_sparse_step", "never": "mlp_only_layers"}
 _FIRST: Any = {**_WIDTH, "first": "first_k_dense_replace", "groups": ("n_group", "topk_group")}
@@ -475,16 +476,16 @@ FAMILIES = (
            defaults={"num_local_experts": 16, "num_experts_per_tok": 2}, rope_theta=None,
            norm_bias=True, head_bias="lm_head_bias", sliding="all", end_token=2,
            experts=Experts(_BLOCK_SPARSE, *_LOCAL, **_BLOCK)),
-    Family("qwen3_moe", "Qwen3MoeForCausalLM", _features(Feature.EXPERTS), **_BIASES, **_NO_MLP,
+    Family("qwen3_moe", "Qwen3MoeForCausalLM", _features(Feature.EXPERTS), **_BIASES,
            qk_norm=True, defaults={"num_local_experts": 128, "num_experts_per_tok": 8,
                                    "moe_intermediate_size": 768, "decoder_sparse_step": 1},
-           sliding="all", experts=Experts(_EACH, *_COUNTS, _DENSE, **_STEPS)),
-    Family("qwen2_moe", "Qwen2MoeForCausalLM", _features(Feature.EXPERTS), **_NO_MLP,
+           sliding="all", experts=Experts(_EACH, *_COUNTS, **_STEPS)),
+    Family("qwen2_moe", "Qwen2MoeForCausalLM", _features(Feature.EXPERTS),
            qkv_bias="qkv_bias", sliding="listed", derived_head_dim="attention", defaults={
                "qkv_bias": True, "num_local_experts": 60, "num_experts_per_tok": 4,
                "moe_intermediate_size": 1408, "decoder_sparse_step": 1,
                "shared_expert_intermediate_size": 5632},
-           experts=Experts(_WITH_SHARED, *_COUNTS, _DENSE, **_STEPS)),
+           experts=Experts(_WITH_SHARED, *_COUNTS, **_STEPS)),
     Family("gpt_oss", "GptOssForCausalLM",
            _features(Feature.EXPERTS, Feature.SINKS, Feature.ROTARY), **_BIASES, **_NO_MLP,
            head_rows=("self_attn.sinks",), rope_theta=None, sliding="listed", defaults={
@@ -505,18 +506,20 @@ FAMILIES = (
                "block_sparse_moe.output_linear.weight": "* hidden_size intermediate_size"},
                *_LOCAL, **{**_BLOCK, "down": "output_linear"})),
     Family("glm4_moe", "Glm4MoeForCausalLM", _features(Feature.EXPERTS, Feature.ROTARY),
-           **_NO_MLP, qkv_bias="attention_bias", qk_norm="use_qk_norm", rope_theta=None,
+           qkv_bias="attention_bias", qk_norm="use_qk_norm", rope_theta=None,
            defaults={"n_routed_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 8,
                      "moe_intermediate_size": 1408, "first_k_dense_replace": 1}, single_in_4=True,
-           experts=Experts(_SCORED, *_ROUTED, _DENSE, **_FIRST)),
-    Family("dots1", "Dots1ForCausalLM", _features(Feature.EXPERTS), **_BIASES, **_NO_MLP,
+           experts=Experts(_SCORED, *_ROUTED, **_FIRST)),
+    Family("dots1", "Dots1ForCausalLM", _features(Feature.EXPERTS), **_BIASES,
            qk_norm=True, sliding="listed", single_in_4=True,
            defaults={"first_k_dense_replace": 0, "moe_intermediate_size": 1408},
-           experts=Experts(_SCORED, *_ROUTED, _DENSE, **_FIRST)),
+           experts=Experts(_SCORED, *_ROUTED, **_FIRST)),
     Family("llama4_text", "Llama4ForCausalLM",
-           _features(Feature.EXPERTS, Feature.ROUTER, Feature.ROTARY), **_BIASES, **_NO_MLP,
+           _features(Feature.EXPERTS, Feature.ROUTER, Feature.ROTARY), **_BIASES,
            rope_theta=500000.0, end_token=2, config_class="Llama4TextConfig",
-           decoder_class="Llama4TextModel", defaults={
+           decoder_class="Llama4TextModel", gate="feed_forward.gate_proj",
+           up="feed_forward.up_proj", down="feed_forward.down_proj",
+           keys={"intermediate_size": "intermediate_size_mlp"}, defaults={
                "head_dim": 128, "num_local_experts": 16, "num_experts_per_tok": 1,
                "interleave_moe_layer_step": 1, "intermediate_size_mlp": 16384},
            experts=Experts({
@@ -524,10 +527,10 @@ FAMILIES = (
                "feed_forward.experts.gate_up_proj": "* hidden_size 2*intermediate_size",
                "feed_forward.experts.down_proj": "* intermediate_size hidden_size",
                **_mlp("feed_forward.shared_expert", "intermediate_size")}, *_LOCAL,
-               _mlp("feed_forward", "intermediate_size_mlp"), every="interleave_moe_layer_step",
-               listed="moe_layers", modules=("feed_forward",), width="intermediate_size")),
+               every="interleave_moe_layer_step", listed="moe_layers",
+               modules=("feed_forward",), width="intermediate_size")),
     Family("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", _features(Feature.EXPERTS, Feature.ROTARY),
-           qkv_bias="use_bias", output_bias="use_bias", **_NO_MLP, head_bias="use_bias",
+           qkv_bias="use_bias", output_bias="use_bias", mlp_bias="use_bias", head_bias="use_bias",
            rope_theta=500000.0, end_token=2, single_in_4=True, defaults={
                **_TIED, "moe_num_experts": 64, "moe_num_shared_experts": 2, "moe_k": 6,
                "moe_intermediate_size": 1536, "moe_layer_start_index": 1,
@@ -538,19 +541,19 @@ FAMILIES = (
                 **_mlp("mlp.experts.*", "moe_intermediate_size"),
                 **_mlp("mlp.shared_experts", "moe_intermediate_size*moe_num_shared_experts",
                        "use_bias")},
-               "moe_num_experts", "moe_k", _mlp("mlp", "intermediate_size", "use_bias"),
+               "moe_num_experts", "moe_k",
                first="moe_layer_start_index", last="moe_layer_end_index",
                every="moe_layer_interval", **_WIDTH)),
     Family("qwen3_5_text", "Qwen3_5ForCausalLM", frozenset(_QWEN_NEXT_FEATURES), **_QWEN_NEXT,
            defaults=_QWEN_NEXT_SIZES, mixers=_delta_nets("qkv", "z", "b", "a"),
            config_class="Qwen3_5TextConfig", decoder_class="Qwen3_5TextModel"),
     Family("qwen3_next", "Qwen3NextForCausalLM",
-           _features(Feature.EXPERTS, *_QWEN_NEXT_FEATURES), **_QWEN_NEXT, **_NO_MLP,
+           _features(Feature.EXPERTS, *_QWEN_NEXT_FEATURES), **_QWEN_NEXT,
            mixers=_delta_nets("qkvz", "ba"), defaults={
                **_QWEN_NEXT_SIZES, "num_experts": 512, "num_experts_per_tok": 10,
                "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512,
                "decoder_sparse_step": 1},
-           experts=Experts(_WITH_SHARED, *_COUNTS, _DENSE, **_STEPS)),
+           experts=Experts(_WITH_SHARED, *_COUNTS, **_STEPS)),
     Family("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM",
            _features(Feature.EXPERTS, *_QWEN_NEXT_FEATURES), **_QWEN_NEXT, **_NO_MLP,
            mixers=_delta_nets("qkv", "z", "b", "a"), defaults={
@@ -561,19 +564,19 @@ FAMILIES = (
            config_class="Qwen3_5MoeTextConfig", decoder_class="Qwen3_5MoeTextModel"),
     Family("deepseek_v3", "DeepseekV3ForCausalLM",
            _features(Feature.EXPERTS, Feature.MIXERS, Feature.LATENT, Feature.ROTARY), **_MLA,
-           **_NO_MLP, end_token=1, defaults={
+           end_token=1, defaults={
                **_MLA_SIZES, "n_routed_experts": 256, "n_shared_experts": 1,
                "num_experts_per_tok": 8, "moe_intermediate_size": 2048,
                "first_k_dense_replace": 3, "n_group": 8, "topk_group": 4}, single_in_4=True,
-           experts=Experts(_SCORED, *_ROUTED, _DENSE, **_FIRST)),
+           experts=Experts(_SCORED, *_ROUTED, **_FIRST)),
     Family("deepseek_v2", "DeepseekV2ForCausalLM",
            _features(Feature.EXPERTS, Feature.MIXERS, Feature.LATENT, Feature.ROTARY), **_MLA,
-           **_NO_MLP, end_token=2, refused=("mlp_bias",), defaults={
+           end_token=2, refused=("mlp_bias",), defaults={
                **_MLA_SIZES, "n_routed_experts": 64, "n_shared_experts": 2,
                "moe_intermediate_size": 1407, "first_k_dense_replace": 0},
            experts=Experts(
                {name: size for name, size in _SCORED.items() if "correction" not in name},
-               *_ROUTED, _DENSE, **_FIRST)),
+               *_ROUTED, **_FIRST)),
     Family("minimax", "MiniMaxForCausalLM",
            _features(Feature.EXPERTS, Feature.MIXERS, Feature.MULTIPLIERS), **_NO_MLP,
            derive=_minimax, sliding="all", rope_theta=1000000.0, end_token=2, mixers=Mixers(

@@ -267,6 +267,8 @@ def _graft(layer: nn.Module, config: Any, index: int, listed: Mapping[str, Any])
     for name in getattr(config, "biased_projections", ()):
         if any(index in layers and name.startswith(f"{at}.") for at, layers in stays.items()):
             continue
+        if name not in dict(layer.named_modules()):  # there are experts in the place of an MLP
+            continue
         linear: Any = layer.get_submodule(name)
         linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
     for key in empty:

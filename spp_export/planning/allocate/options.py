@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -238,8 +239,7 @@ class NestedOptions:
     """The widths of L layers of I channels; each keeps the units of every smaller one.
 
     widths: ascending, the last is I. value: [L,W], the worth of every width. rank: [L,I], the
-    place of a unit in its layer, best first; of channels of experts [L,E,F], that in its expert,
-    each of which keeps as many.
+    place of a unit in its layer, best first.
     """
 
     widths: tuple[int, ...]
@@ -247,8 +247,8 @@ class NestedOptions:
     rank: IntArray
 
     def kept(self, widths: ArrayLike) -> BoolArray:
-        """Kept units [L,I], or [L,E,F], at `widths` [L]."""
-        return self.rank < np.reshape(widths, (-1, *[1] * (self.rank.ndim - 1)))
+        """Kept units [L,I] at `widths` [L]."""
+        return self.rank < np.reshape(widths, (-1, 1))
 
 
 def channel_options(
@@ -264,24 +264,6 @@ def channel_options(
     layers, channels = shape.num_layers, shape.channels
     scores = checked(scores_LI, layers, channels, unit="channel", plural="channels")
     return _nested(scores, channel_widths(channels, multiple, none=none))
-
-
-def expert_channel_options(
-    scores_LU: ArrayLike, shape: ModelShape, multiple: int = 64
-) -> NestedOptions:
-    """All widths of the experts of every layer, each with its own channels of highest score, ties
-    to the lowest index.
-
-    scores_LU: [L,E*F] finite, of any sign, expert by expert; of layers without experts they are not
-    read. Widths are the multiples of `multiple`, and F. Raises PlanError as `channel_options` does.
-    """
-    count, width = shape.experts, shape.expert_channels
-    layers, names = shape.num_layers, {"unit": "channel", "plural": "channels of all experts"}
-    flat = checked(scores_LU, layers, count * width, **names)
-    widths = channel_widths(width, multiple)
-    of_experts = _nested(flat.reshape(layers * count, width), widths)
-    value = of_experts.value.reshape(layers, count, -1).sum(axis=1)
-    return NestedOptions(widths, value, of_experts.rank.reshape(layers, count, width))
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,6 +294,10 @@ class ExpertOptions:
         return experts, self.channels < np.reshape(widths, (-1, 1, 1))
 
 
+# Options of widths, along the last axis of their values.
+_Widths = TypeVar("_Widths", NestedOptions, ExpertOptions)
+
+
 def expert_options(
     scores_SE: ArrayLike,
     shape: ModelShape,
@@ -331,9 +317,7 @@ def expert_options(
     widths: tuple[int, ...] = (width,)
     channels, of_width = None, scores[:, None]
     if channels_SU is not None:
-        names = {"unit": "channel", "plural": "channels of all experts"}
-        flat = checked(channels_SU, layers, experts * width, **names)
-        nested = _nested(flat.reshape(layers * experts, width), channel_widths(width, multiple))
+        nested = _channels_of_experts(channels_SU, shape, multiple)
         widths, channels = nested.widths, nested.rank.reshape(layers, experts, width)
         whole = nested.value[:, -1:]
         even = np.broadcast_to(np.array(widths) / width, nested.value.shape)
@@ -344,6 +328,31 @@ def expert_options(
     return ExpertOptions(
         counts, widths, value, np.stack([options.rank for options in best], axis=1), channels
     )
+
+
+def expert_channel_options(
+    scores_SU: ArrayLike, shape: ModelShape, multiple: int = 64
+) -> ExpertOptions:
+    """All widths that the experts of the S layers which have any may keep, each with its own
+    channels of highest score, ties to the lowest index; all experts stay.
+
+    scores_SU: [S,E*F] finite, of any sign, expert by expert. Widths are the multiples of
+    `multiple`, and F. Raises PlanError as `channel_options` does.
+    """
+    nested = _channels_of_experts(scores_SU, shape, multiple)
+    sizes = (sum(shape.sparse), shape.experts)
+    value = nested.value.reshape(*sizes, -1).sum(axis=1)
+    rank = np.broadcast_to(np.arange(shape.experts), (*value.shape, shape.experts))
+    channels = nested.rank.reshape(*sizes, shape.expert_channels)
+    return ExpertOptions((shape.experts,), nested.widths, value[:, None], rank, channels)
+
+
+def _channels_of_experts(scores_SU: ArrayLike, shape: ModelShape, multiple: int) -> NestedOptions:
+    """Widths of every expert [S*E,F] of the layers that have any."""
+    rows, width = sum(shape.sparse), shape.expert_channels
+    names = {"unit": "channel", "plural": "channels of all experts"}
+    flat = checked(scores_SU, rows, shape.experts * width, **names)
+    return _nested(flat.reshape(-1, width), channel_widths(width, multiple))
 
 
 def _of_groups(scores: FloatArray, shape: ModelShape) -> NestedOptions:
@@ -394,7 +403,7 @@ def dividing_heads(options: Options) -> Options:
     return replace(options, value=np.where(allowed[:, None], options.value, -np.inf))
 
 
-def splittable_channels(options: NestedOptions, ways: int) -> NestedOptions:
+def splittable_channels(options: _Widths, ways: int) -> _Widths:
     """The same options without widths that do not divide among `ways` cards.
 
     Raises PlanError where none is left.

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from spp_export.common.arrays import BoolArray, FloatArray, IntArray
 from spp_export.common.errors import BudgetError
-from spp_export.models.shape import LayerShape, ModelShape
+from spp_export.models.shape import LayerShape, ModelShape, Units, includes
 from spp_export.planning.allocate.options import (
     ExpertOptions,
     NestedOptions,
@@ -102,19 +102,22 @@ def head_costs(
 def width_costs(
     shape: ModelShape, widths: Sequence[int], latency: LatencyTable | None = None
 ) -> IntArray:
-    """Cost [W] of a layer of every width, in parameters of gate, up and down, of all its experts if
-    it has any, or with a table in nanoseconds of an MLP block."""
+    """Cost [W] of an MLP of every width, in parameters of gate, up and down, or with a table in
+    nanoseconds."""
     if latency is not None:
         return latency.mlp_cost(widths)
     return np.array(widths, dtype=np.int64) * shape.channel_parameters
 
 
-def expert_costs(shape: ModelShape, counts: Sequence[int], widths: Sequence[int]) -> IntArray:
+def expert_costs(shape: ModelShape, options: ExpertOptions, units: Units) -> IntArray:
     """Cost [C,W] of a layer of each number of experts of each width, in parameters of these and
-    their rows of the router."""
-    costs = shape.counted
-    narrower = shape.expert_channels - np.array(widths, dtype=np.int64)
-    each = costs.expert - costs.expert_channel * narrower
+    their rows of the router; where all experts stay by `units`, of their channels alone."""
+    costs, counts = shape.counted, options.counts
+    narrower = shape.expert_channels - np.array(options.widths, dtype=np.int64)
+    whole = costs.expert
+    if not includes(units, "experts"):
+        whole = costs.expert_channel * shape.expert_channels
+    each = whole - costs.expert_channel * narrower
     return np.multiply.outer(np.array(counts, dtype=np.int64), each)
 
 
@@ -177,8 +180,8 @@ def _padded(rows: NDArray[Any], columns: int, fill: float) -> NDArray[Any]:
 @dataclass(frozen=True, slots=True)
 class UniformSizes:
     """Every size that all layers of a model of `shape` might share [N], by KV groups, heads per
-    group, then experts, then channels. `channels` are those of an MLP, or of each expert; `experts`
-    is of layers that have any; where none does, 0.
+    group, then experts, then their channels, then those of MLPs. `channels` are of an MLP that is
+    no expert, `experts` and their `widths` of layers that have any; where none does, 0.
 
     value: total worth, -inf where forced heads do not fit. cost: of all layers together. stock:
     whether the stock config takes the count of query heads.
@@ -188,6 +191,7 @@ class UniformSizes:
     kv_heads: IntArray
     channels: IntArray
     experts: IntArray
+    widths: IntArray
     shape: ModelShape
     value: FloatArray
     cost: IntArray
@@ -199,12 +203,14 @@ class UniformSizes:
         return self.stock & (self.value > -np.inf)
 
     def layer(self, index: int) -> LayerShape:
-        """The size at `index`, of a layer with experts where some have any."""
-        return self.shape.sized(
+        """The size at `index`, of a layer that has units of every kind."""
+        return LayerShape(
             int(self.query_heads[index]),
             int(self.kv_heads[index]),
             int(self.channels[index]),
+            (),
             self.shape.experts - int(self.experts[index]),
+            self.shape.expert_channels - int(self.widths[index]),
         )
 
     def cheapest(self, among: BoolArray) -> int | None:
@@ -236,46 +242,51 @@ def uniform_sizes(
     accepts: Callable[[int], bool],
     latency: LatencyTable | None = None,
     experts: ExpertOptions | None = None,
+    units: Units = "all",
 ) -> UniformSizes:
     """All sizes of the units given; those of a kind that is None stay, and cost nothing.
 
     accepts: whether the stock config takes a count of query heads. latency: the table, where `kind`
-    is that.
+    is that. units: what experts are counted by, as of `expert_costs`.
     """
     query, groups = np.array([shape.query_heads]), np.array([shape.kv_heads])
-    widths = np.array([shape.width])
-    head_value, head_cost = np.zeros(1), np.zeros(1, dtype=np.int64)
-    width_value, width_cost = np.zeros(1), np.zeros(1, dtype=np.int64)
+    counts, widths = np.array([shape.experts]), np.array([shape.expert_channels])
+    inner = np.array([shape.channels])
+    head_value, expert_value, inner_value = np.zeros((3, 1))
+    head_cost, expert_cost, inner_cost = np.zeros((3, 1), dtype=np.int64)
     stock = np.ones(1, dtype=bool)
-    has_heads, has_channels = np.array(shape.has_heads), np.array(shape.has_widths)
+    has_heads, has_channels = np.array(shape.has_heads), np.array(shape.has_channels)
     if heads is not None:
         a, b = regular_sizes(shape.kv_heads, shape.group_size)
         query, groups = (a * b).ravel(), (a * np.ones_like(b)).ravel()
         head_value = heads.value[has_heads].sum(axis=0).ravel()
         head_cost = head_costs(shape, kind, latency=latency).ravel() * has_heads.sum()
         stock = np.array([accepts(int(count)) for count in query], dtype=bool)
-    if channels is not None:
-        widths, width_value = np.array(channels.widths), channels.value[has_channels].sum(axis=0)
-        width_cost = width_costs(shape, channels.widths, latency) * has_channels.sum()
-    counts = np.full(len(widths), shape.experts)
     if experts is not None:
-        assert channels is None, "channels of experts are among the options of these"
         sizes = len(experts.counts), len(experts.widths)
-        counts = np.repeat(experts.counts, sizes[1])
-        widths = np.tile(experts.widths if shape.expert_channels else shape.width, sizes[0])
-        width_value = experts.value.sum(axis=0).ravel()
-        costs = expert_costs(shape, experts.counts, experts.widths)
-        width_cost = costs.ravel() * len(experts.value)
-    count = len(widths)
+        counts, widths = np.repeat(experts.counts, sizes[1]), np.tile(experts.widths, sizes[0])
+        expert_value = experts.value.sum(axis=0).ravel()
+        expert_cost = expert_costs(shape, experts, units).ravel() * len(experts.value)
+    if channels is not None:
+        inner, inner_value = np.array(channels.widths), channels.value[has_channels].sum(axis=0)
+        inner_cost = width_costs(shape, channels.widths, latency) * has_channels.sum()
+    lengths = len(query), len(counts), len(inner)
+
+    def every(entries: NDArray[Any], axis: int) -> NDArray[Any]:
+        """Entries of heads (0), experts (1) or MLPs (2), for every combination with the others."""
+        along = [-1 if place == axis else 1 for place in range(3)]
+        return np.broadcast_to(entries.reshape(along), lengths).ravel()
+
     return UniformSizes(
-        query_heads=np.repeat(query, count),
-        kv_heads=np.repeat(groups, count),
-        channels=np.tile(widths, len(query)),
-        experts=np.tile(counts, len(query)),
+        query_heads=every(query, 0),
+        kv_heads=every(groups, 0),
+        channels=every(inner, 2),
+        experts=every(counts, 1),
+        widths=every(widths, 1),
         shape=shape,
-        value=np.add.outer(head_value, width_value).ravel(),
-        cost=np.add.outer(head_cost, width_cost).ravel(),
-        stock=np.repeat(stock, count),
+        value=every(head_value, 0) + every(expert_value, 1) + every(inner_value, 2),
+        cost=every(head_cost, 0) + every(expert_cost, 1) + every(inner_cost, 2),
+        stock=every(stock, 0),
     )
 
 
