@@ -16,6 +16,7 @@ from old_transformers import ABSENT, CAPPED, FLOAT64, but_in_old, since_5
 from test_onnx_families import _Graph
 
 from spp_export.common.errors import ModelError
+from spp_export.evaluation.contract import only_existing
 from spp_export.formats.onnx import OnnxOptions
 from spp_export.formats.onnx.options import ATTENTIONS, Attention
 from spp_export.formats.onnx.read import GraphWeights
@@ -118,9 +119,9 @@ def test_layers_may_have_no_attention_and_no_mlp(name, attention, tmp_path: Path
     """The first, the last, and both at once; what is left of them are biases, multiplied or
     normalised as the family does."""
     source = open_source(make_dense(name, tmp_path / "dense", head_dim=16, layers=4))
-    cut = bool(source.family.down)
-    layers = random_layers(source.shape, 3, channels=cut)
-    layers = emptied(layers, (0, 2), (2, 3) if cut else ())
+    family, shape = source.family, source.shape
+    layers = only_existing(random_layers(shape, 3, channels=bool(family.down)), shape)
+    layers = emptied(layers, (0, 2), () if family.no_empty_layers("channels") else (2, 3))
     checkpoint = make_slim(source, "per-layer", tmp_path / "slim", layers).slim
     assert_the_same(checkpoint, attention, tmp_path)
 
