@@ -23,6 +23,8 @@ WARM_UP_ROUNDS = 1
 # Threads of one library keep spinning for a while after its work, and would slow the next one.
 _SETTLE_SECONDS = 0.1
 _CONFIDENCE = 0.99
+# Rounds of which the smallest is below the true median with that confidence.
+FEWEST = 7
 
 
 @dataclass

@@ -25,7 +25,7 @@ from spp_bench.candidates import torch_candidate, windows_of
 from spp_bench.cases import Cell, tokens
 from spp_bench.engines.runner import Runner
 from spp_bench.engines.torch import TorchRunner
-from spp_bench.measure import measure_cell, speedup
+from spp_bench.measure import FEWEST, measure_cell, speedup
 from spp_bench.profile import ProfileRequest, Target, profile
 from spp_bench.results import write_document
 from spp_bench.threads import torch_threads
@@ -169,17 +169,20 @@ def measure(
 
 def verdict(params: Sequence[float], latency: Sequence[float]) -> dict[str, Any]:
     """How much faster the plan by latency is, at least and at most, and the conclusion."""
-    ratio = speedup(params, latency)
-    low, high = ratio.low, 1 / speedup(latency, params).low
+    faster, slower = speedup(params, latency), speedup(latency, params)
+    assert faster.low is not None, "of so few rounds nothing follows"
+    assert slower.low is not None
     says = "no difference shown"
-    if low > 1 or high < 1:
-        says = f"the plan by latency is {'faster' if low > 1 else 'slower'}"
-    named = {"median": ratio.median, "low": low, "high": high}
+    if faster.low > 1 or slower.low > 1:
+        says = f"the plan by latency is {'faster' if faster.low > 1 else 'slower'}"
+    named = {"median": faster.median, "low": faster.low, "high": 1 / slower.low}
     return {**{name: round(value, 4) for name, value in named.items()}, "says": says}
 
 
 def run(options: argparse.Namespace, progress: Any) -> dict[str, Any]:
     """Everything, as a document."""
+    if options.rounds < FEWEST:
+        raise UsageError(f"--rounds {options.rounds}: of fewer than {FEWEST} nothing follows.")
     cell = Cell(options.batch, options.context)
     threads = options.threads or provenance.physical_cores()
     session = open_session(options.model, device=options.device, dtype=options.dtype)
