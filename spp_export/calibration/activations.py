@@ -493,6 +493,12 @@ class TextMeans(Observer):
             means[:, layer] = (self._of(layer) / self._counts.clamp(min=1)[:, None]).numpy()
         return means
 
+    @property
+    def tokens(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """[N] how many each text has."""
+        counts: np.ndarray[Any, np.dtype[np.int64]] = self._counts.long().numpy()
+        return counts
+
     def _of(self, layer: int) -> Tensor:
         if layer not in self._sums:
             texts, _, width = self._size

@@ -106,6 +106,9 @@ class Familiarity(Document):
     layers: Rows[int]
     centre: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     spread: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    # Artifacts of before judge short text as long text.
+    growth: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    length: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
 
 
 class _Manifest(Document):

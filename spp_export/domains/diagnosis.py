@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from spp_export.calibration.reading import Text, scenario_text
-from spp_export.common.arrays import FloatArray
+from spp_export.common.arrays import FloatArray, IntArray
 from spp_export.common.errors import ArtifactsError, ScenarioError, UsageError
 from spp_export.common.options import DEFAULT_CALIBRATION_TOKENS
 from spp_export.data.artifacts import KNOWN, SHARE, Artifacts
@@ -142,9 +142,9 @@ def probe_probabilities(
 
 
 def diagnose_activations(
-    pooled_NLd: FloatArray, artifacts: Artifacts, regime: str | None = None
+    pooled_NLd: FloatArray, tokens_N: IntArray, artifacts: Artifacts, regime: str | None = None
 ) -> Diagnosis:
-    """Diagnosis of a scenario from its prompts' pooled residual stream.
+    """Diagnosis of a scenario from its prompts' pooled residual stream, of so many tokens each.
 
     Without `regime` it is chosen: out-of-domain when the text is unfamiliar, or when the in-domain
     probabilities of the prompts' likeliest domains are, on average, below the artifacts' threshold;
@@ -154,7 +154,7 @@ def diagnose_activations(
     """
     probabilities_NPK = probe_probabilities(pooled_NLd, artifacts, regime or IN_DOMAIN)
     familiar = Familiar.of(artifacts)
-    distance = familiar.distance(pooled_NLd) if familiar else None
+    distance = familiar.distance(pooled_NLd, tokens_N) if familiar else None
     if regime is None:
         alone_NK = probabilities_NPK.mean(axis=1)
         regime = choose_regime(alone_NK, *artifacts.regime_rule)
@@ -228,4 +228,4 @@ def diagnose_prompts(
         description="diagnosing the scenario",
     )
     seen = sorted({index for batch in batches for index in batch.texts})
-    return diagnose_activations(means.values[seen], artifacts, regime)
+    return diagnose_activations(means.values[seen], means.tokens[seen], artifacts, regime)

@@ -6,6 +6,10 @@ al., "A Simple Unified Framework for Detecting Out-of-Distribution Samples and A
 arXiv 1807.03888), and the covariance by its largest directions and a level for the rest (Tipping
 and Bishop, "Probabilistic Principal Component Analysis", 1999). A scenario is unfamiliar where its
 distance is beyond what scenarios of validation text have.
+
+The mean over few tokens lies farther out than the mean over many: the variance of a mean falls as
+one over their number. How fast is measured on the beginnings of the validation texts, and a text is
+judged by what known text of its length has.
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ _DIRECTIONS = 32
 # farther by a factor: with the default model, seven scenarios lie at 0.99 to 1.11 of the pools'
 # own distance, and other languages, code, logs and small talk at 1.64 to 3.44.
 _DEVIATIONS, _ROOM = 2.6, 1.15
+# Tokens of the beginnings of texts, as a short question has.
+BEGINNING = 16
 # Sizes of scenarios that false alarms are counted on, and how many of each are drawn.
 _PROMPTS, _DRAWN = (1, 4, 16), 400
 _SMALLEST = 1e-6
@@ -41,6 +47,8 @@ class Familiar:
     basis [P,r,d]   orthonormal directions of most variance within domains
     scales [P,r+1]  standard deviations along them, and along every other direction
     centre, spread  mean and standard deviation of the distances of validation texts
+    growth          what a text's square distance gains for every unit of 1/tokens
+    length          tokens from which it does not: the harmonic mean of the validation texts'
     """
 
     layers: tuple[int, ...]
@@ -49,6 +57,8 @@ class Familiar:
     scales: FloatArray
     centre: float
     spread: float
+    growth: float = 0.0
+    length: float = 1.0
 
     @classmethod
     def of(cls, artifacts: Artifacts) -> Familiar | None:
@@ -56,7 +66,14 @@ class Familiar:
         known = artifacts.familiarity
         if known is None:
             return None
-        return cls(known.layers, **artifacts.familiar, centre=known.centre, spread=known.spread)
+        return cls(
+            known.layers,
+            **artifacts.familiar,
+            centre=known.centre,
+            spread=known.spread,
+            growth=known.growth,
+            length=known.length,
+        )
 
     def arrays(self) -> dict[str, FloatArray]:
         """What artifacts hold of it beside their manifest."""
@@ -73,13 +90,32 @@ class Familiar:
         mean: FloatArray = np.mean(distances, axis=0)
         return mean
 
-    def distance(self, pooled_NLd: FloatArray) -> float:
-        """Distance of a scenario, as a share of where it is unfamiliar: from 1 on it is."""
-        return float(self.distances(pooled_NLd).mean() / self.limit(len(pooled_NLd)))
+    def distance(self, pooled_NLd: FloatArray, tokens_N: IntArray) -> float:
+        """Distance of a scenario of N prompts, of so many tokens each, as a share of where it is
+        unfamiliar: from 1 on it is."""
+        shares_N = self.distances(pooled_NLd) / self.expected(tokens_N)
+        return float(shares_N.mean() / self.limit(len(shares_N)))
+
+    def expected(self, tokens_N: IntArray) -> FloatArray:
+        """Mean distance [N] of known texts of so many tokens."""
+        shorter_N = (1 / tokens_N.clip(min=1) - 1 / self.length).clip(min=0)
+        expected: FloatArray = np.sqrt(self.centre**2 + self.growth * shorter_N)
+        return expected
 
     def limit(self, prompts: int) -> float:
-        """Mean distance from which a scenario of so many prompts is unfamiliar."""
-        return _ROOM * (self.centre + _DEVIATIONS * self.spread / math.sqrt(prompts))
+        """Mean share of the expected distance from which so many prompts are unfamiliar."""
+        return _ROOM * (1 + _DEVIATIONS * self.spread / self.centre / math.sqrt(prompts))
+
+
+@dataclass(frozen=True, eq=False)
+class Beginnings:
+    """The first tokens of validation texts: their pooled stream [M,L,d], the domain [M] that each
+    is of, how many tokens [M] were read, and how many [M] the text has."""
+
+    pooled: FloatArray
+    labels: IntArray
+    tokens: IntArray
+    of: IntArray
 
 
 def _distances(
@@ -98,11 +134,13 @@ def fit_familiar(
     labels: IntArray,
     held_out: FloatArray,
     held_out_labels: IntArray,
+    beginnings: Beginnings,
     domains: int,
     seed: int = 0,
 ) -> tuple[Familiar, dict[str, Any]]:
     """From pooled training text [N,L,d] and validation text [M,L,d] of `domains` domains, with the
-    domain that each is of [N], [M]; and what the manifest says of it."""
+    domain that each is of [N], [M], and the beginnings of the validation text; and what the
+    manifest says of it."""
     count = train.shape[1]
     layers = tuple(sorted({min(round(depth * count), count - 1) for depth in _DEPTHS}))
     parts = [_fit_layer(train[:, layer].astype(np.float64), labels, domains) for layer in layers]
@@ -111,12 +149,22 @@ def fit_familiar(
     )
     model = Familiar(layers, means, basis, scales, 0.0, 0.0)
     distances = model.distances(held_out)
+    first = model.distances(beginnings.pooled)
     model = _placed(model, distances)
+    model = _with_growth(model, first, beginnings)
     record = {
         "layers": list(layers),
         "centre": model.centre,
         "spread": model.spread,
+        "growth": model.growth,
+        "length": model.length,
         "false_alarms": _false_alarms(model, distances, held_out_labels, seed),
+        "false_alarms_of_beginnings": _false_alarms(
+            model,
+            first * model.centre / model.expected(beginnings.tokens),
+            beginnings.labels,
+            seed,
+        ),
     }
     return model, record
 
@@ -125,6 +173,16 @@ def _placed(model: Familiar, distances: FloatArray) -> Familiar:
     """The same with centre and spread of these distances of validation texts."""
     centre, spread = (round(float(value), 6) for value in (distances.mean(), distances.std()))
     return replace(model, centre=centre, spread=spread)
+
+
+def _with_growth(model: Familiar, first_M: FloatArray, beginnings: Beginnings) -> Familiar:
+    """The same with what the distances of beginnings show."""
+    cut, whole = (
+        (1 / tokens_M.clip(min=1)).mean() for tokens_M in (beginnings.tokens, beginnings.of)
+    )
+    gained = float(first_M.mean()) ** 2 - model.centre**2
+    growth = gained / (cut - whole) if gained > 0 and cut > whole else 0.0
+    return replace(model, growth=round(growth, 6), length=round(1 / whole, 6))
 
 
 def _false_alarms(
@@ -140,7 +198,8 @@ def _false_alarms(
         for judged in halves:
             if judged.all() or not judged.any():
                 continue
-            limit = _placed(model, distances_M[~judged]).limit(prompts)
+            placed = _placed(model, distances_M[~judged])
+            limit = placed.centre * placed.limit(prompts)
             groups = [distances_M[judged & (labels_M == k)] for k in np.unique(labels_M[judged])]
             for number in range(_DRAWN // 2):
                 drawn = generator.choice(groups[number % len(groups)], prompts)

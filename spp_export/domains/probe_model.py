@@ -20,10 +20,12 @@ from spp_export.calibration.answers import answer
 from spp_export.calibration.gradients import BATCH_TOKENS, gradient_lengths, has_weights
 from spp_export.calibration.moments import Collection, gather_all
 from spp_export.calibration.reading import (
+    Text,
     dialogue_text,
     question_ids,
     read_pools_within,
     spread,
+    token_texts,
 )
 from spp_export.common.arrays import FloatArray, IntArray
 from spp_export.common.errors import UsageError
@@ -35,7 +37,7 @@ from spp_export.data.conversation import Conversation, Message
 from spp_export.data.pools import Pools
 from spp_export.domains.axes import choose_space
 from spp_export.domains.diagnosis import CROSS_DOMAIN, IN_DOMAIN, OUT_OF_DOMAIN
-from spp_export.domains.familiar import fit_familiar
+from spp_export.domains.familiar import BEGINNING, Beginnings, fit_familiar
 from spp_export.domains.probes import fit_probes
 from spp_export.domains.regimes import PROMPTS, RegimeText, calibrate, join_texts
 from spp_export.domains.scores import (
@@ -113,7 +115,7 @@ def probe_model(
     `candidates` are the domains to take, or to select from. Of `left_out`, and of candidates not
     selected, only validation text counts, as text of unknown domains. Passes over: all that text
     and the candidates' training text, joined texts, the validation text for second moments, and
-    the training text again, domain by domain, for statistics.
+    the beginnings of validation texts, the training text again, domain by domain, for statistics.
     """
     request = request or ProbeSettings()
     left_out = left_out or Pools((), (), (), {})
@@ -134,7 +136,8 @@ def probe_model(
     with progress("fitting probes", None):
         weight, bias = fit_probes(train.pooled, train.labels, len(taken))
     known = train.pooled, train.labels, held_out.pooled, held_out.labels
-    familiar, familiarity = fit_familiar(*known, len(taken), request.seed)
+    beginnings = _beginnings(dense, pools)
+    familiar, familiarity = fit_familiar(*known, beginnings, len(taken), request.seed)
     regimes = {
         IN_DOMAIN: (held_out, np.eye(len(taken))[held_out.labels]),
         CROSS_DOMAIN: _joined(dense, pools, request.seed),
@@ -273,6 +276,18 @@ def _joined(dense: Dense, pools: Pools, seed: int) -> tuple[Labelled, FloatArray
     return Labelled(pooled, np.arange(len(pooled)) // PROMPTS), joined.targets
 
 
+def _beginnings(dense: Dense, pools: Pools) -> Beginnings:
+    """The first tokens of the validation texts of every domain."""
+    labels = [k for k, texts in enumerate(pools.val) for _ in texts]
+    whole = token_texts(dense.tokenizer, [text for texts in pools.val for text in texts])
+    cut = [text.beginning(BEGINNING) for text in whole]
+    return Beginnings(
+        dense.pooled(cut, "pooling beginnings of texts"),
+        np.asarray(labels, dtype=np.int64),
+        *(np.array([text.tokens for text in part], dtype=np.int64) for part in (cut, whole)),
+    )
+
+
 def _unknown(text: _Text, taken: Sequence[int]) -> tuple[Labelled, FloatArray]:
     """Held-out text of candidates not taken and of domains left out, which is of no domain."""
     apart = np.flatnonzero(~np.isin(text.held_out.labels, taken))
@@ -396,7 +411,7 @@ class Dense:
         """Where it is; of a model on several devices, where it begins."""
         return str(next(self.reader.parameters()).device)
 
-    def watch(self, texts: Sequence[str], observer: Observer, description: str) -> None:
+    def watch(self, texts: Sequence[Text], observer: Observer, description: str) -> None:
         """One forward pass over texts."""
         observe(
             self.reader,
@@ -406,7 +421,7 @@ class Dense:
             description=description,
         )
 
-    def pooled(self, texts: Sequence[str], description: str) -> FloatArray:
+    def pooled(self, texts: Sequence[Text], description: str) -> FloatArray:
         """The residual stream after attention, averaged over each text's tokens [N,L,d]."""
         shape = self.source.shape
         means = TextMeans("residual", len(texts), shape.num_layers, shape.hidden_size)

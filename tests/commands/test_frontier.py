@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from functools import partial
 
 import pytest
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.console import Console
 import spp_export
 from spp_bench import device_rates
 from spp_cli.render.frontier import frontier_table
+from spp_export.commands import frontier
 from spp_export.common.errors import QualityError, UsageError
 from spp_export.data.artifacts import open_artifacts
 from spp_export.data.scenario import read_scenario
@@ -73,6 +75,8 @@ def test_the_speed_of_every_plan_is_measured_beside_the_dense_model(
 ):
     monkeypatch.setattr(device_rates, "_BYTES", {"cpu": 1 << 16})
     monkeypatch.setattr(device_rates, "_WIDTH", {"cpu": 16})
+    few = partial(frontier._bench(), rounds=2, new_tokens=2)
+    monkeypatch.setattr(frontier, "_bench", lambda: few)
     place = tmp_path / "out"
     drawn = spp_export.frontier(
         workshop.scenario, place, share=(0.75, 0.5), measure=True, **options

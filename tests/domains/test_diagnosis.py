@@ -64,6 +64,10 @@ def pooled(texts=3, seed=1):
     return np.random.default_rng(seed).standard_normal((texts, LAYERS, WIDTH)).astype(np.float32)
 
 
+def diagnosed(activations, *arguments):
+    return diagnose_activations(activations, np.full(len(activations), 100), *arguments)
+
+
 def sigmoid(x):
     return 1 / (1 + math.exp(-x))
 
@@ -100,14 +104,14 @@ def test_probes_that_deny_every_domain_still_give_a_mixture():
         bias=np.tile(np.array([-50, -60, -50], dtype=np.float32), (LAYERS, 1)),
         temperature=np.ones((3, LAYERS), dtype=np.float32),
     )
-    found = diagnose_activations(pooled(), art)
+    found = diagnosed(pooled(), art)
     assert found.regime == OUT_OF_DOMAIN
     np.testing.assert_allclose(found.mixture, [0.5, 0, 0.5], atol=1e-4)
 
 
 def test_mixture_is_the_mean_over_layers_and_prompts_normalised():
     art, activations = artifacts(), pooled()
-    found = diagnose_activations(activations, art, IN_DOMAIN)
+    found = diagnosed(activations, art, IN_DOMAIN)
     q = [
         np.mean(
             [one_probability(art, activations, n, i, k) for n in range(3) for i in range(LAYERS)]
@@ -159,7 +163,7 @@ def test_breadth_does_not_depend_on_how_sure_the_probes_are():
     ],
 )
 def test_the_regime_follows_how_many_domains_are_present(probabilities, regime):
-    assert diagnose_activations(pooled(), saying(*probabilities)).regime == regime
+    assert diagnosed(pooled(), saying(*probabilities)).regime == regime
 
 
 def test_prompts_of_one_domain_each_are_known_and_cross_domain_together():
@@ -170,20 +174,20 @@ def test_prompts_of_one_domain_each_are_known_and_cross_domain_together():
 
 def test_the_thresholds_of_the_regime_are_those_of_the_artifacts():
     probabilities = (0.7, 0.3, 0.1)
-    assert diagnose_activations(pooled(), saying(*probabilities)).regime == CROSS_DOMAIN
+    assert diagnosed(pooled(), saying(*probabilities)).regime == CROSS_DOMAIN
     for choice, regime in (
         ({"known": 0.8}, OUT_OF_DOMAIN),
         ({"known": 0.6, "share": 0.4}, IN_DOMAIN),
         ({"known": 0.6, "share": 0.2}, CROSS_DOMAIN),
     ):
         art = replace(saying(*probabilities), manifest={"regime_choice": choice})
-        assert diagnose_activations(pooled(), art).regime == regime
+        assert diagnosed(pooled(), art).regime == regime
 
 
 def test_the_regimes_temperatures_are_used_once_it_is_chosen():
     art = saying(0.9, 0.8, 0.1)
     art.temperature[1] = 4.0
-    found = diagnose_activations(pooled(), art)
+    found = diagnosed(pooled(), art)
     assert found.regime == CROSS_DOMAIN
     expected = [sigmoid(math.log(p / (1 - p)) / 4) for p in (0.9, 0.8, 0.1)]
     np.testing.assert_allclose(found.q, expected, rtol=1e-6)
@@ -200,36 +204,36 @@ def test_prompts_of_one_domain_are_read_as_such_in_a_scenario_of_several():
     )
     activations = np.zeros((3, LAYERS, WIDTH), dtype=np.float32)
     activations[0, :, 0] = activations[1, :, 1] = activations[2, :, 0] = activations[2, :, 1] = 12
-    found = diagnose_activations(activations, art)
+    found = diagnosed(activations, art)
     assert found.regime == CROSS_DOMAIN
     first = (sigmoid(6) + sigmoid(-6) + sigmoid(6 / 4)) / 3
     third = (2 * sigmoid(-6) + sigmoid(-6 / 4)) / 3
     np.testing.assert_allclose(found.q, [first, first, third], rtol=1e-6)
-    forced = diagnose_activations(activations, art, CROSS_DOMAIN)
+    forced = diagnosed(activations, art, CROSS_DOMAIN)
     all_at_four = (sigmoid(6 / 4) * 2 + sigmoid(-6 / 4)) / 3
     np.testing.assert_allclose(forced.q[0], all_at_four, rtol=1e-6)
 
 
 def test_without_temperatures_of_a_regime_those_in_domain_stand_in():
     art = saying(0.9, 0.8, 0.1, regimes=(IN_DOMAIN,))
-    found = diagnose_activations(pooled(), art)
+    found = diagnosed(pooled(), art)
     assert found.regime == CROSS_DOMAIN
     np.testing.assert_allclose(found.q, [0.9, 0.8, 0.1], rtol=1e-6)
 
 
 def test_a_regime_can_be_asked_for():
     art, activations = artifacts(), pooled()
-    found = diagnose_activations(activations, art, OUT_OF_DOMAIN)
+    found = diagnosed(activations, art, OUT_OF_DOMAIN)
     assert found.regime == OUT_OF_DOMAIN
     expected = probe_probabilities(activations, art, OUT_OF_DOMAIN).mean(axis=0)
     np.testing.assert_array_equal(found.probabilities, expected)
     with pytest.raises(UsageError, match=r"regime 'polar' .* have in-domain, cross-domain, out"):
-        diagnose_activations(activations, art, "polar")
+        diagnosed(activations, art, "polar")
 
 
 def test_only_layers_with_a_probe_take_part():
     art, activations = artifacts(probe_layers=[3, 1]), pooled()
-    found = diagnose_activations(activations, art, IN_DOMAIN)
+    found = diagnosed(activations, art, IN_DOMAIN)
     assert found.layers == (3, 1)
     for row, layer in enumerate((3, 1)):
         for k in range(len(DOMAINS)):
@@ -241,7 +245,7 @@ def test_only_layers_with_a_probe_take_part():
 @pytest.mark.parametrize("shape", [(3, LAYERS - 1, WIDTH), (3, LAYERS, WIDTH + 1)])
 def test_activations_of_another_model_are_refused(shape):
     with pytest.raises(ArtifactsError, match=rf"4 layers x 6, got {shape[1]} x {shape[2]}"):
-        diagnose_activations(np.zeros(shape), artifacts())
+        diagnosed(np.zeros(shape), artifacts())
 
 
 def test_the_record_of_a_diagnosis_is_rounded_and_named():

@@ -40,6 +40,7 @@ DENSE: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"first_k_dense_replace": 2, "num_hidden_layers": 4},
 }
 CASES = but_in_old(list(DENSE), SINGLE, FLOAT64)
+pytestmark = pytest.mark.thinned
 
 
 @pytest.fixture
