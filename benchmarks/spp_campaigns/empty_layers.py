@@ -26,6 +26,8 @@ from spp_export.planning.planner import Planning, PlanResult
 from spp_export.planning.request import PlanRequest
 
 _SCENARIO = Path(__file__).resolve().parents[1] / "data" / "scenarios" / "chemistry.txt"
+# Of any model; a model of experts has more.
+_UNITS = ("heads", "channels", "both")
 _COLUMNS = {
     "units": "{units}",
     "removed": "{removed:.0%}",
@@ -70,7 +72,7 @@ def main() -> int:
     options.add_argument("--model", default=DEMO)
     options.add_argument("--artifacts")
     options.add_argument("--scenario", type=Path, default=_SCENARIO)
-    options.add_argument("--units", nargs="+", default=get_args(Units), choices=get_args(Units))
+    options.add_argument("--units", nargs="+", default=_UNITS, choices=get_args(Units))
     options.add_argument("--removed", nargs="+", type=float, default=[0.2, 0.3, 0.4, 0.5])
     asked = options.parse_args()
     session, scenario = open_session(asked.model), read_scenario(asked.scenario)
