@@ -55,7 +55,7 @@ def as_onnx(source: Checkpoint, target: Path) -> None:
     with publish(target) as work:
         slim = work / "slim"
         slim.mkdir()
-        write_slim_weights(source, plan, slim)
+        write_slim_weights(source, plan, slim, kept=False)
         layers = plan.layer_shapes(source.shape)
         config = slim_config(source.config, source.family, source.shape, layers, plan.layout)
         (slim / "config.json").write_text(dump_json(config), encoding="utf-8")
@@ -74,7 +74,10 @@ def verified(source: Checkpoint, target: Path) -> None:
 # Job -> what it does, and the modules whose import is not part of it.
 JOBS: Mapping[str, tuple[Callable[[Checkpoint, Path], None], tuple[str, ...]]] = {
     "slice": (slice_only, ()),
-    "onnx": (as_onnx, ("spp_export.models.modeling", "onnx", "onnx_ir")),
+    "onnx": (
+        as_onnx,
+        ("spp_export.models.modeling", "spp_export.formats.onnx.write", "onnx", "onnx_ir"),
+    ),
     "verify": (verified, ("spp_export.models.modeling", "spp_export.models.layerwise")),
 }
 

@@ -180,7 +180,7 @@ class _Job:
         # away.
         slim = work / "slim" if made.converted else work
         slim.mkdir(exist_ok=True)
-        written, compensation = self._write(slim, result)
+        written, compensation = self._write(slim, result, kept=not made.converted)
         if made.converted:
             with self.clock(made.name):
                 files.write(slim, work)
@@ -215,7 +215,9 @@ class _Job:
         size = sum(path.stat().st_size for path in work.glob(made.weights))
         return replace(result, nbytes=size), failure
 
-    def _write(self, slim: Path, result: ExportResult) -> tuple[WrittenWeights, Compensator]:
+    def _write(
+        self, slim: Path, result: ExportResult, *, kept: bool
+    ) -> tuple[WrittenWeights, Compensator]:
         """The slim checkpoint."""
         session, clock = self.session, self.clock
         with clock("compensate"):
@@ -223,7 +225,7 @@ class _Job:
                 session, self.artifacts, result.plan, self.text, self.request
             )
         with clock("slice"):
-            written = write_slim(session, result.plan, compensation, slim)
+            written = write_slim(session, result.plan, compensation, slim, kept=kept)
         return written, compensation
 
 

@@ -283,7 +283,7 @@ def make_slim(
     layers = _random_plan(source, layout) if layers is None else layers
     plan = Plan(source.fingerprint, source.name, layout, "none", layers)
     target.mkdir()
-    write_slim_weights(source, plan, target)
+    write_slim_weights(source, plan, target, kept=False)
     (target / "config.json").write_text(json.dumps(written_config(source, plan)))
     for file in MODELING_FILES if layout != "uniform" else ():
         shutil.copy(file, target)

@@ -34,7 +34,7 @@ def write_dequantised(
     entries = (
         TensorEntry(name, "F32", tensor.shape) for name, tensor in checkpoint.tensors.items()
     )
-    with ShardWriter(place, plan_shards(entries)) as writer:
+    with ShardWriter(place, plan_shards(entries), kept=False) as writer:
         for entry in writer.order:
             values = np.ascontiguousarray(read(entry.name), np.float32)
             writer.write(entry.name, [values.reshape(-1).view(np.uint32)])

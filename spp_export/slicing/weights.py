@@ -65,6 +65,7 @@ def write_slim_weights(
     biases: Biases | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
+    kept: bool = True,
 ) -> WrittenWeights:
     """Write what `plan` keeps of `source` to `out_dir` as safetensors, in the stored dtypes.
 
@@ -74,6 +75,7 @@ def write_slim_weights(
     gives a function is in memory as a whole, and is rounded back to its stored dtype. `biases` are
     added to the output projections; where the source has none, those that `slim_shape` gives
     appear, zero where `biases` says nothing. `progress` is called with bytes done and bytes in all.
+    What is not `kept` is read and thrown away: it is neither hashed nor flushed.
 
     Raises PlanError for a plan of another model or a bias that the family cannot hold,
     CheckpointError for a source tensor with a value that is not finite, OutputError where the
@@ -94,7 +96,10 @@ def write_slim_weights(
             if progress:
                 progress(done, total)
 
-    with ShardWriter(out_dir, shards) as writer, ahead(job.blocks(writer.order), _AHEAD) as made:
+    with (
+        ShardWriter(out_dir, shards, kept=kept) as writer,
+        ahead(job.blocks(writer.order), _AHEAD) as made,
+    ):
         for entry, pairs in groupby(made, key=itemgetter(0)):
             writer.write(entry.name, counted(block for _, block in pairs))
     parameters = sum(int(np.prod(entry.shape)) for entry in writer.order)

@@ -28,7 +28,7 @@ COMPANIONS = (
 
 
 def write_slim(
-    session: Session, compiled: Plan, compensation: Compensator, work: Path
+    session: Session, compiled: Plan, compensation: Compensator, work: Path, *, kept: bool = True
 ) -> WrittenWeights:
     source = session.source
     with progress("slicing", 1.0) as bar:
@@ -39,6 +39,7 @@ def write_slim(
             replaced=compensation.refit,
             biases=compensation.biases(),
             progress=lambda done, total: bar(done / total),
+            kept=kept,
         )
     config = written_config(source, compiled)
     (work / "config.json").write_text(dump_json(config), encoding="utf-8")

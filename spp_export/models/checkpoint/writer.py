@@ -97,13 +97,15 @@ def plan_shards(
 class ShardWriter:
     """Context that writes `shards` to `directory`; every tensor must be given, in `order`.
 
-    After a clean exit all files are flushed to disk and `records` has size and hash of each. After
-    an exception there is no index, and what is there is for the caller to throw away.
+    After a clean exit all files are flushed to disk and `records` has size and hash of each; of
+    what is not `kept`, but read and thrown away, neither is done. After an exception there is no
+    index, and what is there is for the caller to throw away.
     Raises OutputError where the disk does not take the data.
     """
 
-    def __init__(self, directory: Path, shards: Sequence[Shard]) -> None:
+    def __init__(self, directory: Path, shards: Sequence[Shard], *, kept: bool = True) -> None:
         self.records: dict[str, FileRecord] = {}
+        self._kept = kept
         self._directory = directory
         self._shards = tuple(shards)
         self._todo = deque((shard, entry) for shard in shards for entry in shard.entries)
@@ -177,13 +179,14 @@ class ShardWriter:
 
     def _write(self, data: memoryview) -> None:
         file = self._files[-1]
-        self._hashes.append(self._hasher.submit(file.digest.update, data))
+        if self._kept:
+            self._hashes.append(self._hasher.submit(file.digest.update, data))
         with _reporting(self._directory / file.shard.file):
             done = 0
             while done < len(data):
                 done += file.handle.write(data[done:])
         file.size += len(data)
-        if file.size - file.sent >= _SEND_BYTES:
+        if self._kept and file.size - file.sent >= _SEND_BYTES:
             begin, file.sent = file.sent, file.size
             self._flushes.append(self._flusher.submit(_send, file.handle, begin, file.size))
         while len(self._hashes) > _PENDING:
@@ -195,6 +198,9 @@ class ShardWriter:
         if self._files:
             self._write_short()
             file = self._files[-1]
+            if not self._kept:
+                file.handle.close()
+                return
             self._hashes.append(self._hasher.submit(self._record, file))
             self._flushes.append(self._flusher.submit(self._flush, file))
 
@@ -218,7 +224,8 @@ class ShardWriter:
             path = self._directory / INDEX_NAME
             with _reporting(path):
                 path.write_text(shard_index(self._shards), encoding="utf-8")
-                self.records[INDEX_NAME] = hash_file(path)
+                if self._kept:
+                    self.records[INDEX_NAME] = hash_file(path)
 
 
 @dataclass

@@ -35,8 +35,8 @@ def random_bits(entry, seed=0):
     return bits.copy()
 
 
-def write(directory, entries=ENTRIES, max_shard_bytes=10**9):
-    with ShardWriter(directory, plan_shards(entries, max_shard_bytes)) as writer:
+def write(directory, entries=ENTRIES, max_shard_bytes=10**9, kept=True):
+    with ShardWriter(directory, plan_shards(entries, max_shard_bytes), kept=kept) as writer:
         for entry in writer.order:
             writer.write(entry.name, [random_bits(entry)])
     return writer
@@ -54,6 +54,22 @@ def check_with_library(directory, files):
         assert tensor.dtype == getattr(torch, FLOAT_DTYPES[entry.dtype])
         raw = tensor.reshape(-1).view(torch.uint8).numpy()
         np.testing.assert_array_equal(raw, random_bits(entry).reshape(-1).view(np.uint8))
+
+
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 64])
+def test_what_is_not_kept_has_the_same_bytes_and_is_not_flushed(
+    max_shard_bytes, tmp_path, monkeypatch
+):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "thrown away").mkdir()
+    written = write(tmp_path / "kept", max_shard_bytes=max_shard_bytes)
+    monkeypatch.delattr("os.fsync")
+    assert not write(tmp_path / "thrown away", ENTRIES, max_shard_bytes, kept=False).records
+    files = sorted(path.name for path in (tmp_path / "thrown away").iterdir())
+    assert files == sorted(written.records)
+    for name in files:
+        one, other = (tmp_path / place / name for place in ("kept", "thrown away"))
+        assert one.read_bytes() == other.read_bytes()
 
 
 def test_single_file_is_what_the_library_reads(tmp_path):
