@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
+from spp_export.common.disk import sync
 from spp_export.common.documents import Document, validated
 from spp_export.common.errors import CheckpointError, OutputError
 from spp_export.common.json_files import MAX_JSON_BYTES, dump_json, parse_json, read_bytes, shown
@@ -53,19 +55,25 @@ def write_manifest(directory: Path, known: Mapping[str, FileRecord] | None = Non
     """Write manifest.json over every other file of `directory`, the last file to be written.
 
     `known` has records that were made while writing, by relative name; those files are not read
-    again. Raises OutputError where a file cannot be read, and for what is neither a file nor a
-    directory with files in it.
+    again. The others are flushed to disk while they are hashed. Raises OutputError where a file
+    cannot be read or flushed, and for what is neither a file nor a directory with files in it.
     """
     known = known or {}
     records: dict[str, FileRecord] = {}
     try:
-        for name in _names(directory):
-            path = directory / name
-            if path.is_symlink() or not path.is_file():
-                raise OutputError(f"{path}: only regular files belong in an output. Remove it.")
-            record = known.get(name) or hash_file(path)
-            assert record.size == path.stat().st_size, f"{name}: changed after it was hashed"
-            records[name] = record
+        with ThreadPoolExecutor(1, thread_name_prefix="spp-flush") as flusher:
+            flushed = []
+            for name in _names(directory):
+                path = directory / name
+                if path.is_symlink() or not path.is_file():
+                    raise OutputError(f"{path}: only regular files belong in an output. Remove it.")
+                if not (record := known.get(name)):
+                    flushed.append(flusher.submit(sync, path))
+                    record = hash_file(path)
+                assert record.size == path.stat().st_size, f"{name}: changed after it was hashed"
+                records[name] = record
+            for one in flushed:
+                one.result()
         (directory / MANIFEST_NAME).write_text(_text(records), encoding="utf-8")
     except OSError as error:
         raise OutputError(

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 
 import pytest
 
+from spp_export.common import manifest
 from spp_export.common.errors import OutputError
 from spp_export.common.json_files import dump_json
 from spp_export.common.manifest import (
@@ -37,6 +39,22 @@ def test_content(output):
     assert content["files"]["a.bin"] == {"bytes": 1000, "sha256": sha256}
     assert check_manifest(output) == []
     assert wrote(output)
+
+
+def test_what_was_not_hashed_before_is_flushed_and_a_full_disk_is_told(output, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(manifest, "sync", flushed.append)
+    write_manifest(output, {"a.bin": FileRecord(1000, "0" * 64)})
+    assert flushed == [output / "config.json", output / "sub" / "b.txt"]
+
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(manifest, "sync", full)
+    with pytest.raises(
+        OutputError, match=r"cannot write manifest.json \(No space left on device\)"
+    ):
+        write_manifest(output)
 
 
 def test_same_files_same_manifest(output):
