@@ -162,7 +162,7 @@ class ScenarioModels(Mapping[str, "PreTrainedModel"]):
     def pick(self, text: str) -> str:
         """The model whose plan was made for text like this: the name of whose scenario the probes
         say what is closest to what they say of `text`, by the Bhattacharyya coefficient of the two.
-        Text that the artifacts call unfamiliar, is judged by them as well.
+        Text that the artifacts call unfamiliar is judged by them as well.
 
         Raises UsageError without artifacts, PlanError for a plan without a diagnosis.
         """

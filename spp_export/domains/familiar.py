@@ -177,9 +177,8 @@ def _placed(model: Familiar, distances: FloatArray) -> Familiar:
 
 def _with_growth(model: Familiar, first_M: FloatArray, beginnings: Beginnings) -> Familiar:
     """The same with what the distances of beginnings show."""
-    cut, whole = (
-        (1 / tokens_M.clip(min=1)).mean() for tokens_M in (beginnings.tokens, beginnings.of)
-    )
+    counts = beginnings.tokens, beginnings.of
+    cut, whole = (float((1 / tokens_M.clip(min=1)).mean()) for tokens_M in counts)
     gained = float(first_M.mean()) ** 2 - model.centre**2
     growth = gained / (cut - whole) if gained > 0 and cut > whole else 0.0
     return replace(model, growth=round(growth, 6), length=round(1 / whole, 6))
