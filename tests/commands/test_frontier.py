@@ -78,7 +78,9 @@ def test_the_speed_of_every_plan_is_measured_beside_the_dense_model(
     few = partial(frontier._bench(), rounds=2, new_tokens=2)
     monkeypatch.setattr(frontier, "_bench", lambda: few)
     place = tmp_path / "out"
-    drawn = spp_export.frontier(workshop.scenario, place, share=(0.5,), measure=True, **options)
+    drawn = spp_export.frontier(
+        workshop.scenario, place, share=(0.75, 0.5), measure=True, **options
+    )
     plans = json.loads((place / "frontier.json").read_text())["plans"]
     for speed, entry in zip(drawn.speeds, plans, strict=True):
         assert entry["measured"] == json.loads(json.dumps(asdict(speed)))

@@ -13,7 +13,13 @@ from factories import random_layers
 from family_models import FORMS, KNOWN, emptied, family_name, load, make_dense, make_slim
 from numpy.typing import NDArray
 from old_transformers import ABSENT, CAPPED, FLOAT64, but_in_old, since_5
-from test_onnx_families import _Graph
+from onnx_graphs import (
+    Graph,
+    assert_close,
+    assert_prompt_and_steps,
+    assert_weights_are_read_back,
+    ids,
+)
 
 from spp_export.common.errors import ModelError
 from spp_export.evaluation.contract import only_existing
@@ -85,10 +91,6 @@ def slim(tmp_path_factory: pytest.TempPathFactory):
     return made
 
 
-def ids(rows: int, count: int, seed: int = 0) -> NDArray[np.int64]:
-    return np.random.default_rng(seed).integers(3, 97, (rows, count))
-
-
 def truth(checkpoint: Path, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
     """Logits [B,S,V] in float64."""
     with torch.no_grad():
@@ -97,16 +99,10 @@ def truth(checkpoint: Path, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
     return result
 
 
-def assert_close(found: NDArray[np.float64], expected: NDArray[np.float64]) -> None:
-    limit = 64 * np.finfo(np.float32).eps * max(1.0, np.abs(expected).max())
-    assert np.abs(found - expected).max() <= limit
-    assert expected.std() > 1e-3
-
-
-def written(checkpoint: Path, out: Path, attention: Attention) -> _Graph:
+def written(checkpoint: Path, out: Path, attention: Attention) -> Graph:
     out.mkdir()
     write_onnx(checkpoint, out, OnnxOptions(attention))
-    return _Graph(out)
+    return Graph(out)
 
 
 @pytest.mark.parametrize(("name", "attention"), CASES)
@@ -130,19 +126,11 @@ def assert_the_same(checkpoint: Path, attention: Attention, tmp_path: Path) -> N
     """A prompt, then token by token with the cache; and the weights can be read back."""
     graph = written(checkpoint, tmp_path / "onnx", attention)
     tokens = ids(1, _COUNT)
-    expected, ones = truth(checkpoint, tokens), np.ones_like(tokens)
-    logits, past = graph.run(tokens[:, :_PROMPT], ones[:, :_PROMPT], graph.past(1))
-    assert_close(logits, expected[:, :_PROMPT])
-    for step in range(_PROMPT, _COUNT):
-        logits, past = graph.run(tokens[:, step : step + 1], ones[:, : step + 1], past)
-        assert_close(logits[:, 0], expected[:, step])
+    assert_prompt_and_steps(graph, tokens, truth(checkpoint, tokens), _PROMPT)
     onnx.checker.check_model(tmp_path / "onnx" / "model.onnx")
     decoder = open_checkpoint(checkpoint)
     assert difference(tmp_path / "onnx", decoder, OnnxOptions(attention)) is None
-    weights = GraphWeights(tmp_path / "onnx", decoder.family, decoder.shape, decoder.layers)
-    for spec in weights.specs:
-        stored = np.asarray(read_float(decoder.tensors[spec.name]), np.float32)
-        assert np.array_equal(weights.read(spec.name), stored), spec.name
+    assert_weights_are_read_back(tmp_path / "onnx", decoder)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

@@ -14,7 +14,13 @@ import torch
 from family_models import Pair, make_dense, make_slim
 from numpy.typing import NDArray
 from old_transformers import since_5
-from test_onnx_families import _Graph
+from onnx_graphs import (
+    Graph,
+    assert_close,
+    assert_prompt_and_steps,
+    assert_weights_are_read_back,
+    ids,
+)
 
 from spp_export.common.errors import ModelError
 from spp_export.evaluation.contract import (
@@ -27,11 +33,9 @@ from spp_export.evaluation.contract import (
 )
 from spp_export.formats.onnx import OnnxOptions
 from spp_export.formats.onnx.options import ATTENTIONS, Attention
-from spp_export.formats.onnx.read import GraphWeights
 from spp_export.formats.onnx.structure import difference
 from spp_export.formats.onnx.write import write_onnx
 from spp_export.models.checkpoint.checkpoint import open_checkpoint, open_source
-from spp_export.models.checkpoint.reader import read_float
 from spp_export.models.loader import load_slim
 
 pytestmark = since_5("dropping experts needs transformers 5")
@@ -86,10 +90,6 @@ def some_layers(source: Any) -> Any:
     return random_layers(source.shape, 5, channels=bool(source.family.down))
 
 
-def ids(rows: int, count: int, seed: int = 0) -> NDArray[np.int64]:
-    return np.random.default_rng(seed).integers(3, 97, (rows, count))
-
-
 def truth(pair: Pair, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
     """Logits of the masked dense model [B,S,V] in float64."""
     with pair.masked() as model, torch.no_grad():
@@ -99,16 +99,10 @@ def truth(pair: Pair, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
     return logits
 
 
-def assert_close(found: NDArray[np.float64], expected: NDArray[np.float64]) -> None:
-    limit = 64 * np.finfo(np.float32).eps * max(1.0, np.abs(expected).max())
-    assert np.abs(found - expected).max() <= limit
-    assert expected.std() > 1e-3
-
-
-def graph_of(checkpoint: Path, out: Path, options: OnnxOptions) -> _Graph:
+def graph_of(checkpoint: Path, out: Path, options: OnnxOptions) -> Graph:
     out.mkdir()
     write_onnx(checkpoint, out, options)
-    return _Graph(out)
+    return Graph(out)
 
 
 def operators(directory: Path) -> set[str]:
@@ -133,18 +127,10 @@ def test_a_graph_gives_the_masked_dense_models_logits(
     by_operator = attention != "standard" and "gelu" not in name
     assert ("MoE" in operators(out)) == by_operator
     tokens = ids(1, _COUNT)
-    expected, ones = truth(pair, tokens), np.ones_like(tokens)
-    logits, past = graph.run(tokens[:, :_PROMPT], ones[:, :_PROMPT], graph.past(1))
-    assert_close(logits, expected[:, :_PROMPT])
-    for step in range(_PROMPT, _COUNT):
-        logits, past = graph.run(tokens[:, step : step + 1], ones[:, : step + 1], past)
-        assert_close(logits[:, 0], expected[:, step])
+    assert_prompt_and_steps(graph, tokens, truth(pair, tokens), _PROMPT)
     onnx.checker.check_model(out / "model.onnx", full_check=attention == "standard")
     assert difference(out, decoder, OnnxOptions(attention)) is None
-    weights = GraphWeights(out, decoder.family, decoder.shape, decoder.layers)
-    for spec in weights.specs:
-        stored = np.asarray(read_float(decoder.tensors[spec.name]), np.float32)
-        assert np.array_equal(weights.read(spec.name), stored), spec.name
+    assert_weights_are_read_back(out, decoder)
 
 
 @pytest.mark.parametrize("attention", ["gqa-bias", "standard"])

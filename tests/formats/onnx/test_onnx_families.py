@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import factories
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
+from onnx_graphs import Graph
 from pairs import few, of_family
 
 from spp_export.formats.onnx import OnnxOptions
@@ -24,41 +22,7 @@ from spp_export.models.loader import load_slim
 pytestmark = pytest.mark.thinned(most=4)
 
 BY_NAME = {case.name: case for case in factories.CASES}
-_NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _PROMPT, _STEPS = 19, 6
-
-
-class _Graph:
-    """The graph by its own names, without anything of the package around it."""
-
-    def __init__(self, directory: Path) -> None:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        options.intra_op_num_threads = 1
-        self._session = onnxruntime.InferenceSession(directory / "model.onnx", options)
-        self._inputs = {value.name: value for value in self._session.get_inputs()}
-
-    def past(self, batch: int) -> dict[str, NDArray[Any]]:
-        """A cache without tokens."""
-        return {
-            name: np.zeros((batch, value.shape[1], 0, value.shape[3]), _NUMPY[value.type])
-            for name, value in self._inputs.items()
-            if name.startswith("past")
-        }
-
-    def run(
-        self, ids: NDArray[np.int64], mask: NDArray[np.int64], past: Mapping[str, NDArray[Any]]
-    ) -> tuple[NDArray[np.float64], dict[str, NDArray[Any]]]:
-        """Logits [B,S,V] and the cache with the new tokens."""
-        feeds: dict[str, NDArray[Any]] = {"input_ids": ids, "attention_mask": mask, **past}
-        if "position_ids" in self._inputs:
-            feeds["position_ids"] = np.maximum(mask.cumsum(1) - 1, 0)[:, -ids.shape[1] :]
-        names = [value.name for value in self._session.get_outputs()]
-        found = dict(zip(names, self._session.run(None, feeds), strict=True))
-        logits = found.pop("logits").astype(np.float64)
-        return logits, {
-            name.replace("present", "past_key_values"): value for name, value in found.items()
-        }
 
 
 def _write(checkpoint: Path, target: Path, options: OnnxOptions) -> Path:
@@ -101,7 +65,7 @@ def test_slim_graph_gives_pytorchs_logits(
     slim = _slim(case, tmp_path)
     directory = _write(slim, tmp_path / "onnx", OnnxOptions(attention))
     onnx.checker.check_model(directory / "model.onnx", full_check=attention == "standard")
-    graph, count = _Graph(directory), _PROMPT + _STEPS
+    graph, count = Graph(directory), _PROMPT + _STEPS
     ids = _ids(1, count)
     truth = _truth(slim, ids)
 
@@ -118,7 +82,7 @@ def test_slim_graph_gives_pytorchs_logits(
 @pytest.mark.parametrize("name", ["llama-gqa-bias", "mistral-window-tied", "qwen3-gqa-tied"])
 def test_rows_of_unequal_length(name: str, attention: Attention, side: str, tmp_path: Path) -> None:
     slim = _slim(BY_NAME[name], tmp_path)
-    graph = _Graph(_write(slim, tmp_path / "onnx", OnnxOptions(attention)))
+    graph = Graph(_write(slim, tmp_path / "onnx", OnnxOptions(attention)))
     ids, mask = _ids(2, _PROMPT), np.ones((2, _PROMPT), np.int64)
     mask[1, : _PROMPT // 2 if side == "left" else 0] = 0
     mask[1, _PROMPT if side == "left" else _PROMPT // 2 :] = 0
@@ -142,7 +106,7 @@ def test_half_precision_stays_within_its_rounding(
     name: str, attention: Attention, tmp_path: Path
 ) -> None:
     slim = _slim(BY_NAME[name], tmp_path)
-    graph = _Graph(_write(slim, tmp_path / "onnx", OnnxOptions(attention, precision="fp16")))
+    graph = Graph(_write(slim, tmp_path / "onnx", OnnxOptions(attention, precision="fp16")))
     ids = _ids(1, _PROMPT)
     truth = _truth(slim, ids)
     half = load_slim(slim, dtype=torch.float16)
@@ -160,7 +124,7 @@ def test_dense_and_uniform_checkpoints(case: factories.Case, tmp_path: Path) -> 
     layers = factories.uniform_layers(shape, 3, kv_heads=shape.kv_heads, group_size=1, channels=40)
     uniform = factories.write_slim(tmp_path / "slim", dense, layers, "uniform")
     for number, checkpoint in enumerate((dense, uniform)):
-        graph = _Graph(_write(checkpoint, tmp_path / f"onnx{number}", OnnxOptions()))
+        graph = Graph(_write(checkpoint, tmp_path / f"onnx{number}", OnnxOptions()))
         ids = _ids(1, _PROMPT)
         logits, _ = graph.run(ids, np.ones_like(ids), graph.past(1))
         _assert_close(logits, _truth(checkpoint, ids))
