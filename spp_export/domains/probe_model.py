@@ -114,8 +114,9 @@ def probe_model(
 
     `candidates` are the domains to take, or to select from. Of `left_out`, and of candidates not
     selected, only validation text counts, as text of unknown domains. Passes over: all that text
-    and the candidates' training text, joined texts, the validation text for second moments, and
-    the beginnings of validation texts, the training text again, domain by domain, for statistics.
+    and the candidates' training text, joined texts, the validation text for second moments,
+    the beginnings of validation texts, and the training text again, domain by domain, for
+    statistics.
     """
     request = request or ProbeSettings()
     left_out = left_out or Pools((), (), (), {})
