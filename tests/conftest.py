@@ -130,6 +130,16 @@ def all_conversations(few_conversations: pytest.MonkeyPatch) -> Iterator[None]:
     few_conversations.setattr(quality, "_CONVERSATIONS", few)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def every_processor() -> Iterator[None]:
+    """Whatever this one has: what nobody asks to be in bfloat16 is in float32, as the oracles."""
+    from spp_export.models import session
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "multiplies_bfloat16", lambda device: False)
+        yield
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     gc.unfreeze()  # some libraries complain of what is left at the end
     shutil.rmtree(_MODULES, ignore_errors=True)

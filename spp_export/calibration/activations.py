@@ -28,6 +28,7 @@ from spp_export.common.progress import progress
 from spp_export.models.families import Family, Feature
 from spp_export.models.helpers import Helpers, helpers_of
 from spp_export.models.layerwise import stream_of
+from spp_export.models.products import Matmul, as_they_are, products
 from spp_export.models.routing import expert_block, routed_channels, routed_writes, router_of
 from spp_export.models.session import Session, helped_session
 
@@ -183,8 +184,11 @@ def observe(
     *,
     description: str = "reading activations",
     layer_done: Callable[[int], None] = lambda layer: None,
+    matmul: Matmul = "float32",
 ) -> None:
     """Run the decoder over the batches once and give every observer its activations.
+
+    `matmul` is that of the decoder's products; observers multiply what they see as it is.
 
     `layer_done` is told each layer, in order, once it has been shown all that it will be: of a
     model that runs from disk before the next layer begins, of others at the end.
@@ -195,6 +199,7 @@ def observe(
         lambda: {
             "batches": [batch.to_dict() for batch in batches],
             "observers": [recipe_of(observer) for observer in observers],
+            "matmul": matmul,
         },
     )
     batches = helpers.share(batches)
@@ -217,6 +222,7 @@ def observe(
 
     with (
         torch.no_grad(),
+        products(input_device(model).type, matmul),
         _hooks(model, family, observers, state, helpers),
         progress(description, tokens) as advance_to,
     ):
@@ -244,6 +250,7 @@ def _observe_too(
     opening: Mapping[str, Any],
     batches: Sequence[Mapping[str, Any]],
     observers: Sequence[Mapping[str, Any]],
+    matmul: Matmul,
 ) -> None:
     session = helped_session(opening)
     observe(
@@ -251,6 +258,7 @@ def _observe_too(
         session.source.family,
         [TokenBatch.sent(batch) for batch in batches],
         [made_of(recipe, session) for recipe in observers],
+        matmul=matmul,
     )
 
 
@@ -313,8 +321,9 @@ def _hooks(
             lengths_T = torch.from_numpy(state.gradients[:, layer, int(consumer)]).to(real.device)
             real = real.float() * lengths_T.float()[:, None]
         text_T = state.texts.to(values.device)
-        for observer in seeing:
-            observer.see(layer, real, text_T)
+        with as_they_are(real.device.type):
+            for observer in seeing:
+                observer.see(layer, real, text_T)
 
     def before(shown: Callable[[Tensor], None]) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -28,6 +28,7 @@ from spp_export.models.checkpoint.companions import TOKENIZER_CONFIG, companion
 from spp_export.models.checkpoint.reader import as_bytes, blocks
 from spp_export.models.checkpoint.writer import Shard, TensorEntry, header_of
 from spp_export.models.hub import cache_directory
+from spp_export.models.products import Matmul
 from spp_export.models.session import Session
 from spp_export.models.shape import ModelShape
 
@@ -54,11 +55,13 @@ def cache_paths(
     collections: Sequence[Sequence[str | TokenText]],
     kinds: Iterable[str],
     dtype: str,
+    matmul: Matmul = "float32",
 ) -> list[dict[str, Path]]:
     """The file of each kind of statistics of each collection of texts, whether or not it is there.
 
-    `dtype` is the one that the model computes in.
+    `dtype` is the one that the model computes in, and `matmul` that of its products.
     """
+    computed = dtype if matmul == "float32" else f"{dtype}, products in {matmul}"
     kinds, model = tuple(kinds), model_key(source)
     collected = []
     for texts in collections:
@@ -66,7 +69,7 @@ def cache_paths(
         paths = {}
         for kind in kinds:
             weighted = [by_loss] if kind.endswith(LOSS) else []
-            decided = json.dumps([_VERSIONS[kind], *model, dtype, content, *weighted])
+            decided = json.dumps([_VERSIONS[kind], *model, computed, content, *weighted])
             key = hashlib.sha256(decided.encode()).hexdigest()
             paths[kind] = cache_directory() / "statistics" / f"{key[:32]}.safetensors"
         collected.append(paths)
@@ -198,7 +201,7 @@ def require_cache_space(
     that are not in it yet."""
     missing = {
         path: statistics_bytes(session.source.shape, kind)
-        for paths in cache_paths(session.source, texts, kinds, session.dtype)
+        for paths in cache_paths(session.source, texts, kinds, session.dtype, session.matmul)
         for kind, path in paths.items()
         if not path.exists()
     }

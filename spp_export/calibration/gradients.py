@@ -29,6 +29,7 @@ from spp_export.common.processes import answering
 from spp_export.common.progress import progress
 from spp_export.models.families import Family, Feature, Role
 from spp_export.models.helpers import helpers_of
+from spp_export.models.products import Matmul, products
 from spp_export.models.session import helped_session
 from spp_export.models.shape import ModelShape
 
@@ -53,6 +54,7 @@ def gradient_reductions(
     batches: Sequence[TokenBatch],
     *,
     description: str = "reading gradients",
+    matmul: Matmul = "float32",
 ) -> dict[str, list[FloatArray]]:
     """Every field of `importance.Gradients` by name: one float32 vector per layer.
 
@@ -66,7 +68,10 @@ def gradient_reductions(
             "gradients of weights are not taken of a model in parts. Choose a criterion without, "
             "or another --parallel."
         )
-    helpers.ask(_reductions_too, lambda: {"batches": [batch.to_dict() for batch in batches]})
+    helpers.ask(
+        _reductions_too,
+        lambda: {"batches": [batch.to_dict() for batch in batches], "matmul": matmul},
+    )
     texts = sum(int((batch.attention_mask.sum(1) > 1).sum()) for batch in batches)
     batches = helpers.share(batches)
     done = 0
@@ -75,6 +80,7 @@ def gradient_reductions(
         stack.enter_context(weights.taking_gradients(model))
         gates = stack.enter_context(_gates(model, family, shape))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(products(input_device(model).type, matmul))
         advance_to = stack.enter_context(
             progress(description, sum(batch.real_tokens for batch in batches))
         )
@@ -99,6 +105,7 @@ def gradient_lengths(
     batches: Sequence[TokenBatch],
     *,
     description: str = "reading gradients",
+    matmul: Matmul = "float32",
 ) -> FloatArray:
     """How much the loss feels a change at each token: |g| [T,L,2] (fp32) of the T real tokens of
     the batches, in their order; g is the gradient of the sum of -log p over all tokens that are
@@ -109,7 +116,10 @@ def gradient_lengths(
     """
     _require_weights(model)
     helpers = helpers_of(model)
-    helpers.ask(_lengths_too, lambda: {"batches": [batch.to_dict() for batch in batches]})
+    helpers.ask(
+        _lengths_too,
+        lambda: {"batches": [batch.to_dict() for batch in batches], "matmul": matmul},
+    )
     ends = list(accumulate(batch.real_tokens for batch in batches))
     lengths = torch.zeros((sum(ends[-1:]), shape.num_layers, 2))
     own = helpers.share(list(zip(batches, ends, strict=True)))
@@ -117,6 +127,7 @@ def gradient_lengths(
         stack.enter_context(_without_weights(model))
         seen = stack.enter_context(_gradients_of_writes(model, family, shape))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(products(input_device(model).type, matmul))
         total, done = sum(batch.real_tokens for batch, _ in own), 0
         advance_to = stack.enter_context(progress(description, total))
         for batch, end in own:
@@ -137,17 +148,23 @@ def gradient_lengths(
 
 
 @answering
-def _reductions_too(opening: Mapping[str, Any], batches: Sequence[Mapping[str, Any]]) -> None:
+def _reductions_too(
+    opening: Mapping[str, Any], batches: Sequence[Mapping[str, Any]], matmul: Matmul
+) -> None:
     session = helped_session(opening)
     family, shape = session.source.family, session.source.shape
-    gradient_reductions(session.reader, family, shape, [TokenBatch.sent(one) for one in batches])
+    own = [TokenBatch.sent(one) for one in batches]
+    gradient_reductions(session.reader, family, shape, own, matmul=matmul)
 
 
 @answering
-def _lengths_too(opening: Mapping[str, Any], batches: Sequence[Mapping[str, Any]]) -> None:
+def _lengths_too(
+    opening: Mapping[str, Any], batches: Sequence[Mapping[str, Any]], matmul: Matmul
+) -> None:
     session = helped_session(opening)
     family, shape = session.source.family, session.source.shape
-    gradient_lengths(session.reader, family, shape, [TokenBatch.sent(one) for one in batches])
+    own = [TokenBatch.sent(one) for one in batches]
+    gradient_lengths(session.reader, family, shape, own, matmul=matmul)
 
 
 @contextmanager

@@ -83,6 +83,7 @@ def gather_collections(
         kinds,
         lambda: (session.reader, session.tokenizer),
         dtype=session.dtype,
+        matmul=session.matmul,
     )
 
 

@@ -48,6 +48,7 @@ from spp_export.models.checkpoint.checkpoint import Checkpoint
 from spp_export.models.checkpoint.dtypes import to_float
 from spp_export.models.checkpoint.reader import blocks, read_float
 from spp_export.models.families import Role
+from spp_export.models.products import Matmul
 from spp_export.models.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -206,12 +207,20 @@ def gather(
     dense: Callable[[], tuple[nn.Module, Any]],
     *,
     dtype: str = "float32",
+    matmul: Matmul = "float32",
     also: Sequence[Observer] = (),
     description: str = "gathering statistics",
 ) -> Collection:
     """As `gather_all`, of one collection of texts."""
     (collection,) = gather_all(
-        source, [texts], kinds, dense, dtype=dtype, also=also, description=description
+        source,
+        [texts],
+        kinds,
+        dense,
+        dtype=dtype,
+        matmul=matmul,
+        also=also,
+        description=description,
     )
     return collection
 
@@ -223,6 +232,7 @@ def gather_all(
     dense: Callable[[], tuple[nn.Module, Any]],
     *,
     dtype: str = "float32",
+    matmul: Matmul = "float32",
     also: Sequence[Observer] = (),
     description: str = "gathering statistics",
 ) -> tuple[Collection, ...]:
@@ -232,13 +242,13 @@ def gather_all(
     or from as few as memory for their sums allows; "gradients" from passes of their own, as do the
     gradients of tokens that moments in units of the loss need, unless the texts bring them. `dense`
     gives the model and its tokenizer, and is asked only where a pass is needed; `dtype` is the one
-    that it computes in. Observers in `also` look on in the forward pass, which is then made over
-    all text; the index of a text is that in all collections. What is given back is not removed from
-    the cache while it is held.
+    that it computes in, and `matmul` that of its products. Observers in `also` look on in the
+    forward pass, which is then made over all text; the index of a text is that in all collections.
+    What is given back is not removed from the cache while it is held.
     Raises UsageError where gradients of an offloaded model are asked for.
     """
     kinds = tuple(kinds)
-    gathered = tuple(map(Collection, cache_paths(source, collections, kinds, dtype)))
+    gathered = tuple(map(Collection, cache_paths(source, collections, kinds, dtype, matmul)))
     missing = [
         {
             kind
@@ -260,10 +270,11 @@ def gather_all(
     ]
     wanting = [part for part in parts if part.paths or also]
     if wanting:
-        _forward(source, wanting, dense, also, description)
+        _forward(source, wanting, dense, also, description, matmul)
     for texts, collection, absent in zip(collections, gathered, missing, strict=True):
         if "gradients" in absent:
-            reductions = _backward(source, texts, dense, f"{description}, gradients")
+            described = f"{description}, gradients"
+            reductions = _backward(source, texts, dense, described, matmul)
             write(collection.parts["gradients"], reductions, source.name)
         for kind in absent:
             hold_for(collection, collection.parts[kind])
@@ -332,6 +343,7 @@ def _forward(
     dense: Callable[[], tuple[nn.Module, Any]],
     also: Sequence[Observer],
     description: str,
+    matmul: Matmul,
 ) -> None:
     """Passes that write the parts' cache files, a layer at a time."""
     from spp_export.models.layerwise import stream_of
@@ -340,7 +352,7 @@ def _forward(
     # Sums of a model that runs from disk are written, and given up, layer by layer.
     held = 1 if stream_of(model) is not None else source.shape.num_layers
     for group in _groups(source, parts, held):
-        _one_pass(source, group, model, tokenizer, also, description)
+        _one_pass(source, group, model, tokenizer, also, description, matmul)
 
 
 def _groups(source: Checkpoint, parts: Sequence[_Part], layers: int) -> Iterator[Sequence[_Part]]:
@@ -365,6 +377,7 @@ def _one_pass(
     tokenizer: Any,
     also: Sequence[Observer],
     description: str,
+    matmul: Matmul,
 ) -> None:
     from spp_export.calibration.activations import Router, observe, token_batches
 
@@ -374,7 +387,9 @@ def _one_pass(
     for part in parts:
         of_part = token_batches(tokenizer, part.texts)
         if any(kind.endswith(LOSS) for kind in part.paths):
-            of_part = _with_gradients(source, part.texts, of_part, model, tokenizer, description)
+            of_part = _with_gradients(
+                source, part.texts, of_part, model, tokenizer, description, matmul
+            )
         sums.append({kind: _sums(kind, source.shape, of_part) for kind in part.paths})
         for batch in of_part:
             batches.append(replace(batch, texts=tuple(part.start + text for text in batch.texts)))
@@ -409,6 +424,7 @@ def _one_pass(
             [*also, *routers],
             description=description,
             layer_done=keep,
+            matmul=matmul,
         )
 
 
@@ -426,6 +442,7 @@ def _backward(
     texts: Sequence[str | TokenText],
     dense: Callable[[], tuple[nn.Module, Any]],
     description: str,
+    matmul: Matmul,
 ) -> dict[str, FloatArray]:
     from spp_export.calibration.activations import token_batches
     from spp_export.calibration.gradients import BATCH_TOKENS, gradient_reductions
@@ -437,6 +454,7 @@ def _backward(
         source.shape,
         token_batches(tokenizer, texts, batch_tokens=BATCH_TOKENS),
         description=description,
+        matmul=matmul,
     )
     return {f"{name}/{i}": row for name, rows in reductions.items() for i, row in enumerate(rows)}
 
@@ -448,6 +466,7 @@ def _with_gradients(
     model: nn.Module,
     tokenizer: Any,
     description: str,
+    matmul: Matmul,
 ) -> list[TokenBatch]:
     """The batches with the `gradient_lengths` of their tokens: those that the texts bring, else of
     a backward pass over the same tokens in smaller batches."""
@@ -458,7 +477,9 @@ def _with_gradients(
         return list(batches)
     smaller = token_batches(tokenizer, texts, batch_tokens=BATCH_TOKENS)
     described = f"{description}, gradients"
-    lengths = gradient_lengths(model, source.family, source.shape, smaller, description=described)
+    lengths = gradient_lengths(
+        model, source.family, source.shape, smaller, description=described, matmul=matmul
+    )
     ends = np.cumsum([batch.real_tokens for batch in batches])[:-1]
     return [
         replace(batch, gradients=part)

@@ -96,5 +96,6 @@ class WholeMoments:
             batches,
             [moments],
             description=f"moments of all channels of layers {of_layers}",
+            matmul=session.matmul,
         )
         self._sums = moments.products

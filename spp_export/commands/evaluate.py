@@ -139,6 +139,7 @@ def evaluate(request: EvaluateRequest) -> EvalResult:
         request.model,
         device=request.device,
         dtype=request.dtype,
+        matmul=request.matmul,
         dequantize=request.dequantize,
         parallel=request.parallel,
     )

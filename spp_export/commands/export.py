@@ -61,6 +61,7 @@ from spp_export.slicing.compensation import (
     calibration_tokens,
     plan_answering,
     plan_compensation,
+    plan_matmul,
     warn_of_other_answers,
 )
 from spp_export.slicing.weights import WrittenWeights
@@ -94,6 +95,7 @@ def export(request: ExportRequest) -> ExportResult:
         request.model,
         device=request.device,
         dtype=request.dtype,
+        matmul=request.matmul,
         layerwise=request.layerwise,
         dequantize=request.dequantize,
         parallel=request.parallel,
@@ -337,6 +339,8 @@ def _decide(
     validate_plan(decided, source.shape, source.fingerprint)
     warn_of_other_answers(decided, scenario)
     if decided.compensation != "none":
+        if session.dtype == "float32":
+            session.matmul = plan_matmul(decided)
         # These decide the re-fit, whatever the plan was made for.
         if scenario is not None:
             limit = calibration_tokens(decided, request)

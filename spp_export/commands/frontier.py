@@ -101,6 +101,7 @@ def frontier(request: FrontierRequest) -> FrontierResult:
         request.model,
         device=request.device,
         dtype=request.dtype,
+        matmul=request.matmul,
         dequantize=request.dequantize,
     )
     artifacts = open_artifacts(request.artifacts, request.model, session.source)

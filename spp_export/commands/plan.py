@@ -29,6 +29,7 @@ def plan(request: PlanFileRequest) -> PlanResult:
         request.model,
         device=request.device,
         dtype=request.dtype,
+        matmul=request.matmul,
         layerwise=request.layerwise,
         dequantize=request.dequantize,
         parallel=request.parallel,

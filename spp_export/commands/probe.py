@@ -47,6 +47,7 @@ def probe(request: ProbeRequest) -> Artifacts:
         request.model,
         device=request.device,
         dtype=request.dtype,
+        matmul=request.matmul,
         layerwise=None,
         dequantize=request.dequantize,
         parallel=request.parallel,
@@ -77,6 +78,7 @@ def probe(request: ProbeRequest) -> Artifacts:
         texts.take(named),
         left_out=texts.take(others),
         request=options,
+        matmul=session.matmul,
     )
     with publish(target, request.force) as work:
         written = write_artifacts(artifacts, work)

@@ -136,6 +136,7 @@ def recover(request: RecoverRequest) -> RecoverResult:
         request.model,
         device=request.device,
         dtype="float32",
+        matmul=request.matmul,
         dequantize=request.dequantize,
     )
     validate_plan(plan, session.source.shape, session.source.fingerprint)
@@ -201,7 +202,8 @@ class _Job:
             [*((m.role, m.text) for m in conversation.messages), *conversation.given]
             for conversation in trained
         ]
-        decided = [hash_file(directory / MANIFEST_NAME).sha256, settings.to_dict(), content]
+        export = hash_file(directory / MANIFEST_NAME).sha256
+        decided = [export, settings.to_dict(), session.matmul, content]
         key = hashlib.sha256(json.dumps(decided).encode()).hexdigest()[:32]
         self._state = cache_directory() / "recoveries" / f"{key}.safetensors"
 
@@ -226,7 +228,7 @@ class _Job:
             if kept != whole
         ]
         dense = session.model if settings.learn == "answers" else None
-        training = Training(slim, session.source.family, settings, cut, dense)
+        training = Training(slim, session.source.family, settings, cut, dense, session.matmul)
         best = self._resume(training) or self._first(training, watched)
         resumed = training.done
         with progress("recovering", float(settings.steps)) as advance_to:
@@ -363,6 +365,7 @@ class _Job:
                 **answers_record(text),
             },
             "settings": self._settings.to_dict(),
+            "matmul": self._session.matmul,
             "steps": {"taken": len(losses), "best": self.best_step},
             "loss": rounded(
                 {

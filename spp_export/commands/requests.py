@@ -30,6 +30,7 @@ from spp_export.common.options import (
     Force,
     KeepFailed,
     Layerwise,
+    Matmul,
     Model,
     Numbers,
     Parallel,
@@ -150,7 +151,9 @@ class DiagnoseRequest(CalibrationTokens, Layerwise, Parallel, Dtype, Artifacts, 
 
 
 @dataclass(frozen=True)
-class ProbeRequest(AnswerTokens, CalibrationTokens, Force, Seed, Parallel, Dtype, Artifacts, Model):
+class ProbeRequest(
+    AnswerTokens, CalibrationTokens, Force, Seed, Parallel, Matmul, Dtype, Artifacts, Model
+):
     """A model's artifacts."""
 
     pools: PathLike | None = option(
@@ -726,7 +729,9 @@ class RecoverSettings(AnswerTokens, Seed):
 
 
 @dataclass(frozen=True)
-class RecoverRequest(CalibrationTokens, KeepFailed, Force, RecoverSettings, GivenAnswers, Model):
+class RecoverRequest(
+    CalibrationTokens, KeepFailed, Force, RecoverSettings, GivenAnswers, Matmul, Model
+):
     """An export to train further."""
 
     out: PathLike = argument(metavar="OUT", help="A safetensors directory by 'spp export'.")
@@ -835,7 +840,7 @@ class EvalRequest(Seed):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalTexts(
-    EvalRequest, GivenAnswers, CalibrationTokens, Force, Parallel, Dtype, Artifacts, Model
+    EvalRequest, GivenAnswers, CalibrationTokens, Force, Parallel, Matmul, Dtype, Artifacts, Model
 ):
     """What an evaluation reads, beside its scenario."""
 

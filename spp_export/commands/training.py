@@ -12,24 +12,30 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div
+from torch.autograd.function import Function, FunctionCtx
+from torch.nn.functional import cross_entropy
 
-from spp_export.calibration.activations import TokenBatch, model_inputs, pad_rows
+from spp_export.calibration.activations import TokenBatch, input_device, model_inputs, pad_rows
 from spp_export.calibration.reading import Text, TokenText, token_texts
 from spp_export.commands.requests import RecoverSettings
 from spp_export.common.errors import ModelError, UsageError
 from spp_export.common.installation import install_command, require_package
 from spp_export.models.families import Family, Feature
+from spp_export.models.products import Matmul, products
 
 # Adam's: the usual ones.
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8
 _MOST_NORM = 1.0
 _ADAPTERS = "base_model.model."
 _BASE = ".base_layer.weight"
+# Rows of logits whose probabilities are made at a time: those of all would be made anew in every
+# step, of a vocabulary of 50 thousand 0.2 MB a row.
+_ROWS = 64
 
 
 class Training:
@@ -39,6 +45,7 @@ class Training:
     family  names of its projections
     layers  those whose weights are trained where there are no adapters: the ones that were cut
     dense   the model to learn from; None learns from the text itself
+    matmul  precision of products, of both models; weights and their sums stay in float32
     """
 
     def __init__(
@@ -48,6 +55,7 @@ class Training:
         settings: RecoverSettings,
         layers: Sequence[int],
         dense: nn.Module | None = None,
+        matmul: Matmul = "float32",
     ) -> None:
         family.refuse((Feature.VISION,), "recovery", "Keep the export as it is.")
         roles = tuple(family.projections)
@@ -64,7 +72,7 @@ class Training:
         self.model: Any = model
         self.settings = settings
         self.losses: list[float] = []
-        self._dense = dense
+        self._dense, self._matmul = dense, matmul
         self._trained = {
             name: parameter
             for name, parameter in model.named_parameters()
@@ -95,13 +103,16 @@ class Training:
         for group in self._optimiser.param_groups:
             group["lr"] = self.settings.rate(self.done)
         self.model.train()
-        loss = self._loss(batch)
+        # Once more for every step: within it, weights are rounded once.
+        with products(input_device(self.model).type, self._matmul):
+            loss = self._loss(batch)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise ModelError(
                 f"step {self.done}: the loss is not a number. Use a smaller --learning-rate."
             )
-        loss.backward()
+        with products(input_device(self.model).type):
+            loss.backward()
         nn.utils.clip_grad_norm_(self._trained.values(), _MOST_NORM)
         self._optimiser.step()
         self._optimiser.zero_grad(set_to_none=True)
@@ -110,19 +121,17 @@ class Training:
         return value
 
     def _loss(self, batch: TokenBatch) -> Tensor:
-        """Mean over predicted tokens of -log q, or of T^2 KL(p_T || q_T), p_T being the dense
-        model's distribution at temperature T (Hinton et al., arXiv 1503.02531)."""
-        logits, predicted = _predictions(self.model, batch)
+        """Mean of -log q over predicted tokens, or of `divergence` over all: what the dense model
+        would say next is known at every token, not only where it spoke."""
         if self._dense is None:
+            logits, predicted = _predictions(self.model, batch)
             targets = batch.input_ids[:, 1:].to(logits.device)[predicted]
             return cross_entropy(logits.float(), targets)
+        every = replace(batch, answers=None)
+        logits, _ = _predictions(self.model, every)
         with torch.no_grad():
-            dense, _ = _predictions(self._dense, batch)
-        temperature = self.settings.temperature
-        log_q = (logits.float() / temperature).log_softmax(-1)
-        log_p = (dense.to(logits.device).float() / temperature).log_softmax(-1)
-        distance = kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-        return temperature**2 * distance
+            dense, _ = _predictions(self._dense, every)
+        return divergence(logits, dense.to(logits.device), self.settings.temperature)
 
     def values(self) -> dict[str, Tensor]:
         """What is trained, on the CPU."""
@@ -160,6 +169,38 @@ class Training:
         self.model.requires_grad_(False)
         trained: nn.Module = self.model.eval()
         return trained
+
+
+def divergence(logits: Tensor, dense: Tensor, temperature: float = 1.0) -> Tensor:
+    """Mean over T tokens of T'^2 KL(p || q), p being the softmax of the dense model's logits [T,V]
+    and q that of `logits` [T,V], both at a temperature T' (Hinton et al., arXiv 1503.02531)."""
+    apply: Any = _Divergence.apply
+    found: Tensor = apply(logits, dense, temperature)
+    return found
+
+
+class _Divergence(Function):
+    """Its gradient, T' (q - p) / T, is made with the value, some rows at a time."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, logits: Tensor, dense: Tensor, temperature: float) -> Tensor:
+        """As of `divergence`."""
+        gradient, total = torch.empty_like(logits), logits.new_zeros((), dtype=torch.float64)
+        for start in range(0, len(logits), _ROWS):
+            rows = slice(start, start + _ROWS)
+            log_q = (logits[rows].float() / temperature).log_softmax(-1)
+            log_p = (dense[rows].float() / temperature).log_softmax(-1)
+            p = log_p.exp()
+            total += (log_p.sub_(log_q).mul_(p)).sum(dtype=torch.float64)
+            gradient[rows] = log_q.exp_().sub_(p).mul_(temperature / len(logits))
+        ctx.save_for_backward(gradient)
+        return (temperature**2 * total / len(logits)).float()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """Of the logits alone."""
+        (gradient,) = ctx.saved_tensors
+        return gradient * gradients[0], None, None
 
 
 def _with_adapters(model: nn.Module, family: Family, settings: RecoverSettings) -> nn.Module:

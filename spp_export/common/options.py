@@ -32,6 +32,7 @@ from spp_export.common.errors import UsageError
 
 PathLike = str | os.PathLike[str]
 DtypeName = Literal["float32", "bfloat16", "float16", "float64"]
+MatmulName = Literal["auto", "float32", "bfloat16"]
 ParallelName = Literal["data", "tensor", "map"]
 
 # Panels of the help page.
@@ -322,6 +323,18 @@ class Dtype(Request):
         panel=RUNNING,
         type=DtypeName,
         help="Precision to compute in: float32 on the CPU, else the stored one.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matmul(Request):
+    """The precision of the products that take most of the time."""
+
+    matmul: MatmulName = option(
+        "auto",
+        panel=RUNNING,
+        help="Precision of matrix products while statistics are gathered or a model is trained: "
+        "auto is bfloat16 where the processor has it, which is faster, and float32 elsewhere.",
     )
 
 

@@ -60,6 +60,7 @@ from spp_export.domains.whitelist import choose_whitelist
 from spp_export.importance import SCORING
 from spp_export.importance.base import Criterion, check_convention
 from spp_export.models.checkpoint.checkpoint import Checkpoint
+from spp_export.models.products import Matmul
 from spp_export.models.shape import Units
 
 # Prompts of a domain that are answered: a scenario mixes several domains.
@@ -109,8 +110,11 @@ def probe_model(
     *,
     left_out: Pools | None = None,
     request: ProbeSettings | None = None,
+    matmul: Matmul = "float32",
 ) -> Artifacts:
     """Artifacts of a model from pools; the statistics of their training text go to the cache.
+
+    `matmul` is the precision of products while these are gathered.
 
     `candidates` are the domains to take, or to select from. Of `left_out`, and of candidates not
     selected, only validation text counts, as text of unknown domains. Passes over: all that text
@@ -124,7 +128,7 @@ def probe_model(
     criteria = request.check(len(candidates.domains))
     for criterion in criteria:
         check_convention(source.family, criterion)
-    dense = Dense(model, tokenizer, source)
+    dense = Dense(model, tokenizer, source, matmul)
     read = [
         read_pools_within(tokenizer, part, request.calibration_tokens)
         for part in (candidates, left_out)
@@ -308,6 +312,7 @@ def _gather(
         kinds,
         lambda: (dense.reader, dense.tokenizer),
         dtype=dense.dtype,
+        matmul=dense.matmul,
         also=[writes],
     )
 
@@ -391,11 +396,13 @@ def _pools_record(
 
 @dataclass(frozen=True)
 class Dense:
-    """The frozen dense model, its tokenizer and its files."""
+    """The frozen dense model, its tokenizer and its files, and the precision of products while
+    statistics are gathered."""
 
     reader: nn.Module
     tokenizer: Any
     source: Checkpoint
+    matmul: Matmul = "float32"
 
     @property
     def attending(self) -> list[int]:

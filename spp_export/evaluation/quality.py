@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spp_export.calibration.activations import TokenBatch, model_inputs, token_batches
+from spp_export.calibration.activations import (
+    TokenBatch,
+    input_device,
+    model_inputs,
+    token_batches,
+)
 from spp_export.calibration.reading import Text, TokenText
 from spp_export.common.progress import progress
 from spp_export.evaluation.bootstrap import (
@@ -21,6 +26,7 @@ from spp_export.evaluation.bootstrap import (
 from spp_export.evaluation.parity import rounded
 from spp_export.evaluation.remarks import FEW_TOKENS
 from spp_export.models.layerwise import logits_of_calls
+from spp_export.models.products import products
 
 HELD_OUT = "held-out text of the scenario"
 ANSWERS = "answers to held-out prompts of the scenario"
@@ -77,7 +83,10 @@ def measure_quality(
     batches = token_batches(tokenizer, texts, batch_tokens=_BATCH_TOKENS)
     sums = torch.zeros((5, len(texts)), dtype=torch.float64)
     done = 0
-    with progress("measuring quality", sum(b.real_tokens for b in batches)) as advance_to:
+    with (
+        progress("measuring quality", sum(b.real_tokens for b in batches)) as advance_to,
+        products(input_device(dense).type),
+    ):
         logits = (
             logits_of_calls(model, [model_inputs(model, batch) for batch in batches])
             for model in (dense, slim)

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from spp_export.common.errors import ModelError, UsageError
 from spp_export.common.memory import free_memory
@@ -18,6 +18,7 @@ from spp_export.models.dequantise import find_model
 from spp_export.models.devices import own_device, require_device
 from spp_export.models.helpers import Helpers, help_with
 from spp_export.models.hub import DEMO
+from spp_export.models.products import Matmul, multiplies_bfloat16
 from spp_export.models.tokenizer import ModelTokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Session:
     that is free.
     parallel: how ranks share the model: "data", "tensor" or "map", as of `open_session`.
     opening: arguments of `open_session` as they were given, by which other ranks open it too.
+    matmul: of the products taken while text is read for statistics
     remembered: what was read off the model and may be asked for again, by what decided it.
     """
 
@@ -48,6 +50,7 @@ class Session:
     layerwise: bool | None = False
     parallel: str = "data"
     opening: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    matmul: Matmul = "float32"
     remembered: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -156,11 +159,13 @@ def open_session(
     layerwise: bool | None = False,
     dequantize: bool = False,
     parallel: str = "data",
+    matmul: Literal["auto", Matmul] = "float32",
 ) -> Session:
     """Find a model and read its config and headers; no weights yet.
 
     `dtype` defaults to float32 on the CPU, whose results every check can rely on, and to the
     stored dtype elsewhere. `layerwise` is as in `Session`, `dequantize` as in `find_model`.
+    `matmul` "auto" is bfloat16 where the device has it and the model runs in float32.
 
     Where there are several ranks, each holds the whole model (`parallel` "data"), all of them on
     one machine a part each ("tensor"), or each spreads it over its cards ("map", device "auto").
@@ -197,7 +202,15 @@ def open_session(
         dtype = "float32" if device == "cpu" else source.dtype_name
     if dtype not in _DTYPES:
         raise UsageError(f"--dtype {dtype}: expected one of {', '.join(_DTYPES)}.")
-    return Session(source, device, dtype, layerwise, parallel, opening)
+    if matmul == "auto":
+        fast = dtype == "float32" and multiplies_bfloat16(device)
+        matmul = "bfloat16" if fast else "float32"
+    elif matmul == "bfloat16" and dtype != "float32":
+        raise UsageError(
+            f"--matmul bfloat16: of a model that runs in float32, and this one runs in {dtype}. "
+            "Drop one of --matmul and --dtype."
+        )
+    return Session(source, device, dtype, layerwise, parallel, opening, matmul)
 
 
 @answering

@@ -222,6 +222,7 @@ class Planning:
                 "calibration_tokens": request.calibration_tokens,
                 "answer_tokens": _answer_tokens(session, request),
                 "answer_seed": request.seed,
+                "matmul": session.matmul,
                 **self._moments(layers),
             },
             predicted=sizes.to_dict(),

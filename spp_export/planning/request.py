@@ -12,6 +12,7 @@ from spp_export.common.options import (
     SHARE_OR_NONE,
     AnswerTokens,
     CalibrationTokens,
+    Matmul,
     Numbers,
     PathLike,
     Seed,
@@ -39,7 +40,7 @@ FRONTIER_SHARES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanRequest(AnswerTokens, CalibrationTokens, Seed):
+class PlanRequest(AnswerTokens, CalibrationTokens, Matmul, Seed):
     """The options of a plan in `spp plan` and `spp export`."""
 
     units: Units = option(

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from spp_export.models.checkpoint.checkpoint import Checkpoint, outputs_first, w
 from spp_export.models.checkpoint.dtypes import as_stored
 from spp_export.models.checkpoint.reader import read_float
 from spp_export.models.families import Role, TensorSpec
+from spp_export.models.products import Matmul
 from spp_export.models.session import Session
 from spp_export.models.shape import ModelShape
 from spp_export.planning import Plan
@@ -312,6 +313,19 @@ def plan_answering(compiled: Plan, request: PlanRequest) -> Answering:
     return Answering(
         _recorded(compiled, "answer_tokens", usual.tokens, 0),
         _recorded(compiled, "answer_seed", usual.seed, 0),
+    )
+
+
+def plan_matmul(compiled: Plan) -> Matmul:
+    """Precision of products when the plan was made: float32 where it does not say."""
+    value: Any = compiled.calibration.get("matmul", "float32")
+    for known in get_args(Matmul):
+        if value == known:
+            matmul: Matmul = known
+            return matmul
+    raise PlanError(
+        f"plan: calibration.matmul must be one of {', '.join(get_args(Matmul))}, got "
+        f"{value!r:.40}. Leave it out for float32."
     )
 
 

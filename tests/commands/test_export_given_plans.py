@@ -59,6 +59,27 @@ def test_the_plan_of_an_export_makes_it_again(workshop, tmp_path, dense, compens
     assert [file for file in theirs if ours[file] != theirs[file]] == []
 
 
+def test_a_plan_is_repeated_with_the_products_that_it_was_made_with(workshop, tmp_path, dense):
+    options = {"model": str(dense), "artifacts": workshop.artifacts(NAME)}
+
+    def made(name: str, **more):
+        out = tmp_path / name / "slim"
+        spp_export.export(workshop.scenario, out, verify=False, **options, **more)
+        return (out / "model.safetensors").read_bytes(), out / "plan.json"
+
+    low, plan = made("low", matmul="bfloat16", answer_tokens=0)
+    assert json.loads(plan.read_text())["calibration"]["matmul"] == "bfloat16"
+    assert made("again", plan=plan)[0] == low
+    assert made("otherwise", matmul="float32", answer_tokens=0)[0] != low
+    with refused(UsageError, "--matmul: the plan already decides that."):
+        made("both", plan=plan, matmul="float32")
+    document = json.loads(plan.read_text())
+    document["calibration"]["matmul"] = "fast"
+    plan.write_text(json.dumps(document))
+    with refused(PlanError, "calibration.matmul must be one of float32, bfloat16, got 'fast'"):
+        made("malformed", plan=plan)
+
+
 @pytest.mark.parametrize(
     "mixture",
     [{"figures": 1.0}, {"figures": 1, "capitals": 0, "small": "0"}, [1, 0, 0], "figures", 0],

@@ -11,6 +11,7 @@ from spp_export.calibration.engines.base import Dense, Prompts
 from spp_export.common.processes import answering
 from spp_export.common.progress import progress, quiet_transformers
 from spp_export.models.helpers import helpers_of
+from spp_export.models.products import products
 from spp_export.models.session import helped_session
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def _continued(
         return torch.zeros(len(written), dtype=torch.bool, device=written.device)
 
     device = input_device(model)
-    with quiet_transformers():
+    with quiet_transformers(), products(input_device(model).type):
         generate: Any = model.generate
         written = generate(
             ids.to(device),
