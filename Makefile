@@ -453,10 +453,13 @@ tiny-models: $(INSTALLED)
 	mkdir -p build
 	$(BIN)/python -m spp_campaigns.tiny_models --dir build --json $(RESULTS)/tiny-models-cpu.json
 
+distillation: DISTIL = $(BIN)/python -m spp_campaigns.distillation --train weights --steps 300 \
+	--scenario $(DATA)/scenarios/chemistry.txt --data $(DATA)/pools/chemistry/train.txt \
+	--validation $(DATA)/pools/chemistry/val.txt --keep 0.8 --learn answers --dir build
 distillation: $(INSTALLED)
-	$(BIN)/python -m spp_campaigns.distillation --scenario $(DATA)/scenarios/chemistry.txt \
-		--data $(DATA)/pools/chemistry/train.txt --validation $(DATA)/pools/chemistry/val.txt \
-		--keep 0.8 --learn answers --learn text --dir build --json $(RESULTS)/distillation-cpu.json
+	mkdir -p build
+	$(DISTIL) --units heads --json $(RESULTS)/distillation-heads-cpu.json
+	$(DISTIL) --learn text --json $(RESULTS)/distillation-both-cpu.json
 
 recovery: $(INSTALLED)
 	mkdir -p build

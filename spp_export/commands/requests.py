@@ -660,8 +660,8 @@ class RecoverSettings(AnswerTokens, Seed):
     learn: Literal["answers", "text"] = option(
         "answers",
         panel=TRAINING,
-        help="answers: what the dense model says to the prompts of --data, and how likely each of "
-        "its tokens was. text: the text of --data itself.",
+        help="answers: what the dense model says to the prompts of --data, and how likely each "
+        "token was to it, the prompts' too. text: the text of --data itself.",
     )
     train: Literal["adapters", "weights"] = option(
         "adapters",
