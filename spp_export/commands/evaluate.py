@@ -273,6 +273,7 @@ def _context(
         "wrong scenario": inputs.wrong and inputs.wrong.sha256,
         "set of texts": {text.name: text.sha256 for text in inputs.texts},
         "dtype": session.dtype,
+        "precision of products": session.matmul,
         "device": device_type(session.device),
         "seed": request.seed,
         "number of calibration tokens": request.calibration_tokens,
@@ -313,6 +314,7 @@ def _header(session: Session, inputs: Inputs, context: Mapping[str, Any]) -> dic
         },
         "settings": {
             "dtype": session.dtype,
+            "matmul": session.matmul,
             "window": WINDOW,
             "batch_tokens": default_batch_tokens(device_type(session.device)),
             "resamples": RESAMPLES,

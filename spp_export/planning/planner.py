@@ -222,7 +222,7 @@ class Planning:
                 "calibration_tokens": request.calibration_tokens,
                 "answer_tokens": _answer_tokens(session, request),
                 "answer_seed": request.seed,
-                "matmul": session.matmul,
+                **({"matmul": session.matmul} if session.dtype == "float32" else {}),
                 **self._moments(layers),
             },
             predicted=sizes.to_dict(),

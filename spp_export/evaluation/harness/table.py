@@ -227,7 +227,9 @@ def _header(results: Results) -> str:
         for name, text in header["texts"].items()
     ]
     machine = ", ".join(f"{name} {value}" for name, value in header["machine"].items())
-    lines += [f"- machine: {machine}", f"- dtype: {header['settings']['dtype']}"]
+    dtype, matmul = (header["settings"].get(name) for name in ("dtype", "matmul"))
+    low = "" if matmul in (None, "float32") else f"; statistics with products in {matmul}"
+    lines += [f"- machine: {machine}", f"- dtype: {dtype}{low}"]
     return "\n".join([*lines, *(f"- {note}" for note in notes(results))])
 
 
