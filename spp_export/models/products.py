@@ -20,6 +20,9 @@ _NATIVE = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 # Products of float32 numbers that differ by more are not in float32.
 _MOST_ROUNDING = 1e-6
 _CHECKED = 256
+# What PyTorch calls the precision inside a product of float32 by which it asks the one library, or
+# the other.
+_ONEDNN, _MKL = "bf16", "ieee"
 
 
 @cache
@@ -51,7 +54,7 @@ def products(device: str, matmul: Matmul = "float32") -> Iterator[None]:
         if matmul == "bfloat16":
             stack.enter_context(torch.autocast(kind, torch.bfloat16))
         if kind == "cpu" and (matmul == "bfloat16" or _keeps_digits()):
-            stack.enter_context(_by_onednn())
+            stack.enter_context(_inside(_ONEDNN))
         yield
 
 
@@ -62,10 +65,11 @@ def as_they_are(device: str) -> Iterator[None]:
     import torch
 
     kind = _kind(device)
-    if not torch.is_autocast_enabled(kind):
-        yield
-        return
-    with torch.autocast(kind, enabled=False):
+    with ExitStack() as stack:
+        if torch.is_autocast_enabled(kind):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        if kind == "cpu" and not _keeps_digits():
+            stack.enter_context(_inside(_MKL))
         yield
 
 
@@ -81,13 +85,14 @@ def _keeps_digits() -> bool:
     numbers = torch.Generator().manual_seed(0)
     left, right = torch.randn((2, _CHECKED, _CHECKED), generator=numbers)
     exact = left.double() @ right.double()
-    with torch.no_grad(), as_they_are("cpu"), _by_onednn():
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), _inside(_ONEDNN):
         found = left @ right
     return bool((found - exact).norm() < _MOST_ROUNDING * exact.norm())
 
 
 @contextmanager
-def _by_onednn() -> Iterator[None]:
+def _inside(precision: str) -> Iterator[None]:
+    """With that precision allowed inside products of float32."""
     import torch
 
     # PyTorch before 2.9 has no such switch.
@@ -96,7 +101,7 @@ def _by_onednn() -> Iterator[None]:
         yield
         return
     before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
+    matmul.fp32_precision = precision
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ from family_models import KNOWN, load, make_dense, tokens
 from spp_export.calibration.activations import SecondMoments, TextMeans, TokenBatch, observe
 from spp_export.calibration.gradients import gradient_lengths
 from spp_export.common.errors import UsageError
+from spp_export.models import products as module
 from spp_export.models import session
 from spp_export.models.checkpoint.checkpoint import open_source
 from spp_export.models.products import Matmul, as_they_are, multiplies_bfloat16, products
@@ -58,6 +59,21 @@ def test_sums_in_place_are_in_float32():
         moments.see(0, values, torch.zeros(len(values), dtype=torch.long))
     wanted = values.double().T @ values.double()
     assert float((moments.products(0)[0] - wanted).norm() / wanted.norm()) < FLOAT32
+
+
+def test_where_onednn_rounds_float32_is_left_to_mkl(monkeypatch: pytest.MonkeyPatch):
+    """As on processors with units for tiles."""
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if matmul is None:
+        pytest.skip("this PyTorch has no switch between the two")
+    for keeps, wanted in ((True, "bf16"), (False, "ieee")):
+        monkeypatch.setattr(module, "_keeps_digits", lambda keeps=keeps: keeps)
+        with products("cpu", "bfloat16"):
+            assert matmul.fp32_precision == "bf16"
+            with as_they_are("cpu"):
+                assert matmul.fp32_precision == wanted
+        with products("cpu"):
+            assert (matmul.fp32_precision == "bf16") == keeps
 
 
 def test_what_no_device_is_known_to_have_is_not_taken():
