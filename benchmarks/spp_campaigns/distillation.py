@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--model", default="demo", help="directory or demo")
     made.add_argument("--artifacts", help="artifacts of the model; not needed for demo")
     made.add_argument("--scenario", required=True, help="scenario file")
-    made.add_argument("--data", action="append", required=True, help="prompts; repeatable")
+    made.add_argument("--data", required=True, help="prompts to train on")
     made.add_argument("--validation", required=True, help="prompts to measure on")
     made.add_argument("--keep", type=float, action="append", help="share of parameters; repeatable")
     made.add_argument("--units", default="both", help="heads, channels or both")
@@ -57,10 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--steps", type=int, default=200, help="steps of the optimiser")
     options = made.parse_args(arguments)
     with scratch(options) as place:
-        together = "\n\n".join(Path(part).read_text(encoding="utf-8") for part in options.data)
-        options.prompts = Path(place) / "prompts.txt"
-        options.prompts.write_text(together, encoding="utf-8")
-        prompts = len(read_scenario(options.prompts).conversations)
         rows = [
             row for keep in options.keep or (0.8,) for row in _of_size(keep, options, Path(place))
         ]
@@ -69,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "model": options.model,
         "scenario": Path(options.scenario).stem,
         "units": options.units,
-        "prompts": prompts,
+        "prompts": len(read_scenario(options.data).conversations),
         "steps": options.steps,
         "rows": rows,
     }
@@ -108,7 +104,7 @@ def _row(
     with contextlib.suppress(QualityError):
         spp_export.recover(
             slim,
-            options.prompts,
+            options.data,
             target,
             model=options.model,
             validation=options.validation,

@@ -33,8 +33,7 @@ _BETAS, _EPSILON = (0.9, 0.999), 1e-8
 _MOST_NORM = 1.0
 _ADAPTERS = "base_model.model."
 _BASE = ".base_layer.weight"
-# Rows of logits whose probabilities are made at a time: those of all would be made anew in every
-# step, of a vocabulary of 50 thousand 0.2 MB a row.
+# Rows of logits whose probabilities are in memory at a time; each is as wide as the vocabulary.
 _ROWS = 64
 
 

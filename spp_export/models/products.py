@@ -3,8 +3,8 @@
 On a CPU, PyTorch has two libraries for float32: MKL by default, which leaves the wide registers of
 AMD's processors unused, and oneDNN, which it asks where bfloat16 inside a product is allowed.
 oneDNN takes the digits down only where the processor has units for tiles (AMX); elsewhere it gives
-those of float32, about twice as fast on such processors. Products of numbers in bfloat16, summed in
-float32, are four times as fast as MKL's where a processor has them.
+those of float32, and on AMD's processors sooner. Products of numbers in bfloat16, summed in
+float32, are faster still where a processor has them.
 """
 
 from __future__ import annotations

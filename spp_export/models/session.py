@@ -6,10 +6,11 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from spp_export.common.errors import ModelError, UsageError
 from spp_export.common.memory import free_memory
+from spp_export.common.options import MatmulName
 from spp_export.common.processes import answering, count, local_place
 from spp_export.common.progress import progress
 from spp_export.models.checkpoint.checkpoint import Checkpoint, open_source
@@ -159,7 +160,7 @@ def open_session(
     layerwise: bool | None = False,
     dequantize: bool = False,
     parallel: str = "data",
-    matmul: Literal["auto", Matmul] = "float32",
+    matmul: MatmulName = "float32",
 ) -> Session:
     """Find a model and read its config and headers; no weights yet.
 

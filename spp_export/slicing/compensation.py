@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import numpy as np
 
@@ -319,14 +319,12 @@ def plan_answering(compiled: Plan, request: PlanRequest) -> Answering:
 def plan_matmul(compiled: Plan) -> Matmul:
     """Precision of products when the plan was made: float32 where it does not say."""
     value: Any = compiled.calibration.get("matmul", "float32")
-    for known in get_args(Matmul):
-        if value == known:
-            matmul: Matmul = known
-            return matmul
-    raise PlanError(
-        f"plan: calibration.matmul must be one of {', '.join(get_args(Matmul))}, got "
-        f"{value!r:.40}. Leave it out for float32."
-    )
+    if value not in get_args(Matmul):
+        raise PlanError(
+            f"plan: calibration.matmul must be one of {', '.join(get_args(Matmul))}, got "
+            f"{value!r:.40}. Leave it out for float32."
+        )
+    return cast("Matmul", value)
 
 
 def _recorded(compiled: Plan, key: str, usual: int, least: int) -> int:

@@ -45,6 +45,16 @@ def test_title_says_from_what_to_what(summary):
     )
 
 
+@pytest.mark.parametrize(
+    ("matmul", "said"), [("bfloat16", True), ("float32", False), (None, False)]
+)
+def test_the_title_says_what_was_calibrated_in_fewer_digits(matmul, said):
+    result = export_result()
+    plan = replace(result.plan, calibration={"matmul": matmul})
+    title = text_of(export_summary(replace(result, plan=plan), UNICODE, 1), width=160)
+    assert (", calibrated in bfloat16, keep 0.8" in title.splitlines()[0]) == said
+
+
 def test_sizes_are_those_of_the_shape(summary):
     result = export_result()
     layers = result.plan.layer_shapes(result.shape)

@@ -36,6 +36,8 @@ def title(plan: Plan, target: str, look: Look) -> Text:
     )
     layout = f"{plan.layout} layout, padded" if plan.padded else f"{plan.layout} layout"
     how = f"{layout}, compensation {plan.compensation}"
+    if plan.calibration.get("matmul") == "bfloat16":
+        how += ", calibrated in bfloat16"
     requested = plan.budget.get("asked")
     if isinstance(requested, Mapping):
         how += "".join(f", {key.replace('_', ' ')} {value}" for key, value in requested.items())

@@ -106,7 +106,7 @@ def _continued(
         return torch.zeros(len(written), dtype=torch.bool, device=written.device)
 
     device = input_device(model)
-    with quiet_transformers(), products(input_device(model).type):
+    with quiet_transformers(), products(device.type):
         generate: Any = model.generate
         written = generate(
             ids.to(device),
