@@ -453,13 +453,19 @@ tiny-models: $(INSTALLED)
 	mkdir -p build
 	$(BIN)/python -m spp_campaigns.tiny_models --dir build --json $(RESULTS)/tiny-models-cpu.json
 
-distillation: DISTIL = $(BIN)/python -m spp_campaigns.distillation --train weights --steps 300 \
+distillation: DISTIL = $(BIN)/python -m spp_campaigns.distillation --steps 300 \
 	--scenario $(DATA)/scenarios/chemistry.txt --data $(DATA)/pools/chemistry/train.txt \
-	--validation $(DATA)/pools/chemistry/val.txt --keep 0.8 --learn answers --dir build
+	--validation $(DATA)/pools/chemistry/val.txt --outside $(DATA)/pools/finance/val.txt \
+	--dir build
 distillation: $(INSTALLED)
 	mkdir -p build
-	$(DISTIL) --units heads --json $(RESULTS)/distillation-heads-cpu.json
-	$(DISTIL) --learn text --json $(RESULTS)/distillation-both-cpu.json
+	$(DISTIL) --units heads --keep 0.8 --learn layers --learn answers --learn "layers, answers" \
+		--json $(RESULTS)/distillation-heads-cpu.json
+	$(DISTIL) --keep 0.8 --json $(RESULTS)/distillation-both-cpu.json
+	$(DISTIL) --keep 0.7 --keep 0.6 --learn "layers, answers" --learn text \
+		--json $(RESULTS)/distillation-sizes-cpu.json
+	$(DISTIL) --units heads --keep 0.8 --seeds 3 --learn layers \
+		--json $(RESULTS)/distillation-seeds-cpu.json
 
 recovery: $(INSTALLED)
 	mkdir -p build

@@ -1,9 +1,9 @@
 """What learning from the dense model is worth: `python -m spp_campaigns.distillation --model demo`.
 
-Exports a scenario at several sizes and trains each export with several seeds, always for the same
-number of steps: on the dense model's answers to the prompts of a pool, and on the text of these
-prompts. Distances are measured on answers to the pool's validation prompts, on which nothing was
-chosen or trained.
+Exports a scenario at several sizes and trains each export with several seeds: its layers one after
+the other, and the whole model for some number of steps, on the dense model's answers to the prompts
+of a pool, or on the text of these prompts. Distances are measured on answers to the pool's
+validation prompts, on which nothing was chosen or trained, and to prompts of another pool.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import argparse
 import contextlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,23 @@ from spp_export.formats.safetensors.verify import RECOVERY_NAME
 from spp_export.models.loader import load_slim
 from spp_export.models.session import open_session
 
+# By the name of a row: what `spp recover` is asked for.
+_WAYS: Mapping[str, Mapping[str, Any]] = {
+    "layers": {"learn": "answers", "steps": 0},
+    "answers": {"learn": "answers", "layer_rounds": 0},
+    "layers, answers": {"learn": "answers"},
+    "text": {"learn": "text"},
+}
 _COLUMNS = {
     "keep": "{keep:.0%}",
     "learns": "{learn}",
-    "trains": "{train}",
     "seed": "{seed}",
     "KL before": "{before[mean_kl]:.3f}",
     "KL after": "{after[mean_kl]:.3f}",
     "same token before": "{before[top1]:.1%}",
     "same token after": "{after[top1]:.1%}",
+    "KL outside before": "{outside_before[mean_kl]:.3f}",
+    "KL outside after": "{outside[mean_kl]:.3f}",
     "s": "{seconds:.0f}",
 }
 
@@ -49,10 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--scenario", required=True, help="scenario file")
     made.add_argument("--data", required=True, help="prompts to train on")
     made.add_argument("--validation", required=True, help="prompts to measure on")
+    made.add_argument("--outside", required=True, help="prompts of another pool to measure on")
     made.add_argument("--keep", type=float, action="append", help="share of parameters; repeatable")
     made.add_argument("--units", default="both", help="heads, channels or both")
-    made.add_argument("--learn", action="append", help="answers, text; repeatable")
-    made.add_argument("--train", default="adapters", help="adapters or weights")
+    made.add_argument("--learn", action="append", choices=_WAYS, help="a way; repeatable")
     made.add_argument("--seeds", type=int, default=1, help="number of seeds")
     made.add_argument("--steps", type=int, default=200, help="steps of the optimiser")
     options = made.parse_args(arguments)
@@ -71,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     title = f"{options.model}, {options.units}, {document['scenario']}, {options.steps} steps"
     finish(options, document, title, table(_COLUMNS, rows))
-    learnt = [row for row in rows if row["learn"] == "answers"]
+    learnt = [row for row in rows if row["learn"] != "text"]
     return int(any(row["after"]["mean_kl"] >= row["before"]["mean_kl"] for row in learnt))
 
 
@@ -86,20 +94,24 @@ def _of_size(keep: float, options: argparse.Namespace, place: Path) -> list[dict
         units=options.units,
         verify=False,
     )
-    before = _judged(slim, options)
+    before, outside = (_judged(slim, prompts, options) for prompts in _measured(options))
+    known = {"before": before.to_dict(), "outside_before": outside.to_dict()}
     return [
-        {"keep": keep, **_row(slim, learn, seed, before, options)}
-        for learn in options.learn or ("answers",)
+        {"keep": keep, **known, **_row(slim, learn, seed, options)}
+        for learn in options.learn or _WAYS
         for seed in range(options.seeds)
     ]
 
 
-def _row(
-    slim: Path, learn: Any, seed: int, before: Quality, options: argparse.Namespace
-) -> dict[str, Any]:
+def _measured(options: argparse.Namespace) -> tuple[str, str]:
+    return options.validation, options.outside
+
+
+def _row(slim: Path, learn: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """One training run. A result that is worse by its own measure is kept as well, and judged like
     the others."""
-    target = slim.with_name(f"{slim.name}-{learn}-{seed}")
+    target = slim.with_name(f"{slim.name}-{learn.replace(', ', '-')}-{seed}")
+    asked = {"train": "weights", "steps": options.steps, **_WAYS[learn]}
     began = time.perf_counter()
     with contextlib.suppress(QualityError):
         spp_export.recover(
@@ -107,32 +119,31 @@ def _row(
             options.data,
             target,
             model=options.model,
+            artifacts=options.artifacts,
             validation=options.validation,
-            learn=learn,
-            train=options.train,
-            steps=options.steps,
             seed=seed,
             keep_failed=True,
+            **asked,
         )
     seconds = time.perf_counter() - began
-    after = _judged(target, options)
+    after, outside = (_judged(target, prompts, options) for prompts in _measured(options))
+    record = json.loads((target / RECOVERY_NAME).read_text())
     return {
         "learn": learn,
-        "train": options.train,
         "seed": seed,
-        "steps": json.loads((target / RECOVERY_NAME).read_text())["steps"],
-        "before": before.to_dict(),
+        "steps": record["steps"],
+        "layers": record.get("layers"),
         "after": after.to_dict(),
+        "outside": outside.to_dict(),
         "seconds": round(seconds, 1),
     }
 
 
-def _judged(directory: Path, options: argparse.Namespace) -> Quality:
-    """Distances on answers to the validation prompts, which come from the cache after the first
-    time."""
+def _judged(directory: Path, prompts: str, options: argparse.Namespace) -> Quality:
+    """Distances on answers to prompts, which come from the cache after the first time."""
     session = open_session(options.model)
-    prompts = read_scenario(options.validation).conversations
-    answers = read_traffic(session, prompts, DEFAULT_CALIBRATION_TOKENS, Answering()).texts
+    conversations = read_scenario(prompts).conversations
+    answers = read_traffic(session, conversations, DEFAULT_CALIBRATION_TOKENS, Answering()).texts
     found = measure_quality(session.model, load_slim(directory), session.tokenizer, answers)
     assert found is not None
     return found

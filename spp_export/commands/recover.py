@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spp_export.calibration.answers import Answering, read_traffic
+from spp_export.calibration.mixture import Mixing, calibration_parts
 from spp_export.calibration.reading import TokenText, read_texts, token_texts
 from spp_export.commands.requests import RecoverRequest
 from spp_export.common.errors import (
@@ -36,6 +37,7 @@ from spp_export.common.options import command
 from spp_export.common.progress import progress
 from spp_export.common.publish import check_target, publish
 from spp_export.data.answer_file import with_answers
+from spp_export.data.artifacts import Artifacts, open_artifacts
 from spp_export.data.conversation import Conversation
 from spp_export.data.duplicates import shared_texts
 from spp_export.data.scenario import MIN_PROMPTS_TO_HOLD_OUT, Scenario, read_scenario
@@ -46,19 +48,21 @@ from spp_export.models.checkpoint.header import StoredTensor
 from spp_export.models.checkpoint.reader import INDEX_NAME, blocks, stored_tensors
 from spp_export.models.checkpoint.writer import ShardWriter, TensorEntry, plan_shards
 from spp_export.models.engines import engines_for
-from spp_export.models.hub import cache_directory, model_license
+from spp_export.models.hub import DEMO, cache_directory, model_license
 from spp_export.models.session import Session, open_session
 from spp_export.models.tokenizer import load_tokenizer
 from spp_export.planning import Plan, read_plan, validate_plan
 from spp_export.planning.bound import predicted
-from spp_export.planning.planner import answers_record
+from spp_export.planning.planner import answers_record, artifacts_record
 from spp_export.planning.written import written_shape
+from spp_export.slicing.compensation import plan_mixing
 from spp_export.slicing.weights import encoded
 
 if TYPE_CHECKING:
     import torch
 
     from spp_export.calibration.activations import TokenBatch
+    from spp_export.commands.layer_training import LayerLearnt, LayerText
     from spp_export.commands.training import Training
     from spp_export.evaluation.parity import ReferenceLogits
     from spp_export.evaluation.quality import Quality
@@ -89,6 +93,7 @@ class RecoverResult:
 
     before, after  quality against the dense model; None where no token can be predicted
     losses         of every step, in nats per token
+    layers         that learnt by themselves before
     resumed        steps that an earlier run had taken
     measured       tokens that quality was measured on: `read`, and `of` how many
     """
@@ -97,6 +102,7 @@ class RecoverResult:
     before: Quality | None
     after: Quality | None
     losses: tuple[float, ...]
+    layers: tuple[LayerLearnt, ...]
     resumed: int
     report: Mapping[str, Any]
     measured: Mapping[str, int]
@@ -108,6 +114,7 @@ class RecoverResult:
             "before": None if self.before is None else self.before.to_dict(),
             "after": None if self.after is None else self.after.to_dict(),
             "losses": [round(loss, 4) for loss in self.losses],
+            "layers": layers_record(self.layers) if self.layers else None,
             "resumed": self.resumed,
             "measured": dict(self.measured),
             "verify": dict(self.report),
@@ -140,12 +147,20 @@ def recover(request: RecoverRequest) -> RecoverResult:
         dequantize=request.dequantize,
     )
     validate_plan(plan, session.source.shape, session.source.fingerprint)
+    artifacts = None
+    if request.artifacts is not None or request.model == DEMO:
+        artifacts = open_artifacts(request.artifacts, request.model, session.source)
+    if request.rounds_of_layers and session.from_disk and request.learn == "text":
+        raise UsageError(
+            "--layer-rounds: the dense model's layers show what is to be written, and this one "
+            "runs from disk. Use a machine with more memory, or --layer-rounds 0."
+        )
     if request.learn == "answers" and session.from_disk:
         raise UsageError(
             "--learn answers: every step asks the dense model, and this one runs from disk. Use a "
             "machine with more memory, or --learn text."
         )
-    job = _Job(source_dir, plan, session, request, trained, measured)
+    job = _Job(source_dir, plan, session, request, artifacts, trained, measured)
     training, resumed, before = job.train()
     losses = tuple(training.losses)
     with publish(target, request.force) as work:
@@ -164,7 +179,9 @@ def recover(request: RecoverRequest) -> RecoverResult:
     job.forget()
     if failure:
         raise type(failure)(f"{failure} Published all the same, by --keep-failed: {target}")
-    return RecoverResult(target, before, after, losses, resumed, report, job.measured)
+    return RecoverResult(
+        target, before, after, losses, tuple(job.layers), resumed, report, job.measured
+    )
 
 
 @dataclass(frozen=True)
@@ -186,11 +203,13 @@ class _Job:
         plan: Plan,
         session: Session,
         settings: RecoverRequest,
+        artifacts: Artifacts | None,
         trained: Sequence[Conversation],
         measured: Sequence[Conversation],
     ) -> None:
         self._directory, self._plan, self._session = directory, plan, session
-        self._settings, self._prompts = settings, trained
+        self._settings, self._artifacts, self._prompts = settings, artifacts, trained
+        self.layers: Sequence[LayerLearnt] = ()
         self._tokenizer = load_tokenizer(directory)
         if settings.learn == "answers":
             answering = Answering(settings.answer_tokens, settings.seed)
@@ -203,7 +222,8 @@ class _Job:
             for conversation in trained
         ]
         export = hash_file(directory / MANIFEST_NAME).sha256
-        decided = [export, settings.to_dict(), session.matmul, content]
+        known = artifacts and artifacts_record(artifacts)
+        decided = [export, settings.to_dict(), session.matmul, content, known]
         key = hashlib.sha256(json.dumps(decided).encode()).hexdigest()[:32]
         self._state = cache_directory() / "recoveries" / f"{key}.safetensors"
 
@@ -214,7 +234,7 @@ class _Job:
         from spp_export.models.loader import load_slim
 
         session, settings, shape = self._session, self._settings, self._session.source.shape
-        if settings.train == "adapters":
+        if settings.adapted:
             require_peft()  # before the dense model is asked for answers
         texts, watched = self._texts()
         batches = training_batches(self._tokenizer, texts, settings)
@@ -227,8 +247,11 @@ class _Job:
             )
             if kept != whole
         ]
+        if settings.rounds_of_layers:
+            self.layers = self._learn_layers(slim, cut)
         dense = session.model if settings.learn == "answers" else None
         training = Training(slim, session.source.family, settings, cut, dense, session.matmul)
+        watched = watched if settings.steps else ()
         best = self._resume(training) or self._first(training, watched)
         resumed = training.done
         with progress("recovering", float(settings.steps)) as advance_to:
@@ -249,15 +272,70 @@ class _Job:
         self.best_step = best.step if watched else training.done
         return training, resumed, before
 
-    def _texts(self) -> tuple[Sequence[TokenText], Sequence[TokenText]]:
-        """What is trained on, and what says when to stop."""
+    def _learn_layers(self, slim: Any, cut: Sequence[int]) -> Sequence[LayerLearnt]:
+        """The layers that were cut, one after the other; those of an interrupted run are there."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        from spp_export.calibration.cache import write
+        from spp_export.commands.layer_training import learn_layers
+
+        def known(layer: int) -> Mapping[str, torch.Tensor] | None:
+            try:
+                return load_file(self._state_of(layer))
+            except (FileNotFoundError, SafetensorError):
+                return None
+
+        def keep(layer: int, values: Mapping[str, torch.Tensor]) -> None:
+            write(self._state_of(layer), {name: of.numpy() for name, of in values.items()})
+
+        session, settings = self._session, self._settings
+        return learn_layers(
+            session.model,
+            slim,
+            session.source.family,
+            cut,
+            self._layer_text(),
+            settings.rounds_of_layers,
+            seed=settings.seed,
+            matmul=session.matmul,
+            known=known,
+            keep=keep,
+        )
+
+    def _layer_text(self) -> LayerText:
+        """The prompts with an answer each, or the text, and with it the pools of the artifacts,
+        whose domains count as in the plan: every token about alike."""
+        from spp_export.commands.layer_training import LayerText
+
+        answered = self._settings.learn == "answers"
+        own, seed = self._apart()[0], self._settings.seed + 1
+        texts = self._answered(own, seed) if answered else token_texts(self._tokenizer, own)
+        artifacts, mixture = self._artifacts, self._plan.diagnosis.get("mixture")
+        if artifacts is None:
+            return LayerText(texts, [1.0] * len(texts))
+        shrinkage = (plan_mixing(self._plan) or Mixing(artifacts.shrinkage, 0.0)).shrinkage
+        pools = calibration_parts(artifacts, mixture, (), Mixing(shrinkage, 0.0), answered=answered)
+        parts = [(token_texts(self._tokenizer, pool.texts), pool.weight) for pool in pools]
+        tokens = [sum(text.tokens for text in part) for part, _ in parts]
+        pairs = [(text, 1.0) for text in texts]
+        for (part, weight), count in zip(parts, tokens, strict=True):
+            pairs += [(text, weight * sum(tokens) / count) for text in part]
+        return LayerText(*zip(*pairs, strict=True))
+
+    def _apart(self) -> tuple[Sequence[Conversation], Sequence[Conversation]]:
+        """Prompts to train on, and those that say when to stop."""
         settings, prompts = self._settings, self._prompts
         apart = range(_WATCHED - 1, len(prompts), _WATCHED) if settings.watch_every else range(0)
-        watched = [prompts[index] for index in apart]
         rest = [prompt for index, prompt in enumerate(prompts) if index not in apart]
+        return rest, [prompts[index] for index in apart]
+
+    def _texts(self) -> tuple[Sequence[TokenText], Sequence[TokenText]]:
+        """What is trained on, and what says when to stop."""
+        settings, (rest, watched) = self._settings, self._apart()
         if settings.learn == "text":
             return token_texts(self._tokenizer, rest), token_texts(self._tokenizer, watched)
-        rounds = min(-(-settings.steps * settings.batch_size // len(rest)), _ROUNDS)
+        rounds = min(max(1, -(-settings.steps * settings.batch_size // len(rest))), _ROUNDS)
         seeds = range(settings.seed + 1, settings.seed + 1 + rounds)
         read = [text for seed in seeds for text in self._answered(rest, seed)]
         return read, self._answered(watched, settings.seed)
@@ -351,7 +429,6 @@ class _Job:
         from spp_export.common.versions import library_versions
         from spp_export.evaluation.parity import rounded
 
-        tenth = max(1, len(losses) // 10)
         return {
             "schema_version": SCHEMA_VERSION,
             "export": {
@@ -366,16 +443,15 @@ class _Job:
             },
             "settings": self._settings.to_dict(),
             "matmul": self._session.matmul,
+            **({"layers": rounded(self._layers_record())} if self.layers else {}),
             "steps": {"taken": len(losses), "best": self.best_step},
-            "loss": rounded(
-                {
-                    "first": sum(losses[:tenth]) / tenth,
-                    "last": sum(losses[-tenth:]) / tenth,
-                }
-            ),
+            **({"loss": rounded(_first_and_last(losses))} if losses else {}),
             "before": None if before is None else rounded(before.to_dict()),
             "versions": library_versions(),
         }
+
+    def _layers_record(self) -> dict[str, Any]:
+        return {**layers_record(self.layers), "pools": self._artifacts is not None}
 
     def card(self, name: str, report: Mapping[str, Any], record: Mapping[str, Any]) -> str:
         """README.md."""
@@ -399,6 +475,12 @@ class _Job:
     def forget(self) -> None:
         """Delete the state that an interrupted run would continue from."""
         self._state.unlink(missing_ok=True)
+        for layer in range(self._session.source.shape.num_layers):
+            self._state_of(layer).unlink(missing_ok=True)
+
+    def _state_of(self, layer: int) -> Path:
+        """Where a layer that has learnt is kept."""
+        return self._state.with_name(f"{self._state.stem}-layer-{layer}.safetensors")
 
     def _quality(self, slim: Any) -> Quality | None:
         from spp_export.evaluation.quality import measure_quality
@@ -442,6 +524,22 @@ class _Job:
         start = "best/"
         values = {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
         return _Best(distance, int(step), values)
+
+
+def layers_record(layers: Sequence[LayerLearnt]) -> dict[str, Any]:
+    """How many layers learnt, and how far their streams are from the dense model's on average."""
+    count = len(layers)
+    return {
+        "count": count,
+        "before": sum(layer.before for layer in layers) / count,
+        "after": sum(layer.after for layer in layers) / count,
+    }
+
+
+def _first_and_last(losses: Sequence[float]) -> dict[str, float]:
+    """Means of the first and of the last tenth."""
+    tenth = max(1, len(losses) // 10)
+    return {"first": sum(losses[:tenth]) / tenth, "last": sum(losses[-tenth:]) / tenth}
 
 
 def _plan(directory: Path) -> Plan:

@@ -651,6 +651,7 @@ class ChatRequest(AnswerRequest, Dtype, Artifacts, Model):
 
 # At which few steps do most and none diverge.
 _LEARNING_RATES = {"adapters": 5e-4, "weights": 5e-5}
+_LAYER_ROUNDS = {"answers": 5, "text": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -676,7 +677,22 @@ class RecoverSettings(AnswerTokens, Seed):
         numbers=Numbers("a number above 0, such as 2", above=True),
         help="At which the dense model's distribution is learnt.",
     )
-    steps: int = option(200, panel=TRAINING, least=1, metavar="N", help="Optimiser steps.")
+    layer_rounds: int | None = option(
+        None,
+        panel=TRAINING,
+        least=0,
+        metavar="N",
+        help="Rounds over the text in which the layers that were cut first learn, one after the "
+        "other, to write what the dense model's do; 5 with --learn answers and 0 with text by "
+        "default.",
+    )
+    steps: int = option(
+        200,
+        panel=TRAINING,
+        least=0,
+        metavar="N",
+        help="Optimiser steps of the whole model after that; 0 for none.",
+    )
     rank: int = option(8, panel=TRAINING, least=1, metavar="N", help="Of the adapters.")
     alpha: int = option(
         16,
@@ -709,6 +725,17 @@ class RecoverSettings(AnswerTokens, Seed):
     )
 
     @property
+    def rounds_of_layers(self) -> int:
+        """Rounds in which layers learn by themselves."""
+        usual = _LAYER_ROUNDS[self.learn]
+        return usual if self.layer_rounds is None else self.layer_rounds
+
+    @property
+    def adapted(self) -> bool:
+        """Whether adapters are trained."""
+        return self.train == "adapters" and self.steps > 0
+
+    @property
     def highest_rate(self) -> float:
         """The learning rate at its highest."""
         return self.learning_rate or _LEARNING_RATES[self.train]
@@ -725,12 +752,13 @@ class RecoverSettings(AnswerTokens, Seed):
     def to_dict(self) -> dict[str, Any]:
         """For recovery.json."""
         names = [item.name for item in fields(RecoverSettings)]
-        return {**{name: getattr(self, name) for name in names}, "learning_rate": self.highest_rate}
+        chosen = {"learning_rate": self.highest_rate, "layer_rounds": self.rounds_of_layers}
+        return {**{name: getattr(self, name) for name in names}, **chosen}
 
 
 @dataclass(frozen=True)
 class RecoverRequest(
-    CalibrationTokens, KeepFailed, Force, RecoverSettings, GivenAnswers, Matmul, Model
+    CalibrationTokens, KeepFailed, Force, RecoverSettings, GivenAnswers, Matmul, Artifacts, Model
 ):
     """An export to train further."""
 
@@ -754,6 +782,8 @@ class RecoverRequest(
         super().check()
         if self.answers is not None and self.learn == "text":
             raise UsageError("--answers: --learn text asks no prompts. Drop one of the two.")
+        if not self.steps and not self.rounds_of_layers:
+            raise UsageError("--steps 0 without --layer-rounds trains nothing. Give one of them.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,7 +59,7 @@ class Training:
         family.refuse((Feature.VISION,), "recovery", "Keep the export as it is.")
         roles = tuple(family.projections)
         model.requires_grad_(False)
-        if settings.train == "adapters":
+        if settings.adapted:
             model = _with_adapters(model, family, settings)
         else:
             parameters = dict(model.named_parameters())
@@ -89,7 +89,7 @@ class Training:
     @property
     def changed(self) -> list[str]:
         """Names in the checkpoint of the weights that training changes."""
-        if self.settings.train == "weights":
+        if not self.settings.adapted:
             return sorted(self._trained)
         return sorted(
             f"{name.removeprefix(_ADAPTERS).removesuffix(_BASE)}.weight"
@@ -163,7 +163,7 @@ class Training:
     def finished(self) -> nn.Module:
         """The model with what was trained in its own weights; this object cannot be used
         afterwards."""
-        if self.settings.train == "adapters":
+        if self.settings.adapted:
             self.model = self.model.merge_and_unload()
         self.model.requires_grad_(False)
         trained: nn.Module = self.model.eval()

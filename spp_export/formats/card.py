@@ -28,9 +28,12 @@ _REALISED = ("keep", "parameters", "kv_bytes_per_token")
 _MASKED = "the dense model with the same units masked"
 _SAME_WEIGHTS = "the PyTorch model of the same weights"
 
-_RECOVERED = """\
-## Recovered
-
+_LAYERS = """
+The {count} layers that were cut learnt one after the other to write what the dense model's do, in \
+{layer_rounds} rounds over {what} {texts} texts of {name}{pools}: how far their streams are from \
+the dense model's, relative to what a layer writes, went from {before} to {after} on text apart.
+"""
+_STEPS = """
 The slim model was then trained for {taken} steps of {batch_size} texts {how}, learning rate \
 {learning_rate:g}, on {what} {texts} texts of {name}; it is as it was after step {best}. Its loss \
 on them went from {first} to {last} nats per token.
@@ -65,8 +68,13 @@ def recovery_section(checks: Mapping[str, Any], record: Mapping[str, Any]) -> st
     data = {**record["data"], "name": _escaped(str(record["data"]["name"]))}
     settings = record["settings"]
     how, what = _TRAINED[settings["train"]].format_map(settings), _LEARNT[settings["learn"]]
-    facts = {**settings, **record["loss"], **record["steps"], **data, "how": how, "what": what}
-    section = _RECOVERED.format_map(facts)
+    facts = {**settings, **record["steps"], **data, "how": how, "what": what}
+    section = "## Recovered\n"
+    if layers := record.get("layers"):
+        pools = " and on the artifacts' texts" if layers["pools"] else ""
+        section += _LAYERS.format_map({**facts, **layers, "pools": pools})
+    if loss := record.get("loss"):
+        section += _STEPS.format_map({**facts, **loss})
     quality, before = checks.get("quality"), record.get("before")
     if quality and before:
         section += (

@@ -241,7 +241,7 @@ def plan_compensation(
     if scenario:
         traffic = scenario_traffic(session, scenario, limit, answering)
         texts = traffic.calibration.texts
-    mixing = _mixing(compiled) or requested_mixing(artifacts, request)
+    mixing = plan_mixing(compiled) or requested_mixing(artifacts, request)
     mixture = compiled.diagnosis.get("mixture")
     answered = answering.tokens > 0
     parts = calibration_parts(artifacts, mixture, texts, mixing, answered=answered)
@@ -274,7 +274,7 @@ def _whole_moments(
     return whole
 
 
-def _mixing(compiled: Plan) -> Mixing | None:
+def plan_mixing(compiled: Plan) -> Mixing | None:
     """How the text that decided the plan was mixed, if the plan says so."""
     if "shrinkage" not in compiled.calibration and "scenario_weight" not in compiled.calibration:
         return None

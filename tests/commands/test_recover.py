@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -19,6 +20,7 @@ from spp_cli.main import app
 from spp_export import RecoverSettings
 from spp_export.calibration.activations import pad_rows
 from spp_export.calibration.reading import dialogue_text
+from spp_export.commands import layer_training
 from spp_export.commands import recover as module
 from spp_export.commands.training import Training, divergence
 from spp_export.common.errors import CheckpointError, OutputError, QualityError, UsageError
@@ -77,8 +79,8 @@ def test_only_projections_change_and_the_result_verifies(workshop, data, tmp_pat
 
 
 def answering(**options):
-    """Settings by which a tiny model learns from answers."""
-    known = {"rank": 4, "alpha": 8, "learning_rate": 1e-3, "batch_size": 4, "answer_tokens": 24}
+    """Settings by which a tiny model learns from answers, as a whole."""
+    known = {"layer_rounds": 0, "rank": 4, "alpha": 8, "learning_rate": 1e-3, "batch_size": 4, "answer_tokens": 24}
     return RecoverSettings(**{"steps": 40, "watch_every": 20, **known, **options})
 
 
@@ -102,6 +104,60 @@ def test_it_learns_what_the_dense_model_answers(workshop, data, tmp_path, name, 
         if trained and train == "weights":
             trained = len(layers[int(key.split(".")[2])].query_heads) < heads
         assert torch.equal(tensor, before[key]) != trained, key
+
+
+LAYERS = answering(layer_rounds=8, steps=0)
+
+
+@pytest.mark.parametrize(
+    ("case", "layout"),
+    few(itertools.product(CASES, ("per-layer", "uniform", "ragged")), each),
+    ids=str,
+)
+def test_layers_learn_by_themselves(workshop, data, tmp_path, case, layout):
+    """Without any step of the whole model, and so without adapters."""
+    target = tmp_path / "recovered"
+    exported, result = recover(workshop, case.name, data, target, layout, LAYERS)
+    assert result.after.mean_kl < result.before.mean_kl
+    assert result.losses == ()
+    before, after = exported.tensors, stored(target)
+    learnt = {layer.layer for layer in result.layers}
+    assert learnt
+    for key, tensor in after.items():
+        assert (tensor.shape, tensor.dtype) == (before[key].shape, before[key].dtype)
+        if not torch.equal(tensor, before[key]):
+            assert key.split(".")[-2] in PROJECTIONS
+            assert int(key.split(".")[2]) in learnt
+    assert spp_export.verify(target, model=str(exported.dense)).passed
+    record = json.loads((target / "recovery.json").read_text())
+    assert record["layers"]["count"] == len(result.layers)
+    assert record["layers"]["after"] < record["layers"]["before"]
+    assert "loss" not in record
+    card = (target / "README.md").read_text()
+    assert f"The {len(learnt)} layers that were cut learnt one after the other" in card
+    assert "steps" not in card.partition("## Recovered")[2]
+
+
+def test_layers_learn_before_the_whole_model_does(workshop, data, tmp_path):
+    settings = answering(layer_rounds=2, steps=2, watch_every=0)
+    _, result = recover(workshop, NAMES[0], data, tmp_path / "recovered", settings=settings)
+    card = (tmp_path / "recovered" / "README.md").read_text().partition("## Recovered")[2]
+    assert card.index("learnt one after the other") < card.index("trained for 2 steps")
+    assert result.to_dict()["layers"]["count"] == len(result.layers)
+
+
+def test_layers_learn_on_the_pools_of_the_artifacts_too(workshop, data, tmp_path):
+    exported = workshop.exported(NAMES[0])
+    options = {"model": str(exported.dense), **LAYERS.to_dict()}
+    alone, both = (
+        spp_export.recover(exported.path, data, tmp_path / name, **options, artifacts=artifacts)
+        for name, artifacts in (("alone", None), ("both", workshop.artifacts(NAMES[0])))
+    )
+    assert [x.layer for x in alone.layers] == [x.layer for x in both.layers]
+    assert [x.before for x in alone.layers] != [x.before for x in both.layers]
+    said = "and on the artifacts' texts"
+    assert said not in (tmp_path / "alone" / "README.md").read_text()
+    assert said in (tmp_path / "both" / "README.md").read_text()
 
 
 def test_the_loss_is_the_distance_from_the_dense_models_distribution(workshop):
@@ -217,6 +273,35 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     assert not list((module.cache_directory() / "recoveries").iterdir())
 
 
+def test_layers_that_learnt_are_not_taught_again(workshop, data, tmp_path, monkeypatch):
+    recovered = partial(recover, workshop, NAMES[0], data, settings=LAYERS)
+    exported, whole = recovered(tmp_path / "whole" / "name")
+    learn, taught = layer_training._Lesson.learn, []
+
+    def interrupted(self, *given):
+        taught.append(self.index)
+        if len(taught) == 2:
+            raise KeyboardInterrupt
+        return learn(self, *given)
+
+    monkeypatch.setattr(layer_training._Lesson, "learn", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        recovered(tmp_path / "again" / "name")
+    _, again = recovered(tmp_path / "again" / "name")
+    layers = [layer.layer for layer in whole.layers]
+    assert taught == [layers[0], layers[1], *layers[1:]]
+    assert again.layers == whole.layers
+    assert tree(tmp_path / "again") == tree(tmp_path / "whole")
+    assert not list((module.cache_directory() / "recoveries").iterdir())
+
+
+def test_layers_of_a_model_on_disk_are_not_taught(workshop, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "open_session", partial(module.open_session, layerwise=True))
+    with refused(UsageError, "--layer-rounds: the dense model's layers show"):
+        settings = replace(FEW, layer_rounds=1)
+        recover(workshop, NAMES[0], data, tmp_path / "x", settings=settings)
+
+
 def test_a_model_that_got_worse_is_not_published(workshop, data, tmp_path):
     exported, _ = recover(workshop, NAMES[0], data, tmp_path / "good")
     other = write_texts(tmp_path / "other.txt", texts("capitals", 12, 3))
@@ -247,9 +332,17 @@ def test_what_cannot_be_recovered_is_refused(workshop, data, tmp_path):
     short = write_texts(tmp_path / "short.txt", ["a"])
     with refused(UsageError, "no text of two tokens"):
         recover(workshop, name, short, tmp_path / "x", validation=data)
-    for wrong in ({"steps": 0}, {"rank": 0}, {"learning_rate": 1.5}, {"max_tokens": 1}):
+    for wrong in (
+        {"steps": -1},
+        {"layer_rounds": -1},
+        {"rank": 0},
+        {"learning_rate": 1.5},
+        {"max_tokens": 1},
+    ):
         with refused(UsageError, "expected"):
             recover(workshop, name, data, tmp_path / "x", settings=RecoverSettings(**wrong))
+    with refused(UsageError, "--steps 0 without --layer-rounds trains nothing"):
+        recover(workshop, name, data, tmp_path / "x", settings=answering(steps=0))
     assert not (tmp_path / "x").exists()
 
 
@@ -271,6 +364,11 @@ def test_the_command_says_what_it_did(workshop, data, tmp_path):
     assert "4 steps" in found.stdout
     assert "perplexity" in found.stdout
     assert "next: spp chat" in found.stderr
+    arguments = [arguments[0], *arguments[1:4], "--model", str(exported.dense)]
+    arguments += ["-o", str(tmp_path / "l"), "--steps", "0", "--layer-rounds", "2"]
+    found = CliRunner().invoke(app, arguments)
+    assert found.exit_code == 0, found.output
+    assert "layers learnt" in found.stdout
 
 
 def test_what_is_converted_from_it_says_that_the_dense_model_does_not_know_it(

@@ -155,13 +155,25 @@ def verify_summary(report: Mapping[str, Any]) -> RenderableType:
 
 def recover_summary(result: RecoverResult, look: Look) -> RenderableType:
     """What training did, and the checks of what was written."""
-    tenth = max(1, len(result.losses) // 10)
-    first, last = result.losses[:tenth], result.losses[-tenth:]
-    line = Text(f"{len(result.losses)} steps", style=STRONG)
-    line.append(f"   loss {sum(first) / tenth:.3f} {look.arrow} {sum(last) / tenth:.3f} nats")
-    if result.resumed:
-        line.append(f", from step {result.resumed} on", style=FAINT)
-    lines: list[RenderableType] = [line]
+    lines: list[RenderableType] = []
+    if count := len(result.layers):
+        before, after = (
+            sum(of) / count
+            for of in zip(*((x.before, x.after) for x in result.layers), strict=True)
+        )
+        line = Text(f"{count} layers learnt", style=STRONG)
+        line.append(
+            f"   streams apart {before:.4f} {look.arrow} {after:.4f} of what a layer writes"
+        )
+        lines.append(line)
+    if result.losses:
+        tenth = max(1, len(result.losses) // 10)
+        first, last = result.losses[:tenth], result.losses[-tenth:]
+        line = Text(f"{len(result.losses)} steps", style=STRONG)
+        line.append(f"   loss {sum(first) / tenth:.3f} {look.arrow} {sum(last) / tenth:.3f} nats")
+        if result.resumed:
+            line.append(f", from step {result.resumed} on", style=FAINT)
+        lines.append(line)
     if result.before and result.after:
         before, after = result.before, result.after
         lines.append(
