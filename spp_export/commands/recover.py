@@ -124,7 +124,7 @@ class RecoverResult:
 @command(RecoverRequest)
 def recover(request: RecoverRequest) -> RecoverResult:
     """Train an export on what the dense model answers, or on text, and write the trained model; the
-    export stays as it is.
+    export stays as it is. Layers that were cut learn by themselves first, then the whole.
 
     An interrupted run goes on where it was. Raises ParityError where the written model is not the
     one that was trained, QualityError where it is no better than before: then nothing is published

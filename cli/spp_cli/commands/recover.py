@@ -12,9 +12,10 @@ from spp_export.common.options import non_default
 def recover(request: RecoverRequest, out: Output) -> None:
     """Train an export to answer as the dense model does, and write the result.
 
-    The dense model answers the prompts of --data, and the export learns how likely it found every
-    token; --learn text learns a text itself. The result has the layout of OUT and is checked as an
-    export is. It is published only where it is nearer to the dense model than OUT on prompts that
+    The dense model answers the prompts of --data. Each layer that was cut learns to write what the
+    dense one does, and then the whole export learns how likely the dense model found every token;
+    --learn text learns a text itself. The result has the layout of OUT and is checked as an export
+    is. It is published only where it is nearer to the dense model than OUT on prompts that
     it was not trained on. An interrupted run goes on where it was. Adapters need the extra recover;
     'spp doctor' says how to install it.
 
