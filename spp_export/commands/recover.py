@@ -92,6 +92,7 @@ class RecoverResult:
     """What was trained, and its quality on text that was not trained on.
 
     before, after  quality against the dense model; None where no token can be predicted
+    between        the same once layers have learnt, where the whole model then learns too
     losses         of every step, in nats per token
     layers         that learnt by themselves before
     resumed        steps that an earlier run had taken
@@ -100,6 +101,7 @@ class RecoverResult:
 
     path: Path
     before: Quality | None
+    between: Quality | None
     after: Quality | None
     losses: tuple[float, ...]
     layers: tuple[LayerLearnt, ...]
@@ -112,6 +114,7 @@ class RecoverResult:
         return {
             "path": str(self.path),
             "before": None if self.before is None else self.before.to_dict(),
+            "between": None if self.between is None else self.between.to_dict(),
             "after": None if self.after is None else self.after.to_dict(),
             "losses": [round(loss, 4) for loss in self.losses],
             "layers": layers_record(self.layers) if self.layers else None,
@@ -179,9 +182,8 @@ def recover(request: RecoverRequest) -> RecoverResult:
     job.forget()
     if failure:
         raise type(failure)(f"{failure} Published all the same, by --keep-failed: {target}")
-    return RecoverResult(
-        target, before, after, losses, tuple(job.layers), resumed, report, job.measured
-    )
+    found = (before, job.between, after)
+    return RecoverResult(target, *found, losses, tuple(job.layers), resumed, report, job.measured)
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,7 @@ class _Job:
         self._directory, self._plan, self._session = directory, plan, session
         self._settings, self._artifacts, self._prompts = settings, artifacts, trained
         self.layers: Sequence[LayerLearnt] = ()
+        self.between: Quality | None = None
         self._tokenizer = load_tokenizer(directory)
         if settings.learn == "answers":
             answering = Answering(settings.answer_tokens, settings.seed)
@@ -249,6 +252,7 @@ class _Job:
         ]
         if settings.rounds_of_layers:
             self.layers = self._learn_layers(slim, cut)
+            self.between = self._quality(slim) if settings.steps else None
         dense = session.model if settings.learn == "answers" else None
         training = Training(slim, session.source.family, settings, cut, dense, session.matmul)
         watched = watched if settings.steps else ()
@@ -447,6 +451,7 @@ class _Job:
             "steps": {"taken": len(losses), "best": self.best_step},
             **({"loss": rounded(_first_and_last(losses))} if losses else {}),
             "before": None if before is None else rounded(before.to_dict()),
+            **({"between": rounded(self.between.to_dict())} if self.between else {}),
             "versions": library_versions(),
         }
 

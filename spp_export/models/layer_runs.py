@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from spp_export.common.errors import ModelError
 from spp_export.models.families import Family
 
-# What layers write within a call of the model and by themselves differs by rounding alone.
+# What layers write within a call of the decoder and by themselves differs by rounding alone.
 _MOST_APART = 1e-2
 _STREAM = "hidden_states"
 
@@ -50,11 +50,12 @@ def layer_runs(
     calls: Sequence[Mapping[str, Any]],
     advance: Callable[[], None] = lambda: None,
 ) -> list[LayerRun]:
-    """The calls as they are before the first layer, by a pass of the model over each, after which
-    `advance` is called.
+    """The calls as they are before the first layer, by a pass through the layers for each, after
+    which `advance` is called.
 
     Raises ModelError where layers that are run one by one do not give what the model does.
     """
+    decoder = model.get_submodule(family.layers.rpartition(".")[0])
     layers: Any = model.get_submodule(family.layers)
     runs: list[LayerRun] = []
     written: list[Tensor] = []
@@ -69,7 +70,7 @@ def layer_runs(
                 last.register_forward_hook(lambda *given: written.append(_first(given[-1])))
             )
         try:
-            model(**call)
+            decoder(**call)
         finally:
             for handle in handles:
                 handle.remove()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from family_models import KNOWN, load, make_dense, make_slim, tokens
+from family_models import KNOWN, load, make_dense, make_slim
 
 from spp_export.calibration.reading import TokenText
 from spp_export.commands.layer_training import LayerText, learn_layers

@@ -80,7 +80,14 @@ def test_only_projections_change_and_the_result_verifies(workshop, data, tmp_pat
 
 def answering(**options):
     """Settings by which a tiny model learns from answers, as a whole."""
-    known = {"layer_rounds": 0, "rank": 4, "alpha": 8, "learning_rate": 1e-3, "batch_size": 4, "answer_tokens": 24}
+    known = {
+        "layer_rounds": 0,
+        "rank": 4,
+        "alpha": 8,
+        "learning_rate": 1e-3,
+        "batch_size": 4,
+        "answer_tokens": 24,
+    }
     return RecoverSettings(**{"steps": 40, "watch_every": 20, **known, **options})
 
 
@@ -144,6 +151,9 @@ def test_layers_learn_before_the_whole_model_does(workshop, data, tmp_path):
     card = (tmp_path / "recovered" / "README.md").read_text().partition("## Recovered")[2]
     assert card.index("learnt one after the other") < card.index("trained for 2 steps")
     assert result.to_dict()["layers"]["count"] == len(result.layers)
+    record = json.loads((tmp_path / "recovered" / "recovery.json").read_text())
+    assert record["before"]["mean_kl"] > record["between"]["mean_kl"] != result.after.mean_kl
+    assert result.to_dict()["between"]["mean_kl"] == record["between"]["mean_kl"]
 
 
 def test_layers_learn_on_the_pools_of_the_artifacts_too(workshop, data, tmp_path):
@@ -275,7 +285,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
 
 def test_layers_that_learnt_are_not_taught_again(workshop, data, tmp_path, monkeypatch):
     recovered = partial(recover, workshop, NAMES[0], data, settings=LAYERS)
-    exported, whole = recovered(tmp_path / "whole" / "name")
+    _, whole = recovered(tmp_path / "whole" / "name")
     learn, taught = layer_training._Lesson.learn, []
 
     def interrupted(self, *given):

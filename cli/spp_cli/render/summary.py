@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -16,6 +16,7 @@ from spp_cli.render.look import FAINT, STRONG, Look, byte_size, ranges, seconds
 if TYPE_CHECKING:
     from spp_export import ConvertResult, ExportResult, PlanResult, RecoverResult
     from spp_export.calibration.stored import Kept
+    from spp_export.evaluation.quality import Quality
     from spp_export.models.engines import Engine
     from spp_export.models.shape import ModelShape
     from spp_export.planning import Plan
@@ -176,11 +177,16 @@ def recover_summary(result: RecoverResult, look: Look) -> RenderableType:
         lines.append(line)
     if result.before and result.after:
         before, after = result.before, result.after
+        stages = [before, *([result.between] if result.between else []), after]
+
+        def shown(figure: Callable[[Quality], str]) -> str:
+            return f" {look.arrow} ".join(map(figure, stages))
+
         lines.append(
             Text(
-                f"mean KL {before.mean_kl:.3f} {look.arrow} {after.mean_kl:.3f}, same token "
-                f"{before.top1:.1%} {look.arrow} {after.top1:.1%}, perplexity "
-                f"{before.slim_perplexity:.2f} {look.arrow} {after.slim_perplexity:.2f}, dense "
+                f"mean KL {shown(lambda of: f'{of.mean_kl:.3f}')}, same token "
+                f"{shown(lambda of: f'{of.top1:.1%}')}, perplexity "
+                f"{shown(lambda of: f'{of.slim_perplexity:.2f}')}, dense "
                 f"{after.dense_perplexity:.2f}"
             )
         )
