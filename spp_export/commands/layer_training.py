@@ -31,7 +31,7 @@ from spp_export.models.products import Matmul, products
 # steps, then falls as half a cosine does.
 _RATE, _WARM = 0.005, 0.05
 _BETAS = (0.9, 0.99)
-_BATCH_TOKENS = 2048
+_BATCH_TOKENS = 1024
 # Of the texts, every so manieth is not taught, and says which round was best.
 _WATCHED = 8
 # Of a layer that writes nothing at all.
