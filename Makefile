@@ -42,7 +42,7 @@ DOCS := build/venv-docs
 .PHONY: help demo artifacts check test test-all test-loading test-lm-eval test-optimum \
 	test-transformers-js test-vllm test-quantised quantised test-report test-serving test-faults test-examples fuzz docs eval eval-finance eval-traffic \
 	eval-answers eval-ablations lm-eval picture bench bench-onnx bench-gguf bench-gpu serve-vllm-cpu bench-peers latency-plan empty-layers \
-	onnx-exporters onnx-memory onnx-parity gguf-parity ragged many recovery choices distillation families other-prompts tiny-models wide-norms scale versions \
+	onnx-exporters onnx-memory onnx-parity gguf-parity ragged many recovery choices plan-search distillation families other-prompts tiny-models wide-norms scale versions \
 	layerwise blocked-moments answer-engines distributed compile-time start-time reference clean
 
 help:
@@ -95,6 +95,7 @@ help:
 	@echo "make layerwise     peak memory of verifying layer by layer: 4 GB, and a 14B model's shape"
 	@echo "make other-prompts  exports measured on prompts that they have never seen"
 	@echo "make choices       other ways of planning than the defaults, on answers"
+	@echo "make plan-search   whether a search by the true KL finds better plans than the exact one"
 	@echo "make distillation  distance from the dense model before and after learning its answers"
 	@echo "make recovery      perplexity before and after LoRA, 40 % of head parameters removed"
 	@echo "make compile-time  time from scores to plan"
@@ -433,6 +434,10 @@ choices: $(INSTALLED)
 		--other $(DATA)/scenarios/finance.txt --json $(RESULTS)/choices-chemistry.json
 	$(BIN)/python -m spp_campaigns.choices --scenario $(DATA)/scenarios/finance.txt \
 		--other $(DATA)/scenarios/chemistry.txt --json $(RESULTS)/choices-finance.json
+
+plan-search: $(INSTALLED)
+	$(BIN)/python -m spp_campaigns.plan_search --scenario $(DATA)/scenarios/chemistry.txt \
+		--other $(DATA)/scenarios/finance.txt --json $(RESULTS)/plan-search-cpu.json
 
 # Of the same tiny models as the tests.
 families: $(INSTALLED)

@@ -177,6 +177,7 @@ def _through_everything(family: str, model: Path, folder: Path, keep: float) -> 
         folder / "recovered",
         model=named,
         steps=60,
+        layer_rounds=0,
         **answers,
     )
     spp_export.report(folder / "slim", folder / "report.html")
