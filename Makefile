@@ -280,6 +280,11 @@ eval-traffic: $(INSTALLED) $(PROBED)
 		--units heads --units both --keep 0.8 --no-curves -o $(TRAFFIC)
 	$(BIN)/python -m spp_campaigns.quality_tables $(TRAFFIC)
 
+# A second real model for MODEL=: Gemma 3 of 270 million parameters.
+build/gemma3-270m: $(INSTALLED)
+	mkdir -p build
+	$(BIN)/python -m spp_campaigns.second_model $@
+
 eval-answers: $(INSTALLED) $(PROBED)
 	$(EVAL) $(CHEMISTRY) --keep 0.8 --eval-set $(DATA)/eval/selected_domain/chemistry.json \
 		--generate --no-curves -o $(EVALUATED)/eval-answers
