@@ -469,13 +469,11 @@ distillation: DISTIL = $(BIN)/python -m spp_campaigns.distillation --steps 300 \
 	--dir build
 distillation: $(INSTALLED)
 	mkdir -p build
-	$(DISTIL) --units heads --keep 0.8 --learn layers --learn answers --learn "layers, answers" \
+	$(DISTIL) --units heads --keep 0.8 --learn layers --learn "layers, answers" \
 		--json $(RESULTS)/distillation-heads-cpu.json
-	$(DISTIL) --keep 0.8 --json $(RESULTS)/distillation-both-cpu.json
-	$(DISTIL) --keep 0.7 --keep 0.6 --learn "layers, answers" --learn text \
-		--json $(RESULTS)/distillation-sizes-cpu.json
-	$(DISTIL) --units heads --keep 0.8 --seeds 3 --learn layers \
-		--json $(RESULTS)/distillation-seeds-cpu.json
+	$(DISTIL) --keep 0.8 --learn layers --learn "layers, answers" --learn text \
+		--json $(RESULTS)/distillation-both-cpu.json
+	$(DISTIL) --keep 0.7 --keep 0.6 --seeds 3 --json $(RESULTS)/distillation-sizes-cpu.json
 
 recovery: $(INSTALLED)
 	mkdir -p build

@@ -12,7 +12,7 @@ import argparse
 import contextlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,17 @@ from spp_export.models.session import open_session
 # By the name of a row: what `spp recover` is asked for.
 _WAYS: Mapping[str, Mapping[str, Any]] = {
     "layers": {"learn": "answers", "steps": 0},
+    "layers, answers": {"learn": "answers", "layer_rounds": 0},
     "answers": {"learn": "answers", "layer_rounds": 0},
-    "layers, answers": {"learn": "answers"},
     "text": {"learn": "text"},
 }
+# Goes on where another way ended.
+_AFTER = {"layers, answers": "layers"}
 _COLUMNS = {
     "keep": "{keep:.0%}",
     "learns": "{learn}",
     "seed": "{seed}",
     "KL before": "{before[mean_kl]:.3f}",
-    "with layers": "{between[mean_kl]:.3f}",
     "KL after": "{after[mean_kl]:.3f}",
     "same token before": "{before[top1]:.1%}",
     "same token after": "{after[top1]:.1%}",
@@ -98,19 +99,36 @@ def _of_size(keep: float, options: argparse.Namespace, place: Path) -> list[dict
     before, outside = (_judged(slim, prompts, options) for prompts in _measured(options))
     known = {"before": before.to_dict(), "outside_before": outside.to_dict()}
     return [
-        {"keep": keep, **known, **_row(slim, learn, seed, options)}
-        for learn in options.learn or _WAYS
+        {"keep": keep, **known, **row}
         for seed in range(options.seeds)
+        for row in _of_seed(slim, seed, options)
     ]
+
+
+def _of_seed(slim: Path, seed: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row for each way; what a way goes on from is made for it."""
+    ended: dict[str, tuple[Path, float]] = {}
+    asked = options.learn or list(_WAYS)
+    for learn in _WAYS:
+        needed = learn in asked or any(_AFTER.get(way) == learn for way in asked)
+        if not needed:
+            continue
+        begin, spent = ended.get(_AFTER.get(learn, ""), (slim, 0.0))
+        row, target = _row(begin, learn, seed, spent, options)
+        ended[learn] = target, row["seconds"]
+        if learn in asked:
+            yield row
 
 
 def _measured(options: argparse.Namespace) -> tuple[str, str]:
     return options.validation, options.outside
 
 
-def _row(slim: Path, learn: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """One training run. A result that is worse by its own measure is kept as well, and judged like
-    the others."""
+def _row(
+    slim: Path, learn: str, seed: int, spent: float, options: argparse.Namespace
+) -> tuple[dict[str, Any], Path]:
+    """One training run, after others that took so many seconds, and what it wrote. A result that is
+    worse by its own measure is kept as well, and judged like the others."""
     target = slim.with_name(f"{slim.name}-{learn.replace(', ', '-')}-{seed}")
     asked = {"train": "weights", "steps": options.steps, **_WAYS[learn]}
     began = time.perf_counter()
@@ -126,18 +144,19 @@ def _row(slim: Path, learn: str, seed: int, options: argparse.Namespace) -> dict
             keep_failed=True,
             **asked,
         )
-    seconds = time.perf_counter() - began
+    seconds = spent + time.perf_counter() - began
     after, outside = (_judged(target, prompts, options) for prompts in _measured(options))
     record = json.loads((target / RECOVERY_NAME).read_text())
-    return {
+    row = {
         "learn": learn,
         "seed": seed,
         "steps": record["steps"],
-        **{name: record[name] for name in ("layers", "between") if name in record},
+        **({"layers": record["layers"]} if "layers" in record else {}),
         "after": after.to_dict(),
         "outside": outside.to_dict(),
         "seconds": round(seconds, 1),
     }
+    return row, target
 
 
 def _judged(directory: Path, prompts: str, options: argparse.Namespace) -> Quality:
