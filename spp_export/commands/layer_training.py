@@ -134,6 +134,7 @@ def learn_layers(
                     keep(index, lesson.learn(rounds, seed, step))
                 else:
                     lesson.restore(values)
+                    step(rounds * len(taught))
                 learnt.append(LayerLearnt(index, before, lesson.watched_error()))
                 # Later layers of some families read keys and values of this one.
                 _written(of_slim, layer, index, matmul)
@@ -157,8 +158,8 @@ class _Counter:
     def __init__(self, advance_to: Callable[[float], None]) -> None:
         self._done, self._advance_to = 0, advance_to
 
-    def __call__(self) -> None:
-        self._done += 1
+    def __call__(self, batches: int = 1) -> None:
+        self._done += batches
         self._advance_to(float(self._done))
 
 

@@ -277,7 +277,7 @@ class _Job:
         return training, resumed, before
 
     def _learn_layers(self, slim: Any, cut: Sequence[int]) -> Sequence[LayerLearnt]:
-        """The layers that were cut, one after the other; those of an interrupted run are there."""
+        """The layers that were cut, each by itself; those of an interrupted run are there."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 

@@ -29,7 +29,7 @@ _MASKED = "the dense model with the same units masked"
 _SAME_WEIGHTS = "the PyTorch model of the same weights"
 
 _LAYERS = """
-The {count} layers that were cut learnt one after the other to write what the dense model's do, in \
+The {count} layers that were cut learnt, each by itself, to write what the dense model's do, in \
 {layer_rounds} rounds over {what} {texts} texts of {name}{pools}: how far their streams are from \
 the dense model's, relative to what a layer writes, went from {before} to {after} on text apart.
 """

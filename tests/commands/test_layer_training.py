@@ -1,4 +1,4 @@
-"""Layers that learn one after the other."""
+"""Layers that learn, each by itself."""
 
 from __future__ import annotations
 

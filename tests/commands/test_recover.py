@@ -141,7 +141,7 @@ def test_layers_learn_by_themselves(workshop, data, tmp_path, case, layout):
     assert record["layers"]["after"] < record["layers"]["before"]
     assert "loss" not in record
     card = (target / "README.md").read_text()
-    assert f"The {len(learnt)} layers that were cut learnt one after the other" in card
+    assert f"The {len(learnt)} layers that were cut learnt, each by itself" in card
     assert "steps" not in card.partition("## Recovered")[2]
 
 
@@ -149,7 +149,7 @@ def test_layers_learn_before_the_whole_model_does(workshop, data, tmp_path):
     settings = answering(layer_rounds=2, steps=2, watch_every=0)
     _, result = recover(workshop, NAMES[0], data, tmp_path / "recovered", settings=settings)
     card = (tmp_path / "recovered" / "README.md").read_text().partition("## Recovered")[2]
-    assert card.index("learnt one after the other") < card.index("trained for 2 steps")
+    assert card.index("learnt, each by itself") < card.index("trained for 2 steps")
     assert result.to_dict()["layers"]["count"] == len(result.layers)
     record = json.loads((tmp_path / "recovered" / "recovery.json").read_text())
     assert record["before"]["mean_kl"] > record["between"]["mean_kl"] != result.after.mean_kl
