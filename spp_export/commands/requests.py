@@ -682,8 +682,8 @@ class RecoverSettings(AnswerTokens, Seed):
         panel=TRAINING,
         least=0,
         metavar="N",
-        help="Rounds over the text in which each layer that was cut first learns by itself to write "
-        "what the dense model's does; 5 with --learn answers and 0 with text by default.",
+        help="Rounds over the text in which each layer that was cut first learns by itself to "
+        "write what the dense model's does; 5 with --learn answers and 0 with text by default.",
     )
     steps: int = option(
         200,
