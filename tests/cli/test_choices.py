@@ -43,7 +43,12 @@ NUMBERS = {
         "--tp": ("two", "0", "1.5"),
     },
     "export": {"--max-perplexity": ("5%", "0", "1,1"), "--max-params": ("0",)},
-    "recover": {"--steps": ("1e3", "0"), "--learning-rate": ("1%", "0", "5e-4.")},
+    "recover": {
+        "--steps": ("1e3", "-1"),
+        "--layer-rounds": ("all", "-1"),
+        "--rank": ("0",),
+        "--learning-rate": ("1%", "0", "5e-4."),
+    },
     "chat": {"--temperature": ("0,7", "-1"), "--top-p": ("90", "90%"), "--top-k": ("all", "0")},
     "eval": {"--keep": ("0.9,0.8", "90", "0")},
     "bench": {"--batch": ("1,2", "0"), "--keep": ("75%",), "--context": ("1k",)},
@@ -57,6 +62,8 @@ EXPECTED = {
     "--max-perplexity": "a ratio above 0, such as 1.05",
     "--learning-rate": "a number between 0 and 1, such as 0.0005",
     "--temperature": "a number of 0 or more, such as 0.7",
+    "--steps": "a whole number of 0 or more",
+    "--layer-rounds": "a whole number of 0 or more",
 }
 
 
