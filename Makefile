@@ -473,6 +473,8 @@ distillation: $(INSTALLED)
 		--json $(RESULTS)/distillation-heads-cpu.json
 	$(DISTIL) --keep 0.8 --learn layers --learn "layers, answers" \
 		--json $(RESULTS)/distillation-both-cpu.json
+	$(DISTIL) --units heads --keep 0.8 --learn answers \
+		--json $(RESULTS)/distillation-whole-heads-cpu.json
 	$(DISTIL) --keep 0.8 --learn answers --learn text --json $(RESULTS)/distillation-whole-cpu.json
 	$(DISTIL) --keep 0.7 --keep 0.6 --seeds 3 --json $(RESULTS)/distillation-sizes-cpu.json
 

@@ -8,6 +8,7 @@ were diagnosed.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,13 +86,19 @@ class Answers:
         return {name: round(value, 4) for name, value in figures.items()}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print a row for every way of planning."""
-    made = parser(__doc__)
+def two_scenarios(description: str | None) -> argparse.ArgumentParser:
+    """A parser of a campaign that plans for one scenario, and measures on another one as well."""
+    made = parser(description)
     made.add_argument("--model", default="demo", help="directory or demo")
     made.add_argument("--artifacts", help="artifacts of the model; not needed for demo")
     made.add_argument("--scenario", required=True, help="scenario file")
     made.add_argument("--other", required=True, help="another scenario, which is only measured on")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print a row for every way of planning."""
+    made = two_scenarios(__doc__)
     made.add_argument("--size", type=float, action="append", help="share kept; repeatable")
     options = made.parse_args(arguments)
     session = open_session(options.model)

@@ -1,8 +1,8 @@
 """What learning from the dense model is worth: `python -m spp_campaigns.distillation --model demo`.
 
-Exports a scenario at several sizes and trains each export with several seeds: its layers one after
-the other, and the whole model for some number of steps, on the dense model's answers to the prompts
-of a pool, or on the text of these prompts. Distances are measured on answers to the pool's
+Exports a scenario at several sizes and trains each export with several seeds: its layers, each by
+itself, and the whole model for some number of steps, on the dense model's answers to the prompts of
+a pool, or on the text of these prompts. Distances are measured on answers to the pool's
 validation prompts, on which nothing was chosen or trained, and to prompts of another pool.
 """
 

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spp_campaigns.choices import Answers
-from spp_campaigns.command import finish, machine, parser, table
+from spp_campaigns.choices import Answers, two_scenarios
+from spp_campaigns.command import finish, machine, table
 from spp_export.calibration.activations import TokenBatch, token_batches
 from spp_export.calibration.mixture import WeightedTexts, gather_parts
 from spp_export.calibration.reading import token_texts
@@ -57,11 +57,7 @@ _COLUMNS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print a row for heads and one for heads and channels."""
-    made = parser(__doc__)
-    made.add_argument("--model", default="demo", help="directory or demo")
-    made.add_argument("--artifacts", help="artifacts of the model; not needed for demo")
-    made.add_argument("--scenario", required=True, help="scenario file")
-    made.add_argument("--other", required=True, help="another scenario, which is only measured on")
+    made = two_scenarios(__doc__)
     made.add_argument("--moves", type=int, default=60, help="moves to try")
     options = made.parse_args(arguments)
     session = open_session(options.model, matmul="auto")

@@ -255,7 +255,6 @@ class _Job:
             self.between = self._quality(slim) if settings.steps else None
         dense = session.model if settings.learn == "answers" else None
         training = Training(slim, session.source.family, settings, cut, dense, session.matmul)
-        watched = watched if settings.steps else ()
         best = self._resume(training) or self._first(training, watched)
         resumed = training.done
         with progress("recovering", float(settings.steps)) as advance_to:
@@ -342,7 +341,7 @@ class _Job:
         rounds = min(max(1, -(-settings.steps * settings.batch_size // len(rest))), _ROUNDS)
         seeds = range(settings.seed + 1, settings.seed + 1 + rounds)
         read = [text for seed in seeds for text in self._answered(rest, seed)]
-        return read, self._answered(watched, settings.seed)
+        return read, self._answered(watched, settings.seed) if settings.steps else ()
 
     def _answered(self, prompts: Sequence[Conversation], seed: int) -> Sequence[TokenText]:
         """All of the prompts, with answers."""

@@ -34,6 +34,11 @@ FEW = RecoverSettings(
     learn="text", watch_every=3, steps=6, rank=2, alpha=4, learning_rate=1e-2, batch_size=2
 )
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+every_layout = pytest.mark.parametrize(
+    ("case", "layout"),
+    few(itertools.product(CASES, ("per-layer", "uniform", "ragged")), each),
+    ids=str,
+)
 
 
 @pytest.fixture
@@ -49,11 +54,7 @@ def recover(workshop, name, data, target, layout="per-layer", settings=FEW, **op
     return exported, result
 
 
-@pytest.mark.parametrize(
-    ("case", "layout"),
-    few(itertools.product(CASES, ("per-layer", "uniform", "ragged")), each),
-    ids=str,
-)
+@every_layout
 def test_only_projections_change_and_the_result_verifies(workshop, data, tmp_path, case, layout):
     target = tmp_path / "recovered"
     exported, result = recover(workshop, case.name, data, target, layout)
@@ -116,11 +117,7 @@ def test_it_learns_what_the_dense_model_answers(workshop, data, tmp_path, name, 
 LAYERS = answering(layer_rounds=8, steps=0)
 
 
-@pytest.mark.parametrize(
-    ("case", "layout"),
-    few(itertools.product(CASES, ("per-layer", "uniform", "ragged")), each),
-    ids=str,
-)
+@every_layout
 def test_layers_learn_by_themselves(workshop, data, tmp_path, case, layout):
     """Without any step of the whole model, and so without adapters."""
     target = tmp_path / "recovered"

@@ -157,15 +157,10 @@ def verify_summary(report: Mapping[str, Any]) -> RenderableType:
 def recover_summary(result: RecoverResult, look: Look) -> RenderableType:
     """What training did, and the checks of what was written."""
     lines: list[RenderableType] = []
-    if count := len(result.layers):
-        before, after = (
-            sum(of) / count
-            for of in zip(*((x.before, x.after) for x in result.layers), strict=True)
-        )
-        line = Text(f"{count} layers learnt", style=STRONG)
-        line.append(
-            f"   streams apart {before:.4f} {look.arrow} {after:.4f} of what a layer writes"
-        )
+    if layers := result.to_dict()["layers"]:
+        line = Text(f"{layers['count']} layers learnt", style=STRONG)
+        apart = f"{layers['before']:.4f} {look.arrow} {layers['after']:.4f}"
+        line.append(f"   streams apart {apart} of what a layer writes")
         lines.append(line)
     if result.losses:
         tenth = max(1, len(result.losses) // 10)
