@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from importlib import import_module
+from itertools import pairwise
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -33,11 +34,16 @@ from spp_export.models.routing import expert_block, routed_channels, routed_writ
 from spp_export.models.session import Session, helped_session
 
 _BATCH_TOKENS = 2048
+# What a batch takes beside its tokens, in tokens: about 50 on a CPU, and more where a card waits
+# for the next call.
+_BATCH_COST = 100
 # Places inside a block of experts.
 _OF_EXPERTS = ("experts", "expert_channels")
 # Most channels in one diagonal block of second moments: beyond it the matrix of all of them costs
 # more than the rest of the pass (19 thousand channels would be 1.4 GB a layer).
 CHANNEL_BLOCK = 1536
+# Blocks of the diagonal of a symmetric matrix that is summed.
+_MOST_BLOCKS, _FEWEST_ROWS = 8, 192
 # What an accelerator must have left, as a share, for sums to live beside the activations.
 _FREE_SHARE = 0.25
 
@@ -129,10 +135,12 @@ def token_batches(
     window: int = WINDOW,
     batch_tokens: int = _BATCH_TOKENS,
 ) -> list[TokenBatch]:
-    """Tokenise, cut what is longer than `window`, and batch pieces of similar length together.
+    """Tokenise, cut what is longer than `window`, and batch pieces of similar length together, in
+    the order of their lengths.
 
     A batch holds at most `batch_tokens` tokens, padding included, and at least one piece; the
-    pieces of a text have its index.
+    pieces of a text have its index. Batches end where that leaves the least to compute, padding and
+    what a batch costs by itself.
 
     Texts that tokenise to nothing are left out. The order is a function of the texts alone.
     """
@@ -143,15 +151,26 @@ def token_batches(
     ]
     # Stable: pieces of one length stay in the order of the texts.
     pieces.sort(key=lambda row: row[1].tokens)
-    batches: list[TokenBatch] = []
-    start = 0
-    while start < len(pieces):
-        stop = start + 1
-        while stop < len(pieces) and (stop + 1 - start) * pieces[stop][1].tokens <= batch_tokens:
-            stop += 1
-        batches.append(pad_rows(pieces[start:stop]))
-        start = stop
-    return batches
+    ends = _cheapest_ends([piece.tokens for _, piece in pieces], batch_tokens)
+    return [pad_rows(pieces[start:end]) for start, end in pairwise([0, *ends])]
+
+
+def _cheapest_ends(lengths: Sequence[int], batch_tokens: int) -> list[int]:
+    """Where the batches of texts of such lengths, in ascending order, end."""
+    cost, begins = [0], [0]
+    for end, length in enumerate(lengths, start=1):
+        first = max(0, min(end - 1, end - batch_tokens // length))
+        least, begin = min(
+            (cost[start] + (end - start) * length, -start) for start in range(first, end)
+        )
+        cost.append(least + _BATCH_COST)
+        begins.append(-begin)
+    ends = []
+    end = len(lengths)
+    while end:
+        ends.append(end)
+        end = begins[end]
+    return ends[::-1]
 
 
 def pad_rows(rows: Sequence[tuple[int, TokenText]]) -> TokenBatch:
@@ -211,9 +230,10 @@ def observe(
     done = 0
 
     def turn(call: int) -> None:
-        state.keep = batches[call].attention_mask.bool()
+        keep = batches[call].attention_mask.bool()
         rows = torch.tensor(batches[call].texts)
-        state.texts = rows[:, None].expand_as(state.keep)[state.keep]
+        state.real = keep.flatten().nonzero().squeeze(1)
+        state.texts = rows[:, None].expand_as(keep)[keep]
         state.gradients = batches[call].gradients
 
     def finish(layer: int) -> None:
@@ -291,9 +311,10 @@ def input_device(model: nn.Module) -> torch.device:
 
 
 class _Current:
-    """The batch now running, for hooks that see only a tensor."""
+    """The batch now running, for hooks that see only a tensor: where its real tokens are among all
+    of them, and the text of each."""
 
-    keep: Tensor
+    real: Tensor
     texts: Tensor
     gradients: FloatArray | None
 
@@ -309,18 +330,18 @@ def _hooks(
     def show(layer: int, seeing: Sequence[Observer], by_loss: bool, values: Tensor) -> None:
         if not helpers.takes:
             return
-        keep = state.keep.to(values.device)
-        if values.dim() == 2:  # [B*S,d], as some MLPs read it
-            values = values.unflatten(0, keep.shape)
+        # Some MLPs read [B*S,d] as it is.
+        real = values.flatten(0, 1) if values.dim() == 3 else values
         # Without padding, as with one text at a time, nothing has to be copied.
-        real = values.flatten(0, 1) if bool(state.keep.all()) else values[keep]
+        if len(state.real) < len(real):
+            real = real.index_select(0, state.real.to(real.device))
         if by_loss:
             if state.gradients is None:
                 return
             consumer = seeing[0].place.startswith("down")
             lengths_T = torch.from_numpy(state.gradients[:, layer, int(consumer)]).to(real.device)
             real = real.float() * lengths_T.float()[:, None]
-        text_T = state.texts.to(values.device)
+        text_T = state.texts.to(real.device)
         with as_they_are(real.device.type):
             for observer in seeing:
                 observer.see(layer, real, text_T)
@@ -634,9 +655,8 @@ class SecondMoments(Observer):
         values = values.float()
         self.sums[layer] += values.sum(0).cpu()
         products = self._of(layer, values.device)
-        for index, part in enumerate(values.split(self._block, dim=1)):
-            size = part.shape[1]
-            _add_products(products[index, :size, :size], part)
+        for total, part in zip(products, values.split(self._block, dim=1), strict=True):
+            _add_products(total, part)
         if layer == self._first:
             self._tokens += values.shape[0]
 
@@ -658,7 +678,10 @@ class SecondMoments(Observer):
 
     def products(self, layer: int) -> Tensor:
         """Sums of a a^T [n,b,b] of one layer, on the CPU."""
-        return self._of(layer, torch.device("cpu")).cpu()
+        products = self._of(layer, torch.device("cpu")).cpu()
+        for block in products:
+            _mirror(block)
+        return products
 
     def release(self, layer: int) -> None:
         """Free one layer's products, once they are stored elsewhere."""
@@ -683,7 +706,7 @@ class MixtureMoments(Observer):
     place = "down"
 
     def __init__(self, layers: Sequence[int], width: int, scale_N: Tensor) -> None:
-        self.products: dict[int, Tensor] = {}
+        self._products: dict[int, Tensor] = {}
         self._layers, self._width, self._scale = layers, width, scale_N
 
     def see(self, layer: int, values: Tensor, text_T: Tensor) -> None:
@@ -700,11 +723,18 @@ class MixtureMoments(Observer):
         """As of `Observer`."""
         return {"layers": list(self._layers), "width": self._width, "scale_N": self._scale}
 
+    def released(self, layer: int) -> Tensor:
+        """One layer's moments, on the CPU, given up for it."""
+        moments = self._of(layer, torch.device("cpu")).cpu()
+        del self._products[layer]
+        _mirror(moments)
+        return moments
+
     def _of(self, layer: int, device: torch.device) -> Tensor:
-        if layer not in self.products:
+        if layer not in self._products:
             home = _home(device, 4 * self._width**2)
-            self.products[layer] = torch.zeros((self._width, self._width), device=home)
-        return self.products[layer]
+            self._products[layer] = torch.zeros((self._width, self._width), device=home)
+        return self._products[layer]
 
 
 def mixture_scales(
@@ -730,11 +760,30 @@ def channel_block(channels: int) -> int:
 
 
 def _add_products(total: Tensor, values: Tensor) -> None:
-    """Add the sum of a a^T over the rows of `values` [T,b] to `total` [b,b]."""
-    if total.device == values.device:
-        total.addmm_(values.T, values)
-    else:
-        total += (values.T @ values).to(total.device)
+    """Add the sum of a a^T over the rows of `values` [T,w] to the first w rows and columns of
+    `total` [b,b]: to what lies on the diagonal's blocks and right of them. `_mirror` makes the rest
+    of it, which is nearly half."""
+    width = values.shape[1]
+    for start, end in _block_rows(len(total)):
+        left, right = values[:, start:end].T, values[:, start:]
+        rows = total[start : min(end, width), start:width]
+        if total.device == values.device:
+            rows.addmm_(left, right)
+        else:
+            rows += (left @ right).to(total.device)
+
+
+def _mirror(total: Tensor) -> None:
+    """Give a symmetric matrix [b,b] what lies left of the diagonal's blocks."""
+    for start, end in _block_rows(len(total)):
+        total[end:, start:end] = total[start:end, end:].T
+
+
+def _block_rows(width: int) -> Iterator[tuple[int, int]]:
+    """The blocks of the diagonal, as (start, end): small ones leave little that is computed twice,
+    large ones are multiplied at full speed."""
+    size = max(_FEWEST_ROWS, -(-width // _MOST_BLOCKS))
+    return ((start, min(start + size, width)) for start in range(0, width, size))
 
 
 def _home(device: torch.device, size: int) -> torch.device:
@@ -758,8 +807,9 @@ class StreamSensitivity(Observer):
 
     def see(self, layer: int, values: Tensor, text_T: Tensor) -> None:
         """Add one batch of the stream [T,d]."""
-        norms = values.double().square().sum(1).clamp(min=torch.finfo(torch.float32).tiny)
-        self.sums[layer] += norms.reciprocal().sum().cpu()
+        squares = torch.linalg.vector_norm(values, dim=1, dtype=torch.float64).square()
+        tiny = torch.finfo(torch.float32).tiny
+        self.sums[layer] += squares.clamp(min=tiny).reciprocal().sum().cpu()
 
     def taken(self, layer: int) -> Iterable[Tensor]:
         """As of `Observer`."""

@@ -8,7 +8,8 @@ can have the whole where memory takes a group of layers: a pass over the text fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from spp_export.calibration.mixture import WeightedTexts
@@ -59,16 +60,16 @@ class WholeMoments:
     ) -> None:
         self._session, self._parts = session, parts
         self._left = sorted(layers)
-        self._sums: dict[int, Tensor] = {}
+        self._gathered: dict[int, Callable[[], Tensor]] = {}
 
     def take(self, layer: int) -> FloatArray:
         """One layer's, which is given up for it: layers are asked for in their order, once each.
 
         Those of as many further layers as memory takes come in the same pass.
         """
-        if layer not in self._sums:
+        if layer not in self._gathered:
             self.gather()
-        moments: FloatArray = self._sums.pop(layer).cpu().numpy()
+        moments: FloatArray = self._gathered.pop(layer)().numpy()
         return moments
 
     def gather(self) -> None:
@@ -98,4 +99,4 @@ class WholeMoments:
             description=f"moments of all channels of layers {of_layers}",
             matmul=session.matmul,
         )
-        self._sums = moments.products
+        self._gathered = {layer: partial(moments.released, layer) for layer in group}

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from factories import make_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from spp_export.calibration.activations import token_batches
+from spp_export.calibration.activations import _BATCH_COST, token_batches
 from spp_export.common.options import WINDOW
 
 
@@ -51,9 +49,30 @@ def test_batches_hold_every_piece_once_within_the_budget(texts, window, budget):
         assert batch.real_tokens == sum(lengths)
         for length, mask in zip(lengths, batch.attention_mask, strict=True):
             assert mask.tolist() == [1] * length + [0] * (width - length)
-    for batch, following in pairwise(batches):
-        # a batch ends only where one more piece would break the budget
-        assert (len(batch.texts) + 1) * int(following.attention_mask[0].sum()) > budget
+
+
+@settings(deadline=None)
+@given(lengths=st.lists(st.integers(1, 400), max_size=9), budget=st.integers(1, 900))
+def test_batches_end_where_that_costs_least(lengths, budget):
+    lengths = sorted(lengths)
+
+    def cost(batches):
+        """None where a batch breaks the budget."""
+        if any(len(batch) > 1 and len(batch) * batch[-1] > budget for batch in batches):
+            return None
+        return sum(len(batch) * batch[-1] + _BATCH_COST for batch in batches)
+
+    def cuts(pieces):
+        """Every way of cutting a list."""
+        if not pieces:
+            yield []
+        for end in range(1, len(pieces) + 1):
+            for rest in cuts(pieces[end:]):
+                yield [pieces[:end], *rest]
+
+    made = token_batches(Letters(), ["a" * length for length in lengths], batch_tokens=budget)
+    found = cost([batch.attention_mask.sum(1).tolist() for batch in made])
+    assert found == min(filter(lambda one: one is not None, map(cost, cuts(lengths))))
 
 
 def test_a_real_tokenizer_cuts_and_leaves_empty_texts_out(tmp_path):

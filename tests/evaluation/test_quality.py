@@ -109,8 +109,10 @@ def test_where_no_token_can_be_predicted_there_is_no_figure(models, texts):
 
 def test_log_probabilities_are_those_of_the_next_tokens(models):
     dense, _, tokenizer = models
-    (batch,) = token_batches(tokenizer, TEXTS)
-    log_p, targets = next_token_log_probabilities(dense, batch)
+    found = [
+        next_token_log_probabilities(dense, batch) for batch in token_batches(tokenizer, TEXTS)
+    ]
+    log_p, targets = (torch.cat(of_batches) for of_batches in zip(*found, strict=True))
     order = sorted((text for text in TEXTS if text), key=len)
     expected = [i for text in order for i in tokenizer(text)["input_ids"][1:]]
     assert targets.tolist() == expected
