@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from family_models import KNOWN, load, make_dense, tokens
+from torch.nn import functional
 
 from spp_export.calibration.activations import SecondMoments, TextMeans, TokenBatch, observe
 from spp_export.calibration.gradients import gradient_lengths
@@ -74,6 +75,29 @@ def test_where_onednn_rounds_float32_is_left_to_mkl(monkeypatch: pytest.MonkeyPa
                 assert matmul.fp32_precision == wanted
         with products("cpu"):
             assert (matmul.fp32_precision == "bf16") == keeps
+
+
+def test_attention_over_short_sequences_is_left_to_mkl(monkeypatch: pytest.MonkeyPatch):
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if matmul is None:
+        pytest.skip("this PyTorch has no switch between the two")
+    attend, seen = functional.scaled_dot_product_attention, []
+
+    def look(query, key, value, **options):
+        seen.append((query.shape[-2], matmul.fp32_precision))
+        return attend(query, key, value, **options)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", look)
+    monkeypatch.setattr(module, "_keeps_digits", lambda: True)
+    queries, keys, values = torch.randn((3, 1, 2, 300, 8), generator=NUMBERS)
+    with products("cpu"):
+        for length in (1, 255, 256, 300):
+            some = queries[..., :length, :]
+            found = functional.scaled_dot_product_attention(some, keys, values)
+            torch.testing.assert_close(found, attend(some, keys, values))
+        assert matmul.fp32_precision == "bf16"
+    assert seen == [(1, "ieee"), (255, "ieee"), (256, "bf16"), (300, "bf16")]
+    assert functional.scaled_dot_product_attention is look
 
 
 def test_what_no_device_is_known_to_have_is_not_taken():
