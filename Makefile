@@ -476,7 +476,9 @@ distillation: $(INSTALLED)
 	$(DISTIL) --units heads --keep 0.8 --learn answers \
 		--json $(RESULTS)/distillation-whole-heads-cpu.json
 	$(DISTIL) --keep 0.8 --learn answers --learn text --json $(RESULTS)/distillation-whole-cpu.json
-	$(DISTIL) --keep 0.7 --keep 0.6 --seeds 3 --json $(RESULTS)/distillation-sizes-cpu.json
+	for size in 0.7 0.6; do $(DISTIL) --steps 60 --seeds 3 --keep $$size --learn layers \
+		--learn "layers, answers" --learn text \
+		--json $(RESULTS)/distillation-$$size-cpu.json || exit 1; done
 
 recovery: $(INSTALLED)
 	mkdir -p build

@@ -1,8 +1,8 @@
 """What learning from the dense model is worth: `python -m spp_campaigns.distillation --model demo`.
 
-Exports a scenario at several sizes and trains each export with several seeds: its layers, each by
-itself, and the whole model for some number of steps, on the dense model's answers to the prompts of
-a pool, or on the text of these prompts. Distances are measured on answers to the pool's
+Exports a scenario at several sizes and trains each export: its layers, once, each by itself; and
+with several seeds the whole model for some number of steps, on the dense model's answers to the
+prompts of a pool, or on the text of these prompts. Distances are measured on answers to the pool's
 validation prompts, on which nothing was chosen or trained, and to prompts of another pool.
 """
 
@@ -98,26 +98,21 @@ def _of_size(keep: float, options: argparse.Namespace, place: Path) -> list[dict
     )
     before, outside = (_judged(slim, prompts, options) for prompts in _measured(options))
     known = {"before": before.to_dict(), "outside_before": outside.to_dict()}
-    return [
-        {"keep": keep, **known, **row}
-        for seed in range(options.seeds)
-        for row in _of_seed(slim, seed, options)
-    ]
+    return [{"keep": keep, **known, **row} for row in _trained(slim, options)]
 
 
-def _of_seed(slim: Path, seed: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A row for each way; what a way goes on from is made for it."""
+def _trained(slim: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row for each way and seed; what a way goes on from is made once, with the first seed."""
+    asked = set(options.learn or _WAYS)
+    made = asked | {_AFTER[learn] for learn in asked & _AFTER.keys()}
     ended: dict[str, tuple[Path, float]] = {}
-    asked = options.learn or list(_WAYS)
-    for learn in _WAYS:
-        needed = learn in asked or any(_AFTER.get(way) == learn for way in asked)
-        if not needed:
-            continue
-        begin, spent = ended.get(_AFTER.get(learn, ""), (slim, 0.0))
-        row, target = _row(begin, learn, seed, spent, options)
-        ended[learn] = target, row["seconds"]
-        if learn in asked:
-            yield row
+    for learn in filter(made.__contains__, _WAYS):
+        for seed in range(1 if learn in _AFTER.values() else options.seeds):
+            begin, spent = ended.get(_AFTER.get(learn, ""), (slim, 0.0))
+            row, target = _row(begin, learn, seed, spent, options)
+            ended[learn] = target, row["seconds"]
+            if learn in asked:
+                yield row
 
 
 def _measured(options: argparse.Namespace) -> tuple[str, str]:
