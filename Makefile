@@ -42,7 +42,7 @@ DOCS := build/venv-docs
 .PHONY: help demo artifacts check test test-all test-loading test-lm-eval test-optimum \
 	test-transformers-js test-vllm test-quantised quantised test-report test-serving test-faults test-examples fuzz docs eval eval-finance eval-traffic \
 	eval-answers eval-ablations lm-eval picture bench bench-onnx bench-gguf bench-gpu serve-vllm-cpu bench-peers latency-plan empty-layers \
-	onnx-exporters onnx-memory onnx-parity gguf-parity ragged many recovery choices plan-search distillation families other-prompts tiny-models wide-norms scale versions \
+	onnx-exporters onnx-memory onnx-parity gguf-parity ragged many recovery choices iterative-removal plan-search distillation families other-prompts tiny-models wide-norms scale versions \
 	layerwise blocked-moments answer-engines distributed compile-time start-time reference clean
 
 help:
@@ -95,6 +95,7 @@ help:
 	@echo "make layerwise     peak memory of verifying layer by layer: 4 GB, and a 14B model's shape"
 	@echo "make other-prompts  exports measured on prompts that they have never seen"
 	@echo "make choices       other ways of planning than the defaults, on answers"
+	@echo "make iterative-removal  whether removal in several steps does better than in one"
 	@echo "make plan-search   whether a search by the true KL finds better plans than the exact one"
 	@echo "make distillation  distance from the dense model before and after learning its answers"
 	@echo "make recovery      perplexity before and after LoRA, 40 % of head parameters removed"
@@ -434,11 +435,20 @@ layerwise: $(INSTALLED)
 	$(BIN)/python -m spp_campaigns.layerwise_memory --qwen2-14b --tokens 16 --dir build \
 		--json $(RESULTS)/layerwise-14b-cpu.json
 
+choices: CHOICES = $(BIN)/python -m spp_campaigns.choices
+choices: OF_CHEMISTRY = --scenario $(DATA)/scenarios/chemistry.txt --other $(DATA)/scenarios/finance.txt
+choices: OF_FINANCE = --scenario $(DATA)/scenarios/finance.txt --other $(DATA)/scenarios/chemistry.txt
 choices: $(INSTALLED)
-	$(BIN)/python -m spp_campaigns.choices --scenario $(DATA)/scenarios/chemistry.txt \
-		--other $(DATA)/scenarios/finance.txt --json $(RESULTS)/choices-chemistry.json
-	$(BIN)/python -m spp_campaigns.choices --scenario $(DATA)/scenarios/finance.txt \
-		--other $(DATA)/scenarios/chemistry.txt --json $(RESULTS)/choices-finance.json
+	$(CHOICES) $(OF_CHEMISTRY) --vary size --vary text --json $(RESULTS)/choices-chemistry.json
+	$(CHOICES) $(OF_FINANCE) --vary size --vary text --json $(RESULTS)/choices-finance.json
+	$(CHOICES) $(OF_CHEMISTRY) --vary layout --vary width --json $(RESULTS)/shapes-chemistry.json
+	$(CHOICES) $(OF_FINANCE) --vary layout --vary width --json $(RESULTS)/shapes-finance.json
+
+iterative-removal: $(INSTALLED)
+	mkdir -p build
+	$(BIN)/python -m spp_campaigns.iterative_removal --dir build \
+		--scenario $(DATA)/scenarios/chemistry.txt --other $(DATA)/scenarios/finance.txt \
+		--json $(RESULTS)/iterative-removal-cpu.json
 
 plan-search: $(INSTALLED)
 	$(BIN)/python -m spp_campaigns.plan_search --scenario $(DATA)/scenarios/chemistry.txt \

@@ -2,14 +2,14 @@
 
 Plans a scenario in other ways than the default one, and measures the mean KL to the dense model on
 its answers to held-out prompts of the scenario, and to those of another scenario: by `obs` and by
-`fisher` at several sizes, and with other shares of the scenario's own text and of the domains that
-were diagnosed.
+`fisher` at several sizes, with other shares of the scenario's own text and of the domains that were
+diagnosed, with widths of MLPs in other multiples, and with heads in other layouts.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from spp_export.evaluation.quality import (
     next_token_log_probabilities,
 )
 from spp_export.models.session import Session, open_session
-from spp_export.models.shape import Units
+from spp_export.models.shape import Layout, Units
 from spp_export.planning.budget import Budget
 from spp_export.planning.planner import Planning
 from spp_export.planning.request import PlanRequest
@@ -39,7 +39,10 @@ from spp_export.slicing.compensation import plan_compensation
 _SIZES = (0.9, 0.8, 0.7, 0.6, 0.5)
 # Shrinkage towards all domains alike, and the weight of the scenario's own text.
 _MIXTURES = ((1.0, 0.0), (0.5, 0.15), (0.5, 0.35), (0.5, 0.6), (0.0, 0.3), (0.0, 0.6), (0.0, 1.0))
-_UNITS: tuple[Units, ...] = ("heads", "both")
+UNITS: tuple[Units, ...] = ("heads", "both")
+_WIDTHS = (1, 16, 32, 128)
+_LAYOUTS: tuple[Layout, ...] = ("uniform", "ragged")
+_VARIED = ("size", "text", "layout", "width")
 _BATCH_TOKENS = 512
 _COLUMNS = {
     "scenario": "{scenario}",
@@ -48,6 +51,8 @@ _COLUMNS = {
     "criterion": "{criterion}",
     "shrinkage": "{shrinkage:.2f}",
     "own text": "{own_text:.2f}",
+    "width": "{width_multiple}",
+    "layout": "{layout}",
     "KL": "{own[kl]:.3f} [{own[low]:.3f}, {own[high]:.3f}]",
     "same token": "{own[same_token]:.1%}",
     "KL of another scenario": "{other[kl]:.3f}",
@@ -86,9 +91,9 @@ class Answers:
         return {name: round(value, 4) for name, value in figures.items()}
 
 
-def two_scenarios(description: str | None) -> argparse.ArgumentParser:
+def two_scenarios(description: str | None, *, writes: bool = False) -> argparse.ArgumentParser:
     """A parser of a campaign that plans for one scenario, and measures on another one as well."""
-    made = parser(description)
+    made = parser(description, writes=writes)
     made.add_argument("--model", default="demo", help="directory or demo")
     made.add_argument("--artifacts", help="artifacts of the model; not needed for demo")
     made.add_argument("--scenario", required=True, help="scenario file")
@@ -100,13 +105,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print a row for every way of planning."""
     made = two_scenarios(__doc__)
     made.add_argument("--size", type=float, action="append", help="share kept; repeatable")
+    made.add_argument("--vary", choices=_VARIED, action="append", help="what; repeatable")
     options = made.parse_args(arguments)
     session = open_session(options.model)
     artifacts = open_artifacts(options.artifacts, options.model, session.source)
     scenario, other = read_scenario(options.scenario), read_scenario(options.other)
     answers = {"own": Answers.of(session, scenario), "other": Answers.of(session, other)}
     rows = []
-    for request, sizes, mixture in _ways(options.size or _SIZES):
+    for request, sizes, mixture in _ways(options.size or _SIZES, options.vary or _VARIED):
         mixed = artifacts
         if mixture:
             shrinkage, own_text = mixture
@@ -122,15 +128,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _ways(
-    sizes: Sequence[float],
+    sizes: Sequence[float], varied: Collection[str]
 ) -> Iterator[tuple[PlanRequest, Sequence[float], tuple[float, float] | None]]:
     """Requests, the shares to keep, and a shrinkage and a weight of the scenario's own text where
     they are not those of the artifacts."""
-    for units in _UNITS:
-        for criterion in ("obs", "fisher"):
-            yield PlanRequest(units=units, criterion=criterion), sizes, None
-        for mixture in _MIXTURES:
-            yield PlanRequest(units=units, criterion="fisher"), (0.8,), mixture
+    for units in UNITS:
+        default = PlanRequest(units=units, criterion="fisher")
+        if "size" in varied:
+            yield replace(default, criterion="obs"), sizes, None
+            yield default, sizes, None
+        for mixture in _MIXTURES if "text" in varied else ():
+            yield default, (0.8,), mixture
+        for layout in _LAYOUTS if "layout" in varied else ():
+            yield replace(default, layout=layout), (0.8,), None
+        for width in _WIDTHS if "width" in varied and units == "both" else ():
+            yield replace(default, width_multiple=width), (0.8,), None
 
 
 def _row(planning: Planning, keep: float, answers: Mapping[str, Answers]) -> dict[str, Any]:
@@ -147,6 +159,8 @@ def _row(planning: Planning, keep: float, answers: Mapping[str, Answers]) -> dic
         "criterion": request.criterion,
         "shrinkage": artifacts.shrinkage,
         "own_text": artifacts.scenario_weight,
+        "width_multiple": request.width_multiple,
+        "layout": request.layout,
         **judged,
     }
 
