@@ -133,11 +133,8 @@ def gradient_lengths(
         for batch, end in own:
             of_batch = torch.zeros((*batch.input_ids.shape, shape.num_layers, 2))
             if bool(batch.predicted.any()):
-                logits = model(**model_inputs(model, batch)).logits
-                of_predicted = batch.predicted.to(logits.device)
-                targets = batch.input_ids[:, 1:].to(logits.device)[of_predicted]
-                scores = logits[:, :-1][of_predicted].float()
-                cross_entropy(scores, targets, reduction="sum").backward()
+                logits, targets = _predicted(model, family, batch, batch.predicted)
+                cross_entropy(logits, targets, reduction="sum").backward()
                 for (layer, consumer), of_tokens in seen.items():
                     of_batch[:, :, layer, consumer] = of_tokens
             lengths[end - batch.real_tokens : end] = of_batch[batch.attention_mask.bool()]
@@ -244,23 +241,30 @@ def _require_weights(model: nn.Module) -> None:
 
 
 def _summed_loss(model: nn.Module, family: Family, batch: TokenBatch) -> Tensor:
-    """Sum over a batch's texts of their mean next-token loss; logits of predicting tokens only."""
-    device = input_device(model)
-    mask, ids = batch.attention_mask.to(device), batch.input_ids.to(device)
-    predicted = mask[:, 1:].bool()
+    """Sum over a batch's texts of their mean next-token loss."""
+    predicted = batch.attention_mask[:, 1:].bool()
+    logits, targets = _predicted(model, family, batch, predicted)
+    losses = cross_entropy(logits, targets, reduction="none")
+    shares = (1 / predicted.sum(1, keepdim=True).clamp(min=1)).expand(predicted.shape)[predicted]
+    return (losses * shares.to(losses)).sum()
+
+
+def _predicted(
+    model: nn.Module, family: Family, batch: TokenBatch, predicted: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Logits [P,V] (fp32) by which the P tokens of `predicted` [B,S-1] are predicted, and their ids
+    [P]; the head sees no other token where the family lets it."""
+    inputs = model_inputs(model, batch)
     if family.features & {Feature.MULTIPLIERS, Feature.SOFTCAP}:
-        whole = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        whole = model(**inputs).logits
         logits = whole[:, :-1][predicted.to(whole.device)]
     else:
         decoder = model.get_submodule(family.layers.rpartition(".")[0])
-        hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        hidden = decoder(**inputs).last_hidden_state
         # In memory it may have another name than in files.
         head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
         logits = head(hidden[:, :-1][predicted.to(hidden.device)])
-    targets = ids[:, 1:][predicted].to(logits.device)
-    losses = cross_entropy(logits.float(), targets, reduction="none")
-    shares = (1 / predicted.sum(1, keepdim=True).clamp(min=1)).expand(predicted.shape)[predicted]
-    return (losses * shares.to(losses)).sum()
+    return logits.float(), batch.input_ids[:, 1:][predicted].to(logits.device)
 
 
 class _Weights:

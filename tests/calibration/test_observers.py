@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from spp_export.calibration.activations import (
     MeanSquares,
+    MixtureMoments,
     SecondMoments,
     StreamSensitivity,
     TextMeans,
@@ -205,6 +206,27 @@ def test_blocks_are_the_fewest_of_at_most_1536_channels(channels, block):
     count = math.ceil(channels / block)
     assert count == math.ceil(channels / 1536)
     assert block * count - channels < count, "the blocks are nearly equal"
+
+
+@pytest.mark.parametrize(("width", "block"), [(500, 500), (2000, 2000), (2900, 2000), (700, 600)])
+def test_what_is_summed_in_halves_is_whole(width, block):
+    """Of wide matrices one half is multiplied, a block of rows at a time."""
+    values = torch.randn(2, 20, width, generator=torch.Generator().manual_seed(0))
+    second = SecondMoments(1, width, block=block)
+    mixture = MixtureMoments([0], width, torch.ones(1))
+    for part in values:
+        for observer in (second, mixture):
+            observer.see(0, part, torch.zeros(len(part), dtype=torch.long))
+    rows = values.flatten(0, 1).double()
+    wanted = rows.T @ rows
+    found = second.products(0)
+    for index, start in enumerate(range(0, width, block)):
+        end = min(start + block, width)
+        own = found[index, : end - start, : end - start].double()
+        torch.testing.assert_close(own, wanted[start:end, start:end], rtol=1e-5, atol=1e-4)
+        assert not found[index, end - start :].any()
+        assert not found[index, :, end - start :].any()
+    torch.testing.assert_close(mixture.released(0).double(), wanted, rtol=1e-5, atol=1e-4)
 
 
 def test_a_layer_never_seen_has_moments_of_zero():
