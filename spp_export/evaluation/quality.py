@@ -152,7 +152,9 @@ def add_scores(
 
 def next_token_log_probabilities(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
     """Log-probabilities [T,V] (fp32) of the T next tokens of a batch, and those tokens [T]."""
-    return _log_probabilities(next(logits_of_calls(model, [model_inputs(model, batch)])), batch)
+    with products(input_device(model).type):
+        logits = next(logits_of_calls(model, [model_inputs(model, batch)]))
+    return _log_probabilities(logits, batch)
 
 
 def _log_probabilities(logits: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
