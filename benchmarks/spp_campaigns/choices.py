@@ -19,8 +19,8 @@ import torch
 from spp_campaigns.command import finish, machine, parser, table
 from spp_export.calibration.activations import TokenBatch, token_batches
 from spp_export.calibration.answers import Answering, scenario_traffic
-from spp_export.common.options import DEFAULT_CALIBRATION_TOKENS
-from spp_export.data.artifacts import open_artifacts
+from spp_export.common.options import DEFAULT_CALIBRATION_TOKENS, MatmulName
+from spp_export.data.artifacts import Artifacts, open_artifacts
 from spp_export.data.scenario import Scenario, read_scenario
 from spp_export.evaluation.bootstrap import DocumentScores, agreement, mean_kl
 from spp_export.evaluation.oracle import masked_dense
@@ -101,16 +101,25 @@ def two_scenarios(description: str | None, *, writes: bool = False) -> argparse.
     return made
 
 
+def opened(
+    options: argparse.Namespace, matmul: MatmulName = "float32"
+) -> tuple[Session, Artifacts, Scenario, dict[str, Answers]]:
+    """What the arguments of `two_scenarios` name: the model, its artifacts, the scenario, and
+    answers to the held-out prompts of both."""
+    session = open_session(options.model, matmul=matmul)
+    artifacts = open_artifacts(options.artifacts, options.model, session.source)
+    scenario, other = read_scenario(options.scenario), read_scenario(options.other)
+    answers = {"own": Answers.of(session, scenario), "other": Answers.of(session, other)}
+    return session, artifacts, scenario, answers
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print a row for every way of planning."""
     made = two_scenarios(__doc__)
     made.add_argument("--size", type=float, action="append", help="share kept; repeatable")
     made.add_argument("--vary", choices=_VARIED, action="append", help="what; repeatable")
     options = made.parse_args(arguments)
-    session = open_session(options.model)
-    artifacts = open_artifacts(options.artifacts, options.model, session.source)
-    scenario, other = read_scenario(options.scenario), read_scenario(options.other)
-    answers = {"own": Answers.of(session, scenario), "other": Answers.of(session, other)}
+    session, artifacts, scenario, answers = opened(options)
     rows = []
     for request, sizes, mixture in _ways(options.size or _SIZES, options.vary or _VARIED):
         mixed = artifacts

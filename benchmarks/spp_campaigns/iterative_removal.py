@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spp_campaigns.choices import UNITS, Answers, two_scenarios
+from spp_campaigns.choices import UNITS, Answers, opened, two_scenarios
 from spp_campaigns.command import finish, machine, scratch, table
 from spp_export.calibration.reading import ScenarioText
-from spp_export.data.artifacts import Artifacts, open_artifacts
-from spp_export.data.scenario import Scenario, read_scenario
+from spp_export.data.artifacts import Artifacts
+from spp_export.data.scenario import Scenario
 from spp_export.evaluation.oracle import masked_dense
 from spp_export.models.session import Session, open_session
 from spp_export.models.shape import Units
@@ -44,10 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made = two_scenarios(__doc__, writes=True)
     made.add_argument("--steps", type=int, action="append", help="number of steps; repeatable")
     options = made.parse_args(arguments)
-    session = open_session(options.model, matmul="auto")
-    artifacts = open_artifacts(options.artifacts, options.model, session.source)
-    scenario, other = read_scenario(options.scenario), read_scenario(options.other)
-    answers = {"own": Answers.of(session, scenario), "other": Answers.of(session, other)}
+    session, artifacts, scenario, answers = opened(options, "auto")
     rows = []
     for units in UNITS:
         for steps in options.steps or _STEPS:

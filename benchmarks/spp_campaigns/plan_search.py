@@ -20,19 +20,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spp_campaigns.choices import Answers, two_scenarios
+from spp_campaigns.choices import UNITS, Answers, opened, two_scenarios
 from spp_campaigns.command import finish, machine, table
 from spp_export.calibration.activations import TokenBatch, token_batches
 from spp_export.calibration.mixture import WeightedTexts, gather_parts
 from spp_export.calibration.reading import token_texts
 from spp_export.calibration.refit import refit_blocks
 from spp_export.common.arrays import IndexArray
-from spp_export.data.artifacts import open_artifacts
-from spp_export.data.scenario import read_scenario
 from spp_export.evaluation.quality import documents_of, next_token_log_probabilities
 from spp_export.models.families import Role
 from spp_export.models.products import products
-from spp_export.models.session import Session, open_session
+from spp_export.models.session import Session
 from spp_export.planning.allocate.options import SetOptions
 from spp_export.planning.allocate.sizes import Candidates, allocate, head_costs, width_costs
 from spp_export.planning.budget import Budget
@@ -60,12 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made = two_scenarios(__doc__)
     made.add_argument("--moves", type=int, default=60, help="moves to try")
     options = made.parse_args(arguments)
-    session = open_session(options.model, matmul="auto")
-    artifacts = open_artifacts(options.artifacts, options.model, session.source)
-    scenario, other = read_scenario(options.scenario), read_scenario(options.other)
-    judges = {"own": Answers.of(session, scenario), "other": Answers.of(session, other)}
+    session, artifacts, scenario, judges = opened(options, "auto")
     rows = []
-    for units in ("heads", "both"):
+    for units in UNITS:
         request = PlanRequest(units=units, criterion="fisher")
         planning = Planning.begin(session, artifacts, scenario, request)
         scoring, sizes = planning.scored["fisher"]
